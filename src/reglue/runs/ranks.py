@@ -1,0 +1,76 @@
+"""Which process this is, and which device it uses. One path for a laptop, one GPU and many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from reglue.errors import UserError
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device that a job runs on.
+
+    `auto` is this process's GPU where there is one and the CPU otherwise. Raises UserError for a device that is not there.
+    """
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is not a device; use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this machine has no NVIDIA GPU that PyTorch can see; use --device cpu")
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given, for timings."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def join() -> tuple[int, int]:
+    """Join the process group that torchrun announces. Returns (rank, number of processes); (0, 1) without torchrun."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def leave() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Return once every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the processes: one message for all of them."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def average(value: Tensor) -> Tensor:
+    """The mean of a small tensor over the processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value

@@ -1,0 +1,41 @@
+"""The only source of randomness: every draw is a function of a seed, a purpose and indices.
+
+Nothing here has a state, so nothing depends on the batch size, on the number of devices or on what was drawn before,
+and resuming has nothing to restore.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
+    """A generator of its own for one thing that is drawn.
+
+    The same (seed, purpose, indices) give the same bits on every machine: NumPy's Philox is counter-based and integer
+    only. `seed` and `indices` are non-negative.
+    """
+    # crc32 and not hash(): the latter changes from process to process.
+    entropy = (seed, zlib.crc32(purpose.encode()), *indices)
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+
+
+def normals(generators: Sequence[np.random.Generator], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Standard normal noise for a batch, one generator per sample: float32 `(B, *shape)` for each name.
+
+    All of a sample's modalities come from one draw of its generator in the order of `shapes`.
+    """
+    sizes = [int(np.prod(shape)) for shape in shapes.values()]
+    drawn = np.stack([g.standard_normal(sum(sizes), dtype=np.float32) for g in generators])
+    parts = torch.from_numpy(drawn).split(sizes, dim=1)
+    return {name: part.reshape(len(generators), *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def permutation(seed: int, purpose: str, index: int, size: int) -> Tensor:
+    """A random order of `size` things, (size,) int64."""
+    return torch.from_numpy(generator(seed, purpose, index).permutation(size))
