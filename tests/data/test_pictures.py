@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+import torch
+
+from reglue.data.pictures import GAP, colours_of, image_grid
+
+
+def test_grid_places_images_row_by_row_and_fills_the_rest():
+    images = np.stack([np.full((3, 5, 3), value, dtype=np.uint8) for value in (10, 20, 30)])
+    grid = image_grid(images, columns=2, background=7)
+    assert grid.shape == (2 * 3 + GAP, 2 * 5 + GAP, 3)
+    assert (grid[:3, :5] == 10).all()
+    assert (grid[:3, 5 + GAP :] == 20).all()
+    assert (grid[3 + GAP :, :5] == 30).all()
+    assert (grid[3 + GAP :, 5:] == 7).all()
+    assert (grid[3 : 3 + GAP] == 7).all()
+
+
+def test_grid_refuses_what_is_no_picture():
+    with pytest.raises(ValueError, match="uint8"):
+        image_grid(np.zeros((2, 3, 4, 4), dtype=np.uint8), columns=2)
+    with pytest.raises(ValueError, match="at least one"):
+        image_grid(np.zeros((0, 4, 4, 3), dtype=np.uint8), columns=2)
+
+
+def test_colours_separate_regions_and_do_not_depend_on_axis_signs():
+    code = torch.zeros(2, 6, 4, 4)
+    code[:, 2, :, :2] = 3.0
+    code += 0.01 * torch.randn(code.shape, generator=torch.Generator().manual_seed(0))
+    colours = colours_of(code)
+    assert colours.shape == (2, 4, 4, 3)
+    assert colours.dtype == np.uint8
+    assert colours[:, :, :2, 0].min() > colours[:, :, 2:, 0].max() + 50
+    # The largest entry of the first axis is positive, so more of channel 2 is more red.
+    assert np.abs(colours_of(code * 5).astype(int) - colours).max() <= 1
+
+
+def test_one_reference_gives_one_meaning_to_a_colour():
+    reference = torch.randn(8, 5, 3, 3, generator=torch.Generator().manual_seed(1))
+    assert (colours_of(reference[2:3], reference) == colours_of(reference)[2:3]).all()
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_missing_components_are_grey(channels):
+    colours = colours_of(torch.randn(4, channels, 3, 3))
+    assert (colours[..., channels:] == 128).all()
+    assert colours[..., 0].std() > 0
+
+
+def test_a_constant_code_is_grey():
+    assert (colours_of(torch.ones(2, 4, 3, 3)) == 128).all()
