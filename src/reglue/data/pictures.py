@@ -9,7 +9,7 @@ GAP = 2
 
 
 def image_grid(images: np.ndarray, columns: int, background: int = 255) -> np.ndarray:
-    """Lays uint8 images (N, H, W, 3) out row by row, `columns` to a row: one picture (rows·H + gaps, columns·W + gaps, 3).
+    """Lays uint8 images (N, H, W, 3) out row by row, `columns` to a row, as one uint8 picture (height, width, 3).
 
     Cells that no image fills, and the gaps of two pixels between cells, have the grey value `background` (0–255).
     """
