@@ -1,0 +1,1 @@
+"""The mathematics, in pure torch: modalities, paths, transformer, denoiser, objective, guidance, samplers."""

@@ -1,0 +1,1 @@
+"""What a run keeps: checkpoints, official imports, tracking; ranks and seeds."""

@@ -15,7 +15,7 @@ from reglue.errors import UserError
 def resolve_device(name: str = "auto") -> torch.device:
     """The device that a job runs on.
 
-    `auto` is this process's GPU where there is one and the CPU otherwise. Raises UserError for a device that is not there.
+    `auto` is this process's GPU where there is one and the CPU otherwise. Raises UserError if the device is missing.
     """
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

@@ -33,7 +33,9 @@ def normals(generators: Sequence[np.random.Generator], shapes: Mapping[str, Sequ
     sizes = [int(np.prod(shape)) for shape in shapes.values()]
     drawn = np.stack([g.standard_normal(sum(sizes), dtype=np.float32) for g in generators])
     parts = torch.from_numpy(drawn).split(sizes, dim=1)
-    return {name: part.reshape(len(generators), *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    return {
+        name: part.reshape(len(generators), *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
 
 
 def permutation(seed: int, purpose: str, index: int, size: int) -> Tensor:

@@ -1,0 +1,68 @@
+"""What training minimises: one velocity loss per modality and a light alignment loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reglue.diffusion.denoiser import Denoiser
+from reglue.diffusion.modalities import LOCAL, State, expand_as
+from reglue.diffusion.paths import Path
+
+ALIGNMENT = "alignment"
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """A batch with everything random about it already drawn, so that the loss is a pure function of it."""
+
+    data: State
+    """The state at t = 0."""
+    noise: State
+    """ε in the same shapes."""
+    time: Tensor
+    """(B,) in [0, 1]."""
+    label: Tensor
+    """(B,) int64, dropped labels already replaced by the null label."""
+    alignment_target: Tensor | None = None
+    """The vision encoder's tokens (B, N, d), class token first where the model has one."""
+    keep_local: Tensor | None = None
+    """(B,) bool: False where the local map is hidden from the model, for representation guidance (ReDi, 2504.16064)."""
+
+
+def velocity_losses(predicted: State, target: State) -> State:
+    """Squared error per modality and sample: {name: (B,)}, each a mean over the modality's own elements."""
+    return {name: (predicted[name] - v).float().square().flatten(1).mean(1) for name, v in target.items()}
+
+
+def alignment_loss(projection: Tensor, target: Tensor) -> Tensor:
+    """−mean cos between projected hidden tokens and the encoder's tokens, both (B, N, d): a scalar in [−1, 1]."""
+    return -F.cosine_similarity(projection.float(), target.float(), dim=-1).mean()
+
+
+def loss_terms(denoiser: Denoiser, path: Path, sample: TrainingSample) -> dict[str, Tensor]:
+    """The unweighted terms of the loss as scalars: one per modality, and `alignment` if the sample has targets.
+
+    Where the local map is hidden, the model sees zeros in its place and is not asked for its velocity: the map's
+    velocity cannot be told from nothing.
+    """
+    noisy, velocity = path.interpolate(sample.data, sample.noise, sample.time)
+    keep = sample.keep_local
+    if keep is not None:
+        noisy[LOCAL] = noisy[LOCAL] * expand_as(keep, noisy[LOCAL])
+    prediction = denoiser(noisy, sample.time, sample.label)
+    losses = velocity_losses(prediction.velocity, velocity)
+    terms = {name: loss.mean() for name, loss in losses.items()}
+    if keep is not None:
+        terms[LOCAL] = (losses[LOCAL] * keep).mean()
+    if sample.alignment_target is not None:
+        terms[ALIGNMENT] = alignment_loss(denoiser.projector(prediction.tap), sample.alignment_target)
+    return terms
+
+
+def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """Σ weight · term, a scalar."""
+    return torch.stack([weights[name] * term for name, term in terms.items()]).sum()

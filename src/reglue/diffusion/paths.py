@@ -1,0 +1,75 @@
+"""Interpolants between data (t = 0) and noise (t = 1): x_t = α_t x + σ_t ε (SiT, arXiv 2401.08740, section 3.1)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from math import pi
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from reglue.diffusion.modalities import State, expand_as
+
+PathName = Literal["linear", "cosine"]
+
+
+class Coefficients(NamedTuple):
+    """α_t, σ_t and their time derivatives, in the shape of t."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+
+
+class Path(ABC):
+    """A path from data at t = 0 to noise at t = 1."""
+
+    @abstractmethod
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """The coefficients at the times t in [0, 1]."""
+
+    def interpolate(self, data: State, noise: State, t: Tensor) -> tuple[State, State]:
+        """Noisy states and their velocities for times t (B,).
+
+        Returns (x_t, v) with x_t = α x + σ ε and v = α' x + σ' ε, all in the shapes of `data`.
+        """
+        states: State = {}
+        velocities: State = {}
+        for name, x in data.items():
+            c = self.coefficients(expand_as(t, x))
+            states[name] = c.alpha * x + c.sigma * noise[name]
+            velocities[name] = c.d_alpha * x + c.d_sigma * noise[name]
+        return states, velocities
+
+    def velocity_to_score(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The score ∇ log p_t(x) that belongs to a velocity; t in (0, 1], broadcast against x.
+
+        From x = α x₀ + σ ε and v = α' x₀ + σ' ε follows ε = (α v − α' x) / (α σ' − α' σ), and the score is −ε / σ.
+        """
+        alpha, sigma, d_alpha, d_sigma = self.coefficients(t)
+        return -(alpha * v - d_alpha * x) / ((alpha * d_sigma - d_alpha * sigma) * sigma)
+
+
+class LinearPath(Path):
+    """α = 1 − t, σ = t: the velocity is ε − x."""
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """See `Path.coefficients`."""
+        one = torch.ones_like(t)
+        return Coefficients(1 - t, t, -one, one)
+
+
+class CosinePath(Path):
+    """α = cos(πt/2), σ = sin(πt/2)."""
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """See `Path.coefficients`."""
+        angle = t * (pi / 2)
+        cos, sin = torch.cos(angle), torch.sin(angle)
+        return Coefficients(cos, sin, -pi / 2 * sin, pi / 2 * cos)
+
+
+LINEAR = LinearPath()
+PATHS: dict[PathName, Path] = {"linear": LINEAR, "cosine": CosinePath()}
