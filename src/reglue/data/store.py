@@ -1,0 +1,545 @@
+"""The store: everything that training needs to know of a folder of images, computed once.
+
+A folder with a `manifest.json` and safetensors shards: `latent-00000.safetensors` holds the first rows of the column
+`latent`, and so on. Shard k covers images k·shard_rows … of the source, less those that could not be read, so that a
+shard depends on nothing but its own images: a store that was left half-written continues with its next shard. Each
+shard's metadata names its images, so that nothing but safetensors is needed to read one.
+
+| column | tensors of a row |
+|---|---|
+| `label` | `label` () int64: index of the class, 0 where there are no classes |
+| `latent` | `mean` (C,H,W), and `std` (C,H,W) if the autoencoder has one; raw, before shift and scale |
+| `cls` | `cls` (D,) float32: the encoder's class token |
+| `features` | `features` (L·D,h,w) float16: patch features of the L chosen layers at the encoder's grid |
+| `local.NAME` | `local` (K,h,w): the codes of compressor NAME, at the encoder's grid |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from cattrs.errors import BaseValidationError
+from cattrs.preconf.json import make_converter
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reglue.data.images import UnreadableImage
+from reglue.errors import UserError
+from reglue.files import replacing
+from reglue.latents.autoencoders import AutoencoderSpec
+from reglue.semantics.compressors import CompressorSpec
+from reglue.semantics.encoders import EncoderSpec
+
+FORMAT = 1
+"""Version of the layout on disk."""
+
+MANIFEST = "manifest.json"
+PARTIAL = "manifest.partial.json"
+JOURNAL = "prepare.jsonl"
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images that a store was made from."""
+
+    path: str = field(compare=False)
+    """The image folder as it was given; it may have moved since."""
+    fingerprint: str
+    """`ImageFolder.fingerprint`: names and sizes of its files."""
+    resolution: tuple[int, int]
+    """Height and width in pixels after the crop."""
+    class_names: tuple[str, ...]
+    """In the order of the labels; empty for an unconditional store."""
+    count: int
+    """Images in the folder, unreadable ones included."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a column."""
+
+    shape: tuple[int, ...]
+    """Of one row."""
+    dtype: str
+    """`float16`, `float32` or `int64`."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a column."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column holds and where."""
+
+    tensors: dict[str, TensorSpec]
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Per channel, over images and positions, in float64. For latents: of mean + std·ξ, ξ standard normal."""
+
+    images: int
+    """How many images were looked at."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a store is asked to hold. Equal contents give equal stores."""
+
+    source: Source
+    autoencoder: AutoencoderSpec
+    encoder: EncoderSpec | None
+    features: bool
+    """Whether the encoder's patch features are stored."""
+    latent_dtype: str
+    """`float32` or `float16`: how moments are stored."""
+    shard_rows: int
+    """Images per shard, unreadable ones included."""
+    statistics_images: int
+    """Statistics are taken over so many images, drawn at random (or over all, if there are fewer)."""
+    statistics_seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Contents):
+    """Everything about a finished store."""
+
+    format: int
+    skipped: tuple[UnreadableImage, ...]
+    """Images of the source that have no row."""
+    columns: dict[str, Column]
+    statistics: dict[str, Statistics]
+    compressors: dict[str, CompressorSpec]
+    """By name; the codes of compressor NAME are in column `local.NAME`."""
+    versions: dict[str, str]
+    """Of the libraries that made the store."""
+    hash: str = ""
+    """SHA-256 of all of the above, hence of all shards too."""
+
+
+_converter = make_converter(forbid_extra_keys=True)
+
+
+def to_json(value: Any) -> str:
+    """A dataclass of plain data as JSON, with ASCII characters alone."""
+    return json.dumps(_converter.unstructure(value), indent=1)
+
+
+def from_json(text: str, kind: type[_T], file: Path) -> _T:
+    """Inverse of `to_json`. Raises UserError naming `file` for anything but a `kind`."""
+    try:
+        return _converter.structure(json.loads(text), kind)
+    except (ValueError, BaseValidationError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{file} is damaged or of another version of this program ({type(error).__name__}); prepare it anew"
+        ) from error
+
+
+class Store:
+    """A finished store, read through memory maps."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder = folder
+        self.manifest = manifest
+        rows = [shard.rows for shard in manifest.columns["label"].shards]
+        self._ends = torch.tensor(rows, dtype=torch.int64).cumsum(0)
+        self._mapped: dict[tuple[str, int], dict[str, Tensor]] = {}
+
+    def __reduce__(self):
+        return Store, (self.folder, self.manifest)  # A process maps its own files.
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Store:
+        """Open a store. Raises UserError if it is none, is half-written, or if a file is missing or cut short."""
+        folder = Path(folder)
+        path = folder / MANIFEST
+        if not path.is_file():
+            if (folder / PARTIAL).is_file():
+                raise UserError(f"{folder} is a half-written store; run the same `reglue prepare` again to finish it")
+            raise UserError(f"{folder} is not a store: it has no {MANIFEST}; make one with `reglue prepare`")
+        manifest = _read_manifest(path)
+        for column, content in manifest.columns.items():
+            for shard in content.shards:
+                if not _is_whole(folder, shard):
+                    job = "compress" if column.startswith("local.") else "prepare"
+                    raise UserError(f"{folder / shard.file} is missing or cut short; run the same `reglue {job}` again")
+        return cls(folder, manifest)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Class of each row: (N,) int64, zeros where there are no classes."""
+        return self.read("label", torch.arange(len(self)))["label"]
+
+    def read(self, column: str, rows: Tensor) -> dict[str, Tensor]:
+        """Rows of a column in the order asked for, each tensor (len(rows), …) on the CPU as it is stored.
+
+        `rows` (n,) are indices in [0, N), repeats allowed. Raises UserError for a column that the store does not have
+        and for a damaged file.
+        """
+        content = self._column(column)
+        rows = rows.to("cpu", torch.int64)
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"rows must lie in [0, {len(self)}), got {int(rows.min())} … {int(rows.max())}")
+        out = {
+            name: torch.empty((len(rows), *spec.shape), dtype=getattr(torch, spec.dtype))
+            for name, spec in content.tensors.items()
+        }
+        shard_of_row = torch.searchsorted(self._ends, rows, right=True)
+        shards, order = shard_of_row.sort(stable=True)
+        shards, counts = shards.unique_consecutive(return_counts=True)
+        for shard, positions in zip(shards.tolist(), order.split(counts.tolist()), strict=True):
+            if (column, shard) not in self._mapped:
+                self._mapped[column, shard] = _map(self.folder, content, shard)
+            within = rows[positions] - self._start(shard)
+            for name, tensor in self._mapped[column, shard].items():
+                out[name][positions] = tensor[within]
+        return out
+
+    def scan(
+        self, column: str, rows: Tensor | None = None, chunk: int = 64
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """All rows of a column (or the given ascending ones) in order, at most `chunk` at a time and in bounded memory.
+
+        Yields pairs of row indices (n,) and their tensors (n, …). No chunk straddles two shards.
+        """
+        content = self._column(column)
+        for shard, end in enumerate(self._ends.tolist()):
+            start = self._start(shard)
+            within = torch.arange(start, end) if rows is None else rows[(rows >= start) & (rows < end)]
+            if not len(within):
+                continue
+            mapped = _map(self.folder, content, shard)  # Not kept: resident pages go with the map.
+            for part in within.split(chunk):
+                yield part, {name: tensor[part - start] for name, tensor in mapped.items()}
+
+    def names(self, rows: Tensor) -> list[str]:
+        """Paths of the rows' images within the image folder."""
+        return [self._names[row] for row in rows.tolist()]
+
+    @cached_property
+    def _names(self) -> list[str]:
+        names: list[str] = []
+        for shard in self.manifest.columns["label"].shards:
+            with _opened(self.folder / shard.file) as file:
+                names += json.loads((file.metadata() or {})["names"])
+        return names
+
+    def verify(self, column: str) -> None:
+        """Compare every shard of a column with its hash. Raises UserError naming the first one that differs."""
+        for shard in self._column(column).shards:
+            if _sha256(self.folder / shard.file) != shard.sha256:
+                raise UserError(
+                    f"{self.folder / shard.file} is damaged: its SHA-256 is not the manifest's; delete it and "
+                    "run the command that made it again"
+                )
+
+    def statistics(self, column: str, rows: Tensor) -> Statistics:
+        """Per-channel mean and standard deviation of a column over ascending rows (n,), streamed in float64."""
+        value = value_of(column)
+        shape = self._column(column).tensors[value].shape
+        count = 0
+        mean = torch.zeros(shape[0], dtype=torch.float64)
+        squares = torch.zeros(shape[0], dtype=torch.float64)  # Sum of squared deviations from the mean so far.
+        for _, tensors in self.scan(column, rows, chunk=max(1, 2**23 // math.prod(shape))):
+            values = tensors[value].double().transpose(0, 1).flatten(1)
+            new = values.shape[1]
+            new_variance, new_mean = torch.var_mean(values, dim=1, correction=0)
+            delta = new_mean - mean
+            squares += new_variance * new + delta.square() * (count * new / (count + new))
+            mean += delta * (new / (count + new))
+            count += new
+            if "std" in tensors:  # Var(mean + std·ξ) = Var(mean) + E[std²].
+                squares += tensors["std"].double().square().transpose(0, 1).flatten(1).sum(1)
+        return Statistics(len(rows), tuple(mean.tolist()), tuple((squares / count).sqrt().tolist()))
+
+    def add_codes(self, name: str, compressor: CompressorSpec, shards: Iterable[Tensor]) -> Store:
+        """Write the codes of a compressor as column `local.NAME` and return the store with it.
+
+        `shards` gives the codes (n, K, h, w) of the store's shards in order, n rows each (none for an empty shard).
+        The manifest changes last and at once: until then the store is what it was.
+        """
+        column = f"local.{name}"
+        written = []
+        labels = self.manifest.columns["label"].shards
+        for index, (codes, shard) in enumerate(zip(shards, labels, strict=True)):
+            start = self._start(index)
+            names = self._names[start : start + shard.rows]
+            written.append(write_shard(self.folder, column, index, names, {"local": codes}))
+        content = join_columns(written)
+        before = self.manifest
+        added = Store(self.folder, replace(before, columns={**before.columns, column: content}))
+        manifest = replace(
+            added.manifest,
+            compressors={**before.compressors, name: compressor},
+            statistics={**before.statistics, column: added.statistics(column, torch.arange(len(self)))},
+        )
+        return Store(self.folder, _write_manifest(self.folder, manifest))
+
+    def _column(self, column: str) -> Column:
+        columns = self.manifest.columns
+        if column not in columns:
+            how = "`reglue compress`" if column.startswith("local.") else "`reglue prepare`"
+            raise UserError(
+                f"{self.folder} has no column {column} (it has {', '.join(sorted(columns))}); add it with {how}"
+            )
+        return columns[column]
+
+    def _start(self, shard: int) -> int:
+        return int(self._ends[shard - 1]) if shard else 0
+
+
+class StoreWriter:
+    """Fills a store shard by shard, and knows what an earlier, interrupted run has already done.
+
+    A journal (`prepare.jsonl`, one line per block of `shard_rows` images) says which blocks are complete; a line is
+    added after its shards are in place.
+    """
+
+    def __init__(self, folder: Path | str, asked: Contents):
+        """Begin a store, or continue one. Raises UserError if the folder holds anything else, or other contents."""
+        self.folder = Path(folder)
+        self.contents = asked
+        self._blocks: dict[int, Block] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {self.folder}: {error.strerror}; choose another one") from error
+        if (self.folder / MANIFEST).is_file():
+            has: Contents = _read_manifest(self.folder / MANIFEST)
+        elif (self.folder / PARTIAL).is_file():
+            has = from_json((self.folder / PARTIAL).read_text(), Contents, self.folder / PARTIAL)
+        else:
+            strangers = [entry.name for entry in self.folder.iterdir() if entry.suffix != ".tmp"]
+            if strangers:
+                raise UserError(f"{self.folder} is no store but holds {strangers[0]}; choose a new or an empty folder")
+            has = asked
+            with replacing(self.folder / PARTIAL) as beside:
+                beside.write_text(to_json(asked))
+        _refuse_others(self.folder, has, asked)
+        self._read_journal()
+
+    @property
+    def pending(self) -> list[range]:
+        """The blocks that are still to be done: each a range of indices into the images of the source."""
+        count, rows = self.contents.source.count, self.contents.shard_rows
+        blocks = [range(start, min(start + rows, count)) for start in range(0, count, rows)]
+        return [block for index, block in enumerate(blocks) if index not in self._blocks]
+
+    @property
+    def rows(self) -> int:
+        """Rows written so far, by this run and by earlier ones."""
+        return sum(block.rows for block in self._blocks.values())
+
+    def write(
+        self,
+        block: range,
+        names: list[str],
+        skipped: Iterable[UnreadableImage],
+        columns: Mapping[str, Mapping[str, Tensor]],
+        **measured: float,
+    ) -> None:
+        """Write one pending block: for each column its tensors (len(names), …), in the order of `names`.
+
+        `measured` goes into the journal: figures such as images per second.
+        """
+        index = block.start // self.contents.shard_rows
+        written = {name: write_shard(self.folder, name, index, names, tensors) for name, tensors in columns.items()}
+        done = Block(index, len(names), tuple(skipped), written, measured)
+        with (self.folder / JOURNAL).open("a") as journal:
+            journal.write(json.dumps(_converter.unstructure(done)) + "\n")
+        self._blocks[index] = done
+
+    def finish(self, rows: Tensor) -> Store:
+        """Write the manifest, with statistics over the ascending `rows`, when no block is pending."""
+        if not self.rows:
+            first = self._blocks[0].skipped[0]
+            raise UserError(
+                f"no image in {self.contents.source.path} can be read; the first, {first.name}: {first.reason}"
+            )
+        blocks = [self._blocks[index] for index in sorted(self._blocks)]
+        columns = {name: join_columns([block.columns[name] for block in blocks]) for name in blocks[0].columns}
+        statistics = {}
+        compressors = {}
+        if (self.folder / MANIFEST).is_file():  # A finished store had lost a shard; what was added to it stays.
+            before = _read_manifest(self.folder / MANIFEST)
+            compressors = before.compressors
+            columns = {**before.columns, **columns}
+            statistics = before.statistics
+        manifest = Manifest(
+            **{part.name: getattr(self.contents, part.name) for part in fields(Contents)},
+            format=FORMAT,
+            skipped=tuple(image for block in blocks for image in block.skipped),
+            columns=columns,
+            statistics=statistics,
+            compressors=compressors,
+            versions={
+                name: version(name) for name in ("reglue", "torch", "timm", "diffusers", "safetensors", "pillow")
+            },
+        )
+        unfinished = Store(self.folder, manifest)
+        fresh = {name: unfinished.statistics(name, rows) for name in blocks[0].columns if name != "label"}
+        manifest = _write_manifest(self.folder, replace(manifest, statistics={**statistics, **fresh}))
+        (self.folder / PARTIAL).unlink(missing_ok=True)
+        return Store(self.folder, manifest)
+
+    def _read_journal(self) -> None:
+        path = self.folder / JOURNAL
+        lines = path.read_text().splitlines() if path.is_file() else []
+        for line in lines:
+            try:
+                block = _converter.structure(json.loads(line), Block)
+            except (ValueError, BaseValidationError):
+                continue  # The process died while it wrote this line, so the block counts as not done.
+            if all(_is_whole(self.folder, shard) for column in block.columns.values() for shard in column.shards):
+                self._blocks[block.index] = block
+        # Written anew, because appending to a torn line would spoil the next one too.
+        with replacing(path) as beside:
+            beside.write_text(
+                "".join(json.dumps(_converter.unstructure(block)) + "\n" for block in self._blocks.values())
+            )
+
+
+@dataclass(frozen=True)
+class Block:
+    """A line of the journal: one shard of every column is in place."""
+
+    index: int
+    rows: int
+    skipped: tuple[UnreadableImage, ...]
+    columns: dict[str, Column]
+    """Each with this block's shard alone."""
+    measured: dict[str, float]
+
+
+def value_of(column: str) -> str:
+    """The tensor of a column that its statistics describe: `mean` for `latent`, otherwise the column's namesake."""
+    return "mean" if column == "latent" else column.partition(".")[0]
+
+
+def write_shard(folder: Path, column: str, index: int, names: list[str], tensors: Mapping[str, Tensor]) -> Column:
+    """Write shard `index` of a column: tensors (len(names), …) and the names of the images, whole or not at all."""
+    path = folder / f"{column}-{index:05d}.safetensors"
+    metadata = {"column": column, "names": json.dumps(names), "format": str(FORMAT)}
+    with replacing(path) as beside:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()} if names else {}, beside, metadata)
+        shard = Shard(path.name, len(names), beside.stat().st_size, _sha256(beside))
+    specs = {
+        name: TensorSpec(tuple(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in tensors.items()
+    }
+    return Column(specs, (shard,))
+
+
+def join_columns(columns: list[Column]) -> Column:
+    """One column from its shards, of which those without rows know no shapes."""
+    return Column(
+        next(column.tensors for column in columns if column.shards[0].rows),
+        tuple(shard for column in columns for shard in column.shards),
+    )
+
+
+def _refuse_others(folder: Path, has: Contents, asked: Contents) -> None:
+    """Raise UserError naming the first thing in which a store differs from what was asked for."""
+    for path, old, new in _differences("", has, asked):
+        raise UserError(
+            f"{folder} was prepared with {path} {_brief(old)}{_model_of(path, has)}, not {_brief(new)}"
+            f"{_model_of(path, asked)}; choose another folder, or the same options and images as before"
+        )
+
+
+def _differences(path: str, has: Any, asked: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Paths of fields that compare as different, with both values."""
+    if is_dataclass(has) and is_dataclass(asked):
+        for part in fields(Contents if isinstance(has, Contents) else has):
+            if part.compare:
+                inner = f"{path}.{part.name}".lstrip(".")
+                yield from _differences(inner, getattr(has, part.name), getattr(asked, part.name))
+    elif has != asked:
+        yield path, has, asked
+
+
+def _model_of(path: str, contents: Contents) -> str:
+    """The user's name for the model that a field such as `encoder.weights_sha256` belongs to."""
+    if path.startswith("encoder.") and contents.encoder:
+        return f" ({contents.encoder.name})"
+    return f" ({contents.autoencoder.name})" if path.startswith("autoencoder.") else ""
+
+
+def _brief(value: Any) -> str:
+    text = value.name if isinstance(value, EncoderSpec) else str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _read_manifest(path: Path) -> Manifest:
+    text = path.read_text()
+    manifest = from_json(text, Manifest, path)
+    if manifest.format != FORMAT:
+        raise UserError(f"{path} has format {manifest.format}, and this program reads {FORMAT}; prepare the store anew")
+    if _hash(manifest) != manifest.hash:
+        raise UserError(f"{path} was changed by hand or damaged: its hash does not fit; prepare the store anew")
+    return manifest
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    manifest = replace(manifest, hash=_hash(manifest))
+    with replacing(folder / MANIFEST) as beside:
+        beside.write_text(to_json(manifest))
+    return manifest
+
+
+def _hash(manifest: Manifest) -> str:
+    return hashlib.sha256(to_json(replace(manifest, hash="")).encode()).hexdigest()
+
+
+def _is_whole(folder: Path, shard: Shard) -> bool:
+    try:
+        return (folder / shard.file).stat().st_size == shard.bytes
+    except OSError:
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run the command that made it again") from error
+
+
+def _map(folder: Path, content: Column, index: int) -> dict[str, Tensor]:
+    """The tensors of a shard as views of the file."""
+    shard = content.shards[index]
+    with _opened(folder / shard.file) as file:
+        return {name: file.get_tensor(name) for name in content.tensors}
