@@ -20,7 +20,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     beside = path.with_name(path.name + ".tmp")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode
         yield beside
+        beside.chmod(mode)  # safetensors makes files that only their owner may read; this one is as any other new file.
         beside.replace(path)
     except (OSError, SafetensorError) as error:
         # safetensors wraps the system's error in its own, of which only the text is left.
