@@ -1,9 +1,10 @@
-"""Which process this is, and which device it uses. One path for a laptop, one GPU and many."""
+"""Which process this is, its device and precision. One path for a laptop, one GPU and many."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -74,3 +75,8 @@ def average(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value = value / dist.get_world_size()
     return value
+
+
+def autocast(device: torch.device, precision: Literal["float32", "bfloat16"]) -> torch.autocast:
+    """The precision of matrix products inside the block. The one place that decides it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

@@ -1,0 +1,5 @@
+"""`python -m reglue` is `reglue`."""
+
+from reglue.cli import main
+
+main()

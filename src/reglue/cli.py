@@ -1,0 +1,70 @@
+"""The command line: one subcommand per job, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, Union
+
+import tyro
+
+from reglue.errors import UserError
+from reglue.jobs.compress import Compress, compress
+from reglue.jobs.demo import Demo, demo
+from reglue.jobs.evaluate import Evaluate, evaluate
+from reglue.jobs.prepare import Prepare, prepare
+from reglue.jobs.sample import Sample, sample
+from reglue.jobs.train import Train, train
+from reglue.papers import PAPERS
+
+DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
+
+JOBS = {Prepare: prepare, Compress: compress, Train: train, Sample: sample, Evaluate: evaluate, Demo: demo}
+
+
+def main() -> None:
+    """Run a subcommand. A user's mistake ends with one line and exit code 2, an interruption with 130."""
+    try:
+        options = parse(sys.argv[1:])
+        JOBS[type(options)](options)
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("reglue: interrupted; the same command continues where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> None:
+    """Print one line and exit with code 2."""
+    print(f"reglue: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(arguments: list[str]) -> Any:
+    """The options of the job that the arguments name. Prints what is wrong and exits with code 2 if they do not fit."""
+    recipes = {name: (paper.title, Train(paper.recipe, tyro.MISSING, tyro.MISSING)) for name, paper in PAPERS.items()}
+    jobs = Union[
+        Annotated[Prepare, tyro.conf.subcommand("prepare", description="Images to a store of latents and features.")],
+        Annotated[Compress, tyro.conf.subcommand("compress", description="Fit a compressor to a store's features.")],
+        Annotated[
+            # One subcommand per recipe: the recipe's values are the defaults of its options.
+            (
+                tuple(
+                    Annotated[Train, tyro.conf.subcommand(name, default=default, description=title)]
+                    for name, (title, default) in recipes.items()
+                )
+            ),
+            tyro.conf.subcommand("train", description="Train a recipe on a store, or continue a run."),
+        ],
+        Annotated[Sample, tyro.conf.subcommand("sample", description="Draw images from a run.")],
+        Annotated[Evaluate, tyro.conf.subcommand("evaluate", description="Compare images with a reference.")],
+        Annotated[Demo, tyro.conf.subcommand("demo", description="All of it on handwritten digits, in minutes.")],
+    ]
+    return tyro.cli(
+        jobs,  # type: ignore[arg-type]
+        prog="reglue",
+        description=DESCRIPTION,
+        args=arguments,
+        config=(tyro.conf.ConsolidateSubcommandArgs, tyro.conf.AvoidSubcommands),
+    )

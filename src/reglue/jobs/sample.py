@@ -1,0 +1,194 @@
+"""`reglue sample`: a run to images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from reglue.diffusion.guidance import Guidance
+from reglue.errors import UserError
+from reglue.files import replacing
+from reglue.recipe import Rounding, SamplerName, Sampling
+from reglue.runs import ranks
+from reglue.runs.checkpoints import find
+from reglue.runs.generation import ImageModel, evaluations, load
+from reglue.seeds import generator
+
+PROTOCOL = "samples.json"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw images from a run. Image i depends on the seed and i alone; the same command again draws what is missing."""
+
+    run: Positional[Path]
+    """Folder of the run."""
+    out: Path
+    """A folder for PNG files, or a file that ends in .npz."""
+    count: int = 50
+    """How many images."""
+    seed: int = 0
+    labels: Literal["balanced", "random"] = "balanced"
+    """Classes in turn, or drawn at random (by seed and index)."""
+    classes: tuple[str, ...] = ()
+    """Only these classes, by number or name; all if not given."""
+    step: int | None = None
+    """Checkpoint to use; the last one if not given."""
+    sampler: SamplerName | None = None
+    """These and the following: as in the run's recipe if not given."""
+    steps: int | None = None
+    """Intervals of the time grid; evaluations for Euler and Euler–Maruyama, about half of them for Heun."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 is none."""
+    local_scale: float | None = None
+    """Guidance scale of the local map; as --guidance-scale if not given there either, 1 leaves it conditional."""
+    cls_scale: float | None = None
+    """Guidance scale of the class token; likewise."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guided only between these times; 0 is data, 1 is noise."""
+    representation_scale: float | None = None
+    """Representation guidance, for models trained with --local.dropout."""
+    weaker_run: Path | None = None
+    """A run on the same store whose model guides by being worse (autoguidance)."""
+    auto_scale: float = 2.0
+    """Scale of autoguidance, where --weaker-run is given."""
+    rounding: Rounding | None = None
+    """How pixels become 8-bit numbers."""
+    autoencoder: str | None = None
+    """Decode with another autoencoder than the run's own."""
+    batch_size: int = 32
+    """Images at once in each process; does not change them beyond rounding."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    protocol: dict[str, str] = field(default_factory=dict)
+    """Notes to keep with the images."""
+
+
+def sample(options: Sample) -> Path:
+    """Draw the images. Returns where they are.
+
+    The folder gets `000000.png` … and `samples.json` with the protocol and every label. Raises UserError for a class
+    outside the range, guidance without classes, or a folder with images of another protocol.
+    """
+    if options.count < 1 or options.batch_size < 1:
+        raise UserError("--count and --batch-size must be at least 1")
+    rank, processes = ranks.join()
+    model = load(options.run, step=options.step, device=options.device, autoencoder=options.autoencoder)
+    weaker = load(options.weaker_run, device=options.device).denoiser if options.weaker_run else None
+    if weaker and weaker.config.shape != model.denoiser.config.shape:
+        raise UserError(
+            f"--weaker-run {options.weaker_run} was trained on other modalities or sizes than {options.run}"
+        )
+    sampling = chosen_sampling(options, model.record.recipe.sampling)
+    labels = choose_labels(options, model)
+
+    as_npz = options.out.suffix == ".npz"
+    folder = options.out.with_suffix(".parts") if as_npz else options.out
+    protocol = describe(options, model, sampling, labels)
+    claim(folder, protocol, rank)
+    missing = [i for i in range(options.count) if not (folder / f"{i:06d}.png").is_file()]
+    mine = missing[rank::processes]
+    steps_in_all = -(-len(mine) // options.batch_size) * evaluations(sampling)
+    progress = tqdm(total=steps_in_all, unit="evaluation", desc="sample", disable=rank > 0)
+    for start in range(0, len(mine), options.batch_size):
+        indices = mine[start : start + options.batch_size]
+        wanted = [labels[i] for i in indices]
+        state = model.draw(indices, wanted, options.seed, sampling, weaker=weaker, on_evaluation=progress.update)
+        for i, pixels in zip(indices, model.decode(state, sampling.rounding), strict=True):
+            with replacing(folder / f"{i:06d}.png") as beside:
+                Image.fromarray(pixels).save(beside, format="png")
+    progress.close()
+    ranks.wait_for_all()
+    if as_npz and rank == 0:
+        images = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(options.count)])
+        with replacing(options.out) as beside, beside.open("wb") as file:
+            np.savez(file, arr_0=images, labels=np.array(labels), protocol=json.dumps(protocol))
+        for file in (*folder.glob("*.png"), folder / PROTOCOL):
+            file.unlink()
+        folder.rmdir()
+    return options.out
+
+
+def chosen_sampling(options: Sample, recipe: Sampling) -> Sampling:
+    """The recipe's sampling with what the options change."""
+    guidance = {
+        "scale": options.guidance_scale,
+        "local_scale": options.local_scale,
+        "cls_scale": options.cls_scale,
+        "interval": options.guidance_interval,
+        "representation_scale": options.representation_scale,
+        "auto_scale": options.auto_scale if options.weaker_run else None,
+    }
+    changes = {"sampler": options.sampler, "steps": options.steps, "rounding": options.rounding}
+    if options.steps is not None and options.steps < 1:
+        raise UserError("--steps must be at least 1")
+    try:
+        changed: Guidance = replace(recipe.guidance, **{k: v for k, v in guidance.items() if v is not None})
+    except ValueError as error:
+        raise UserError(f"--guidance-interval: {error}") from None
+    return replace(recipe, guidance=changed, **{k: v for k, v in changes.items() if v is not None})
+
+
+def choose_labels(options: Sample, model: ImageModel) -> list[int]:
+    """The label of each image: a function of the seed and its index."""
+    names = model.record.class_names
+    if not names:
+        if options.classes:
+            model.label(options.classes[0])
+        return [model.denoiser.null_label] * options.count
+    allowed = [model.label(name) for name in options.classes] or list(range(len(names)))
+    if options.labels == "balanced":
+        return [allowed[i % len(allowed)] for i in range(options.count)]
+    return [allowed[generator(options.seed, "label", i).integers(len(allowed))] for i in range(options.count)]
+
+
+def describe(options: Sample, model: ImageModel, sampling: Sampling, labels: list[int]) -> dict[str, Any]:
+    """Everything that decides the images: goes with them, and into every report about them."""
+    record = model.record
+    return {
+        "run": str(options.run),
+        "recipe": record.recipe.name,
+        "model": record.recipe.model,
+        "step": int(find(options.run, options.step).name),
+        "weights": "EMA",
+        "sampling": asdict(sampling),
+        "label_policy": options.labels,
+        "labels": labels,
+        "class_names": list(record.class_names),
+        "seed": options.seed,
+        "decoder": model.autoencoder.spec.name,
+        "decoder_sha256": model.autoencoder.spec.weights_sha256,
+        "weaker_run": str(options.weaker_run) if options.weaker_run else None,
+        "versions": {name: version(name) for name in ("reglue", "torch", "numpy")},
+        "notes": options.protocol,
+    }
+
+
+def claim(folder: Path, protocol: dict[str, Any], rank: int) -> None:
+    """Make the folder, or check that its images are of the same protocol. Raises UserError if they are not."""
+    path = folder / PROTOCOL
+    protocol = json.loads(json.dumps(protocol))  # as it will be read back
+    if path.is_file():
+        before = json.loads(path.read_text())
+        # More images of the same kind may be added: labels are a function of the index.
+        count = min(len(before["labels"]), len(protocol["labels"]))
+        shortened = [{**p, "labels": p["labels"][:count]} for p in (before, protocol)]
+        different = sorted(key for key in protocol if shortened[0].get(key) != shortened[1][key])
+        if different:
+            raise UserError(f"{folder} holds samples of another protocol ({', '.join(different)}); choose a new --out")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds other files; choose a new or an empty folder for --out")
+    ranks.wait_for_all()
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(protocol, indent=1))
+    ranks.wait_for_all()

@@ -1,0 +1,286 @@
+"""`reglue train`: a recipe and a store to a run. The loop reads top to bottom; running it again continues it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from reglue.data.batches import TrainingData
+from reglue.data.images import ImageFolder, UnreadableImage
+from reglue.data.pictures import image_grid
+from reglue.data.store import Store
+from reglue.diffusion.denoiser import Denoiser
+from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
+from reglue.diffusion.paths import PATHS
+from reglue.errors import UserError
+from reglue.files import replacing
+from reglue.recipe import Optimisation, Recipe
+from reglue.runs import checkpoints, ranks
+from reglue.runs.generation import ImageModel, decoder
+from reglue.runs.record import RunRecord
+from reglue.runs.tracking import MetricsLog
+from reglue.seeds import generator
+from reglue.semantics.encoders import load_encoder
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a recipe on a store. The same command again continues where it stopped, with the same bits."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    store: Path
+    """Folder that `reglue prepare` made."""
+    out: Path
+    """Folder of the run: new, or one to continue."""
+    seed: int = 0
+    """Decides the initial weights, the order of images and every draw."""
+    log_every: int = 100
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 10_000
+    """Steps between checkpoints."""
+    keep: int = 3
+    """How many checkpoints stay; 0 keeps all."""
+    preview_every: int = 10_000
+    """Steps between grids of samples from the averaged weights; 0 draws none."""
+    preview_count: int = 16
+    """Images per grid."""
+    preview_steps: int = 50
+    """Sampling steps of the grids."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def train(options: Train) -> Path:
+    """Train until the recipe's last step. Returns the run folder.
+
+    Raises UserError for a store that lacks what the recipe needs, for a run folder of another recipe, store or seed,
+    and when the loss is not finite.
+    """
+    recipe, optimisation = options.recipe, options.recipe.optimisation
+    rank, processes = ranks.join()
+    device = ranks.resolve_device(options.device)
+    store = Store.open(options.store)
+    share, part = part_sizes(optimisation, processes)
+
+    record = RunRecord.of(store, recipe, options.seed)
+    claim(options.out, record, rank)
+    torch.manual_seed(int(generator(options.seed, "initial weights").integers(2**63)))
+    model = Denoiser(record.denoiser).to(device)
+    ema = {name: value.clone() for name, value in model.state_dict().items()}
+    optimiser = torch.optim.AdamW(
+        model.parameters(),
+        lr=optimisation.learning_rate,
+        betas=optimisation.betas,
+        eps=optimisation.epsilon,
+        weight_decay=optimisation.weight_decay,
+        fused=device.type == "cuda",
+    )
+    step = 0
+    if checkpoints.steps(options.out):
+        step = checkpoints.restore(checkpoints.find(options.out), model, ema, optimiser)
+    ranks.wait_for_all()
+    if optimisation.compile:
+        model.compile()
+
+    online = (
+        online_targets(store, device) if recipe.alignment.present and recipe.alignment.targets == "online" else None
+    )
+    data = TrainingData(store, recipe, record.denoiser, options.seed, online)
+    log = MetricsLog(options.out, after_step=step) if rank == 0 else None
+    weights_now, averages = list(model.state_dict().values()), list(ema.values())
+    path = PATHS[recipe.path]
+    sums: dict[str, Tensor] = {}
+    logged_step, logged_time = step, time.perf_counter()
+
+    def positions(of_step: int) -> list[range]:
+        first = of_step * optimisation.batch_size + rank * share
+        return [range(start, start + part) for start in range(first, first + share, part)]
+
+    batches = prefetch(data, (parts for s in range(step, optimisation.steps) for parts in positions(s)), device)
+    progress = tqdm(
+        total=optimisation.steps,
+        initial=step,
+        unit="step",
+        desc=f"train {recipe.name}",
+        disable=rank > 0,
+        smoothing=0.05,
+    )
+    while step < optimisation.steps:
+        loss_weights = recipe.loss_weights(step)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(optimisation, step)
+
+        for _ in range(optimisation.accumulate):
+            sample = next(batches)
+            with ranks.autocast(device, optimisation.precision):
+                terms = loss_terms(model, path, sample)
+            loss = weighted_sum(terms, loss_weights) / optimisation.accumulate
+            loss.backward()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value.detach() / optimisation.accumulate
+            sums["loss"] = sums.get("loss", 0) + loss.detach()
+        ranks.average_gradients(model.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimisation.clip or math.inf)
+        sums["gradient_norm"] = sums.get("gradient_norm", 0) + norm
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(averages, weights_now, 1 - ema_decay(optimisation, step))  # type: ignore[reportPrivateImportUsage]
+        step += 1
+        progress.update()
+
+        last = step == optimisation.steps
+        checkpoint_due = last or step % options.checkpoint_every == 0
+        preview_due = options.preview_every and (last or step % options.preview_every == 0)
+        if step % options.log_every == 0 or checkpoint_due or preview_due:
+            # The only place that waits for the device.
+            stacked = ranks.average(torch.stack(list(sums.values())).double() / (step - logged_step))
+            values = dict(zip(sums, stacked.tolist(), strict=True))
+            if not all(map(math.isfinite, values.values())):
+                bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+                raise UserError(
+                    f"the loss is not finite between steps {logged_step} and {step} ({bad}); lower "
+                    "--optimisation.learning-rate or use --optimisation.clip 1; the last checkpoint is untouched"
+                )
+            now = time.perf_counter()
+            if log:
+                images = (step - logged_step) * optimisation.batch_size
+                rate = learning_rate(optimisation, step - 1)
+                log.write(step=step, **values, learning_rate=rate, images_per_second=images / (now - logged_time))
+                progress.set_postfix(loss=f"{values['loss']:.3f}")
+            sums, logged_step, logged_time = {}, step, now
+        if checkpoint_due and rank == 0:
+            checkpoints.save(options.out, step, model, ema, optimiser)
+            checkpoints.forget_all_but(options.out, options.keep)
+        if preview_due and rank == 0:
+            preview(options, record, ema, device, step)
+            logged_time = time.perf_counter()
+    progress.close()
+    ranks.wait_for_all()
+    return options.out
+
+
+def part_sizes(optimisation: Optimisation, processes: int) -> tuple[int, int]:
+    """Images per step of one process, and of one accumulated part. Raises UserError if they do not divide."""
+    share, rest = divmod(optimisation.batch_size, processes)
+    part, rest_of_share = divmod(share, optimisation.accumulate)
+    if rest or rest_of_share or not part:
+        raise UserError(
+            f"a batch size of {optimisation.batch_size} does not divide into {processes} processes × "
+            f"{optimisation.accumulate} accumulated parts"
+        )
+    return share, part
+
+
+def claim(out: Path, record: RunRecord, rank: int) -> None:
+    """Make the run folder, or check that it is this run's. Raises UserError, naming what differs."""
+    if (out / "run.json").is_file():
+        different = RunRecord.read(out).differences(record)
+        if different:
+            raise UserError(
+                f"{out} is a run with other settings ({', '.join(different)}); choose a new --out, or the old settings"
+            )
+    elif out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} holds other files; choose a new or an empty folder for --out")
+    ranks.wait_for_all()
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        record.write(out)
+
+
+def learning_rate(optimisation: Optimisation, step: int) -> float:
+    """The learning rate of a step, counted from 0."""
+    rate = optimisation.learning_rate
+    if step < optimisation.warmup:
+        return rate * (step + 1) / optimisation.warmup
+    if optimisation.decay == "cosine":
+        done = (step - optimisation.warmup) / max(optimisation.steps - optimisation.warmup, 1)
+        return rate * (1 + math.cos(math.pi * done)) / 2
+    return rate
+
+
+def ema_decay(optimisation: Optimisation, step: int) -> float:
+    """The decay of the moving average at a step, counted from 0."""
+    return min(optimisation.ema, (1 + step) / (10 + step)) if optimisation.ema_warmup else optimisation.ema
+
+
+def prefetch(data: TrainingData, positions: Iterator[range], device: torch.device) -> Iterator[TrainingSample]:
+    """Samples on the device, each read while the one before is in use."""
+    with ThreadPoolExecutor(1) as reader:
+        ahead = None
+        for part in positions:
+            current, ahead = ahead, reader.submit(data.sample, part)
+            if current is not None:
+                yield to_device(current.result(), device)
+        if ahead is not None:
+            yield to_device(ahead.result(), device)
+
+
+def to_device(sample: TrainingSample, device: torch.device) -> TrainingSample:
+    """The sample on a device; copies to a GPU do not wait."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    return replace(
+        sample,
+        data={name: move(value) for name, value in sample.data.items()},
+        noise={name: move(value) for name, value in sample.noise.items()},
+        time=move(sample.time),
+        label=move(sample.label),
+        alignment_target=None if sample.alignment_target is None else move(sample.alignment_target),
+        keep_local=None if sample.keep_local is None else move(sample.keep_local),
+    )
+
+
+def online_targets(store: Store, device: torch.device):
+    """A function from names of images to the encoder's tokens, for alignment without cached features."""
+    source, spec = store.manifest.source, store.manifest.encoder
+    assert spec is not None
+    folder = ImageFolder.open(source.path)
+    index_of = {name: index for index, name in enumerate(folder.names)}
+    encoder = load_encoder(spec.name, source.resolution, (spec.depth - 1,), device)
+    if encoder.spec.weights_sha256 != spec.weights_sha256:
+        raise UserError(f"encoder {spec.name} is not the one that {store.folder} was prepared with: its weights differ")
+
+    def targets(names: Sequence[str]) -> Tensor:
+        pixels: list[Tensor] = []
+        for name in names:
+            image = folder.load(index_of[name], source.resolution) if name in index_of else None
+            if image is None or isinstance(image, UnreadableImage):
+                raise UserError(f"{Path(source.path) / name} is gone or damaged; online alignment needs the images")
+            pixels.append(image)
+        described = encoder.describe(torch.stack(pixels).to(device))
+        patches = described.features.flatten(2).transpose(1, 2)
+        return torch.cat([described.class_token.unsqueeze(1), patches], dim=1).float().cpu()
+
+    return targets
+
+
+def preview(options: Train, record: RunRecord, ema: dict[str, Tensor], device: torch.device, step: int) -> None:
+    """A grid of samples from the averaged weights, as `previews/STEP.png`: the same noise at every step."""
+    denoiser = Denoiser(record.denoiser).to(device)
+    denoiser.load_state_dict(ema)
+    model = ImageModel(record, denoiser, decoder(record, device))
+    sampling = replace(record.recipe.sampling, steps=min(options.preview_steps, record.recipe.sampling.steps))
+    if not record.class_names:
+        sampling = replace(sampling, guidance=replace(sampling.guidance, scale=1.0, local_scale=None, cls_scale=None))
+    classes = max(len(record.class_names), 1)
+    indices = range(options.preview_count)
+    labels = [i % classes for i in indices] if record.class_names else [denoiser.null_label] * len(indices)
+    images = model.decode(model.draw(indices, labels, options.seed, sampling), sampling.rounding)
+    folder = options.out / "previews"
+    folder.mkdir(exist_ok=True)
+    with replacing(folder / f"{step:08d}.png") as beside:
+        columns = math.ceil(options.preview_count**0.5)
+        Image.fromarray(image_grid(images, columns)).save(beside, format="png")

@@ -1,0 +1,117 @@
+"""What a run is: `run.json`, with everything that sampling and resuming need."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+
+from reglue.data.batches import Normalisation, denoiser_config, local_column, normalisations
+from reglue.data.store import Store, from_json, to_json
+from reglue.diffusion.denoiser import DenoiserConfig
+from reglue.errors import UserError
+from reglue.files import replacing
+from reglue.latents.autoencoders import AutoencoderSpec
+from reglue.recipe import Recipe
+from reglue.semantics.compressors import CompressorSpec
+from reglue.semantics.encoders import EncoderSpec
+
+FILE = "run.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """Everything about a run but its weights."""
+
+    format: int = FORMAT
+    recipe: Recipe
+    denoiser: DenoiserConfig
+    class_names: tuple[str, ...]
+    """In the order of the labels; empty for an unconditional model."""
+    resolution: tuple[int, int]
+    """Height and width of the images in pixels."""
+    autoencoder: AutoencoderSpec
+    encoder: EncoderSpec | None
+    compressor: CompressorSpec | None
+    normalisation: dict[str, Normalisation]
+    """Of the semantic modalities that are not learned as they are."""
+    seed: int
+    store: str = field(compare=False)
+    """The store's folder as it was given; it may have moved since."""
+    store_hash: str
+    versions: dict[str, str] = field(compare=False)
+
+    @classmethod
+    def of(cls, store: Store, recipe: Recipe, seed: int) -> RunRecord:
+        """The record of training a recipe on a store. Raises UserError if they do not fit together."""
+        manifest = store.manifest
+        return cls(
+            recipe=recipe,
+            denoiser=denoiser_config(store, recipe),
+            class_names=manifest.source.class_names,
+            resolution=manifest.source.resolution,
+            autoencoder=manifest.autoencoder,
+            encoder=manifest.encoder,
+            compressor=manifest.compressors[recipe.local.compressor] if recipe.local.present else None,
+            normalisation=normalisations(store, recipe),
+            seed=seed,
+            store=str(store.folder),
+            store_hash=data_hash(store, recipe),
+            versions={name: version(name) for name in ("reglue", "torch", "numpy", "safetensors")},
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """The record of a run folder. Raises UserError if it is none."""
+        path = folder / FILE
+        if not path.is_file():
+            raise UserError(f"{folder} is not a run: it has no {FILE}; make one with `reglue train`")
+        return from_json(path.read_text(), cls, path)
+
+    def write(self, folder: Path) -> None:
+        """Write the record into a run folder, whole or not at all."""
+        with replacing(folder / FILE) as beside:
+            beside.write_text(to_json(self))
+
+    def differences(self, other: RunRecord) -> list[str]:
+        """The names of what differs, for a message; the number of steps may differ, as a run may be prolonged."""
+        names: list[str] = []
+        for part in fields(self):
+            mine, theirs = getattr(self, part.name), getattr(other, part.name)
+            if part.compare and mine != theirs:
+                if part.name == "recipe":
+                    names += [f"recipe.{name}" for name in _differing(mine, theirs)]
+                else:
+                    names.append(part.name)
+        return [name for name in names if name != "recipe.optimisation.steps"]
+
+
+def needed_columns(recipe: Recipe) -> list[str]:
+    """The store's columns that training a recipe reads."""
+    columns = ["label", "latent"]
+    if recipe.local.present:
+        columns.append(local_column(recipe))
+    if recipe.class_token.present:
+        columns.append("cls")
+    if recipe.alignment.present and recipe.alignment.targets == "cached":
+        columns += ["cls", "features"]
+    return sorted(set(columns))
+
+
+def data_hash(store: Store, recipe: Recipe) -> str:
+    """SHA-256 of what training reads, so that adding a column that it does not read changes nothing."""
+    columns = store.manifest.columns
+    shards = [shard.sha256 for name in needed_columns(recipe) for shard in columns[name].shards]
+    return hashlib.sha256("".join(shards).encode()).hexdigest()
+
+
+def _differing(mine: object, theirs: object, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for part in fields(mine):  # type: ignore[arg-type]
+        a, b = getattr(mine, part.name), getattr(theirs, part.name)
+        if a != b:
+            nested = hasattr(a, "__dataclass_fields__")
+            names += _differing(a, b, f"{prefix}{part.name}.") if nested else [prefix + part.name]
+    return names

@@ -1,0 +1,133 @@
+"""Small real artifacts on disk: images, a timm encoder, a diffusers autoencoder, a store of them, a run on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import save_file
+
+from reglue.jobs.compress import Compress, compress
+from reglue.jobs.prepare import Prepare, prepare
+
+CLASSES = ("circle", "square", "stripes")
+
+
+def draw_images(folder: Path, per_class: int, size: int = 20) -> Path:
+    """Simple coloured shapes, one sub-folder per class."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:size, :size] - size // 2
+    masks = {"circle": np.hypot(rows, columns) < size / 3, "square": abs(rows) + abs(columns) < size / 3}
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            mask = masks.get(name, (rows + i) % 6 < 3)
+            colours = rng.integers(0, 256, (2, 3), dtype=np.uint8)
+            Image.fromarray(np.where(mask[..., None], colours[0], colours[1])).save(folder / name / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_images(tmp_path_factory.mktemp("images") / "shapes", per_class=8)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A ViT of five blocks on 8×8 patches, in timm's folder layout."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 5, "num_heads": 2}
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
+    save_file(network.state_dict(), folder / "model.safetensors")
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "model_args": sizes,
+        "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+        "reglue_input": {"image_pixels_per_patch": 4, "minimum_input": 16},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A KL autoencoder of three latent channels at half the size, in diffusers' folder layout."""
+    folder = tmp_path_factory.mktemp("autoencoder")
+    torch.manual_seed(0)
+    network = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=3,
+        norm_num_groups=4,
+        sample_size=16,
+        mid_block_add_attention=False,
+    )
+    network.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(
+    tmp_path_factory: pytest.TempPathFactory, tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str
+) -> Path:
+    """24 images of 16 px: latents 3×8×8, features 64×4×4, compressors conv-4 and pca-4."""
+    folder = tmp_path_factory.mktemp("store") / "store"
+    prepare(
+        Prepare(
+            tiny_images,
+            folder,
+            16,
+            tiny_autoencoder,
+            tiny_encoder,
+            features=True,
+            workers=0,
+            shard_size=10,
+            device="cpu",
+        )
+    )
+    compress(Compress(folder, "conv", channels=4, hidden=8, epochs=1, device="cpu"))
+    compress(Compress(folder, "pca", channels=4, device="cpu"))
+    return folder
+
+
+TINY_RECIPE = ["--model=2x32x2/2", "--local.compressor=conv-4", "--optimisation.batch-size=8", "--optimisation.precision=float32", "--optimisation.learning-rate=1e-3", "--alignment.hidden=32", "--sampling.steps=4", "--log-every=5", "--preview-every=0", "--device=cpu"]
+
+
+def reglue_command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "reglue", *map(str, arguments)]
+
+
+def run_reglue(*arguments: str | Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user would, in a process of its own."""
+    return subprocess.run(
+        reglue_command(*arguments),
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path:
+    """A REGLUE run of six steps."""
+    from reglue.cli import parse
+    from reglue.jobs.train import train
+
+    run = tmp_path_factory.mktemp("run") / "run"
+    arguments = ["--store", str(tiny_store), "--out", str(run), *TINY_RECIPE, "--optimisation.steps=6"]
+    train(parse(["train", "reglue", *arguments]))
+    return run
