@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from cattrs import transform_error
 from cattrs.errors import BaseValidationError
 from cattrs.preconf.json import make_converter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from reglue.data.images import UnreadableImage
 from reglue.errors import UserError
@@ -47,6 +49,10 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
 JOURNAL = "prepare.jsonl"
+METADATA = "reglue"
+"""Key of a shard's metadata: JSON with `format`, `column` and `names`, the images of its rows."""
+CODES = "local."
+"""What the names of columns that hold a compressor's codes begin with."""
 
 _T = TypeVar("_T")
 
@@ -151,11 +157,21 @@ def to_json(value: Any) -> str:
 def from_json(text: str, kind: type[_T], file: Path) -> _T:
     """Inverse of `to_json`. Raises UserError naming `file` for anything but a `kind`."""
     try:
-        return _converter.structure(json.loads(text), kind)
-    except (ValueError, BaseValidationError, TypeError, KeyError) as error:
+        return _structure(text, kind)
+    except ValueError as error:
         raise UserError(
-            f"{file} is damaged or of another version of this program ({type(error).__name__}); prepare it anew"
+            f"{file} is damaged or of another version of this program ({error}); prepare the store anew"
         ) from error
+
+
+def _structure(text: str, kind: type[_T]) -> _T:
+    """Raises ValueError, in one line, for anything but a `kind` in JSON."""
+    try:
+        return _converter.structure(json.loads(text), kind)
+    except BaseValidationError as error:
+        raise ValueError(transform_error(error)[0]) from error
+    except (AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"no {kind.__name__}") from error
 
 
 class Store:
@@ -172,8 +188,11 @@ class Store:
         return Store, (self.folder, self.manifest)  # A process maps its own files.
 
     @classmethod
-    def open(cls, folder: Path | str) -> Store:
-        """Open a store. Raises UserError if it is none, is half-written, or if a file is missing or cut short."""
+    def open(cls, folder: Path | str, to_be_replaced: str | None = None) -> Store:
+        """Open a store. Raises UserError if it is none, is half-written, or if a file is missing or cut short.
+
+        Files of the column `to_be_replaced` may be.
+        """
         folder = Path(folder)
         path = folder / MANIFEST
         if not path.is_file():
@@ -183,8 +202,8 @@ class Store:
         manifest = _read_manifest(path)
         for column, content in manifest.columns.items():
             for shard in content.shards:
-                if not _is_whole(folder, shard):
-                    job = "compress" if column.startswith("local.") else "prepare"
+                if column != to_be_replaced and not _is_whole(folder, shard):
+                    job = "compress" if column.startswith(CODES) else "prepare"
                     raise UserError(f"{folder / shard.file} is missing or cut short; run the same `reglue {job}` again")
         return cls(folder, manifest)
 
@@ -238,6 +257,11 @@ class Store:
             for part in within.split(chunk):
                 yield part, {name: tensor[part - start] for name, tensor in mapped.items()}
 
+    def is_whole(self, column: str) -> bool:
+        """Whether the store has a column, and all of its files in full size."""
+        content = self.manifest.columns.get(column)
+        return content is not None and all(_is_whole(self.folder, shard) for shard in content.shards)
+
     def names(self, rows: Tensor) -> list[str]:
         """Paths of the rows' images within the image folder."""
         return [self._names[row] for row in rows.tolist()]
@@ -247,7 +271,7 @@ class Store:
         names: list[str] = []
         for shard in self.manifest.columns["label"].shards:
             with _opened(self.folder / shard.file) as file:
-                names += json.loads((file.metadata() or {})["names"])
+                names += json.loads((file.metadata() or {})[METADATA])["names"]
         return names
 
     def verify(self, column: str) -> None:
@@ -260,13 +284,19 @@ class Store:
                 )
 
     def statistics(self, column: str, rows: Tensor) -> Statistics:
-        """Per-channel mean and standard deviation of a column over ascending rows (n,), streamed in float64."""
+        """Per-channel mean and standard deviation of a column over ascending rows (n,), streamed in float64.
+
+        Raises UserError if they are not finite.
+        """
         value = value_of(column)
         shape = self._column(column).tensors[value].shape
         count = 0
         mean = torch.zeros(shape[0], dtype=torch.float64)
         squares = torch.zeros(shape[0], dtype=torch.float64)  # Sum of squared deviations from the mean so far.
-        for _, tensors in self.scan(column, rows, chunk=max(1, 2**23 // math.prod(shape))):
+        parts = self.scan(column, rows, chunk=max(1, 2**23 // math.prod(shape)))
+        progress = tqdm(total=len(rows), desc=f"statistics of {column}", unit="image", leave=False)
+        for part, tensors in parts:
+            progress.update(len(part))
             values = tensors[value].double().transpose(0, 1).flatten(1)
             new = values.shape[1]
             new_variance, new_mean = torch.var_mean(values, dim=1, correction=0)
@@ -276,7 +306,14 @@ class Store:
             count += new
             if "std" in tensors:  # Var(mean + std·ξ) = Var(mean) + E[std²].
                 squares += tensors["std"].double().square().transpose(0, 1).flatten(1).sum(1)
-        return Statistics(len(rows), tuple(mean.tolist()), tuple((squares / count).sqrt().tolist()))
+        progress.close()
+        std = (squares / count).sqrt()
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            raise UserError(
+                f"column {column} of {self.folder} has values that are not finite; check the weights of the network "
+                "that made it, or store it with --dtype float32 in a new folder"
+            )
+        return Statistics(len(rows), tuple(mean.tolist()), tuple(std.tolist()))
 
     def add_codes(self, name: str, compressor: CompressorSpec, shards: Iterable[Tensor]) -> Store:
         """Write the codes of a compressor as column `local.NAME` and return the store with it.
@@ -284,7 +321,7 @@ class Store:
         `shards` gives the codes (n, K, h, w) of the store's shards in order, n rows each (none for an empty shard).
         The manifest changes last and at once: until then the store is what it was.
         """
-        column = f"local.{name}"
+        column = CODES + name
         written = []
         labels = self.manifest.columns["label"].shards
         for index, (codes, shard) in enumerate(zip(shards, labels, strict=True)):
@@ -304,7 +341,7 @@ class Store:
     def _column(self, column: str) -> Column:
         columns = self.manifest.columns
         if column not in columns:
-            how = "`reglue compress`" if column.startswith("local.") else "`reglue prepare`"
+            how = "`reglue compress`" if column.startswith(CODES) else "`reglue prepare`"
             raise UserError(
                 f"{self.folder} has no column {column} (it has {', '.join(sorted(columns))}); add it with {how}"
             )
@@ -318,7 +355,7 @@ class StoreWriter:
     """Fills a store shard by shard, and knows what an earlier, interrupted run has already done.
 
     A journal (`prepare.jsonl`, one line per block of `shard_rows` images) says which blocks are complete; a line is
-    added after its shards are in place.
+    added after its shards are in place. `complete` says that there was nothing left to do from the start.
     """
 
     def __init__(self, folder: Path | str, asked: Contents):
@@ -330,8 +367,11 @@ class StoreWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {self.folder}: {error.strerror}; choose another one") from error
+        self.complete = False
         if (self.folder / MANIFEST).is_file():
-            has: Contents = _read_manifest(self.folder / MANIFEST)
+            has: Contents = (manifest := _read_manifest(self.folder / MANIFEST))
+            own = [column for name, column in manifest.columns.items() if not name.startswith(CODES)]
+            self.complete = all(_is_whole(self.folder, shard) for column in own for shard in column.shards)
         elif (self.folder / PARTIAL).is_file():
             has = from_json((self.folder / PARTIAL).read_text(), Contents, self.folder / PARTIAL)
         else:
@@ -413,8 +453,8 @@ class StoreWriter:
         lines = path.read_text().splitlines() if path.is_file() else []
         for line in lines:
             try:
-                block = _converter.structure(json.loads(line), Block)
-            except (ValueError, BaseValidationError):
+                block = _structure(line, Block)
+            except ValueError:
                 continue  # The process died while it wrote this line, so the block counts as not done.
             if all(_is_whole(self.folder, shard) for column in block.columns.values() for shard in column.shards):
                 self._blocks[block.index] = block
@@ -445,7 +485,8 @@ def value_of(column: str) -> str:
 def write_shard(folder: Path, column: str, index: int, names: list[str], tensors: Mapping[str, Tensor]) -> Column:
     """Write shard `index` of a column: tensors (len(names), …) and the names of the images, whole or not at all."""
     path = folder / f"{column}-{index:05d}.safetensors"
-    metadata = {"column": column, "names": json.dumps(names), "format": str(FORMAT)}
+    # One key alone, since safetensors writes several in random order, and the same shard must have the same bytes.
+    metadata = {METADATA: json.dumps({"format": FORMAT, "column": column, "names": names})}
     with replacing(path) as beside:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()} if names else {}, beside, metadata)
         shard = Shard(path.name, len(names), beside.stat().st_size, _sha256(beside))

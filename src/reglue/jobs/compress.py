@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from reglue.data.images import ImageFolder
 from reglue.data.pictures import colours_of, image_grid
-from reglue.data.store import Store
+from reglue.data.store import CODES, Store
 from reglue.errors import UserError
 from reglue.files import replacing
 from reglue.runs.ranks import resolve_device
 from reglue.seeds import generator, permutation
-from reglue.semantics.compressors import Compressor, ConvCompressor, PcaCompressor
+from reglue.semantics.compressors import Compressor, ConvCompressor, PcaCompressor, load_compressor
 
 SHOWN = 8
 """Images in the picture of the codes."""
@@ -95,15 +95,15 @@ class Compress:
 
 def compress(options: Compress) -> Store:
     """Fit a compressor and write its codes. Raises UserError for anything that the user can mend."""
-    store = Store.open(options.store)
     name = options.compressor_name
+    store = Store.open(options.store, to_be_replaced=CODES + name)
     folder = store.folder / "compressors" / name
     if "features" not in store.manifest.columns:
         raise UserError(f"{store.folder} has no features to compress; prepare a store with --features")
     if len(store) < 2:
         raise UserError(f"{store.folder} has a single image; a compressor needs two at least, one to be measured on")
-    _same_options_as_before(folder, options)
-    if name in store.manifest.compressors:
+    _same_options_as_before(folder, options, begun=name in store.manifest.compressors)
+    if store.is_whole(CODES + name):
         print(f"{store.folder} has compressor {name} already")
         return store
 
@@ -112,7 +112,9 @@ def compress(options: Compress) -> Store:
     statistics = store.manifest.statistics["features"]
     mean, std = torch.tensor(statistics.mean, device=device), torch.tensor(statistics.std, device=device)
     std = torch.where(std > 1e-6, std, 1.0)  # A channel that never changes stays 0 instead of becoming NaN.
-    if options.kind == "pca":
+    if name in store.manifest.compressors:  # Its codes were damaged.
+        compressor = load_compressor(folder).to(device)
+    elif options.kind == "pca":
         compressor = _fit_pca(options, store, folder, training, held_out, mean, std)
     else:
         compressor = _train_conv(options, store, folder, training, held_out, mean, std)
@@ -130,11 +132,12 @@ def _split(options: Compress, rows: int) -> tuple[Tensor, Tensor]:
     return order[held_out:].sort().values, order[:held_out].sort().values
 
 
-def _same_options_as_before(folder: Path, options: Compress) -> None:
+def _same_options_as_before(folder: Path, options: Compress, begun: bool) -> None:
     """Refuse to continue, or to take for the same, what was begun with other options."""
     path = folder / "options.json"
     asked = options.decisive()
-    if not path.is_file():
+    begun = begun or _checkpoint_of(folder).is_file()
+    if not (begun and path.is_file()):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside:
             beside.write_text(json.dumps(asked, indent=1))
@@ -144,7 +147,7 @@ def _same_options_as_before(folder: Path, options: Compress) -> None:
         if before.get(option) != asked.get(option):
             raise UserError(
                 f"{folder} was made with {option.replace('_', '-')} {before.get(option)}, not {asked.get(option)}; "
-                "choose another --name, or the same options as before"
+                "choose another --name, use the same options as before, or delete that folder"
             )
 
 
@@ -155,7 +158,7 @@ def _fit_pca(
     compressor = PcaCompressor.fit(features, mean, std, options.channels)
     fit, validation = (_measure(compressor, store, rows) for rows in (training, held_out))
     record = {"train_mse": fit.mse, "validation_mse": validation.mse, "explained_variance": validation.explained}
-    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    _write_metrics(folder, [record])
     print(f"{options.compressor_name}: {validation.explained:.1%} of the variance of held-out features explained")
     return compressor
 
@@ -270,15 +273,18 @@ def _checkpoint_of(folder: Path) -> Path:
 def _write_progress(
     folder: Path, compressor: ConvCompressor, optimizer: torch.optim.Adam, records: list[dict[str, float]]
 ) -> None:
-    """Write the state after an epoch, for a run that is killed, and the epochs' figures as JSON lines."""
-    lines = "".join(json.dumps(record) + "\n" for record in records)
+    """Write the state after an epoch, from which a killed run continues, and the epochs' figures as JSON lines."""
     state = {f"weights.{key}": value for key, value in compressor.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         state |= {f"adam.{index}.{key}": value for key, value in moments.items()}
     with replacing(_checkpoint_of(folder)) as beside:
-        save_file(state, beside, {"records": lines})
+        save_file(state, beside, {"records": json.dumps(records)})
+    _write_metrics(folder, records)
+
+
+def _write_metrics(folder: Path, records: list[dict[str, float]]) -> None:
     with replacing(folder / "metrics.jsonl") as beside:
-        beside.write_text(lines)
+        beside.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def _resume(
@@ -289,7 +295,7 @@ def _resume(
     if not path.is_file():
         return 0, []
     with safe_open(path, "pt") as file:
-        records = [json.loads(line) for line in file.metadata()["records"].splitlines()]
+        records = json.loads(file.metadata()["records"])
         state = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 not a dict
     compressor.load_state_dict(
         {key.removeprefix("weights."): value for key, value in state.items() if key.startswith("weights.")}
@@ -307,7 +313,7 @@ def _resume(
 def _draw_codes(store: Store, name: str, path: Path) -> None:
     """A picture of a few images over their codes as colours; of the codes alone where the images have moved away."""
     rows = torch.linspace(0, len(store) - 1, min(SHOWN, len(store))).long()
-    codes = store.read(f"local.{name}", rows)["local"]
+    codes = store.read(CODES + name, rows)["local"]
     height, width = store.manifest.source.resolution
     colours = [
         np.asarray(Image.fromarray(colour).resize((width, height), Image.Resampling.NEAREST))

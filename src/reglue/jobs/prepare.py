@@ -93,6 +93,10 @@ def prepare(options: Prepare) -> Store:
 
     writer = StoreWriter(options.out, _contents(options, images, autoencoder, encoder))
     pending = writer.pending
+    if writer.complete:
+        store = Store.open(options.out)
+        print(f"{options.out} is complete already: {len(store)} images")
+        return store
     remaining = sum(map(len, pending))
     started = time.perf_counter()
     with tqdm(total=len(images), initial=len(images) - remaining, unit="image", desc="prepare") as progress:
@@ -127,14 +131,11 @@ def prepare(options: Prepare) -> Store:
                 peak_rss_mib=peak_rss_mib(),
             )
     seconds = time.perf_counter() - started
-    store = writer.finish(_statistics_rows(options, writer.rows)) if pending else Store.open(options.out)
-    if pending:
-        print(
-            f"{options.out}: {len(store)} images ({len(store.manifest.skipped)} unreadable), "
-            f"{remaining / seconds:.1f} images/s, peak memory {peak_rss_mib():.0f} MiB"
-        )
-    else:
-        print(f"{options.out} is complete already: {len(store)} images")
+    store = writer.finish(_statistics_rows(options, writer.rows))
+    print(
+        f"{options.out}: {len(store)} images ({len(store.manifest.skipped)} unreadable), "
+        f"{remaining / seconds:.1f} images/s, peak memory {peak_rss_mib():.0f} MiB"
+    )
     return store
 
 
@@ -164,7 +165,7 @@ class _Crops(Dataset):
 
 def _decoded(images: ImageFolder, options: Prepare, blocks: list[range], device: torch.device) -> Iterator[_Batch]:
     """The batches of all blocks in order, decoded by other processes ahead of their use. None straddles two blocks."""
-    batches = [part for block in blocks for part in _split(block, options.batch_size)]
+    batches = [list(part) for block in blocks for part in _split(block, options.batch_size)]
     return iter(
         DataLoader(
             _Crops(images, options.size),

@@ -119,6 +119,7 @@ class ConvCompressor(Compressor):
         super().__init__(
             torch.zeros(channels_in) if mean is None else mean, torch.ones(channels_in) if std is None else std
         )
+        self.sizes = (channels_in, hidden, channels_out)
         self.encoder = _conv_stack(channels_in, hidden, channels_out)
         self.decoder = _conv_stack(channels_out, hidden, channels_in)
 
@@ -132,9 +133,7 @@ class ConvCompressor(Compressor):
 
     def spec(self) -> CompressorSpec:
         """Kind, sizes and hash of the weights as they are now."""
-        hidden, channels_in, *_ = self.encoder[0].weight.shape
-        channels = self.encoder[2].weight.shape[0]
-        return CompressorSpec("conv", channels_in, hidden, channels, self.weights_sha256())
+        return CompressorSpec("conv", *self.sizes, self.weights_sha256())
 
 
 class PcaCompressor(Compressor):
@@ -226,7 +225,7 @@ def load_compressor(folder: Path | str) -> Compressor:
             f"{error.filename or folder} is missing: no compressor there; make one with `reglue compress`"
         ) from error
     except (ValueError, BaseValidationError, SafetensorError, RuntimeError, KeyError) as error:
-        raise UserError(f"the compressor in {folder} is damaged; run `reglue compress` again") from error
+        raise UserError(f"the compressor in {folder} is damaged; delete it and run `reglue compress` again") from error
     if compressor.weights_sha256() != spec.weights_sha256:
         raise UserError(
             f"{folder / WEIGHTS_FILE} does not belong to {SPEC_FILE} beside it; run `reglue compress` again"

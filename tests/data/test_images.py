@@ -1,0 +1,198 @@
+"""Image folders: what is listed, the crop, and files that are anything but images."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from reglue.data.images import ImageFolder, UnreadableImage, crop_to, decode
+from reglue.errors import UserError
+
+
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def only_image(tmp_path: Path, name: str = "a.png") -> ImageFolder:
+    return ImageFolder(tmp_path, (name,), (0,), ())
+
+
+def test_classes_are_sorted_sub_folders_and_images_are_sorted_within(tmp_path: Path):
+    for name in ("zebra/b.png", "zebra/a.JPG", "ape/10.png", "ape/2.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        noise_image(4, 4).save(tmp_path / name)
+    (tmp_path / "zebra" / "notes.txt").write_text("not an image")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "README.md").write_text("nor this")
+
+    images = ImageFolder.open(tmp_path)
+
+    assert images.names == ("ape/10.png", "ape/2.webp", "zebra/a.JPG", "zebra/b.png")
+    assert images.labels == (0, 0, 1, 1)
+    assert images.class_names == ("ape", "zebra")
+    assert len(images) == 4
+
+
+def test_a_folder_without_sub_folders_is_unconditional(tmp_path: Path):
+    noise_image(4, 4).save(tmp_path / "a.png")
+    images = ImageFolder.open(str(tmp_path))
+    assert (images.names, images.labels, images.class_names) == (("a.png",), (0,), ())
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda folder: shutil.rmtree(folder), "no such folder"),
+        (lambda folder: None, "holds no images"),
+        (lambda folder: (folder / "full" / "empty_class").parent.rename(folder / "lonely"), "class without images"),
+        (lambda folder: noise_image(2, 2).save(folder / "stray.png"), "stray.png"),
+        (lambda folder: (folder / "full" / "deeper").mkdir(), "deeper"),
+    ],
+)
+def test_folders_that_do_not_fit_are_refused_by_name(tmp_path: Path, make, says: str):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    if says not in ("no such folder", "holds no images"):
+        (folder / "full").mkdir()
+        if says != "class without images":
+            noise_image(2, 2).save(folder / "full" / "a.png")
+    make(folder)
+    with pytest.raises(UserError, match=says) as caught:
+        ImageFolder.open(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def adm_crop(image: Image.Image, side: int) -> np.ndarray:
+    """What ADM does to an image, told once more and for squares alone."""
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    pixels = np.array(
+        image.resize((round(image.size[0] * scale), round(image.size[1] * scale)), Image.Resampling.BICUBIC)
+    )
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    return pixels[top : top + side, left : left + side]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 40))
+def test_square_crops_are_adms_to_the_bit(width: int, height: int, side: int):
+    image = noise_image(width, height)
+    np.testing.assert_array_equal(np.array(crop_to(image, (side, side))), adm_crop(image, side))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 50), st.integers(1, 50))
+def test_any_image_is_cropped_to_any_size(width: int, height: int, target_height: int, target_width: int):
+    cropped = crop_to(noise_image(width, height), (target_height, target_width))
+    assert cropped.size == (target_width, target_height)
+
+
+def test_the_crop_is_the_centre():
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, 8:24] = 255
+    assert np.array(crop_to(Image.fromarray(pixels), (16, 16))).min() == 255
+    assert np.array(crop_to(Image.fromarray(pixels.transpose(1, 0, 2)), (16, 16))).min() == 255
+
+
+def test_an_image_too_long_for_its_scaled_version_to_fit_in_memory_is_refused(tmp_path: Path):
+    Image.new("L", (60_000, 1)).save(tmp_path / "a.png")
+    unreadable = only_image(tmp_path).load(0, (512, 512))
+    assert isinstance(unreadable, UnreadableImage)
+    assert "60000×1" in unreadable.reason
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
+def test_every_mode_of_image_becomes_rgb(tmp_path: Path, mode: str):
+    formats = {"CMYK": "jpg", "YCbCr": "jpg", "I": "tiff", "F": "tiff"}
+    name = f"a.{formats.get(mode, 'png')}"
+    values = np.full((6, 5), 0x8000 if mode.startswith("I") else 128)
+    if mode == "I;16":
+        image = Image.fromarray(values.astype(np.uint16))
+    elif mode in ("I", "F"):
+        image = Image.fromarray(values.astype(np.int32 if mode == "I" else np.float32))
+    else:
+        image = Image.fromarray(values.astype(np.uint8)).convert("RGB").convert(mode)
+    assert image.mode == mode
+    image.save(tmp_path / name)
+
+    pixels = only_image(tmp_path, name).load(0, (6, 5))
+
+    assert isinstance(pixels, torch.Tensor)
+    assert (pixels.shape, pixels.dtype) == ((3, 6, 5), torch.uint8)
+    if mode not in ("1", "P", "CMYK"):  # These cannot hold this grey exactly.
+        assert (pixels.float() - 128).abs().max() <= 2
+
+
+def test_transparency_shows_white(tmp_path: Path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    assert np.array(decode(tmp_path / "a.png")).min() == 255
+
+
+def test_a_photograph_held_sideways_is_turned_upright(tmp_path: Path):
+    image = noise_image(8, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Turn by 90° clockwise to see it upright.
+    image.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(np.array(decode(tmp_path / "a.png")), np.rot90(np.array(image), -1))
+
+
+def test_a_decompression_bomb_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    noise_image(40, 40).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    unreadable = only_image(tmp_path).load(0, (8, 8))
+    assert isinstance(unreadable, UnreadableImage)
+    assert "bomb" in unreadable.reason
+
+
+def encoded(kind: str) -> bytes:
+    file = io.BytesIO()
+    noise_image(24, 18).save(file, kind)
+    return file.getvalue()
+
+
+@settings(max_examples=80, deadline=None)
+@given(kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]), data=st.data())
+def test_no_bytes_whatever_raise(tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject):
+    whole = bytearray(encoded(kind))
+    for _ in range(data.draw(st.integers(0, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    folder = tmp_path_factory.mktemp("wild")
+    (folder / "a.png").write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    result = only_image(folder).load(0, (16, 16))
+    if isinstance(result, UnreadableImage):
+        assert result.name == "a.png"
+        assert result.reason
+        assert "\n" not in result.reason
+    else:
+        assert result.shape == (3, 16, 16)
+
+
+def test_truncated_text_and_missing_files_are_unreadable_with_a_reason(tmp_path: Path):
+    (tmp_path / "cut.jpg").write_bytes(encoded("JPEG")[:400])
+    (tmp_path / "text.png").write_text("I am no image")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    images = ImageFolder.open(tmp_path)
+    results = [images.load(index, (8, 8)) for index in range(len(images))]
+    assert [result.name for result in results if isinstance(result, UnreadableImage)] == list(images.names)
+    assert len(images) == 5
+    assert len(images.fingerprint()) == 64
+
+
+def test_fingerprint_notices_a_replaced_file(tmp_path: Path):
+    noise_image(4, 4).save(tmp_path / "a.png")
+    before = ImageFolder.open(tmp_path).fingerprint()
+    noise_image(5, 5).save(tmp_path / "a.png")
+    assert ImageFolder.open(tmp_path).fingerprint() != before
