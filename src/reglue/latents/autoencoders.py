@@ -181,12 +181,15 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu") -> Autoencod
             return _load_diffusers(name, folder).to(device)
     path = Path(name)
     if path.is_file() and path.name in TAEF2_FILES:
-        return _load_taef2(name, path.parent).to(device)
+        path = path.parent
     if path.is_dir():
+        path = path.resolve()  # so that the name in the spec means the same from any working folder
         is_taef2 = any((path / file).is_file() for file in TAEF2_FILES)
-        return (_load_taef2(name, path) if is_taef2 else _load_diffusers(name, path)).to(device)
+        return (_load_taef2 if is_taef2 else _load_diffusers)(str(path), path).to(device)
     if path.exists():
-        raise UserError(f"autoencoder {name}: give the folder of a diffusers model, or one of {' and '.join(TAEF2_FILES)}")
+        raise UserError(
+            f"autoencoder {name}: give a folder in diffusers' layout, or one of {' and '.join(TAEF2_FILES)}"
+        )
     return _load_diffusers(name, _fetch(name)).to(device)
 
 

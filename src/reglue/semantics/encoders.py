@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,6 +176,8 @@ class VisionEncoder(nn.Module):
 class _Source:
     """Where a network's parts come from, once its name is understood."""
 
+    name: str
+    """With paths made absolute, so that it means the same from any working folder."""
     architecture: str
     weights: Path
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -218,7 +220,7 @@ def load_encoder(
     with source.weights.open("rb") as file:
         weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     spec = EncoderSpec(
-        name=name,
+        name=source.name,
         architecture=source.architecture,
         weights_sha256=weights_sha256,
         width=network.embed_dim,
@@ -239,7 +241,7 @@ def load_encoder(
 def _find_source(name: str) -> _Source:
     if name == STARTER:
         with resources.as_file(resources.files("reglue.starter") / "encoder") as folder:
-            return _source_from_folder(folder)
+            return replace(_source_from_folder(folder), name=STARTER)
     if name in KNOWN_ENCODERS:
         return _source_from_hub(name, KNOWN_ENCODERS[name].architecture)
     if name.startswith("timm:") and "@" not in name:
@@ -247,16 +249,17 @@ def _find_source(name: str) -> _Source:
 
     path = Path(name)
     if path.is_dir():
-        return _source_from_folder(path)
+        return _source_from_folder(path.resolve())
     if path.is_file():
-        return _Source(KNOWN_ENCODERS[_recognise(path)].architecture, path)
+        return _Source(str(path.resolve()), KNOWN_ENCODERS[_recognise(path)].architecture, path)
 
     architecture_name, at, file = name.partition("@")
     if at and (architecture_name in KNOWN_ENCODERS or architecture_name.startswith("timm:")):
         if not Path(file).is_file():
             raise UserError(f"encoder {name}: there is no file {file}")
         known = KNOWN_ENCODERS.get(architecture_name)
-        return _Source(known.architecture if known else _timm_architecture(architecture_name), Path(file))
+        architecture = known.architecture if known else _timm_architecture(architecture_name)
+        return _Source(f"{architecture_name}@{Path(file).resolve()}", architecture, Path(file))
     raise UserError(
         f"unknown encoder {name!r}: it is neither a file nor a folder; short names are {', '.join(encoder_names())}, "
         "others are given as timm:NAME"
@@ -279,14 +282,18 @@ def _source_from_folder(folder: Path) -> _Source:
     config_file, weights = folder / "config.json", folder / "model.safetensors"
     for file in (config_file, weights):
         if not file.is_file():
-            raise UserError(f"encoder {folder}: {file.name} is missing; a timm folder has config.json, model.safetensors")
+            raise UserError(
+                f"encoder {folder}: {file.name} is missing; timm's layout is config.json, model.safetensors"
+            )
     try:
         config = json.loads(config_file.read_text())
         architecture = config["architecture"]
         input_rule = InputRule(**config.get("reglue_input", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"encoder {folder}: config.json is not in timm's layout ({error!r})") from error
-    return _Source(architecture, weights, config.get("model_args", {}), config.get("pretrained_cfg", {}), input_rule)
+    return _Source(
+        str(folder), architecture, weights, config.get("model_args", {}), config.get("pretrained_cfg", {}), input_rule
+    )
 
 
 def _source_from_hub(name: str, architecture: str) -> _Source:
@@ -302,7 +309,7 @@ def _source_from_hub(name: str, architecture: str) -> _Source:
             f"encoder {name} cannot be fetched ({type(error).__name__}): download model.safetensors of {repository} "
             f"from the Hugging Face hub and give it as {name}@FILE"
         ) from error
-    return _Source(architecture, Path(weights))
+    return _Source(name, architecture, Path(weights))
 
 
 def _recognise(file: Path) -> str:

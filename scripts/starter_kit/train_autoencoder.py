@@ -1,0 +1,156 @@
+"""Train the starter kit's autoencoder: a small diffusers AutoencoderKL, four latent channels at a quarter of the size.
+
+    python scripts/starter_kit/train_autoencoder.py --images imagenette-224.tar --out autoencoder
+
+The loss is L1 on pixels and on their differences, with a little KL. At the end the latents' statistics are measured
+and written into the configuration, so that normalised latents have mean 0 and standard deviation 1.
+"""
+
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from views import random_view, read_images, to_array
+
+
+@dataclass(frozen=True)
+class TrainAutoencoder:
+    """Options of the training."""
+
+    images: Path
+    """A tar file or a folder laid out as train/class/image."""
+    out: Path
+    """Folder to write, in the layout of diffusers."""
+    minutes: float = 20.0
+    """Time to train; the learning rate falls to zero over it."""
+    save_minutes: float = 6.0
+    """Write what there is after so many minutes, and again after as many."""
+    views: int = 8_000
+    """Crops and shapes to train on, made once."""
+    image_limit: int = 5_000
+    """Photographs to read."""
+    size: int = 64
+    """Side of a view in pixels; half of the batches are halved to half that side."""
+    shape_share: float = 0.25
+    """Share of views that are bright shapes on a dark ground."""
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+    kl_weight: float = 1e-4
+    """Of the KL divergence to a standard normal, a mean over latent elements, against an L1 per pixel."""
+    difference_weight: float = 0.5
+    """Of the L1 of differences of neighbouring pixels, which keeps edges sharp."""
+    ema_decay: float = 0.998
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (16, 32, 64)
+    """Channels per resolution, from the full one; each one more halves the grid."""
+    threads: int = 1
+    seed: int = 0
+
+
+def train_autoencoder(options: TrainAutoencoder) -> None:
+    """Train, measure the latents, save."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    rng = np.random.default_rng(options.seed)
+
+    photographs, _ = read_images(options.images, "train", options.image_limit)
+    made = [
+        random_view(photographs[i % len(photographs)], options.size, options.shape_share, rng)
+        for i in tqdm(range(options.views), desc="views")
+    ]
+    views = torch.from_numpy(to_array(made))
+    del photographs, made
+
+    levels = len(options.widths)
+    autoencoder = AutoencoderKL(
+        block_out_channels=options.widths,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        latent_channels=options.latent_channels,
+        norm_num_groups=8,
+        sample_size=options.size,
+        mid_block_add_attention=False,
+    ).to(memory_format=torch.channels_last)
+    average = copy.deepcopy(autoencoder).requires_grad_(False)
+    optimiser = torch.optim.AdamW(autoencoder.parameters(), options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+
+    start, step, elapsed, saves = time.monotonic(), 0, 0.0, 1
+    with tqdm(total=100, desc="training", unit="%") as progress:
+        while elapsed < 1:
+            rows = rng.choice(len(views), options.batch_size, replace=False)
+            images = random_scale(views[rows].float() / 127.5 - 1, rng).to(memory_format=torch.channels_last)
+            posterior = autoencoder.encode(images).latent_dist
+            decoded = autoencoder.decode(posterior.sample()).sample
+            kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+            pixels, differences = F.l1_loss(decoded, images), difference_loss(decoded, images)
+            loss = pixels + options.difference_weight * differences + options.kl_weight * kl
+
+            for group in optimiser.param_groups:
+                group["lr"] = options.learning_rate * min(1.0, (step + 1) / 100) * (1 - elapsed)
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
+            optimiser.step()
+            decay = min(options.ema_decay, (step + 1) / (step + 10))
+            with torch.no_grad():
+                for mean, value in zip(average.parameters(), autoencoder.parameters(), strict=True):
+                    mean.lerp_(value, 1 - decay)
+
+            step += 1
+            elapsed = (time.monotonic() - start) / (60 * options.minutes)
+            progress.update(100 * elapsed - progress.n)
+            psnr = -10 * torch.log10(F.mse_loss(decoded.detach().clamp(-1, 1), images) / 4)
+            progress.set_postfix(step=step, pixels=f"{pixels:.4f}", kl=f"{kl:.2f}", psnr=f"{psnr:.2f}")
+
+            if elapsed * options.minutes > saves * options.save_minutes:
+                save(average, views[:1000], options.out)
+                saves += 1
+
+    save(average, views[:2000], options.out)
+
+
+def save(autoencoder: AutoencoderKL, views: Tensor, folder: Path) -> None:
+    """Measure the latents of the views, write them into the configuration, and save in float16."""
+    mean, std = latent_statistics(autoencoder, views)
+    tqdm.write(f"latent mean {mean:.4f}, std {std:.4f}")
+    autoencoder.register_to_config(scaling_factor=1 / std, shift_factor=mean, force_upcast=False)
+    copy.deepcopy(autoencoder).half().save_pretrained(folder)
+
+
+def random_scale(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """The images at half size, or a crop of two thirds of their side."""
+    if rng.random() < 0.5:
+        return F.avg_pool2d(images, 2)
+    side = images.shape[-1] * 5 // 8
+    top, left = rng.integers(images.shape[-1] - side + 1, size=2)
+    return images[:, :, top : top + side, left : left + side]
+
+
+def difference_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    """Mean absolute error of the differences of neighbouring pixels, along both axes."""
+    return sum((F.l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (2, 3)), torch.zeros(()))
+
+
+@torch.no_grad()
+def latent_statistics(autoencoder: AutoencoderKL, views: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation over all elements of sampled latents, in float64; the views at both sizes count."""
+    latents = []
+    for chunk in views.split(100):
+        images = chunk.float() / 127.5 - 1
+        sampled = (autoencoder.encode(scaled).latent_dist.sample() for scaled in (images, F.avg_pool2d(images, 2)))
+        latents.extend(sample.double().flatten() for sample in sampled)
+    values = torch.cat(latents)
+    return values.mean().item(), values.std().item()
+
+
+if __name__ == "__main__":
+    train_autoencoder(tyro.cli(TrainAutoencoder))

@@ -1,0 +1,122 @@
+"""What the starter kit is trained on: crops of photographs, and a share of bright shapes on a dark ground.
+
+The share is there because the kit also has to describe and reconstruct handwriting, which no photograph resembles.
+No handwriting is used: the shapes are thresholded photographs, random strokes and letters of Pillow's own font.
+"""
+
+import io
+import math
+import string
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from tqdm import tqdm
+
+IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png"}
+
+
+def read_images(source: Path, split: str, limit: int | None = None) -> tuple[list[Image.Image], list[str]]:
+    """Images and class names of one split of a tar file or folder laid out as `split/class/image`.
+
+    With a limit: that many images, evenly spread over the sorted files, so that every class is among them.
+    """
+    read = _files_of_tar(source, split) if source.is_file() else _files_of_folder(source / split)
+    files = sorted(read, key=lambda file: file[0])
+    if limit is not None:
+        files = [files[i] for i in np.linspace(0, len(files) - 1, min(limit, len(files))).astype(int)]
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for _, data in tqdm(files, desc=f"{split} images")]
+    return images, [Path(name).parent.name for name, _ in files]
+
+
+def _files_of_tar(source: Path, split: str) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(source) as tar:
+        for member in tar:
+            path = Path(member.name)
+            if member.isfile() and split in path.parts and path.suffix.lower() in IMAGE_SUFFIXES:
+                file = tar.extractfile(member)
+                assert file is not None
+                yield member.name, file.read()
+
+
+def _files_of_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            yield str(path), path.read_bytes()
+
+
+def random_view(image: Image.Image, size: int, shape_share: float, rng: np.random.Generator) -> Image.Image:
+    """A random crop of a photograph, flipped half the time, at size × size; or, in that share of cases, a shape."""
+    if rng.random() >= shape_share:
+        return _random_crop(image, size, rng)
+    if rng.random() < 0.25:
+        return _thresholded(_random_crop(image, size, rng), rng)
+    return _strokes(size, rng) if rng.random() < 0.65 else _glyph(size, rng)
+
+
+def to_array(images: list[Image.Image]) -> NDArray[np.uint8]:
+    """RGB images of one size as (B, 3, H, W)."""
+    return np.stack([np.asarray(image) for image in images]).transpose(0, 3, 1, 2)
+
+
+def _random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    area = image.width * image.height * rng.uniform(0.25, 1.0)
+    aspect = math.exp(rng.uniform(-0.25, 0.25))
+    width = min(image.width, round(math.sqrt(area * aspect)))
+    height = min(image.height, round(math.sqrt(area / aspect)))
+    left, top = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
+    crop = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+
+
+def _thresholded(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The bright or the dark parts of a photograph, as soft white on black."""
+    grey = image.convert("L").filter(ImageFilter.GaussianBlur(image.width * rng.uniform(0.01, 0.03)))
+    values = np.asarray(grey, dtype=np.float32) * rng.choice([-1, 1])
+    threshold = np.quantile(values, rng.uniform(0.6, 0.9))
+    softness = max(4.0, float(values.std())) * rng.uniform(0.1, 0.5)
+    white = 255 / (1 + np.exp(-np.clip((values - threshold) / softness, -30, 30)))
+    return Image.fromarray(white.astype(np.uint8)).convert("RGB")
+
+
+def _strokes(size: int, rng: np.random.Generator) -> Image.Image:
+    """One or two round-ended curves through random points."""
+    canvas = Image.new("L", (2 * size, 2 * size))
+    draw = ImageDraw.Draw(canvas)
+    thickness = rng.uniform(0.05, 0.13) * canvas.width
+    for _ in range(rng.integers(1, 3)):
+        points = rng.uniform(0.15, 0.85, size=(rng.integers(3, 8), 2)) * canvas.width
+        for x, y in _curve(points, 4 * size):
+            half = thickness / 2
+            draw.ellipse((x - half, y - half, x + half, y + half), fill=255)
+    return canvas.resize((size, size), Image.Resampling.BOX).convert("RGB")
+
+
+def _curve(points: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
+    """A quadratic B-spline: smooth, and inside the hull of its points."""
+    padded = np.concatenate([points[:1], points, points[-1:]])
+    segments = len(padded) - 2
+    position = np.linspace(0, segments, steps, endpoint=False)
+    segment, t = position.astype(int), (position % 1)[:, None]
+    before, here, after = padded[segment], padded[segment + 1], padded[segment + 2]
+    return 0.5 * ((1 - t) ** 2 * before + (1 + 2 * t * (1 - t)) * here + t**2 * after)
+
+
+def _glyph(size: int, rng: np.random.Generator) -> Image.Image:
+    """A letter or numeral, turned, sheared and moved a little."""
+    canvas = Image.new("L", (2 * size, 2 * size))
+    font = ImageFont.load_default(size=float(canvas.width * rng.uniform(0.6, 0.95)))
+    character = str(rng.choice(list(string.ascii_letters + string.digits)))
+    centre = canvas.width / 2
+    stroke = int(rng.integers(0, size // 12))
+    ImageDraw.Draw(canvas).text((centre, centre), character, 255, font, anchor="mm", stroke_width=stroke)
+    angle, shear, scale = rng.uniform(-0.4, 0.4), rng.uniform(-0.3, 0.3), rng.uniform(0.9, 1.2)
+    a, b = math.cos(angle) * scale, (math.sin(angle) + shear) * scale
+    c, d = -math.sin(angle) * scale, math.cos(angle) * scale
+    shift = rng.uniform(-0.06, 0.06, size=2) * canvas.width
+    matrix = (a, b, centre - a * centre - b * centre + shift[0], c, d, centre - c * centre - d * centre + shift[1])
+    moved = canvas.transform(canvas.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+    return moved.resize((size, size), Image.Resampling.BOX).convert("RGB")

@@ -1,0 +1,227 @@
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import cattrs
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from reglue.errors import UserError
+from reglue.latents import autoencoders
+from reglue.latents.autoencoders import AutoencoderSpec, Moments, autoencoder_names, load_autoencoder
+from reglue.latents.taef2 import taef2_decoder, taef2_encoder
+
+
+def random_images(*size: int, count: int = 2) -> torch.Tensor:
+    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def write_kl(folder: Path, seed: int = 0, **config: object) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    network = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[4, 8],
+        norm_num_groups=2,
+        latent_channels=3,
+        **config,  # pyright: ignore[reportArgumentType]
+    )
+    network.save_pretrained(folder)
+    return network.eval()
+
+
+def write_tiny(folder: Path) -> AutoencoderTiny:
+    torch.manual_seed(0)
+    sizes = {"encoder_block_out_channels": [8, 8, 8], "decoder_block_out_channels": [8, 8, 8], "latent_channels": 5}
+    network = AutoencoderTiny(**sizes, num_encoder_blocks=[1, 1, 1], num_decoder_blocks=[1, 1, 1])
+    network.save_pretrained(folder)
+    return network.eval()
+
+
+def write_taef2(folder: Path, width: int = 4, latent_channels: int = 6) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    encoder, decoder = taef2_encoder(width, latent_channels), taef2_decoder(width, latent_channels)
+    folder.mkdir(exist_ok=True)
+    save_file(encoder.state_dict(), folder / "taef2_encoder.safetensors")
+    save_file(decoder.state_dict(), folder / "taef2_decoder.safetensors")
+    return encoder, decoder
+
+
+def test_kl_autoencoder_gives_the_moments_and_images_of_diffusers(tmp_path: Path) -> None:
+    network = write_kl(tmp_path, scaling_factor=0.5, shift_factor=0.25)
+    autoencoder = load_autoencoder(str(tmp_path))
+    images = random_images(16, 24)
+    moments = autoencoder.encode(images)
+    with torch.no_grad():
+        posterior = network.encode(images).latent_dist
+        torch.testing.assert_close(moments.mean, posterior.mean)
+        torch.testing.assert_close(moments.std, posterior.std)
+        decoded = network.decode(posterior.mean).sample.clamp(-1, 1)
+    torch.testing.assert_close(autoencoder.decode(moments.mean), decoded)
+
+    spec = autoencoder.spec
+    assert (spec.kind, spec.latent_channels, spec.downsampling) == ("AutoencoderKL", 3, 2)
+    assert (spec.shift, spec.scale) == ((0.25,) * 3, (0.5,) * 3)
+    assert spec.latent_size((16, 24)) == tuple(moments.mean.shape[-2:]) == (8, 12)
+
+
+def test_normalisation_may_differ_per_channel(tmp_path: Path) -> None:
+    write_kl(tmp_path, scaling_factor=1.0, latents_mean=[1.0, 2.0, 3.0], latents_std=[0.5, 1.0, 2.0])
+    spec = load_autoencoder(str(tmp_path)).spec
+    raw = torch.tensor([1.5, 3.0, 5.0]).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    torch.testing.assert_close(spec.normalise(raw), torch.ones(2, 3, 4, 4))
+    torch.testing.assert_close(spec.denormalise(spec.normalise(raw)), raw.contiguous())
+
+
+def test_tiny_autoencoder_is_deterministic(tmp_path: Path) -> None:
+    network = write_tiny(tmp_path)
+    autoencoder = load_autoencoder(str(tmp_path))
+    images = random_images(16, 32)
+    moments = autoencoder.encode(images)
+    assert moments.std is None
+    with torch.no_grad():
+        torch.testing.assert_close(moments.mean, network.encode(images).latents)
+        decoded = network.decode(moments.mean).sample.clamp(-1, 1)
+    torch.testing.assert_close(autoencoder.decode(moments.mean), decoded)
+    assert (autoencoder.spec.latent_channels, autoencoder.spec.downsampling) == (5, 4)
+
+
+def test_moments_draw() -> None:
+    mean, noise = torch.zeros(1, 2, 2, 2), torch.ones(1, 2, 2, 2)
+    torch.testing.assert_close(Moments(mean, noise * 3).draw(noise), noise * 3)
+    torch.testing.assert_close(Moments(mean, None).draw(noise), mean)
+
+
+@pytest.mark.parametrize("path", [".", "taef2_encoder.safetensors", "taef2_decoder.safetensors"])
+def test_taef2_loads_by_folder_or_either_file(tmp_path: Path, path: str) -> None:
+    encoder, decoder = write_taef2(tmp_path)
+    autoencoder = load_autoencoder(str(tmp_path / path))
+    images = random_images(16, 32)
+    moments = autoencoder.encode(images)
+    with torch.no_grad():
+        torch.testing.assert_close(moments.mean, encoder((images + 1) / 2))
+        torch.testing.assert_close(autoencoder.decode(moments.mean), (2 * decoder(moments.mean) - 1).clamp(-1, 1))
+    assert moments.std is None
+    spec = autoencoder.spec
+    assert (spec.kind, spec.latent_channels, spec.downsampling) == ("TAEF2", 6, 8)
+    assert (spec.shift, spec.scale) == ((0.0,) * 6, (1.0,) * 6)
+    assert spec == load_autoencoder(str(tmp_path)).spec
+
+
+def test_taef2_has_the_published_keys() -> None:
+    # A module whose index shifted would still run: the keys are what ties it to the published weights.
+    pools = ["pool.0.weight", "pool.1.weight", "pool.1.bias", "pool.3.weight"]
+    convolutions = [f"conv.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")]
+
+    def keys(plain: list[int], bare: list[int], blocks: list[int], pooled: list[int]) -> set[str]:
+        return (
+            {f"{i}.{kind}" for i in plain for kind in ("weight", "bias")}
+            | {f"{i}.weight" for i in bare}
+            | {f"{i}.{key}" for i in blocks + pooled for key in convolutions}
+            | {f"{i}.{key}" for i in pooled for key in pools}
+        )
+
+    encoder, decoder = taef2_encoder(64, 32), taef2_decoder(64, 32)
+    assert set(encoder.state_dict()) == keys([0, 14], [2, 6, 10], [1, 3, 4, 5, 7, 8, 9], [11, 12, 13])
+    assert set(decoder.state_dict()) == keys([1, 19], [7, 12, 17], [8, 9, 10, 13, 14, 15, 18], [3, 4, 5])
+    assert encoder.state_dict()["11.pool.0.weight"].shape == (256, 64, 1, 1)
+    assert decoder(100 * torch.ones(1, 32, 1, 1)).shape == (1, 3, 8, 8)
+
+
+def test_spec_is_plain_data_and_tells_latent_spaces_apart(tmp_path: Path) -> None:
+    write_kl(tmp_path / "a")
+    write_kl(tmp_path / "same")
+    write_kl(tmp_path / "b", seed=1)
+    spec = load_autoencoder(str(tmp_path / "a")).spec
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    assert converter.structure(json.loads(json.dumps(asdict(spec))), AutoencoderSpec) == spec
+    assert load_autoencoder(str(tmp_path / "same")).spec == spec
+    assert load_autoencoder(str(tmp_path / "b")).spec != spec
+
+
+def test_autoencoder_is_frozen_and_in_float32(tmp_path: Path) -> None:
+    write_kl(tmp_path).half().save_pretrained(tmp_path)
+    autoencoder = load_autoencoder(str(tmp_path)).train()
+    assert not autoencoder.training
+    assert all(not p.requires_grad and p.dtype == torch.float32 for p in autoencoder.parameters())
+
+
+def refusal(name: str | Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load_autoencoder(str(name))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_unknown_name_lists_the_valid_ones() -> None:
+    message = refusal("sd-vae-ft-nonsense")
+    assert all(name in message for name in autoencoder_names())
+    assert "neither a file nor a folder" in refusal("./nowhere/here")
+
+
+def test_missing_network_says_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> str:
+        raise OSError("no route")
+
+    monkeypatch.setattr(autoencoders, "snapshot_download", offline)
+    message = refusal("sd-vae-ft-mse")
+    assert "stabilityai/sd-vae-ft-mse" in message
+    assert "diffusion_pytorch_model.safetensors" in message
+
+
+def test_hub_name_is_read_from_the_cached_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_kl(tmp_path / "vae")
+    asked: list[object] = []
+
+    def snapshot(repository: str, allow_patterns: list[str]) -> str:
+        asked.extend([repository, *allow_patterns])
+        return str(tmp_path)
+
+    monkeypatch.setattr(autoencoders, "snapshot_download", snapshot)
+    assert load_autoencoder("owner/model/vae").spec.name == "owner/model/vae"
+    assert asked == ["owner/model", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+
+
+def test_unfitting_folders_are_refused_by_name(tmp_path: Path) -> None:
+    assert "config.json is missing" in refusal(tmp_path)
+    write_kl(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"latent_channels": 7}))
+    assert "does not fit the network" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
+    assert "says UNet2DModel" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    assert "not in diffusers' layout" in refusal(tmp_path)
+
+
+def test_truncated_and_missing_weights_are_refused(tmp_path: Path) -> None:
+    write_kl(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    incomplete = load_file(weights)
+    del incomplete["quant_conv.bias"]
+    save_file(incomplete, weights)
+    assert "quant_conv.bias" in refusal(tmp_path)
+    weights.write_bytes(weights.read_bytes()[:-50])
+    assert "is not a safetensors file" in refusal(tmp_path)
+    weights.unlink()
+    assert "is missing" in refusal(tmp_path)
+
+
+def test_half_of_taef2_is_refused(tmp_path: Path) -> None:
+    write_taef2(tmp_path)
+    (tmp_path / "taef2_decoder.safetensors").unlink()
+    assert "taef2_decoder.safetensors is missing" in refusal(tmp_path / "taef2_encoder.safetensors")
+    save_file({"other": torch.zeros(1)}, tmp_path / "taef2_decoder.safetensors")
+    assert "taef2_decoder.safetensors does not fit" in refusal(tmp_path)
+    save_file({"other": torch.zeros(1)}, tmp_path / "taef2_encoder.safetensors")
+    assert "does not hold the encoder of TAEF2" in refusal(tmp_path)
+
+
+def test_image_size_must_fit(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    with pytest.raises(UserError, match="multiples of 4 pixels"):
+        load_autoencoder(str(tmp_path)).spec.latent_size((30, 32))
