@@ -102,7 +102,18 @@ def tiny_store(
     return folder
 
 
-TINY_RECIPE = ["--model=2x32x2/2", "--local.compressor=conv-4", "--optimisation.batch-size=8", "--optimisation.precision=float32", "--optimisation.learning-rate=1e-3", "--alignment.hidden=32", "--sampling.steps=4", "--log-every=5", "--preview-every=0", "--device=cpu"]
+TINY_RECIPE = [
+    "--model=2x32x2/2",
+    "--local.compressor=conv-4",
+    "--optimisation.batch-size=8",
+    "--optimisation.precision=float32",
+    "--optimisation.learning-rate=1e-3",
+    "--alignment.hidden=32",
+    "--sampling.steps=4",
+    "--log-every=5",
+    "--preview-every=0",
+    "--device=cpu",
+]
 
 
 def reglue_command(*arguments: str | Path) -> list[str]:

@@ -44,7 +44,7 @@ def fail(message: str) -> None:
 def parse(arguments: list[str]) -> Any:
     """The options of the job that the arguments name. Prints what is wrong and exits with code 2 if they do not fit."""
     recipes = {name: (paper.title, Train(paper.recipe, tyro.MISSING, tyro.MISSING)) for name, paper in PAPERS.items()}
-    jobs = Union[
+    jobs = Union[  # noqa: UP007, too long for bars
         Annotated[Prepare, tyro.conf.subcommand("prepare", description="Images to a store of latents and features.")],
         Annotated[Compress, tyro.conf.subcommand("compress", description="Fit a compressor to a store's features.")],
         Annotated[

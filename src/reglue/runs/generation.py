@@ -54,7 +54,8 @@ def decoder(record: RunRecord, device: torch.device, name: str | None = None) ->
     if name is None and found.spec != expected:
         raise UserError(
             f"autoencoder {expected.name} is not the one that the run was trained with "
-            f"(weights {found.spec.weights_sha256[:12]}, expected {expected.weights_sha256[:12]}); put the old one back or choose one with --autoencoder"
+            f"(weights {found.spec.weights_sha256[:12]}, expected {expected.weights_sha256[:12]}); put the old one "
+            "back or choose one with --autoencoder"
         )
     if found.spec.latent_channels != expected.latent_channels:
         raise UserError(
