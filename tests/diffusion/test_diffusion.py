@@ -1,0 +1,180 @@
+"""Properties of paths, samplers and guidance that hold whatever the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from reglue.diffusion.denoiser import Denoiser, DenoiserConfig, Prediction
+from reglue.diffusion.guidance import Guidance, guided_velocity
+from reglue.diffusion.modalities import State, StateShape
+from reglue.diffusion.objective import TrainingSample, loss_terms
+from reglue.diffusion.paths import PATHS
+from reglue.diffusion.samplers import euler, euler_maruyama, heun, stochastic_times, uniform_times
+
+SHAPE = StateShape(latent_channels=3, grid=(4, 6), local_channels=5, class_token_width=7)
+
+
+def random_state(batch: int = 2, seed: int = 0, shape: StateShape = SHAPE) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(batch, *size, generator=generator, dtype=torch.float64)
+        for name, size in shape.shapes().items()
+        for name, size in shape.shapes().items()
+    }
+
+
+@pytest.mark.parametrize("name", PATHS)
+@given(t=st.floats(0.01, 0.99))
+def test_velocity_is_the_derivative_of_the_path(name: str, t: float) -> None:
+    path, data, noise = PATHS[name], random_state(seed=1), random_state(seed=2)  # type: ignore[index]
+    at = torch.full((2,), t, dtype=torch.float64)
+    _, velocity = path.interpolate(data, noise, at)
+    after, before = path.interpolate(data, noise, at + 1e-5)[0], path.interpolate(data, noise, at - 1e-5)[0]
+    for key, v in velocity.items():
+        torch.testing.assert_close((after[key] - before[key]) / 2e-5, v, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@given(t=st.floats(0.05, 0.95))
+def test_score_of_a_gaussian_is_exact(name: str, t: float) -> None:
+    # Data N(0, s²): x_t is N(0, α²s² + σ²), and the velocity is E[α'x₀ + σ'ε | x_t], linear in x_t.
+    path, s = PATHS[name], 0.7  # type: ignore[index]
+    now = torch.tensor(t, dtype=torch.float64)
+    alpha, sigma, d_alpha, d_sigma = path.coefficients(now)
+    variance = alpha**2 * s**2 + sigma**2
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    velocity = (d_alpha * alpha * s**2 + d_sigma * sigma) / variance * x
+    torch.testing.assert_close(path.velocity_to_score(velocity, x, now), -x / variance)
+
+
+def gaussian_velocity(state: State, time: float, step_start: float | None = None) -> State:
+    """The exact velocity for data N(0, 0.5²) on the linear path."""
+    variance = (1 - time) ** 2 * 0.25 + time**2
+    factor = (-(1 - time) * 0.25 + time) / variance
+    return {name: factor * x for name, x in state.items()}
+
+
+def test_samplers_reach_the_gaussian_they_follow() -> None:
+    start = {"latent": torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)}
+    noise = torch.Generator().manual_seed(1)
+    draws = iter(lambda: {"latent": torch.randn(20_000, 1, generator=noise, dtype=torch.float64)}, None)
+    results = {
+        "euler": euler(gaussian_velocity, start, uniform_times(200)),
+        "heun": heun(gaussian_velocity, start, uniform_times(50)),
+        "euler-maruyama": euler_maruyama(gaussian_velocity, start, stochastic_times(250), draws),
+    }
+    for name, result in results.items():
+        assert result["latent"].std().item() == pytest.approx(0.5, rel=0.03), name
+        assert result["latent"].mean().item() == pytest.approx(0, abs=0.02), name
+
+
+def test_heun_is_of_second_order() -> None:
+    start = {"latent": torch.ones(1, 1, dtype=torch.float64)}
+    exact = heun(gaussian_velocity, start, uniform_times(4000))["latent"].item()
+    errors = [abs(heun(gaussian_velocity, start, uniform_times(n))["latent"].item() - exact) for n in (20, 40)]
+    assert errors[0] / errors[1] > 3
+
+
+@given(steps=st.integers(1, 300))
+def test_time_grids_run_from_noise_to_data(steps: int) -> None:
+    for times, intervals in ((uniform_times(steps), steps), (stochastic_times(steps), steps)):
+        assert len(times) == intervals + 1
+        assert times[0] == 1
+        assert times[-1] == 0
+        assert times == sorted(times, reverse=True)
+
+
+@dataclass
+class Recorder:
+    """A denoiser that notes what it is asked, and answers with the label."""
+
+    null_label: int = 9
+    asked: list[int] = field(default_factory=list)
+
+    def __call__(self, state: State, time: Tensor, label: Tensor) -> Prediction:
+        self.asked.append(len(label))
+        return Prediction(
+            {name: x * 0 + label.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) for name, x in state.items()}, None
+        )
+
+
+def test_no_branch_is_evaluated_that_guidance_does_not_use() -> None:
+    state, label = random_state(), torch.tensor([1, 2])
+    cases = [
+        (Guidance(), 0.5, 2),
+        (Guidance(2.0), 0.5, 4),
+        (Guidance(2.0, interval=(0.0, 0.4)), 0.5, 2),
+        (Guidance(2.0, interval=(0.0, 0.5)), 0.5, 4),
+        (Guidance(1.0, local_scale=2.0), 0.5, 4),
+        (Guidance(2.0, representation_scale=1.5), 0.5, 6),
+        (Guidance(2.0, representation_scale=1.5, interval=(0.6, 1.0)), 0.5, 2),
+    ]
+    for guidance, time, evaluated in cases:
+        denoiser = Recorder()
+        guided_velocity(denoiser, label, guidance)(state, time)
+        assert denoiser.asked == [evaluated], guidance
+
+
+def test_each_modality_has_its_own_scale() -> None:
+    state, label = random_state(), torch.tensor([1, 2])
+    velocity = guided_velocity(Recorder(), label, Guidance(3.0, local_scale=1.0, cls_scale=2.0))(state, 0.5)
+    for name, scale in (("latent", 3.0), ("local", 1.0), ("cls", 2.0)):
+        expected = 9 + scale * (label.double() - 9)
+        assert torch.equal(velocity[name].flatten(1)[:, 0], expected), name
+        assert velocity[name].dtype == state[name].dtype
+
+
+def test_a_step_is_guided_as_a_whole() -> None:
+    velocity = guided_velocity(Recorder(), torch.tensor([1, 2]), Guidance(2.0, interval=(0.0, 0.5)))
+    inside = velocity(random_state(), 0.6, step_start=0.5)["cls"][0, 0]
+    assert inside != velocity(random_state(), 0.6)["cls"][0, 0]
+
+
+def tiny_denoiser(shape: StateShape = SHAPE, classes: int = 3) -> Denoiser:
+    torch.manual_seed(0)
+    denoiser = Denoiser(
+        DenoiserConfig(shape, classes, 2, 16, 2, alignment_depth=1, alignment_width=6, alignment_hidden=8)
+    )
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return denoiser
+
+
+@given(
+    rows=st.integers(1, 3), columns=st.integers(1, 3), patch=st.integers(1, 3), local=st.sampled_from([0, 2]),
+    token=st.sampled_from([0, 5]), classes=st.sampled_from([0, 1, 10]),
+)  # fmt: skip
+def test_any_size_goes_through(rows: int, columns: int, patch: int, local: int, token: int, classes: int) -> None:
+    shape = StateShape(3, (rows * patch, columns * patch), local, token)
+    denoiser = Denoiser(DenoiserConfig(shape, classes, 1, 8, 2, patch))
+    state = {name: x.float() for name, x in random_state(2, shape=shape).items()}
+    velocity = denoiser(state, torch.rand(2), torch.full((2,), classes)).velocity
+    assert {name: v.shape for name, v in velocity.items()} == {name: x.shape for name, x in state.items()}
+
+
+def test_a_hidden_local_map_is_neither_seen_nor_asked_for() -> None:
+    denoiser = tiny_denoiser()
+    data, noise = ({k: v.float() for k, v in random_state(seed=s).items()} for s in (1, 2))
+    common = {"time": torch.tensor([0.3, 0.6]), "label": torch.tensor([0, 1])}
+    hidden = TrainingSample(data, noise, **common, keep_local=torch.tensor([False, True]))
+    changed = {**data, "local": data["local"] + torch.tensor([5.0, 0.0]).view(2, 1, 1, 1)}
+    other = TrainingSample(changed, noise, **common, keep_local=torch.tensor([False, True]))
+    a, b = (loss_terms(denoiser, PATHS["linear"], sample) for sample in (hidden, other))
+    assert {k: v.item() for k, v in a.items()} == {k: v.item() for k, v in b.items()}
+    shown = loss_terms(denoiser, PATHS["linear"], TrainingSample(data, noise, **common))
+    assert shown["local"] != a["local"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"patch": 5}, "patches of 5"), ({"heads": 3}, "heads"), ({"alignment_depth": 9}, "only 2 blocks")],
+)
+def test_sizes_that_do_not_fit_are_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DenoiserConfig(**{"shape": SHAPE, "classes": 3, "depth": 2, "width": 16, "heads": 2, **change})

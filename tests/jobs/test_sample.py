@@ -1,0 +1,173 @@
+"""Sampling: image i is a function of (seed, i), and mistakes are named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import CLASSES, reglue_command, run_reglue
+from reglue.diffusion.guidance import Guidance
+from reglue.errors import UserError
+from reglue.jobs.sample import Sample, sample
+from reglue.recipe import Sampling
+from reglue.runs import generation
+from reglue.runs.generation import load
+
+
+def pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))]).astype(int)
+
+
+def recorded_noise(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """Every noise that is drawn from now on."""
+    drawn: list[dict[str, torch.Tensor]] = []
+    original = generation.normals
+
+    def record(*arguments):
+        drawn.append(original(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(generation, "normals", record)
+    return drawn
+
+
+def test_noise_and_labels_are_the_same_bits_whatever_the_batch(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = recorded_noise(monkeypatch)
+    by_size = {}
+    for size in (1, 3, 64):
+        drawn.clear()
+        sample(Sample(tiny_run, tmp_path / str(size), count=7, batch_size=size, labels="random", device="cpu"))
+        draws = 4  # the start and the three noisy steps of four
+        batches = [drawn[i : i + draws] for i in range(0, len(drawn), draws)]
+        by_size[size] = {
+            (step, name): torch.cat([batch[step][name] for batch in batches])
+            for step in range(draws)
+            for name in ("latent", "local", "cls")
+        }
+    for size in (3, 64):
+        assert by_size[1].keys() == by_size[size].keys()
+        for key, noise in by_size[1].items():
+            assert torch.equal(noise, by_size[size][key]), (size, key)
+        assert abs(pixels(tmp_path / "1") - pixels(tmp_path / str(size))).max() <= 1
+    protocols = [json.loads((tmp_path / str(size) / "samples.json").read_text()) for size in (1, 3, 64)]
+    assert protocols[0]["labels"] == protocols[1]["labels"] == protocols[2]["labels"]
+    assert len(set(protocols[0]["labels"])) > 1
+
+
+def test_two_processes_draw_the_images_of_one(tiny_run: Path, tmp_path: Path) -> None:
+    sample(Sample(tiny_run, tmp_path / "one", count=6, device="cpu"))
+    subprocess.run(
+        [
+            *reglue_command()[:1], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "reglue",
+            "sample", str(tiny_run), "--out", str(tmp_path / "two"), "--count=6", "--device=cpu",
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert abs(pixels(tmp_path / "one") - pixels(tmp_path / "two")).max() <= 1
+    files = [(tmp_path / name / "samples.json").read_text() for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_what_is_missing_is_drawn_again(tiny_run: Path, tmp_path: Path) -> None:
+    out = sample(Sample(tiny_run, tmp_path / "out", count=4, device="cpu"))
+    before = {file.name: file.read_bytes() for file in out.glob("*.png")}
+    times = {name: (out / name).stat().st_mtime_ns for name in before}
+    (out / "000002.png").unlink()
+    sample(Sample(tiny_run, out, count=6, device="cpu"))
+    after = {file.name: file.read_bytes() for file in out.glob("*.png")}
+    assert sorted(after) == [f"{i:06d}.png" for i in range(6)]
+    assert {name: after[name] for name in before} == before
+    assert (out / "000001.png").stat().st_mtime_ns == times["000001.png"]
+
+
+def test_other_settings_are_refused_where_images_are(tiny_run: Path, tmp_path: Path) -> None:
+    out = sample(Sample(tiny_run, tmp_path / "out", count=2, device="cpu"))
+    with pytest.raises(UserError, match=r"another protocol .*seed"):
+        sample(Sample(tiny_run, out, count=2, seed=1, device="cpu"))
+    assert len(list(out.glob("*.png"))) == 2
+
+
+def test_npz_holds_the_same_images(tiny_run: Path, tmp_path: Path) -> None:
+    folder = sample(Sample(tiny_run, tmp_path / "png", count=5, device="cpu"))
+    packed = np.load(sample(Sample(tiny_run, tmp_path / "images.npz", count=5, device="cpu")), allow_pickle=False)
+    assert np.array_equal(packed["arr_0"], pixels(folder))
+    assert packed["arr_0"].dtype == np.uint8
+    assert packed["labels"].tolist() == [0, 1, 2, 0, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npz", "png"]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama"])
+def test_every_sampler_and_guidance_draws_images(tiny_run: Path, tmp_path: Path, sampler: str) -> None:
+    out = sample(
+        Sample(
+            tiny_run, tmp_path / "out", count=3, sampler=sampler, guidance_scale=2.0, local_scale=1.5, cls_scale=1.0,  # type: ignore[arg-type]
+            guidance_interval=(0.1, 0.8), representation_scale=1.2, weaker_run=tiny_run, steps=3, device="cpu",
+        )
+    )  # fmt: skip
+    images = pixels(out)
+    assert images.shape == (3, 16, 16, 3)
+    assert images.std() > 0
+    protocol = json.loads((out / "samples.json").read_text())
+    assert protocol["sampling"]["sampler"] == sampler
+    assert protocol["sampling"]["guidance"]["interval"] == [0.1, 0.8]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--classes", "3"], "class 3: choose 0 to 2 or a name"),
+        (["--classes", "-1"], "class -1: choose 0 to 2"),
+        (["--classes", "triangle"], "class triangle"),
+        (["--step", "7"], "no checkpoint of step 7; it has 6"),
+        (["--count", "0"], "--count"),
+        (["--guidance-interval", "0.9", "0.1"], "--guidance-interval"),
+        (["--autoencoder", "no-such-autoencoder"], "no-such-autoencoder"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(tiny_run: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = run_reglue("sample", tiny_run, "--out", tmp_path / "out", *arguments, check=False)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(UserError, match="is not a run"):
+        load(run, device="cpu")
+    (run / "run.json").write_bytes((tiny_run / "run.json").read_bytes())
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        load(run, device="cpu")
+    (run / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run.json is damaged"):
+        load(run, device="cpu")
+
+
+def test_a_damaged_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    file = run / "checkpoints" / "00000006" / "ema.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"ema\.safetensors cannot be read"):
+        load(run, device="cpu")
+
+
+def test_python_interface(tiny_run: Path) -> None:
+    model = load(tiny_run, device="cpu")
+    fast = Sampling("euler", 2, Guidance(1.5))
+    images = model.generate([CLASSES[1], 2], seed=3, sampling=fast)
+    assert [image.size for image in images] == [(16, 16)] * 2
+    again = model.generate(["square", "stripes", 0], seed=3, sampling=fast, batch_size=1)
+    assert abs(np.asarray(images[1], int) - np.asarray(again[1], int)).max() <= 1
