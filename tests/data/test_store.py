@@ -239,7 +239,7 @@ def test_unknown_columns_and_rows_outside_are_refused(whole: Store):
 def test_images_of_which_none_can_be_read(tmp_path: Path):
     writer = StoreWriter(tmp_path / "store", contents(count=1))
     fill(writer)
-    with pytest.raises(UserError, match="no image in photos can be read.*broken"):
+    with pytest.raises(UserError, match=r"no image in photos can be read.*broken"):
         writer.finish(torch.arange(0))
 
 
@@ -247,7 +247,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path):
     writer = StoreWriter(tmp_path / "store", contents(count=1))
     tensors = {"label": {"label": torch.tensor([0])}, "latent": {"mean": torch.full((1, 3, 4, 6), torch.nan)}}
     writer.write(writer.pending[0], ["a.png"], [], tensors)
-    with pytest.raises(UserError, match="latent .* not finite"):
+    with pytest.raises(UserError, match=r"latent .* not finite"):
         writer.finish(torch.arange(1))
 
 

@@ -228,23 +228,20 @@ class _Fit:
 
     mse: float
     explained: float
-    """1 − squared error / squared deviation from the channel's mean."""
+    """1 − squared error / squared deviation from the store's mean of each channel."""
 
 
 @torch.inference_mode()
 def _measure(compressor: Compressor, store: Store, rows: Tensor) -> _Fit:
     error = torch.zeros((), dtype=torch.float64, device=compressor.mean.device)
-    total = torch.zeros_like(compressor.mean, dtype=torch.float64)
-    squares = torch.zeros_like(total)
+    deviation = torch.zeros_like(error)
     count = 0
     for _, tensors in store.scan("features", rows):
         features = compressor.standardise(tensors["features"].to(compressor.mean.device))
         error += (compressor.expand(compressor.compress(features)) - features).double().square().sum()
-        total += features.double().sum((0, 2, 3))
-        squares += features.double().square().sum((0, 2, 3))
-        count += features.numel() // len(total)
-    deviation = (squares - total.square() / count).sum()
-    return _Fit((error / (count * len(total))).item(), (1 - error / deviation).item())
+        deviation += features.double().square().sum()
+        count += features.numel()
+    return _Fit((error / count).item(), (1 - error / deviation).item())
 
 
 def _scan(store: Store, rows: Tensor, what: str) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

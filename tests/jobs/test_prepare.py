@@ -1,0 +1,278 @@
+"""`prepare`: what it stores, and what it does when images, disk or process fail."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+import reglue.data.store
+from reglue.data.images import crop_to
+from reglue.data.store import Store
+from reglue.errors import UserError
+from reglue.jobs.prepare import Prepare, prepare
+from reglue.latents.autoencoders import load_autoencoder
+from reglue.semantics.encoders import load_encoder
+
+
+@pytest.fixture
+def options(tmp_path: Path, tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str) -> Callable[..., Prepare]:
+    """Options with changes; three shards of the 24 images."""
+
+    def make(**changes) -> Prepare:
+        defaults = {
+            "images": tiny_images,
+            "out": tmp_path / "store",
+            "resolution": 16,
+            "autoencoder": tiny_autoencoder,
+            "encoder": tiny_encoder,
+            "features": True,
+            "shard_size": 10,
+            "workers": 0,
+            "device": "cpu",
+        }
+        return Prepare(**{**defaults, **changes})
+
+    return make
+
+
+@pytest.fixture
+def own_images(tmp_path: Path, tiny_images: Path) -> Path:
+    return Path(shutil.copytree(tiny_images, tmp_path / "images"))
+
+
+def shards_of(store: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.glob("*.safetensors")}
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_rows_are_what_the_networks_say_about_the_crops(options, tiny_images, tiny_encoder, tiny_autoencoder):
+    store = prepare(options())
+    names = store.names(torch.arange(len(store)))
+    assert names == sorted(path.relative_to(tiny_images).as_posix() for path in tiny_images.rglob("*.png"))
+
+    rows = torch.tensor([23, 0, 9])
+    crops = [crop_to(Image.open(tiny_images / names[row]), (16, 16)) for row in rows.tolist()]
+    pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+    moments = load_autoencoder(tiny_autoencoder).encode(pixels / 127.5 - 1)
+    described = load_encoder(tiny_encoder, 16).describe(pixels)
+    stored = {column: store.read(column, rows) for column in ("latent", "cls", "features")}
+    torch.testing.assert_close(stored["latent"]["mean"], moments.mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stored["latent"]["std"], moments.std, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stored["cls"]["cls"], described.class_token, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stored["features"]["features"], described.features.half(), atol=2e-3, rtol=2e-3)
+
+    assert store.manifest.source.class_names == ("circle", "square", "stripes")
+    assert store.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert len(store.manifest.statistics["features"].mean) == described.features.shape[1]
+
+
+def test_batch_size_and_workers_change_nothing_but_rounding(options, tmp_path: Path):
+    one = prepare(options(batch_size=1))
+    many = prepare(options(batch_size=7, workers=2, out=tmp_path / "many"))
+    rows = torch.arange(len(one))
+    for column in ("label", "latent", "cls", "features"):
+        for name, tensor in one.read(column, rows).items():
+            tolerance = 2e-3 if tensor.dtype == torch.float16 else 1e-5
+            torch.testing.assert_close(many.read(column, rows)[name], tensor, atol=tolerance, rtol=tolerance)
+
+
+def test_oblong_unconditional_latents_alone_in_half_precision(options, tiny_images: Path):
+    store = prepare(
+        options(images=tiny_images / "circle", resolution=(8, 20), encoder="none", features=False, dtype="float16")
+    )
+    assert store.manifest.columns.keys() == {"label", "latent"}
+    assert store.manifest.columns["latent"].tensors["mean"].shape == (3, 4, 10)
+    assert store.read("latent", torch.tensor([0]))["mean"].dtype == torch.float16
+    assert store.manifest.source.class_names == ()
+    assert store.labels.tolist() == [0] * 8
+
+
+def test_statistics_are_over_a_random_sample_and_not_the_first_class(options):
+    store = prepare(options(statistics_images=4, seed=3))
+    assert store.manifest.statistics["cls"].images == 4
+    tokens = store.read("cls", torch.arange(24))["cls"].double()
+    mean = torch.tensor(store.manifest.statistics["cls"].mean, dtype=torch.float64)
+    assert not torch.allclose(mean, tokens[:4].mean(0), atol=1e-3)
+    subsets = torch.combinations(torch.arange(24), 4)
+    assert torch.isclose(tokens[subsets].mean(1), mean, atol=1e-6).all(1).sum() == 1, "not the mean of four rows"
+
+
+def test_speed_and_memory_are_reported(options, capsys: pytest.CaptureFixture[str]):
+    out = prepare(options()).folder
+    assert "images/s, peak memory" in capsys.readouterr().out
+    measured = [json.loads(line)["measured"] for line in (out / "prepare.jsonl").read_text().splitlines()]
+    assert len(measured) == 3
+    assert all(block["images_per_second"] > 0 and block["peak_rss_mib"] > 1 for block in measured)
+
+
+def test_the_same_command_again_does_nothing(options, capsys: pytest.CaptureFixture[str]):
+    out = prepare(options()).folder
+    before = everything_in(out)
+    assert len(prepare(options(batch_size=3))) == 24
+    assert "complete already" in capsys.readouterr().out
+    assert everything_in(out) == before
+
+
+def test_bad_images_are_named_and_skipped(options, own_images: Path, capsys: pytest.CaptureFixture[str]):
+    cut = own_images / "circle" / "003.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    (own_images / "square" / "text.jpg").write_text("no image")
+
+    store = prepare(options(images=own_images))
+
+    assert len(store) == 23
+    assert [image.name for image in store.manifest.skipped] == ["circle/003.png", "square/text.jpg"]
+    said = capsys.readouterr().err
+    assert str(cut) in said
+    assert "text.jpg" in said
+    names = store.names(torch.arange(23))
+    assert "circle/003.png" not in names
+    assert [store.manifest.source.class_names[label] for label in store.labels] == [
+        name.split("/")[0] for name in names
+    ]
+
+
+def test_strict_stops_at_a_bad_image(options, own_images: Path):
+    (own_images / "square" / "text.jpg").write_text("no image")
+    with pytest.raises(UserError, match=r"square/text\.jpg: .*--strict"):
+        prepare(options(images=own_images, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"resolution": 18}, "multiples of 4"),
+        ({"resolution": 17}, "multiples of 2"),
+        ({"resolution": 0}, "--resolution 0"),
+        ({"layers": (9,)}, r"blocks 0 to 4"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"encoder": "none"}, "--features needs an encoder"),
+        ({"encoder": "dino-v99"}, "dino-v99"),
+        ({"images": Path("nowhere")}, "nowhere: no such folder"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_written(options, tmp_path: Path, changes, says: str):
+    with pytest.raises(UserError, match=says) as caught:
+        prepare(options(**changes))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"layers": (0, 1)}, r"encoder\.layers \(1, 2, 3, 4\) .*, not \(0, 1\)"),
+        ({"resolution": 20}, r"resolution \(16, 16\)"),
+    ],
+)
+def test_a_store_made_otherwise_is_refused_and_unharmed(options, changes, says: str):
+    out = prepare(options()).folder
+    before = everything_in(out)
+    with pytest.raises(UserError, match=says):
+        prepare(options(**changes))
+    assert everything_in(out) == before
+
+
+def test_images_that_changed_since_are_refused(options, own_images: Path):
+    prepare(options(images=own_images))
+    (own_images / "circle" / "000.png").unlink()
+    with pytest.raises(UserError, match=r"source\.fingerprint"):
+        prepare(options(images=own_images))
+
+
+KILLED = """
+import os, signal, sys
+import reglue.data.store as store
+from reglue.jobs.prepare import Prepare, prepare
+calls = iter(range(100))
+hash_file = store._sha256
+def dying(path):
+    if next(calls) == 6:  # In the second block, between writing a shard and putting it in place.
+        os.kill(os.getpid(), signal.SIGKILL)
+    return hash_file(path)
+store._sha256 = dying
+prepare(eval(sys.argv[1], {"Prepare": Prepare, "PosixPath": __import__("pathlib").Path}))
+"""
+
+
+def test_killed_and_run_again_gives_the_same_store(options, tmp_path: Path):
+    whole = prepare(options(out=tmp_path / "whole"))
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, repr(options())], capture_output=True, timeout=120, check=False
+    )
+    assert killed.returncode == -9, killed.stderr
+    with pytest.raises(UserError, match="half-written"):
+        Store.open(tmp_path / "store")
+    done = shards_of(tmp_path / "store")
+    assert 4 <= len(done) < 12
+
+    store = prepare(options())
+
+    assert store.manifest == whole.manifest
+    assert shards_of(store.folder) == shards_of(whole.folder)
+    assert not list(store.folder.glob("*.tmp"))
+
+
+def test_killed_before_the_manifest_and_run_again(options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reglue.data.store.Store, "statistics", die)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(options())
+    assert len(prepare(options())) == 24
+
+
+def test_a_file_that_cannot_be_written_leaves_no_half(options, tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*latent-00000\.safetensors: .*[Tt]oo large") as caught:
+            prepare(options())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert shards_of(tmp_path / "store").keys() == {"label-00000.safetensors"}
+    assert not list((tmp_path / "store").glob("*.tmp"))
+    assert len(prepare(options())) == 24
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_said_in_one_line(options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception):
+    save = reglue.data.store.save_file
+
+    def full(tensors, path, metadata):
+        if "features-00001" in str(path):
+            path.write_bytes(b"half")
+            raise error
+        save(tensors, path, metadata)
+
+    monkeypatch.setattr(reglue.data.store, "save_file", full)
+    with pytest.raises(UserError, match=r"features-00001\.safetensors: No space left on device.*free some space"):
+        prepare(options())
+    assert not (tmp_path / "store" / "features-00001.safetensors").exists()
+    assert not list((tmp_path / "store").glob("*.tmp"))
+    monkeypatch.undo()
+    assert len(prepare(options())) == 24
