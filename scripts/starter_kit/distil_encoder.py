@@ -83,7 +83,8 @@ def distil_encoder(options: DistilEncoder) -> None:
     del photographs
 
     class_tokens, features = describe_all(teacher, views, options.teacher_minutes)
-    views = views[: len(features)]
+    count = len(features)
+    views = views[:count]
     targets = Targets(class_tokens, features)
     inputs = student_inputs(views, options.size)
     small_inputs = student_inputs(views, options.size // 2)
@@ -111,12 +112,12 @@ def distil_encoder(options: DistilEncoder) -> None:
         options.learning_rate,
         betas=(0.9, 0.98),
     )
-    start, step, elapsed, saves, row = time.monotonic(), 0, 0.0, 1, options.views
-    order = np.arange(options.views)
+    start, step, elapsed, saves, row = time.monotonic(), 0, 0.0, 1, count
+    order = np.arange(count)
     with tqdm(total=100, desc="training", unit="%") as progress:
         while elapsed < 1:
-            if row + options.batch_size > options.views:
-                order, row = rng.permutation(options.views), 0
+            if row + options.batch_size > count:
+                order, row = rng.permutation(count), 0
             rows = torch.from_numpy(order[row : row + options.batch_size])
             row += options.batch_size
 
