@@ -11,6 +11,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -18,6 +19,7 @@ import torch
 import tyro
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -91,7 +93,7 @@ def distil_encoder(options: DistilEncoder) -> None:
     del views
 
     grid = teacher.spec.grid
-    model_args = {
+    model_args: dict[str, Any] = {
         "img_size": options.size,
         "patch_size": options.size // grid[0],
         "embed_dim": options.width,
@@ -99,6 +101,7 @@ def distil_encoder(options: DistilEncoder) -> None:
         "num_heads": options.heads,
     }
     student = timm.create_model(ARCHITECTURE, num_classes=0, **model_args)
+    assert isinstance(student, VisionTransformer)
     teacher_width, layers = teacher.spec.width, len(teacher.spec.layers)
     heads = nn.ModuleList(nn.Linear(options.width, teacher_width) for _ in range(layers + 1))
     mean, std = teacher.image_mean, teacher.image_std
@@ -125,7 +128,8 @@ def distil_encoder(options: DistilEncoder) -> None:
             flip = bool(rng.random() < 0.5)
             pixels = pixels.flip(-1) if flip else pixels
             images = F.interpolate((pixels / 255 - mean) / std, (options.size, options.size), mode="bicubic")
-            final, tokens = student.forward_intermediates(images, indices=layers, norm=True, output_fmt="NLC")
+            described = student.forward_intermediates(images, indices=layers, norm=True, output_fmt="NLC")
+            final, tokens = cast(tuple[Tensor, list[Tensor]], described)
             class_token, wanted = targets.take(rows, grid, flip)
             predicted = torch.cat([head(token) for head, token in zip(heads, tokens, strict=False)], dim=-1)
             patch_loss = F.mse_loss(predicted, wanted)
@@ -199,7 +203,7 @@ def student_inputs(views: NDArray[np.uint8], size: int) -> Tensor:
     return torch.cat(reduced)
 
 
-def save_timm_folder(folder: Path, model: nn.Module, model_args: dict[str, int], mean: Tensor, std: Tensor) -> None:
+def save_timm_folder(folder: Path, model: nn.Module, model_args: dict[str, Any], mean: Tensor, std: Tensor) -> None:
     """Write `config.json` and `model.safetensors` (float16)."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {

@@ -10,12 +10,15 @@ import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 import tyro
-from diffusers import AutoencoderKL
-from torch import Tensor
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from views import random_view, read_images, to_array
@@ -70,16 +73,18 @@ def train_autoencoder(options: TrainAutoencoder) -> None:
     del photographs, made
 
     levels = len(options.widths)
-    autoencoder = AutoencoderKL(
-        block_out_channels=options.widths,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=1,
-        latent_channels=options.latent_channels,
-        norm_num_groups=8,
-        sample_size=options.size,
-        mid_block_add_attention=False,
-    ).to(memory_format=torch.channels_last)
+    config: dict[str, Any] = {
+        "block_out_channels": options.widths,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": 1,
+        "latent_channels": options.latent_channels,
+        "norm_num_groups": 8,
+        "sample_size": options.size,
+        "mid_block_add_attention": False,
+    }
+    autoencoder = AutoencoderKL(**config)
+    nn.Module.to(autoencoder, memory_format=torch.channels_last)
     average = copy.deepcopy(autoencoder).requires_grad_(False)
     optimiser = torch.optim.AdamW(autoencoder.parameters(), options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
 
@@ -88,8 +93,8 @@ def train_autoencoder(options: TrainAutoencoder) -> None:
         while elapsed < 1:
             rows = rng.choice(len(views), options.batch_size, replace=False)
             images = random_scale(views[rows].float() / 127.5 - 1, rng).to(memory_format=torch.channels_last)
-            posterior = autoencoder.encode(images).latent_dist
-            decoded = autoencoder.decode(posterior.sample()).sample
+            posterior = encode(autoencoder, images)
+            decoded = cast(DecoderOutput, autoencoder.decode(posterior.sample())).sample
             kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
             pixels, differences = F.l1_loss(decoded, images), difference_loss(decoded, images)
             loss = pixels + options.difference_weight * differences + options.kl_weight * kl
@@ -116,6 +121,11 @@ def train_autoencoder(options: TrainAutoencoder) -> None:
                 saves += 1
 
     save(average, views[:2000], options.out)
+
+
+def encode(autoencoder: AutoencoderKL, images: Tensor) -> DiagonalGaussianDistribution:
+    """The distribution of the images' latents."""
+    return cast(AutoencoderKLOutput, autoencoder.encode(images)).latent_dist
 
 
 def save(autoencoder: AutoencoderKL, views: Tensor, folder: Path) -> None:
@@ -146,7 +156,7 @@ def latent_statistics(autoencoder: AutoencoderKL, views: Tensor) -> tuple[float,
     latents = []
     for chunk in views.split(100):
         images = chunk.float() / 127.5 - 1
-        sampled = (autoencoder.encode(scaled).latent_dist.sample() for scaled in (images, F.avg_pool2d(images, 2)))
+        sampled = (encode(autoencoder, scaled).sample() for scaled in (images, F.avg_pool2d(images, 2)))
         latents.extend(sample.double().flatten() for sample in sampled)
     values = torch.cat(latents)
     return values.mean().item(), values.std().item()

@@ -67,7 +67,7 @@ def _random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Ima
     aspect = math.exp(rng.uniform(-0.25, 0.25))
     width = min(image.width, round(math.sqrt(area * aspect)))
     height = min(image.height, round(math.sqrt(area / aspect)))
-    left, top = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
+    left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
     crop = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -22,7 +22,10 @@ from reglue.errors import UserError
 from reglue.latents.taef2 import taef2_decoder, taef2_encoder
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, AutoencoderTiny
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyOutput
+    from diffusers.models.autoencoders.vae import DecoderOutput
+    from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 STARTER = "starter"
 HUB_NAMES = {
@@ -117,13 +120,13 @@ class KlAutoencoder(Autoencoder):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Moments:
         """See `Autoencoder.encode`."""
-        posterior = self.network.encode(images).latent_dist
+        posterior = cast("AutoencoderKLOutput", self.network.encode(images)).latent_dist
         return Moments(posterior.mean, posterior.std)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See `Autoencoder.decode`."""
-        return self.network.decode(latents).sample.clamp(-1, 1)
+        return cast("DecoderOutput", self.network.decode(cast(Any, latents))).sample.clamp(-1, 1)
 
 
 class TinyAutoencoder(Autoencoder):
@@ -136,12 +139,12 @@ class TinyAutoencoder(Autoencoder):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Moments:
         """See `Autoencoder.encode`."""
-        return Moments(self.network.encode(images).latents, None)
+        return Moments(cast("AutoencoderTinyOutput", self.network.encode(images)).latents, None)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See `Autoencoder.decode`."""
-        return self.network.decode(latents).sample.clamp(-1, 1)
+        return cast("DecoderOutput", self.network.decode(cast(Any, latents))).sample.clamp(-1, 1)
 
 
 class Taef2Autoencoder(Autoencoder):
@@ -220,7 +223,9 @@ def _fetch(name: str) -> Path:
 
 
 def _load_diffusers(name: str, folder: Path) -> KlAutoencoder | TinyAutoencoder:
-    from diffusers import AutoencoderKL, AutoencoderTiny  # takes seconds, which TAEF2 need not wait for
+    # Importing diffusers takes seconds, which TAEF2 need not wait for.
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
     config_file, weights = folder / "config.json", folder / DIFFUSERS_WEIGHTS
     for file in (config_file, weights):

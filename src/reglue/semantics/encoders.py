@@ -9,11 +9,10 @@ without antialias to the input size, in that order.
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -164,9 +163,10 @@ class VisionEncoder(nn.Module):
                 f"the encoder was loaded for uint8 images of {self.spec.image_size}, "
                 f"these are {pixels.dtype} of {tuple(pixels.shape[-2:])}"
             )
-        final, layers = self.network.forward_intermediates(
+        described = self.network.forward_intermediates(
             self.preprocess(pixels), indices=list(self.spec.layers), norm=True
         )
+        final, layers = cast(tuple[Tensor, list[Tensor]], described)
         prefix = self.network.num_prefix_tokens
         class_token = final[:, 0] if self.network.cls_token is not None else final[:, prefix:].mean(dim=1)
         return VisionFeatures(class_token, torch.cat(layers, dim=1))
@@ -207,9 +207,9 @@ def load_encoder(
     """
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
     source = _find_source(name)
-    network_type = _empty_network(source)
-    patch_size = network_type.patch_embed.patch_size[0]
-    depth = len(network_type.blocks)
+    shape = _empty_network(source)
+    patch_size: int = cast(Any, shape.patch_embed).patch_size[0]
+    depth = len(shape.blocks)
     grid, input_size = source.input_rule.sizes(size, patch_size, name)
 
     chosen = tuple(sorted(set(layers))) if layers is not None else tuple(range(depth))[-4:]
@@ -217,6 +217,9 @@ def load_encoder(
         raise UserError(f"layers {list(layers or [])}: encoder {name} has blocks 0 to {depth - 1}")
 
     network = _load_network(source, input_size)
+    pretrained_cfg = cast(dict[str, Any], network.pretrained_cfg)
+    # With the state dict in it, the checkpoint would stay in memory beside the network.
+    pretrained_cfg.pop("state_dict", None)
     with source.weights.open("rb") as file:
         weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     spec = EncoderSpec(
@@ -230,8 +233,8 @@ def load_encoder(
         grid=grid,
         image_size=size,
         input_size=input_size,
-        image_mean=tuple(network.pretrained_cfg["mean"]),
-        image_std=tuple(network.pretrained_cfg["std"]),
+        image_mean=tuple(pretrained_cfg["mean"]),
+        image_std=tuple(pretrained_cfg["std"]),
         interpolation="bicubic",
         antialias=False,
     )
@@ -297,7 +300,8 @@ def _source_from_folder(folder: Path) -> _Source:
 
 
 def _source_from_hub(name: str, architecture: str) -> _Source:
-    repository = timm.get_pretrained_cfg(architecture).hf_hub_id
+    pretrained_cfg = timm.get_pretrained_cfg(architecture)
+    repository = pretrained_cfg.hf_hub_id if pretrained_cfg is not None else None
     if repository is None:
         raise UserError(f"encoder {name}: timm has no weights for {architecture}; give yours as {name}@FILE")
     # Models of the newer tags have the bare prefix here; the architecture completes it.
@@ -371,6 +375,4 @@ def _create(
         raise UserError(f"encoder {source.architecture} cannot be built with {arguments}: {error}") from error
     if not isinstance(network, VisionTransformer | Eva):
         raise UserError(f"encoder {source.architecture} is not a vision transformer: it has no grid of patch tokens")
-    with suppress(KeyError):
-        del network.pretrained_cfg["state_dict"]  # else the checkpoint stays in memory beside the network
     return network
