@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any, Union
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any
 
 import tyro
+from tyro import MISSING
 
 from reglue.errors import UserError
 from reglue.jobs.compress import Compress, compress
@@ -43,28 +46,33 @@ def fail(message: str) -> None:
 
 def parse(arguments: list[str]) -> Any:
     """The options of the job that the arguments name. Prints what is wrong and exits with code 2 if they do not fit."""
-    recipes = {name: (paper.title, Train(paper.recipe, tyro.MISSING, tyro.MISSING)) for name, paper in PAPERS.items()}
-    jobs = Union[  # noqa: UP007, too long for bars
+    recipes = [
+        Annotated[
+            Train,
+            # The recipe's values are the defaults of its options.
+            tyro.conf.subcommand(name, default=Train(paper.recipe, MISSING, MISSING), description=paper.title),
+        ]
+        for name, paper in PAPERS.items()
+    ]
+    jobs = [
         Annotated[Prepare, tyro.conf.subcommand("prepare", description="Images to a store of latents and features.")],
         Annotated[Compress, tyro.conf.subcommand("compress", description="Fit a compressor to a store's features.")],
         Annotated[
-            # One subcommand per recipe: the recipe's values are the defaults of its options.
-            (
-                tuple(
-                    Annotated[Train, tyro.conf.subcommand(name, default=default, description=title)]
-                    for name, (title, default) in recipes.items()
-                )
-            ),
-            tyro.conf.subcommand("train", description="Train a recipe on a store, or continue a run."),
+            any_of(recipes), tyro.conf.subcommand("train", description="Train a recipe on a store, or continue a run.")
         ],
         Annotated[Sample, tyro.conf.subcommand("sample", description="Draw images from a run.")],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate", description="Compare images with a reference.")],
         Annotated[Demo, tyro.conf.subcommand("demo", description="All of it on handwritten digits, in minutes.")],
     ]
     return tyro.cli(
-        jobs,  # type: ignore[arg-type]
+        any_of(jobs),
         prog="reglue",
         description=DESCRIPTION,
         args=arguments,
         config=(tyro.conf.ConsolidateSubcommandArgs, tyro.conf.AvoidSubcommands),
     )
+
+
+def any_of(kinds: list[Any]) -> Any:
+    """The union of types."""
+    return reduce(or_, kinds)

