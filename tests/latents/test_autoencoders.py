@@ -1,5 +1,6 @@
 import json
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
@@ -233,3 +234,27 @@ def test_image_size_must_fit(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     with pytest.raises(UserError, match="multiples of 4 pixels"):
         load_autoencoder(str(tmp_path)).spec.latent_size((30, 32))
+
+
+def drawn_digit(size: int) -> torch.Tensor:
+    """A white ring on black with soft edges, as a handwritten zero: (1, 3, size, size) in [−1, 1]."""
+    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    radius = ((row - size / 2) ** 2 + 2 * (column - size / 2) ** 2).sqrt()
+    white = torch.sigmoid(size / 16 - (radius - size / 3).abs()) * 2 - 1
+    return white.expand(1, 3, size, size)
+
+
+def test_starter_autoencoder_reconstructs_a_digit() -> None:
+    autoencoder = load_autoencoder("starter")
+    digit = drawn_digit(32)
+    moments = autoencoder.encode(digit)
+    assert moments.std is not None
+    error = ((autoencoder.decode(moments.mean) - digit) / 2).square().mean()
+    assert -10 * error.log10() > 25
+    normalised = autoencoder.spec.normalise(moments.mean)
+    assert 0.3 < normalised.std() < 3
+
+
+def test_starter_autoencoder_is_small() -> None:
+    folder = resources.files("reglue.starter") / "autoencoder"
+    assert all(len(file.read_bytes()) < 5e6 for file in folder.iterdir())

@@ -1,5 +1,6 @@
 import json
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,29 @@ def test_image_size_must_fit_the_patches(folder: Path, size: int) -> None:
 @pytest.mark.parametrize("layers", [[5], [-1], []])
 def test_layers_must_exist(folder: Path, layers: list[int]) -> None:
     assert "blocks 0 to 4" in refusal(folder, 64, layers)
+
+
+@pytest.mark.parametrize(("image_size", "grid"), [(28, 8), (32, 8), (64, 8), (128, 16)])
+def test_starter_describes_images_of_at_least_64_pixels(image_size: int, grid: int) -> None:
+    encoder = load_encoder("starter", image_size)
+    described = encoder.describe(random_pixels(image_size, image_size))
+    assert encoder.spec.grid == described.features.shape[-2:] == (grid, grid)
+    assert described.features.shape[1] == 4 * encoder.spec.width == encoder.spec.feature_channels
+    assert encoder.spec.name == "starter"
+
+
+def test_starter_tells_a_bar_from_a_box() -> None:
+    bar, box = torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    for shift in range(3):
+        bar[shift, :, 4:28, 13 + shift : 17 + shift] = 255
+        box[shift, :, 6:26, 6 + shift : 26 + shift] = 255
+        box[shift, :, 10:22, 10 + shift : 22 + shift] = 0
+    tokens = load_encoder("starter", 32).describe(torch.cat([bar, box])).class_token
+    distances = torch.cdist(tokens, tokens)
+    assert distances[:3, :3].max() < distances[:3, 3:].min()
+    assert distances[3:, 3:].max() < distances[:3, 3:].min()
+
+
+def test_starter_is_small() -> None:
+    folder = resources.files("reglue.starter") / "encoder"
+    assert all(len(file.read_bytes()) < 5e6 for file in folder.iterdir())

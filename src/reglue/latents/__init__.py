@@ -1,0 +1,1 @@
+"""Latent spaces: autoencoders behind one interface."""
