@@ -14,11 +14,16 @@ import jinja2
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from reglue.data.pictures import image_grid
 from reglue.files import replacing
 
+PICTURE_WIDTH = 1600
+"""Pictures are enlarged to about so many pixels …"""
+MAX_ENLARGEMENT = 6
+"""… but by no more than this."""
 INK = "#010203"
 """Stands for the page's text colour in a plot, until the drawing is done."""
 CURVES = ("#3f7fd8", "#d9822b", "#2f9e77", "#b65fc0")
@@ -130,7 +135,7 @@ def write_report(path: Path, report: DemoReport) -> None:
         loss_curves=_loss_curves(report.runs),
         metric_columns=[(run, name, values) for run in report.runs for name, values in run.metrics.items()],
         metric_names=list(dict.fromkeys(n for run in report.runs for v in run.metrics.values() for n in v)),
-        hero=report.runs[0].guided[:, 0],
+        hero=report.runs[0].guided[:20, 0],
         paired=_paired,
     )
     with replacing(path) as beside:
@@ -138,12 +143,17 @@ def write_report(path: Path, report: DemoReport) -> None:
 
 
 def _picture(images: np.ndarray, columns: int | None = None) -> str:
-    """Images uint8 (N, H, W, 3) as the address of one PNG, `columns` to a row (all, if not given); gaps are clear."""
+    """Images uint8 (N, H, W, 3) as the address of one PNG, `columns` to a row (all, if not given); gaps are clear.
+
+    Small ones are enlarged by whole numbers: a browser would blur them, or make their pixels unequal.
+    """
     columns = columns or len(images)
+    factor = max(1, min(MAX_ENLARGEMENT, PICTURE_WIDTH // (columns * images.shape[2])))
     # Clear gaps, so that the page's own colour is seen between the images in the dark too.
     opaque = image_grid(np.full_like(images, 255), columns, background=0)[..., :1]
+    grid = np.concatenate([image_grid(images, columns), opaque], axis=2).repeat(factor, 0).repeat(factor, 1)
     file = io.BytesIO()
-    Image.fromarray(np.concatenate([image_grid(images, columns), opaque], axis=2)).save(file, "png", optimize=True)
+    Image.fromarray(grid).save(file, "png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -169,7 +179,7 @@ def _loss_curves(runs: Sequence[RunResult]) -> str:
     if not terms:
         return ""
     if len(runs) == 1:
-        columns = min(len(terms), 3)
+        columns = min(len(terms), 4)
         rows = -(-len(terms) // columns)
     else:
         rows, columns = len(terms), len(runs)
@@ -193,9 +203,13 @@ def _loss_curves(runs: Sequence[RunResult]) -> str:
                 panel.set_title(term if len(runs) == 1 else f"{run.name}: {term}", loc="left", fontsize=10)
                 panel.grid(alpha=0.25, linewidth=0.5)
                 # Alignment, a negated cosine, has no logarithm.
-                panel.set_yscale("log" if drawn and min(drawn) > 0 else "linear")
+                if drawn and min(drawn) > 0:
+                    panel.set_yscale("log")
+                    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))
+                    panel.yaxis.set_major_formatter("{x:g}")
+                    panel.yaxis.set_minor_formatter(NullFormatter())
                 _draw_curve(panel, run.losses.get(term, ()), colour)
-                if number >= len(terms) - columns or (len(runs) > 1 and number == len(terms) - 1):
+                if number >= len(terms) - (columns if len(runs) == 1 else 1):
                     panel.set_xlabel("step")
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})

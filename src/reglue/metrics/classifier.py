@@ -54,9 +54,9 @@ def train_classifier(images: Tensor, labels: Tensor, classes: int, seed: int, pr
     """Trains a classifier on uint8 images (N, 3, H, W) and labels (N,) int64 below `classes`, on the CPU.
 
     AdamW with a one-cycle schedule and label smoothing. Images are turned by up to 10°, scaled by up to 10 % and
-    shifted by up to a fourteenth of their size, never flipped: a flipped digit is no digit. A function of its arguments; the
-    global random state is neither read nor changed. Raises ValueError for labels outside the classes or sizes that do
-    not match.
+    shifted by up to a fourteenth of their size, never flipped: a flipped digit is no digit. A function of its
+    arguments; the global random state is neither read nor changed. Raises ValueError for labels outside the classes or
+    sizes that do not match.
     """
     if len(images) != len(labels) or len(images) < 2:
         raise ValueError(f"{len(images)} images and {len(labels)} labels; there must be as many, and at least two")
