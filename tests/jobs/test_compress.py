@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def metrics(folder: Path, name: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("kind", ["conv", "pca"])
-def test_codes_in_the_store_are_those_of_the_saved_compressor(folder: Path, kind: str):
+def test_codes_in_the_store_are_those_of_the_saved_compressor(folder: Path, kind: Literal["conv", "pca"]):
     options = Compress(folder, kind, channels=3, hidden=8, epochs=3, device="cpu")
     store = compress(options)
     name = f"{kind}-3"
@@ -136,6 +137,7 @@ def test_micro_batches_are_parts_of_a_batch(folder: Path):
     [
         ({"validation": 1.0}, "--validation 1.0"),
         ({"epochs": 0}, "--epochs 0"),
+        ({"seed": -1}, "--seed -1"),
         ({"name": "../escape"}, "--name"),
         ({"kind": "pca", "channels": 1000}, "--channels 1000"),
         ({"store": Path("nowhere")}, "nowhere is not a store"),

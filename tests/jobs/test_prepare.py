@@ -67,7 +67,7 @@ def test_rows_are_what_the_networks_say_about_the_crops(options, tiny_images, ti
 
     rows = torch.tensor([23, 0, 9])
     crops = [crop_to(Image.open(tiny_images / names[row]), (16, 16)) for row in rows.tolist()]
-    pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])).permute(0, 3, 1, 2)
     moments = load_autoencoder(tiny_autoencoder).encode(pixels / 127.5 - 1)
     described = load_encoder(tiny_encoder, 16).describe(pixels)
     stored = {column: store.read(column, rows) for column in ("latent", "cls", "features")}
@@ -161,6 +161,7 @@ def test_strict_stops_at_a_bad_image(options, own_images: Path):
         ({"resolution": 0}, "--resolution 0"),
         ({"layers": (9,)}, r"blocks 0 to 4"),
         ({"batch_size": 0}, "--batch-size 0"),
+        ({"seed": -1}, "--seed -1"),
         ({"encoder": "none"}, "--features needs an encoder"),
         ({"encoder": "dino-v99"}, "dino-v99"),
         ({"images": Path("nowhere")}, "nowhere: no such folder"),

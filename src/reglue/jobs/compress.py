@@ -74,6 +74,8 @@ class Compress:
                 raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: choose at least 1")
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: choose at least 1")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: choose 0 or more")
         if not 0 < self.validation < 1:
             raise UserError(f"--validation {self.validation}: choose a share between 0 and 1, such as 0.05")
         if self.name is not None and not self.name.replace("-", "").replace("_", "").isalnum():

