@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+from tyro.conf import Positional
 
 from reglue.data.images import ImageFolder, UnreadableImage, crop_to
 from reglue.data.store import MANIFEST, Store
@@ -40,10 +41,10 @@ class Evaluate:
     be compared only where encoder, features, resolution, reference and numbers of images are the same.
     """
 
-    images: Path
-    """Folder of images, or a .npz file with uint8 images (N, H, W, 3) as arr_0 or images."""
+    images: Positional[Path]
+    """A folder of images, or a .npz file with uint8 images (N, H, W, 3) as arr_0 or images."""
     reference: Path
-    """A store, or what --images may be. Precision is the share of images that look like this reference."""
+    """A store, or again a folder or .npz file. Precision is the share of images that look like this reference."""
     out: Path | None = None
     """Where the report goes, a .json file. Only printed if not given."""
     encoder: str | None = None

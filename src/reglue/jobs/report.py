@@ -218,7 +218,7 @@ def _loss_curves(runs: Sequence[RunResult]) -> str:
 
 
 def _draw_curve(panel: Any, points: Sequence[tuple[int, float]], colour: str) -> None:
-    """The values, faint, and their running mean over a twentieth of them."""
+    """The values, faint, and their running mean over a twentieth of them, at the middle of what it averages."""
     if not points:
         panel.text(0.5, 0.5, "not part of this model", transform=panel.transAxes, ha="center", va="center", alpha=0.6)
         return
@@ -226,4 +226,5 @@ def _draw_curve(panel: Any, points: Sequence[tuple[int, float]], colour: str) ->
     window = max(1, len(values) // 20)
     smooth = np.convolve(values, np.ones(window) / window, mode="valid")
     panel.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-    panel.plot(steps[window - 1 :], smooth, color=colour, linewidth=1.6)
+    middle = (window - 1) // 2
+    panel.plot(steps[middle : middle + len(smooth)], smooth, color=colour, linewidth=1.6)
