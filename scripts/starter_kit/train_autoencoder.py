@@ -94,7 +94,7 @@ def train_autoencoder(options: TrainAutoencoder) -> None:
             rows = rng.choice(len(views), options.batch_size, replace=False)
             images = random_scale(views[rows].float() / 127.5 - 1, rng).to(memory_format=torch.channels_last)
             posterior = encode(autoencoder, images)
-            decoded = cast(DecoderOutput, autoencoder.decode(posterior.sample())).sample
+            decoded = cast(DecoderOutput, autoencoder.decode(cast(Any, posterior.sample()))).sample
             kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
             pixels, differences = F.l1_loss(decoded, images), difference_loss(decoded, images)
             loss = pixels + options.difference_weight * differences + options.kl_weight * kl
