@@ -83,6 +83,9 @@ class Latent(Part):
     """The autoencoder's latents: always there."""
 
     weight: float = 1.0
+    unit_variance: bool = False
+    """Scale each channel to mean 0 and standard deviation 1 on the store's images, in place of the autoencoder's own
+    shift and scale: for images unlike those that the autoencoder was made for."""
 
 
 @dataclass(frozen=True)

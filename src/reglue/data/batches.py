@@ -58,11 +58,10 @@ def local_column(recipe: Recipe) -> str:
 
 
 def normalisations(store: Store, recipe: Recipe) -> dict[str, Normalisation]:
-    """How the semantic modalities of a recipe are scaled; one that is learned as it is has no entry.
-
-    The latents are not among them: their shift and scale belong to the autoencoder.
-    """
-    scaled: dict[str, Normalisation] = {}
+    """How the modalities of a recipe are scaled; one that is learned as it is has no entry."""
+    autoencoder = store.manifest.autoencoder
+    own = Normalisation(autoencoder.shift, autoencoder.scale)
+    scaled = {LATENT: unit_variance(store, "latent") if recipe.latent.unit_variance else own}
     if recipe.local.present and recipe.local.unit_variance:
         scaled[LOCAL] = unit_variance(store, local_column(recipe))
     if recipe.class_token.present and recipe.class_token.unit_variance:
@@ -162,7 +161,7 @@ class TrainingData:
         latent = moments["mean"].float()
         if "std" in moments:
             latent = latent + moments["std"].float() * posterior_noise
-        state = {LATENT: self.store.manifest.autoencoder.normalise(latent)}
+        state = {LATENT: self._scale(LATENT, latent)}
         if self.config.shape.local_channels:
             local = self.store.read(local_column(self.recipe), rows)["local"].float()
             state[LOCAL] = resize(self._scale(LOCAL, local), self.config.shape.grid)

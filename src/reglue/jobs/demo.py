@@ -34,7 +34,7 @@ from reglue.jobs.report import DemoReport, Nearest, RunResult, Semantics, write_
 from reglue.jobs.train import Train, train
 from reglue.metrics.classifier import train_classifier
 from reglue.metrics.distances import nearest
-from reglue.recipe import Alignment, ClassToken, LocalSemantics, Optimisation, Recipe, Sampling
+from reglue.recipe import Alignment, ClassToken, Latent, LocalSemantics, Optimisation, Recipe, Sampling
 from reglue.runs.generation import ImageModel, evaluations, load
 from reglue.runs.tracking import read as read_metrics
 from reglue.semantics.encoders import load_encoder
@@ -60,6 +60,7 @@ SMALL = Optimisation(
 DEMO_RECIPE = Recipe(
     name="reglue",
     model="6x128x4/2",
+    latent=Latent(unit_variance=True),
     local=LocalSemantics(1.0, compressor="conv-8", unit_variance=True),
     class_token=ClassToken(0.03, unit_variance=True),
     alignment=Alignment(0.5, hidden=256),

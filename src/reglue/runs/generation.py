@@ -160,11 +160,10 @@ class ImageModel:
     @torch.no_grad()
     def decode(self, state: State, rounding: Rounding) -> np.ndarray:
         """The images of a state: uint8 (B, height, width, 3)."""
-        latent = self.record.autoencoder.denormalise(state[LATENT].float())
-        return to_pixels(self.autoencoder.decode(latent), rounding)
+        return to_pixels(self.autoencoder.decode(self.raw(state, LATENT)), rounding)
 
     def raw(self, state: State, name: str) -> Tensor:
-        """A semantic modality of a state as the encoder or compressor gives it, float32."""
+        """A modality of a state as the autoencoder, encoder or compressor gives it, float32."""
         scaled: Normalisation | None = self.record.normalisation.get(name)
         value = state[name].float()
         return scaled.denormalise(value) if scaled else value

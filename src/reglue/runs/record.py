@@ -36,7 +36,7 @@ class RunRecord:
     encoder: EncoderSpec | None
     compressor: CompressorSpec | None
     normalisation: dict[str, Normalisation]
-    """Of the semantic modalities that are not learned as they are."""
+    """Of the modalities that are not learned as they are; latents always have one."""
     seed: int
     store: str = field(compare=False)
     """The store's folder as it was given; it may have moved since."""
