@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -46,7 +47,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A ViT of five blocks on 8×8 patches, in timm's folder layout."""
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
-    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 5, "num_heads": 2}
+    sizes: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 5, "num_heads": 2}
     network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
     save_file(network.state_dict(), folder / "model.safetensors")
     config = {
@@ -65,9 +66,9 @@ def tiny_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("autoencoder")
     torch.manual_seed(0)
     network = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),  # type: ignore[reportArgumentType], annotated there as tuples of one
+        down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[reportArgumentType]
         layers_per_block=1,
         latent_channels=3,
         norm_num_groups=4,

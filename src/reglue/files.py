@@ -1,14 +1,22 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and dataclasses of plain data as JSON."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
+from cattrs import transform_error
+from cattrs.errors import BaseValidationError
+from cattrs.preconf.json import make_converter
 from safetensors import SafetensorError
 
 from reglue.errors import UserError
+
+_T = TypeVar("_T")
+_converter = make_converter(forbid_extra_keys=True)
 
 
 @contextmanager
@@ -33,3 +41,31 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as what JSON can hold: dicts, lists, strings and numbers."""
+    return _converter.unstructure(value)
+
+
+def to_json(value: Any) -> str:
+    """A dataclass of plain data as JSON, with ASCII characters alone."""
+    return json.dumps(plain(value), indent=1)
+
+
+def structured(text: str, kind: type[_T]) -> _T:
+    """Inverse of `to_json`. Raises ValueError, in one line, for anything but a `kind`; unknown keys are refused."""
+    try:
+        return _converter.structure(json.loads(text), kind)
+    except BaseValidationError as error:
+        raise ValueError(transform_error(error)[0]) from error
+    except (AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"no {kind.__name__}") from error
+
+
+def from_json(file: Path, kind: type[_T], remedy: str) -> _T:
+    """Read what `to_json` wrote. Raises UserError that names the file and says what to do, for anything else."""
+    try:
+        return structured(file.read_text(), kind)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged or of another version of this program ({error}); {remedy}") from error

@@ -56,10 +56,10 @@ def test_an_unknown_model_lists_the_known_ones(name: str) -> None:
         model_size(name)
 
 
-@pytest.mark.parametrize("change", [{"grid": (7, 8)}, {"grid": (8, 9)}])
-def test_a_grid_that_does_not_fit_the_patches_is_refused(change: dict[str, tuple[int, int]]) -> None:
+@pytest.mark.parametrize("grid", [(7, 8), (8, 9)])
+def test_a_grid_that_does_not_fit_the_patches_is_refused(grid: tuple[int, int]) -> None:
     with pytest.raises(UserError, match="patches of 2"):
-        Recipe("plain").denoiser_config(latent_channels=4, classes=0, **change)
+        Recipe("plain").denoiser_config(latent_channels=4, classes=0, grid=grid)
 
 
 def test_a_descending_schedule_is_refused() -> None:

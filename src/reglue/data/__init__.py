@@ -1,0 +1,1 @@
+"""Image folders, the store, batches."""

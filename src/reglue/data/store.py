@@ -25,12 +25,9 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from cattrs import transform_error
-from cattrs.errors import BaseValidationError
-from cattrs.preconf.json import make_converter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,7 +35,7 @@ from tqdm import tqdm
 
 from reglue.data.images import UnreadableImage
 from reglue.errors import UserError
-from reglue.files import replacing
+from reglue.files import from_json, plain, replacing, structured, to_json
 from reglue.latents.autoencoders import AutoencoderSpec
 from reglue.semantics.compressors import CompressorSpec
 from reglue.semantics.encoders import EncoderSpec
@@ -53,8 +50,6 @@ METADATA = "reglue"
 """Key of a shard's metadata: JSON with `format`, `column` and `names`, the images of its rows."""
 CODES = "local."
 """What the names of columns that hold a compressor's codes begin with."""
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -144,34 +139,6 @@ class Manifest(Contents):
     """Of the libraries that made the store."""
     hash: str = ""
     """SHA-256 of all of the above, hence of all shards too."""
-
-
-_converter = make_converter(forbid_extra_keys=True)
-
-
-def to_json(value: Any) -> str:
-    """A dataclass of plain data as JSON, with ASCII characters alone."""
-    return json.dumps(_converter.unstructure(value), indent=1)
-
-
-def from_json(text: str, kind: type[_T], file: Path) -> _T:
-    """Inverse of `to_json`. Raises UserError naming `file` for anything but a `kind`."""
-    try:
-        return _structure(text, kind)
-    except ValueError as error:
-        raise UserError(
-            f"{file} is damaged or of another version of this program ({error}); prepare the store anew"
-        ) from error
-
-
-def _structure(text: str, kind: type[_T]) -> _T:
-    """Raises ValueError, in one line, for anything but a `kind` in JSON."""
-    try:
-        return _converter.structure(json.loads(text), kind)
-    except BaseValidationError as error:
-        raise ValueError(transform_error(error)[0]) from error
-    except (AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"no {kind.__name__}") from error
 
 
 class Store:
@@ -373,7 +340,7 @@ class StoreWriter:
             own = [column for name, column in manifest.columns.items() if not name.startswith(CODES)]
             self.complete = all(_is_whole(self.folder, shard) for column in own for shard in column.shards)
         elif (self.folder / PARTIAL).is_file():
-            has = from_json((self.folder / PARTIAL).read_text(), Contents, self.folder / PARTIAL)
+            has = from_json(self.folder / PARTIAL, Contents, "prepare the store anew")
         else:
             strangers = [entry.name for entry in self.folder.iterdir() if entry.suffix != ".tmp"]
             if strangers:
@@ -412,7 +379,7 @@ class StoreWriter:
         written = {name: write_shard(self.folder, name, index, names, tensors) for name, tensors in columns.items()}
         done = Block(index, len(names), tuple(skipped), written, measured)
         with (self.folder / JOURNAL).open("a") as journal:
-            journal.write(json.dumps(_converter.unstructure(done)) + "\n")
+            journal.write(json.dumps(plain(done)) + "\n")
         self._blocks[index] = done
 
     def finish(self, rows: Tensor) -> Store:
@@ -453,16 +420,14 @@ class StoreWriter:
         lines = path.read_text().splitlines() if path.is_file() else []
         for line in lines:
             try:
-                block = _structure(line, Block)
+                block = structured(line, Block)
             except ValueError:
                 continue  # The process died while it wrote this line, so the block counts as not done.
             if all(_is_whole(self.folder, shard) for column in block.columns.values() for shard in column.shards):
                 self._blocks[block.index] = block
         # Written anew, because appending to a torn line would spoil the next one too.
         with replacing(path) as beside:
-            beside.write_text(
-                "".join(json.dumps(_converter.unstructure(block)) + "\n" for block in self._blocks.values())
-            )
+            beside.write_text("".join(json.dumps(plain(block)) + "\n" for block in self._blocks.values()))
 
 
 @dataclass(frozen=True)
@@ -538,8 +503,7 @@ def _brief(value: Any) -> str:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    text = path.read_text()
-    manifest = from_json(text, Manifest, path)
+    manifest = from_json(path, Manifest, "prepare the store anew")
     if manifest.format != FORMAT:
         raise UserError(f"{path} has format {manifest.format}, and this program reads {FORMAT}; prepare the store anew")
     if _hash(manifest) != manifest.hash:

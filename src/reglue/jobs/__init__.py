@@ -1,0 +1,1 @@
+"""One file per job: each reads top to bottom."""

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
+from tyro.conf import Positional
 
 from reglue.data.images import ImageFolder
 from reglue.data.pictures import colours_of, image_grid
@@ -39,7 +40,7 @@ class Compress:
     The same command again continues where an interrupted one stopped.
     """
 
-    store: Path
+    store: Positional[Path]
     """A store prepared with --features."""
     kind: Literal["conv", "pca"] = "conv"
     """conv: REGLUE's convolutional autoencoder; pca: ReDi's principal components."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from tyro.conf import Positional
 
 from reglue.data.images import ImageFolder, UnreadableImage
 from reglue.data.store import Contents, Source, Store, StoreWriter
@@ -33,9 +34,9 @@ class Prepare:
     The same command again continues where an interrupted one stopped.
     """
 
-    images: Path
+    images: Positional[Path]
     """Folder of images: one sub-folder per class, or images alone for an unconditional store."""
-    out: Path
+    out: Positional[Path]
     """Folder of the store: new, empty, or left over from the same command."""
     resolution: int | tuple[int, int] = 256
     """Side of the prepared images in pixels, or height and width. Images are scaled to cover it, then cropped."""

@@ -1,1 +1,1 @@
-"""Latent spaces: autoencoders behind one interface."""
+"""Autoencoders: images to latents and back."""

@@ -8,10 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from reglue.data.batches import Normalisation, denoiser_config, local_column, normalisations
-from reglue.data.store import Store, from_json, to_json
+from reglue.data.store import Store
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError
-from reglue.files import replacing
+from reglue.files import from_json, replacing, to_json
 from reglue.latents.autoencoders import AutoencoderSpec
 from reglue.recipe import Recipe
 from reglue.semantics.compressors import CompressorSpec
@@ -68,7 +68,7 @@ class RunRecord:
         path = folder / FILE
         if not path.is_file():
             raise UserError(f"{folder} is not a run: it has no {FILE}; make one with `reglue train`")
-        return from_json(path.read_text(), cls, path)
+        return from_json(path, cls, "train anew, or put back the file")
 
     def write(self, folder: Path) -> None:
         """Write the record into a run folder, whole or not at all."""

@@ -1,0 +1,1 @@
+"""Frozen vision encoders, and compressors of their features."""
