@@ -1,7 +1,7 @@
 """Latent diffusion transformers that learn images together with their semantics.
 
-    model = reglue.load("run")
-    images = model.generate(classes=[207, 88], seed=0)
+model = reglue.load("run")
+images = model.generate(classes=[207, 88], seed=0)
 """
 
 from typing import TYPE_CHECKING, Any

@@ -143,6 +143,8 @@ class Optimisation:
     """Decay of the moving average of the weights, per step."""
     ema_warmup: bool = False
     """Begin with a shorter average, min(decay, (1 + step) / (10 + step)), for short runs."""
+    time_shift: float = 1.0
+    """Training times are t = s·u / (1 + (s − 1)·u) for uniform u: 1 is uniform, more is noisier (SD3, eq. 23)."""
     label_dropout: float = 0.1
     """Share of samples that are trained with the null label, for classifier-free guidance."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -151,7 +153,7 @@ class Optimisation:
     """Compile the model with torch.compile: slower to start, faster after."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "learning_rate"):
+        for name in ("steps", "batch_size", "accumulate", "learning_rate", "time_shift"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
         for name in ("ema", "label_dropout"):

@@ -110,6 +110,11 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
     )
 
 
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Times in [0, 1] moved towards noise for shift > 1, towards data for shift < 1 (SD3, arXiv 2403.03206, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 class TrainingData:
     """The training samples of a recipe on a store.
 
@@ -144,7 +149,7 @@ class TrainingData:
         return TrainingSample(
             data=self._state(rows, noise.pop("posterior")),
             noise=noise,
-            time=uniform[:, 0].float(),
+            time=shift_time(uniform[:, 0], self.recipe.optimisation.time_shift).float(),
             label=torch.where(dropped, self.config.classes, label),
             alignment_target=self._targets(rows) if self.config.alignment_width else None,
             keep_local=uniform[:, 2] >= dropout if dropout else None,
@@ -179,8 +184,8 @@ class TrainingData:
             cls, patches = tokens[:, :1], tokens[:, 1:].transpose(1, 2)
         else:
             cls = self.store.read("cls", rows)["cls"].float().unsqueeze(1)
-            last_layer = self.store.read("features", rows)["features"][:, -self.config.alignment_width :]
-            patches = last_layer.float().flatten(2)
+            last_layer = slice(-self.config.alignment_width, None)
+            patches = self.store.read("features", rows, last_layer)["features"].float().flatten(2)
         encoder = self.store.manifest.encoder
         assert encoder is not None
         if encoder.grid != self.config.token_grid:

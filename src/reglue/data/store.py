@@ -182,20 +182,21 @@ class Store:
         """Class of each row: (N,) int64, zeros where there are no classes."""
         return self.read("label", torch.arange(len(self)))["label"]
 
-    def read(self, column: str, rows: Tensor) -> dict[str, Tensor]:
+    def read(self, column: str, rows: Tensor, channels: slice = slice(None)) -> dict[str, Tensor]:
         """Rows of a column in the order asked for, each tensor (len(rows), …) on the CPU as it is stored.
 
-        `rows` (n,) are indices in [0, N), repeats allowed. Raises UserError for a column that the store does not have
+        `rows` (n,) are indices in [0, N), repeats allowed; `channels` picks some of the first axis of each row, and no
+        others are read. Raises UserError for a column that the store does not have
         and for a damaged file.
         """
         content = self._column(column)
         rows = rows.to("cpu", torch.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows must lie in [0, {len(self)}), got {int(rows.min())} … {int(rows.max())}")
-        out = {
-            name: torch.empty((len(rows), *spec.shape), dtype=getattr(torch, spec.dtype))
-            for name, spec in content.tensors.items()
-        }
+        out: dict[str, Tensor] = {}
+        for name, spec in content.tensors.items():
+            shape = [len(range(*channels.indices(n))) if axis == 0 else n for axis, n in enumerate(spec.shape)]
+            out[name] = torch.empty((len(rows), *shape), dtype=getattr(torch, spec.dtype))
         shard_of_row = torch.searchsorted(self._ends, rows, right=True)
         shards, order = shard_of_row.sort(stable=True)
         shards, counts = shards.unique_consecutive(return_counts=True)
@@ -204,7 +205,8 @@ class Store:
                 self._mapped[column, shard] = _map(self.folder, content, shard)
             within = rows[positions] - self._start(shard)
             for name, tensor in self._mapped[column, shard].items():
-                out[name][positions] = tensor[within]
+                # A view of the channels first, so that what is left out is not even paged in.
+                out[name][positions] = (tensor[:, channels] if tensor.ndim > 1 else tensor)[within]
         return out
 
     def scan(

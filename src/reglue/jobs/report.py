@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from reglue.data.pictures import image_grid
@@ -175,6 +172,11 @@ def _duration(seconds: float) -> str:
 
 def _loss_curves(runs: Sequence[RunResult]) -> str:
     """One panel per loss term as SVG that takes the page's text colour; runs beside each other, on the same axes."""
+    # Slow to import, and only the demo draws plots.
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     terms = list(dict.fromkeys(term for run in runs for term in run.losses))
     if not terms:
         return ""

@@ -84,7 +84,7 @@ def train(options: Train) -> Path:
         betas=optimisation.betas,
         eps=optimisation.epsilon,
         weight_decay=optimisation.weight_decay,
-        fused=device.type == "cuda",
+        fused=True,
     )
     step = 0
     if checkpoints.steps(options.out):

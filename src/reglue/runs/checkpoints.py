@@ -76,8 +76,7 @@ def restore(folder: Path, model: nn.Module, ema: dict[str, Tensor], optimiser: t
         if f"{name}.step" in state:
             # load_state_dict would do as well, but it counts parameters where these names are safe against reordering.
             optimiser.state[parameter] = {
-                key: state[f"{name}.{key}"].to("cpu" if key == "step" and not _fused(optimiser) else parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                key: state[f"{name}.{key}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
     return int(json.loads((folder / PROGRESS).read_text())["step"])
 
@@ -88,7 +87,3 @@ def _optimiser_tensors(model: nn.Module, optimiser: torch.optim.AdamW) -> dict[s
         for name, parameter in model.named_parameters()
         for key, value in optimiser.state.get(parameter, {}).items()
     }
-
-
-def _fused(optimiser: torch.optim.AdamW) -> bool:
-    return bool(optimiser.param_groups[0]["fused"])

@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import timm
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reglue.errors import UserError
+
+if TYPE_CHECKING:
+    from timm.models import Eva, VisionTransformer
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class VisionFeatures(NamedTuple):
 class VisionEncoder(nn.Module):
     """A frozen vision transformer with its preprocessing."""
 
-    def __init__(self, network: VisionTransformer | Eva, spec: EncoderSpec):
+    def __init__(self, network: "VisionTransformer | Eva", spec: EncoderSpec):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.spec = spec
@@ -276,6 +277,8 @@ def encoder_names() -> list[str]:
 
 def _timm_architecture(name: str) -> str:
     architecture = name.removeprefix("timm:")
+    import timm
+
     if not timm.is_model(architecture):
         raise UserError(f"unknown encoder {name!r}: timm has no model {architecture!r}; timm.list_models() lists them")
     return architecture
@@ -300,6 +303,8 @@ def _source_from_folder(folder: Path) -> _Source:
 
 
 def _source_from_hub(name: str, architecture: str) -> _Source:
+    import timm
+
     pretrained_cfg = timm.get_pretrained_cfg(architecture)
     repository = pretrained_cfg.hf_hub_id if pretrained_cfg is not None else None
     if repository is None:
@@ -340,13 +345,13 @@ def _tensor_shapes(file: Path) -> dict[str, list[int]]:
         raise UserError(f"{file} is not a safetensors file ({error})") from error
 
 
-def _empty_network(source: _Source) -> VisionTransformer | Eva:
+def _empty_network(source: _Source) -> "VisionTransformer | Eva":
     """The network without memory for its weights, to read off its shape."""
     with torch.device("meta"):
         return _create(source)
 
 
-def _load_network(source: _Source, input_size: tuple[int, int]) -> VisionTransformer | Eva:
+def _load_network(source: _Source, input_size: tuple[int, int]) -> "VisionTransformer | Eva":
     try:
         state = load_file(source.weights)
         network = _create(source, img_size=input_size, pretrained=True, state_dict=state)
@@ -361,7 +366,11 @@ def _create(
     img_size: tuple[int, int] | None = None,
     pretrained: bool = False,
     state_dict: dict[str, Tensor] | None = None,
-) -> VisionTransformer | Eva:
+) -> "VisionTransformer | Eva":
+    # timm takes longer to import than all of ours, and most jobs only read an EncoderSpec.
+    import timm
+    from timm.models import Eva, VisionTransformer
+
     # With the state dict in the configuration, timm itself renames keys and resamples position embeddings to img_size.
     overlay = {**source.pretrained_cfg, "state_dict": state_dict, "custom_load": False}
     arguments = {**source.model_args, "num_classes": 0}

@@ -1,0 +1,135 @@
+"""The command line as a user meets it: help, mistakes, exit codes."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conftest import TINY_RECIPE, reglue_command, run_reglue
+from reglue.cli import parse
+from reglue.jobs.sample import Sample
+from reglue.jobs.train import Train
+from reglue.papers import RECIPES
+
+
+def test_help_lists_every_job() -> None:
+    text = run_reglue("--help").stdout
+    for job in ("prepare", "compress", "train", "sample", "evaluate", "demo"):
+        assert f"• {job}" in text
+
+
+@pytest.mark.parametrize("job", ["prepare", "compress", "sample", "evaluate", "demo"])
+def test_every_option_is_explained(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse([job, "--help"])
+    assert exit_.value.code == 0
+    assert f"usage: reglue {job}" in capsys.readouterr().out
+
+
+def test_an_unknown_recipe_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(["train", "regle", "--store", "s", "--out", "r"])
+    assert exit_.value.code == 2
+    assert ", ".join(RECIPES) in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_without_changes_is_the_published_one(name: str) -> None:
+    options = parse(["train", name, "--store", "s", "--out", "r"])
+    assert options == Train(RECIPES[name], Path("s"), Path("r"))
+
+
+def test_every_field_of_a_recipe_can_be_overridden() -> None:
+    options = parse(
+        [
+            "train",
+            "reglue",
+            "--store",
+            "s",
+            "--out",
+            "r",
+            "--model",
+            "L/2",
+            "--path",
+            "cosine",
+            "--latent.weight",
+            "2",
+            "--local.weight",
+            "0",
+            "--local.schedule",
+            "250",
+            "0.5",
+            "500",
+            "0.25",
+            "--class-token.weight",
+            "0.1",
+            "--alignment.after-block",
+            "3",
+            "--alignment.targets",
+            "online",
+            "--optimisation.batch-size",
+            "64",
+            "--optimisation.betas",
+            "0.9",
+            "0.95",
+            "--sampling.steps",
+            "10",
+            "--sampling.guidance.scale",
+            "1.5",
+        ]
+    )
+    recipe = options.recipe
+    assert (recipe.model, recipe.path, recipe.latent.weight) == ("L/2", "cosine", 2.0)
+    assert not recipe.local.present
+    assert recipe.local.schedule == ((250, 0.5), (500, 0.25))
+    assert (recipe.class_token.weight, recipe.alignment.after_block, recipe.alignment.targets) == (0.1, 3, "online")
+    assert (recipe.optimisation.batch_size, recipe.optimisation.betas) == (64, (0.9, 0.95))
+    assert (recipe.sampling.steps, recipe.sampling.guidance.scale) == (10, 1.5)
+
+
+def test_sample_takes_its_run_first() -> None:
+    assert parse(["sample", "run", "--out", "o", "--classes", "3", "tench"]) == Sample(
+        Path("run"), Path("o"), classes=("3", "tench")
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prepare", "no-such-folder", "store"],
+        ["compress", "no-such-store"],
+        ["train", "sit", "--store", "no-such-store", "--out", "run"],
+        ["sample", "no-such-run", "--out", "samples"],
+        ["evaluate", "no-such-folder", "--reference", "neither"],
+    ],
+)
+def test_what_is_missing_is_named_in_one_line(arguments: list[str], tmp_path: Path) -> None:
+    result = subprocess.run(reglue_command(*arguments), capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("reglue: ")
+    assert "no-such" in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_the_checkpoints_that_exist(tiny_store: Path, tmp_path: Path) -> None:
+    common = ["train", "sit", "--store", tiny_store, "--out", tmp_path / "run", *TINY_RECIPE]
+    run_reglue(*common, "--optimisation.steps=5")
+    before = {file: file.read_bytes() for file in (tmp_path / "run" / "checkpoints").rglob("*") if file.is_file()}
+
+    def no_file_over_20_kilobytes() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    result = subprocess.run(
+        reglue_command(*common, "--optimisation.steps=10"),
+        capture_output=True, text=True, check=False, preexec_fn=no_file_over_20_kilobytes,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "cannot write checkpoint" in result.stderr
+    assert "Traceback" not in result.stderr
+    after = {file: file.read_bytes() for file in (tmp_path / "run" / "checkpoints").rglob("*") if file.is_file()}
+    assert after == before
