@@ -46,7 +46,7 @@ HELD_OUT_PER_CLASS = 50
 
 SMALL = Optimisation(
     steps=1300,
-    batch_size=128,
+    batch_size=96,
     learning_rate=2e-3,
     warmup=100,
     decay="cosine",
@@ -64,13 +64,13 @@ noisiest times teach what the label means. With uniform times the joint model la
 
 DEMO_RECIPE = Recipe(
     name="reglue",
-    model="6x128x4/2",
+    model="6x128x2/2",
     latent=Latent(unit_variance=True),
     local=LocalSemantics(1.0, compressor="conv-8", unit_variance=True),
     class_token=ClassToken(0.03, unit_variance=True),
     alignment=Alignment(0.5, hidden=256),
     optimisation=SMALL,
-    sampling=Sampling("euler-maruyama", 100, Guidance(2.0, interval=(0.0, 0.9))),
+    sampling=Sampling("euler-maruyama", 80, Guidance(2.0, interval=(0.0, 0.9))),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -68,8 +68,6 @@ class Sample:
     """Images at once in each process; does not change them beyond rounding."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    protocol: dict[str, str] = field(default_factory=dict)
-    """Notes to keep with the images."""
 
 
 def sample(options: Sample) -> Path:
@@ -87,15 +85,15 @@ def sample(options: Sample) -> Path:
         raise UserError(
             f"--weaker-run {options.weaker_run} was trained on other modalities or sizes than {options.run}"
         )
-    sampling = chosen_sampling(options, model.record.recipe.sampling)
+    sampling = chosen_sampling(options, model.default_sampling)
     labels = choose_labels(options, model)
 
     as_npz = options.out.suffix == ".npz"
     folder = options.out.with_suffix(".parts") if as_npz else options.out
     protocol = describe(options, model, sampling, labels)
     claim(folder, protocol, rank)
-    missing = [i for i in range(options.count) if not (folder / f"{i:06d}.png").is_file()]
-    mine = missing[rank::processes]
+    # Who draws what must not depend on what the other processes have drawn already.
+    mine = [i for i in range(rank, options.count, processes) if not (folder / f"{i:06d}.png").is_file()]
     steps_in_all = -(-len(mine) // options.batch_size) * evaluations(sampling)
     progress = tqdm(total=steps_in_all, unit="evaluation", desc="sample", disable=rank > 0)
     for start in range(0, len(mine), options.batch_size):
@@ -117,8 +115,8 @@ def sample(options: Sample) -> Path:
     return options.out
 
 
-def chosen_sampling(options: Sample, recipe: Sampling) -> Sampling:
-    """The recipe's sampling with what the options change."""
+def chosen_sampling(options: Sample, default: Sampling) -> Sampling:
+    """The model's own sampling with what the options change."""
     guidance = {
         "scale": options.guidance_scale,
         "local_scale": options.local_scale,
@@ -131,10 +129,10 @@ def chosen_sampling(options: Sample, recipe: Sampling) -> Sampling:
     if options.steps is not None and options.steps < 1:
         raise UserError("--steps must be at least 1")
     try:
-        changed: Guidance = replace(recipe.guidance, **{k: v for k, v in guidance.items() if v is not None})
+        changed: Guidance = replace(default.guidance, **{k: v for k, v in guidance.items() if v is not None})
     except ValueError as error:
         raise UserError(f"--guidance-interval: {error}") from None
-    return replace(recipe, guidance=changed, **{k: v for k, v in changes.items() if v is not None})
+    return replace(default, guidance=changed, **{k: v for k, v in changes.items() if v is not None})
 
 
 def choose_labels(options: Sample, model: ImageModel) -> list[int]:
@@ -168,7 +166,6 @@ def describe(options: Sample, model: ImageModel, sampling: Sampling, labels: lis
         "decoder_sha256": model.autoencoder.spec.weights_sha256,
         "weaker_run": str(options.weaker_run) if options.weaker_run else None,
         "versions": {name: version(name) for name in ("reglue", "torch", "numpy")},
-        "notes": options.protocol,
     }
 
 

@@ -215,7 +215,13 @@ def ema_decay(optimisation: Optimisation, step: int) -> float:
 
 
 def prefetch(data: TrainingData, positions: Iterator[range], device: torch.device) -> Iterator[TrainingSample]:
-    """Samples on the device, each read while the one before is in use."""
+    """Samples on the device, each read while the one before is in use.
+
+    Where the device is the CPU itself there is nothing to overlap: two threads would only take its cores from each other.
+    """
+    if device.type == "cpu":
+        yield from map(data.sample, positions)
+        return
     with ThreadPoolExecutor(1) as reader:
         ahead = None
         for part in positions:
@@ -272,9 +278,7 @@ def preview(options: Train, record: RunRecord, ema: dict[str, Tensor], device: t
     denoiser = Denoiser(record.denoiser).to(device)
     denoiser.load_state_dict(ema)
     model = ImageModel(record, denoiser, decoder(record, device))
-    sampling = replace(record.recipe.sampling, steps=min(options.preview_steps, record.recipe.sampling.steps))
-    if not record.class_names:
-        sampling = replace(sampling, guidance=replace(sampling.guidance, scale=1.0, local_scale=None, cls_scale=None))
+    sampling = replace(model.default_sampling, steps=min(options.preview_steps, model.default_sampling.steps))
     classes = max(len(record.class_names), 1)
     indices = range(options.preview_count)
     labels = [i % classes for i in indices] if record.class_names else [denoiser.null_label] * len(indices)

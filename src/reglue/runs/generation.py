@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +81,14 @@ class ImageModel:
         """Where the model lives."""
         return self.denoiser.positions.device
 
+    @property
+    def default_sampling(self) -> Sampling:
+        """What the recipe says; without classes there is nothing for classifier-free guidance to compare with."""
+        sampling = self.record.recipe.sampling
+        if self.record.class_names:
+            return sampling
+        return replace(sampling, guidance=replace(sampling.guidance, scale=1.0, local_scale=None, cls_scale=None))
+
     def generate(
         self,
         classes: Sequence[int | str] | None = None,
@@ -92,11 +100,11 @@ class ImageModel:
     ) -> list[Image.Image]:
         """Images of the given classes (indices or names), one each; or `count` images of an unconditional model.
 
-        `sampling` replaces what the recipe says. Image i depends on `seed` and i alone. Raises UserError for an unknown
+        `sampling` replaces `default_sampling`. Image i depends on `seed` and i alone. Raises UserError for an unknown
         class.
         """
         labels = [self.label(c) for c in classes] if classes is not None else [self.denoiser.null_label] * (count or 1)
-        sampling = sampling or self.record.recipe.sampling
+        sampling = sampling or self.default_sampling
         pictures: list[Image.Image] = []
         for start in range(0, len(labels), batch_size):
             indices = range(start, min(start + batch_size, len(labels)))
