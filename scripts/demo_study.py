@@ -14,15 +14,15 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import tyro
 
 from reglue.data.images import ImageFolder
-from reglue.diffusion.guidance import Guidance
-from reglue.jobs.demo import DEMO_RECIPE, Demo, draw, read_images
+from reglue.jobs.demo import DEMO_RECIPE, read_images
+from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import Train, train
 from reglue.metrics.classifier import train_classifier
-from reglue.recipe import Alignment, ClassToken, LocalSemantics, Recipe, Sampling
-from reglue.runs.generation import load
+from reglue.recipe import Alignment, ClassToken, LocalSemantics, Recipe, SamplerName
 
 SIT = replace(DEMO_RECIPE, name="sit", local=LocalSemantics(), class_token=ClassToken(), alignment=Alignment())
 
@@ -42,6 +42,8 @@ ARMS = {
     "reglue-uniform-times": with_times(DEMO_RECIPE, 1.0),
     "reglue-light-map": replace(DEMO_RECIPE, local=replace(DEMO_RECIPE.local, weight=0.3)),
 }
+
+SAMPLERS: dict[SamplerName, int] = {"euler-maruyama": DEMO_RECIPE.sampling.steps, "heun": 25}
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,23 @@ def study(options: Study) -> None:
         started = time.perf_counter()
         run = train(Train(recipe, options.demo / "store", folder / "run", options.seed, preview_every=0))
         figures: dict[str, object] = {"arm": arm, "steps": options.steps, "seconds": time.perf_counter() - started}
-        for kind, guidance in (("guided", recipe.sampling.guidance), ("unguided", Guidance())):
-            for name, sampling in (
-                (kind, replace(recipe.sampling, guidance=guidance)),
-                (f"{kind}, Heun 25", Sampling("heun", 25, guidance)),
-            ):
-                drawn = draw(
-                    load(run),
-                    Demo(seed=options.seed, samples_per_class=options.samples_per_class),
-                    sampling,
-                    folder / name,
+        for kind, scale in (("guided", recipe.sampling.guidance.scale), ("unguided", 1.0)):
+            for sampler, sampler_steps in SAMPLERS.items():
+                name = f"{kind}-{sampler}"
+                count = 10 * options.samples_per_class
+                out = sample(
+                    Sample(
+                        run,
+                        folder / name,
+                        count=count,
+                        seed=options.seed,
+                        sampler=sampler,
+                        steps=sampler_steps,
+                        guidance_scale=scale,
+                    )
                 )
-                figures[name] = judge.accuracy(drawn.pixels, drawn.labels)
+                drawn = read_images(ImageFolder.open(out))[0]
+                figures[name] = judge.accuracy(drawn, torch.arange(count) % 10)
         print(json.dumps(figures | {"judge": judge.accuracy(*parts[1])}), flush=True)
 
 

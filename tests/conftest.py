@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from PIL import Image
 from safetensors.torch import save_file
 
+from helpers import TINY_RECIPE, draw_images
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.prepare import Prepare, prepare
-
-CLASSES = ("circle", "square", "stripes")
-
-
-def draw_images(folder: Path, per_class: int, size: int = 20) -> Path:
-    """Simple coloured shapes, one sub-folder per class."""
-    rng = np.random.default_rng(0)
-    rows, columns = np.mgrid[:size, :size] - size // 2
-    masks = {"circle": np.hypot(rows, columns) < size / 3, "square": abs(rows) + abs(columns) < size / 3}
-    for name in CLASSES:
-        (folder / name).mkdir(parents=True)
-        for i in range(per_class):
-            mask = masks.get(name, (rows + i) % 6 < 3)
-            colours = rng.integers(0, 256, (2, 3), dtype=np.uint8)
-            Image.fromarray(np.where(mask[..., None], colours[0], colours[1])).save(folder / name / f"{i:03d}.png")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -101,36 +81,6 @@ def tiny_store(
     compress(Compress(folder, "conv", channels=4, hidden=8, epochs=1, device="cpu"))
     compress(Compress(folder, "pca", channels=4, device="cpu"))
     return folder
-
-
-TINY_RECIPE = [
-    "--model=2x32x2/2",
-    "--local.compressor=conv-4",
-    "--optimisation.batch-size=8",
-    "--optimisation.precision=float32",
-    "--optimisation.learning-rate=1e-3",
-    "--alignment.hidden=32",
-    "--sampling.steps=4",
-    "--log-every=5",
-    "--preview-every=0",
-    "--device=cpu",
-]
-
-
-def reglue_command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "reglue", *map(str, arguments)]
-
-
-def run_reglue(*arguments: str | Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user would, in a process of its own."""
-    return subprocess.run(
-        reglue_command(*arguments),
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=check,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TINY_RECIPE, reglue_command, run_reglue
+from helpers import TINY_RECIPE, mistake, reglue_command, run_reglue
 from reglue.cli import parse
 from reglue.jobs.sample import Sample
 from reglue.jobs.train import Train
@@ -106,13 +106,11 @@ def test_sample_takes_its_run_first() -> None:
         ["evaluate", "no-such-folder", "--reference", "neither"],
     ],
 )
-def test_what_is_missing_is_named_in_one_line(arguments: list[str], tmp_path: Path) -> None:
-    result = subprocess.run(reglue_command(*arguments), capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert result.returncode == 2
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("reglue: ")
-    assert "no-such" in lines[0]
+def test_what_is_missing_is_named_in_one_line(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no-such" in mistake(capsys, monkeypatch, *arguments)
     assert not list(tmp_path.iterdir())
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from reglue.cli import parse
 from reglue.jobs import demo as module
-from reglue.jobs.demo import Demo, demo
+from reglue.jobs.demo import DEMO_RECIPE, Demo, commands, demo
 
 
 def test_demo_runs_through_and_reports(
@@ -35,3 +36,8 @@ def test_demo_runs_through_and_reports(
     for term in ("latent", "local", "cls", "alignment"):
         assert term in page
     assert len(list((tmp_path / "demo" / "samples" / "reglue" / "guided").glob("*.png"))) == 20
+
+
+def test_the_commands_of_the_page_make_the_demos_recipe() -> None:
+    line = next(line for line in commands(Demo(), DEMO_RECIPE) if line.startswith("reglue train"))
+    assert parse(line.split()[1:]).recipe == DEMO_RECIPE

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import TINY_RECIPE, reglue_command, run_reglue
+from helpers import TINY_RECIPE, reglue_command, run_reglue
 from reglue.cli import parse
 from reglue.errors import UserError
 from reglue.jobs.train import train

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import TINY_RECIPE
+from helpers import TINY_RECIPE
 from reglue.cli import parse
 from reglue.errors import UserError
 from reglue.jobs.compress import Compress, compress

@@ -40,7 +40,8 @@ class Golden:
 
     def official(self) -> OfficialModel:
         depth = self.about.get("encoder_depth")
-        latent_channels = self.about.get("latent_channels", 4)
+        # The file counts all channels: beside a map, the latents are the SD-VAE's.
+        latent_channels = 4 if self.method in ("redi", "reglue") else self.about["in_channels"]
         return import_official(
             self.published, heads=self.about["num_heads"], alignment_depth=depth, latent_channels=latent_channels
         )

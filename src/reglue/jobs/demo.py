@@ -8,10 +8,11 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +32,13 @@ from reglue.jobs.compress import Compress, compress
 from reglue.jobs.evaluate import Evaluate, evaluate
 from reglue.jobs.prepare import Prepare, prepare
 from reglue.jobs.report import DemoReport, Nearest, RunResult, Semantics, write_report
+from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import Train, train
 from reglue.metrics.classifier import train_classifier
 from reglue.metrics.distances import nearest
+from reglue.papers import RECIPES
 from reglue.recipe import Alignment, ClassToken, Latent, LocalSemantics, Optimisation, Recipe, Sampling
-from reglue.runs.generation import ImageModel, evaluations, load
+from reglue.runs.generation import ImageModel, load
 from reglue.runs.tracking import read as read_metrics
 from reglue.semantics.encoders import load_encoder
 
@@ -43,9 +46,11 @@ LOCAL_CHANNELS = 8
 RESOLUTION = 32
 """Of the digits in pixels; they come at 28 and are scaled up, as any image would be."""
 HELD_OUT_PER_CLASS = 50
+SHOWN = 10
+"""Images in the picture of the semantics."""
 
 SMALL = Optimisation(
-    steps=1300,
+    steps=1500,
     batch_size=96,
     learning_rate=2e-3,
     warmup=100,
@@ -143,15 +148,15 @@ def demo(options: Demo) -> Path:
         run = out / "runs" / each.name
         with stage(f"train {name}"):
             train(Train(each, store, run, options.seed, checkpoint_every=500, preview_every=500, preview_count=40))
-        model = load(run)
         drawn: dict[str, Drawn] = {}
-        for kind, guidance in (("guided", each.sampling.guidance), ("unguided", Guidance())):
+        for kind, scale in (("guided", each.sampling.guidance.scale), ("unguided", 1.0)):
             with stage(f"sample {name}, {kind}"):
-                sampling = replace(each.sampling, guidance=guidance)
-                drawn[kind] = draw(model, options, sampling, out / "samples" / each.name / kind)
+                drawn[kind] = draw(run, out / "samples" / each.name / kind, options, len(class_names), scale)
         with stage(f"evaluate {name}"):
-            figures = {kind: evaluate_samples(each_drawn.folder, store) for kind, each_drawn in drawn.items()}
-        recognised = {kind: judge.accuracy(d.pixels, d.labels) for kind, d in drawn.items()}
+            figures = {kind: evaluate_samples(samples.folder, store) for kind, samples in drawn.items()}
+        recognised = {kind: judge.accuracy(samples.pixels, samples.labels) for kind, samples in drawn.items()}
+        model = load(run)
+        shown = semantics(model, drawn["guided"], real[0][0], store, options.seed) if each.local.present else None
         lines = read_metrics(run)
         terms = [term for term in lines[0] if term in ("loss", "latent", "local", "cls", "alignment")]
         results.append(
@@ -170,12 +175,12 @@ def demo(options: Demo) -> Path:
                 seconds=seconds[f"train {name}"],
                 recipe=asdict(each),
                 nearest=nearest_training_images(drawn["guided"], real[0][0], store),
-                semantics=semantics(model, drawn["guided"], real[0][0], store) if each.local.present else None,
+                semantics=shown,
             )
         )
 
     report = out / "report.html"
-    seconds["all"] = time.perf_counter() - started
+    total = time.perf_counter() - started
     write_report(
         report,
         DemoReport(
@@ -205,7 +210,7 @@ def demo(options: Demo) -> Path:
     figures_line = {
         "recognised": round(results[0].recognised, 4),
         "recognised_unguided": round(results[0].recognised_unguided, 4),
-        "seconds": round(seconds["all"], 1),
+        "seconds": round(total, 1),
         "report": str(report),
     }
     if options.compare:
@@ -226,8 +231,6 @@ class Drawn:
     """uint8 (N, 3, H, W)."""
     labels: Tensor
     """(N,) int64."""
-    local: Tensor | None
-    """The local semantics that were drawn with them, as the compressor gives them: (N, K, H, W)."""
 
 
 def write_digits(folder: Path) -> None:
@@ -258,30 +261,11 @@ def read_images(folder: ImageFolder) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.tensor(folder.labels)
 
 
-def draw(model: ImageModel, options: Demo, sampling: Sampling, folder: Path) -> Drawn:
-    """Draw every class equally often and keep the images as PNG files."""
-    count = options.samples_per_class * len(model.record.class_names)
-    labels = [i % len(model.record.class_names) for i in range(count)]
-    folder.mkdir(parents=True, exist_ok=True)
-    pixels: list[np.ndarray] = []
-    local: list[Tensor] = []
-    batches = [range(start, min(start + 100, count)) for start in range(0, count, 100)]
-    with tqdm(total=len(batches) * evaluations(sampling), unit="evaluation", desc="sample") as progress:
-        for indices in batches:
-            wanted = [labels[i] for i in indices]
-            state = model.draw(indices, wanted, options.seed, sampling, on_evaluation=progress.update)
-            pixels.append(model.decode(state, sampling.rounding))
-            if LOCAL in state:
-                local.append(model.raw(state, LOCAL).cpu())
-    images = np.concatenate(pixels)
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i:06d}.png")
-    return Drawn(
-        folder,
-        torch.from_numpy(images).permute(0, 3, 1, 2),
-        torch.tensor(labels),
-        torch.cat(local) if local else None,
-    )
+def draw(run: Path, folder: Path, options: Demo, classes: int, guidance_scale: float) -> Drawn:
+    """Draw every class equally often, as PNG files with their protocol."""
+    count = options.samples_per_class * classes
+    sample(Sample(run, folder, count=count, seed=options.seed, guidance_scale=guidance_scale, batch_size=100))
+    return Drawn(folder, read_images(ImageFolder.open(folder))[0], torch.arange(count) % classes)
 
 
 def parameters(denoiser: Denoiser) -> int:
@@ -326,30 +310,48 @@ def nearest_training_images(drawn: Drawn, training: Tensor, store: Path) -> Near
     )
 
 
-def semantics(model: ImageModel, drawn: Drawn, training: Tensor, store: Path) -> Semantics:
+def semantics(model: ImageModel, drawn: Drawn, training: Tensor, store: Path, seed: int) -> Semantics:
     """Real digits and samples, each beside its compressed semantics in the same colours."""
-    assert drawn.local is not None
-    rows = torch.linspace(0, len(training) - 1, 10).long()
+    rows = torch.linspace(0, len(training) - 1, SHOWN).long()
     code = Store.open(store).read(local_column(model.record.recipe), rows)["local"].float()
+    # An image is a function of seed and index: these are the first samples once more, with what was drawn beside them.
+    state = model.draw(range(SHOWN), drawn.labels[:SHOWN].tolist(), seed, model.default_sampling)
     return Semantics(
         images=training[rows].permute(0, 2, 3, 1).numpy(),
         colours=colours_of(code),
-        generated_images=drawn.pixels[:10].permute(0, 2, 3, 1).numpy(),
-        generated_colours=colours_of(drawn.local[:10], reference=code),
+        generated_images=drawn.pixels[:SHOWN].permute(0, 2, 3, 1).numpy(),
+        generated_colours=colours_of(model.raw(state, LOCAL), reference=code),
     )
 
 
 def commands(options: Demo, recipe: Recipe) -> tuple[str, ...]:
-    """The same by hand, for one's own images."""
+    """The same by hand."""
     out = options.out
-    guidance = recipe.sampling.guidance
+    count = options.samples_per_class * 10
     return (
         f"reglue prepare {out}/digits/train {out}/store --resolution {RESOLUTION} --autoencoder starter "
         "--encoder starter --features",
         f"reglue compress {out}/store --channels {LOCAL_CHANNELS} --hidden 64 --epochs 3 --cosine-epochs 3 "
         "--batch-size 64",
-        f"reglue train reglue --store {out}/store --out RUN --model {recipe.model} "
-        f"--local.compressor {recipe.local.compressor} --optimisation.steps {options.steps} …",
-        f"reglue sample RUN --out SAMPLES --count 200 --guidance-scale {guidance.scale}",
-        f"reglue evaluate SAMPLES --reference {out}/store",
+        f"reglue train reglue --store {out}/store --out {out}/by-hand {' '.join(flags(recipe, RECIPES['reglue']))}",
+        f"reglue sample {out}/by-hand --out {out}/samples-by-hand --count {count}",
+        f"reglue evaluate {out}/samples-by-hand --reference {out}/store",
     )
+
+
+def flags(changed: Any, base: Any, prefix: str = "--") -> list[str]:
+    """The options that turn one recipe into another on the command line."""
+    found: list[str] = []
+    for part in fields(changed):
+        value, before = getattr(changed, part.name), getattr(base, part.name)
+        name = prefix + part.name.replace("_", "-")
+        if value == before:
+            continue
+        if is_dataclass(value):
+            found += flags(value, before, f"{name}.")
+        elif isinstance(value, bool):
+            found.append(name if value else f"{prefix}no-{part.name.replace('_', '-')}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            found.append(" ".join([name, *map(str, values)]))
+    return found

@@ -217,7 +217,7 @@ def ema_decay(optimisation: Optimisation, step: int) -> float:
 def prefetch(data: TrainingData, positions: Iterator[range], device: torch.device) -> Iterator[TrainingSample]:
     """Samples on the device, each read while the one before is in use.
 
-    Where the device is the CPU itself there is nothing to overlap: two threads would only take its cores from each other.
+    Where the device is the CPU itself there is nothing to overlap: two threads would take its cores from each other.
     """
     if device.type == "cpu":
         yield from map(data.sample, positions)

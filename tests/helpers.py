@@ -1,0 +1,73 @@
+"""What tests share besides fixtures: drawn images, a tiny recipe, the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reglue import cli
+
+CLASSES = ("circle", "square", "stripes")
+
+
+def draw_images(folder: Path, per_class: int, size: int = 20) -> Path:
+    """Simple coloured shapes, one sub-folder per class."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:size, :size] - size // 2
+    masks = {"circle": np.hypot(rows, columns) < size / 3, "square": abs(rows) + abs(columns) < size / 3}
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            mask = masks.get(name, (rows + i) % 6 < 3)
+            colours = rng.integers(0, 256, (2, 3), dtype=np.uint8)
+            Image.fromarray(np.where(mask[..., None], colours[0], colours[1])).save(folder / name / f"{i:03d}.png")
+    return folder
+
+
+TINY_RECIPE = [
+    "--model=2x32x2/2",
+    "--local.compressor=conv-4",
+    "--optimisation.batch-size=8",
+    "--optimisation.precision=float32",
+    "--optimisation.learning-rate=1e-3",
+    "--alignment.hidden=32",
+    "--sampling.steps=4",
+    "--log-every=5",
+    "--preview-every=0",
+    "--device=cpu",
+]
+
+
+def reglue_command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "reglue", *map(str, arguments)]
+
+
+def run_reglue(*arguments: str | Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user would, in a process of its own."""
+    return subprocess.run(
+        reglue_command(*arguments),
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=300,
+    )
+
+
+def mistake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> str:
+    """What the command line says to a user's mistake: one line on stderr, exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["reglue", *map(str, arguments)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("reglue: ")
+    return lines[0]
