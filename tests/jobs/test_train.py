@@ -194,6 +194,13 @@ def test_a_finished_run_can_be_prolonged(tiny_store: Path, tmp_path: Path) -> No
     assert_same_bits(tmp_path / "run", tmp_path / "once", 10)
 
 
+def test_a_run_whose_learning_rate_knows_its_end_cannot_be_prolonged(tiny_store: Path, tmp_path: Path) -> None:
+    more = ["--optimisation.decay=cosine"]
+    train(options("sit", tiny_store, tmp_path / "run", "--optimisation.steps=5", *more))
+    with pytest.raises(UserError, match=r"recipe\.optimisation\.steps"):
+        train(options("sit", tiny_store, tmp_path / "run", "--optimisation.steps=10", *more))
+
+
 def test_a_folder_with_other_files_is_left_alone(tiny_store: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="holds other files"):

