@@ -508,20 +508,22 @@ def _read_manifest(path: Path) -> Manifest:
     manifest = from_json(path, Manifest, "prepare the store anew")
     if manifest.format != FORMAT:
         raise UserError(f"{path} has format {manifest.format}, and this program reads {FORMAT}; prepare the store anew")
-    if _hash(manifest) != manifest.hash:
+    # What is in the file counts: fields that a later version of this program has added were not hashed.
+    if _hash(json.loads(path.read_text())) != manifest.hash:
         raise UserError(f"{path} was changed by hand or damaged: its hash does not fit; prepare the store anew")
     return manifest
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    manifest = replace(manifest, hash=_hash(manifest))
+    manifest = replace(manifest, hash=_hash(plain(manifest)))
     with replacing(folder / MANIFEST) as beside:
         beside.write_text(to_json(manifest))
     return manifest
 
 
-def _hash(manifest: Manifest) -> str:
-    return hashlib.sha256(to_json(replace(manifest, hash="")).encode()).hexdigest()
+def _hash(content: dict[str, Any]) -> str:
+    """SHA-256 of what a manifest's file says, but for the hash itself."""
+    return hashlib.sha256(json.dumps({**content, "hash": ""}, indent=1).encode()).hexdigest()
 
 
 def _is_whole(folder: Path, shard: Shard) -> bool:
