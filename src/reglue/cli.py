@@ -11,6 +11,7 @@ import tyro
 from tyro import MISSING
 
 from reglue.errors import UserError
+from reglue.jobs.autoencode import Autoencode, autoencode
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.demo import Demo, demo
 from reglue.jobs.evaluate import Evaluate, evaluate
@@ -21,7 +22,15 @@ from reglue.papers import PAPERS
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
 
-JOBS = {Prepare: prepare, Compress: compress, Train: train, Sample: sample, Evaluate: evaluate, Demo: demo}
+JOBS = {
+    Prepare: prepare,
+    Compress: compress,
+    Autoencode: autoencode,
+    Train: train,
+    Sample: sample,
+    Evaluate: evaluate,
+    Demo: demo,
+}
 
 
 def main() -> None:
@@ -57,6 +66,12 @@ def parse(arguments: list[str]) -> Any:
     jobs = [
         Annotated[Prepare, tyro.conf.subcommand("prepare", description="Images to a store of latents and features.")],
         Annotated[Compress, tyro.conf.subcommand("compress", description="Fit a compressor to a store's features.")],
+        Annotated[
+            Autoencode,
+            tyro.conf.subcommand(
+                "autoencode", description="Train an autoencoder aligned with a vision encoder (ReaLS)."
+            ),
+        ],
         Annotated[
             any_of(recipes), tyro.conf.subcommand("train", description="Train a recipe on a store, or continue a run.")
         ],

@@ -121,8 +121,8 @@ class Alignment(Part):
 
 
 @dataclass(frozen=True)
-class Optimisation:
-    """AdamW and what surrounds it."""
+class Descent:
+    """AdamW and what surrounds it, for any network."""
 
     steps: int = 400_000
     batch_size: int = 256
@@ -143,22 +143,34 @@ class Optimisation:
     """Decay of the moving average of the weights, per step."""
     ema_warmup: bool = False
     """Begin with a shorter average, min(decay, (1 + step) / (10 + step)), for short runs."""
-    time_shift: float = 1.0
-    """Training times are t = s·u / (1 + (s − 1)·u) for uniform u: 1 is uniform, more is noisier (SD3, eq. 23)."""
-    label_dropout: float = 0.1
-    """Share of samples that are trained with the null label, for classifier-free guidance."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the matrix products."""
     compile: bool = False
     """Compile the model with torch.compile: slower to start, faster after."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "learning_rate", "time_shift"):
+        for name in ("steps", "batch_size", "accumulate", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
-        for name in ("ema", "label_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be in [0, 1)")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema is {self.ema}; it must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Optimisation(Descent):
+    """How a denoiser is trained."""
+
+    time_shift: float = 1.0
+    """Training times are t = s·u / (1 + (s − 1)·u) for uniform u: 1 is uniform, more is noisier (SD3, eq. 23)."""
+    label_dropout: float = 0.1
+    """Share of samples that are trained with the null label, for classifier-free guidance."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.time_shift <= 0:
+            raise UserError(f"time-shift is {self.time_shift}; it must be positive")
+        if not 0 <= self.label_dropout < 1:
+            raise UserError(f"label-dropout is {self.label_dropout}; it must be in [0, 1)")
 
 
 @dataclass(frozen=True)

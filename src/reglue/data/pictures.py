@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 GAP = 2
@@ -48,6 +49,22 @@ def colours_of(code: Tensor, reference: Tensor | None = None) -> np.ndarray:
         shown[:, channel] = (0.5 + deviation / 4).clamp(0, 1)
     batch, _, height, width = code.shape
     return (shown * 255).round().to(torch.uint8).reshape(batch, height, width, 3).numpy()
+
+
+def heat_of(similarities: Tensor) -> np.ndarray:
+    """Shows values (N, h, w) from −1 to 1 as colours from dark blue to yellow, uint8 (N, h, w, 3)."""
+    from matplotlib import colormaps  # slow to import
+
+    share = ((similarities.detach().float().cpu() + 1) / 2).clamp(0, 1).numpy()
+    return colormaps["viridis"](share, bytes=True)[..., :3]
+
+
+def enlarge(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Small uint8 pictures (N, h, w, 3) at a size (height, width) in pixels, without smoothing."""
+    height, width = size
+    return np.stack(
+        [np.asarray(Image.fromarray(p).resize((width, height), Image.Resampling.NEAREST)) for p in pictures]
+    )
 
 
 def _positions(code: Tensor) -> Tensor:

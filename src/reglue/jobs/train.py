@@ -25,7 +25,7 @@ from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.errors import UserError
 from reglue.files import replacing
-from reglue.recipe import Optimisation, Recipe
+from reglue.recipe import Descent, Recipe
 from reglue.runs import checkpoints, ranks
 from reglue.runs.generation import ImageModel, decoder
 from reglue.runs.record import RunRecord
@@ -170,7 +170,7 @@ def train(options: Train) -> Path:
     return options.out
 
 
-def part_sizes(optimisation: Optimisation, processes: int) -> tuple[int, int]:
+def part_sizes(optimisation: Descent, processes: int) -> tuple[int, int]:
     """Images per step of one process, and of one accumulated part. Raises UserError if they do not divide."""
     share, rest = divmod(optimisation.batch_size, processes)
     part, rest_of_share = divmod(share, optimisation.accumulate)
@@ -198,7 +198,7 @@ def claim(out: Path, record: RunRecord, rank: int) -> None:
         record.write(out)
 
 
-def learning_rate(optimisation: Optimisation, step: int) -> float:
+def learning_rate(optimisation: Descent, step: int) -> float:
     """The learning rate of a step, counted from 0."""
     rate = optimisation.learning_rate
     if step < optimisation.warmup:
@@ -209,7 +209,7 @@ def learning_rate(optimisation: Optimisation, step: int) -> float:
     return rate
 
 
-def ema_decay(optimisation: Optimisation, step: int) -> float:
+def ema_decay(optimisation: Descent, step: int) -> float:
     """The decay of the moving average at a step, counted from 0."""
     return min(optimisation.ema, (1 + step) / (10 + step)) if optimisation.ema_warmup else optimisation.ema
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from reglue.errors import UserError
 
+Precision = Literal["float32", "bfloat16"]
+
 
 def resolve_device(name: str = "auto") -> torch.device:
     """The device that a job runs on.
@@ -77,6 +79,6 @@ def average(value: Tensor) -> Tensor:
     return value
 
 
-def autocast(device: torch.device, precision: Literal["float32", "bfloat16"]) -> torch.autocast:
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The precision of matrix products inside the block. The one place that decides it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

@@ -85,7 +85,7 @@ class RunRecord:
             mine, theirs = getattr(self, part.name), getattr(other, part.name)
             if part.compare and mine != theirs:
                 if part.name == "recipe":
-                    names += [f"recipe.{name}" for name in _differing(mine, theirs)]
+                    names += [f"recipe.{name}" for name in differing(mine, theirs)]
                 else:
                     names.append(part.name)
         if self.recipe.optimisation.decay == "constant":
@@ -112,11 +112,12 @@ def data_hash(store: Store, recipe: Recipe) -> str:
     return hashlib.sha256("".join(shards).encode()).hexdigest()
 
 
-def _differing(mine: object, theirs: object, prefix: str = "") -> list[str]:
+def differing(mine: object, theirs: object, prefix: str = "") -> list[str]:
+    """The dotted names of the fields in which two dataclasses of one type differ."""
     names: list[str] = []
     for part in fields(mine):  # type: ignore[arg-type]
         a, b = getattr(mine, part.name), getattr(theirs, part.name)
         if a != b:
             nested = hasattr(a, "__dataclass_fields__")
-            names += _differing(a, b, f"{prefix}{part.name}.") if nested else [prefix + part.name]
+            names += differing(a, b, f"{prefix}{part.name}.") if nested else [prefix + part.name]
     return names
