@@ -68,5 +68,5 @@ def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tenso
 
 
 def _groups(channels: int) -> int:
-    """The largest number of groups up to 32 that divides the channels."""
-    return next(groups for groups in range(min(32, channels), 0, -1) if channels % groups == 0)
+    """The largest number of groups up to 32 that divides the channels into four or more each."""
+    return next(groups for groups in range(max(1, min(32, channels // 4)), 0, -1) if channels % groups == 0)

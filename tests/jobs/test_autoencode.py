@@ -1,0 +1,319 @@
+"""`autoencode`: what it learns, what it leaves behind, its exactness under a kill, and its answers to mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from helpers import reglue_command, run_reglue
+from reglue.cli import parse
+from reglue.data.store import Store
+from reglue.errors import UserError
+from reglue.jobs.autoencode import TrainingRecord, autoencode
+from reglue.jobs.prepare import Prepare, prepare
+from reglue.jobs.reconstructions import check_latents
+from reglue.latents.alignment import load_alignment
+from reglue.latents.autoencoders import load_autoencoder
+from reglue.runs.tracking import read
+from reglue.semantics.encoders import load_encoder
+
+ARCHITECTURE = [
+    "--architecture.widths", "4", "8", "--architecture.norm-groups=2", "--architecture.layers-per-block=1",
+    "--architecture.latent-channels=3", "--architecture.no-attention",
+]  # fmt: skip
+TINY = [
+    "--resolution=16",
+    "--validation=0.25",
+    "--alignment.hidden=16",
+    "--optimisation.batch-size=4",
+    "--optimisation.learning-rate=2e-3",
+    "--optimisation.warmup=2",
+    "--optimisation.ema=0.9",
+    "--adversary.weight=0.5",
+    "--adversary.start=5",
+    "--adversary.layers=2",
+    "--adversary.width=4",
+    "--checkpoint-every=10",
+    "--evaluate-every=10",
+    "--log-every=5",
+    "--workers=0",
+    "--device=cpu",
+]
+"""With every part present."""
+
+
+def arguments(images: Path, out: Path, encoder: str, *more: str, architecture: bool = True) -> list[str]:
+    return [
+        *("autoencode", str(images), str(out), "--encoder", encoder),
+        *(ARCHITECTURE if architecture else []),
+        *TINY,
+        *more,
+    ]
+
+
+def run(*given: Any, **named: Any) -> Path:
+    return autoencode(parse(arguments(*given, **named)))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path, tiny_encoder: str) -> Path:
+    return run(tiny_images, tmp_path_factory.mktemp("autoencoder") / "out", tiny_encoder, "--optimisation.steps=120")
+
+
+def training_lines(out: Path) -> list[dict[str, Any]]:
+    return [line for line in read(out) if "validation" not in line]
+
+
+def figures(out: Path) -> list[dict[str, float]]:
+    return [line["validation"] for line in read(out) if "validation" in line]
+
+
+def test_every_term_of_the_loss_falls(trained: Path) -> None:
+    first, *_, last = training_lines(trained)
+    for term in ("reconstruction", "perceptual", "alignment", "class_alignment"):
+        assert last[term] < 0.9 * first[term], term
+    assert "adversary" in last
+    assert last["adversary_weight"] > 0
+    start, *_, end = figures(trained)
+    assert end["psnr"] > start["psnr"] + 1
+    assert end["patch_cosine"] > start["patch_cosine"]
+    assert {"ssim", "encoder_distance", "rfid", "kl", "class_cosine", "latent_mean", "latent_std"} <= end.keys()
+    picture = Image.open(trained / "previews" / "00000120.png")
+    assert picture.height > 5 * 16
+
+
+def test_the_result_is_an_autoencoder_of_unit_latents_for_prepare(
+    trained: Path, tiny_images: Path, tiny_encoder: str, tmp_path: Path
+) -> None:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    prepare(Prepare(tiny_images, tmp_path / "store", 16, str(trained), tiny_encoder, workers=0, device="cpu"))
+    store = Store.open(tmp_path / "store")
+    moments = store.read("latent", torch.arange(len(store)))
+    spec = store.manifest.autoencoder
+    latents = spec.normalise(moments["mean"] + moments["std"] * torch.randn_like(moments["std"]))
+    assert float(latents.std()) == pytest.approx(1, rel=0.1)
+    assert float(latents.mean()) == pytest.approx(0, abs=0.1)
+    kept = json.loads((trained / "mean_std.json").read_text())
+    assert spec.shift == pytest.approx((kept["mean"],) * 3)
+    assert spec.scale == pytest.approx((1 / kept["std"],) * 3)
+
+    network = AutoencoderKL.from_pretrained(trained)
+    averaged = load_file(trained / "checkpoints" / "00000120" / "ema.safetensors")
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, averaged[f"network.{name}"]), name
+
+
+def test_the_alignment_network_reads_the_latents(trained: Path, tiny_images: Path, tiny_encoder: str) -> None:
+    autoencoder, alignment = load_autoencoder(str(trained)), load_alignment(trained)
+    encoder = load_encoder(tiny_encoder, 16)
+    assert alignment.spec.encoder["weights_sha256"] == encoder.spec.weights_sha256
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    patches, class_token = alignment(autoencoder.encode(pixels / 127.5 - 1).mean)
+    described = encoder.describe(pixels)
+    assert patches.shape == (2, encoder.spec.width, *encoder.spec.grid)
+    assert class_token.shape == described.class_token.shape
+
+
+def test_the_record_says_how_it_was_made(trained: Path, tiny_images: Path) -> None:
+    from reglue.files import from_json
+
+    record = from_json(trained / "training.json", TrainingRecord, "")
+    assert (record.steps_done, record.recipe.optimisation.steps, record.images) == (120, 120, str(tiny_images))
+    assert record.figures == figures(trained)[-1]
+    assert record.source is None
+
+
+def test_again_does_nothing_and_more_steps_prolong(
+    trained: Path, tiny_images: Path, tiny_encoder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
+    run(tiny_images, trained, tiny_encoder, "--optimisation.steps=120")
+    assert "complete already: 120 steps" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
+    run(tiny_images, trained, tiny_encoder, "--optimisation.steps=125")
+    assert training_lines(trained)[-1]["step"] == 125
+    assert (trained / "diffusion_pytorch_model.safetensors").read_bytes() not in before.values()
+    with pytest.raises(UserError, match=r"other settings \(recipe.kl.weight, seed\); choose a new folder"):
+        run(tiny_images, trained, tiny_encoder, "--optimisation.steps=130", "--kl.weight=1", "--seed=1")
+
+
+def comparable(out: Path) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in read(out)]
+
+
+def test_killed_and_resumed_training_gives_the_same_bits(tiny_images: Path, tiny_encoder: str, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    more = ["--optimisation.steps=20", "--workers=1"]
+    run_reglue(*arguments(tiny_images, whole, tiny_encoder, *more))
+
+    # A process that dies at step 10 or a little after, in the middle of a step.
+    process = subprocess.Popen(
+        reglue_command(*arguments(tiny_images, broken, tiny_encoder, *more)),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    while not (broken / "checkpoints" / "00000010" / "progress.json").is_file():
+        assert process.poll() is None, "finished before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (broken / "checkpoints" / "00000020").exists(), "it was killed too late to test anything"
+    assert not (broken / "config.json").exists()
+
+    run_reglue(*arguments(tiny_images, broken, tiny_encoder, *more))
+    for name in ("ema", "model", "optimiser"):
+        ours, theirs = (load_file(out / "checkpoints" / "00000020" / f"{name}.safetensors") for out in (whole, broken))
+        assert ours.keys() == theirs.keys()
+        assert any(key.startswith("discriminator") for key in ours) == (name != "ema")
+        for key, value in ours.items():
+            assert torch.equal(value, theirs[key]), key
+    assert comparable(whole) == comparable(broken)
+    for file in ("diffusion_pytorch_model.safetensors", "alignment.safetensors", "mean_std.json", "config.json"):
+        assert (whole / file).read_bytes() == (broken / file).read_bytes(), file
+
+
+def test_two_processes_and_accumulated_parts_give_the_losses_of_one(
+    tiny_images: Path, tiny_encoder: str, tmp_path: Path
+) -> None:
+    more = ["--optimisation.steps=10"]
+    run(tiny_images, tmp_path / "one", tiny_encoder, *more)
+    run(tiny_images, tmp_path / "parts", tiny_encoder, *more, "--optimisation.accumulate=2")
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "reglue"),
+            *arguments(tiny_images, tmp_path / "two", tiny_encoder, *more),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    one, parts, two = (comparable(tmp_path / name) for name in ("one", "parts", "two"))
+    assert len(one) == len(parts) == len(two) == 3
+    for expected, *others in zip(one, parts, two, strict=True):
+        for other in others:
+            flat, expected_flat = ({**line, **line.get("validation", {})} for line in (other, expected))
+            for name in expected_flat.keys() - {"validation"}:
+                assert flat[name] == pytest.approx(expected_flat[name], rel=2e-3, abs=1e-5), name
+    means = [json.loads((tmp_path / name / "mean_std.json").read_text()) for name in ("one", "parts", "two")]
+    for other in means[1:]:
+        assert other == pytest.approx(means[0], rel=2e-3, abs=1e-5)
+
+
+def test_an_existing_autoencoder_is_measured_first_and_then_changed(
+    tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path
+) -> None:
+    out = run(
+        tiny_images, tmp_path / "out", tiny_encoder, "--from", tiny_autoencoder, "--optimisation.steps=40",
+        architecture=False,
+    )  # fmt: skip
+    before, *_, after = figures(out)
+    assert len(figures(out)) == 5
+    assert after["psnr"] > before["psnr"]
+    assert load_autoencoder(str(out)).spec.latent_channels == 3
+    record = json.loads((out / "training.json").read_text())
+    assert record["source"]["weights_sha256"] == load_autoencoder(tiny_autoencoder).spec.weights_sha256
+
+
+def test_without_alignment_it_is_a_plain_autoencoder(tiny_images: Path, tiny_encoder: str, tmp_path: Path) -> None:
+    out = run(
+        tiny_images, tmp_path / "out", tiny_encoder, "--optimisation.steps=3", "--alignment.weight=0",
+        "--alignment.class-weight=0", "--adversary.weight=0", "--perceptual.weight=0", "--kl.weight=0",
+        "--optimisation.precision=bfloat16", "--validation", str(tiny_images),
+    )  # fmt: skip
+    assert not (out / "alignment.safetensors").exists()
+    assert {"reconstruction", "loss"} == training_lines(out)[-1].keys() & {
+        *("reconstruction", "loss", "perceptual", "kl", "alignment", "class_alignment", "adversary", "discriminator")
+    }
+    assert "patch_cosine" not in figures(out)[-1]
+    with pytest.raises(UserError, match="made with --alignment"):
+        load_alignment(out)
+
+
+def test_grey_and_tiny_images_of_any_shape_will_do(tiny_encoder: str, tmp_path: Path) -> None:
+    for index in range(6):
+        size, mode = ((3, 5), "L") if index % 2 else ((40, 9), "1")
+        Image.new(mode, size, 40 * index).save(tmp_path / f"{index}.png")
+    out = run(tmp_path, tmp_path.parent / "out", tiny_encoder, "--optimisation.steps=2", "--adversary.weight=0")
+    assert load_autoencoder(str(out)).spec.latent_channels == 3
+
+
+@pytest.mark.parametrize(
+    ("std", "signal_std", "says"),
+    [
+        (1.0, 0.005, "collapsed at step 7 .*lower --kl.weight"),
+        (1e-5, 1e-5, "vanished .*raise --kl.weight"),
+        (2e3, 2e3, "blown up .*raise --kl.weight"),
+        (float("nan"), 1.0, "blown up"),
+    ],
+)
+def test_useless_latents_are_named(std: float, signal_std: float, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        check_latents({"latent_std": std, "signal_std": signal_std}, 7)
+    check_latents({"latent_std": 1.0, "signal_std": 0.5}, 7)
+
+
+def test_too_much_divergence_collapses_and_says_so(tiny_images: Path, tiny_encoder: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the latents have collapsed at step \d+ .*lower --kl.weight"):
+        run(
+            tiny_images, tmp_path / "out", tiny_encoder, "--optimisation.steps=400", "--kl.weight=1000",
+            "--adversary.weight=0", "--perceptual.weight=0", "--optimisation.learning-rate=1e-2",
+        )  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
+    tiny_images: Path, tiny_encoder: str, tmp_path: Path
+) -> None:
+    out = run(tiny_images, tmp_path / "out", tiny_encoder, "--optimisation.steps=5")
+    # The weights are spoilt as a defective memory would: the next loss cannot be finite.
+    weights = out / "checkpoints" / "00000005" / "model.safetensors"
+    spoilt = load_file(weights)
+    spoilt["autoencoder.network.decoder.conv_out.bias"].fill_(torch.nan)
+    save_file(spoilt, weights)
+    with pytest.raises(UserError, match=r"not finite between steps 5 and 10 \(.*reconstruction"):
+        run(tiny_images, out, tiny_encoder, "--optimisation.steps=10")
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000005"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--resolution=17"], "multiples of"),
+        (["--resolution=1"], "too small"),
+        (["--adversary.layers=3"], "--adversary.layers 3"),
+        (["--validation=2.0"], "--validation 2.0"),
+        (["--validation=nowhere"], "nowhere: no such folder"),
+        (["--validation=0.97"], "too few"),
+        (["--optimisation.accumulate=3"], "does not divide"),
+        (["--perceptual.network", "nothing.pth"], "nothing.pth"),
+        (["--from=starter"], "leave it out with --from"),
+        (["--encoder=nonsense"], "unknown encoder"),
+        (["--log-every=0"], "--log-every 0"),
+    ],
+)
+def test_mistakes_are_named_and_leave_nothing(
+    more: list[str], says: str, tiny_images: Path, tiny_encoder: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        run(tiny_images, tmp_path / "out", tiny_encoder, *more)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(tiny_images: Path, tiny_encoder: str, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds other files"):
+        run(tiny_images, tmp_path, tiny_encoder)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
