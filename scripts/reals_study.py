@@ -66,11 +66,13 @@ class Study:
     alignment: float = 0.5
     """Weight of the alignment, of patches and of the class token."""
     perceptual: float = 0.1
-    widths: tuple[int, ...] = (32, 64, 128)
+    hidden: int = 256
+    """Of the alignment network."""
+    widths: tuple[int, ...] = (16, 32, 64)
     latent_channels: int = 8
     layers_per_block: int = 1
-    steps: int = 2000
-    batch_size: int = 32
+    steps: int = 1200
+    batch_size: int = 16
     learning_rate: float = 5e-4
     probe_images: int = 5000
     """At most so many training images are used to fit the probes, and so many held-out ones to test them."""
@@ -128,7 +130,7 @@ def training_of(options: Study, arm: Arm) -> Autoencode:
         ),
         perceptual=Perceptual(options.perceptual),
         kl=Kl(arm.kl_weight),
-        alignment=LatentAlignment(arm.alignment, class_weight=arm.alignment),
+        alignment=LatentAlignment(arm.alignment, class_weight=arm.alignment, hidden=options.hidden),
         optimisation=Descent(
             steps=options.steps,
             batch_size=options.batch_size,

@@ -17,8 +17,9 @@ from reglue.semantics.encoders import load_encoder
 def network() -> Lpips:
     torch.manual_seed(0)
     lpips = Lpips()
-    for layer in lpips.layers:
-        torch.nn.init.uniform_(layer.weight)  # type: ignore[reportArgumentType]
+    for name, weights in lpips.named_parameters():
+        with torch.no_grad():
+            weights.uniform_(0, 1) if name.startswith("layers") else weights.normal_(0, 0.03)
     return lpips
 
 

@@ -29,9 +29,11 @@ class Lpips(nn.Module):
     scale: Tensor
 
     def __init__(self) -> None:
-        """Of random weights; `load_lpips` fills them."""
+        """Without weights: `load_lpips` fills them."""
         super().__init__()
-        self.features = cast(nn.Sequential, torchvision.models.vgg16(weights=None).features)[: STAGE_ENDS[-1] + 1]
+        with torch.device("meta"):  # VGG16's classifier, which is not needed, has most of its weights.
+            backbone = torchvision.models.vgg16(weights=None)
+        self.features = cast(nn.Sequential, backbone.features)[: STAGE_ENDS[-1] + 1].to_empty(device="cpu")
         for module in self.features:
             if isinstance(module, nn.ReLU):
                 module.inplace = False  # It would overwrite what a gradient needs.
@@ -60,13 +62,13 @@ def load_lpips(files: Sequence[Path]) -> Lpips:
     Names may be torchvision's (`features.0.weight`) or those of the package lpips (`net.slice1.0.weight`,
     `lin0.model.1.weight`). Raises UserError, naming the files, for one that cannot be read or if something is missing.
     """
-    network = Lpips()
     found: dict[str, Tensor] = {}
     for file in files:
         for name, tensor in _tensors(file).items():
             name = re.sub(r"^net\.slice\d+\.", "features.", name)
             found[re.sub(r"^lins?\.?(\d)\.model\.\d\.", r"layers.\1.", name)] = tensor
     names = " and ".join(map(str, files))
+    network = Lpips()
     state = {**found, "shift": network.shift, "scale": network.scale}
     needed = network.state_dict().keys()
     missing = sorted(needed - state.keys())
