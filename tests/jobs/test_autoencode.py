@@ -299,7 +299,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
         (["--adversary.layers=3"], "--adversary.layers 3"),
         (["--validation=2.0"], "--validation 2.0"),
         (["--validation=nowhere"], "nowhere: no such folder"),
-        (["--validation=0.97"], "too few"),
+        (["--validation=0.99"], "too few"),
         (["--optimisation.accumulate=3"], "does not divide"),
         (["--perceptual.network", "nothing.pth"], "nothing.pth"),
         (["--from=starter"], "leave it out with --from"),
