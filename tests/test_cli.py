@@ -17,11 +17,11 @@ from reglue.papers import RECIPES
 
 def test_help_lists_every_job() -> None:
     text = run_reglue("--help").stdout
-    for job in ("prepare", "compress", "train", "sample", "evaluate", "demo"):
+    for job in ("prepare", "compress", "autoencode", "train", "sample", "evaluate", "demo"):
         assert f"• {job}" in text
 
 
-@pytest.mark.parametrize("job", ["prepare", "compress", "sample", "evaluate", "demo"])
+@pytest.mark.parametrize("job", ["prepare", "compress", "autoencode", "sample", "evaluate", "demo"])
 def test_every_option_is_explained(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse([job, "--help"])
@@ -101,6 +101,7 @@ def test_sample_takes_its_run_first() -> None:
     [
         ["prepare", "no-such-folder", "store"],
         ["compress", "no-such-store"],
+        ["autoencode", "no-such-folder", "autoencoder", "--encoder", "starter"],
         ["train", "sit", "--store", "no-such-store", "--out", "run"],
         ["sample", "no-such-run", "--out", "samples"],
         ["evaluate", "no-such-folder", "--reference", "neither"],

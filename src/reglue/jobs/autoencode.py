@@ -17,6 +17,7 @@ from typing import Annotated
 
 import torch
 import tyro
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -175,7 +176,7 @@ def autoencode(options: Autoencode) -> Path:
     step = 0
     if checkpoints.steps(options.out):
         step = checkpoints.restore(checkpoints.find(options.out), model, ema, optimiser)
-    if record.steps_done == step == optimisation.steps:
+    if record.steps_done == step == optimisation.steps and (options.out / CONFIG).is_file():
         if rank == 0:
             print(f"{options.out} is complete already: {step} steps")
         return options.out
@@ -436,8 +437,8 @@ def write_result(out: Path, averaged: AlignedAutoencoder, mean: float, std: floa
             save_alignment(averaged.alignment, beside / ALIGNMENT_FILE)
         for file in sorted(beside.iterdir(), key=lambda file: file.name == CONFIG):
             file.replace(out / file.name)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}; free some space and run it again") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {error}; free some space and run it again") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     with replacing(out / RECORD) as path:

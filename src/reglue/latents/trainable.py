@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from reglue.errors import UserError
@@ -13,6 +12,9 @@ from reglue.latents.adversary import PatchDiscriminator
 from reglue.latents.alignment import AlignmentNetwork, AlignmentSpec, LatentSemantics
 from reglue.latents.autoencoders import Autoencoder, KlAutoencoder
 from reglue.latents.recipe import Adversary, Architecture
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 
 class Reconstruction(NamedTuple):
@@ -72,6 +74,8 @@ class Trained(nn.Module):
 
 def new_network(architecture: Architecture, image_size: tuple[int, int]) -> AutoencoderKL:
     """A freshly initialised AutoencoderKL, from PyTorch's global random state."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # slow to import
+
     stages = len(architecture.widths)
     sizes: dict[str, Any] = {
         "block_out_channels": architecture.widths,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,9 +29,11 @@ class Lpips(nn.Module):
 
     def __init__(self) -> None:
         """Without weights: `load_lpips` fills them."""
+        from torchvision.models import vgg16  # slow to import
+
         super().__init__()
         with torch.device("meta"):  # VGG16's classifier, which is not needed, has most of its weights.
-            backbone = torchvision.models.vgg16(weights=None)
+            backbone = vgg16(weights=None)
         self.features = cast(nn.Sequential, backbone.features)[: STAGE_ENDS[-1] + 1].to_empty(device="cpu")
         for module in self.features:
             if isinstance(module, nn.ReLU):
