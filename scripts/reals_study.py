@@ -71,7 +71,7 @@ class Study:
     widths: tuple[int, ...] = (16, 32, 64)
     latent_channels: int = 8
     layers_per_block: int = 1
-    steps: int = 1200
+    steps: int = 800
     batch_size: int = 16
     learning_rate: float = 5e-4
     probe_images: int = 5000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,8 @@ def test_an_autoencoder_of_grey_images_is_refused(tiny_autoencoder: str, tmp_pat
     config = json.loads((Path(tiny_autoencoder) / "config.json").read_text())
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    AutoencoderKL.from_config({**config, "in_channels": 1, "out_channels": 1}).save_pretrained(tmp_path)
+    grey: Any = AutoencoderKL.from_config({**config, "in_channels": 1, "out_channels": 1})
+    grey.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="takes 1 channels and gives 1"):
         network_of(load_autoencoder(str(tmp_path)))
 
