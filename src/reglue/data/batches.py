@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reglue.data.store import Store
+from reglue.data.store import Store, codes_column
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State
 from reglue.diffusion.objective import TrainingSample
@@ -54,7 +54,13 @@ def unit_variance(store: Store, column: str) -> Normalisation:
 
 def local_column(recipe: Recipe) -> str:
     """The store's column with the compressed features that a recipe learns."""
-    return f"local.{recipe.local.compressor}"
+    return codes_column(recipe.local.compressor, "features")
+
+
+def class_token_column(recipe: Recipe) -> str:
+    """The store's column with the class tokens, or their codes, that a recipe learns."""
+    compressor = recipe.class_token.compressor
+    return "cls" if compressor is None else codes_column(compressor, "cls")
 
 
 def normalisations(store: Store, recipe: Recipe) -> dict[str, Normalisation]:
@@ -65,7 +71,7 @@ def normalisations(store: Store, recipe: Recipe) -> dict[str, Normalisation]:
     if recipe.local.present and recipe.local.unit_variance:
         scaled[LOCAL] = unit_variance(store, local_column(recipe))
     if recipe.class_token.present and recipe.class_token.unit_variance:
-        scaled[CLS] = unit_variance(store, "cls")
+        scaled[CLS] = unit_variance(store, class_token_column(recipe))
     return scaled
 
 
@@ -76,14 +82,15 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
     """
     manifest = store.manifest
     needs = {
-        "cls": recipe.class_token.present,
+        class_token_column(recipe): recipe.class_token.present,
         local_column(recipe): recipe.local.present,
         "features": recipe.alignment.present and recipe.alignment.targets == "cached",
     }
     how = {"cls": "--encoder NAME", "features": "--features"}
     for column, needed in needs.items():
         if needed and column not in manifest.columns:
-            command = f"`reglue prepare … {how[column]}`" if column in how else f"`reglue compress {store.folder}`"
+            compress = f"`reglue compress {store.folder}{' --column cls' if column.startswith('cls') else ''}`"
+            command = f"`reglue prepare … {how[column]}`" if column in how else compress
             has = ", ".join(sorted(manifest.columns))
             raise UserError(
                 f"recipe {recipe.name} needs column {column}, which {store.folder} lacks (it has {has}); "
@@ -101,12 +108,14 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
         )
     channels, *grid = manifest.columns["latent"].tensors["mean"].shape
     local = manifest.columns.get(local_column(recipe))
+    class_token = manifest.columns.get(class_token_column(recipe))
     return recipe.denoiser_config(
         latent_channels=channels,
         grid=(grid[0], grid[1]),
         classes=len(manifest.source.class_names),
         local_channels=local.tensors["local"].shape[0] if local else 0,
         token_width=encoder.width if encoder else 0,
+        class_token_width=class_token.tensors["cls"].shape[0] if class_token else 0,
     )
 
 
@@ -171,7 +180,7 @@ class TrainingData:
             local = self.store.read(local_column(self.recipe), rows)["local"].float()
             state[LOCAL] = resize(self._scale(LOCAL, local), self.config.shape.grid)
         if self.config.shape.class_token_width:
-            state[CLS] = self._scale(CLS, self.store.read("cls", rows)["cls"].float())
+            state[CLS] = self._scale(CLS, self.store.read(class_token_column(self.recipe), rows)["cls"].float())
         return state
 
     def _scale(self, name: str, value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ shard's metadata names its images, so that nothing but safetensors is needed to 
 | `cls` | `cls` (D,) float32: the encoder's class token |
 | `features` | `features` (L·D,h,w) float16: patch features of the L chosen layers at the encoder's grid |
 | `local.NAME` | `local` (K,h,w): the codes of compressor NAME, at the encoder's grid |
+| `cls.NAME` | `cls` (K,): the class token's codes of compressor NAME |
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from reglue.data.images import UnreadableImage
 from reglue.errors import UserError
 from reglue.files import from_json, plain, replacing, structured, to_json
 from reglue.latents.autoencoders import AutoencoderSpec
-from reglue.semantics.compressors import CompressorSpec
+from reglue.semantics.compressors import CompressedColumn, CompressorSpec
 from reglue.semantics.encoders import EncoderSpec
 
 FORMAT = 1
@@ -48,8 +49,9 @@ PARTIAL = "manifest.partial.json"
 JOURNAL = "prepare.jsonl"
 METADATA = "reglue"
 """Key of a shard's metadata: JSON with `format`, `column` and `names`, the images of its rows."""
-CODES = "local."
-"""What the names of columns that hold a compressor's codes begin with."""
+LOCAL_CODES = "local."
+CLASS_TOKEN_CODES = "cls."
+"""What the names of columns that hold a compressor's codes begin with, for maps and for class tokens."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Manifest(Contents):
     columns: dict[str, Column]
     statistics: dict[str, Statistics]
     compressors: dict[str, CompressorSpec]
-    """By name; the codes of compressor NAME are in column `local.NAME`."""
+    """The codes of compressor NAME are in column `local.NAME`; those of `cls.NAME` in the column of the same name."""
     versions: dict[str, str]
     """Of the libraries that made the store."""
     hash: str = ""
@@ -170,7 +172,7 @@ class Store:
         for column, content in manifest.columns.items():
             for shard in content.shards:
                 if column != to_be_replaced and not _is_whole(folder, shard):
-                    job = "compress" if column.startswith(CODES) else "prepare"
+                    job = "compress" if holds_codes(column) else "prepare"
                     raise UserError(f"{folder / shard.file} is missing or cut short; run the same `reglue {job}` again")
         return cls(folder, manifest)
 
@@ -285,24 +287,24 @@ class Store:
         return Statistics(len(rows), tuple(mean.tolist()), tuple(std.tolist()))
 
     def add_codes(self, name: str, compressor: CompressorSpec, shards: Iterable[Tensor]) -> Store:
-        """Write the codes of a compressor as column `local.NAME` and return the store with it.
+        """Write the codes of a compressor as its column (`codes_column`) and return the store with it.
 
-        `shards` gives the codes (n, K, h, w) of the store's shards in order, n rows each (none for an empty shard).
-        The manifest changes last and at once: until then the store is what it was.
+        `shards` gives the codes, (n, K, h, w) or (n, K), of the store's shards in order, n rows each (none for an empty
+        shard). The manifest changes last and at once: until then the store is what it was.
         """
-        column = CODES + name
+        column = codes_column(name, compressor.column)
         written = []
         labels = self.manifest.columns["label"].shards
         for index, (codes, shard) in enumerate(zip(shards, labels, strict=True)):
             start = self._start(index)
             names = self._names[start : start + shard.rows]
-            written.append(write_shard(self.folder, column, index, names, {"local": codes}))
+            written.append(write_shard(self.folder, column, index, names, {value_of(column): codes}))
         content = join_columns(written)
         before = self.manifest
         added = Store(self.folder, replace(before, columns={**before.columns, column: content}))
         manifest = replace(
             added.manifest,
-            compressors={**before.compressors, name: compressor},
+            compressors={**before.compressors, compressor_of(column): compressor},
             statistics={**before.statistics, column: added.statistics(column, torch.arange(len(self)))},
         )
         return Store(self.folder, _write_manifest(self.folder, manifest))
@@ -310,7 +312,7 @@ class Store:
     def _column(self, column: str) -> Column:
         columns = self.manifest.columns
         if column not in columns:
-            how = "`reglue compress`" if column.startswith(CODES) else "`reglue prepare`"
+            how = "`reglue compress`" if holds_codes(column) else "`reglue prepare`"
             raise UserError(
                 f"{self.folder} has no column {column} (it has {', '.join(sorted(columns))}); add it with {how}"
             )
@@ -339,7 +341,7 @@ class StoreWriter:
         self.complete = False
         if (self.folder / MANIFEST).is_file():
             has: Contents = (manifest := _read_manifest(self.folder / MANIFEST))
-            own = [column for name, column in manifest.columns.items() if not name.startswith(CODES)]
+            own = [column for name, column in manifest.columns.items() if not holds_codes(name)]
             self.complete = all(_is_whole(self.folder, shard) for column in own for shard in column.shards)
         elif (self.folder / PARTIAL).is_file():
             has = from_json(self.folder / PARTIAL, Contents, "prepare the store anew")
@@ -447,6 +449,21 @@ class Block:
 def value_of(column: str) -> str:
     """The tensor of a column that its statistics describe: `mean` for `latent`, otherwise the column's namesake."""
     return "mean" if column == "latent" else column.partition(".")[0]
+
+
+def codes_column(name: str, column: CompressedColumn) -> str:
+    """The column with the codes of compressor `name`, which was fitted to `column`."""
+    return (LOCAL_CODES if column == "features" else CLASS_TOKEN_CODES) + name
+
+
+def holds_codes(column: str) -> bool:
+    """Whether a column holds codes: what `reglue compress` adds."""
+    return column.startswith((LOCAL_CODES, CLASS_TOKEN_CODES))
+
+
+def compressor_of(column: str) -> str:
+    """Under which name `Manifest.compressors` and the store's folder `compressors` hold the compressor of a column."""
+    return column.removeprefix(LOCAL_CODES)
 
 
 def write_shard(folder: Path, column: str, index: int, names: list[str], tensors: Mapping[str, Tensor]) -> Column:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 
-from reglue.data.batches import Normalisation, denoiser_config, local_column, normalisations
-from reglue.data.store import Store
+from reglue.data.batches import Normalisation, class_token_column, denoiser_config, local_column, normalisations
+from reglue.data.store import Store, compressor_of, holds_codes
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError
 from reglue.files import from_json, replacing, to_json
@@ -35,6 +35,9 @@ class RunRecord:
     autoencoder: AutoencoderSpec
     encoder: EncoderSpec | None
     compressor: CompressorSpec | None
+    """Of the local semantics."""
+    class_token_compressor: CompressorSpec | None = None
+    """None where the class token is learned as it is, or not at all."""
     normalisation: dict[str, Normalisation]
     """Of the modalities that are not learned as they are; latents always have one."""
     seed: int
@@ -47,14 +50,18 @@ class RunRecord:
     def of(cls, store: Store, recipe: Recipe, seed: int) -> RunRecord:
         """The record of training a recipe on a store. Raises UserError if they do not fit together."""
         manifest = store.manifest
+        denoiser = denoiser_config(store, recipe)  # First of all, since it checks that the store has the columns.
+        token = class_token_column(recipe)
+        compressed = recipe.class_token.present and holds_codes(token)
         return cls(
             recipe=recipe,
-            denoiser=denoiser_config(store, recipe),
+            denoiser=denoiser,
             class_names=manifest.source.class_names,
             resolution=manifest.source.resolution,
             autoencoder=manifest.autoencoder,
             encoder=manifest.encoder,
             compressor=manifest.compressors[recipe.local.compressor] if recipe.local.present else None,
+            class_token_compressor=manifest.compressors[compressor_of(token)] if compressed else None,
             normalisation=normalisations(store, recipe),
             seed=seed,
             store=str(store.folder),
@@ -99,7 +106,7 @@ def needed_columns(recipe: Recipe) -> list[str]:
     if recipe.local.present:
         columns.append(local_column(recipe))
     if recipe.class_token.present:
-        columns.append("cls")
+        columns.append(class_token_column(recipe))
     if recipe.alignment.present and recipe.alignment.targets == "cached":
         columns += ["cls", "features"]
     return sorted(set(columns))
