@@ -17,11 +17,11 @@ from reglue.papers import RECIPES
 
 def test_help_lists_every_job() -> None:
     text = run_reglue("--help").stdout
-    for job in ("prepare", "compress", "train", "sample", "evaluate", "demo"):
+    for job in ("prepare", "compress", "train", "sample", "evaluate", "probe", "demo"):
         assert f"• {job}" in text
 
 
-@pytest.mark.parametrize("job", ["prepare", "compress", "sample", "evaluate", "demo"])
+@pytest.mark.parametrize("job", ["prepare", "compress", "sample", "evaluate", "probe", "demo"])
 def test_every_option_is_explained(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse([job, "--help"])
@@ -102,6 +102,7 @@ def test_sample_takes_its_run_first() -> None:
         ["prepare", "no-such-folder", "store"],
         ["compress", "no-such-store"],
         ["train", "sit", "--store", "no-such-store", "--out", "run"],
+        ["probe", "no-such-store", "--out", "probe"],
         ["sample", "no-such-run", "--out", "samples"],
         ["evaluate", "no-such-folder", "--reference", "neither"],
     ],

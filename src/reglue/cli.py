@@ -15,13 +15,22 @@ from reglue.jobs.compress import Compress, compress
 from reglue.jobs.demo import Demo, demo
 from reglue.jobs.evaluate import Evaluate, evaluate
 from reglue.jobs.prepare import Prepare, prepare
+from reglue.jobs.probe import Probe, probe
 from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import Train, train
 from reglue.papers import PAPERS
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
 
-JOBS = {Prepare: prepare, Compress: compress, Train: train, Sample: sample, Evaluate: evaluate, Demo: demo}
+JOBS = {
+    Prepare: prepare,
+    Compress: compress,
+    Train: train,
+    Sample: sample,
+    Evaluate: evaluate,
+    Probe: probe,
+    Demo: demo,
+}
 
 
 def main() -> None:
@@ -62,6 +71,7 @@ def parse(arguments: list[str]) -> Any:
         ],
         Annotated[Sample, tyro.conf.subcommand("sample", description="Draw images from a run.")],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate", description="Compare images with a reference.")],
+        Annotated[Probe, tyro.conf.subcommand("probe", description="Measure what features and their codes still say.")],
         Annotated[Demo, tyro.conf.subcommand("demo", description="All of it on handwritten digits, in minutes.")],
     ]
     return tyro.cli(
