@@ -161,13 +161,11 @@ class MapProbe(nn.Module):
     def __init__(self, channels: int, classes: int, hidden: int):
         """`hidden`: channels of the convolutions; 0 makes the probe linear."""
         super().__init__()
-        convolutions = [
-            nn.Conv2d(channels, hidden, 1),
-            nn.ReLU(),
-            nn.Conv2d(hidden, hidden, 3, padding=1),
-            nn.ReLU(),
-        ]
-        self.layers = nn.Sequential(*(convolutions if hidden else []), nn.Conv2d(hidden or channels, classes, 1))
+        layers: list[nn.Module] = [nn.Conv2d(hidden or channels, classes, 1)]
+        if hidden:
+            around = nn.Conv2d(hidden, hidden, 3, padding=1)
+            layers = [nn.Conv2d(channels, hidden, 1), nn.ReLU(), around, nn.ReLU(), *layers]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, inputs: Tensor, size: tuple[int, int] | None) -> Tensor:
         """Inputs (n, C, h, w) to scores (n, classes), or (n, classes, *size) where a size is given."""
