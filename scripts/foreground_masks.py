@@ -25,7 +25,8 @@ from reglue.data.images import ImageFolder, decode
 from reglue.files import replacing
 from reglue.seeds import permutation
 
-IMAGE_MEAN, IMAGE_STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+IMAGE_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
+IMAGE_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 
 
 @dataclass(frozen=True)

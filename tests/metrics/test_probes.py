@@ -79,8 +79,10 @@ def test_what_is_said_by_places_needs_a_flat_probe():
     inputs = 0.3 * drawn(0, 400, 1, 2, 2)
     inputs[targets == 0, 0, 0, 0] += 1
     inputs[targets == 1, 0, 1, 1] += 1
-    parts = [examples(inputs[part], targets[part]) for part in (slice(200), slice(200, 300), slice(300, 400))]
-    accuracy = {flat: measure(fit_linear(*parts[:2], 2, flat).probe, parts[2], 2, 0).value for flat in (True, False)}
+    parts = (slice(200), slice(200, 300), slice(300, 400))
+    fitting, selection, measured = (examples(inputs[part], targets[part]) for part in parts)
+    fits = {flat: fit_linear(fitting, selection, 2, flat).probe for flat in (True, False)}
+    accuracy = {flat: measure(fit, measured, 2, 0).value for flat, fit in fits.items()}
     assert accuracy[True] > 0.95
     assert accuracy[False] < 0.65
 

@@ -545,7 +545,8 @@ def draw(report: Report, path: Path) -> None:
         )
     for name in dict.fromkeys(result.input for result in report.results):
         one = max((result for result in report.results if result.input == name), key=lambda result: result.score)
-        axes.annotate(one.input, (one.channels, one.score), (0, 7), textcoords="offset points", ha="center", size=8)
+        where = {"textcoords": "offset points", "xytext": (7, 0), "va": "center", "size": 8}
+        axes.annotate(one.input, (one.channels, one.score), **where)
     axes.axhline(report.chance, color="grey", linestyle=":", label="the most common class")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
