@@ -96,6 +96,7 @@ def frechet_influence(features: Tensor, own: Gaussian, reference: Gaussian) -> T
     inverse = torch.where(values > _rounding(values), values.clamp(min=0).rsqrt(), 0.0)
     carried = root @ vectors
     curvature = torch.eye(len(root), dtype=torch.float64) - (carried * inverse) @ carried.T
+    curvature *= len(features) / (len(features) - 1)  # The covariance is divided by N − 1.
     influence = []
     for block in features.split(BLOCK):
         centred = block.to("cpu", torch.float64) - own.mean
