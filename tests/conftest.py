@@ -1,4 +1,4 @@
-"""Small real artifacts on disk: images, a timm encoder, an Inception network, a diffusers autoencoder, a store of them, a run on it."""
+"""Small real artifacts on disk: images, networks of timm, diffusers and torch-fidelity, a store, a run on it."""
 
 from __future__ import annotations
 

@@ -16,10 +16,15 @@ from reglue.jobs.evaluate import Evaluate, evaluate
 from reglue.metrics import inception as module
 from reglue.metrics.distances import GaussianStatistics
 from reglue.metrics.features import describe_images
-from reglue.metrics.inception import InceptionNetwork, is_inception, load_inception
+from reglue.metrics.inception import Inception, InceptionNetwork, is_inception, load_inception
 
 TORCHSCRIPT, PHOTOGRAPHS = "REGLUE_INCEPTION_TORCHSCRIPT", "REGLUE_PHOTOGRAPHS"
 CIFAR = "REGLUE_CIFAR10_TRAIN", "REGLUE_CIFAR10_TEST"
+
+
+@pytest.fixture(scope="module")
+def inception(random_inception) -> Inception:
+    return load_inception(random_inception)
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +32,8 @@ def images() -> torch.Tensor:
     return torch.randint(0, 256, (3, 3, 20, 30), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def test_spatial_features_are_seven_channels_of_mixed_6_in_tensorflows_order(random_inception, images):
-    found = load_inception(random_inception).describe(images)
-    network = load_inception(random_inception).network
+def test_spatial_features_are_seven_channels_of_mixed_6_in_tensorflows_order(inception, images):
+    found, network = inception.describe(images), inception.network
     x = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(299, 299), align_corners=False) / 128 - 1
     with torch.no_grad():
         for name, block in network.named_children():  # in the order of the graph
@@ -48,8 +52,7 @@ def test_spatial_features_are_seven_channels_of_mixed_6_in_tensorflows_order(ran
         torch.testing.assert_close(found.spatial[:, place], x[:, channel, row, column])
 
 
-def test_features_and_logits_are_torch_fidelitys(random_inception, images):
-    inception = load_inception(random_inception)
+def test_features_and_logits_are_torch_fidelitys(inception, images):
     found = inception.describe(images)
     pool, logits = inception.network(images)
     assert found.features.shape == (3, 2048)
@@ -58,8 +61,7 @@ def test_features_and_logits_are_torch_fidelitys(random_inception, images):
     torch.testing.assert_close(logits, pool @ inception.network.fc.weight.T)  # without the bias
 
 
-def test_images_are_streamed_and_the_spatial_features_not_kept(random_inception, images):
-    inception = load_inception(random_inception)
+def test_images_are_streamed_and_the_spatial_features_not_kept(inception, images):
     alive: list[int] = []
 
     def batches():
@@ -85,8 +87,7 @@ def test_images_are_streamed_and_the_spatial_features_not_kept(random_inception,
     assert described.spatial.count == 3
 
 
-def test_weights_come_from_torch_fidelitys_pth_too_and_randomness_is_left_alone(random_inception, images, tmp_path):
-    inception = load_inception(random_inception)
+def test_weights_come_from_torch_fidelitys_pth_too_and_randomness_is_left_alone(inception, images, tmp_path):
     torch.save(inception.network.state_dict(), tmp_path / "weights.pth")
     before = torch.random.get_rng_state()
     other = load_inception(tmp_path / "weights.pth")
@@ -95,8 +96,7 @@ def test_weights_come_from_torch_fidelitys_pth_too_and_randomness_is_left_alone(
     assert other.sha256 != inception.sha256
 
 
-def test_a_file_without_class_scores_has_no_logits(random_inception, images, tmp_path):
-    inception = load_inception(random_inception)
+def test_a_file_without_class_scores_has_no_logits(inception, images, tmp_path):
     state = {name: value for name, value in inception.network.state_dict().items() if not name.startswith("fc.")}
     save_file(state, tmp_path / "pool.safetensors")
     found = load_inception(tmp_path / "pool.safetensors")
@@ -129,7 +129,7 @@ def test_damaged_foreign_and_harmful_files_are_named(tmp_path, tiny_encoder):
     assert not is_inception(Path(tiny_encoder) / "model.safetensors")
 
 
-def test_without_network_the_file_and_its_place_are_named(tmp_path, monkeypatch, random_inception, images):
+def test_without_network_the_file_and_its_place_are_named(tmp_path, monkeypatch, inception, images):
     def refuse(url, target, **_):
         raise OSError("Network is unreachable")
 
@@ -140,10 +140,10 @@ def test_without_network_the_file_and_its_place_are_named(tmp_path, monkeypatch,
         load_inception()
     assert str(file) in str(raised.value)
     assert module.URL_INCEPTION_V3 in str(raised.value)
-    torch.save(load_inception(random_inception).network.state_dict(), file)
+    torch.save(inception.network.state_dict(), file)
     found = load_inception()
     assert found.name == "inception"
-    assert torch.equal(found.describe(images).features, load_inception(random_inception).describe(images).features)
+    assert torch.equal(found.describe(images).features, inception.describe(images).features)
 
 
 @pytest.mark.skipif(TORCHSCRIPT not in os.environ, reason=f"set {TORCHSCRIPT} to the TorchScript file")

@@ -74,11 +74,11 @@ class GaussianStatistics:
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """The squared Fréchet (2-Wasserstein) distance of two Gaussians (Heusel et al. 2017, eq. 6); 0 or more.
 
-    |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½). The trace of the root equals the sum of the singular values of Σ₁^½ Σ₂^½
-    (the nuclear norm), which exists for singular covariances too and never becomes complex.
+    |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½). With Σ = F Fᵀ the trace of the root equals the sum of the singular values of
+    F₁ᵀ F₂ (the nuclear norm), which exists for singular covariances too and never becomes complex.
     """
     shift = first.mean - second.mean
-    fidelity = torch.linalg.svdvals(symmetric_root(first.covariance) @ symmetric_root(second.covariance)).sum()
+    fidelity = torch.linalg.svdvals(_factor(first.covariance).T @ _factor(second.covariance)).sum()
     distance = shift @ shift + first.covariance.trace() + second.covariance.trace() - 2 * fidelity
     return max(float(distance), 0.0)
 
@@ -109,6 +109,13 @@ def symmetric_root(matrix: Tensor) -> Tensor:
     """The symmetric square root (D, D) of a symmetric positive semi-definite matrix; mere rounding becomes 0."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * torch.where(values > _rounding(values), values, 0.0).sqrt()) @ vectors.T
+
+
+def _factor(matrix: Tensor) -> Tensor:
+    """F (D, rank) of a symmetric positive semi-definite matrix F Fᵀ: few columns where there are few images."""
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > _rounding(values)
+    return vectors[:, kept] * values[kept].sqrt()
 
 
 def _rounding(values: Tensor) -> Tensor:
