@@ -98,7 +98,7 @@ def test_folder_and_npz_of_the_same_images_give_the_same_figures(tmp_path, tiny_
     assert made[0].metrics == made[1].metrics == made[2].metrics
     assert made[0].protocol == made[1].protocol == protocol
     assert made[2].protocol is None
-    assert made[0].resolution == (16, 16)
+    assert made[0].image_size == made[0].reference_size == (16, 16)
 
 
 def test_a_store_of_another_encoder_is_read_from_its_images(tmp_path, tiny_store, tiny_images, tiny_encoder):

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -104,7 +105,7 @@ class EncoderFeatures(FeatureNetwork):
         spec = encoder.spec
         self.encoder, self.kind = encoder, kind
         self.name, self.sha256, self.width = spec.name, spec.weights_sha256, spec.width
-        self.distance_name = f"Fréchet distance ({spec.name})"
+        self.distance_name = f"Fréchet distance ({Path(spec.name).name})"
         self.features_name = kind
         self.image_size = spec.image_size
         self.input_rule = f"{spec.interpolation} to {spec.input_size[0]}×{spec.input_size[1]} without antialias"
