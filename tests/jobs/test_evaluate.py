@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -309,6 +310,6 @@ def test_only_dinov2_large_is_called_fd_dinov2(tmp_path, tiny_encoder):
     resized = np.array(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)) / 255
     standardised = torch.from_numpy((resized - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).float()
     with torch.no_grad():
-        expected = network.eval().forward_features(standardised.permute(2, 0, 1)[None])[:, 0]
+        expected = cast(Any, network).eval().forward_features(standardised.permute(2, 0, 1)[None])[:, 0]
     found = large.describe(torch.from_numpy(image).permute(2, 0, 1)[None]).features
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
