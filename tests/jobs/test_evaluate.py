@@ -16,7 +16,7 @@ from reglue.jobs import evaluate as job
 from reglue.jobs.evaluate import Evaluate, Figure, evaluate
 from reglue.jobs.prepare import Prepare, prepare
 from reglue.metrics.distances import Gaussian, GaussianStatistics, frechet_distance, manifold_scores
-from reglue.metrics.features import DinoV2Features, EncoderFeatures, load_encoder_features
+from reglue.metrics.features import DinoV2Features, EncoderFeatures, _dinov2_distance_name, load_encoder_features
 from reglue.metrics.inception import load_inception
 from reglue.runs.record import RunRecord
 
@@ -305,7 +305,10 @@ def test_only_dinov2_large_is_called_fd_dinov2(tmp_path, tiny_encoder):
     assert isinstance(load_encoder_features(str(folder), (256, 256), "patch-mean"), EncoderFeatures)
     large = load_encoder_features(str(folder), (256, 256), "class-token")
     assert isinstance(large, DinoV2Features)
-    assert large.distance_name == "FD-DINOv2"
+    assert large.distance_name == "Fréchet distance (large, preprocessed as for FD-DINOv2)"  # Weights of a file.
+    for name in ("dinov2-l", "timm:vit_large_patch14_dinov2.lvd142m"):
+        assert _dinov2_distance_name(name) == "FD-DINOv2"
+    assert _dinov2_distance_name("dinov2-l@/weights/tuned.safetensors") != "FD-DINOv2"
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     resized = np.array(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)) / 255
     standardised = torch.from_numpy((resized - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).float()

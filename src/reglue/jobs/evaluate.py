@@ -75,7 +75,7 @@ class Evaluate:
     feature_network: str = INCEPTION
     """inception, or store for the encoder of the reference's store, or any vision encoder, or a file of weights.
 
-    inception gives FID, and its weights are downloaded. dinov2-l gives FD-DINOv2. Other encoders are named as in
+    inception gives FID, and its weights are downloaded. dinov2-l gives FD-DINOv2 (by name, not from a file). Other encoders are named as in
     `reglue prepare`: starter, a short name, timm:NAME, NAME@FILE, a folder or a file.
     """
     features: FeatureKind = "class-token"

@@ -123,7 +123,8 @@ class DinoV2Features(FeatureNetwork):
 
     Images of any size are stretched to 224×224 by Pillow (bicubic, with antialias) and standardised with ImageNet's
     statistics. One difference from the published figures remains: timm resamples the position embeddings with
-    antialias, the original network without.
+    antialias, the original network without. It is called FD-DINOv2 only if the weights come by name from the hub: a file
+    may hold a fine-tuned network.
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):
@@ -133,7 +134,7 @@ class DinoV2Features(FeatureNetwork):
         spec = self.encoder.spec
         assert spec.input_size == (FD_DINOV2_SIZE, FD_DINOV2_SIZE)
         self.name, self.sha256, self.width = spec.name, spec.weights_sha256, spec.width
-        self.distance_name = "FD-DINOv2"
+        self.distance_name = _dinov2_distance_name(spec.name)
         self.features_name = "class-token"
         self.input_rule = f"bicubic to {FD_DINOV2_SIZE}×{FD_DINOV2_SIZE} with antialias (Pillow)"
         self.without_logits = "a vision encoder has no classes"
@@ -150,6 +151,11 @@ class DinoV2Features(FeatureNetwork):
         images = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(encoder.image_mean)
         tokens = encoder.network.forward_features((images / 255 - encoder.image_mean) / encoder.image_std)
         return Description(tokens[:, 0], None, None)
+
+
+def _dinov2_distance_name(name: str) -> str:
+    by_name = (FD_DINOV2_ENCODER, f"timm:{KNOWN_ENCODERS[FD_DINOV2_ENCODER].architecture}")
+    return "FD-DINOv2" if name in by_name else f"Fréchet distance ({Path(name).name}, preprocessed as for FD-DINOv2)"
 
 
 def load_encoder_features(
