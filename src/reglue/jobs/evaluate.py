@@ -75,8 +75,8 @@ class Evaluate:
     feature_network: str = INCEPTION
     """inception, or store for the encoder of the reference's store, or any vision encoder, or a file of weights.
 
-    inception gives FID, and its weights are downloaded. dinov2-l gives FD-DINOv2 (by name, not from a file). Other encoders are named as in
-    `reglue prepare`: starter, a short name, timm:NAME, NAME@FILE, a folder or a file.
+    inception gives FID, and its weights are downloaded. dinov2-l gives FD-DINOv2 (by name, not from a file). Other
+    encoders are named as in `reglue prepare`: starter, a short name, timm:NAME, NAME@FILE, a folder or a file.
     """
     features: FeatureKind = "class-token"
     """What stands for an image in a vision encoder; patch-mean is the mean over the patches of the last layer."""

@@ -123,8 +123,8 @@ class DinoV2Features(FeatureNetwork):
 
     Images of any size are stretched to 224×224 by Pillow (bicubic, with antialias) and standardised with ImageNet's
     statistics. One difference from the published figures remains: timm resamples the position embeddings with
-    antialias, the original network without. It is called FD-DINOv2 only if the weights come by name from the hub: a file
-    may hold a fine-tuned network.
+    antialias, the original network without. It is called FD-DINOv2 only if the weights come by name from the hub:
+    a file may hold a fine-tuned network.
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):
