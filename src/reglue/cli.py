@@ -18,6 +18,7 @@ from reglue.jobs.prepare import Prepare, prepare
 from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import Train, train
 from reglue.papers import PAPERS
+from reglue.runs import ranks
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
 
@@ -29,6 +30,7 @@ def main() -> None:
     try:
         options = parse(sys.argv[1:])
         JOBS[type(options)](options)
+        ranks.leave()
     except UserError as error:
         fail(str(error))
     except OSError as error:

@@ -197,9 +197,9 @@ def test_images_that_changed_since_are_refused(options, own_images: Path):
 
 
 KILLED = """
-import os, signal, sys
+import os, pathlib, signal, sys
 import reglue.data.store as store
-from reglue.jobs.prepare import Prepare, prepare
+from reglue.jobs import prepare as job
 calls = iter(range(100))
 hash_file = store._sha256
 def dying(path):
@@ -207,7 +207,7 @@ def dying(path):
         os.kill(os.getpid(), signal.SIGKILL)
     return hash_file(path)
 store._sha256 = dying
-prepare(eval(sys.argv[1], {"Prepare": Prepare, "PosixPath": __import__("pathlib").Path}))
+job.prepare(eval(sys.argv[1], {**vars(job), "PosixPath": pathlib.Path}))
 """
 
 
