@@ -30,10 +30,11 @@ class ClassIndex:
 
     def __call__(self, label: Any, image: str) -> int:
         """The index of a label's class; `image` is whose label it is."""
-        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.names):
-            return label
         if isinstance(label, str) and label in self._index_of:
             return self._index_of[label]
+        number = int(label) if _is_number(label) else label
+        if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(self.names):
+            return number
         if label is None:
             raise UserError(f"{image} has no label; remove it, or take no labels with --no-labels")
         raise UserError(

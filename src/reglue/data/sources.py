@@ -26,7 +26,7 @@ from braceexpand import braceexpand
 from torch import Tensor
 
 from reglue.data.images import ImageFolder, ImageSource, UnreadableImage, is_image, list_folder, load_crop
-from reglue.data.labels import index_labels, look_up, read_table
+from reglue.data.labels import index_labels, look_up, read_class_names, read_table
 from reglue.errors import UserError
 from reglue.seeds import permutation
 
@@ -151,7 +151,8 @@ class Chosen:
             of_class = np.flatnonzero(labels == label)
             wanted = max(1, round(subset.share * len(of_class)))
             wanted = min(wanted, subset.per_class or wanted)
-            drawn.append(of_class[permutation(subset.seed, "subset of a class", label, len(of_class))[:wanted]])
+            order = permutation(subset.seed, "subset of a class", label, len(of_class)).numpy()
+            drawn.append(of_class[order[:wanted]])
         self._images, self._indices = images, np.sort(np.concatenate(drawn))
         self.path, self.class_names = images.path, images.class_names
         self.names: Sequence[str] = Computed(len(self), lambda i: images.names[self._indices[i]])
@@ -274,13 +275,15 @@ def _samples(file: Path) -> Iterator[tuple[str, dict[str, _Member]]]:
                 if member.isfile() and key:
                     yield folder + slash + key, ending.lower(), _Member(member.offset_data, member.size)
 
+    with file.open("rb") as content:
+        content.seek(-min(tarfile.BLOCKSIZE, file.stat().st_size), 2)
+        if any(content.read()):  # `tarfile` says nothing if a header is cut, nor if files are missing at the end.
+            raise UserError(f"{file} is no whole tar file (it has no end mark); fetch it again, or unpack it first")
     try:
         for key, group in itertools.groupby(members(), key=lambda member: member[0]):
             yield key, {ending: member for _, ending, member in group}
     except tarfile.TarError as error:
-        raise UserError(
-            f"{file} is no whole tar file ({error}); fetch it again, or unpack it first if it is compressed"
-        ) from error
+        raise UserError(f"{file} is no whole tar file ({error}); fetch it again, or unpack it first") from error
 
 
 def _image_of(members: dict[str, _Member], sample: str, reading: Reading) -> str | None:
@@ -386,7 +389,7 @@ def _files_in(folder: Path, reading: Reading) -> list[Path]:
 
 def class_names_of(reading: Reading) -> tuple[str, ...] | None:
     """The names in the file that the user gave, if any."""
-    return readclass_names_of(reading.class_names) if reading.class_names else None
+    return read_class_names(reading.class_names) if reading.class_names else None
 
 
 def _repeated(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Images in tables: parquet files, and what `datasets` loads. Apart from the rest because these libraries load slowly."""
+"""Images in tables: parquet files, and what `datasets` loads. On its own because these libraries take long to load."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch import Tensor
 
@@ -26,7 +26,7 @@ ROWS_AT_ONCE = 16
 
 
 def load(path: Path, files: Sequence[Path], reading: Reading) -> ImageSource:
-    """What `datasets` loads by itself: from the hub, from a folder, or from tar or parquet files; downloaded or streamed.
+    """What `datasets` loads by itself: from the hub, a folder, or tar or parquet files; downloaded or streamed.
 
     Raises UserError for whatever fails there.
     """
@@ -34,9 +34,10 @@ def load(path: Path, files: Sequence[Path], reading: Reading) -> ImageSource:
     split = _choose_split(builder.info.splits or builder.config.data_files or (), path, reading)
     try:
         if reading.streaming:
-            return StreamedImages(path, builder.as_streaming_dataset(split), reading, split)
+            stream = cast(datasets.IterableDataset, builder.as_streaming_dataset(split))
+            return StreamedImages(path, stream, reading, split)
         builder.download_and_prepare()
-        return DatasetImages(path, builder.as_dataset(split), reading)
+        return DatasetImages(path, cast(datasets.Dataset, builder.as_dataset(split)), reading)
     except UserError:
         raise
     except Exception as error:  # `datasets` raises errors of the network, the disk and of every format.
@@ -224,12 +225,9 @@ class DatasetImages:
         digest.update(np.asarray(self.labels, dtype=np.int64).tobytes())
         for batch in self._dataset.with_format("arrow").iter(1000):  # As Arrow, the images themselves are not read.
             cells = batch[self._column]
-            content = (
-                pa.compute.call_function("struct_field", [cells], pa.compute.StructFieldOptions("bytes"))
-                if pa.types.is_struct(cells.type)
-                else cells
-            )
-            sizes = pa.compute.call_function("binary_length", [content])
+            if pa.types.is_struct(cells.type):
+                cells = pc.call_function("struct_field", [cells], pc.StructFieldOptions("bytes"))
+            sizes = pc.call_function("binary_length", [cells])
             digest.update(repr(sizes.to_pylist()).encode())
         return digest.hexdigest()
 
@@ -295,7 +293,7 @@ class StreamedImages:
                 self._row = next(self._rows)
                 self._next += 1
         except StopIteration:
-            raise UserError(f"{self.path} ends after {self._next} images, not {self._count}; lower --count") from None
+            raise UserError(f"{self.path} ends before image {index} of --count {self._count}; lower it") from None
         except Exception as error:  # The network and any file format may fail here.
             self._next = -1
             raise UserError(f"cannot read on in {self.path} ({_one_line(error)}); run the same again") from error
