@@ -385,7 +385,7 @@ def test_what_cannot_be_told_is_asked_for_by_its_option(rows, tmp_path: Path):
 def test_labels_outside_the_classes_are_refused(rows, tmp_path: Path):
     tars = write_tars(rows, tmp_path / "tars", cls=lambda label: label)
     (tmp_path / "classes.txt").write_text("one\ntwo\n")
-    with pytest.raises(UserError, match="label 2, but .* has 2 classes"):
+    with pytest.raises(UserError, match=r"label 2, but .* has 2 classes"):
         open_images(tars, Reading(class_names=tmp_path / "classes.txt"))
     as_dataset([(key, content, -1) for key, content, _ in rows[:3]]).to_parquet(tmp_path / "test.parquet")
     with pytest.raises(UserError, match="label -1"):

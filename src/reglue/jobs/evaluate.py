@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from reglue.data.images import ImageFolder, UnreadableImage, crop_to
+from reglue.data.images import ImageSource as Images
 from reglue.data.store import MANIFEST, Store
 from reglue.errors import UserError
 from reglue.files import replacing
@@ -124,7 +125,7 @@ def evaluate(options: Evaluate) -> Evaluation:
     measured = _describe(encoder, images, "images", options, skipped)
     if store and _has_features(store, encoder.spec, options.features):
         origin = "class tokens cached in the store"
-        real = store.read("cls", torch.arange(len(store)))["cls"].float()
+        real = store.read("cls", store.originals)["cls"].float()
     else:
         origin = "computed from the images"
         real = _describe(encoder, reference or _images_of(store), "reference", options, skipped)
@@ -227,7 +228,7 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class _FolderImages:
-    folder: ImageFolder
+    folder: Images
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -314,13 +315,11 @@ def _images_of(store: Store | None) -> ImageSource:
     """The images that a store was made from. Raises UserError if they are gone or others."""
     assert store is not None
     source = store.manifest.source
-    need = f"the store {store.folder} holds no such features, so its images are needed"
-    if not Path(source.path).is_dir():
-        raise UserError(f"{source.path}: no such folder; {need}; put them back, or use the store's encoder")
-    folder = ImageFolder.open(source.path)
-    if folder.fingerprint() != source.fingerprint:
-        raise UserError(f"{source.path} has changed since the store was made; {need}; prepare the store anew")
-    return _FolderImages(folder)
+    try:
+        return _FolderImages(replace(source, flips=False).open())
+    except UserError as error:
+        need = f"the store {store.folder} holds no such features, so its images are needed"
+        raise UserError(f"{error}; {need}; put them back, or use the store's encoder") from error
 
 
 def _encoder_name(options: Evaluate, store: Store | None) -> str:

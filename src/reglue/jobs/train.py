@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reglue.data.batches import TrainingData
-from reglue.data.images import ImageFolder, UnreadableImage
+from reglue.data.images import UnreadableImage
 from reglue.data.pictures import image_grid
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
@@ -253,8 +253,10 @@ def online_targets(store: Store, device: torch.device):
     """A function from names of images to the encoder's tokens, for alignment without cached features."""
     source, spec = store.manifest.source, store.manifest.encoder
     assert spec is not None
-    folder = ImageFolder.open(source.path)
-    index_of = {name: index for index, name in enumerate(folder.names)}
+    images = source.open()
+    if images.sequential:
+        raise UserError(f"{source.path} is a stream, read in order alone; use --alignment.targets cached")
+    index_of = {name: index for index, name in enumerate(images.names)}
     encoder = load_encoder(spec.name, source.resolution, (spec.depth - 1,), device)
     if encoder.spec.weights_sha256 != spec.weights_sha256:
         raise UserError(f"encoder {spec.name} is not the one that {store.folder} was prepared with: its weights differ")
@@ -262,7 +264,7 @@ def online_targets(store: Store, device: torch.device):
     def targets(names: Sequence[str]) -> Tensor:
         pixels: list[Tensor] = []
         for name in names:
-            image = folder.load(index_of[name], source.resolution) if name in index_of else None
+            image = images.load(index_of[name], source.resolution) if name in index_of else None
             if image is None or isinstance(image, UnreadableImage):
                 raise UserError(f"{Path(source.path) / name} is gone or damaged; online alignment needs the images")
             pixels.append(image)
