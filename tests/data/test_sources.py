@@ -27,6 +27,12 @@ from reglue.errors import UserError
 SIZE = (16, 16)
 
 
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="module")
 def rows(tiny_images: Path) -> list[tuple[str, bytes, int]]:
     """Key, file and label of each of the 24 images, in the order of the folder."""
@@ -163,7 +169,7 @@ def test_the_same_pictures_come_out_of_every_wrapping(
     wrap, rows, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = ImageFolder.open(tiny_images)
     path, reading = wrap(rows, tmp_path)
 
@@ -182,7 +188,7 @@ def test_the_same_pictures_come_out_of_every_wrapping(
 
 
 def test_nothing_local_is_copied(rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     for wrap in (tars_of_numbers, parquet_folder, bare_parquet, saved):
         folder = tmp_path / wrap.__name__
         folder.mkdir()
