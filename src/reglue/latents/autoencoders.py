@@ -60,7 +60,8 @@ class AutoencoderSpec:
     """What `load_autoencoder` takes to load it again."""
     kind: str
     """`AutoencoderKL`, `AutoencoderTiny` or `TAEF2`."""
-    weights_sha256: str
+    weights_sha256: str | None
+    """None where the weights were never seen: an imported run names an autoencoder that need not be at hand."""
     latent_channels: int
     downsampling: int
     """Image pixels per latent pixel, along each side."""
