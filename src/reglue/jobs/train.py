@@ -31,7 +31,7 @@ from reglue.runs.generation import ImageModel, decoder
 from reglue.runs.record import COMPRESSOR, RunRecord
 from reglue.runs.tracking import MetricsLog
 from reglue.seeds import generator
-from reglue.semantics.compressors import load_compressor
+from reglue.semantics.compressors import SPEC_FILE, load_compressor
 from reglue.semantics.encoders import load_encoder
 
 
@@ -206,7 +206,7 @@ def claim(out: Path, record: RunRecord, rank: int) -> None:
 
 def take_compressor(store: Store, record: RunRecord, out: Path) -> None:
     """Copy the compressor into the run: what the model's local maps mean must not get lost with the store."""
-    if not (out / COMPRESSOR).is_dir():
+    if not (out / COMPRESSOR / SPEC_FILE).is_file():
         load_compressor(store.folder / "compressors" / record.recipe.local.compressor).save(out / COMPRESSOR)
 
 

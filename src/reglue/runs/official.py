@@ -21,6 +21,7 @@ from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.modalities import StateShape
 from reglue.diffusion.transformer import FREQUENCIES, MAX_PERIOD, position_embedding
 from reglue.errors import UserError
+from reglue.latents.autoencoders import AutoencoderSpec
 from reglue.runs.untrusted import read_untrusted
 
 Family = Literal["sit", "repa", "redi", "reg", "reglue"]
@@ -30,6 +31,19 @@ TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi"})
 
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Attention heads by width, for S, B, L and XL: no weight has a shape that would tell."""
+
+PUBLISHED_AUTOENCODER = AutoencoderSpec(
+    name="sd-vae-ft-mse",
+    kind="AutoencoderKL",
+    weights_sha256=None,
+    latent_channels=4,
+    downsampling=8,
+    shift=(0.0,) * 4,
+    scale=(0.18215,) * 4,
+)
+"""Whose latents all of them learn, unseen."""
+PUBLISHED_DECODER = "sd-vae-ft-ema"
+"""Decodes for all of them: a fine-tuned decoder for the same latents."""
 
 # Published name → our name. {i} stands for the number of a block.
 KEYS = {
@@ -271,7 +285,7 @@ def _recognise(
     depth = _blocks(published)
     last = next((published[k] for k in ("projectors.0.4.weight", "projector.4.weight") if k in published), None)
     # Training alone uses the projector, so that a depth that is not known may be wrong without harm.
-    aligned_after = alignment_depth or min(8 if depth >= 24 else 4, depth)
+    aligned_after = min(alignment_depth or (8 if depth >= 24 else 4), depth)
     try:
         config = DenoiserConfig(
             shape=StateShape(

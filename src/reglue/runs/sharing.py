@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 
 from reglue.errors import UserError
+from reglue.files import new_folder
 from reglue.papers import PAPERS
-from reglue.recipe import Recipe
 from reglue.runs import checkpoints
 from reglue.runs.hub import AUTOENCODER
 from reglue.runs.record import COMPRESSOR, RunRecord
@@ -39,14 +39,9 @@ def save(
     `run` is the folder that the run is in now, if any: compressor, autoencoder, reports and picture are found from
     there. Raises UserError if the folder holds other files, or a report is none.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} holds other files; choose a new or an empty folder")
     shown = read_reports(run, reports)
     picture = picture or _last_preview(run)
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir(parents=True)
+    with new_folder(folder) as beside:
         shared = _with_autoencoder(without_places(record), record, run, beside)
         shared.write(beside)
         checkpoints.save_weights(beside, step, weights)
@@ -57,11 +52,6 @@ def save(
             shutil.copyfile(picture, beside / PICTURE)
         card = model_card(shared, folder.name, step, sum(w.numel() for w in weights.values()), shown, bool(picture))
         (beside / CARD).write_text(card, encoding="utf-8")
-        if folder.is_dir():
-            folder.rmdir()
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return folder
 
 

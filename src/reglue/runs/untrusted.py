@@ -127,7 +127,9 @@ STAND_INS = {
     "joblib.numpy_pickle.NumpyArrayWrapper": StreamedArray,
     "_codecs.encode": Latin1,
     "copyreg._reconstructor": Inert,
+    "copy_reg._reconstructor": Inert,
     "builtins.object": Inert,
+    "__builtin__.object": Inert,
     "pathlib.PosixPath": Inert,
     "pathlib._local.PosixPath": Inert,
     "argparse.Namespace": InertNamespace,
@@ -173,8 +175,8 @@ def read_untrusted(file: Path) -> Any:
     """What a file of PyTorch, NumPy, pickle or joblib holds, told by its first bytes.
 
     Tensors come as tensors, arrays as `numpy.ndarray` of numbers, dicts, lists, strings and numbers as they are;
-    objects of argparse and scikit-learn as the dict of their attributes, and what is of no use as None. Raises UserError, naming
-    the file, if it is missing, damaged, or holds or does anything else.
+    objects of argparse and scikit-learn as the dict of their attributes, and what is of no use as None. Raises
+    UserError, naming the file, if it is missing, damaged, or holds or does anything else.
     """
     try:
         return _contents(_read(file))
