@@ -136,8 +136,9 @@ def changed_sampling(
     """A way to sample with what is given (not None) in place of the default's. Raises UserError for what cannot be."""
     if steps is not None and steps < 1:
         raise UserError("--steps must be at least 1")
-    if sampler is not None and sampler not in get_args(SamplerName):
-        raise UserError(f"sampler {sampler}: choose {', '.join(get_args(SamplerName))}")
+    for name, value, known in (("sampler", sampler, SamplerName), ("rounding", rounding, Rounding)):
+        if value is not None and value not in get_args(known):
+            raise UserError(f"{name} {value}: choose {', '.join(get_args(known))}")
     guidance = {
         "scale": guidance_scale,
         "interval": guidance_interval,
@@ -225,6 +226,8 @@ class ImageModel:
             raise UserError(f"output {output!r}: choose 'pil' or 'tensor'")
         labels = self._labels(classes, options.pop("count", None))
         seed, batch_size = options.pop("seed", 0), options.pop("batch_size", 32)
+        if batch_size < 1:
+            raise UserError("batch_size must be at least 1")
         default = options.pop("sampling", None) or self.default_sampling
         show_progress = options.pop("progress", False)
         sampling = changed_sampling(default, **options)  # type: ignore[reportArgumentType], the rest are its own

@@ -154,8 +154,6 @@ def import_official(
     weights = {ours: published[theirs].float() for theirs, ours in _names(published).items()}
     if config.learned_positions:
         weights["positions"] = published["pos_embed"].float()
-    if family in TIME_FROM_NOISE and TIME_WEIGHT in weights:
-        weights = reverse_time(weights)
     with torch.device("meta"):  # no memory, no initialisation: only names and shapes are asked for
         expected = Denoiser(config).state_dict()
     wrong = sorted(
@@ -166,6 +164,8 @@ def import_official(
         raise UserError(
             f"looks like {family}, but these weights are missing, unknown or of another shape: {', '.join(wrong)}"
         )
+    if family in TIME_FROM_NOISE:
+        weights = reverse_time(weights)
     return OfficialModel(family, config, weights)
 
 
@@ -283,6 +283,8 @@ def _recognise(
             f"width {width} is none of {sorted(PUBLISHED_HEADS)}: say how many attention heads with --heads"
         )
     depth = _blocks(published)
+    if not depth:
+        raise UserError("not a SiT-like checkpoint: it has no blocks.0")
     last = next((published[k] for k in ("projectors.0.4.weight", "projector.4.weight") if k in published), None)
     # Training alone uses the projector, so that a depth that is not known may be wrong without harm.
     aligned_after = min(alignment_depth or (8 if depth >= 24 else 4), depth)
