@@ -100,9 +100,10 @@ def import_run(options: ImportRun) -> Path:
         checkpoints.save_weights(folder, published.step, model.weights)
         if compressor:
             compressor.save(folder / COMPRESSOR)
+    learned = ", learned positions" if model.config.learned_positions else ""
     print(
-        f"{options.file}: {model.family} {recipe.model} of step {published.step}, {resolution[0]}×{resolution[1]} pixels, "
-        f"{model.config.classes} classes{', learned positions' if model.config.learned_positions else ''}; "
+        f"{options.file}: {model.family} {recipe.model} of step {published.step}, "
+        f"{resolution[0]}×{resolution[1]} pixels, {model.config.classes} classes{learned}; "
         f"sample it with `reglue sample {options.out} --out SAMPLES`"
     )
     return options.out

@@ -19,9 +19,7 @@ MODEL, EMA, OPTIMISER, PROGRESS = "model.safetensors", "ema.safetensors", "optim
 
 def save(run: Path, step: int, model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> Path:
     """Write the checkpoint of a step, beside its place first. Raises UserError if the disk is full."""
-    return _write(
-        run, step, {MODEL: model.state_dict(), EMA: ema, OPTIMISER: _optimiser_tensors(model, optimiser)}
-    )
+    return _write(run, step, {MODEL: model.state_dict(), EMA: ema, OPTIMISER: _optimiser_tensors(model, optimiser)})
 
 
 def save_weights(run: Path, step: int, ema: dict[str, Tensor]) -> Path:

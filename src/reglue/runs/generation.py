@@ -92,7 +92,9 @@ def load(
     )
 
 
-def decoder(record: RunRecord, device: torch.device, name: str | None = None, folder: Path | None = None) -> Autoencoder:
+def decoder(
+    record: RunRecord, device: torch.device, name: str | None = None, folder: Path | None = None
+) -> Autoencoder:
     """The autoencoder that turns a run's latents into images. Raises UserError if it is not the run's own.
 
     A `name` that is given replaces it on purpose, and only the number of channels must fit. Relative names in the
@@ -258,11 +260,7 @@ class ImageModel:
         the run's last preview if not given. `reglue.load` and `reglue sample` take the folder. Returns it; raises
         UserError if it holds other files.
         """
-        weights = self.denoiser.state_dict()
-        return sharing.save(
-            Path(folder), self.record, weights, self.step, self.folder, [Path(report) for report in reports],
-            Path(picture) if picture else None,
-        )  # fmt: skip
+        return self._save(Path(folder), reports, picture, name=None)
 
     def push_to_hub(
         self,
@@ -277,8 +275,11 @@ class ImageModel:
         `reglue.load("OWNER/NAME")` fetches it. Raises UserError if the hub cannot be reached or refuses.
         """
         with TemporaryDirectory() as folder:
-            self.save(Path(folder) / "model", reports=reports, picture=picture)
-            return hub.push(Path(folder) / "model", name, private)
+            return hub.push(self._save(Path(folder) / "model", reports, picture, name), name, private)
+
+    def _save(self, folder: Path, reports: Sequence[str | Path], picture: str | Path | None, name: str | None) -> Path:
+        files, shown = [Path(report) for report in reports], Path(picture) if picture else None
+        return sharing.save(folder, self.record, self.denoiser.state_dict(), self.step, self.folder, files, shown, name)
 
     def _labels(self, classes: int | str | Sequence[int | str] | None, count: int | None) -> list[int]:
         if count is not None and count < 0:

@@ -263,7 +263,9 @@ def _recognise(
     for name, count in dimensions.items():
         if name not in published:
             found = ", ".join(sorted(published)[:4])
-            raise UserError(f"not a SiT-like checkpoint: no {name} (expected {', '.join(dimensions)}; found {found}, …)")
+            raise UserError(
+                f"not a SiT-like checkpoint: no {name} (expected {', '.join(dimensions)}; found {found}, …)"
+            )
         if published[name].ndim != count or not published[name].numel():
             raise UserError(f"not a SiT-like checkpoint: {name} has shape {tuple(published[name].shape)}")
     width, channels, patch, _ = published["x_embedder.proj.weight"].shape

@@ -33,11 +33,13 @@ def save(
     run: Path | None,
     reports: Sequence[Path] = (),
     picture: Path | None = None,
+    name: str | None = None,
 ) -> Path:
     """Write a run folder with averaged weights alone, whole or not at all. Returns it.
 
     `run` is the folder that the run is in now, if any: compressor, autoencoder, reports and picture are found from
-    there. Raises UserError if the folder holds other files, or a report is none.
+    there. `name` is what `reglue.load` will take, the folder's own name if not given. Raises UserError if the folder
+    holds other files, or a report is none.
     """
     shown = read_reports(run, reports)
     picture = picture or _last_preview(run)
@@ -50,7 +52,8 @@ def save(
             compressor.save(beside / COMPRESSOR)
         if picture:
             shutil.copyfile(picture, beside / PICTURE)
-        card = model_card(shared, folder.name, step, sum(w.numel() for w in weights.values()), shown, bool(picture))
+        parameters = sum(value.numel() for value in weights.values())
+        card = model_card(shared, name or folder.name, step, parameters, shown, bool(picture))
         (beside / CARD).write_text(card, encoding="utf-8")
     return folder
 
@@ -130,7 +133,7 @@ def model_card(
         library_name="reglue",
         pipeline_tag="unconditional-image-generation",
         tags=["reglue", "latent-diffusion", "diffusion-transformer", record.recipe.name],
-        model_name=name,
+        model_name=name.rpartition("/")[2],
         eval_results=results or None,
     )
     template = resources.files("reglue.runs") / "templates" / "model_card.md"
@@ -183,7 +186,7 @@ def _read_report(file: Path) -> Report | None:
         return None
     if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
         return None
-    metrics = {key: value for key, value in _flat(content["metrics"]) if isinstance(value, int | float)}
+    metrics = {key: float(value) for key, value in _flat(content["metrics"]) if isinstance(value, int | float)}
     about = {key: value for key, value in content.items() if key not in ("metrics", "protocol", "skipped", "versions")}
     how = content.get("protocol")
     protocol = dict(_flat(about)) | (dict(_flat({"samples": how})) if isinstance(how, dict) else {})

@@ -17,7 +17,7 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,13 +37,13 @@ class Inert:
 
     state: Any = None
 
-    # __new__ and not __init__: pickles may call either the class or its __new__.
+    arguments: tuple[Any, ...]
+
     def __new__(cls, *arguments: Any, **named: Any) -> Inert:
+        """Keep the arguments. Not in `__init__`: pickles may call the class, or its `__new__` alone."""
         inert = super().__new__(cls)
         inert.arguments = arguments
         return inert
-
-    arguments: tuple[Any, ...]
 
     # Its being there also keeps a pickle from setting attributes of the class itself.
     def __setstate__(self, state: Any) -> None:
@@ -113,6 +113,7 @@ class Latin1(Inert):
     """`_codecs.encode(text, "latin1")`: how old pickle protocols keep bytes."""
 
     def __new__(cls, text: str, encoding: str = "latin1") -> Any:
+        """The bytes."""
         if encoding != "latin1":
             raise ValueError(f"text in the encoding {encoding!r}")
         return text.encode("latin1")
@@ -151,7 +152,7 @@ class InertUnpickler(pickle._Unpickler):
     """Reads pickles, and joblib's, with stand-ins for everything that they name."""
 
     # The variant in Python is the one whose reading of BUILD can be extended; it is made afresh for every file.
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
@@ -168,7 +169,7 @@ class InertUnpickler(pickle._Unpickler):
         if isinstance(built, StreamedArray):
             built.read(self.file)
 
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[reportArgumentType], of this class alone
 
 
 def read_untrusted(file: Path) -> Any:
