@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -12,7 +13,13 @@ from reglue.errors import UserError
 
 
 def fetch(
-    wanted: str, repository: str, files: Sequence[str], *, instead: str, optional: str | None = None, gated: bool = False
+    wanted: str,
+    repository: str,
+    files: Sequence[str],
+    *,
+    instead: str,
+    optional: str | None = None,
+    gated: bool = False,
 ) -> Path:
     """The folder that holds the files of a repository, in the hub's cache.
 
@@ -38,7 +45,8 @@ def fetch(
         get_hf_file_metadata(hf_hub_url(repository, files[0]))
         paths = [Path(hf_hub_download(repository, file)) for file in files]
         if optional is not None:
-            _fetch_if_there(repository, optional)
+            with suppress(EntryNotFoundError):
+                hf_hub_download(repository, optional)
     except Exception as error:  # whatever the hub's client raises: offline, refused, not found
         terms = ""
         if gated or isinstance(error, GatedRepoError):
@@ -49,9 +57,3 @@ def fetch(
         ) from error
     return paths[0].parent
 
-
-def _fetch_if_there(repository: str, file: str) -> None:
-    try:
-        hf_hub_download(repository, file)
-    except EntryNotFoundError:
-        pass

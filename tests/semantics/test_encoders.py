@@ -317,6 +317,7 @@ def test_file_in_which_a_tensor_is_missing_is_refused(
     save_file(state, tmp_path / "cut.safetensors")
     message = refusal(f"{expected.name}@{tmp_path / 'cut.safetensors'}", 64)
     assert "cut.safetensors does not fit the network" in message
+    assert "blocks.3.mlp.fc2.weight" in message
 
 
 def test_network_without_class_token_gives_the_mean_of_its_patches(tmp_path: Path) -> None:
@@ -354,7 +355,7 @@ def test_missing_network_says_what_to_download(tmp_path: Path, monkeypatch: pyte
 def test_file_is_recognised_unless_others_look_like_it(name: str, tmp_path: Path) -> None:
     """Weights of nothing but the right shapes: zeros, of which one value is stored."""
     known = encoders.KNOWN_ENCODERS[name]
-    sizes = {"patch_embed.proj.weight": (known.width, 3, known.patch_size, known.patch_size)}
+    sizes: dict[str, tuple[int, ...]] = {"patch_embed.proj.weight": (known.width, 3, known.patch_size, known.patch_size)}
     if known.registers:
         sizes["reg_token"] = (1, known.registers, 1)
     shapes = {

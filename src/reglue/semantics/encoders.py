@@ -466,7 +466,7 @@ def _load_network(source: _Source, input_size: tuple[int, int]) -> "VisionTransf
         state = {key: value for key, value in load_file(source.weights).items() if not _CLASSIFIER.match(key)}
         network = _create(source, img_size=input_size, pretrained=True, state_dict=state)
     except (SafetensorError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{source.weights} does not fit the network {source.architecture}: {reason}") from error
     return network
 
