@@ -56,4 +56,3 @@ def fetch(
             f"{' and '.join(files)} of {repository} from the Hugging Face hub and {instead}"
         ) from error
     return paths[0].parent
-

@@ -92,9 +92,7 @@ def prepare(options: Prepare) -> Store:
     autoencoder.spec.latent_size(options.size)
     encoder = None
     if options.encoder != NO_ENCODER:
-        encoder = load_encoder(
-            options.encoder, options.size, options.layers, device, final_norm=options.final_norm
-        )
+        encoder = load_encoder(options.encoder, options.size, options.layers, device, final_norm=options.final_norm)
     elif options.features:
         raise UserError("--features needs an encoder; name one with --encoder, or leave --features out")
 

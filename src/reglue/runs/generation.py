@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,20 +47,27 @@ def load(
 def decoder(record: RunRecord, device: torch.device, name: str | None = None) -> Autoencoder:
     """The autoencoder that turns a run's latents into images. Raises UserError if it is not the run's own.
 
-    A `name` that is given replaces it on purpose, and only the number of channels and the scale must fit.
+    A `name` that is given replaces it on purpose, and only channels and downsampling must fit: latents are scaled as
+    the run has recorded.
     """
     expected = record.autoencoder
     found = load_autoencoder(name or expected.name, device)
     if name is None and found.spec != expected:
+        compared = (part.name for part in fields(expected) if part.compare)
+        changed = [part for part in compared if getattr(found.spec, part) != getattr(expected, part)]
         raise UserError(
-            f"autoencoder {expected.name} is not the one that the run was trained with "
-            f"(weights {found.spec.weights_sha256[:12]}, expected {expected.weights_sha256[:12]}); put the old one "
-            "back or choose one with --autoencoder"
+            f"autoencoder {expected.name} is not the one that the run was trained with, {', '.join(changed)} differ: "
+            "put the old one back or choose one with --autoencoder"
         )
     if found.spec.latent_channels != expected.latent_channels:
         raise UserError(
             f"--autoencoder {name} has {found.spec.latent_channels} latent channels, "
             f"the run has {expected.latent_channels}"
+        )
+    if found.spec.downsampling != expected.downsampling:
+        raise UserError(
+            f"--autoencoder {name} makes {found.spec.downsampling} pixels of a latent, the run has "
+            f"{expected.downsampling}"
         )
     return found
 
