@@ -355,7 +355,9 @@ def test_missing_network_says_what_to_download(tmp_path: Path, monkeypatch: pyte
 def test_file_is_recognised_unless_others_look_like_it(name: str, tmp_path: Path) -> None:
     """Weights of nothing but the right shapes: zeros, of which one value is stored."""
     known = encoders.KNOWN_ENCODERS[name]
-    sizes: dict[str, tuple[int, ...]] = {"patch_embed.proj.weight": (known.width, 3, known.patch_size, known.patch_size)}
+    sizes: dict[str, tuple[int, ...]] = {
+        "patch_embed.proj.weight": (known.width, 3, known.patch_size, known.patch_size)
+    }
     if known.registers:
         sizes["reg_token"] = (1, known.registers, 1)
     shapes = {
