@@ -267,7 +267,7 @@ def online_targets(store: Store, device: torch.device):
     assert spec is not None
     folder = ImageFolder.open(source.path)
     index_of = {name: index for index, name in enumerate(folder.names)}
-    encoder = load_encoder(spec.name, source.resolution, (spec.depth - 1,), device)
+    encoder = load_encoder(spec.name, source.resolution, (spec.depth - 1,), device, final_norm=spec.final_norm)
     if encoder.spec.weights_sha256 != spec.weights_sha256:
         raise UserError(f"encoder {spec.name} is not the one that {store.folder} was prepared with: its weights differ")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, TypedDict, Unpack, get_args, overload
@@ -97,27 +97,30 @@ def decoder(
 ) -> Autoencoder:
     """The autoencoder that turns a run's latents into images. Raises UserError if it is not the run's own.
 
-    A `name` that is given replaces it on purpose, and only the number of channels must fit. Relative names in the
-    record are looked for in the run's `folder` first: a shared run brings its own autoencoder along.
+    A `name` that is given replaces it on purpose, and only channels and downsampling must fit: latents are scaled as
+    the run has recorded. Relative names in the record are looked for in the run's `folder` first: a shared run brings
+    its own autoencoder along.
     """
     expected = record.autoencoder
     own = record.decoder or expected.name
     if folder is not None and (folder / own).is_dir():
         own = str(folder / own)
     found = load_autoencoder(name or own, device)
-    if found.spec.latent_channels != expected.latent_channels:
-        raise UserError(
-            f"--autoencoder {name or own} has {found.spec.latent_channels} latent channels, "
-            f"the run has {expected.latent_channels}"
-        )
+    for part, what in (("latent_channels", "latent channels"), ("downsampling", "pixels of a latent along a side")):
+        if getattr(found.spec, part) != getattr(expected, part):
+            raise UserError(
+                f"--autoencoder {name or own} has {getattr(found.spec, part)} {what}, "
+                f"the run has {getattr(expected, part)}"
+            )
     if name is None and record.decoder is None:
         # What was never seen cannot be compared.
         seen = found.spec if expected.weights_sha256 else replace(found.spec, weights_sha256=None)
-        if seen != expected:
+        compared = (part.name for part in fields(expected) if part.compare)
+        changed = [part for part in compared if getattr(seen, part) != getattr(expected, part)]
+        if changed:
             raise UserError(
-                f"autoencoder {own} is not the one that the run was trained with (weights "
-                f"{str(seen.weights_sha256)[:12]}, expected {str(expected.weights_sha256)[:12]}); put the old one "
-                "back or choose one with --autoencoder"
+                f"autoencoder {own} is not the one that the run was trained with, {', '.join(changed)} differ: "
+                "put the old one back or choose one with --autoencoder"
             )
     return found
 
