@@ -336,9 +336,11 @@ def _resolution(options: Evaluate, images: ImageSource, store: Store | None) -> 
 
 
 def _has_features(store: Store, spec: EncoderSpec, kind: FeatureKind) -> bool:
-    """Whether the store's class tokens are what the encoder would say. The layers chosen for patches do not matter."""
+    """Whether the store's class tokens are what the encoder would say. Choices for the patches do not matter."""
     cached = store.manifest.encoder
-    return kind == "class-token" and cached is not None and replace(cached, layers=spec.layers) == spec
+    if kind != "class-token" or cached is None:
+        return False
+    return replace(cached, layers=spec.layers, final_norm=spec.final_norm) == spec
 
 
 def _describe(encoder: VisionEncoder, images: ImageSource, name: str, options: Evaluate, skipped: list[str]) -> Tensor:

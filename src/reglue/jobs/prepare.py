@@ -50,6 +50,8 @@ class Prepare:
     """starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights; none stores latents alone."""
     layers: tuple[int, ...] | None = None
     """Blocks of the encoder whose features are stored, 0 is the first. Default: the last four."""
+    final_norm: bool = True
+    """Apply the encoder's final norm to the features of each of these blocks."""
     features: bool = False
     """Store the patch features too, which `reglue compress` learns from."""
     statistics_images: int = 10_000
@@ -110,7 +112,7 @@ def prepare(options: Prepare) -> Store:
     autoencoder.spec.latent_size(options.size)
     encoder = None
     if options.encoder != NO_ENCODER:
-        encoder = load_encoder(options.encoder, options.size, options.layers, device=device)
+        encoder = load_encoder(options.encoder, options.size, options.layers, device, final_norm=options.final_norm)
     elif options.features:
         raise UserError("--features needs an encoder; name one with --encoder, or leave --features out")
 
