@@ -112,6 +112,15 @@ def test_a_store_of_another_encoder_is_read_from_its_images(tmp_path, tiny_store
         assert value(evaluation.metrics.frechet_distance) == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.parametrize("features", ["class-token", "patch-mean"])
+def test_mirror_images_of_a_store_are_no_reference(tmp_path, tiny_images, tiny_encoder, tiny_autoencoder, features):
+    store = tmp_path / "store"
+    prepare(Prepare(tiny_images, store, 16, tiny_autoencoder, tiny_encoder, flips=True, workers=0, device="cpu"))
+    evaluation = evaluate(settings(tiny_images, store, features=features))
+    assert evaluation.reference_count == evaluation.image_count == 24
+    assert value(evaluation.metrics.frechet_distance) == pytest.approx(0, abs=1e-4)
+
+
 def test_a_store_whose_images_are_others_or_gone_is_named(tmp_path, tiny_images, tiny_encoder, tiny_autoencoder):
     images = shutil.copytree(tiny_images, tmp_path / "moved")
     prepare(Prepare(images, tmp_path / "store", 16, tiny_autoencoder, tiny_encoder, workers=0, device="cpu"))

@@ -288,7 +288,7 @@ def nearest_training_images(drawn: Drawn, training: Tensor, store: Path) -> Near
     """One sample of each class and the training images most like it: a copy would have distance 0."""
     chosen = torch.stack([torch.nonzero(drawn.labels == label)[0, 0] for label in drawn.labels.unique()])
     opened = Store.open(store)
-    known = opened.read("cls", torch.arange(len(opened)))["cls"]
+    known = opened.read("cls", opened.originals)["cls"]
     spec = opened.manifest.encoder
     assert spec is not None
     encoder = load_encoder(spec.name, spec.image_size)

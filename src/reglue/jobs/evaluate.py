@@ -335,7 +335,7 @@ def _describe(network: FeatureNetwork, side: ImageSet, name: str, options: Evalu
     images, size, origin = None, None, ""
     if isinstance(network, EncoderFeatures) and side.store and _has_features(side.store, network):
         origin, size = "class tokens cached in the store", network.image_size
-        images = FeatureSet(side.store.read("cls", torch.arange(len(side.store)))["cls"].float(), None, None)
+        images = FeatureSet(side.store.read("cls", side.store.originals)["cls"].float(), None, None)
     elif side.images is not None:
         origin = "computed from the images"
         size = _given_resolution(options.resolution) if options.resolution else network.image_size
@@ -361,10 +361,12 @@ def _describe(network: FeatureNetwork, side: ImageSet, name: str, options: Evalu
 
 
 def _has_features(store: Store, network: EncoderFeatures) -> bool:
-    """Whether the store's class tokens are what the network would say. The layers chosen for patches do not matter."""
+    """Whether the store's class tokens are what the network would say. Choices for the patches do not matter."""
     cached: EncoderSpec | None = store.manifest.encoder
     spec = network.encoder.spec
-    return network.kind == "class-token" and cached is not None and replace(cached, layers=spec.layers) == spec
+    if network.kind != "class-token" or cached is None:
+        return False
+    return replace(cached, layers=spec.layers, final_norm=spec.final_norm) == spec
 
 
 def _batches(side: ImageSet, size: tuple[int, int], name: str, batch_size: int, skipped: list[str]) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from reglue.data.images import ImageFolder, UnreadableImage, crop_to
+from reglue.data.images import ImageFolder, ImageSource, UnreadableImage, crop_to
 from reglue.data.store import MANIFEST, PARTIAL, Store
 from reglue.errors import UserError
 from reglue.jobs.sample import PROTOCOL, Sample, sample
@@ -33,7 +33,7 @@ class ImageSet:
 
     path: Path
     """As it was given."""
-    images: ImageSource | None
+    images: ReadableImages | None
     """None where a file holds statistics alone."""
     store: Store | None = None
     """Where the images are a store's."""
@@ -91,6 +91,8 @@ def _of_store(path: Path, store: Store) -> ImageSet:
 def _training_store(run: Path) -> Store:
     record = runs.RunRecord.read(run)
     remedy = "give its training store as --reference"
+    if record.store is None:
+        raise UserError(f"{run} was not trained here, so it has no training store; give a --reference")
     if not (Path(record.store) / MANIFEST).is_file():
         raise UserError(f"{run} was trained on the store {record.store}, which is not there any more; {remedy}")
     store = Store.open(record.store)
@@ -102,7 +104,7 @@ def _training_store(run: Path) -> Store:
     return store
 
 
-class ImageSource(Protocol):
+class ReadableImages(Protocol):
     """Images of one side, readable in batches."""
 
     def __len__(self) -> int: ...
@@ -138,8 +140,7 @@ class _FolderImages:
             raise UserError(f"{path} cannot be read ({error}); mend it, or set --resolution") from error
 
     def batches(self, resolution: tuple[int, int], size: int) -> Iterator[list[Tensor | UnreadableImage]]:
-        for start in range(0, len(self), size):
-            yield [self.folder.load(i, resolution) for i in range(start, min(start + size, len(self)))]
+        return _in_batches(self.folder, range(len(self)), resolution, size)
 
     def protocol(self) -> dict[str, Any] | None:
         path = self.folder.path / PROTOCOL
@@ -178,32 +179,43 @@ class _DrawnImages:
 
 @dataclass(frozen=True)
 class _StoreImages:
-    """The images that a store was made from; they may be gone, as long as nobody reads them."""
+    """The images that a store was made from, no mirror images; they may be gone, as long as nobody reads them."""
 
     store: Store
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._originals)
 
     def first_size(self) -> tuple[int, int]:
         return self.store.manifest.source.resolution
 
     def batches(self, resolution: tuple[int, int], size: int) -> Iterator[list[Tensor | UnreadableImage]]:
-        return self._source.batches(resolution, size)
+        return _in_batches(self._source, self._originals, resolution, size)
 
     def protocol(self) -> dict[str, Any] | None:
         return None
 
-    @cached_property
-    def _source(self) -> _FolderImages:
+    @property
+    def _originals(self) -> range:
         source = self.store.manifest.source
-        need = f"the store {self.store.folder} holds no such features, so its images are needed"
-        if not Path(source.path).is_dir():
-            raise UserError(f"{source.path}: no such folder; {need}; put them back, or set --feature-network store")
-        folder = ImageFolder.open(source.path)
-        if folder.fingerprint() != source.fingerprint:
-            raise UserError(f"{source.path} has changed since the store was made; {need}; prepare the store anew")
-        return _FolderImages(folder)
+        return range(0, source.count, 2 if source.flips else 1)
+
+    @cached_property
+    def _source(self) -> ImageSource:
+        try:
+            return self.store.manifest.source.open()
+        except UserError as error:
+            raise UserError(
+                f"the store {self.store.folder} holds no such features, so its images are needed, but {error}; put "
+                "them back, or set --feature-network store"
+            ) from error
+
+
+def _in_batches(
+    images: ImageSource, indices: range, resolution: tuple[int, int], size: int
+) -> Iterator[list[Tensor | UnreadableImage]]:
+    for start in range(0, len(indices), size):
+        yield [images.load(index, resolution) for index in indices[start : start + size]]
 
 
 class _NpzImages:
