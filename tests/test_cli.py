@@ -17,11 +17,11 @@ from reglue.papers import RECIPES
 
 def test_help_lists_every_job() -> None:
     text = run_reglue("--help").stdout
-    for job in ("prepare", "compress", "train", "sample", "evaluate", "probe", "demo"):
+    for job in ("prepare", "compress", "train", "sample", "evaluate", "probe", "import", "export", "demo"):
         assert f"• {job}" in text
 
 
-@pytest.mark.parametrize("job", ["prepare", "compress", "sample", "evaluate", "probe", "demo"])
+@pytest.mark.parametrize("job", ["prepare", "compress", "sample", "evaluate", "probe", "import", "export", "demo"])
 def test_every_option_is_explained(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse([job, "--help"])
@@ -105,6 +105,8 @@ def test_sample_takes_its_run_first() -> None:
         ["probe", "no-such-store", "--out", "probe"],
         ["sample", "no-such-run", "--out", "samples"],
         ["evaluate", "no-such-folder", "--reference", "neither"],
+        ["import", "no-such-file.pt", "--out", "run"],
+        ["export", "no-such-run", "--out", "out.pt"],
     ],
 )
 def test_what_is_missing_is_named_in_one_line(

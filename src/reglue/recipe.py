@@ -86,6 +86,15 @@ class Latent(Part):
     unit_variance: bool = False
     """Scale each channel to mean 0 and standard deviation 1 on the store's images, in place of the autoencoder's own
     shift and scale: for images unlike those that the autoencoder was made for."""
+    one_scale: bool = False
+    """With unit_variance: one mean and standard deviation over all channels, as ReaLS has it (arXiv 2502.00359)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.one_scale and not self.unit_variance:
+            raise UserError(
+                "--latent.one-scale is about the store's statistics: add --latent.unit-variance, or leave it out"
+            )
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ def smaller(options: Any, encoder: str, autoencoder: str) -> Any:
         recipe = replace(recipe, model="2x32x2/2", optimisation=optimisation, alignment=alignment)
         return replace(options, recipe=recipe, preview_every=0, device="cpu")
     if isinstance(options, Sample):
-        return replace(options, count=2, steps=2, autoencoder=autoencoder if options.autoencoder else None, device="cpu")
+        own = autoencoder if options.autoencoder else None
+        return replace(options, count=2, steps=2, autoencoder=own, device="cpu")
     return options
 
 

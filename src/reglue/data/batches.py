@@ -46,10 +46,14 @@ class Normalisation:
         return shift, scale
 
 
-def unit_variance(store: Store, column: str) -> Normalisation:
-    """The normalisation to mean 0 and standard deviation 1 by the store's statistics."""
+def unit_variance(store: Store, column: str, one_scale: bool = False) -> Normalisation:
+    """The normalisation to mean 0 and standard deviation 1 by the store's statistics: per channel, or over all."""
     statistics = store.manifest.statistics[column]
-    return Normalisation(statistics.mean, tuple(1 / max(std, 1e-6) for std in statistics.std))
+    mean, std = np.array(statistics.mean), np.array(statistics.std)
+    if one_scale:  # The variance over all channels is the mean of theirs and the variance of their means.
+        std = np.full_like(std, np.sqrt(np.square(std).mean() + mean.var()))
+        mean = np.full_like(mean, mean.mean())
+    return Normalisation(tuple(mean.tolist()), tuple((1 / np.maximum(std, 1e-6)).tolist()))
 
 
 def local_column(recipe: Recipe) -> str:
@@ -67,7 +71,8 @@ def normalisations(store: Store, recipe: Recipe) -> dict[str, Normalisation]:
     """How the modalities of a recipe are scaled; one that is learned as it is has no entry."""
     autoencoder = store.manifest.autoencoder
     own = Normalisation(autoencoder.shift, autoencoder.scale)
-    scaled = {LATENT: unit_variance(store, "latent") if recipe.latent.unit_variance else own}
+    latent = recipe.latent
+    scaled = {LATENT: unit_variance(store, "latent", latent.one_scale) if latent.unit_variance else own}
     if recipe.local.present and recipe.local.unit_variance:
         scaled[LOCAL] = unit_variance(store, local_column(recipe))
     if recipe.class_token.present and recipe.class_token.unit_variance:

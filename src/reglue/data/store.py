@@ -34,7 +34,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from reglue.data.images import UnreadableImage
+from reglue.data.images import ImageSource, UnreadableImage
+from reglue.data.sources import FLIPPED, Reading, Subset, open_images
 from reglue.errors import UserError
 from reglue.files import from_json, plain, replacing, structured, to_json
 from reglue.latents.autoencoders import AutoencoderSpec
@@ -47,6 +48,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
 JOURNAL = "prepare.jsonl"
+"""Of process 0, and of all processes of earlier runs. Process 3 writes prepare-3.jsonl."""
 METADATA = "reglue"
 """Key of a shard's metadata: JSON with `format`, `column` and `names`, the images of its rows."""
 LOCAL_CODES = "local."
@@ -59,15 +61,28 @@ class Source:
     """The images that a store was made from."""
 
     path: str = field(compare=False)
-    """The image folder as it was given; it may have moved since."""
+    """Where the images were, as it was given; they may have moved since."""
     fingerprint: str
-    """`ImageFolder.fingerprint`: names and sizes of its files."""
+    """`ImageSource.fingerprint`: of a folder, names and sizes of its files."""
     resolution: tuple[int, int]
     """Height and width in pixels after the crop."""
     class_names: tuple[str, ...]
     """In the order of the labels; empty for an unconditional store."""
     count: int
-    """Images in the folder, unreadable ones included."""
+    """Images that rows are made of: unreadable ones included, and mirror images."""
+    reading: Reading = field(default=Reading(), compare=False)
+    """How images and labels were found at the path. What came of it is in the fingerprint."""
+    subset: Subset | None = None
+    """Which of the images were taken; None for all."""
+    flips: bool = False
+    """Whether each image is followed by its mirror image, whose name ends with `#flipped`."""
+
+    def open(self) -> ImageSource:
+        """The images once more, in the same order. Raises UserError if they are gone, or others than they were."""
+        images = open_images(Path(self.path), self.reading, self.subset, self.flips)
+        if images.fingerprint() != self.fingerprint:
+            raise UserError(f"{self.path} has changed since the store was made; prepare the store anew")
+        return images
 
 
 @dataclass(frozen=True)
@@ -183,6 +198,13 @@ class Store:
     def labels(self) -> Tensor:
         """Class of each row: (N,) int64, zeros where there are no classes."""
         return self.read("label", torch.arange(len(self)))["label"]
+
+    @cached_property
+    def originals(self) -> Tensor:
+        """The rows (n,) int64 of images as they are, in order: all, unless the store has mirror images too."""
+        if not self.manifest.source.flips:
+            return torch.arange(len(self))
+        return torch.tensor([row for row, name in enumerate(self._names) if not name.endswith(FLIPPED)])
 
     def read(self, column: str, rows: Tensor, channels: slice = slice(None)) -> dict[str, Tensor]:
         """Rows of a column in the order asked for, each tensor (len(rows), …) on the CPU as it is stored.
@@ -327,12 +349,16 @@ class StoreWriter:
 
     A journal (`prepare.jsonl`, one line per block of `shard_rows` images) says which blocks are complete; a line is
     added after its shards are in place. `complete` says that there was nothing left to do from the start.
+
+    Many processes can fill one store, each with a writer and a journal of its own. Process 0 makes its writer before
+    the others do, and none writes before all have one; when all have written, process 0 gathers and finishes.
     """
 
-    def __init__(self, folder: Path | str, asked: Contents):
+    def __init__(self, folder: Path | str, asked: Contents, rank: int = 0):
         """Begin a store, or continue one. Raises UserError if the folder holds anything else, or other contents."""
         self.folder = Path(folder)
         self.contents = asked
+        self._journal = self.folder / (f"prepare-{rank}.jsonl" if rank else JOURNAL)
         self._blocks: dict[int, Block] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -353,7 +379,9 @@ class StoreWriter:
             with replacing(self.folder / PARTIAL) as beside:
                 beside.write_text(to_json(asked))
         _refuse_others(self.folder, has, asked)
-        self._read_journal()
+        self._read_journals()
+        if rank == 0:
+            self._join_journals()
 
     @property
     def pending(self) -> list[range]:
@@ -382,9 +410,19 @@ class StoreWriter:
         index = block.start // self.contents.shard_rows
         written = {name: write_shard(self.folder, name, index, names, tensors) for name, tensors in columns.items()}
         done = Block(index, len(names), tuple(skipped), written, measured)
-        with (self.folder / JOURNAL).open("a") as journal:
+        with self._journal.open("a") as journal:
             journal.write(json.dumps(plain(done)) + "\n")
         self._blocks[index] = done
+
+    def gather(self) -> None:
+        """Take in what other processes have written. Raises UserError if blocks are still missing then."""
+        self._read_journals()
+        self._join_journals()
+        if self.pending:
+            raise UserError(
+                f"{self.folder} lacks {len(self.pending)} shard(s) that other processes wrote; give all machines the "
+                "same folder on a shared disk, and run the same command again"
+            )
 
     def finish(self, rows: Tensor) -> Store:
         """Write the manifest, with statistics over the ascending `rows`, when no block is pending."""
@@ -419,9 +457,8 @@ class StoreWriter:
         (self.folder / PARTIAL).unlink(missing_ok=True)
         return Store(self.folder, manifest)
 
-    def _read_journal(self) -> None:
-        path = self.folder / JOURNAL
-        lines = path.read_text().splitlines() if path.is_file() else []
+    def _read_journals(self) -> None:
+        lines = [line for path in self._journals() for line in path.read_text().splitlines()]
         for line in lines:
             try:
                 block = structured(line, Block)
@@ -429,9 +466,18 @@ class StoreWriter:
                 continue  # The process died while it wrote this line, so the block counts as not done.
             if all(_is_whole(self.folder, shard) for column in block.columns.values() for shard in column.shards):
                 self._blocks[block.index] = block
-        # Written anew, because appending to a torn line would spoil the next one too.
-        with replacing(path) as beside:
-            beside.write_text("".join(json.dumps(plain(block)) + "\n" for block in self._blocks.values()))
+
+    def _join_journals(self) -> None:
+        """Write all that was read into one journal. Appending to a torn line would spoil the next one too."""
+        blocks = [self._blocks[index] for index in sorted(self._blocks)]
+        with replacing(self.folder / JOURNAL) as beside:
+            beside.write_text("".join(json.dumps(plain(block)) + "\n" for block in blocks))
+        for path in self._journals():
+            if path.name != JOURNAL:
+                path.unlink()
+
+    def _journals(self) -> list[Path]:
+        return sorted(self.folder.glob("prepare*.jsonl"))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from reglue.semantics.compressors import CompressorSpec
 from reglue.semantics.encoders import EncoderSpec
 
 FILE = "run.json"
+COMPRESSOR = "compressor"
+"""Folder of the compressor, in the run's."""
 FORMAT = 1
 
 
@@ -40,10 +42,17 @@ class RunRecord:
     """None where the class token is learned as it is, or not at all."""
     normalisation: dict[str, Normalisation]
     """Of the modalities that are not learned as they are; latents always have one."""
-    seed: int
-    store: str = field(compare=False)
-    """The store's folder as it was given; it may have moved since."""
-    store_hash: str
+    decoder: str | None = None
+    """The autoencoder that decodes, where it is another than the one whose latents are learned: `sd-vae-ft-ema` for
+    the published models, which learn those of `sd-vae-ft-mse`."""
+    seed: int | None = None
+    """None for an imported run."""
+    store: str | None = field(default=None, compare=False)
+    """The store's folder as it was given; it may have moved since. None for an imported or shared run."""
+    store_hash: str | None = None
+    """None for an imported run."""
+    origin: str | None = field(default=None, compare=False)
+    """The published file that the run was imported from; None for a run that was trained here."""
     versions: dict[str, str] = field(compare=False)
 
     @classmethod
@@ -66,7 +75,7 @@ class RunRecord:
             seed=seed,
             store=str(store.folder),
             store_hash=data_hash(store, recipe),
-            versions={name: version(name) for name in ("reglue", "torch", "numpy", "safetensors")},
+            versions=versions(),
         )
 
     @classmethod
@@ -98,6 +107,11 @@ class RunRecord:
         if self.recipe.optimisation.decay == "constant":
             names = [name for name in names if name != "recipe.optimisation.steps"]
         return names
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide the numbers."""
+    return {name: version(name) for name in ("reglue", "torch", "numpy", "safetensors")}
 
 
 def needed_columns(recipe: Recipe) -> list[str]:
