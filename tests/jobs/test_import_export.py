@@ -204,7 +204,7 @@ def test_the_published_autoencoder_is_compared_only_once_it_is_seen(autoencoder:
     write("sit", tmp_path / "in.pt")
     cpu = torch.device("cpu")
     record = RunRecord.read(import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", heads=HEADS)))
-    with pytest.raises(UserError, match="sd-vae-ft-ema .*cannot be fetched"):
+    with pytest.raises(UserError, match=r"sd-vae-ft-ema .*cannot be fetched"):
         load(tmp_path / "run", device="cpu")
     assert decoder(record, cpu, autoencoder).spec.latent_channels == 4
     local = RunRecord.read(
