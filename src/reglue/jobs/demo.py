@@ -122,7 +122,7 @@ def demo(options: Demo) -> Path:
     with stage("prepare"):
         prepare(Prepare(digits, store, RESOLUTION, "starter", "starter", features=True, batch_size=64, workers=0))
     with stage("compress"):
-        compress(Compress(store, "conv", LOCAL_CHANNELS, hidden=64, epochs=3, cosine_epochs=3, batch_size=64))
+        compress(Compress(store, channels=LOCAL_CHANNELS, hidden=64, epochs=3, cosine_epochs=3, batch_size=64))
     with stage("judge"):
         judge = train_classifier(*real[0], classes=len(class_names), seed=options.seed)
         judge_accuracy = judge.accuracy(*real[1])
