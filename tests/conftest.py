@@ -1,4 +1,4 @@
-"""Small real artifacts on disk: images, a timm encoder, a diffusers autoencoder, a store of them, a run on it."""
+"""Small real artifacts on disk: images, networks of timm, diffusers and torch-fidelity, a store, a run on it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,17 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     }
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Inception network with random weights: as large as the real one, since FID has no smaller."""
+    from reglue.metrics.inception import InceptionNetwork
+
+    file = tmp_path_factory.mktemp("inception") / "random.safetensors"
+    torch.manual_seed(0)
+    save_file(InceptionNetwork().state_dict(), file)
+    return file
 
 
 @pytest.fixture(scope="session")

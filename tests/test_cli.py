@@ -17,11 +17,24 @@ from reglue.papers import RECIPES
 
 def test_help_lists_every_job() -> None:
     text = run_reglue("--help").stdout
-    for job in ("prepare", "compress", "autoencode", "train", "sample", "evaluate", "demo"):
+    for job in (
+        "prepare",
+        "compress",
+        "autoencode",
+        "train",
+        "sample",
+        "evaluate",
+        "probe",
+        "import",
+        "export",
+        "demo",
+    ):
         assert f"• {job}" in text
 
 
-@pytest.mark.parametrize("job", ["prepare", "compress", "autoencode", "sample", "evaluate", "demo"])
+@pytest.mark.parametrize(
+    "job", ["prepare", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "demo"]
+)
 def test_every_option_is_explained(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse([job, "--help"])
@@ -103,8 +116,11 @@ def test_sample_takes_its_run_first() -> None:
         ["compress", "no-such-store"],
         ["autoencode", "no-such-folder", "autoencoder", "--encoder", "starter"],
         ["train", "sit", "--store", "no-such-store", "--out", "run"],
+        ["probe", "no-such-store", "--out", "probe"],
         ["sample", "no-such-run", "--out", "samples"],
         ["evaluate", "no-such-folder", "--reference", "neither"],
+        ["import", "no-such-file.pt", "--out", "run"],
+        ["export", "no-such-run", "--out", "out.pt"],
     ],
 )
 def test_what_is_missing_is_named_in_one_line(

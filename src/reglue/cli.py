@@ -15,10 +15,14 @@ from reglue.jobs.autoencode import Autoencode, autoencode
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.demo import Demo, demo
 from reglue.jobs.evaluate import Evaluate, evaluate
+from reglue.jobs.export_run import ExportRun, export_run
+from reglue.jobs.import_run import ImportRun, import_run
 from reglue.jobs.prepare import Prepare, prepare
+from reglue.jobs.probe import Probe, probe
 from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import Train, train
 from reglue.papers import PAPERS
+from reglue.runs import ranks
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
 
@@ -29,6 +33,9 @@ JOBS = {
     Train: train,
     Sample: sample,
     Evaluate: evaluate,
+    Probe: probe,
+    ImportRun: import_run,
+    ExportRun: export_run,
     Demo: demo,
 }
 
@@ -38,6 +45,7 @@ def main() -> None:
     try:
         options = parse(sys.argv[1:])
         JOBS[type(options)](options)
+        ranks.leave()
     except UserError as error:
         fail(str(error))
     except OSError as error:
@@ -77,6 +85,9 @@ def parse(arguments: list[str]) -> Any:
         ],
         Annotated[Sample, tyro.conf.subcommand("sample", description="Draw images from a run.")],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate", description="Compare images with a reference.")],
+        Annotated[Probe, tyro.conf.subcommand("probe", description="Measure what features and their codes still say.")],
+        Annotated[ImportRun, tyro.conf.subcommand("import", description="A published checkpoint to a run.")],
+        Annotated[ExportRun, tyro.conf.subcommand("export", description="A run to a published checkpoint.")],
         Annotated[Demo, tyro.conf.subcommand("demo", description="All of it on handwritten digits, in minutes.")],
     ]
     return tyro.cli(

@@ -86,6 +86,15 @@ class Latent(Part):
     unit_variance: bool = False
     """Scale each channel to mean 0 and standard deviation 1 on the store's images, in place of the autoencoder's own
     shift and scale: for images unlike those that the autoencoder was made for."""
+    one_scale: bool = False
+    """With unit_variance: one mean and standard deviation over all channels, as ReaLS has it (arXiv 2502.00359)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.one_scale and not self.unit_variance:
+            raise UserError(
+                "--latent.one-scale is about the store's statistics: add --latent.unit-variance, or leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,9 @@ class LocalSemantics(Part):
 class ClassToken(Part):
     """The vision encoder's class token, as a token of its own in front (REG, REGLUE)."""
 
+    compressor: str | None = None
+    """Name of a compressor in the store (`reglue compress --column cls`), whose codes are learned in place of the token
+    itself, as published. The alignment's target is the token itself in any case."""
     unit_variance: bool = False
     """Divide the token by its standard deviation, per channel (the published methods do not)."""
 
@@ -222,21 +234,23 @@ class Recipe:
         classes: int,
         local_channels: int = 0,
         token_width: int = 0,
+        class_token_width: int | None = None,
     ) -> DenoiserConfig:
         """Every size of this recipe's denoiser on given data; absent parts take no room.
 
-        `grid` is that of the latents, `token_width` the width of the vision encoder. Raises UserError where they do not
-        fit together.
+        `grid` is that of the latents, `token_width` the width of the vision encoder; `class_token_width` is that of the
+        learned class token, the encoder's if not given. Raises UserError where they do not fit together.
         """
         size = model_size(self.model)
         aligned = self.alignment.present
+        learned_width = token_width if class_token_width is None else class_token_width
         try:
             return DenoiserConfig(
                 shape=StateShape(
                     latent_channels=latent_channels,
                     grid=grid,
                     local_channels=local_channels if self.local.present else 0,
-                    class_token_width=token_width if self.class_token.present else 0,
+                    class_token_width=learned_width if self.class_token.present else 0,
                 ),
                 classes=classes,
                 depth=size.depth,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,14 @@ import torch
 
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
+from reglue.diffusion.denoiser import Denoiser
+from reglue.diffusion.objective import loss_terms
+from reglue.diffusion.paths import PATHS
 from reglue.errors import UserError
+from reglue.jobs.compress import Compress, compress
 from reglue.papers import RECIPES
 from reglue.recipe import Recipe
+from reglue.runs.record import RunRecord
 
 
 def tiny(name: str) -> Recipe:
@@ -87,6 +93,36 @@ def test_targets_are_the_encoders_last_layer_on_the_models_tokens(tiny_store: Pa
     without_token = data(store, tiny("repa")).sample(range(4)).alignment_target
     assert without_token is not None
     assert torch.equal(without_token, patches)
+
+
+def test_a_recipe_may_learn_codes_of_the_class_token_and_align_with_the_token_itself(
+    tiny_store: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_store, tmp_path / "store"))
+    recipe = tiny("reglue")
+    chosen = replace(recipe, class_token=replace(recipe.class_token, compressor="pca-3"))
+    with pytest.raises(UserError, match=r"needs column cls.pca-3.*reglue compress .* --column cls"):
+        RunRecord.of(Store.open(folder), chosen, seed=0)
+
+    store = compress(Compress(folder, "pca", "cls", channels=3, device="cpu"))
+    record = RunRecord.of(store, chosen, seed=0)
+    assert record.denoiser.shape.class_token_width == 3
+    assert record.denoiser.alignment_width == 16
+    assert record.class_token_compressor == store.manifest.compressors["cls.pca-3"]
+    trained, plain = data(store, chosen), data(store, recipe)
+    sample = trained.sample(range(4))
+    assert torch.equal(sample.data["cls"], store.read("cls.pca-3", trained.rows(range(4)))["cls"])
+    target, same = sample.alignment_target, plain.sample(range(4)).alignment_target
+    assert target is not None
+    assert same is not None
+    assert torch.equal(target, same)
+
+    scaled = replace(chosen, class_token=replace(chosen.class_token, unit_variance=True))
+    assert len(RunRecord.of(store, scaled, seed=0).normalisation["cls"].scale) == 3
+    assert record.store_hash != RunRecord.of(store, recipe, seed=0).store_hash
+    assert RunRecord.of(store, recipe, seed=0) == RunRecord.of(Store.open(tiny_store), recipe, seed=0)
+    loss = loss_terms(Denoiser(record.denoiser), PATHS[chosen.path], sample)
+    assert all(value.isfinite() for value in loss.values())
 
 
 @pytest.mark.parametrize(

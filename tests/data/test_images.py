@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from reglue.data.images import ImageFolder, UnreadableImage, crop_to, decode
+from reglue.data.images import ImageFolder, UnreadableImage, crop_to, decode, load_crop
 from reglue.errors import UserError
 
 
@@ -196,3 +196,99 @@ def test_fingerprint_notices_a_replaced_file(tmp_path: Path):
     before = ImageFolder.open(tmp_path).fingerprint()
     noise_image(5, 5).save(tmp_path / "a.png")
     assert ImageFolder.open(tmp_path).fingerprint() != before
+
+
+def rgb_of(path: Path) -> list[int]:
+    """The colour of an image of one colour, read by path and by content alike."""
+    pixels = np.array(decode(path))
+    assert np.array_equal(pixels, np.array(decode(path.read_bytes())))
+    assert np.ptp(pixels, axis=(0, 1)).max() <= 2, "not one colour"
+    return pixels[0, 0].tolist()
+
+
+def palette(transparent: bool) -> Image.Image:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    if transparent:
+        image.info["transparency"] = 1
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "colour"),
+    [
+        (Image.new("L", (4, 4), 77), "a.png", (77, 77, 77)),
+        (Image.new("L", (4, 4), 77), "a.jpg", (77, 77, 77)),
+        (Image.new("1", (4, 4), 1), "a.png", (255, 255, 255)),
+        (palette(transparent=False), "a.png", (200, 100, 50)),
+        (palette(transparent=True), "a.png", (255, 255, 255)),
+        (palette(transparent=True), "a.gif", (255, 255, 255)),
+        (Image.new("LA", (4, 4), (0, 51)), "a.png", (204, 204, 204)),
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 51)), "a.png", (255, 204, 204)),
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 255)), "a.webp", (255, 0, 0)),
+        # JPEG holds these inverted, as Adobe does; TIFF as they are.
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "a.jpg", (255, 0, 0)),
+        (Image.new("CMYK", (4, 4), (0, 0, 0, 255)), "a.jpg", (0, 0, 0)),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "a.tiff", (255, 0, 0)),
+        (Image.fromarray(np.full((4, 4), 257 * 99, np.uint16)), "a.png", (99, 99, 99)),
+        (Image.fromarray(np.full((4, 4), 257 * 99, np.uint16)), "a.tiff", (99, 99, 99)),
+        (Image.fromarray(np.full((4, 4), 257 * 99, np.int32)), "a.tiff", (99, 99, 99)),
+        (Image.fromarray(np.full((4, 4), 99, np.float32)), "a.tiff", (99, 99, 99)),
+        (Image.fromarray(np.full((4, 4), 0.4, np.float32)), "a.tiff", (102, 102, 102)),
+        (Image.new("RGB", (1, 1), (1, 2, 3)), "a.png", (1, 2, 3)),
+        (Image.new("RGB", (4, 4), (1, 2, 3)), "a.bmp", (1, 2, 3)),
+    ],
+)
+def test_colours_are_those_that_a_viewer_shows(tmp_path: Path, image: Image.Image, name: str, colour):
+    image.save(tmp_path / name)
+    assert np.abs(np.subtract(rgb_of(tmp_path / name), colour)).max() <= 1
+
+
+def test_transparency_in_16_bits_is_white(tmp_path: Path):
+    Image.fromarray(np.full((4, 4), 30_000, np.uint16)).save(tmp_path / "a.png", transparency=30_000)
+    if Image.open(tmp_path / "a.png").info.get("transparency") != 30_000:
+        pytest.skip("Pillow keeps no transparency of 16 bits")
+    assert rgb_of(tmp_path / "a.png") == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (np.array([[-1.0, 3]], np.float32), "between -1 and 3, not between 0 and 255"),
+        (np.array([[0, 4000]], np.float32), "between 0 and 4000"),
+        (np.array([[0, np.nan]], np.float32), "nan"),
+        (np.array([[0, 70_000]], np.int32), "not between 0 and 65535"),
+    ],
+)
+def test_values_of_an_unknown_range_are_unreadable_not_guessed(tmp_path: Path, values: np.ndarray, says: str):
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    unreadable = only_image(tmp_path, "a.tiff").load(0, (2, 2))
+    assert isinstance(unreadable, UnreadableImage)
+    assert says in unreadable.reason
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tiff"])
+def test_an_animation_gives_its_first_image(tmp_path: Path, name: str):
+    first, second = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 255))
+    first.save(tmp_path / name, save_all=True, append_images=[second])
+    with Image.open(tmp_path / name) as file:
+        assert getattr(file, "n_frames", 1) == 2
+    assert np.abs(np.subtract(rgb_of(tmp_path / name), (255, 0, 0))).max() <= 2
+
+
+def test_the_content_counts_and_not_the_ending(tmp_path: Path):
+    noise_image(8, 8).save(tmp_path / "a.bmp")
+    (tmp_path / "a.bmp").rename(tmp_path / "a.jpg")
+    np.testing.assert_array_equal(np.array(decode(tmp_path / "a.jpg")), np.array(noise_image(8, 8)))
+
+
+def test_damaged_exif_does_not_spoil_the_image(tmp_path: Path):
+    noise_image(8, 4).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xffgarbage")
+    assert decode(tmp_path / "a.jpg").size == (8, 4)
+
+
+def test_reasons_are_the_same_each_time(tmp_path: Path):
+    (tmp_path / "text.png").write_text("I am no image")
+    unreadable = load_crop("x", (tmp_path / "text.png").read_bytes, (8, 8))
+    assert unreadable == UnreadableImage("x", "cannot identify image file")
+    assert only_image(tmp_path, "text.png").load(0, (8, 8)) == UnreadableImage("text.png", "cannot identify image file")

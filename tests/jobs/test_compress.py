@@ -16,7 +16,7 @@ from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.prepare import Prepare, prepare
-from reglue.semantics.compressors import load_compressor
+from reglue.semantics.compressors import LearnedCompressor, as_map, load_compressor
 
 
 @pytest.fixture
@@ -158,3 +158,115 @@ def test_a_store_without_features_is_refused(tiny_images: Path, tiny_autoencoder
     prepare(Prepare(tiny_images, out, 16, tiny_autoencoder, "none", workers=0, device="cpu"))
     with pytest.raises(UserError, match="--features"):
         compress(Compress(out, device="cpu"))
+
+
+def test_options_of_earlier_versions_are_still_the_same_options(folder: Path):
+    """A store of a version without class-token and variational compressors: neither key nor field is in its files."""
+    for name in ("conv-4", "pca-4"):
+        assert (
+            json.loads((folder / "compressors" / name / "options.json").read_text())
+            .keys()
+            .isdisjoint({"column", "kl_weight"})
+        )
+        spec = folder / "compressors" / name / "compressor.json"
+        old = {
+            key: value for key, value in json.loads(spec.read_text()).items() if key not in ("variational", "column")
+        }
+        spec.write_text(json.dumps(old))
+        assert load_compressor(spec.parent).spec() == Store.open(folder).manifest.compressors[name]
+
+
+@pytest.mark.parametrize("kind", ["conv", "mlp"])
+def test_a_variational_code_is_the_mean_and_the_divergence_is_learned(folder: Path, kind: Literal["conv", "mlp"]):
+    common = {"channels": 3, "hidden": 8, "epochs": 6, "batch_size": 8, "learning_rate": 5e-3, "device": "cpu"}
+    light, heavy = (
+        compress(Compress(folder, kind, kl_weight=weight, name=name, **common))
+        for weight, name in ((1e-6, "light"), (1.0, "heavy"))
+    )
+    assert Compress(folder, kind, kl_weight=1e-6, **common).compressor_name == f"{kind}-3-kl"
+    records = {name: metrics(folder, name)[-1] for name in ("light", "heavy")}
+    assert records["heavy"]["train_kl"] < 0.1 * records["light"]["train_kl"]
+    assert records["heavy"]["train_mse"] > records["light"]["train_mse"]
+    assert heavy.manifest.compressors["heavy"].variational
+
+    compressor = load_compressor(folder / "compressors" / "light")
+    assert isinstance(compressor, LearnedCompressor)
+    rows = torch.arange(len(light))
+    with torch.no_grad():
+        posterior = compressor.posterior(compressor.standardise(light.read("features", rows)["features"]))
+    torch.testing.assert_close(light.read("local.light", rows)["local"], posterior.mean, atol=1e-4, rtol=1e-4)
+
+
+def test_a_variational_training_that_was_interrupted_draws_the_same_noise(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    options = {"channels": 2, "hidden": 4, "kl_weight": 0.1, "epochs": 3, "batch_size": 8, "device": "cpu"}
+    whole = compress(Compress(other, **options))
+
+    measure, epochs = reglue.jobs.compress._measure, iter(range(10))
+
+    def dying(*arguments):
+        if next(epochs) == 1:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reglue.jobs.compress, "_measure", dying)
+        with pytest.raises(KeyboardInterrupt):
+            compress(Compress(folder, **options))
+    assert compress(Compress(folder, **options)).manifest.compressors == whole.manifest.compressors
+
+
+@pytest.mark.parametrize("kind", ["pca", "mlp"])
+def test_class_tokens_get_codes_in_a_column_of_their_own(folder: Path, kind: Literal["pca", "mlp"]):
+    before = Store.open(folder).manifest
+    options = Compress(folder, kind, "cls", channels=4, hidden=32, epochs=40, learning_rate=1e-2, device="cpu")
+    store = compress(options)
+    column = f"cls.{kind}-4"
+    rows = torch.arange(len(store))
+    codes, tokens = store.read(column, rows)["cls"], store.read("cls", rows)["cls"]
+    assert codes.shape == (24, 4)
+    compressor = load_compressor(folder / "compressors" / column)
+    assert store.manifest.compressors[column] == compressor.spec()
+    assert (compressor.spec().column, compressor.spec().channels_in) == ("cls", tokens.shape[1])
+    with torch.no_grad():
+        torch.testing.assert_close(compressor.encode(as_map(tokens)).flatten(1), codes, atol=1e-4, rtol=1e-4)
+        restored = compressor.decode(as_map(codes)).flatten(1)
+    error, spread = (restored - tokens).square().mean(), tokens.var(0, correction=0).mean()
+    assert error < 0.5 * spread
+    assert {name: store.manifest.columns[name] for name in before.columns} == before.columns
+    assert compress(options).manifest == store.manifest
+
+    (folder / f"{column}-00001.safetensors").unlink()
+    with pytest.raises(UserError, match="reglue compress"):
+        Store.open(folder)
+    assert compress(options).manifest == store.manifest
+
+
+def test_a_map_and_a_class_token_may_have_compressors_of_one_name(folder: Path):
+    store = compress(Compress(folder, "pca", "cls", channels=4, device="cpu"))
+    assert store.manifest.compressors.keys() == {"conv-4", "pca-4", "cls.pca-4"}
+    assert store.manifest.compressors["pca-4"] != store.manifest.compressors["cls.pca-4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"column": "cls"}, "--kind conv needs a map"),
+        ({"kind": "pca", "kl_weight": 1e-6}, "--kl-weight is for"),
+        ({"kl_weight": -1.0}, "--kl-weight -1.0"),
+        ({"kl_weight": float("nan")}, "--kl-weight nan"),
+    ],
+)
+def test_kinds_and_columns_that_do_not_fit_are_refused(options, says: str):
+    with pytest.raises(UserError, match=says):
+        Compress(Path("store"), **options)
+
+
+def test_a_store_without_an_encoder_has_no_class_tokens_to_compress(
+    tiny_images: Path, tiny_autoencoder: str, tmp_path: Path
+):
+    prepare(Prepare(tiny_images, tmp_path / "bare", 16, tiny_autoencoder, "none", workers=0, device="cpu"))
+    with pytest.raises(UserError, match=r"no class tokens.*--encoder"):
+        compress(Compress(tmp_path / "bare", "pca", "cls", device="cpu"))

@@ -1,9 +1,11 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -11,9 +13,12 @@ from safetensors.torch import save_file
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.jobs import evaluate as job
-from reglue.jobs.evaluate import Evaluate, evaluate
+from reglue.jobs.evaluate import Evaluate, Figure, evaluate
 from reglue.jobs.prepare import Prepare, prepare
-from reglue.metrics.distances import GaussianStatistics, frechet_distance, precision_recall
+from reglue.metrics.distances import Gaussian, GaussianStatistics, frechet_distance, manifold_scores
+from reglue.metrics.features import DinoV2Features, EncoderFeatures, _dinov2_distance_name, load_encoder_features
+from reglue.metrics.inception import load_inception
+from reglue.runs.record import RunRecord
 
 
 def write_images(folder: Path, images: np.ndarray) -> Path:
@@ -29,25 +34,33 @@ def noise() -> np.ndarray:
 
 
 def settings(images: Path, reference: Path, **changes) -> Evaluate:
-    return Evaluate(images, reference, **{"device": "cpu", "kernel_subsets": 3, "batch_size": 4, **changes})
+    quick = {"device": "cpu", "kernel_subsets": 3, "batch_size": 4, "resamples": 20, "feature_network": "store"}
+    return Evaluate(images, reference, **{**quick, **changes})
+
+
+def value(figure: Figure | None) -> float:
+    assert figure is not None
+    return figure.value
 
 
 def test_a_set_is_at_no_distance_from_itself(tmp_path, tiny_store, tiny_images, capsys):
     out = tmp_path / "new" / "report.json"
     evaluation = evaluate(settings(tiny_images, tiny_store, out=out))
-    assert evaluation.metrics.frechet_distance == pytest.approx(0, abs=1e-4)
-    assert (evaluation.metrics.precision, evaluation.metrics.recall) == (1, 1)
+    assert value(evaluation.metrics.frechet_distance) == pytest.approx(0, abs=1e-4)
+    assert (value(evaluation.metrics.precision), value(evaluation.metrics.recall)) == (1, 1)
     assert evaluation.reference_features == "class tokens cached in the store"
     assert (evaluation.image_count, evaluation.reference_count) == (24, 24)
     report = json.loads(out.read_text())
-    assert report["metrics"]["frechet_distance"] == evaluation.metrics.frechet_distance
+    assert report["metrics"]["frechet_distance"]["value"] == evaluation.metrics.frechet_distance.value
     encoder = Store.open(tiny_store).manifest.encoder
     assert encoder
-    assert report["encoder_sha256"] == encoder.weights_sha256
+    assert report["feature_network_sha256"] == encoder.weights_sha256
     assert report["protocol"] is None
     printed = capsys.readouterr().out
     assert "Fréchet distance" in printed
-    assert "unknown" in printed
+    assert "not recorded" in printed
+    assert printed == f"{evaluation}\n"
+    assert {"sFID", "Inception Score"} == set(evaluation.absent)
 
 
 def test_the_figures_are_those_of_the_features_and_the_sides_are_not_exchanged(
@@ -58,10 +71,18 @@ def test_the_figures_are_those_of_the_features_and_the_sides_are_not_exchanged(
     encoder = job.load_encoder(tiny_encoder, 16)
     measured = encoder.describe(torch.from_numpy(noise).permute(0, 3, 1, 2)).class_token
     real = Store.open(tiny_store).read("cls", torch.arange(24))["cls"]
-    gaussians = [GaussianStatistics(16).update(side) for side in (measured, real)]
-    shares = precision_recall(generated=measured, real=real)
-    assert evaluation.metrics.frechet_distance == pytest.approx(frechet_distance(*gaussians), rel=1e-4)
-    assert (evaluation.metrics.precision, evaluation.metrics.recall) == (shares.precision, shares.recall)
+    gaussians = [GaussianStatistics(16).update(side).gaussian for side in (measured, real)]
+    scores = manifold_scores(generated=measured, real=real)
+    assert value(evaluation.metrics.frechet_distance) == pytest.approx(frechet_distance(*gaussians), rel=1e-4)
+    for name in ("precision", "recall", "density", "coverage"):
+        figure = getattr(evaluation.metrics, name)
+        assert figure.value == pytest.approx(float(getattr(scores, name).mean()))
+        assert figure.low <= figure.value <= figure.high
+    distance = evaluation.metrics.frechet_distance
+    assert distance.low is not None
+    assert distance.high is not None
+    assert distance.low < distance.value < distance.high
+    assert evaluate(settings(images, tiny_store, resamples=0)).metrics.frechet_distance == Figure(distance.value)
     assert any("9 images for 16 features" in warning for warning in evaluation.warnings)
 
 
@@ -72,23 +93,32 @@ def test_folder_and_npz_of_the_same_images_give_the_same_figures(tmp_path, tiny_
     np.savez(tmp_path / "noise.npz", arr_0=noise, protocol=json.dumps(protocol))
     np.savez_compressed(tmp_path / "plain.npz", images=noise)
     made = [
-        evaluate(settings(path, tiny_images, encoder=tiny_encoder))
+        evaluate(settings(path, tiny_images, feature_network=tiny_encoder))
         for path in (folder, tmp_path / "noise.npz", tmp_path / "plain.npz")
     ]
     assert made[0].metrics == made[1].metrics == made[2].metrics
     assert made[0].protocol == made[1].protocol == protocol
     assert made[2].protocol is None
-    assert made[0].resolution == (16, 16)
+    assert made[0].image_size == made[0].reference_size == (16, 16)
 
 
 def test_a_store_of_another_encoder_is_read_from_its_images(tmp_path, tiny_store, tiny_images, tiny_encoder):
     other = shutil.copytree(tiny_encoder, tmp_path / "other")
     weights = job.load_encoder(tiny_encoder, 16).network.state_dict()
     save_file({name: value + 0.1 for name, value in weights.items()}, other / "model.safetensors")
-    for changes in ({"encoder": str(other)}, {"features": "patch-mean"}):
+    for changes in ({"feature_network": str(other)}, {"features": "patch-mean"}):
         evaluation = evaluate(settings(tiny_images, tiny_store, **changes))
         assert evaluation.reference_features == "computed from the images"
-        assert evaluation.metrics.frechet_distance == pytest.approx(0, abs=1e-4)
+        assert value(evaluation.metrics.frechet_distance) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("features", ["class-token", "patch-mean"])
+def test_mirror_images_of_a_store_are_no_reference(tmp_path, tiny_images, tiny_encoder, tiny_autoencoder, features):
+    store = tmp_path / "store"
+    prepare(Prepare(tiny_images, store, 16, tiny_autoencoder, tiny_encoder, flips=True, workers=0, device="cpu"))
+    evaluation = evaluate(settings(tiny_images, store, features=features))
+    assert evaluation.reference_count == evaluation.image_count == 24
+    assert value(evaluation.metrics.frechet_distance) == pytest.approx(0, abs=1e-4)
 
 
 def test_a_store_whose_images_are_others_or_gone_is_named(tmp_path, tiny_images, tiny_encoder, tiny_autoencoder):
@@ -117,13 +147,19 @@ def test_images_of_another_size_are_scaled_and_unreadable_ones_named(tmp_path, t
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"arr_0": np.zeros((3, 16, 16, 3), np.uint8)}, "has 3 readable images; at least 4"),
+        ({"arr_0": np.zeros((3, 16, 16, 3), np.uint8)}, "has 3 readable images; at least 6"),
         ({"arr_0": np.zeros((9, 3, 16, 16), np.uint8)}, r"uint8 \(N, H, W, 3\)"),
         ({"arr_0": np.zeros((9, 16, 16, 3), np.float32)}, "float32"),
         ({"arr_0": np.zeros((0, 16, 16, 3), np.uint8)}, "no images"),
-        ({"samples": np.zeros((9, 16, 16, 3), np.uint8)}, "no array arr_0 or images; it has samples"),
+        (
+            {"samples": np.zeros((9, 16, 16, 3), np.uint8)},
+            "no array arr_0 or images, nor statistics mu and sigma; it has samples",
+        ),
         ({"arr_0": np.zeros((9, 16, 16, 3), np.uint8), "protocol": "{"}, "not JSON"),
         ({"arr_0": np.array([{}], dtype=object)}, "object"),
+        ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, r"mu is \(3,\) and sigma \(2, 2\)"),
+        ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.nan)}, "not finite"),
+        ({"mu": np.zeros(2), "sigma": np.zeros((2, 2))}, "holds no images, and its statistics are the Inception's"),
     ],
 )
 def test_an_npz_that_holds_no_images_is_named(tmp_path, tiny_store, arrays, message):
@@ -158,3 +194,134 @@ def test_a_failed_evaluation_leaves_the_earlier_report(tmp_path, tiny_store, tin
     with pytest.raises(UserError):
         evaluate(settings(tmp_path / "nowhere", tiny_store, out=out))
     assert out.read_text() == "before"
+
+
+@pytest.fixture
+def cheap_distance(monkeypatch):
+    """Some distance of Gaussians, since matrix roots of 2048 features take seconds."""
+
+    def distance(first: Gaussian, second: Gaussian) -> float:
+        return float((first.mean - 2 * second.mean).norm() + (first.covariance - 2 * second.covariance).norm())
+
+    monkeypatch.setattr(job, "frechet_distance", distance)
+    return distance
+
+
+def test_an_adm_reference_batch_gives_its_statistics_and_its_images(tmp_path, random_inception, noise, cheap_distance):
+    images = write_images(tmp_path / "noise", noise)
+    real = noise[::-1].copy() // 2
+    pixels = torch.from_numpy(real).permute(0, 3, 1, 2)
+    found = load_inception(random_inception).describe(pixels)
+    assert found.spatial is not None
+    gaussians = [GaussianStatistics(side.shape[1]).update(side).gaussian for side in (found.features, found.spatial)]
+    adm = dict(zip(("mu", "sigma", "mu_s", "sigma_s"), (x for pair in gaussians for x in pair), strict=True))
+    np.savez(tmp_path / "whole.npz", arr_0=real)
+    np.savez(tmp_path / "adm.npz", arr_0=real[:7], **adm)
+    np.savez(tmp_path / "bare.npz", **adm)
+    whole, batch, bare = (
+        evaluate(settings(images, tmp_path / name, feature_network=str(random_inception), resamples=0))
+        for name in ("whole.npz", "adm.npz", "bare.npz")
+    )
+    assert whole.distance_name == "FID"
+    assert whole.absent == {}
+    for evaluation in (batch, bare):
+        for name in ("frechet_distance", "spatial_frechet_distance"):
+            expected = value(getattr(whole.metrics, name))
+            assert value(getattr(evaluation.metrics, name)) == pytest.approx(expected, rel=1e-3)
+        assert value(evaluation.metrics.inception_score) == pytest.approx(value(whole.metrics.inception_score))
+    assert batch.reference_count == 7
+    assert "FID and sFID from the statistics in the file" in str(batch)
+    assert bare.reference_count is None
+    assert bare.metrics.precision is None
+    assert bare.absent["precision"] == "the reference has statistics and no images"
+
+
+def test_images_go_into_the_inception_at_their_own_size(tmp_path, random_inception, noise, cheap_distance):
+    small, large = noise, noise.repeat(2, 1).repeat(2, 2)
+    np.savez(tmp_path / "small.npz", small)
+    np.savez(tmp_path / "large.npz", large)
+    network = {"feature_network": str(random_inception), "resamples": 0}
+    evaluation = evaluate(settings(tmp_path / "large.npz", tmp_path / "small.npz", **network))
+    assert (evaluation.image_size, evaluation.reference_size) == ((32, 32), (16, 16))
+    assert any("images of 32×32 pixels are compared with a reference of 16×16" in w for w in evaluation.warnings)
+    inception = load_inception(random_inception)
+    sides = [inception.describe(torch.from_numpy(side).permute(0, 3, 1, 2)).features for side in (large, small)]
+    expected = cheap_distance(*(GaussianStatistics(2048).update(side).gaussian for side in sides))
+    assert evaluation.metrics.frechet_distance.value == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_run_draws_its_images_once_and_is_compared_with_its_store(tmp_path, tiny_run, tiny_store):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    options = {"feature_network": "store", "device": "cpu", "resamples": 5, "kernel_subsets": 2, "batch_size": 4}
+    first = evaluate(Evaluate(run, count=9, **options))
+    folder = run / "evaluated" / "step-00000006"
+    files = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.png")}
+    assert len(files) == first.image_count == 9
+    assert first.reference_features == "class tokens cached in the store"
+    assert first.protocol is not None
+    printed = str(first)
+    recipe = RunRecord.read(run).recipe
+    for part in (recipe.sampling.sampler, "label_policy balanced", "rounding truncate", "guidance.scale", "seed 0"):
+        assert part in printed
+    fewer = evaluate(Evaluate(run, run, count=7, **options))
+    assert fewer.image_count == 7
+    more = evaluate(Evaluate(run, tiny_store, count=11, **options))
+    assert more.image_count == 11
+    assert {name: (folder / name).stat().st_mtime_ns for name in files} == files
+
+
+def test_a_run_whose_store_is_gone_or_another_is_named(tmp_path, tiny_run, tiny_images):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    record = json.loads((run / "run.json").read_text())
+    for changes, message in (
+        ({"store": str(tmp_path / "gone")}, r"gone, which is not there any more; give its training store"),
+        ({"store_hash": "0" * 64}, "is not the store that"),
+    ):
+        (run / "run.json").write_text(json.dumps({**record, **changes}))
+        with pytest.raises(UserError, match=message):
+            evaluate(settings(tiny_images, run))
+
+
+def test_a_store_is_measured_too(tiny_store):
+    evaluation = evaluate(settings(tiny_store, tiny_store))
+    assert evaluation.image_features == evaluation.reference_features == "class tokens cached in the store"
+    assert value(evaluation.metrics.coverage) == 1
+
+
+def test_options_that_do_not_fit_are_named(tiny_images, tiny_store, random_inception):
+    for options, message in (
+        (settings(tiny_images, tiny_images), "--feature-network store"),
+        (settings(tiny_images, tiny_store, count=5), "--count 5"),
+        (Evaluate(tiny_images), "--reference is missing"),
+        (settings(tiny_images, tiny_store, feature_network="no-such-network"), "no-such-network"),
+        (
+            settings(tiny_images, tiny_store, feature_network=str(random_inception), features="patch-mean"),
+            "--features patch-mean",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(options)
+
+
+def test_only_dinov2_large_is_called_fd_dinov2(tmp_path, tiny_encoder):
+    assert load_encoder_features(tiny_encoder, (16, 16), "class-token").distance_name.startswith("Fréchet distance (")
+    network = timm.create_model("vit_large_patch14_dinov2.lvd142m", num_classes=0, img_size=224, depth=1)
+    folder = tmp_path / "large"
+    folder.mkdir()
+    save_file(network.state_dict(), folder / "model.safetensors")
+    config = {"architecture": "vit_large_patch14_dinov2.lvd142m", "model_args": {"depth": 1}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert isinstance(load_encoder_features(str(folder), (256, 256), "patch-mean"), EncoderFeatures)
+    large = load_encoder_features(str(folder), (256, 256), "class-token")
+    assert isinstance(large, DinoV2Features)
+    assert large.distance_name == "Fréchet distance (large, preprocessed as for FD-DINOv2)"  # Weights of a file.
+    for name in ("dinov2-l", "timm:vit_large_patch14_dinov2.lvd142m"):
+        assert _dinov2_distance_name(name) == "FD-DINOv2"
+    assert _dinov2_distance_name("dinov2-l@/weights/tuned.safetensors") != "FD-DINOv2"
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    resized = np.array(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)) / 255
+    standardised = torch.from_numpy((resized - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).float()
+    with torch.no_grad():
+        expected = cast(Any, network).eval().forward_features(standardised.permute(2, 0, 1)[None])[:, 0]
+    found = large.describe(torch.from_numpy(image).permute(2, 0, 1)[None]).features
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

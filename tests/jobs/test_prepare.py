@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import os
 import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from webdataset.writer import ShardWriter
 
 import reglue.data.store
-from reglue.data.images import crop_to
+from helpers import CLASSES
+from reglue.cli import parse
+from reglue.data.images import ImageFolder, crop_to
+from reglue.data.sources import Subset
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.jobs.prepare import Prepare, prepare
@@ -196,18 +204,113 @@ def test_images_that_changed_since_are_refused(options, own_images: Path):
         prepare(options(images=own_images))
 
 
+def test_the_default_run_keeps_its_fingerprint(options, tiny_images: Path):
+    """Stores that exist are recognised: names and sizes of the files, and nothing that came later."""
+    digest = hashlib.sha256()
+    for path in sorted(tiny_images.rglob("*.png")):
+        digest.update(f"{path.relative_to(tiny_images).as_posix()}\0{path.stat().st_size}\n".encode())
+    out = prepare(options()).folder
+    assert Store.open(out).manifest.source.fingerprint == digest.hexdigest()
+
+    manifest = json.loads((out / "manifest.json").read_text())
+    for later in ("reading", "subset", "flips"):
+        del manifest["source"][later]
+    manifest["hash"] = reglue.data.store._hash(manifest)
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    assert len(prepare(options())) == 24
+
+
+def write_tars(images: Path, folder: Path) -> Path:
+    folder.mkdir()
+    with ShardWriter(str(folder / "shard-%02d.tar"), maxcount=10, verbose=0) as writer:
+        for path in sorted(images.rglob("*.png")):
+            key = path.relative_to(images).with_suffix("").as_posix()
+            writer.write({"__key__": key, "png": path.read_bytes(), "cls": CLASSES.index(path.parent.name)})
+    return folder
+
+
+def test_shards_and_streams_give_the_rows_that_the_folder_gives(options, tiny_images: Path, tmp_path: Path):
+    folder = prepare(options())
+    tars = write_tars(tiny_images, tmp_path / "tars")
+    table = pa.table(
+        {
+            "image": [path.read_bytes() for path in sorted(tiny_images.rglob("*.png"))],
+            "label": [path.parent.name for path in sorted(tiny_images.rglob("*.png"))],
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES))
+    named = ("--class-names", str(tmp_path / "names.txt"))
+    stream = (*named, "--streaming", "--count", "24")
+    for name, path, more in (("tar", tars, named), ("parquet", tmp_path / "a.parquet", ()), ("stream", tars, stream)):
+        here = options(images=path, out=tmp_path / f"{name}-store", workers=2)
+        store = prepare(parse(arguments(here, *more)))
+        assert store.manifest.source.class_names == CLASSES
+        rows = torch.arange(24)
+        assert torch.equal(store.labels, folder.labels)
+        for column in ("latent", "cls", "features"):
+            read, expected = store.read(column, rows), folder.read(column, rows)
+            assert all(torch.equal(read[part], expected[part]) for part in expected)
+        opened = store.manifest.source.open()
+        assert [opened.names[row] for row in range(24)] == store.names(rows)
+
+
+def test_a_stream_that_is_too_short_is_said_in_one_line(options, tiny_images: Path, tmp_path: Path):
+    tars = write_tars(tiny_images, tmp_path / "tars")
+    more = ("--streaming", "--count", "25", "--no-labels")
+    with pytest.raises(UserError, match="ends before image 24 of --count 25") as caught:
+        prepare(parse(arguments(options(images=tars, workers=1), *more)))
+    assert "\n" not in str(caught.value)
+
+
+def test_mirror_images_have_rows_after_their_originals(options, own_images: Path):
+    (own_images / "circle" / "003.png").write_text("no image")
+    store = prepare(options(images=own_images, flips=True, shard_size=7))
+    plain = prepare(options(images=own_images, out=own_images.parent / "plain"))
+    assert (len(store), len(plain)) == (46, 23)
+    assert torch.equal(plain.originals, torch.arange(23))
+    assert store.originals.tolist() == list(range(0, 46, 2))
+    assert store.names(store.originals) == plain.names(plain.originals)
+    assert store.names(store.originals + 1) == [name + "#flipped" for name in store.names(store.originals)]
+    assert torch.equal(store.labels[store.originals], plain.labels)
+    torch.testing.assert_close(
+        store.read("latent", store.originals)["mean"], plain.read("latent", plain.originals)["mean"]
+    )
+    pixels = torch.stack([torch.as_tensor(ImageFolder.open(own_images).load(0, (16, 16))).flip(-1)])
+    torch.testing.assert_close(
+        store.read("latent", torch.tensor([1]))["mean"],
+        load_autoencoder(options().autoencoder).encode(pixels / 127.5 - 1).mean,
+        atol=1e-5,
+        rtol=1e-5,
+    )
+    assert not torch.equal(store.read("cls", torch.tensor([0]))["cls"], store.read("cls", torch.tensor([1]))["cls"])
+    with pytest.raises(UserError, match=r"prepared with source\.(count|flips)"):
+        prepare(options(images=own_images, shard_size=7))
+
+
+def test_a_subset_is_part_of_what_the_store_is(options):
+    store = prepare(options(share=0.5, seed=3))
+    assert len(store) == 12
+    assert store.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert store.manifest.source.subset == Subset(0.5, None, 3)
+    assert len(prepare(options(share=0.5, seed=3))) == 12
+    with pytest.raises(UserError, match=r"source\.subset"):
+        prepare(options(share=0.5, seed=4))
+
+
 KILLED = """
-import os, signal, sys
+import os, pathlib, signal, sys
 import reglue.data.store as store
-from reglue.jobs.prepare import Prepare, prepare
+from reglue.jobs import prepare as job
 calls = iter(range(100))
 hash_file = store._sha256
 def dying(path):
-    if next(calls) == 6:  # In the second block, between writing a shard and putting it in place.
+    # In the second block of the last process, between writing a shard and putting it in place.
+    if next(calls) == 6 and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return hash_file(path)
 store._sha256 = dying
-prepare(eval(sys.argv[1], {"Prepare": Prepare, "PosixPath": __import__("pathlib").Path}))
+job.prepare(eval(sys.argv[1], {**vars(job), "PosixPath": pathlib.Path}))
 """
 
 
@@ -227,6 +330,70 @@ def test_killed_and_run_again_gives_the_same_store(options, tmp_path: Path):
     assert store.manifest == whole.manifest
     assert shards_of(store.folder) == shards_of(whole.folder)
     assert not list(store.folder.glob("*.tmp"))
+
+
+def run_on_processes(count: int, *program: str | Path) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    return subprocess.run(
+        [*launcher, *map(str, program)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def arguments(options: Prepare, *more: str) -> list[str]:
+    """The options of these tests on the command line."""
+    named = ("resolution", "autoencoder", "encoder", "shard_size", "workers", "device")
+    pairs = [(f"--{name.replace('_', '-')}", str(getattr(options, name))) for name in named]
+    return ["prepare", str(options.images), str(options.out), "--features", *sum(pairs, ()), *more]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As torchrun gives each process: sums are rounded otherwise with another number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_processes_of_which_one_is_killed_and_the_others_that_continue_make_the_store_of_one(
+    options, own_images: Path, tmp_path: Path, one_thread: None
+):
+    (own_images / "square" / "text.jpg").write_text("no image")
+    whole = prepare(options(images=own_images, out=tmp_path / "whole", shard_size=4))
+    here = options(images=own_images, shard_size=4)
+    (tmp_path / "killed.py").write_text(KILLED)
+
+    killed = run_on_processes(2, tmp_path / "killed.py", repr(here))
+    assert "SIGKILL" in killed.stderr
+    with pytest.raises(UserError, match="half-written"):
+        Store.open(here.out)
+    assert "prepare-1.jsonl" in everything_in(here.out)
+
+    ended = run_on_processes(3, "-m", "reglue", *arguments(here))
+    assert ended.returncode == 0, ended.stderr
+
+    assert shards_of(here.out) == shards_of(whole.folder)
+    assert Store.open(here.out).manifest == whole.manifest
+    assert (here.out / "manifest.json").read_bytes() == (whole.folder / "manifest.json").read_bytes()
+    assert everything_in(here.out).keys() == everything_in(whole.folder).keys()
+    indices = [json.loads(line)["index"] for line in (here.out / "prepare.jsonl").read_text().splitlines()]
+    assert indices == list(range(7))
+
+
+def test_a_mistake_that_one_process_meets_ends_all(options, own_images: Path):
+    (own_images / "stripes" / "text.jpg").write_text("no image")  # In the last block, which the last process does.
+    ended = run_on_processes(2, "-m", "reglue", *arguments(options(images=own_images), "--strict"))
+    assert ended.returncode != 0
+    assert len([line for line in ended.stderr.splitlines() if "text.jpg" in line]) == 1
+    assert "reglue: " in ended.stderr
+    assert "reglue/jobs" not in ended.stderr, "a traceback of ours; that of the launcher is there anyway"
+    with pytest.raises(UserError, match="half-written"):
+        Store.open(options().out)
 
 
 def test_killed_before_the_manifest_and_run_again(options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

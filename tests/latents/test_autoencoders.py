@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -7,13 +8,14 @@ from typing import Any, cast
 import cattrs
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hub_cache import put_into_hub_cache, use_hub_cache
 from reglue.errors import UserError
-from reglue.latents import autoencoders
 from reglue.latents.autoencoders import AutoencoderSpec, Moments, autoencoder_names, load_autoencoder
 from reglue.latents.taef2 import taef2_decoder, taef2_encoder
 
@@ -31,12 +33,12 @@ def write_kl(folder: Path, seed: int = 0, **config: Any) -> AutoencoderKL:
         "norm_num_groups": 2,
         "latent_channels": 3,
     }
-    network = AutoencoderKL(**sizes, **config)
+    network = AutoencoderKL(**(sizes | config))
     network.save_pretrained(folder)
     return network.eval()
 
 
-def write_tiny(folder: Path) -> AutoencoderTiny:
+def write_tiny(folder: Path, latent_channels: int = 5) -> AutoencoderTiny:
     torch.manual_seed(0)
     widths, blocks = (8, 8, 8), (1, 1, 1)
     network = AutoencoderTiny(
@@ -44,8 +46,29 @@ def write_tiny(folder: Path) -> AutoencoderTiny:
         decoder_block_out_channels=widths,
         num_encoder_blocks=blocks,
         num_decoder_blocks=blocks,
-        latent_channels=5,
+        latent_channels=latent_channels,
     )
+    network.save_pretrained(folder)
+    return network.eval()
+
+
+def write_dc(folder: Path, **config: Any) -> AutoencoderDC:
+    """DC-AE of three stages, the last with attention as in the published ones."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "latent_channels": 6,
+        "attention_head_dim": 4,
+        "encoder_block_types": ["ResBlock", "ResBlock", "EfficientViTBlock"],
+        "decoder_block_types": ["ResBlock", "ResBlock", "EfficientViTBlock"],
+        "encoder_block_out_channels": [12, 12, 24],
+        "decoder_block_out_channels": [12, 12, 24],
+        "encoder_layers_per_block": [1, 1, 1],
+        "decoder_layers_per_block": [1, 1, 1],
+        "encoder_qkv_multiscales": [[], [], [5]],
+        "decoder_qkv_multiscales": [[], [], [5]],
+        "scaling_factor": 0.4,
+    }
+    network = AutoencoderDC(**(sizes | config))
     network.save_pretrained(folder)
     return network.eval()
 
@@ -96,6 +119,106 @@ def test_tiny_autoencoder_is_deterministic(tmp_path: Path) -> None:
         (decoded,) = network.decode(moments.mean, return_dict=False)
     torch.testing.assert_close(autoencoder.decode(moments.mean), decoded.clamp(-1, 1))
     assert (autoencoder.spec.latent_channels, autoencoder.spec.downsampling) == (5, 4)
+
+
+def test_tiny_autoencoder_changes_to_pixels_from_zero_to_one(tmp_path: Path) -> None:
+    # TAESD was made for [0, 1]; what it is given and gives here lies in [−1, 1].
+    network = write_tiny(tmp_path)
+    autoencoder = load_autoencoder(str(tmp_path))
+    images = random_images(16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(autoencoder.encode(images).mean, network.encoder.layers((images + 1) / 2))
+        latents = 4 * torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+        decoded = 2 * network.decoder.layers(3 * torch.tanh(latents / 3)) - 1
+    torch.testing.assert_close(autoencoder.decode(latents), decoded.clamp(-1, 1))
+    assert (autoencoder.spec.shift, autoencoder.spec.scale) == ((0.0,) * 5, (1.0,) * 5)
+
+
+# The published ones have no block before their first halving.
+@pytest.mark.parametrize("layers", [[1, 1, 1], [0, 1, 1]])
+def test_dc_autoencoder_is_deterministic(tmp_path: Path, layers: list[int]) -> None:
+    network = write_dc(tmp_path, encoder_layers_per_block=layers, decoder_layers_per_block=layers)
+    autoencoder = load_autoencoder(str(tmp_path))
+    images = random_images(16, 24)
+    moments = autoencoder.encode(images)
+    assert moments.std is None
+    with torch.no_grad():
+        torch.testing.assert_close(moments.mean, network.encode(images, return_dict=False)[0])
+        (decoded,) = network.decode(moments.mean, return_dict=False)
+    torch.testing.assert_close(autoencoder.decode(moments.mean), decoded.clamp(-1, 1))
+    spec = autoencoder.spec
+    assert (spec.kind, spec.latent_channels, spec.scale) == ("AutoencoderDC", 6, (0.4,) * 6)
+    assert spec.downsampling == network.spatial_compression_ratio
+    assert spec.latent_size((16, 24)) == tuple(moments.mean.shape[-2:])
+
+
+def test_sixteen_channels_without_quantisation_convolutions(tmp_path: Path) -> None:
+    """As in SD3 and FLUX."""
+    bare = {"use_quant_conv": False, "use_post_quant_conv": False}
+    network = write_kl(tmp_path, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, **bare)
+    assert network.quant_conv is None
+    autoencoder = load_autoencoder(str(tmp_path))
+    images = random_images(16, 16)
+    with torch.no_grad():
+        (posterior,) = network.encode(images, return_dict=False)
+    moments = autoencoder.encode(images)
+    torch.testing.assert_close(moments.mean, posterior.mean)
+    torch.testing.assert_close(autoencoder.spec.normalise(moments.mean), (posterior.mean - 0.1159) * 0.3611)
+
+
+def test_attention_may_have_the_names_of_the_published_sd_vae(tmp_path: Path) -> None:
+    write_kl(tmp_path)
+    before = load_autoencoder(str(tmp_path)).encode(random_images(16, 16)).mean
+    renamed = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    for new, old in renamed.items():
+        state = {key.replace(f".{new}.", f".{old}."): value for key, value in state.items()}
+    assert "encoder.mid_block.attentions.0.query.weight" in state
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    assert torch.equal(load_autoencoder(str(tmp_path)).encode(random_images(16, 16)).mean, before)
+
+
+@pytest.mark.parametrize(
+    ("mean_std", "mean", "std"),
+    [
+        ({"mean": 0.5, "std": 2}, (0.5,) * 3, (2.0,) * 3),
+        ({"mean": [1, 2, 3.5], "std": [0.5, 1, 4]}, (1.0, 2.0, 3.5), (0.5, 1.0, 4.0)),
+        ({"mean": 0, "std": [0.5, 1, 4]}, (0.0,) * 3, (0.5, 1.0, 4.0)),
+    ],
+)
+def test_normalisation_may_be_a_file_of_the_folder(
+    tmp_path: Path, mean_std: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    write_kl(tmp_path, scaling_factor=0.7, shift_factor=0.1)
+    without = load_autoencoder(str(tmp_path)).spec
+    (tmp_path / "mean_std.json").write_text(json.dumps(mean_std))
+    spec = load_autoencoder(str(tmp_path)).spec
+    assert spec != without
+    raw = torch.randn(2, 3, 4, 4)
+    expected = (raw - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    torch.testing.assert_close(spec.normalise(raw), expected)
+    torch.testing.assert_close(spec.denormalise(expected), raw)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[1, 2]",
+        '{"mean": 0}',
+        '{"mean": 0, "std": 0}',
+        '{"mean": 0, "std": [1, 1, -1]}',
+        '{"mean": NaN, "std": 1}',
+        '{"mean": [1, 2], "std": 1}',
+        '{"mean": "0", "std": 1}',
+        '{"mean": null, "std": 1}',
+        '{"mean": [[0], [1]], "std": 1}',
+    ],
+)
+def test_another_mean_std_is_refused(tmp_path: Path, content: str) -> None:
+    write_kl(tmp_path)
+    (tmp_path / "mean_std.json").write_text(content)
+    assert f"{tmp_path}/mean_std.json must say " in refusal(tmp_path)
 
 
 def test_moments_draw() -> None:
@@ -151,8 +274,9 @@ def test_spec_is_plain_data_and_tells_latent_spaces_apart(tmp_path: Path) -> Non
     assert load_autoencoder(str(tmp_path / "b")).spec != spec
 
 
-def test_autoencoder_is_frozen_and_in_float32(tmp_path: Path) -> None:
-    write_kl(tmp_path).half().save_pretrained(tmp_path)
+@pytest.mark.parametrize("write", [write_kl, write_tiny, write_dc])
+def test_autoencoder_is_frozen_and_in_float32(tmp_path: Path, write: Callable[[Path], Any]) -> None:
+    write(tmp_path).half().save_pretrained(tmp_path)
     autoencoder = load_autoencoder(str(tmp_path)).train()
     assert not autoencoder.training
     assert all(not p.requires_grad and p.dtype == torch.float32 for p in autoencoder.parameters())
@@ -172,27 +296,44 @@ def test_unknown_name_lists_the_valid_ones() -> None:
     assert "neither a file nor a folder" in refusal("./nowhere/here")
 
 
-def test_missing_network_says_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: object, **__: object) -> str:
-        raise OSError("no route")
-
-    monkeypatch.setattr(autoencoders, "snapshot_download", offline)
+def test_missing_network_says_what_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_hub_cache(monkeypatch, tmp_path)
     message = refusal("sd-vae-ft-mse")
-    assert "stabilityai/sd-vae-ft-mse" in message
-    assert "diffusion_pytorch_model.safetensors" in message
+    assert "config.json and diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse" in message
+    assert "terms" not in message
+    for gated in ("sd3-vae", "flux-vae"):
+        assert "accept its terms" in refusal(gated)
 
 
-def test_hub_name_is_read_from_the_cached_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_kl(tmp_path / "vae")
-    asked: list[object] = []
-
-    def snapshot(repository: str, allow_patterns: list[str]) -> str:
-        asked.extend([repository, *allow_patterns])
-        return str(tmp_path)
-
-    monkeypatch.setattr(autoencoders, "snapshot_download", snapshot)
-    assert load_autoencoder("owner/model/vae").spec.name == "owner/model/vae"
-    assert asked == ["owner/model", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+@pytest.mark.parametrize(
+    ("name", "repository", "folder", "kind"),
+    [
+        ("sd-vae-ft-ema", "stabilityai/sd-vae-ft-ema", "", "AutoencoderKL"),
+        ("sd-vae-ft-mse", "stabilityai/sd-vae-ft-mse", "", "AutoencoderKL"),
+        ("sdxl-vae", "stabilityai/sdxl-vae", "", "AutoencoderKL"),
+        ("sd3-vae", "stabilityai/stable-diffusion-3-medium-diffusers", "vae/", "AutoencoderKL"),
+        ("flux-vae", "black-forest-labs/FLUX.1-schnell", "vae/", "AutoencoderKL"),
+        ("dc-ae-f32c32", "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", "", "AutoencoderDC"),
+        ("dc-ae-f64c128", "mit-han-lab/dc-ae-f64c128-in-1.0-diffusers", "", "AutoencoderDC"),
+        ("taesd", "madebyollin/taesd", "", "AutoencoderTiny"),
+        ("taesdxl", "madebyollin/taesdxl", "", "AutoencoderTiny"),
+        ("taesd3", "madebyollin/taesd3", "", "AutoencoderTiny"),
+        ("taef1", "madebyollin/taef1", "", "AutoencoderTiny"),
+        ("owner/model", "owner/model", "", "AutoencoderTiny"),
+        ("owner/model/some/vae", "owner/model", "some/vae/", "AutoencoderKL"),
+    ],
+)
+def test_hub_name_is_read_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, repository: str, folder: str, kind: str
+) -> None:
+    {"AutoencoderKL": write_kl, "AutoencoderDC": write_dc, "AutoencoderTiny": write_tiny}[kind](tmp_path / "network")
+    use_hub_cache(monkeypatch, tmp_path / "cache")
+    files = {folder + file.name: file for file in (tmp_path / "network").iterdir()}
+    assert len(files) == 2
+    put_into_hub_cache(tmp_path / "cache", repository, files)
+    spec = load_autoencoder(name).spec
+    assert (spec.name, spec.kind) == (name, kind)
+    assert spec == load_autoencoder(str(tmp_path / "network")).spec
 
 
 def test_unfitting_folders_are_refused_by_name(tmp_path: Path) -> None:
@@ -230,10 +371,13 @@ def test_half_of_taef2_is_refused(tmp_path: Path) -> None:
     assert "does not hold the encoder of TAEF2" in refusal(tmp_path)
 
 
-def test_image_size_must_fit(tmp_path: Path) -> None:
-    write_tiny(tmp_path)
-    with pytest.raises(UserError, match="multiples of 4 pixels"):
-        load_autoencoder(str(tmp_path)).spec.latent_size((30, 32))
+@pytest.mark.parametrize(("write", "multiple"), [(write_kl, 2), (write_tiny, 4), (write_dc, 4), (write_taef2, 8)])
+def test_image_size_must_fit(tmp_path: Path, write: Callable[[Path], object], multiple: int) -> None:
+    write(tmp_path)
+    spec = load_autoencoder(str(tmp_path)).spec
+    assert spec.latent_size((4 * multiple, 3 * multiple)) == (4, 3)
+    with pytest.raises(UserError, match=f"autoencoder {tmp_path}: choose multiples of {multiple} pixels"):
+        spec.latent_size((4 * multiple, 3 * multiple + 1))
 
 
 def drawn_digit(size: int) -> torch.Tensor:

@@ -7,14 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
 
 from reglue.metrics import distances
 from reglue.metrics.distances import (
+    Gaussian,
     GaussianStatistics,
     frechet_distance,
+    inception_scores,
     kernel_distance,
+    manifold_scores,
     nearest,
-    precision_recall,
     symmetric_root,
 )
 
@@ -27,10 +31,8 @@ def statistics(features: torch.Tensor) -> GaussianStatistics:
     return GaussianStatistics(features.shape[1]).update(features)
 
 
-def gaussian(mean: torch.Tensor, covariance: torch.Tensor) -> GaussianStatistics:
-    exact = GaussianStatistics(len(mean))
-    exact.count, exact.mean, exact._scatter = 2, mean, covariance.clone()
-    return exact
+def gaussian(features: torch.Tensor) -> Gaussian:
+    return statistics(features).gaussian
 
 
 @settings(deadline=None, max_examples=30)
@@ -55,7 +57,7 @@ def test_covariance_of_one_row_is_refused():
 def test_frechet_of_diagonal_gaussians_is_the_closed_form():
     means, deviations = normal(2, 5), normal(2, 5, seed=1).abs()
     expected = ((means[0] - means[1]) ** 2 + (deviations[0] - deviations[1]) ** 2).sum()
-    first, second = (gaussian(m, torch.diag(d**2)) for m, d in zip(means, deviations, strict=True))
+    first, second = (Gaussian(m, torch.diag(d**2)) for m, d in zip(means, deviations, strict=True))
     assert frechet_distance(first, second) == pytest.approx(float(expected), rel=1e-10)
 
 
@@ -65,12 +67,12 @@ def test_frechet_of_full_covariances_agrees_with_scipy():
     root = torch.as_tensor(sqrtm((covariances[0] @ covariances[1]).numpy())).real
     expected = float(covariances[0].trace() + covariances[1].trace() - 2 * root.trace())
     zero = torch.zeros(6, dtype=torch.float64)
-    assert frechet_distance(gaussian(zero, covariances[0]), gaussian(zero, covariances[1])) == pytest.approx(expected)
+    assert frechet_distance(Gaussian(zero, covariances[0]), Gaussian(zero, covariances[1])) == pytest.approx(expected)
 
 
 def test_frechet_of_singular_covariances():
     # Four rows in twenty dimensions: rank three; SciPy's sqrtm of the product fails or turns complex here.
-    first, second = statistics(normal(4, 20)), statistics(normal(4, 20) + 2.0)
+    first, second = gaussian(normal(4, 20)), gaussian(normal(4, 20) + 2.0)
     assert frechet_distance(first, second) == pytest.approx(4.0 * 20, rel=1e-9)
     assert frechet_distance(first, first) == pytest.approx(0.0, abs=1e-9)
 
@@ -79,12 +81,24 @@ def test_frechet_of_singular_covariances():
 @given(rows=st.integers(2, 12), width=st.integers(1, 8), seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3))
 def test_frechet_is_symmetric_nonnegative_and_scales_with_the_square(rows, width, seed, scale):
     x, y = normal(rows, width, seed=seed), normal(rows + 3, width, seed=seed + 1)
-    distance = frechet_distance(statistics(x), statistics(y))
+    distance = frechet_distance(gaussian(x), gaussian(y))
     assert distance >= 0
-    assert frechet_distance(statistics(y), statistics(x)) == pytest.approx(distance, rel=1e-8, abs=1e-9)
-    assert frechet_distance(statistics(scale * x), statistics(scale * y)) == pytest.approx(
+    assert frechet_distance(gaussian(y), gaussian(x)) == pytest.approx(distance, rel=1e-8, abs=1e-9)
+    assert frechet_distance(gaussian(scale * x), gaussian(scale * y)) == pytest.approx(
         scale**2 * distance, rel=1e-6, abs=1e-9 * scale**2
     )
+
+
+def test_frechet_agrees_with_torch_fidelity_on_features_like_a_networks():
+    sides = [(normal(500, 64, seed=seed) @ normal(64, 64, seed=9)).abs() + seed for seed in (0, 1)]
+    theirs = fid_statistics_to_metric(*(fid_features_to_statistics(side) for side in sides), verbose=False)
+    expected = theirs["frechet_inception_distance"]
+    assert frechet_distance(*map(gaussian, sides)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_statistics_of_many_rows_are_taken_in_blocks(monkeypatch):
+    monkeypatch.setattr(distances, "BLOCK", 7)
+    torch.testing.assert_close(statistics(normal(40, 3)).covariance, torch.cov(normal(40, 3).T))
 
 
 def test_symmetric_root_squares_to_the_matrix():
@@ -118,42 +132,109 @@ def test_kernel_distance_depends_on_the_seed_alone_and_vanishes_between_equals()
     assert apart.mean > 5 * apart.std
 
 
+def test_kernel_distance_in_float32_is_that_of_float64():
+    x, y = normal(200, 64).abs(), normal(200, 64, seed=1).abs() * 1.01
+    exact, fast = (
+        kernel_distance(a, b, subsets=3, subset_size=100, generator=np.random.default_rng(0))
+        for a, b in ((x.float().double(), y.float().double()), (x.float(), y.float()))
+    )
+    assert fast.mean == pytest.approx(exact.mean, abs=1e-3 * exact.std)
+    assert fast.std == pytest.approx(exact.std, rel=1e-3)
+
+
+def test_resampled_kernel_distance_counts_images_as_often_as_they_were_drawn():
+    x, y = normal(12, 4), normal(12, 4, seed=1) + 0.2
+    counts = torch.tensor([[1] * 12, [2, 0, 3] * 4, [12] + [0] * 11])
+    found = kernel_distance(x, y, subsets=2, subset_size=12, generator=np.random.default_rng(0), counts=counts)
+    assert float(found.resampled[0]) == pytest.approx(found.mean, rel=1e-9)
+    rows = [i for i, count in enumerate(counts[1].tolist()) for _ in range(count)]
+    pairs = [(i, j) for i in rows for j in rows if i != j]
+
+    def kernel(a, b):
+        return float((a @ b / 4 + 1) ** 3)
+
+    within = sum(kernel(x[i], x[j]) for i, j in pairs) / len(pairs)
+    other = sum(kernel(y[i], y[j]) for i in range(12) for j in range(12) if i != j) / (12 * 11)
+    across = sum(kernel(x[i], y[j]) for i in rows for j in range(12)) / (len(rows) * 12)
+    assert float(found.resampled[1]) == pytest.approx(within + other - 2 * across, rel=1e-8)
+    assert found.resampled.isfinite().all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    generated=st.integers(6, 20),
+    real=st.integers(6, 20),
+    width=st.integers(1, 4),
+    offset=st.floats(0, 3),
+    seed=st.integers(0, 999),
+    block=st.sampled_from([3, 7, 1024]),
+    neighbours=st.integers(1, 5),
+)
+def test_manifold_scores_by_brute_force(generated, real, width, offset, seed, block, neighbours):
+    fakes, reals = (normal(generated, width, seed=seed) + offset).tolist(), normal(real, width, seed=seed + 1).tolist()
+
+    def radius(point, others, k):
+        return sorted(math.dist(point, other) for other in others if other is not point)[k - 1]
+
+    def inside(point, manifold, k):
+        return [math.dist(point, centre) <= radius(centre, manifold, k) for centre in manifold]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distances, "BLOCK", block)
+        scores = manifold_scores(
+            generated=torch.tensor(fakes, dtype=torch.float64),
+            real=torch.tensor(reals, dtype=torch.float64),
+            neighbours=neighbours,
+            density_neighbours=4,
+        )
+    assert scores.precision.tolist() == [any(inside(p, reals, neighbours)) for p in fakes]
+    assert scores.recall.tolist() == [any(inside(p, fakes, neighbours)) for p in reals]
+    assert scores.density.tolist() == pytest.approx([sum(inside(p, reals, 4)) / 4 for p in fakes])
+    assert scores.coverage.tolist() == [any(math.dist(p, q) < radius(q, reals, 4) for p in fakes) for q in reals]
+
+
 def test_precision_and_recall_are_not_exchanged():
     # Generated: one of the two real modes. All of it looks real; half of the real images are never generated.
     real = torch.cat([normal(100, 4), normal(100, 4, seed=1) + 50])
     generated = normal(100, 4, seed=2) * 0.5
-    scores = precision_recall(generated=generated, real=real)
-    assert scores.precision > 0.9
-    assert scores.recall <= 0.5
-    exchanged = precision_recall(generated=real, real=generated)
-    assert (exchanged.precision, exchanged.recall) == (scores.recall, scores.precision)
-
-
-@pytest.mark.parametrize("block", [3, 1024])
-def test_precision_and_recall_by_brute_force(monkeypatch, block):
-    monkeypatch.setattr(distances, "BLOCK", block)
-    generated, real = normal(17, 3), normal(23, 3, seed=1) * 1.2
-
-    def inside(points, manifold):
-        radii = [sorted(math.dist(a, b) for j, b in enumerate(manifold) if j != i)[2] for i, a in enumerate(manifold)]
-        return sum(any(math.dist(p, c) <= r for c, r in zip(manifold, radii, strict=True)) for p in points)
-
-    scores = precision_recall(generated=generated, real=real)
-    assert scores.precision == inside(generated.tolist(), real.tolist()) / 17
-    assert scores.recall == inside(real.tolist(), generated.tolist()) / 23
+    scores = manifold_scores(generated=generated, real=real)
+    assert scores.precision.mean() > 0.9
+    assert scores.recall.mean() <= 0.5
+    assert scores.coverage.mean() <= 0.5
+    exchanged = manifold_scores(generated=real, real=generated)
+    assert torch.equal(exchanged.precision, scores.recall)
+    assert torch.equal(exchanged.recall, scores.precision)
 
 
 def test_identical_and_disjoint_sets():
     x = normal(50, 6)
-    same = precision_recall(generated=x, real=x)
-    assert (same.precision, same.recall) == (1.0, 1.0)
-    apart = precision_recall(generated=x, real=x + 1000)
-    assert (apart.precision, apart.recall) == (0.0, 0.0)
+    same = manifold_scores(generated=x, real=x)
+    assert (same.precision.mean(), same.recall.mean(), same.coverage.mean()) == (1, 1, 1)
+    assert float(same.density.mean()) == pytest.approx(1, abs=0.25)
+    apart = manifold_scores(generated=x, real=x + 1000)
+    assert not any(getattr(apart, name).any() for name in ("precision", "recall", "density", "coverage"))
 
 
-def test_precision_and_recall_need_a_neighbour():
-    with pytest.raises(ValueError, match="more than 3"):
-        precision_recall(generated=normal(3, 2), real=normal(9, 2))
+def test_manifold_scores_need_a_neighbour():
+    with pytest.raises(ValueError, match="more than 5"):
+        manifold_scores(generated=normal(5, 2), real=normal(9, 2))
+
+
+def test_inception_score_agrees_with_torch_fidelity_and_is_the_mean_over_splits():
+    logits = normal(60, 10) * 3
+    whole = torch.ones(1, 60)
+    for split_size, splits in ((60, 1), (20, 3)):
+        theirs = isc_features_to_metric(logits, splits=splits, shuffle=False)["inception_score_mean"]
+        assert float(inception_scores(logits, whole, split_size)) == pytest.approx(theirs, rel=1e-9)
+    parts = [float(inception_scores(part, torch.ones(1, len(part)))) for part in logits.split(25)]
+    assert float(inception_scores(logits, whole, 25)) == pytest.approx(sum(parts) / 3, rel=1e-12)
+
+
+def test_inception_score_of_a_resample_is_that_of_its_images():
+    logits, counts = normal(30, 5) * 2, torch.tensor([[2, 0, 1] * 10])
+    drawn = logits.repeat_interleave(counts[0], 0)
+    expected = inception_scores(drawn, torch.ones(1, len(drawn)))
+    torch.testing.assert_close(inception_scores(logits, counts), expected)
 
 
 @settings(deadline=None, max_examples=25)

@@ -43,7 +43,7 @@ def test_every_container_gives_the_averaged_weights(container: str, tmp_path: Pa
         other = {name: value + 1 for name, value in weights.items()}
         arguments = argparse.Namespace(model="SiT-XL/2", encoder_depth=8)
         torch.save({"model": other, "ema": weights, "opt": {"state": {}}, "args": arguments, "steps": 400_000}, file)
-    ours = import_official(read_official(file), heads=4, alignment_depth=2)
+    ours = import_official(read_official(file).weights, heads=4, alignment_depth=2)
     assert ours.family == "repa"
     assert_equal(ours.weights, import_official(weights, heads=4, alignment_depth=2).weights)
 
@@ -102,9 +102,13 @@ def test_reversing_time_twice_changes_nothing() -> None:
     [
         (lambda w: w.pop("final_layer.linear.weight"), "no final_layer.linear.weight"),
         (lambda w: w.pop("blocks.1.attn.qkv.bias"), "blocks.1.attention.qkv.bias"),
+        (lambda w: w.pop("t_embedder.mlp.0.weight"), "time_embedding.0.weight"),
+        (lambda w: w.update({"t_embedder.mlp.0.weight": torch.zeros(48, 9)}), "time_embedding.0.weight"),
+        (lambda w: w.update({"x_embedder.proj.weight": torch.zeros(48)}), r"x_embedder.proj.weight has shape \(48,\)"),
+        (lambda w: [w.pop(name) for name in list(w) if name.startswith("blocks.")], "blocks"),
         (lambda w: w.update({"something.else": torch.zeros(1)}), "unknown weight something.else"),
         (lambda w: w.update({"final_layer.linear.weight": torch.zeros(17, 48)}), "17 rows"),
-        (lambda w: w.update({"pos_embed": torch.zeros(1, 16, 48)}), "pos_embed"),
+        (lambda w: w.update({"pos_embed": torch.zeros(1, 16, 40)}), "positions"),
         (lambda w: w.update({"pos_embed": torch.zeros(1, 15, 48)}), "not a square grid"),
     ],
 )

@@ -14,13 +14,16 @@ from reglue.errors import UserError
 from reglue.semantics.compressors import (
     Compressor,
     ConvCompressor,
+    MlpCompressor,
     PcaCompressor,
+    Posterior,
     conv_compressor_from_published,
     load_compressor,
     resize,
 )
 
 CHANNELS = 6
+KINDS = ["conv", "conv-kl", "mlp", "pca"]
 
 
 def features(count: int = 20) -> Tensor:
@@ -43,7 +46,10 @@ def fit_pca(channels: int, values: Tensor | None = None) -> PcaCompressor:
 
 def make(kind: str) -> Compressor:
     torch.manual_seed(0)
-    return fit_pca(2) if kind == "pca" else ConvCompressor(CHANNELS, 5, 2, *statistics(features())).eval()
+    if kind == "pca":
+        return fit_pca(2)
+    architecture = MlpCompressor if kind == "mlp" else ConvCompressor
+    return architecture(CHANNELS, 5, 2, *statistics(features()), variational=kind == "conv-kl").eval()
 
 
 def test_components_are_those_of_a_singular_value_decomposition():
@@ -85,7 +91,7 @@ def test_the_published_size_has_the_published_number_of_parameters():
     assert (count(encoder), count(encoder) + count(decoder)) == (8.3, 16.6)
 
 
-@pytest.mark.parametrize("kind", ["conv", "pca"])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_shapes_of_any_grid_and_half_precision_features(kind: str):
     compressor = make(kind)
@@ -95,7 +101,7 @@ def test_shapes_of_any_grid_and_half_precision_features(kind: str):
         assert compressor.decode(code).shape == (2, CHANNELS, *grid)
 
 
-@pytest.mark.parametrize("kind", ["conv", "pca"])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_saved_and_loaded_is_the_same(kind: str, tmp_path: Path):
     compressor = make(kind)
@@ -104,7 +110,8 @@ def test_saved_and_loaded_is_the_same(kind: str, tmp_path: Path):
     assert torch.equal(loaded.encode(features()), compressor.encode(features()))
     assert torch.equal(loaded.decode(loaded.encode(features())), compressor.decode(compressor.encode(features())))
     assert loaded.spec() == spec
-    assert (spec.kind, spec.channels_in, spec.channels) == (kind, CHANNELS, 2)
+    assert (spec.kind, spec.channels_in, spec.channels) == (kind.removesuffix("-kl"), CHANNELS, 2)
+    assert spec.variational == kind.endswith("-kl")
     assert not loaded.training
 
 
@@ -142,6 +149,24 @@ def test_other_weights_are_no_published_compressor():
 def test_the_spec_is_plain_data(tmp_path: Path):
     make("conv").save(tmp_path)
     assert json.loads((tmp_path / "compressor.json").read_text())["hidden"] == 5
+
+
+def test_divergence_is_that_of_normal_distributions():
+    mean, log_variance = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
+    normal = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3))
+    torch.testing.assert_close(Posterior(mean, log_variance).divergence(), expected)
+    drawn = Posterior(mean, log_variance).draw(torch.ones_like(mean))
+    torch.testing.assert_close(drawn, mean + normal.stddev)
+
+
+@torch.no_grad()
+def test_a_perceptron_sees_one_position_at_a_time():
+    compressor, other = make("mlp"), features()
+    other[:, :, 0, 0] += 1
+    changed = (compressor.encode(features()) != compressor.encode(other)).any(1)
+    assert changed[:, 0, 0].all()
+    assert changed.sum() == len(other)
 
 
 def test_resize_keeps_a_constant_and_interpolates_between_cell_centres():

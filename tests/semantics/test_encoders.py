@@ -1,8 +1,9 @@
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cattrs
 import pytest
@@ -13,6 +14,7 @@ from timm.models import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
+from hub_cache import put_into_hub_cache, use_hub_cache
 from reglue.errors import UserError
 from reglue.semantics import encoders
 from reglue.semantics.encoders import EncoderSpec, InputRule, encoder_names, load_encoder
@@ -127,7 +129,8 @@ def test_half_precision_weights_are_used_in_float32(folder: Path) -> None:
 @pytest.fixture
 def tiny_dinov2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A file of weights whose shapes are those of a short name in the table, kept small for the test."""
-    row = encoders.KnownEncoder("vit_tiny_patch16_224", width=192, depth=12, patch_size=16, registers=0)
+    plain = replace(encoders.PLAIN, recognisable=True)
+    row = encoders.KnownEncoder("vit_tiny_patch16_224", plain, width=192, depth=12, patch_size=16)
     monkeypatch.setitem(encoders.KNOWN_ENCODERS, "tiny", row)
     network = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
     save_file(network.state_dict(), tmp_path / "weights.safetensors")
@@ -147,14 +150,174 @@ def test_dinov2_sees_fourteen_pixels_per_sixteen(tmp_path: Path) -> None:
     assert InputRule(8, 64).sizes((128, 128), 8, "starter") == ((16, 16), (128, 128))
 
 
-def test_table_names_the_shapes_of_its_architectures() -> None:
-    for known in encoders.KNOWN_ENCODERS.values():
-        with torch.device("meta"):
-            shapes = {key: value.shape for key, value in timm.create_model(known.architecture).state_dict().items()}
-        width, *_, patch_size = shapes["patch_embed.proj.weight"]
-        depth = len([key for key in shapes if key.endswith(".norm1.weight")])
-        found = (width, depth, patch_size, shapes["reg_token"][1] if "reg_token" in shapes else 0)
-        assert found == (known.width, known.depth, known.patch_size, known.registers)
+@pytest.mark.parametrize("name", encoders.KNOWN_ENCODERS)
+def test_table_names_the_shapes_of_its_architectures(name: str) -> None:
+    known = encoders.KNOWN_ENCODERS[name]
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in timm.create_model(known.architecture).state_dict().items()}
+    width, *_, patch_size = shapes["patch_embed.proj.weight"]
+    depth = len([key for key in shapes if key.endswith(".norm1.weight")])
+    registers = shapes["reg_token"][1] if "reg_token" in shapes else 0
+    assert (width, depth, patch_size, registers) == (known.width, known.depth, known.patch_size, known.registers)
+    assert shapes.keys() & encoders.TELLING_TENSORS == known.family.tensors
+    pretrained_cfg = timm.get_pretrained_cfg(known.architecture)
+    assert pretrained_cfg is not None
+    # Weights come as `model.safetensors` of this repository, which is what timm itself asks for first.
+    assert pretrained_cfg.hf_hub_id == f"timm/{known.architecture.replace('_quickgelu', '')}"
+    assert pretrained_cfg.hf_hub_filename is None
+    assert pretrained_cfg.interpolation == "bicubic"
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+class Expected(NamedTuple):
+    """What a short name must do, written down independently of the table."""
+
+    name: str
+    image_size: int
+    """At which the network sees images of the size that it was trained at: no position is resampled."""
+    input_size: int
+    statistics: tuple[tuple[float, ...], tuple[float, ...]]
+    steps: tuple[str, str]
+    prefix_tokens: int
+    registers: int = 0
+    pooling: str = "class token or mean"
+
+
+FAMILIES = [
+    Expected("dinov2-b", 592, 518, IMAGENET, ("normalise", "resize"), prefix_tokens=1),
+    Expected("dinov2-b-reg", 592, 518, IMAGENET, ("normalise", "resize"), prefix_tokens=5, registers=4),
+    Expected("dinov3-b", 256, 256, IMAGENET, ("normalise", "resize"), prefix_tokens=5, registers=4),
+    Expected("mae-b", 224, 224, IMAGENET, ("normalise", "resize"), prefix_tokens=1),
+    Expected("clip-b", 224, 224, OPENAI, ("resize", "normalise"), prefix_tokens=1),
+    Expected("clip-l", 256, 224, OPENAI, ("resize", "normalise"), prefix_tokens=1),
+    Expected("siglip2-b", 256, 256, HALVES, ("resize", "normalise"), prefix_tokens=0, pooling="attention"),
+    Expected("pe-b", 224, 224, HALVES, ("resize", "normalise"), prefix_tokens=1),
+    Expected("pe-l", 384, 336, HALVES, ("resize", "normalise"), prefix_tokens=1),
+    Expected("pe-g", 512, 448, HALVES, ("resize", "normalise"), prefix_tokens=0, pooling="attention"),
+]
+each_family = pytest.mark.parametrize("expected", FAMILIES, ids=lambda expected: expected.name)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], nn.Module]:
+    """Puts the network of a short name, made small, into a hub cache, and returns it. All of timm's are then small."""
+    create_model = timm.create_model
+
+    def create_small(*arguments: Any, **changes: Any) -> nn.Module:
+        return create_model(*arguments, **{"embed_dim": 32, "depth": 5, "num_heads": 2, **changes})
+
+    def put(name: str) -> nn.Module:
+        known = encoders.KNOWN_ENCODERS[name]
+        torch.manual_seed(0)
+        network = create_small(known.architecture)
+        with torch.no_grad():
+            for parameter in network.parameters():  # As initialised, layer scales and positions hardly show.
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        weights = tmp_path / "model.safetensors"
+        save_file(network.state_dict(), weights)
+        pretrained_cfg = timm.get_pretrained_cfg(known.architecture)
+        assert pretrained_cfg is not None
+        put_into_hub_cache(tmp_path / "cache", str(pretrained_cfg.hf_hub_id), {weights.name: weights})
+        return network.eval()
+
+    monkeypatch.setattr(timm, "create_model", create_small)
+    use_hub_cache(monkeypatch, tmp_path / "cache")
+    return put
+
+
+def prepared(pixels: torch.Tensor, expected: Expected, steps: tuple[str, ...], size: tuple[int, int]) -> torch.Tensor:
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in expected.statistics)
+    images = pixels / 255
+    for step in steps:
+        if step == "normalise":
+            images = (images - mean) / std
+        elif images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic")
+    return images
+
+
+@each_family
+@torch.no_grad()
+def test_family_says_what_timm_says(hub: Callable[[str], Any], expected: Expected) -> None:
+    network = hub(expected.name)
+    encoder = load_encoder(expected.name, expected.image_size, layers=[2, 4])
+    spec = encoder.spec
+    assert spec.input_size == (expected.input_size, expected.input_size)
+    assert spec.grid == (expected.image_size // 16, expected.image_size // 16)
+    assert (spec.image_mean, spec.image_std) == expected.statistics
+    assert (spec.interpolation, spec.antialias, spec.final_norm) == ("bicubic", False, True)
+    assert (spec.steps, spec.pooling) == (expected.steps, expected.pooling)
+    assert (spec.prefix_tokens, spec.registers) == (expected.prefix_tokens, expected.registers)
+
+    pixels = random_pixels(expected.image_size, expected.image_size, count=1)
+    images = prepared(pixels, expected, expected.steps, spec.input_size)
+    assert torch.equal(encoder.preprocess(pixels), images)
+    if spec.input_size != spec.image_size:
+        other = prepared(pixels, expected, expected.steps[::-1], spec.input_size)
+        assert not torch.equal(encoder.preprocess(pixels), other), "the order makes no difference here"
+
+    described = encoder.describe(pixels)
+    tokens = network.forward_features(images)
+    patches = tokens[:, expected.prefix_tokens :].mT.unflatten(2, spec.grid)
+    torch.testing.assert_close(described.features[:, 32:], patches)
+    assert not torch.allclose(described.features[:, :32], patches, atol=0.1)
+    pooled = tokens[:, 0] if expected.prefix_tokens else network.forward_head(tokens, pre_logits=True)
+    torch.testing.assert_close(described.class_token, pooled)
+
+
+@each_family
+@pytest.mark.parametrize("image_size", [(64, 64), (32, 96), (512, 512)], ids=str)
+@torch.no_grad()
+def test_family_works_at_other_sizes(
+    hub: Callable[[str], Any], expected: Expected, image_size: tuple[int, int], tmp_path: Path
+) -> None:
+    hub(expected.name)
+    encoder = load_encoder(expected.name, image_size, layers=[4])
+    spec = encoder.spec
+    assert spec.grid == (image_size[0] // 16, image_size[1] // 16)
+    assert spec.input_size == (spec.grid[0] * spec.patch_size, spec.grid[1] * spec.patch_size)
+    pixels = random_pixels(*image_size, count=1)
+    described = encoder.describe(pixels)
+    assert described.features.shape == (1, 32, *spec.grid)
+
+    own = {"file": str(tmp_path / "model.safetensors")}
+    network: Any = timm.create_model(
+        spec.architecture, pretrained=True, pretrained_cfg_overlay=own, img_size=spec.input_size
+    )
+    tokens = network.eval().forward_features(encoder.preprocess(pixels))
+    torch.testing.assert_close(described.features.flatten(2).mT, tokens[:, expected.prefix_tokens :])
+
+
+def test_final_norm_may_be_left_out(hub: Callable[[str], Any]) -> None:
+    network = hub("dinov2-b")
+    encoder = load_encoder("dinov2-b", 64, layers=[1, 4], final_norm=False)
+    normed = load_encoder("dinov2-b", 64, layers=[1, 4])
+    assert encoder.spec.final_norm is False
+    assert encoder.spec != normed.spec
+    pixels = random_pixels(64, 64)
+    bare, described = encoder.describe(pixels), normed.describe(pixels)
+    for layer, expected in zip(bare.features.split(32, 1), described.features.split(32, 1), strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(network.norm(layer.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), expected)
+        assert not torch.allclose(layer, expected, atol=0.1)
+    assert torch.equal(bare.class_token, described.class_token)
+
+
+@each_family
+def test_file_in_which_a_tensor_is_missing_is_refused(
+    hub: Callable[[str], nn.Module], expected: Expected, tmp_path: Path
+) -> None:
+    # Files with a classifier, as CLIP's and PE's, would leave the missing tensor at random values if timm had its way.
+    state = hub(expected.name).state_dict()
+    del state["blocks.3.mlp.fc2.weight"]
+    save_file(state, tmp_path / "cut.safetensors")
+    message = refusal(f"{expected.name}@{tmp_path / 'cut.safetensors'}", 64)
+    assert "cut.safetensors does not fit the network" in message
+    assert "blocks.3.mlp.fc2.weight" in message
 
 
 def test_network_without_class_token_gives_the_mean_of_its_patches(tmp_path: Path) -> None:
@@ -180,14 +343,42 @@ def test_unknown_name_lists_the_valid_ones() -> None:
     assert "no model 'nonsense'" in refusal("timm:nonsense")
 
 
-def test_missing_network_says_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: object, **__: object) -> str:
-        raise OSError("no route")
-
-    monkeypatch.setattr(encoders, "hf_hub_download", offline)
+def test_missing_network_says_what_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_hub_cache(monkeypatch, tmp_path)
     message = refusal("dinov2-b-reg")
     assert "model.safetensors of timm/vit_base_patch14_reg4_dinov2.lvd142m" in message
     assert "dinov2-b-reg@FILE" in message
+    assert "timm/vit_base_patch16_siglip_384.v2_webli" in refusal("timm:vit_base_patch16_siglip_384.v2_webli")
+
+
+@pytest.mark.parametrize("name", encoders.KNOWN_ENCODERS)
+def test_file_is_recognised_unless_others_look_like_it(name: str, tmp_path: Path) -> None:
+    """Weights of nothing but the right shapes: zeros, of which one value is stored."""
+    known = encoders.KNOWN_ENCODERS[name]
+    sizes: dict[str, tuple[int, ...]] = {
+        "patch_embed.proj.weight": (known.width, 3, known.patch_size, known.patch_size)
+    }
+    if known.registers:
+        sizes["reg_token"] = (1, known.registers, 1)
+    shapes = {
+        **sizes,
+        **{f"blocks.{i}.norm1.weight": (1,) for i in range(known.depth)},
+        **dict.fromkeys(known.family.tensors, (1,)),
+    }
+    save_file({key: torch.zeros(shape, dtype=torch.uint8) for key, shape in shapes.items()}, tmp_path / "file")
+    if name.startswith(("mae", "dino-", "clip")):
+        with pytest.raises(UserError, match=f"more than one network: say which, as .*{name}@{tmp_path}/file") as caught:
+            encoders._recognise(tmp_path / "file")
+        assert ("mae-b@" in str(caught.value)) == (name in ("mae-b", "dino-b"))
+    else:
+        assert encoders._recognise(tmp_path / "file") == name
+
+
+def test_spec_of_an_older_store_is_the_same_encoder(folder: Path) -> None:
+    spec = load_encoder(str(folder), 64).spec
+    later = ("steps", "final_norm", "pooling", "prefix_tokens", "registers")
+    older = {key: value for key, value in asdict(spec).items() if key not in later}
+    assert cattrs.Converter(forbid_extra_keys=True).structure(older, EncoderSpec) == spec
 
 
 def test_unfitting_files_are_refused_by_name(folder: Path, tmp_path: Path, tiny_dinov2: Path) -> None:

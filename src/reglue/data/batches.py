@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reglue.data.store import Store
+from reglue.data.store import Store, codes_column
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State
 from reglue.diffusion.objective import TrainingSample
@@ -46,26 +46,37 @@ class Normalisation:
         return shift, scale
 
 
-def unit_variance(store: Store, column: str) -> Normalisation:
-    """The normalisation to mean 0 and standard deviation 1 by the store's statistics."""
+def unit_variance(store: Store, column: str, one_scale: bool = False) -> Normalisation:
+    """The normalisation to mean 0 and standard deviation 1 by the store's statistics: per channel, or over all."""
     statistics = store.manifest.statistics[column]
-    return Normalisation(statistics.mean, tuple(1 / max(std, 1e-6) for std in statistics.std))
+    mean, std = np.array(statistics.mean), np.array(statistics.std)
+    if one_scale:  # The variance over all channels is the mean of theirs and the variance of their means.
+        std = np.full_like(std, np.sqrt(np.square(std).mean() + mean.var()))
+        mean = np.full_like(mean, mean.mean())
+    return Normalisation(tuple(mean.tolist()), tuple((1 / np.maximum(std, 1e-6)).tolist()))
 
 
 def local_column(recipe: Recipe) -> str:
     """The store's column with the compressed features that a recipe learns."""
-    return f"local.{recipe.local.compressor}"
+    return codes_column(recipe.local.compressor, "features")
+
+
+def class_token_column(recipe: Recipe) -> str:
+    """The store's column with the class tokens, or their codes, that a recipe learns."""
+    compressor = recipe.class_token.compressor
+    return "cls" if compressor is None else codes_column(compressor, "cls")
 
 
 def normalisations(store: Store, recipe: Recipe) -> dict[str, Normalisation]:
     """How the modalities of a recipe are scaled; one that is learned as it is has no entry."""
     autoencoder = store.manifest.autoencoder
     own = Normalisation(autoencoder.shift, autoencoder.scale)
-    scaled = {LATENT: unit_variance(store, "latent") if recipe.latent.unit_variance else own}
+    latent = recipe.latent
+    scaled = {LATENT: unit_variance(store, "latent", latent.one_scale) if latent.unit_variance else own}
     if recipe.local.present and recipe.local.unit_variance:
         scaled[LOCAL] = unit_variance(store, local_column(recipe))
     if recipe.class_token.present and recipe.class_token.unit_variance:
-        scaled[CLS] = unit_variance(store, "cls")
+        scaled[CLS] = unit_variance(store, class_token_column(recipe))
     return scaled
 
 
@@ -76,14 +87,15 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
     """
     manifest = store.manifest
     needs = {
-        "cls": recipe.class_token.present,
+        class_token_column(recipe): recipe.class_token.present,
         local_column(recipe): recipe.local.present,
         "features": recipe.alignment.present and recipe.alignment.targets == "cached",
     }
     how = {"cls": "--encoder NAME", "features": "--features"}
     for column, needed in needs.items():
         if needed and column not in manifest.columns:
-            command = f"`reglue prepare … {how[column]}`" if column in how else f"`reglue compress {store.folder}`"
+            compress = f"`reglue compress {store.folder}{' --column cls' if column.startswith('cls') else ''}`"
+            command = f"`reglue prepare … {how[column]}`" if column in how else compress
             has = ", ".join(sorted(manifest.columns))
             raise UserError(
                 f"recipe {recipe.name} needs column {column}, which {store.folder} lacks (it has {has}); "
@@ -101,12 +113,14 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
         )
     channels, *grid = manifest.columns["latent"].tensors["mean"].shape
     local = manifest.columns.get(local_column(recipe))
+    class_token = manifest.columns.get(class_token_column(recipe))
     return recipe.denoiser_config(
         latent_channels=channels,
         grid=(grid[0], grid[1]),
         classes=len(manifest.source.class_names),
         local_channels=local.tensors["local"].shape[0] if local else 0,
         token_width=encoder.width if encoder else 0,
+        class_token_width=class_token.tensors["cls"].shape[0] if class_token else 0,
     )
 
 
@@ -171,7 +185,7 @@ class TrainingData:
             local = self.store.read(local_column(self.recipe), rows)["local"].float()
             state[LOCAL] = resize(self._scale(LOCAL, local), self.config.shape.grid)
         if self.config.shape.class_token_width:
-            state[CLS] = self._scale(CLS, self.store.read("cls", rows)["cls"].float())
+            state[CLS] = self._scale(CLS, self.store.read(class_token_column(self.recipe), rows)["cls"].float())
         return state
 
     def _scale(self, name: str, value: Tensor) -> Tensor:

@@ -1,12 +1,16 @@
-"""Folders of images: what is in them, and each as a cropped RGB tensor."""
+"""Images: what a source of them is, folders of files, and each image as a cropped RGB tensor."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import re
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,9 +33,48 @@ class UnreadableImage:
     """What stands in for an image that could not be decoded."""
 
     name: str
-    """Its path within the image folder."""
+    """Its name in the source: within an image folder, its path."""
     reason: str
     """One line: what the decoder said."""
+
+
+class ImageSource(Protocol):
+    """Images in a fixed order, each readable by its index, in any process."""
+
+    @property
+    def path(self) -> Path:
+        """Where they are, as it was given."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """One for each image, no two equal. Some sources compute them when asked."""
+        ...
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """Index into `class_names` of each image; zeros where there are no classes."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels; empty for unconditional images."""
+        ...
+
+    @property
+    def sequential(self) -> bool:
+        """Whether going to an image reads all of those before it, so that one process has to read them in order."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
+        """One image, decoded and cropped: uint8 (3, height, width), or why it cannot be read."""
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of what tells these images and labels from others."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +91,7 @@ class ImageFolder:
     """Index into `class_names` of each image; zeros where there are no classes."""
     class_names: tuple[str, ...]
     """Sorted names of the sub-folders; empty for an unconditional folder."""
+    sequential = False
 
     @classmethod
     def open(cls, path: Path | str) -> ImageFolder:
@@ -57,9 +101,8 @@ class ImageFolder:
         without images.
         """
         path = Path(path)
-        if not path.is_dir():
-            raise UserError(f"{path}: no such folder; give a folder of images, or one with a sub-folder per class")
-        images, folders = _list(path)
+        _refuse_missing(path)
+        images, folders = list_folder(path)
         if images and folders:
             raise UserError(
                 f"{path} holds images (such as {images[0]}) beside sub-folders (such as {folders[0]}); put every image "
@@ -72,7 +115,7 @@ class ImageFolder:
         names: list[str] = []
         labels: list[int] = []
         for label, folder in enumerate(folders):
-            images, nested = _list(path / folder)
+            images, nested = list_folder(path / folder)
             if nested:
                 raise UserError(
                     f"{path / folder} holds sub-folders (such as {nested[0]}), but a class folder holds only images; "
@@ -84,18 +127,26 @@ class ImageFolder:
             labels += [label] * len(images)
         return cls(path, tuple(names), tuple(labels), tuple(folders))
 
+    @classmethod
+    def unlabelled(cls, path: Path | str) -> ImageFolder:
+        """List the images in a folder and in all of its sub-folders, sorted by path, without classes.
+
+        Raises UserError for a folder that is missing or holds no images.
+        """
+        path = Path(path)
+        _refuse_missing(path)
+        names = tuple(sorted(_walk(path, "", frozenset())))
+        if not names:
+            raise UserError(f"{path} holds no images; images end in {', '.join(sorted(EXTENSIONS))}")
+        return cls(path, names, (0,) * len(names), ())
+
     def __len__(self) -> int:
         return len(self.names)
 
     def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
         """One image, decoded and cropped: uint8 (3, height, width), or why it cannot be read."""
         name = self.names[index]
-        try:
-            image = crop_to(decode(self.path / name), resolution)
-        except Exception as error:  # Decoders raise nearly anything on malformed bytes, not OSError alone.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return UnreadableImage(name, reason.replace(f" {str(self.path / name)!r}", ""))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return load_crop(name, lambda: self.path / name, resolution)
 
     def fingerprint(self) -> str:
         """SHA-256 of the names and file sizes: changes when images are added, removed, renamed or replaced."""
@@ -109,31 +160,59 @@ class ImageFolder:
         return digest.hexdigest()
 
 
-def decode(path: Path) -> Image.Image:
-    """The image of a file in RGB, turned upright, transparency laid over white. An animation gives its first frame.
+def load_crop(name: str, find: Callable[[], Path | bytes], size: tuple[int, int]) -> Tensor | UnreadableImage:
+    """Decode and crop the image whose file, or whose file's content, `find` gives: uint8 (3, height, width).
 
-    Raises whatever the decoder raises for a file that is no image, is cut short, or has more pixels than Pillow deems
-    safe (`PIL.Image.MAX_IMAGE_PIXELS`).
+    Whatever `find` or the decoder raises becomes the reason why the image called `name` cannot be read.
     """
-    if not path.is_file():
+    file: Path | bytes = b""
+    try:
+        file = find()
+        image = crop_to(decode(file), size)
+    except Exception as error:  # Decoders raise nearly anything on malformed bytes, not OSError alone.
+        # Where the bytes lay is not the same the next time.
+        reason = re.sub(r" <_io\.BytesIO[^>]*>", "", " ".join(str(error).split())) or type(error).__name__
+        return UnreadableImage(name, reason.replace(f" {str(file)!r}", "") if isinstance(file, Path) else reason)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def decode(file: Path | bytes) -> Image.Image:
+    """An image file, or its content, in RGB, turned upright, transparency laid over white. The first one of several.
+
+    Grey values of 16 bits are scaled to 8. Floating-point values count from 0 to 1, or to 255 if one exceeds 1. Raises
+    ValueError for values outside, and whatever the decoder raises for a file that is no image, is cut short, or has
+    more pixels than Pillow deems safe (`PIL.Image.MAX_IMAGE_PIXELS`).
+    """
+    if isinstance(file, Path) and not file.is_file():
         raise FileNotFoundError("not a file, or a broken link")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Pillow warns of a bomb before it decodes, and refuses only at twice the size.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as file:
-            file.load()
+        with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as opened:
+            opened.load()
             try:
-                image = ImageOps.exif_transpose(file)
+                image = ImageOps.exif_transpose(opened)
             except Exception:  # Damaged EXIF data does not spoil the pixels.
-                image = file.copy()
+                image = opened.copy()
+    if image.mode == "F" or image.mode.startswith("I"):  # convert("RGB") would clip these instead of scaling.
+        return _eight_bits(np.asarray(image), image.info.get("transparency")).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode.startswith("I"):  # 16 bits per pixel, which convert("RGB") would clip instead of scaling.
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
-        image = Image.fromarray(grey.astype(np.uint8))
     return image.convert("RGB")
+
+
+def _eight_bits(grey: np.ndarray, transparent: int | None) -> Image.Image:
+    """Grey values of more than 8 bits (h, w) as an image of mode L, white where they are the transparent value."""
+    lowest, highest = float(grey.min()), float(grey.max())
+    floating = grey.dtype.kind == "f"
+    most = 255 if floating else 65535
+    if not 0 <= lowest <= highest <= most:  # False for NaN too.
+        raise ValueError(f"its values lie between {lowest:g} and {highest:g}, not between 0 and {most}")
+    from_unit = floating and highest <= 1
+    scaled = np.round(grey * 255) if from_unit else grey if floating else grey.astype(np.int64) // 257
+    return Image.fromarray(np.where(grey == transparent, 255, scaled).astype(np.uint8))
 
 
 def crop_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -157,8 +236,8 @@ def crop_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def _list(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the images and of the sub-folders in a folder."""
+def list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """Sorted names of the images and of the sub-folders in a folder. Hidden entries are passed over."""
     images: list[str] = []
     folders: list[str] = []
     with os.scandir(folder) as entries:
@@ -167,6 +246,28 @@ def _list(folder: Path) -> tuple[list[str], list[str]]:
                 continue
             if entry.is_dir():
                 folders.append(entry.name)
-            elif Path(entry.name).suffix.lower() in EXTENSIONS:
+            elif is_image(entry.name):
                 images.append(entry.name)
     return sorted(images), sorted(folders)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name."""
+    return Path(name).suffix.lower() in EXTENSIONS
+
+
+def _walk(folder: Path, prefix: str, above: frozenset[Path]) -> list[str]:
+    """Images in a folder and below, with `prefix` before their names. Links that lead back up are not followed."""
+    here = folder.resolve()
+    if here in above:
+        return []
+    images, folders = list_folder(folder)
+    names = [prefix + name for name in images]
+    for name in folders:
+        names += _walk(folder / name, f"{prefix}{name}/", above | {here})
+    return names
+
+
+def _refuse_missing(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a folder of images, or one with a sub-folder per class")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from reglue.data.images import ImageFolder, UnreadableImage
+from reglue.data.images import ImageSource, UnreadableImage
 from reglue.errors import UserError
 from reglue.seeds import generator, normals, permutation
 
@@ -26,7 +26,7 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]]):
     Position counts over all epochs, in a new random order in each; but for "training" there is one epoch, in order.
     """
 
-    images: ImageFolder
+    images: ImageSource
     rows: Tensor
     """(N,) int64: indices of the images that take part."""
     size: tuple[int, int]

@@ -12,6 +12,7 @@ shard's metadata names its images, so that nothing but safetensors is needed to 
 | `cls` | `cls` (D,) float32: the encoder's class token |
 | `features` | `features` (L·D,h,w) float16: patch features of the L chosen layers at the encoder's grid |
 | `local.NAME` | `local` (K,h,w): the codes of compressor NAME, at the encoder's grid |
+| `cls.NAME` | `cls` (K,): the class token's codes of compressor NAME |
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from reglue.data.images import UnreadableImage
+from reglue.data.images import ImageSource, UnreadableImage
+from reglue.data.sources import FLIPPED, Reading, Subset, open_images
 from reglue.errors import UserError
 from reglue.files import from_json, plain, replacing, structured, to_json
 from reglue.latents.autoencoders import AutoencoderSpec
-from reglue.semantics.compressors import CompressorSpec
+from reglue.semantics.compressors import CompressedColumn, CompressorSpec
 from reglue.semantics.encoders import EncoderSpec
 
 FORMAT = 1
@@ -46,10 +48,12 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
 JOURNAL = "prepare.jsonl"
+"""Of process 0, and of all processes of earlier runs. Process 3 writes prepare-3.jsonl."""
 METADATA = "reglue"
 """Key of a shard's metadata: JSON with `format`, `column` and `names`, the images of its rows."""
-CODES = "local."
-"""What the names of columns that hold a compressor's codes begin with."""
+LOCAL_CODES = "local."
+CLASS_TOKEN_CODES = "cls."
+"""What the names of columns that hold a compressor's codes begin with, for maps and for class tokens."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,28 @@ class Source:
     """The images that a store was made from."""
 
     path: str = field(compare=False)
-    """The image folder as it was given; it may have moved since."""
+    """Where the images were, as it was given; they may have moved since."""
     fingerprint: str
-    """`ImageFolder.fingerprint`: names and sizes of its files."""
+    """`ImageSource.fingerprint`: of a folder, names and sizes of its files."""
     resolution: tuple[int, int]
     """Height and width in pixels after the crop."""
     class_names: tuple[str, ...]
     """In the order of the labels; empty for an unconditional store."""
     count: int
-    """Images in the folder, unreadable ones included."""
+    """Images that rows are made of: unreadable ones included, and mirror images."""
+    reading: Reading = field(default=Reading(), compare=False)
+    """How images and labels were found at the path. What came of it is in the fingerprint."""
+    subset: Subset | None = None
+    """Which of the images were taken; None for all."""
+    flips: bool = False
+    """Whether each image is followed by its mirror image, whose name ends with `#flipped`."""
+
+    def open(self) -> ImageSource:
+        """The images once more, in the same order. Raises UserError if they are gone, or others than they were."""
+        images = open_images(Path(self.path), self.reading, self.subset, self.flips)
+        if images.fingerprint() != self.fingerprint:
+            raise UserError(f"{self.path} has changed since the store was made; prepare the store anew")
+        return images
 
 
 @dataclass(frozen=True)
@@ -134,7 +151,7 @@ class Manifest(Contents):
     columns: dict[str, Column]
     statistics: dict[str, Statistics]
     compressors: dict[str, CompressorSpec]
-    """By name; the codes of compressor NAME are in column `local.NAME`."""
+    """The codes of compressor NAME are in column `local.NAME`; those of `cls.NAME` in the column of the same name."""
     versions: dict[str, str]
     """Of the libraries that made the store."""
     hash: str = ""
@@ -170,7 +187,7 @@ class Store:
         for column, content in manifest.columns.items():
             for shard in content.shards:
                 if column != to_be_replaced and not _is_whole(folder, shard):
-                    job = "compress" if column.startswith(CODES) else "prepare"
+                    job = "compress" if holds_codes(column) else "prepare"
                     raise UserError(f"{folder / shard.file} is missing or cut short; run the same `reglue {job}` again")
         return cls(folder, manifest)
 
@@ -181,6 +198,13 @@ class Store:
     def labels(self) -> Tensor:
         """Class of each row: (N,) int64, zeros where there are no classes."""
         return self.read("label", torch.arange(len(self)))["label"]
+
+    @cached_property
+    def originals(self) -> Tensor:
+        """The rows (n,) int64 of images as they are, in order: all, unless the store has mirror images too."""
+        if not self.manifest.source.flips:
+            return torch.arange(len(self))
+        return torch.tensor([row for row, name in enumerate(self._names) if not name.endswith(FLIPPED)])
 
     def read(self, column: str, rows: Tensor, channels: slice = slice(None)) -> dict[str, Tensor]:
         """Rows of a column in the order asked for, each tensor (len(rows), …) on the CPU as it is stored.
@@ -285,24 +309,24 @@ class Store:
         return Statistics(len(rows), tuple(mean.tolist()), tuple(std.tolist()))
 
     def add_codes(self, name: str, compressor: CompressorSpec, shards: Iterable[Tensor]) -> Store:
-        """Write the codes of a compressor as column `local.NAME` and return the store with it.
+        """Write the codes of a compressor as its column (`codes_column`) and return the store with it.
 
-        `shards` gives the codes (n, K, h, w) of the store's shards in order, n rows each (none for an empty shard).
-        The manifest changes last and at once: until then the store is what it was.
+        `shards` gives the codes, (n, K, h, w) or (n, K), of the store's shards in order, n rows each (none for an empty
+        shard). The manifest changes last and at once: until then the store is what it was.
         """
-        column = CODES + name
+        column = codes_column(name, compressor.column)
         written = []
         labels = self.manifest.columns["label"].shards
         for index, (codes, shard) in enumerate(zip(shards, labels, strict=True)):
             start = self._start(index)
             names = self._names[start : start + shard.rows]
-            written.append(write_shard(self.folder, column, index, names, {"local": codes}))
+            written.append(write_shard(self.folder, column, index, names, {value_of(column): codes}))
         content = join_columns(written)
         before = self.manifest
         added = Store(self.folder, replace(before, columns={**before.columns, column: content}))
         manifest = replace(
             added.manifest,
-            compressors={**before.compressors, name: compressor},
+            compressors={**before.compressors, compressor_of(column): compressor},
             statistics={**before.statistics, column: added.statistics(column, torch.arange(len(self)))},
         )
         return Store(self.folder, _write_manifest(self.folder, manifest))
@@ -310,7 +334,7 @@ class Store:
     def _column(self, column: str) -> Column:
         columns = self.manifest.columns
         if column not in columns:
-            how = "`reglue compress`" if column.startswith(CODES) else "`reglue prepare`"
+            how = "`reglue compress`" if holds_codes(column) else "`reglue prepare`"
             raise UserError(
                 f"{self.folder} has no column {column} (it has {', '.join(sorted(columns))}); add it with {how}"
             )
@@ -325,12 +349,16 @@ class StoreWriter:
 
     A journal (`prepare.jsonl`, one line per block of `shard_rows` images) says which blocks are complete; a line is
     added after its shards are in place. `complete` says that there was nothing left to do from the start.
+
+    Many processes can fill one store, each with a writer and a journal of its own. Process 0 makes its writer before
+    the others do, and none writes before all have one; when all have written, process 0 gathers and finishes.
     """
 
-    def __init__(self, folder: Path | str, asked: Contents):
+    def __init__(self, folder: Path | str, asked: Contents, rank: int = 0):
         """Begin a store, or continue one. Raises UserError if the folder holds anything else, or other contents."""
         self.folder = Path(folder)
         self.contents = asked
+        self._journal = self.folder / (f"prepare-{rank}.jsonl" if rank else JOURNAL)
         self._blocks: dict[int, Block] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -339,7 +367,7 @@ class StoreWriter:
         self.complete = False
         if (self.folder / MANIFEST).is_file():
             has: Contents = (manifest := _read_manifest(self.folder / MANIFEST))
-            own = [column for name, column in manifest.columns.items() if not name.startswith(CODES)]
+            own = [column for name, column in manifest.columns.items() if not holds_codes(name)]
             self.complete = all(_is_whole(self.folder, shard) for column in own for shard in column.shards)
         elif (self.folder / PARTIAL).is_file():
             has = from_json(self.folder / PARTIAL, Contents, "prepare the store anew")
@@ -351,7 +379,9 @@ class StoreWriter:
             with replacing(self.folder / PARTIAL) as beside:
                 beside.write_text(to_json(asked))
         _refuse_others(self.folder, has, asked)
-        self._read_journal()
+        self._read_journals()
+        if rank == 0:
+            self._join_journals()
 
     @property
     def pending(self) -> list[range]:
@@ -380,9 +410,19 @@ class StoreWriter:
         index = block.start // self.contents.shard_rows
         written = {name: write_shard(self.folder, name, index, names, tensors) for name, tensors in columns.items()}
         done = Block(index, len(names), tuple(skipped), written, measured)
-        with (self.folder / JOURNAL).open("a") as journal:
+        with self._journal.open("a") as journal:
             journal.write(json.dumps(plain(done)) + "\n")
         self._blocks[index] = done
+
+    def gather(self) -> None:
+        """Take in what other processes have written. Raises UserError if blocks are still missing then."""
+        self._read_journals()
+        self._join_journals()
+        if self.pending:
+            raise UserError(
+                f"{self.folder} lacks {len(self.pending)} shard(s) that other processes wrote; give all machines the "
+                "same folder on a shared disk, and run the same command again"
+            )
 
     def finish(self, rows: Tensor) -> Store:
         """Write the manifest, with statistics over the ascending `rows`, when no block is pending."""
@@ -417,9 +457,8 @@ class StoreWriter:
         (self.folder / PARTIAL).unlink(missing_ok=True)
         return Store(self.folder, manifest)
 
-    def _read_journal(self) -> None:
-        path = self.folder / JOURNAL
-        lines = path.read_text().splitlines() if path.is_file() else []
+    def _read_journals(self) -> None:
+        lines = [line for path in self._journals() for line in path.read_text().splitlines()]
         for line in lines:
             try:
                 block = structured(line, Block)
@@ -427,9 +466,18 @@ class StoreWriter:
                 continue  # The process died while it wrote this line, so the block counts as not done.
             if all(_is_whole(self.folder, shard) for column in block.columns.values() for shard in column.shards):
                 self._blocks[block.index] = block
-        # Written anew, because appending to a torn line would spoil the next one too.
-        with replacing(path) as beside:
-            beside.write_text("".join(json.dumps(plain(block)) + "\n" for block in self._blocks.values()))
+
+    def _join_journals(self) -> None:
+        """Write all that was read into one journal. Appending to a torn line would spoil the next one too."""
+        blocks = [self._blocks[index] for index in sorted(self._blocks)]
+        with replacing(self.folder / JOURNAL) as beside:
+            beside.write_text("".join(json.dumps(plain(block)) + "\n" for block in blocks))
+        for path in self._journals():
+            if path.name != JOURNAL:
+                path.unlink()
+
+    def _journals(self) -> list[Path]:
+        return sorted(self.folder.glob("prepare*.jsonl"))
 
 
 @dataclass(frozen=True)
@@ -447,6 +495,21 @@ class Block:
 def value_of(column: str) -> str:
     """The tensor of a column that its statistics describe: `mean` for `latent`, otherwise the column's namesake."""
     return "mean" if column == "latent" else column.partition(".")[0]
+
+
+def codes_column(name: str, column: CompressedColumn) -> str:
+    """The column with the codes of compressor `name`, which was fitted to `column`."""
+    return (LOCAL_CODES if column == "features" else CLASS_TOKEN_CODES) + name
+
+
+def holds_codes(column: str) -> bool:
+    """Whether a column holds codes: what `reglue compress` adds."""
+    return column.startswith((LOCAL_CODES, CLASS_TOKEN_CODES))
+
+
+def compressor_of(column: str) -> str:
+    """Under which name `Manifest.compressors` and the store's folder `compressors` hold the compressor of a column."""
+    return column.removeprefix(LOCAL_CODES)
 
 
 def write_shard(folder: Path, column: str, index: int, names: list[str], tensors: Mapping[str, Tensor]) -> Column:

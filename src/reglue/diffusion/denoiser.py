@@ -58,6 +58,8 @@ class DenoiserConfig:
     """Width of the vision encoder's tokens that alignment projects to; 0: no alignment."""
     alignment_hidden: int = 2048
     """Hidden width of the projector."""
+    learned_positions: bool = False
+    """The position embedding comes with the weights, as in some imported models; else it is the fixed sin-cos one."""
 
     def __post_init__(self) -> None:
         rows, columns = self.shape.grid
@@ -131,7 +133,7 @@ class Denoiser(nn.Module):
         if config.alignment_depth and config.alignment_width:
             self.projector = Projector(width, config.alignment_hidden, config.alignment_width)
         positions = position_embedding(config.token_grid, width, leading)
-        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("positions", positions, persistent=config.learned_positions)
         self.positions: Tensor
         self.initialise()
 

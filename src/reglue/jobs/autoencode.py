@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue.data.images import ImageFolder
+from reglue.data.images import ImageSource
 from reglue.data.samples import ImageSamples, all_of, loader, to_images
+from reglue.data.sources import open_images
 from reglue.diffusion.objective import weighted_sum
 from reglue.errors import UserError
 from reglue.files import from_json, replacing, to_json
@@ -148,12 +149,12 @@ def autoencode(options: Autoencode) -> Path:
     finite or the latents collapse or blow up.
     """
     recipe, optimisation = options.recipe, options.recipe.optimisation
-    rank, processes = ranks.join()
+    rank, processes = ranks.join(long_waits=True)  # The others wait while the first one measures.
     device = ranks.resolve_device(options.device)
     share, part = part_sizes(optimisation, processes)
     judges = load_judges(options.encoder, options.size, recipe.perceptual, device)
     source = load_autoencoder(options.source) if options.source is not None else None
-    images = ImageFolder.open(options.images)
+    images = open_images(options.images)
     training, held_out = split(options, images)
 
     torch.manual_seed(int(generator(options.seed, "initial weights").integers(2**63)))
@@ -296,10 +297,10 @@ def autoencode(options: Autoencode) -> Path:
     return options.out
 
 
-def split(options: Autoencode, images: ImageFolder) -> tuple[Tensor, ImageSamples]:
+def split(options: Autoencode, images: ImageSource) -> tuple[Tensor, ImageSamples]:
     """Ascending rows to train on, and the held-out images. Raises UserError if there are too few of either."""
     if isinstance(options.validation, Path):
-        others = ImageFolder.open(options.validation)
+        others = open_images(options.validation)
         order = permutation(options.seed, "autoencoder validation", 0, len(others))
         training, held_out = torch.arange(len(images)), order[: options.validation_images]
     else:
@@ -368,7 +369,7 @@ def loss_terms(
 
 def claim(
     options: Autoencode,
-    images: ImageFolder,
+    images: ImageSource,
     held_out: ImageSamples,
     source: AutoencoderSpec | None,
     encoder: EncoderSpec,

@@ -1,4 +1,4 @@
-"""`reglue compress`: fit a compressor to a store's features and add its codes to the store."""
+"""`reglue compress`: fit a compressor to a store's features or class tokens and add its codes to the store."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,50 +22,71 @@ from tyro.conf import Positional
 
 from reglue.data.images import ImageFolder
 from reglue.data.pictures import colours_of, image_grid
-from reglue.data.store import CODES, Store
+from reglue.data.store import Store, codes_column, compressor_of, value_of
 from reglue.errors import UserError
 from reglue.files import replacing
 from reglue.runs.ranks import resolve_device
-from reglue.seeds import generator, permutation
-from reglue.semantics.compressors import Compressor, ConvCompressor, PcaCompressor, load_compressor
+from reglue.seeds import generator, normals, permutation
+from reglue.semantics.compressors import (
+    LEARNED,
+    CompressedColumn,
+    Compressor,
+    CompressorKind,
+    LearnedCompressor,
+    PcaCompressor,
+    as_map,
+    load_compressor,
+)
 
 SHOWN = 8
 """Images in the picture of the codes."""
+LATER_OPTIONS = {"column": "features", "kl_weight": 0.0}
+"""Options that compressors of earlier versions do not know, with what those did."""
 
 
 @dataclass(frozen=True)
 class Compress:
     """Learn to write the features of a store in few channels, and add the codes as column local.NAME.
 
-    The same command again continues where an interrupted one stopped.
+    With --column cls it is the class tokens, and their codes become column cls.NAME. The same command again continues
+    where an interrupted one stopped.
     """
 
     store: Positional[Path]
     """A store prepared with --features."""
-    kind: Literal["conv", "pca"] = "conv"
-    """conv: REGLUE's convolutional autoencoder; pca: ReDi's principal components."""
+    kind: CompressorKind = "conv"
+    """conv: REGLUE's convolutional autoencoder; pca: ReDi's principal components; mlp: an autoencoder with one hidden
+    layer that looks at every position by itself."""
+    column: CompressedColumn = "features"
+    """features: the map of patch features; cls: the class token, by pca or mlp. A recipe learns its codes in place of
+    the token with --class-token.compressor NAME."""
     channels: int = 16
     """Channels of the codes."""
     hidden: int = 256
-    """conv: channels between."""
+    """conv, mlp: channels between."""
+    kl_weight: float = 0.0
+    """conv, mlp: above 0, the encoder gives a normal distribution of codes, and this weighs its KL divergence from the
+    standard normal, summed over an image's code, beside the mean squared error. Sampled in training; afterwards its
+    mean is the code. REGLUE measured 1e-6, and found it worse than none."""
     epochs: int = 25
-    """conv: passes over the training images. What the last one gives is kept."""
+    """conv, mlp: passes over the training images. What the last one gives is kept."""
     cosine_epochs: int = 100
-    """conv: the learning rate falls along a cosine that would end after so many epochs."""
+    """conv, mlp: the learning rate falls along a cosine that would end after so many epochs."""
     batch_size: int | None = None
-    """conv: images per step. Default: 4096 as published, but no more than a 64th of the images (and 16 at least)."""
+    """conv, mlp: images per step. Default: 4096 as published, but no more than a 64th of the images (and 16 at
+    least)."""
     micro_batch: int = 256
-    """conv: images on the device at once, and over which batch statistics are taken."""
+    """conv, mlp: images on the device at once, and over which batch statistics are taken."""
     learning_rate: float = 1e-3
-    """conv: of Adam, at the start."""
+    """conv, mlp: of Adam, at the start."""
     final_learning_rate: float = 1e-4
-    """conv: at the end of the cosine."""
+    """conv, mlp: at the end of the cosine."""
     validation: float = 0.05
     """Share of the images that are held out to measure the compressor."""
     seed: int = 0
     """Of the weights, the order of images and what is held out."""
     name: str | None = None
-    """Of the compressor within the store. Default: KIND-CHANNELS, such as conv-16."""
+    """Of the compressor within the store. Default: KIND-CHANNELS, such as conv-16, and -kl behind it if variational."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 
@@ -79,13 +100,24 @@ class Compress:
             raise UserError(f"--seed {self.seed}: choose 0 or more")
         if not 0 < self.validation < 1:
             raise UserError(f"--validation {self.validation}: choose a share between 0 and 1, such as 0.05")
+        if not 0 <= self.kl_weight < math.inf:
+            raise UserError(f"--kl-weight {self.kl_weight}: choose 0 or more, such as 1e-6")
+        if self.kind == "pca" and self.kl_weight:
+            raise UserError("--kl-weight is for --kind conv or mlp; principal components have no distribution of codes")
+        if self.kind == "conv" and self.column == "cls":
+            raise UserError("--kind conv needs a map, and --column cls has none; choose --kind pca or mlp")
         if self.name is not None and not self.name.replace("-", "").replace("_", "").isalnum():
             raise UserError(f"--name {self.name}: use letters, digits, - and _ alone")
 
     @property
     def compressor_name(self) -> str:
-        """The name under which the store knows this compressor."""
-        return self.name or f"{self.kind}-{self.channels}"
+        """The name under which recipes know this compressor."""
+        return self.name or f"{self.kind}-{self.channels}" + ("-kl" if self.kl_weight else "")
+
+    @property
+    def codes(self) -> str:
+        """The column of the store for the codes."""
+        return codes_column(self.compressor_name, self.column)
 
     def decisive(self) -> dict[str, Any]:
         """The options that decide the result."""
@@ -93,26 +125,28 @@ class Compress:
         if self.kind == "pca":
             without |= {"hidden", "epochs", "cosine_epochs", "batch_size", "micro_batch"}
             without |= {"learning_rate", "final_learning_rate"}
+        without |= {option for option, value in LATER_OPTIONS.items() if getattr(self, option) == value}
         return {option: value for option, value in asdict(self).items() if option not in without}
 
 
 def compress(options: Compress) -> Store:
     """Fit a compressor and write its codes. Raises UserError for anything that the user can mend."""
-    name = options.compressor_name
-    store = Store.open(options.store, to_be_replaced=CODES + name)
+    store = Store.open(options.store, to_be_replaced=options.codes)
+    name = compressor_of(options.codes)
     folder = store.folder / "compressors" / name
-    if "features" not in store.manifest.columns:
-        raise UserError(f"{store.folder} has no features to compress; prepare a store with --features")
+    if options.column not in store.manifest.columns:
+        what, remedy = {"features": ("features", "--features"), "cls": ("class tokens", "--encoder")}[options.column]
+        raise UserError(f"{store.folder} has no {what} to compress; prepare a store with {remedy}")
     if len(store) < 2:
         raise UserError(f"{store.folder} has a single image; a compressor needs two at least, one to be measured on")
     _same_options_as_before(folder, options, begun=name in store.manifest.compressors)
-    if store.is_whole(CODES + name):
+    if store.is_whole(options.codes):
         print(f"{store.folder} has compressor {name} already")
         return store
 
     device = resolve_device(options.device)
     training, held_out = _split(options, len(store))
-    statistics = store.manifest.statistics["features"]
+    statistics = store.manifest.statistics[options.column]
     mean, std = torch.tensor(statistics.mean, device=device), torch.tensor(statistics.std, device=device)
     std = torch.where(std > 1e-6, std, 1.0)  # A channel that never changes stays 0 instead of becoming NaN.
     if name in store.manifest.compressors:  # Its codes were damaged.
@@ -120,10 +154,12 @@ def compress(options: Compress) -> Store:
     elif options.kind == "pca":
         compressor = _fit_pca(options, store, folder, training, held_out, mean, std)
     else:
-        compressor = _train_conv(options, store, folder, training, held_out, mean, std)
+        compressor = _train(options, store, folder, training, held_out, mean, std)
+    compressor.column = options.column
     spec = compressor.save(folder)
-    store = store.add_codes(name, spec, _codes(store, compressor, device))
-    _draw_codes(store, name, folder / "codes.png")
+    store = store.add_codes(options.compressor_name, spec, _codes(store, compressor, device))
+    if options.column == "features":
+        _draw_codes(store, options.codes, folder / "codes.png")
     _checkpoint_of(folder).unlink(missing_ok=True)
     return store
 
@@ -157,22 +193,28 @@ def _same_options_as_before(folder: Path, options: Compress, begun: bool) -> Non
 def _fit_pca(
     options: Compress, store: Store, folder: Path, training: Tensor, held_out: Tensor, mean: Tensor, std: Tensor
 ) -> Compressor:
-    features = (tensors["features"] for _, tensors in _scan(store, training, "principal components"))
+    features = _scan(store, options.column, training, "principal components")
     compressor = PcaCompressor.fit(features, mean, std, options.channels)
-    fit, validation = (_measure(compressor, store, rows) for rows in (training, held_out))
+    fit, validation = (_measure(compressor, store, options.column, rows) for rows in (training, held_out))
     record = {"train_mse": fit.mse, "validation_mse": validation.mse, "explained_variance": validation.explained}
     _write_metrics(folder, [record])
     print(f"{options.compressor_name}: {validation.explained:.1%} of the variance of held-out features explained")
     return compressor
 
 
-def _train_conv(
+def _train(
     options: Compress, store: Store, folder: Path, training: Tensor, held_out: Tensor, mean: Tensor, std: Tensor
 ) -> Compressor:
-    """REGLUE's training: MSE on standardised features, Adam, a cosine longer than what is used of it."""
+    """REGLUE's training: MSE on standardised features, Adam, a cosine longer than what is used of it.
+
+    A variational compressor's loss is MSE + kl_weight·KL (arXiv 2512.16636 does not say how its KL is reduced; this is
+    latent diffusion's convention, arXiv 2112.10752).
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(generator(options.seed, "compressor weights").integers(2**63)))
-        compressor = ConvCompressor(len(mean), options.hidden, options.channels, mean, std).to(mean.device)
+        architecture = LEARNED[options.kind]
+        sizes = (len(mean), options.hidden, options.channels)
+        compressor = architecture(*sizes, mean, std, variational=options.kl_weight > 0).to(mean.device)
     optimizer = torch.optim.Adam(compressor.parameters(), lr=options.learning_rate)
     first, records = _resume(folder, compressor, optimizer)
     batch_size = min(options.batch_size or min(4096, max(16, len(training) // 64)), len(training))
@@ -185,24 +227,35 @@ def _train_conv(
             optimizer.param_groups[0]["lr"] = _learning_rate(options, epoch)
             order = training[permutation(options.seed, "compressor order", epoch, len(training))]
             batches = order[: steps * batch_size].split(batch_size)
-            parts = _read_ahead(store, [part for batch in batches for part in batch.split(options.micro_batch)])
-            squared_error = torch.zeros((), device=mean.device)
+            micro_batches = [part for batch in batches for part in batch.split(options.micro_batch)]
+            parts = _read_ahead(store, options.column, micro_batches)
+            squared_error, divergence = torch.zeros((), device=mean.device), torch.zeros((), device=mean.device)
             compressor.train()
             for batch in batches:
                 optimizer.zero_grad()
-                for _ in batch.split(options.micro_batch):
+                for rows in batch.split(options.micro_batch):
                     features = compressor.standardise(next(parts).to(mean.device))
-                    loss = F.mse_loss(compressor.expand(compressor.compress(features)), features)
+                    if compressor.variational:
+                        posterior = compressor.posterior(features)
+                        code = posterior.draw(_noise(options, epoch, rows, posterior.mean))
+                        kl = posterior.divergence().mean()
+                    else:
+                        code, kl = compressor.compress(features), torch.zeros_like(divergence)
+                    mse = F.mse_loss(compressor.expand(code), features)
+                    loss = mse + options.kl_weight * kl if compressor.variational else mse
                     (loss * (len(features) / batch_size)).backward()
-                    squared_error += loss.detach() * len(features)
+                    squared_error += mse.detach() * len(features)
+                    divergence += kl.detach() * len(features)
                 optimizer.step()
                 progress.update()
             train_mse = squared_error.item() / (steps * batch_size)
             if not math.isfinite(train_mse):
                 raise UserError(f"the loss became {train_mse} in epoch {epoch + 1}; choose a lower --learning-rate")
             compressor.eval()
-            validation = _measure(compressor, store, held_out)
+            validation = _measure(compressor, store, options.column, held_out)
             record = {"epoch": epoch + 1, "train_mse": train_mse, "validation_mse": validation.mse}
+            if compressor.variational:
+                record["train_kl"] = divergence.item() / (steps * batch_size)
             records.append({**record, "explained_variance": validation.explained})
             progress.set_postfix(validation_mse=f"{validation.mse:.4f}", explained=f"{validation.explained:.1%}")
             _write_progress(folder, compressor, optimizer, records)
@@ -214,15 +267,21 @@ def _learning_rate(options: Compress, epoch: int) -> float:
     return options.final_learning_rate + (options.learning_rate - options.final_learning_rate) * cosine
 
 
-def _read_ahead(store: Store, parts: list[Tensor]) -> Iterator[Tensor]:
-    """The features of each list of rows; while one is used, a thread reads the next."""
+def _noise(options: Compress, epoch: int, rows: Tensor, like: Tensor) -> Tensor:
+    """Standard normal noise for the codes of images: a function of seed, epoch and row."""
+    generators = [generator(options.seed, "compressor noise", epoch, row) for row in rows.tolist()]
+    return normals(generators, {"code": like.shape[1:]})["code"].to(like.device)
+
+
+def _read_ahead(store: Store, column: CompressedColumn, parts: list[Tensor]) -> Iterator[Tensor]:
+    """The features of each list of rows as maps; while one is used, a thread reads the next."""
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(store.read, "features", parts[0])
+        coming = reader.submit(store.read, column, parts[0])
         for rows in [*parts[1:], None]:
-            ready = coming.result()["features"]
+            ready = coming.result()[column]
             if rows is not None:
-                coming = reader.submit(store.read, "features", rows)
-            yield ready
+                coming = reader.submit(store.read, column, rows)
+            yield as_map(ready)
 
 
 @dataclass(frozen=True)
@@ -235,22 +294,23 @@ class _Fit:
 
 
 @torch.inference_mode()
-def _measure(compressor: Compressor, store: Store, rows: Tensor) -> _Fit:
+def _measure(compressor: Compressor, store: Store, column: CompressedColumn, rows: Tensor) -> _Fit:
     error = torch.zeros((), dtype=torch.float64, device=compressor.mean.device)
     deviation = torch.zeros_like(error)
     count = 0
-    for _, tensors in store.scan("features", rows):
-        features = compressor.standardise(tensors["features"].to(compressor.mean.device))
+    for _, tensors in store.scan(column, rows):
+        features = compressor.standardise(as_map(tensors[column]).to(compressor.mean.device))
         error += (compressor.expand(compressor.compress(features)) - features).double().square().sum()
         deviation += features.double().square().sum()
         count += features.numel()
     return _Fit((error / count).item(), (1 - error / deviation).item())
 
 
-def _scan(store: Store, rows: Tensor, what: str) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+def _scan(store: Store, column: CompressedColumn, rows: Tensor, what: str) -> Iterator[Tensor]:
+    """The features of ascending rows as maps, a few images at a time."""
     with tqdm(total=len(rows), desc=what, unit="image") as progress:
-        for part, tensors in store.scan("features", rows):
-            yield part, tensors
+        for part, tensors in store.scan(column, rows):
+            yield as_map(tensors[column])
             progress.update(len(part))
 
 
@@ -258,11 +318,13 @@ def _scan(store: Store, rows: Tensor, what: str) -> Iterator[tuple[Tensor, dict[
 def _codes(store: Store, compressor: Compressor, device: torch.device) -> Iterator[Tensor]:
     """The codes of every shard, in the precision of the store's latents."""
     dtype = getattr(torch, store.manifest.latent_dtype)
-    parts = _scan(store, torch.arange(len(store)), "codes")
-    for shard in store.manifest.columns["features"].shards:
+    column = compressor.column
+    parts = _scan(store, column, torch.arange(len(store)), "codes")
+    for shard in store.manifest.columns[column].shards:
         codes: list[Tensor] = []
         while sum(map(len, codes)) < shard.rows:
-            codes.append(compressor.encode(next(parts)[1]["features"].to(device)).to("cpu", dtype))
+            code = compressor.encode(next(parts).to(device)).to("cpu", dtype)
+            codes.append(code if column == "features" else code.flatten(1))
         yield torch.cat(codes) if codes else torch.empty(0)
 
 
@@ -271,7 +333,7 @@ def _checkpoint_of(folder: Path) -> Path:
 
 
 def _write_progress(
-    folder: Path, compressor: ConvCompressor, optimizer: torch.optim.Adam, records: list[dict[str, float]]
+    folder: Path, compressor: LearnedCompressor, optimizer: torch.optim.Adam, records: list[dict[str, float]]
 ) -> None:
     """Write the state after an epoch, from which a killed run continues, and the epochs' figures as JSON lines."""
     state = {f"weights.{key}": value for key, value in compressor.state_dict().items()}
@@ -288,7 +350,7 @@ def _write_metrics(folder: Path, records: list[dict[str, float]]) -> None:
 
 
 def _resume(
-    folder: Path, compressor: ConvCompressor, optimizer: torch.optim.Adam
+    folder: Path, compressor: LearnedCompressor, optimizer: torch.optim.Adam
 ) -> tuple[int, list[dict[str, float]]]:
     """Load the state after the last complete epoch, if there is one. Returns the next epoch and the figures so far."""
     path = _checkpoint_of(folder)
@@ -310,10 +372,10 @@ def _resume(
     return len(records), records
 
 
-def _draw_codes(store: Store, name: str, path: Path) -> None:
+def _draw_codes(store: Store, column: str, path: Path) -> None:
     """A picture of a few images over their codes as colours; of the codes alone where the images have moved away."""
     rows = torch.linspace(0, len(store) - 1, min(SHOWN, len(store))).long()
-    codes = store.read(CODES + name, rows)["local"]
+    codes = store.read(column, rows)[value_of(column)]
     height, width = store.manifest.source.resolution
     colours = [
         np.asarray(Image.fromarray(colour).resize((width, height), Image.Resampling.NEAREST))

@@ -122,7 +122,7 @@ def demo(options: Demo) -> Path:
     with stage("prepare"):
         prepare(Prepare(digits, store, RESOLUTION, "starter", "starter", features=True, batch_size=64, workers=0))
     with stage("compress"):
-        compress(Compress(store, "conv", LOCAL_CHANNELS, hidden=64, epochs=3, cosine_epochs=3, batch_size=64))
+        compress(Compress(store, channels=LOCAL_CHANNELS, hidden=64, epochs=3, cosine_epochs=3, batch_size=64))
     with stage("judge"):
         judge = train_classifier(*real[0], classes=len(class_names), seed=options.seed)
         judge_accuracy = judge.accuracy(*real[1])
@@ -272,12 +272,15 @@ def by_class(drawn: Drawn, classes: int) -> np.ndarray:
 
 def evaluate_samples(folder: Path, store: Path) -> dict[str, float | str]:
     """The figures of a folder of samples against the store, by names for people."""
-    metrics = evaluate(Evaluate(folder, store, folder.with_suffix(".json"))).metrics
+    metrics = evaluate(Evaluate(folder, store, folder.with_suffix(".json"), feature_network="store")).metrics
+    assert metrics.kernel_distance is not None
+    assert metrics.precision is not None
+    assert metrics.recall is not None
     return {
-        "Fréchet distance": metrics.frechet_distance,
-        "kernel distance": f"{metrics.kernel_distance:.4g} ± {metrics.kernel_distance_std:.2g}",
-        "precision": metrics.precision,
-        "recall": metrics.recall,
+        "Fréchet distance": metrics.frechet_distance.value,
+        "kernel distance": f"{metrics.kernel_distance.value:.4g} ± {metrics.kernel_distance_std:.2g}",
+        "precision": metrics.precision.value,
+        "recall": metrics.recall.value,
     }
 
 
@@ -285,7 +288,7 @@ def nearest_training_images(drawn: Drawn, training: Tensor, store: Path) -> Near
     """One sample of each class and the training images most like it: a copy would have distance 0."""
     chosen = torch.stack([torch.nonzero(drawn.labels == label)[0, 0] for label in drawn.labels.unique()])
     opened = Store.open(store)
-    known = opened.read("cls", torch.arange(len(opened)))["cls"]
+    known = opened.read("cls", opened.originals)["cls"]
     spec = opened.manifest.encoder
     assert spec is not None
     encoder = load_encoder(spec.name, spec.image_size)
@@ -326,7 +329,7 @@ def commands(options: Demo, recipe: Recipe) -> tuple[str, ...]:
         "--batch-size 64",
         f"reglue train reglue --store {out}/store --out {out}/by-hand {' '.join(flags(recipe, RECIPES['reglue']))}",
         f"reglue sample {out}/by-hand --out {out}/samples-by-hand --count {count}",
-        f"reglue evaluate {out}/samples-by-hand --reference {out}/store",
+        f"reglue evaluate {out}/samples-by-hand --reference {out}/store --feature-network store",
     )
 
 

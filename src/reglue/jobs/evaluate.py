@@ -1,161 +1,283 @@
-"""`reglue evaluate`: how close images are to a reference, by the features of a vision encoder."""
+"""`reglue evaluate`: how close images are to a reference, by the features of a network."""
 
 from __future__ import annotations
 
 import json
 import sys
-import zipfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue.data.images import ImageFolder, UnreadableImage, crop_to
-from reglue.data.store import MANIFEST, Store
+from reglue.data.images import UnreadableImage
+from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.files import replacing
-from reglue.jobs.sample import PROTOCOL
-from reglue.metrics.distances import GaussianStatistics, frechet_distance, kernel_distance, precision_recall
-from reglue.metrics.features import FeatureKind, image_features
+from reglue.jobs.image_sets import ImageSet, is_run, open_images, open_reference
+from reglue.metrics.distances import (
+    Gaussian,
+    GaussianStatistics,
+    frechet_distance,
+    frechet_influence,
+    inception_scores,
+    kernel_distance,
+    manifold_scores,
+)
+from reglue.metrics.features import (
+    EncoderFeatures,
+    FeatureKind,
+    FeatureNetwork,
+    FeatureSet,
+    describe_images,
+    load_encoder_features,
+)
+from reglue.metrics.inception import INCEPTION, Inception, is_inception, load_inception
+from reglue.metrics.resampling import CONFIDENCE, interval, resample_counts, resampled_means
 from reglue.runs.ranks import resolve_device
 from reglue.seeds import generator
-from reglue.semantics.encoders import STARTER, EncoderSpec, VisionEncoder, load_encoder
+from reglue.semantics.encoders import EncoderSpec, load_encoder
 
+STORE = "store"
+"""The feature network's name for the encoder of a store."""
 NEIGHBOURS = 3
 """Of precision and recall, as published."""
+DENSITY_NEIGHBOURS = 5
+"""Of density and coverage, as published."""
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Compare images with a reference: Fréchet distance, kernel distance, precision and recall.
+    """Compare images with a reference: FID, sFID, Inception Score, precision, recall, KID, density and coverage.
 
-    Images of another size than --resolution are scaled to cover it and cropped, as `reglue prepare` does. Figures can
-    be compared only where encoder, features, resolution, reference and numbers of images are the same.
+    The figures are those of ADM's evaluator, with 95 % intervals. Images go into the Inception network at the size that
+    they have, and are stretched there to 299×299. Within a side, those of another size than the first are scaled to
+    cover it and cropped, as `reglue prepare` does. Figures can be compared only where network, reference, sizes and
+    numbers of images are the same; published ones are of 50,000 images.
     """
 
     images: Positional[Path]
-    """A folder of images, or a .npz file with uint8 images (N, H, W, 3) as arr_0 or images."""
-    reference: Path
-    """A store, or again a folder or .npz file. Precision is the share of images that look like this reference."""
+    """A folder of images, a .npz file (uint8 (N, H, W, 3) as arr_0 or images), a store, or a run.
+
+    A run draws them first, by the protocol of its recipe, into `evaluated` beneath it; the same command continues.
+    """
+    reference: Path | None = None
+    """The same; ADM's reference batches too, and of a run its training store. Default: that of the run in IMAGES."""
     out: Path | None = None
     """Where the report goes, a .json file. Only printed if not given."""
-    encoder: str | None = None
-    """starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights. Default: the store's, or starter."""
+    count: int | None = None
+    """Images to draw from a run; 50000 if not given."""
+    feature_network: str = INCEPTION
+    """inception, or store for the encoder of the reference's store, or any vision encoder, or a file of weights.
+
+    inception gives FID, and its weights are downloaded. dinov2-l gives FD-DINOv2 (by name, not from a file). Other
+    encoders are named as in `reglue prepare`: starter, a short name, timm:NAME, NAME@FILE, a folder or a file.
+    """
     features: FeatureKind = "class-token"
-    """What stands for an image; patch-mean is the mean over the patches of the last layer."""
+    """What stands for an image in a vision encoder; patch-mean is the mean over the patches of the last layer."""
     resolution: int | tuple[int, int] | None = None
-    """Side, or height and width, at which both are compared. Default: the store's, or that of the first image."""
+    """Side, or height and width, to which both sides are scaled and cropped first. Default: each as it is for the
+    Inception and FD-DINOv2; for other encoders the store's, or that of the first image."""
+    resamples: int = 1000
+    """Random resamples of the images, for the intervals; 0 gives none."""
     kernel_subsets: int = 100
-    """The kernel distance is averaged over so many random subsets."""
+    """KID is averaged over so many random subsets."""
     kernel_subset_size: int = 1000
     """Images per subset; all, if there are fewer."""
     seed: int = 0
-    """Of the subsets."""
+    """Of subsets and resamples."""
     batch_size: int = 64
-    """Images described at once. Changes speed and memory; results change by rounding alone."""
+    """Images described (and drawn) at once. Changes speed and memory; results change by rounding alone."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        for option, least in (("batch_size", 1), ("kernel_subsets", 1), ("kernel_subset_size", 2)):
-            if getattr(self, option) < least:
-                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: choose at least {least}")
+        least = {"batch_size": 1, "kernel_subsets": 1, "kernel_subset_size": 2, "resamples": 0, "count": 1}
+        for option, smallest in least.items():
+            value = getattr(self, option)
+            if value is not None and value < smallest:
+                raise UserError(f"--{option.replace('_', '-')} {value}: choose at least {smallest}")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure and, where resampling gives one, the 95 % interval around it."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, value: float, resampled: Tensor | None) -> Figure:
+        """With the interval of its resamples (R,), if there are any."""
+        return cls(value) if resampled is None or not len(resampled) else cls(value, *interval(value, resampled))
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The figures. Distances: smaller is better; precision and recall: between 0 and 1, larger is better."""
+    """The figures; None for those that could not be measured, for reasons in `Evaluation.absent`.
 
-    frechet_distance: float
-    kernel_distance: float
-    """Mean over the subsets; around 0 for equal distributions, hence sometimes below."""
-    kernel_distance_std: float
+    Distances: smaller is better. All others: larger is better.
+    """
+
+    frechet_distance: Figure
+    """FID, if the network is the Inception."""
+    spatial_frechet_distance: Figure | None = None
+    """sFID of ADM. It has no interval, since spatial features are not kept."""
+    inception_score: Figure | None = None
+    precision: Figure | None = None
+    recall: Figure | None = None
+    kernel_distance: Figure | None = None
+    """KID, the mean over the subsets; around 0 for equal distributions, hence sometimes below."""
+    kernel_distance_std: float | None = None
     """Standard deviation between the subsets."""
-    precision: float
-    recall: float
+    density: Figure | None = None
+    coverage: Figure | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that a report about images has to say."""
+    """Figures and all that they depend on. Figures are printed in no other way than `str(evaluation)`, the table."""
 
     metrics: Metrics
+    absent: dict[str, str]
+    """Figures that are missing, and why."""
+    distance_name: str
+    """What the field calls the Fréchet distance of these features: FID, FD-DINOv2, or the encoder in brackets."""
     images: str
-    image_count: int
+    image_count: int | None
+    """None where the figures come from the statistics in a file."""
+    image_size: tuple[int, int] | None
+    """Height and width at which the network was given them; None if it was given none."""
+    image_features: str
+    """Where they came from: computed, or the store's cache, or statistics in the file."""
     reference: str
-    reference_count: int
+    reference_count: int | None
+    reference_size: tuple[int, int] | None
     reference_features: str
-    """Where they came from: the store's cache, or computed from its images."""
     skipped: tuple[str, ...]
     """Images of either side that could not be read."""
-    encoder: str
-    encoder_sha256: str
-    features: FeatureKind
-    resolution: tuple[int, int]
-    """Height and width of what the encoder was shown."""
+    feature_network: str
+    feature_network_sha256: str
+    features: str
+    input_rule: str
+    """How the network brings images to its own input."""
     kernel_subsets: int
     kernel_subset_size: int
     neighbours: int
+    density_neighbours: int
+    resamples: int
+    confidence: float
     seed: int
     protocol: dict[str, Any] | None
-    """How the images were sampled; None if they do not say."""
+    """How the images were sampled; None if nothing says so."""
     warnings: tuple[str, ...]
     versions: dict[str, str]
+
+    def __str__(self) -> str:
+        """The report for people: several lines, no newline at the end."""
+        rows = {name: _shown(figure) for name, figure in self._figures()}
+        if self.metrics.kernel_distance is not None:
+            rows["KID"] += f", ± {self.metrics.kernel_distance_std:.6f} between subsets"
+        rows |= {name: f"– ({reason})" for name, reason in self.absent.items()}
+        if self.resamples:
+            rows["in brackets"] = f"{self.confidence:.0%} intervals of {self.resamples} resamples of one side"
+        rows |= {
+            "images": _side_row(self.images, self.image_count, self.image_size, self.image_features),
+            "reference": _side_row(self.reference, self.reference_count, self.reference_size, self.reference_features),
+            "features": f"{self.features} of {self.feature_network} (SHA-256 {self.feature_network_sha256[:12]})",
+            "resize": f"another size within a side scaled to cover and cropped; then {self.input_rule}",
+            "settings": f"{self.kernel_subsets} subsets of {self.kernel_subset_size}, {self.neighbours} neighbours "
+            f"({self.density_neighbours} for density and coverage), seed {self.seed}",
+            "protocol": _protocol_row(self.protocol),
+            "versions": ", ".join(f"{name} {number}" for name, number in self.versions.items()),
+        }
+        width = max(map(len, rows))
+        return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows.items()), *self.warnings])
+
+    def _figures(self) -> Iterator[tuple[str, Figure]]:
+        for part in fields(self.metrics):
+            figure = getattr(self.metrics, part.name)
+            if isinstance(figure, Figure):
+                yield self.distance_name if part.name == "frechet_distance" else NAMES[part.name], figure
+
+
+NAMES = {
+    "spatial_frechet_distance": "sFID",
+    "inception_score": "Inception Score",
+    "precision": "precision",
+    "recall": "recall",
+    "kernel_distance": "KID",
+    "density": "density",
+    "coverage": "coverage",
+}
+"""What the field calls the figures, but for the Fréchet distance, whose name depends on the network."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the network says about one side."""
+
+    gaussian: Gaussian
+    spatial: Gaussian | None
+    images: FeatureSet | None
+    """None where a file holds statistics alone."""
+    size: tuple[int, int] | None
+    origin: str
+    given: bool
+    """Whether the Gaussians come from a file, and not from the features."""
+
+    @property
+    def count(self) -> int | None:
+        """Of images whose features are known."""
+        return len(self.images.features) if self.images else None
 
 
 def evaluate(options: Evaluate) -> Evaluation:
     """Measure, print a table, and write the report. Raises UserError for input that cannot be compared."""
     device = resolve_device(options.device)
-    images = _open_images(options.images)
-    store = Store.open(options.reference) if (options.reference / MANIFEST).is_file() else None
-    reference = None if store else _open_images(options.reference)
-    resolution = _resolution(options, images, store)
-    encoder = load_encoder(_encoder_name(options, store), resolution, device=device)
+    images = open_images(options.images, options.count, options.batch_size, options.device)
+    reference = open_reference(_reference_path(options))
+    network = _load_network(options, images, reference, device)
 
     skipped: list[str] = []
-    measured = _describe(encoder, images, "images", options, skipped)
-    if store and _has_features(store, encoder.spec, options.features):
-        origin = "class tokens cached in the store"
-        real = store.read("cls", torch.arange(len(store)))["cls"].float()
-    else:
-        origin = "computed from the images"
-        real = _describe(encoder, reference or _images_of(store), "reference", options, skipped)
-
-    for path, count in ((options.images, len(measured)), (options.reference, len(real))):
-        if count <= NEIGHBOURS:
-            raise UserError(
-                f"{path} has {count} readable images; at least {NEIGHBOURS + 1} are needed for a comparison"
-            )
-    metrics = _measure(measured, real, options, device)
+    measured = _describe(network, images, "images", options, skipped)
+    real = _describe(network, reference, "reference", options, skipped)
+    metrics, absent = _measure(network, measured, real, options, device)
     evaluation = Evaluation(
         metrics=metrics,
+        absent=absent,
+        distance_name=network.distance_name,
         images=str(options.images),
-        image_count=len(measured),
-        reference=str(options.reference),
-        reference_count=len(real),
-        reference_features=origin,
+        image_count=measured.count,
+        image_size=measured.size,
+        image_features=measured.origin,
+        reference=str(reference.path),
+        reference_count=real.count,
+        reference_size=real.size,
+        reference_features=real.origin,
         skipped=tuple(skipped),
-        encoder=encoder.spec.name,
-        encoder_sha256=encoder.spec.weights_sha256,
-        features=options.features,
-        resolution=resolution,
+        feature_network=network.name,
+        feature_network_sha256=network.sha256,
+        features=network.features_name,
+        input_rule=network.input_rule,
         kernel_subsets=options.kernel_subsets,
-        kernel_subset_size=min(options.kernel_subset_size, len(measured), len(real)),
+        kernel_subset_size=min(options.kernel_subset_size, measured.count or 0, real.count or 0),
         neighbours=NEIGHBOURS,
+        density_neighbours=DENSITY_NEIGHBOURS,
+        resamples=options.resamples,
+        confidence=CONFIDENCE,
         seed=options.seed,
         protocol=images.protocol(),
-        warnings=tuple(_warnings(len(measured), len(real), encoder.spec.width)),
-        versions={name: version(name) for name in ("reglue", "torch", "timm", "numpy")},
+        warnings=tuple(_warnings(network, measured, real)),
+        versions={name: version(name) for name in ("reglue", "torch", "timm", "torch-fidelity", "numpy", "pillow")},
     )
-    print(as_table(evaluation))
+    print(evaluation)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(options.out) as beside:
@@ -163,219 +285,205 @@ def evaluate(options: Evaluate) -> Evaluation:
     return evaluation
 
 
-def as_table(evaluation: Evaluation) -> str:
-    """The report for people: several lines, no newline at the end."""
-    metrics = evaluation.metrics
-    protocol = evaluation.protocol or {}
-    sampling = protocol.get("sampling", {})
-    rows = {
-        "Fréchet distance": f"{metrics.frechet_distance:.4f}",
-        "kernel distance": f"{metrics.kernel_distance:.6f} ± {metrics.kernel_distance_std:.6f}",
-        "precision": f"{metrics.precision:.4f}",
-        "recall": f"{metrics.recall:.4f}",
-        "images": f"{evaluation.image_count} of {evaluation.images}",
-        "reference": f"{evaluation.reference_count} of {evaluation.reference} ({evaluation.reference_features})",
-        "features": f"{evaluation.features} of {evaluation.encoder} ({evaluation.encoder_sha256[:12]}), "
-        f"{evaluation.resolution[0]}×{evaluation.resolution[1]} pixels",
-        "protocol": ", ".join(f"{k} {v}" for k, v in {**sampling, "seed": protocol.get("seed")}.items())
-        if protocol
-        else "unknown: nothing says how the images were made",
-    }
-    width = max(map(len, rows))
-    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows.items()), *evaluation.warnings])
+def _reference_path(options: Evaluate) -> Path:
+    if options.reference is not None:
+        return options.reference
+    if is_run(options.images):
+        return options.images
+    raise UserError(f"--reference is missing; only a run knows what to compare with, and {options.images} is none")
 
 
-def _measure(measured: Tensor, real: Tensor, options: Evaluate, device: torch.device) -> Metrics:
-    gaussians = [GaussianStatistics(side.shape[1]).update(side) for side in (measured, real)]
+def _load_network(options: Evaluate, images: ImageSet, reference: ImageSet, device: torch.device) -> FeatureNetwork:
+    name, file = options.feature_network, Path(options.feature_network)
+    if name == INCEPTION or (file.is_file() and is_inception(file)):
+        if options.features != "class-token":
+            raise UserError(f"--features {options.features} is for vision encoders; leave it out with the Inception")
+        return load_inception(None if name == INCEPTION else file, device)
+    stores = [side.store for side in (reference, images) if side.store]
+    resolution = _common_resolution(options, images, reference, stores)
+    if name != STORE:
+        return load_encoder_features(name, resolution, options.features, device)
+    encoder = next((store.manifest.encoder for store in stores if store.manifest.encoder), None)
+    if encoder is None:
+        raise UserError("--feature-network store: neither side is a store with an encoder; name a network")
+    return EncoderFeatures(load_encoder(encoder.name, resolution, device=device), options.features)
+
+
+def _common_resolution(
+    options: Evaluate, images: ImageSet, reference: ImageSet, stores: list[Store]
+) -> tuple[int, int]:
+    """The size at which an encoder is shown both sides."""
+    if options.resolution is not None:
+        return _given_resolution(options.resolution)
+    if stores:
+        return stores[0].manifest.source.resolution
+    sources = [side.images for side in (images, reference) if side.images]
+    if not sources:
+        raise UserError(f"{images.path} and {reference.path} hold no images, and their statistics are the Inception's")
+    return sources[0].first_size()
+
+
+def _given_resolution(resolution: int | tuple[int, int]) -> tuple[int, int]:
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
+def _describe(network: FeatureNetwork, side: ImageSet, name: str, options: Evaluate, skipped: list[str]) -> Described:
+    """Features and Gaussians of one side, computed, or as far as its store or file has them."""
+    given = side.pool is not None and isinstance(network, Inception)
+    if side.images is None and not given:
+        raise UserError(f"{side.path} holds no images, and its statistics are the Inception's; give the images too")
+    images, size, origin = None, None, ""
+    if isinstance(network, EncoderFeatures) and side.store and _has_features(side.store, network):
+        origin, size = "class tokens cached in the store", network.image_size
+        images = FeatureSet(side.store.read("cls", side.store.originals)["cls"].float(), None, None)
+    elif side.images is not None:
+        origin = "computed from the images"
+        size = _given_resolution(options.resolution) if options.resolution else network.image_size
+        size = size or side.images.first_size()
+        images = describe_images(network, _batches(side, size, name, options.batch_size, skipped))
+    most = max(NEIGHBOURS, DENSITY_NEIGHBOURS)
+    if images is not None and len(images.features) <= most:
+        raise UserError(
+            f"{side.path} has {len(images.features)} readable images; at least {most + 1} are needed for a comparison"
+        )
+    if given:
+        assert side.pool is not None
+        for gaussian, width in ((side.pool, network.width), (side.spatial, network.spatial_width)):
+            if gaussian is not None and len(gaussian.mean) != width:
+                raise UserError(f"{side.path} has statistics of {len(gaussian.mean)} features, not of {width}")
+        what = "FID and sFID" if side.spatial else "FID"
+        origin = f"{what} from the statistics in the file, all else {origin}" if origin else "statistics in the file"
+        spatial = side.spatial or (images.spatial.gaussian if images and images.spatial else None)
+        return Described(side.pool, spatial, images, size, origin, given)
+    assert images is not None
+    pool = GaussianStatistics(network.width).update(images.features).gaussian
+    return Described(pool, images.spatial.gaussian if images.spatial else None, images, size, origin, given)
+
+
+def _has_features(store: Store, network: EncoderFeatures) -> bool:
+    """Whether the store's class tokens are what the network would say. Choices for the patches do not matter."""
+    cached: EncoderSpec | None = store.manifest.encoder
+    spec = network.encoder.spec
+    if network.kind != "class-token" or cached is None:
+        return False
+    return replace(cached, layers=spec.layers, final_norm=spec.final_norm) == spec
+
+
+def _batches(side: ImageSet, size: tuple[int, int], name: str, batch_size: int, skipped: list[str]) -> Iterator[Tensor]:
+    """The readable images of one side, uint8 (B, 3, *size), a batch at a time; names of the others go to `skipped`."""
+    assert side.images is not None
+    with tqdm(total=len(side.images), unit="image", desc=name) as progress:
+        for batch in side.images.batches(size, batch_size):
+            for image in batch:
+                if isinstance(image, UnreadableImage):
+                    tqdm.write(f"skipped {image.name} of the {name}: {image.reason}", file=sys.stderr)
+                    skipped.append(image.name)
+            readable = [image for image in batch if isinstance(image, Tensor)]
+            if readable:
+                yield torch.stack(readable)
+            progress.update(len(batch))
+
+
+def _measure(
+    network: FeatureNetwork, measured: Described, real: Described, options: Evaluate, device: torch.device
+) -> tuple[Metrics, dict[str, str]]:
+    """The figures, and the reasons for those that are missing."""
+    metrics = Metrics(Figure(frechet_distance(measured.gaussian, real.gaussian)))
+    absent: dict[str, str] = {}
+    if measured.spatial and real.spatial:
+        spatial = Figure(frechet_distance(measured.spatial, real.spatial))
+        metrics = replace(metrics, spatial_frechet_distance=spatial)
+    else:
+        absent["sFID"] = "a file has no mu_s" if network.spatial_width else "defined for the Inception alone"
+
+    images, others = measured.images, real.images
+    if images is None:
+        return metrics, absent | dict.fromkeys(
+            [name for name in NAMES.values() if name != "sFID"], f"{options.images} has statistics and no images"
+        )
+    counts = resample_counts(len(images.features), options.resamples, options.seed, "images")
+    if not measured.given and options.resamples:
+        influence = frechet_influence(images.features, measured.gaussian, real.gaussian)
+        distance = metrics.frechet_distance.value
+        metrics = replace(metrics, frechet_distance=Figure.of(distance, resampled_means(influence, counts)))
+    if images.logits is None:
+        absent["Inception Score"] = network.without_logits
+    else:
+        whole = torch.ones(1, len(images.logits))
+        score = float(inception_scores(images.logits, whole))
+        metrics = replace(metrics, inception_score=Figure.of(score, inception_scores(images.logits, counts)))
+    if others is None:
+        need_images = ("precision", "recall", "KID", "density", "coverage")
+        return metrics, absent | dict.fromkeys(need_images, "the reference has statistics and no images")
+
     kernel = kernel_distance(
-        measured,
-        real,
+        images.features,
+        others.features,
         subsets=options.kernel_subsets,
         subset_size=options.kernel_subset_size,
         generator=generator(options.seed, "kernel distance"),
+        counts=counts,
     )
-    shares = precision_recall(generated=measured.to(device), real=real.to(device), neighbours=NEIGHBOURS)
-    return Metrics(frechet_distance(*gaussians), kernel.mean, kernel.std, shares.precision, shares.recall)
+    scores = manifold_scores(
+        generated=images.features.to(device),
+        real=others.features.to(device),
+        neighbours=NEIGHBOURS,
+        density_neighbours=DENSITY_NEIGHBOURS,
+    )
+    reference_counts = resample_counts(len(others.features), options.resamples, options.seed, "reference")
+
+    def share(values: Tensor, of: Tensor) -> Figure:
+        return Figure.of(float(values.mean()), resampled_means(values.cpu(), of) if len(of) else None)
+
+    return replace(
+        metrics,
+        precision=share(scores.precision, counts),
+        recall=share(scores.recall, reference_counts),
+        kernel_distance=Figure.of(kernel.mean, kernel.resampled),
+        kernel_distance_std=kernel.std,
+        density=share(scores.density, counts),
+        coverage=share(scores.coverage, reference_counts),
+    ), absent
 
 
-def _warnings(images: int, reference: int, width: int) -> Iterator[str]:
-    for name, count in (("images", images), ("reference", reference)):
-        if count < width:
+def _warnings(network: FeatureNetwork, measured: Described, real: Described) -> Iterator[str]:
+    for name, side in (("images", measured), ("reference", real)):
+        if not side.given and side.count is not None and side.count < network.width:
             yield (
-                f"warning: {count} {name} for {width} features: the covariance is singular and the Fréchet distance "
-                "biased; compare it only with figures from as many images"
+                f"warning: {side.count} {name} for {network.width} features: the covariance is singular and the "
+                "Fréchet distance biased; compare it only with figures from as many images"
             )
+    if measured.size and real.size and measured.size != real.size:
+        sizes = [f"{height}×{width}" for height, width in (measured.size, real.size)]
+        yield (
+            f"warning: images of {sizes[0]} pixels are compared with a reference of {sizes[1]}: the figures contain "
+            "the difference in sharpness; --resolution brings both to one size"
+        )
 
 
-class ImageSource(Protocol):
-    """Images of one side, readable in batches."""
-
-    def __len__(self) -> int: ...
-
-    def first_size(self) -> tuple[int, int]:
-        """Height and width of the first image."""
-        ...
-
-    def batches(self, resolution: tuple[int, int], size: int) -> Iterator[list[Tensor | UnreadableImage]]:
-        """At most `size` images at a time, each uint8 (3, *resolution) or why it cannot be read."""
-        ...
-
-    def protocol(self) -> dict[str, Any] | None:
-        """How they were sampled, if they say."""
-        ...
+def _shown(figure: Figure) -> str:
+    digits = 6 if abs(figure.value) < 0.1 else 4
+    value = f"{figure.value:.{digits}f}"
+    return value if figure.low is None else f"{value} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
 
 
-@dataclass(frozen=True)
-class _FolderImages:
-    folder: ImageFolder
-
-    def __len__(self) -> int:
-        return len(self.folder)
-
-    def first_size(self) -> tuple[int, int]:
-        path = self.folder.path / self.folder.names[0]
-        try:
-            with Image.open(path) as image:
-                return image.height, image.width
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error}); mend it, or set --resolution") from error
-
-    def batches(self, resolution: tuple[int, int], size: int) -> Iterator[list[Tensor | UnreadableImage]]:
-        for start in range(0, len(self), size):
-            yield [self.folder.load(i, resolution) for i in range(start, min(start + size, len(self)))]
-
-    def protocol(self) -> dict[str, Any] | None:
-        path = self.folder.path / PROTOCOL
-        return _read_protocol(path.read_text(), path) if path.is_file() else None
+def _side_row(path: str, count: int | None, size: tuple[int, int] | None, origin: str) -> str:
+    counted = "" if count is None else f"{count} of "
+    sized = "" if size is None else f", {size[0]}×{size[1]} pixels"
+    return f"{counted}{path}{sized} ({origin})"
 
 
-class _NpzImages:
-    """The images of an .npz file, streamed: the array is never whole in memory."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                member = next((name for name in ("arr_0.npy", "images.npy") if name in names), None)
-                if member is None:
-                    raise UserError(f"{path} has no array arr_0 or images; it has {', '.join(names) or 'nothing'}")
-                with archive.open(member) as file:
-                    shape, fortran, dtype = _read_header(file)
-        except (zipfile.BadZipFile, ValueError) as error:
-            raise UserError(f"{path} is not a whole .npz file: {error}") from error
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-            raise UserError(f"{path}: {member} is {dtype} {shape}, but images are uint8 (N, H, W, 3) in C order")
-        if 0 in shape:
-            raise UserError(f"{path}: {member} holds no images, its shape is {shape}")
-        self.member, self.shape = member, shape
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def first_size(self) -> tuple[int, int]:
-        return self.shape[1], self.shape[2]
-
-    def batches(self, resolution: tuple[int, int], size: int) -> Iterator[list[Tensor | UnreadableImage]]:
-        bytes_per_image = int(np.prod(self.shape[1:]))
-        with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
-            _read_header(file)
-            for start in range(0, len(self), size):
-                count = min(size, len(self) - start)
-                try:
-                    content = file.read(count * bytes_per_image)
-                except (zipfile.BadZipFile, OSError, EOFError) as error:
-                    raise UserError(f"{self.path} is damaged: {error}") from error
-                if len(content) < count * bytes_per_image:
-                    raise UserError(f"{self.path} is cut short: {self.member} ends within image {start + count - 1}")
-                pixels = np.frombuffer(content, dtype=np.uint8).reshape(count, *self.shape[1:])
-                yield [_to_size(image, resolution) for image in pixels]
-
-    def protocol(self) -> dict[str, Any] | None:
-        with np.load(self.path, allow_pickle=False) as arrays:
-            if "protocol" not in arrays.files:
-                return None
-            try:
-                text = str(arrays["protocol"])
-            except ValueError as error:
-                raise UserError(f"{self.path}: protocol is not text: {error}") from error
-        return _read_protocol(text, self.path)
+def _protocol_row(protocol: dict[str, Any] | None) -> str:
+    """A protocol on one line, but for what is long."""
+    if protocol is None:
+        return "not recorded: nothing says how the images were made"
+    short = {name: value for name, value in protocol.items() if name not in ("labels", "class_names", "versions")}
+    return ", ".join(f"{name} {value}" for name, value in _flat(short))
 
 
-def _open_images(path: Path) -> ImageSource:
-    if path.suffix == ".npz":
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; give a folder of images, or an .npz file")
-        return _NpzImages(path)
-    return _FolderImages(ImageFolder.open(path))
-
-
-def _images_of(store: Store | None) -> ImageSource:
-    """The images that a store was made from. Raises UserError if they are gone or others."""
-    assert store is not None
-    source = store.manifest.source
-    need = f"the store {store.folder} holds no such features, so its images are needed"
-    if not Path(source.path).is_dir():
-        raise UserError(f"{source.path}: no such folder; {need}; put them back, or use the store's encoder")
-    folder = ImageFolder.open(source.path)
-    if folder.fingerprint() != source.fingerprint:
-        raise UserError(f"{source.path} has changed since the store was made; {need}; prepare the store anew")
-    return _FolderImages(folder)
-
-
-def _encoder_name(options: Evaluate, store: Store | None) -> str:
-    if options.encoder:
-        return options.encoder
-    return store.manifest.encoder.name if store and store.manifest.encoder else STARTER
-
-
-def _resolution(options: Evaluate, images: ImageSource, store: Store | None) -> tuple[int, int]:
-    if options.resolution is not None:
-        chosen = options.resolution
-        return (chosen, chosen) if isinstance(chosen, int) else chosen
-    return store.manifest.source.resolution if store else images.first_size()
-
-
-def _has_features(store: Store, spec: EncoderSpec, kind: FeatureKind) -> bool:
-    """Whether the store's class tokens are what the encoder would say. The layers chosen for patches do not matter."""
-    cached = store.manifest.encoder
-    return kind == "class-token" and cached is not None and replace(cached, layers=spec.layers) == spec
-
-
-def _describe(encoder: VisionEncoder, images: ImageSource, name: str, options: Evaluate, skipped: list[str]) -> Tensor:
-    def batches() -> Iterator[Tensor]:
-        with tqdm(total=len(images), unit="image", desc=name) as progress:
-            for batch in images.batches(encoder.spec.image_size, options.batch_size):
-                for image in batch:
-                    if isinstance(image, UnreadableImage):
-                        tqdm.write(f"skipped {image.name} of the {name}: {image.reason}", file=sys.stderr)
-                        skipped.append(image.name)
-                readable = [image for image in batch if isinstance(image, Tensor)]
-                if readable:
-                    yield torch.stack(readable)
-                progress.update(len(batch))
-
-    return image_features(encoder, batches(), options.features)
-
-
-def _to_size(image: np.ndarray, resolution: tuple[int, int]) -> Tensor:
-    if image.shape[:2] != resolution:
-        image = np.asarray(crop_to(Image.fromarray(image), resolution))
-    return torch.tensor(image).permute(2, 0, 1)
-
-
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and type of the array that begins here; leaves the file at its first number."""
-    version_read = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version_read == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
-
-
-def _read_protocol(text: str, path: Path) -> dict[str, Any]:
-    try:
-        protocol = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: the protocol is not JSON ({error}); mend or remove it") from error
-    if not isinstance(protocol, dict):
-        raise UserError(f"{path}: the protocol is not a JSON object; mend or remove it")
-    return protocol
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield prefix + name, value

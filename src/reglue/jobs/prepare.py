@@ -1,4 +1,4 @@
-"""`reglue prepare`: a folder of images to a store of latents, class tokens and features."""
+"""`reglue prepare`: images to a store of latents, class tokens and features."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+import tyro
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue.data.images import ImageFolder, UnreadableImage
+from reglue.data.images import ImageSource, UnreadableImage
+from reglue.data.sources import Reading, Subset, open_images
 from reglue.data.store import Contents, Source, Store, StoreWriter
 from reglue.errors import UserError
 from reglue.latents.autoencoders import Autoencoder, load_autoencoder
-from reglue.runs.ranks import resolve_device
+from reglue.runs import ranks
 from reglue.seeds import permutation
 from reglue.semantics.encoders import VisionEncoder, load_encoder
 
@@ -29,13 +31,15 @@ NO_ENCODER = "none"
 
 @dataclass(frozen=True)
 class Prepare:
-    """Encode a folder of images once, so that training never has to.
+    """Encode images once, so that training never has to.
 
-    The same command again continues where an interrupted one stopped.
+    The same command again continues where an interrupted one stopped. Many GPUs or machines with one disk share the
+    work: torchrun … -m reglue prepare …
     """
 
     images: Positional[Path]
-    """Folder of images: one sub-folder per class, or images alone for an unconditional store."""
+    """Folder of images, with a sub-folder per class or unconditional. Or .tar (WebDataset) or .parquet: file, folder or
+    pattern ('shard-{00..99}.tar'). Or what `datasets` has saved, or hf:OWNER/NAME."""
     out: Positional[Path]
     """Folder of the store: new, empty, or left over from the same command."""
     resolution: int | tuple[int, int] = 256
@@ -46,12 +50,20 @@ class Prepare:
     """starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights; none stores latents alone."""
     layers: tuple[int, ...] | None = None
     """Blocks of the encoder whose features are stored, 0 is the first. Default: the last four."""
+    final_norm: bool = True
+    """Apply the encoder's final norm to the features of each of these blocks."""
     features: bool = False
     """Store the patch features too, which `reglue compress` learns from."""
     statistics_images: int = 10_000
     """Means and standard deviations are taken over so many images, drawn at random."""
+    flips: bool = False
+    """Store the mirror image of every image too: twice the rows, the time and the disk."""
+    share: float = 1.0
+    """Take this share of each class, at random, at least one image."""
+    per_class: int | None = None
+    """Take at most so many images of each class, at random."""
     seed: int = 0
-    """Of that draw."""
+    """Of what is drawn at random."""
     batch_size: int = 16
     """Images encoded at once. Changes speed and memory; results change by rounding alone."""
     shard_size: int = 256
@@ -59,68 +71,108 @@ class Prepare:
     dtype: Literal["float32", "float16"] = "float32"
     """Precision in which latents are stored."""
     workers: int = 2
-    """Processes that decode images; 0 decodes in this one."""
+    """Processes that decode images, for each of torchrun's; 0 decodes in the same one."""
     strict: bool = False
     """Stop at the first image that cannot be read, instead of reporting and skipping it."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading()
 
     def __post_init__(self) -> None:
-        for option in ("batch_size", "shard_size", "statistics_images"):
-            if getattr(self, option) < 1:
-                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: choose at least 1")
+        for option in ("batch_size", "shard_size", "statistics_images", "per_class"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise UserError(f"--{option.replace('_', '-')} {value}: choose at least 1")
         for option in ("workers", "seed"):
             if getattr(self, option) < 0:
                 raise UserError(f"--{option} {getattr(self, option)}: choose 0 or more")
         if min(self.size) < 1:
             raise UserError(f"--resolution {self.resolution}: choose a positive number of pixels")
+        if not 0 < self.share <= 1:
+            raise UserError(f"--share {self.share}: choose more than 0 and at most 1")
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the prepared images."""
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
 
+    @property
+    def subset(self) -> Subset | None:
+        """Which images are taken; None for all."""
+        return None if self.share == 1 and self.per_class is None else Subset(self.share, self.per_class, self.seed)
+
 
 def prepare(options: Prepare) -> Store:
     """Make a store, or continue one. Raises UserError for anything that the user can mend."""
-    images = ImageFolder.open(options.images)
-    device = resolve_device(options.device)
+    rank, processes = ranks.join(long_waits=True)
+    images = open_images(options.images, options.reading, options.subset, options.flips)
+    device = ranks.resolve_device(options.device)
     # Convolutions at full resolution take most of the time, and channels_last makes them 1.6 times as fast on a CPU.
     autoencoder = load_autoencoder(options.autoencoder, device=device).to(memory_format=torch.channels_last)
     autoencoder.spec.latent_size(options.size)
     encoder = None
     if options.encoder != NO_ENCODER:
-        encoder = load_encoder(options.encoder, options.size, options.layers, device=device)
+        encoder = load_encoder(options.encoder, options.size, options.layers, device, final_norm=options.final_norm)
     elif options.features:
         raise UserError("--features needs an encoder; name one with --encoder, or leave --features out")
 
-    writer = StoreWriter(options.out, _contents(options, images, autoencoder, encoder))
-    pending = writer.pending
-    if writer.complete:
-        store = Store.open(options.out)
+    contents = _contents(options, images, autoencoder, encoder)
+    with ranks.first_process_first():
+        writer = StoreWriter(options.out, contents, rank)
+    if not writer.complete:
+        blocks = _dealt(writer.pending, rank, processes)
+        remaining = sum(map(len, writer.pending))
+        started = time.perf_counter()
+        _write(writer, blocks, images, autoencoder, encoder, options, device, quiet=rank > 0)
+        ranks.wait_for_all()
+        if rank == 0:
+            writer.gather()
+            seconds = time.perf_counter() - started
+            store = writer.finish(_statistics_rows(options, writer.rows))
+            print(
+                f"{options.out}: {len(store)} images ({len(store.manifest.skipped)} unreadable), "
+                f"{remaining / seconds:.1f} images/s, peak memory {peak_rss_mib():.0f} MiB"
+            )
+        ranks.wait_for_all()
+        return Store.open(options.out)
+    store = Store.open(options.out)
+    if rank == 0:
         print(f"{options.out} is complete already: {len(store)} images")
-        return store
-    remaining = sum(map(len, pending))
-    started = time.perf_counter()
-    with tqdm(total=len(images), initial=len(images) - remaining, unit="image", desc="prepare") as progress:
-        batches = iter(_decoded(images, options, pending, device))
-        for block in pending:
+    return store
+
+
+def _write(
+    writer: StoreWriter,
+    blocks: list[range],
+    images: ImageSource,
+    autoencoder: Autoencoder,
+    encoder: VisionEncoder | None,
+    options: Prepare,
+    device: torch.device,
+    quiet: bool,
+) -> None:
+    """Encode the images of blocks, and write each block as soon as it is complete."""
+    batches = iter(_decoded(images, options, blocks, device))
+    with tqdm(total=sum(map(len, blocks)), unit="image", desc="prepare", disable=quiet) as progress:
+        for block in blocks:
             block_started = time.perf_counter()
             columns: dict[str, dict[str, Tensor]] = {}
             names: list[str] = []
             skipped: list[UnreadableImage] = []
             for batch in (next(batches) for _ in _split(block, options.batch_size)):
+                if batch.failure:
+                    raise batch.failure
                 for image in batch.unreadable:
                     if options.strict:
                         raise UserError(f"{images.path / image.name}: {image.reason}; mend it, or leave --strict out")
                     tqdm.write(f"skipped {images.path / image.name}: {image.reason}", file=sys.stderr)
                     skipped.append(image)
-                if batch.indices:
+                if batch.names:
                     described = _describe(batch.pixels.to(device), autoencoder, encoder, options)
-                    described["label"] = {"label": torch.tensor([images.labels[index] for index in batch.indices])}
+                    described["label"] = {"label": batch.labels}
                     _put(columns, described, at=len(names), rows=len(block))
-                    names += [images.names[index] for index in batch.indices]
-                progress.update(len(batch.indices) + len(batch.unreadable))
+                    names += batch.names
+                progress.update(len(batch.names) + len(batch.unreadable))
             filled = {
                 column: {name: tensor[: len(names)] for name, tensor in columns.get(column, {}).items()}
                 for column in _column_names(options)
@@ -133,13 +185,11 @@ def prepare(options: Prepare) -> Store:
                 images_per_second=len(block) / (time.perf_counter() - block_started),
                 peak_rss_mib=peak_rss_mib(),
             )
-    seconds = time.perf_counter() - started
-    store = writer.finish(_statistics_rows(options, writer.rows))
-    print(
-        f"{options.out}: {len(store)} images ({len(store.manifest.skipped)} unreadable), "
-        f"{remaining / seconds:.1f} images/s, peak memory {peak_rss_mib():.0f} MiB"
-    )
-    return store
+
+
+def _dealt(blocks: list[range], rank: int, processes: int) -> list[range]:
+    """The part of the blocks that one of several processes does: neighbours, since files and streams are read on."""
+    return blocks[len(blocks) * rank // processes : len(blocks) * (rank + 1) // processes]
 
 
 def peak_rss_mib() -> float:
@@ -148,25 +198,42 @@ def peak_rss_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-class _Batch(NamedTuple):
-    """Decoded images: uint8 pixels (B, 3, h, w) with their indices in the folder, and those that could not be read."""
+class _Crop(NamedTuple):
+    """An image as a process that decodes hands it over. A stream knows a label only while it reads the image."""
 
-    indices: list[int]
+    name: str
+    label: int
+    pixels: Tensor
+
+
+class _Batch(NamedTuple):
+    """Decoded images with names and labels (B,) int64, uint8 pixels (B, 3, h, w), and those that cannot be read."""
+
+    names: list[str]
+    labels: Tensor
     pixels: Tensor
     unreadable: list[UnreadableImage]
+    failure: UserError | None
+    """Why the source cannot be read at all. It travels as data, since a DataLoader would wrap it in a traceback."""
 
 
 class _Crops(Dataset):
-    """The images of a folder as (index, decoded crop)."""
+    """The images of a source, decoded and cropped."""
 
-    def __init__(self, images: ImageFolder, size: tuple[int, int]):
+    def __init__(self, images: ImageSource, size: tuple[int, int]):
         self.images, self.size = images, size
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | UnreadableImage]:
-        return index, self.images.load(index, self.size)
+    def __getitem__(self, index: int) -> _Crop | UnreadableImage | UserError:
+        try:
+            pixels = self.images.load(index, self.size)
+            if isinstance(pixels, UnreadableImage):
+                return pixels
+            return _Crop(self.images.names[index], self.images.labels[index], pixels)
+        except UserError as error:
+            return error
 
 
-def _decoded(images: ImageFolder, options: Prepare, blocks: list[range], device: torch.device) -> Iterator[_Batch]:
+def _decoded(images: ImageSource, options: Prepare, blocks: list[range], device: torch.device) -> Iterator[_Batch]:
     """The batches of all blocks in order, decoded by other processes ahead of their use. None straddles two blocks."""
     batches = [list(part) for block in blocks for part in _split(block, options.batch_size)]
     return iter(
@@ -174,18 +241,20 @@ def _decoded(images: ImageFolder, options: Prepare, blocks: list[range], device:
             _Crops(images, options.size),
             batch_sampler=batches,
             collate_fn=_collate,
-            num_workers=min(options.workers, len(batches)),
+            num_workers=min(options.workers, len(batches), 1 if images.sequential else options.workers),
             pin_memory=device.type == "cuda",
         )
     )
 
 
-def _collate(items: list[tuple[int, Tensor | UnreadableImage]]) -> _Batch:
-    readable = [(index, crop) for index, crop in items if isinstance(crop, Tensor)]
+def _collate(items: list[_Crop | UnreadableImage | UserError]) -> _Batch:
+    crops = [item for item in items if isinstance(item, _Crop)]
     return _Batch(
-        [index for index, _ in readable],
-        torch.stack([crop for _, crop in readable]) if readable else torch.empty(0, dtype=torch.uint8),
-        [crop for _, crop in items if isinstance(crop, UnreadableImage)],
+        [crop.name for crop in crops],
+        torch.tensor([crop.label for crop in crops], dtype=torch.int64),
+        torch.stack([crop.pixels for crop in crops]) if crops else torch.empty(0, dtype=torch.uint8),
+        [item for item in items if isinstance(item, UnreadableImage)],
+        next((item for item in items if isinstance(item, UserError)), None),
     )
 
 
@@ -227,7 +296,7 @@ def _put(columns: dict[str, dict[str, Tensor]], batch: dict[str, dict[str, Tenso
 
 
 def _contents(
-    options: Prepare, images: ImageFolder, autoencoder: Autoencoder, encoder: VisionEncoder | None
+    options: Prepare, images: ImageSource, autoencoder: Autoencoder, encoder: VisionEncoder | None
 ) -> Contents:
     source = Source(
         path=str(options.images),
@@ -235,6 +304,9 @@ def _contents(
         resolution=options.size,
         class_names=images.class_names,
         count=len(images),
+        reading=options.reading,
+        subset=options.subset,
+        flips=options.flips,
     )
     return Contents(
         source=source,

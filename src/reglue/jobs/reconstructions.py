@@ -95,7 +95,7 @@ def evaluate(
         signal.update(out.mean.reshape(-1, 1))
     return {
         **{name: torch.cat(values).mean().item() for name, values in per_image.items()},
-        "rfid": frechet_distance(*sets) if bool(sets[1].mean.isfinite().all()) else math.nan,
+        "rfid": frechet_distance(*(one.gaussian for one in sets)) if bool(sets[1].mean.isfinite().all()) else math.nan,
         "latent_mean": latents.mean.item(),
         "latent_std": latents.covariance.sqrt().item(),
         "signal_std": signal.covariance.sqrt().item(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue.diffusion.guidance import Guidance
 from reglue.errors import UserError
 from reglue.files import replacing
 from reglue.recipe import Rounding, SamplerName, Sampling
 from reglue.runs import ranks
-from reglue.runs.checkpoints import find
-from reglue.runs.generation import ImageModel, evaluations, load
+from reglue.runs.generation import ImageModel, changed_sampling, evaluations, load
 from reglue.seeds import generator
 
 PROTOCOL = "samples.json"
@@ -30,7 +28,7 @@ class Sample:
     """Draw images from a run. Image i depends on the seed and i alone; the same command again draws what is missing."""
 
     run: Positional[Path]
-    """Folder of the run."""
+    """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
     out: Path
     """A folder for PNG files, or a file that ends in .npz."""
     count: int = 50
@@ -85,7 +83,18 @@ def sample(options: Sample) -> Path:
         raise UserError(
             f"--weaker-run {options.weaker_run} was trained on other modalities or sizes than {options.run}"
         )
-    sampling = chosen_sampling(options, model.default_sampling)
+    sampling = changed_sampling(
+        model.default_sampling,
+        sampler=options.sampler,
+        steps=options.steps,
+        rounding=options.rounding,
+        guidance_scale=options.guidance_scale,
+        guidance_interval=options.guidance_interval,
+        local_scale=options.local_scale,
+        cls_scale=options.cls_scale,
+        representation_scale=options.representation_scale,
+        auto_scale=options.auto_scale if options.weaker_run else None,
+    )
     labels = choose_labels(options, model)
 
     as_npz = options.out.suffix == ".npz"
@@ -115,26 +124,6 @@ def sample(options: Sample) -> Path:
     return options.out
 
 
-def chosen_sampling(options: Sample, default: Sampling) -> Sampling:
-    """The model's own sampling with what the options change."""
-    guidance = {
-        "scale": options.guidance_scale,
-        "local_scale": options.local_scale,
-        "cls_scale": options.cls_scale,
-        "interval": options.guidance_interval,
-        "representation_scale": options.representation_scale,
-        "auto_scale": options.auto_scale if options.weaker_run else None,
-    }
-    changes = {"sampler": options.sampler, "steps": options.steps, "rounding": options.rounding}
-    if options.steps is not None and options.steps < 1:
-        raise UserError("--steps must be at least 1")
-    try:
-        changed: Guidance = replace(default.guidance, **{k: v for k, v in guidance.items() if v is not None})
-    except ValueError as error:
-        raise UserError(f"--guidance-interval: {error}") from None
-    return replace(default, guidance=changed, **{k: v for k, v in changes.items() if v is not None})
-
-
 def choose_labels(options: Sample, model: ImageModel) -> list[int]:
     """The label of each image: a function of the seed and its index."""
     names = model.record.class_names
@@ -155,7 +144,7 @@ def describe(options: Sample, model: ImageModel, sampling: Sampling, labels: lis
         "run": str(options.run),
         "recipe": record.recipe.name,
         "model": record.recipe.model,
-        "step": int(find(options.run, options.step).name),
+        "step": model.step,
         "weights": "EMA",
         "sampling": asdict(sampling),
         "label_policy": options.labels,

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reglue.data.batches import TrainingData
-from reglue.data.images import ImageFolder, UnreadableImage
+from reglue.data.images import UnreadableImage
 from reglue.data.pictures import image_grid
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
@@ -28,9 +28,10 @@ from reglue.files import replacing
 from reglue.recipe import Descent, Recipe
 from reglue.runs import checkpoints, ranks
 from reglue.runs.generation import ImageModel, decoder
-from reglue.runs.record import RunRecord
+from reglue.runs.record import COMPRESSOR, RunRecord
 from reglue.runs.tracking import MetricsLog
 from reglue.seeds import generator
+from reglue.semantics.compressors import SPEC_FILE, load_compressor
 from reglue.semantics.encoders import load_encoder
 
 
@@ -75,6 +76,8 @@ def train(options: Train) -> Path:
 
     record = RunRecord.of(store, recipe, options.seed)
     claim(options.out, record, rank)
+    if record.compressor and rank == 0:
+        take_compressor(store, record, options.out)
     torch.manual_seed(int(generator(options.seed, "initial weights").integers(2**63)))
     model = Denoiser(record.denoiser).to(device)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
@@ -185,7 +188,10 @@ def part_sizes(optimisation: Descent, processes: int) -> tuple[int, int]:
 def claim(out: Path, record: RunRecord, rank: int) -> None:
     """Make the run folder, or check that it is this run's. Raises UserError, naming what differs."""
     if (out / "run.json").is_file():
-        different = RunRecord.read(out).differences(record)
+        before = RunRecord.read(out)
+        if before.origin:
+            raise UserError(f"{out} was imported from {before.origin} and cannot be trained on; choose a new --out")
+        different = before.differences(record)
         if different:
             raise UserError(
                 f"{out} is a run with other settings ({', '.join(different)}); choose a new --out, or the old settings"
@@ -196,6 +202,12 @@ def claim(out: Path, record: RunRecord, rank: int) -> None:
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         record.write(out)
+
+
+def take_compressor(store: Store, record: RunRecord, out: Path) -> None:
+    """Copy the compressor into the run: what the model's local maps mean must not get lost with the store."""
+    if not (out / COMPRESSOR / SPEC_FILE).is_file():
+        load_compressor(store.folder / "compressors" / record.recipe.local.compressor).save(out / COMPRESSOR)
 
 
 def learning_rate(optimisation: Descent, step: int) -> float:
@@ -253,16 +265,18 @@ def online_targets(store: Store, device: torch.device):
     """A function from names of images to the encoder's tokens, for alignment without cached features."""
     source, spec = store.manifest.source, store.manifest.encoder
     assert spec is not None
-    folder = ImageFolder.open(source.path)
-    index_of = {name: index for index, name in enumerate(folder.names)}
-    encoder = load_encoder(spec.name, source.resolution, (spec.depth - 1,), device)
+    images = source.open()
+    if images.sequential:
+        raise UserError(f"{source.path} is a stream, read in order alone; use --alignment.targets cached")
+    index_of = {name: index for index, name in enumerate(images.names)}
+    encoder = load_encoder(spec.name, source.resolution, (spec.depth - 1,), device, final_norm=spec.final_norm)
     if encoder.spec.weights_sha256 != spec.weights_sha256:
         raise UserError(f"encoder {spec.name} is not the one that {store.folder} was prepared with: its weights differ")
 
     def targets(names: Sequence[str]) -> Tensor:
         pixels: list[Tensor] = []
         for name in names:
-            image = folder.load(index_of[name], source.resolution) if name in index_of else None
+            image = images.load(index_of[name], source.resolution) if name in index_of else None
             if image is None or isinstance(image, UnreadableImage):
                 raise UserError(f"{Path(source.path) / name} is gone or damaged; online alignment needs the images")
             pixels.append(image)

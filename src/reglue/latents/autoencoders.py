@@ -1,7 +1,12 @@
 """Autoencoders: images to raw latents and back, behind one interface.
 
-Two kinds come from diffusers, `AutoencoderKL` and `AutoencoderTiny`; the third is TAEF2, which diffusers does not have.
-Nothing downstream assumes one latent space: channels, downsampling and normalisation are in the spec.
+Three kinds come from diffusers, `AutoencoderKL`, `AutoencoderTiny` and `AutoencoderDC`; the fourth is TAEF2, which
+diffusers does not have. Nothing downstream assumes one latent space: channels, downsampling and normalisation are in
+the spec.
+
+A diffusers folder may carry its normalisation as `mean_std.json`, which goes before its configuration: `{"mean": …,
+"std": …}`, each one number for all channels (as ReaLS has it, arXiv 2502.00359) or a list with one for each channel, of
+the raw latents. Models live in (raw − mean)/std.
 """
 
 import hashlib
@@ -13,17 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reglue.errors import UserError
+from reglue.hub import fetch
 from reglue.latents.taef2 import taef2_decoder, taef2_encoder
 
 if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyOutput
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     from diffusers.models.autoencoders.vae import DecoderOutput
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
@@ -32,10 +38,23 @@ HUB_NAMES = {
     "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse",
     "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
     "sdxl-vae": "stabilityai/sdxl-vae",
+    "sd3-vae": "stabilityai/stable-diffusion-3-medium-diffusers/vae",
+    "flux-vae": "black-forest-labs/FLUX.1-schnell/vae",
+    "dc-ae-f32c32": "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers",
+    "dc-ae-f64c128": "mit-han-lab/dc-ae-f64c128-in-1.0-diffusers",
+    "dc-ae-f128c512": "mit-han-lab/dc-ae-f128c512-in-1.0-diffusers",
+    "dc-ae-f32c32-sana": "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers",
     "taesd": "madebyollin/taesd",
+    "taesdxl": "madebyollin/taesdxl",
+    "taesd3": "madebyollin/taesd3",
+    "taef1": "madebyollin/taef1",
 }
-"""Short names of autoencoders on the Hugging Face hub."""
+"""Short names of autoencoders on the Hugging Face hub: OWNER/REPOSITORY[/SUBFOLDER]."""
+GATED = {"sd3-vae", "flux-vae"}
+"""Those whose pages ask for terms to be accepted first."""
+CONFIG = "config.json"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+MEAN_STD = "mean_std.json"
 TAEF2_FILES = ("taef2_encoder.safetensors", "taef2_decoder.safetensors")
 
 
@@ -59,8 +78,9 @@ class AutoencoderSpec:
     name: str = field(compare=False)
     """What `load_autoencoder` takes to load it again."""
     kind: str
-    """`AutoencoderKL`, `AutoencoderTiny` or `TAEF2`."""
-    weights_sha256: str
+    """`AutoencoderKL`, `AutoencoderTiny`, `AutoencoderDC` or `TAEF2`."""
+    weights_sha256: str | None
+    """None where the weights were never seen: an imported run names an autoencoder that need not be at hand."""
     latent_channels: int
     downsampling: int
     """Image pixels per latent pixel, along each side."""
@@ -129,22 +149,26 @@ class KlAutoencoder(Autoencoder):
         return cast("DecoderOutput", self.network.decode(cast(Any, latents))).sample.clamp(-1, 1)
 
 
-class TinyAutoencoder(Autoencoder):
-    """diffusers' AutoencoderTiny (TAESD and its kin): deterministic."""
+class DeterministicAutoencoder(Autoencoder):
+    """diffusers' AutoencoderTiny (TAESD and its kin) and AutoencoderDC (DC-AE, arXiv 2410.10733): one latent each.
 
-    def __init__(self, network: "AutoencoderTiny", spec: AutoencoderSpec):
+    Both take and give images in [−1, 1]; AutoencoderTiny changes to its own [0, 1] inside.
+    """
+
+    def __init__(self, network: "AutoencoderTiny | AutoencoderDC", spec: AutoencoderSpec):
         super().__init__()
         self.network, self.spec = network.eval().requires_grad_(False), spec
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Moments:
         """See `Autoencoder.encode`."""
-        return Moments(cast("AutoencoderTinyOutput", self.network.encode(images)).latents, None)
+        (latents,) = cast(tuple[Tensor], self.network.encode(images, return_dict=False))
+        return Moments(latents, None)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See `Autoencoder.decode`."""
-        return cast("DecoderOutput", self.network.decode(cast(Any, latents))).sample.clamp(-1, 1)
+        return cast("DecoderOutput", self.network.decode(latents)).sample.clamp(-1, 1)
 
 
 class Taef2Autoencoder(Autoencoder):
@@ -173,7 +197,7 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu") -> Autoencod
     Args:
         name: `starter`, another short name (`sd-vae-ft-mse`), a hub name `OWNER/REPOSITORY[/SUBFOLDER]`, a folder in
             diffusers' layout (`config.json` and `diffusion_pytorch_model.safetensors`), or TAEF2 by the folder
-            of its two files or by either file. Hub names are fetched, or taken from the hub's cache.
+            of its two files or by either file. Hub names are taken from the hub's cache, or fetched.
         device: where the network lives.
 
     Raises:
@@ -211,23 +235,23 @@ def _fetch(name: str) -> Path:
             f"{', '.join(autoencoder_names())}, others on the hub are OWNER/REPOSITORY"
         )
     prefix = f"{subfolder}/" if subfolder else ""
-    files = [prefix + "config.json", prefix + DIFFUSERS_WEIGHTS]
-    try:
-        snapshot = snapshot_download(f"{owner}/{repository}", allow_patterns=files)
-    except Exception as error:  # whatever the hub's client raises: offline, refused, not found
-        raise UserError(
-            f"autoencoder {name} cannot be fetched ({type(error).__name__}): download {' and '.join(files)} of "
-            f"{owner}/{repository} from the Hugging Face hub into a folder, and give that folder"
-        ) from error
-    return Path(snapshot) / subfolder
+    return fetch(
+        f"autoencoder {name}",
+        f"{owner}/{repository}",
+        [prefix + CONFIG, prefix + DIFFUSERS_WEIGHTS],
+        instead="put them into a folder, and give that folder",
+        optional=prefix + MEAN_STD,
+        gated=name in GATED,
+    )
 
 
-def _load_diffusers(name: str, folder: Path) -> KlAutoencoder | TinyAutoencoder:
+def _load_diffusers(name: str, folder: Path) -> KlAutoencoder | DeterministicAutoencoder:
     # Importing diffusers takes seconds, which TAEF2 need not wait for.
+    from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
-    config_file, weights = folder / "config.json", folder / DIFFUSERS_WEIGHTS
+    config_file, weights = folder / CONFIG, folder / DIFFUSERS_WEIGHTS
     for file in (config_file, weights):
         if not file.is_file():
             raise UserError(f"autoencoder {folder}: {file.name} is missing; a diffusers folder has it beside the rest")
@@ -236,40 +260,88 @@ def _load_diffusers(name: str, folder: Path) -> KlAutoencoder | TinyAutoencoder:
         kind = config["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"autoencoder {folder}: config.json is not in diffusers' layout ({error!r})") from error
-    networks = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    networks = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny, "AutoencoderDC": AutoencoderDC}
     if kind not in networks:
         raise UserError(f"autoencoder {folder}: config.json says {kind}; known are {' and '.join(networks)}")
-
-    # from_pretrained would also take pickled weights, and would fill missing ones with noise: neither is wanted.
-    try:
-        network = networks[kind].from_config(config)
-        _load_weights(network, weights)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"autoencoder {folder}: config.json describes no {kind} ({error})") from error
-
-    network_config = dict(network.config)
-    shift, scale = _normalisation(network_config)
-    channels = network_config["latent_channels"]
-    encoder_widths = network_config["encoder_block_out_channels" if kind == "AutoencoderTiny" else "block_out_channels"]
+    network = _read_network(networks[kind], folder)
+    config = dict(network.config)
+    shift, scale = _normalisation(config, folder)
+    widths = config["block_out_channels"] if kind == "AutoencoderKL" else config["encoder_block_out_channels"]
     spec = AutoencoderSpec(
         name=name,
         kind=kind,
         weights_sha256=_sha256(weights),
-        latent_channels=channels,
-        downsampling=2 ** (len(encoder_widths) - 1),
+        latent_channels=config["latent_channels"],
+        downsampling=2 ** (len(widths) - 1),  # Each stage but the first halves the sides.
         shift=shift,
         scale=scale,
     )
-    return KlAutoencoder(network, spec) if isinstance(network, AutoencoderKL) else TinyAutoencoder(network, spec)
+    return KlAutoencoder(network, spec) if kind == "AutoencoderKL" else DeterministicAutoencoder(network, spec)
 
 
-def _normalisation(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Shift and scale per channel, from what diffusers keeps: one number each, or the mean and std of every channel."""
-    channels, factor = config["latent_channels"], float(config["scaling_factor"])
+def _read_network(network_class: Any, folder: Path) -> Any:
+    """The network of a diffusers folder in float32, with every weight from its file.
+
+    diffusers itself reads it, since it knows the names that the attention of the SD-VAE had when it was published.
+    """
+    from diffusers.utils import logging
+
+    weights = folder / DIFFUSERS_WEIGHTS
+    _check_is_safetensors(weights)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # What it would warn of is refused below.
+    try:
+        network, loaded = network_class.from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        raise _unfitting(weights, str(error)) from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"autoencoder {folder}: config.json describes no {network_class.__name__} ({error})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    # diffusers fills missing weights with noise.
+    for problem in ("missing_keys", "unexpected_keys"):
+        if loaded[problem]:
+            raise _unfitting(weights, f"{problem.replace('_', ' ')} {', '.join(sorted(loaded[problem]))}")
+    return network
+
+
+def _normalisation(config: dict[str, Any], folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shift and scale per channel: from `mean_std.json` where the folder has one, else from diffusers' configuration.
+
+    diffusers keeps one number each, or the mean and standard deviation of every channel.
+    """
+    channels, own = config["latent_channels"], folder / MEAN_STD
+    if own.is_file():
+        mean, std = _read_mean_std(own, channels)
+        return mean, tuple(1 / value for value in std)
+    factor = float(config["scaling_factor"])
     means, stds = config.get("latents_mean"), config.get("latents_std")
     if means is not None and stds is not None:
         return tuple(map(float, means)), tuple(factor / std for std in stds)
     return (float(config.get("shift_factor") or 0.0),) * channels, (factor,) * channels
+
+
+def _read_mean_std(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel."""
+    try:
+        content = json.loads(file.read_text())
+        mean, std = (torch.tensor(content[key], dtype=torch.float64).expand(channels) for key in ("mean", "std"))
+        valid = mean.isfinite().all() and std.isfinite().all() and std.min() > 0
+    except (ValueError, KeyError, TypeError, RuntimeError):
+        valid = False
+    if not valid:
+        raise UserError(
+            f'{file} must say {{"mean": …, "std": …}}, each one finite number or a list of {channels}, one for each '
+            "latent channel, std above 0: mend it, or take it away to use config.json"
+        )
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _load_taef2(name: str, folder: Path) -> Taef2Autoencoder:
@@ -299,8 +371,14 @@ def _load_taef2(name: str, folder: Path) -> Taef2Autoencoder:
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
+    _check_is_safetensors(file)
+    return load_file(file)
+
+
+def _check_is_safetensors(file: Path) -> None:
     try:
-        return load_file(file)
+        with safe_open(file, "pt"):
+            pass
     except SafetensorError as error:
         raise UserError(f"{file} is not a safetensors file ({error})") from error
 
@@ -310,8 +388,11 @@ def _load_weights(network: nn.Module, file: Path) -> None:
     try:
         network.load_state_dict(_read_weights(file))
     except RuntimeError as error:
-        details = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} does not fit the network it should hold: {details}") from error
+        raise _unfitting(file, str(error)) from error
+
+
+def _unfitting(file: Path, reason: str) -> UserError:
+    return UserError(f"{file} does not fit the network it should hold: {' '.join(reason.split())[:200]}")
 
 
 def _sha256(*files: Path) -> str:

@@ -90,7 +90,7 @@ def encoder_features(encoder: VisionEncoder, images: Tensor) -> Tensor:
     [−1, 1], through which gradients flow."""
     pixels = (images.clamp(-1, 1) + 1) * 127.5
     _, layers = encoder.network.forward_intermediates(
-        encoder.preprocess(pixels), indices=list(encoder.spec.layers), norm=True
+        encoder.preprocess(pixels), indices=list(encoder.spec.layers), norm=encoder.spec.final_norm
     )
     return torch.cat(cast(list[Tensor], layers), dim=1)
 

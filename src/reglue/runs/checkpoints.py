@@ -19,14 +19,22 @@ MODEL, EMA, OPTIMISER, PROGRESS = "model.safetensors", "ema.safetensors", "optim
 
 def save(run: Path, step: int, model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> Path:
     """Write the checkpoint of a step, beside its place first. Raises UserError if the disk is full."""
+    return _write(run, step, {MODEL: model.state_dict(), EMA: ema, OPTIMISER: _optimiser_tensors(model, optimiser)})
+
+
+def save_weights(run: Path, step: int, ema: dict[str, Tensor]) -> Path:
+    """Write a checkpoint of averaged weights alone: to sample from, not to continue. Raises UserError as `save`."""
+    return _write(run, step, {EMA: {name: value.detach().cpu().contiguous() for name, value in ema.items()}})
+
+
+def _write(run: Path, step: int, files: dict[str, dict[str, Tensor]]) -> Path:
     folder = run / FOLDER / f"{step:08d}"
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
-        save_file(model.state_dict(), beside / MODEL)
-        save_file(ema, beside / EMA)
-        save_file(_optimiser_tensors(model, optimiser), beside / OPTIMISER)
+        for name, tensors in files.items():
+            save_file(tensors, beside / name)
         (beside / PROGRESS).write_text(json.dumps({"step": step}))
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)

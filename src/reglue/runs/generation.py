@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal, TypedDict, Unpack, get_args, overload
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from reglue.data.batches import Normalisation
 from reglue.diffusion.denoiser import Denoiser
@@ -19,50 +22,142 @@ from reglue.diffusion.paths import PATHS
 from reglue.diffusion.samplers import euler, euler_maruyama, heun, stochastic_times, uniform_times
 from reglue.errors import UserError
 from reglue.latents.autoencoders import Autoencoder, load_autoencoder
-from reglue.recipe import Rounding, Sampling
-from reglue.runs import checkpoints
+from reglue.recipe import Rounding, SamplerName, Sampling
+from reglue.runs import checkpoints, hub, sharing
 from reglue.runs.ranks import autocast, resolve_device
+from reglue.runs.record import FILE as RECORD
 from reglue.runs.record import RunRecord
 from reglue.seeds import generator, normals
 
-TRAINING_ONLY = "projector."
+
+class GenerateOptions(TypedDict, total=False):
+    """What `ImageModel.generate` takes besides classes; everything has a default."""
+
+    count: int
+    """How many images: of the one class that is given, or of none."""
+    seed: int
+    """0 if not given."""
+    batch_size: int
+    """Images at once, 32 if not given; does not change them beyond rounding."""
+    progress: bool
+    """Show a progress bar."""
+    sampling: Sampling
+    """In place of `default_sampling`; the following change single values of it."""
+    sampler: SamplerName
+    """euler, heun or euler-maruyama."""
+    steps: int
+    """Intervals of the time grid."""
+    guidance_scale: float
+    """Classifier-free guidance; 1 is none."""
+    guidance_interval: tuple[float, float]
+    """Guided only between these times; 0 is data, 1 is noise."""
+    local_scale: float
+    """Guidance scale of the local map."""
+    cls_scale: float
+    """Guidance scale of the class token."""
+    representation_scale: float
+    """Representation guidance, for models trained with dropped local maps."""
+    rounding: Rounding
+    """How pixels become 8-bit numbers."""
 
 
 def load(
-    run: str | Path, *, step: int | None = None, device: str = "auto", autoencoder: str | None = None
+    run: str | Path,
+    *,
+    step: int | None = None,
+    device: str = "auto",
+    autoencoder: str | None = None,
+    revision: str | None = None,
 ) -> ImageModel:
-    """Load a trained model from its run folder, with the averaged (EMA) weights.
+    """Load a trained model, with the averaged (EMA) weights.
 
-    `step` picks a checkpoint, the last one if not given; `autoencoder` replaces the one that the run was trained
-    with, for decoding (the SD-VAE's ft-ema for ft-mse, say). Raises UserError for anything missing or unfitting.
+    `run` is a run folder, or `OWNER/NAME` of a model on the Hugging Face hub that `ImageModel.push_to_hub` put there,
+    of which `revision` picks a version; a folder of that name comes first. `step` picks a checkpoint, the last one if
+    not given; `autoencoder` replaces the one that the run decodes with. Raises UserError for anything missing or
+    unfitting.
     """
-    folder, target = Path(run), resolve_device(device)
+    folder, target = hub.find_run(run, revision), resolve_device(device)
     record = RunRecord.read(folder)
-    weights = checkpoints.read_weights(checkpoints.find(folder, step) / checkpoints.EMA)
+    checkpoint = checkpoints.find(folder, step)
+    weights = checkpoints.read_weights(checkpoint / checkpoints.EMA)
     denoiser = Denoiser(record.denoiser)
-    denoiser.load_state_dict(weights)
-    return ImageModel(record, denoiser.to(target), decoder(record, target, autoencoder))
+    try:
+        denoiser.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{checkpoint / checkpoints.EMA} does not fit {folder / RECORD}: {' '.join(str(error).split())[:200]}"
+        ) from None
+    return ImageModel(
+        record, denoiser.to(target), decoder(record, target, autoencoder, folder), folder, int(checkpoint.name)
+    )
 
 
-def decoder(record: RunRecord, device: torch.device, name: str | None = None) -> Autoencoder:
+def decoder(
+    record: RunRecord, device: torch.device, name: str | None = None, folder: Path | None = None
+) -> Autoencoder:
     """The autoencoder that turns a run's latents into images. Raises UserError if it is not the run's own.
 
-    A `name` that is given replaces it on purpose, and only the number of channels and the scale must fit.
+    A `name` that is given replaces it on purpose, and only channels and downsampling must fit: latents are scaled as
+    the run has recorded. Relative names in the record are looked for in the run's `folder` first: a shared run brings
+    its own autoencoder along.
     """
     expected = record.autoencoder
-    found = load_autoencoder(name or expected.name, device)
-    if name is None and found.spec != expected:
-        raise UserError(
-            f"autoencoder {expected.name} is not the one that the run was trained with "
-            f"(weights {found.spec.weights_sha256[:12]}, expected {expected.weights_sha256[:12]}); put the old one "
-            "back or choose one with --autoencoder"
-        )
-    if found.spec.latent_channels != expected.latent_channels:
-        raise UserError(
-            f"--autoencoder {name} has {found.spec.latent_channels} latent channels, "
-            f"the run has {expected.latent_channels}"
-        )
+    own = record.decoder or expected.name
+    if folder is not None and (folder / own).is_dir():
+        own = str(folder / own)
+    found = load_autoencoder(name or own, device)
+    for part, what in (("latent_channels", "latent channels"), ("downsampling", "pixels of a latent along a side")):
+        if getattr(found.spec, part) != getattr(expected, part):
+            raise UserError(
+                f"--autoencoder {name or own} has {getattr(found.spec, part)} {what}, "
+                f"the run has {getattr(expected, part)}"
+            )
+    if name is None and record.decoder is None:
+        # What was never seen cannot be compared.
+        seen = found.spec if expected.weights_sha256 else replace(found.spec, weights_sha256=None)
+        compared = (part.name for part in fields(expected) if part.compare)
+        changed = [part for part in compared if getattr(seen, part) != getattr(expected, part)]
+        if changed:
+            raise UserError(
+                f"autoencoder {own} is not the one that the run was trained with, {', '.join(changed)} differ: "
+                "put the old one back or choose one with --autoencoder"
+            )
     return found
+
+
+def changed_sampling(
+    default: Sampling,
+    *,
+    sampler: SamplerName | None = None,
+    steps: int | None = None,
+    rounding: Rounding | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    local_scale: float | None = None,
+    cls_scale: float | None = None,
+    representation_scale: float | None = None,
+    auto_scale: float | None = None,
+) -> Sampling:
+    """A way to sample with what is given (not None) in place of the default's. Raises UserError for what cannot be."""
+    if steps is not None and steps < 1:
+        raise UserError("--steps must be at least 1")
+    for name, value, known in (("sampler", sampler, SamplerName), ("rounding", rounding, Rounding)):
+        if value is not None and value not in get_args(known):
+            raise UserError(f"{name} {value}: choose {', '.join(get_args(known))}")
+    guidance = {
+        "scale": guidance_scale,
+        "interval": guidance_interval,
+        "local_scale": local_scale,
+        "cls_scale": cls_scale,
+        "representation_scale": representation_scale,
+        "auto_scale": auto_scale,
+    }
+    changes = {"sampler": sampler, "steps": steps, "rounding": rounding}
+    try:
+        changed = replace(default.guidance, **{k: v for k, v in guidance.items() if v is not None})
+    except ValueError as error:
+        raise UserError(f"--guidance-interval: {error}") from None
+    return replace(default, guidance=changed, **{k: v for k, v in changes.items() if v is not None})
 
 
 @dataclass
@@ -72,6 +167,10 @@ class ImageModel:
     record: RunRecord
     denoiser: Denoiser
     autoencoder: Autoencoder
+    folder: Path | None = None
+    """The run's folder; None for a model that is still in training."""
+    step: int = 0
+    """Of training, at which the weights were taken."""
 
     def __post_init__(self) -> None:
         self.denoiser.eval().requires_grad_(False)
@@ -89,28 +188,112 @@ class ImageModel:
             return sampling
         return replace(sampling, guidance=replace(sampling.guidance, scale=1.0, local_scale=None, cls_scale=None))
 
+    def to(self, device: str | torch.device) -> ImageModel:
+        """The same model, moved to a device (`"cuda"`, `"cpu"`, …)."""
+        self.denoiser.to(device)
+        self.autoencoder.to(device)
+        return self
+
+    @overload
     def generate(
         self,
-        classes: Sequence[int | str] | None = None,
+        classes: int | str | Sequence[int | str] | None = None,
         *,
-        count: int | None = None,
-        seed: int = 0,
-        sampling: Sampling | None = None,
-        batch_size: int = 32,
-    ) -> list[Image.Image]:
-        """Images of the given classes (indices or names), one each; or `count` images of an unconditional model.
+        output: Literal["pil"] = "pil",
+        **options: Unpack[GenerateOptions],
+    ) -> list[Image.Image]: ...
 
-        `sampling` replaces `default_sampling`. Image i depends on `seed` and i alone. Raises UserError for an unknown
-        class.
+    @overload
+    def generate(
+        self,
+        classes: int | str | Sequence[int | str] | None = None,
+        *,
+        output: Literal["tensor"],
+        **options: Unpack[GenerateOptions],
+    ) -> Tensor: ...
+
+    def generate(
+        self,
+        classes: int | str | Sequence[int | str] | None = None,
+        *,
+        output: Literal["pil", "tensor"] = "pil",
+        **options: Unpack[GenerateOptions],
+    ) -> list[Image.Image] | Tensor:
+        """Images of the given classes (indices or names), one each, or `count` images of one class or of none.
+
+        Image i depends on `seed` and i alone. What is not given is as in `default_sampling`; see `GenerateOptions`.
+
+        Returns PIL images, or for `output="tensor"` uint8 (N, 3, height, width) on the CPU.
+
+        Raises UserError for an unknown class, a count that contradicts the classes, and guidance without classes.
         """
-        labels = [self.label(c) for c in classes] if classes is not None else [self.denoiser.null_label] * (count or 1)
-        sampling = sampling or self.default_sampling
-        pictures: list[Image.Image] = []
-        for start in range(0, len(labels), batch_size):
-            indices = range(start, min(start + batch_size, len(labels)))
-            state = self.draw(indices, [labels[i] for i in indices], seed, sampling)
-            pictures += [Image.fromarray(pixels) for pixels in self.decode(state, sampling.rounding)]
-        return pictures
+        if output not in ("pil", "tensor"):
+            raise UserError(f"output {output!r}: choose 'pil' or 'tensor'")
+        labels = self._labels(classes, options.pop("count", None))
+        seed, batch_size = options.pop("seed", 0), options.pop("batch_size", 32)
+        if batch_size < 1:
+            raise UserError("batch_size must be at least 1")
+        default = options.pop("sampling", None) or self.default_sampling
+        show_progress = options.pop("progress", False)
+        sampling = changed_sampling(default, **options)  # type: ignore[reportArgumentType], the rest are its own
+        batches: list[Tensor] = []
+        with tqdm(
+            total=-(-len(labels) // batch_size) * evaluations(sampling),
+            desc="generate",
+            unit="evaluation",
+            disable=not show_progress,
+        ) as progress:
+            for start in range(0, len(labels), batch_size):
+                indices = range(start, min(start + batch_size, len(labels)))
+                wanted = [labels[i] for i in indices]
+                state = self.draw(indices, wanted, seed, sampling, on_evaluation=progress.update)
+                batches.append(torch.from_numpy(self.decode(state, sampling.rounding)))
+        pixels = torch.cat(batches) if batches else torch.empty(0, *self.record.resolution, 3, dtype=torch.uint8)
+        if output == "tensor":
+            return pixels.permute(0, 3, 1, 2).contiguous()
+        return [Image.fromarray(image.numpy()) for image in pixels]
+
+    def save(
+        self, folder: str | Path, *, reports: Sequence[str | Path] = (), picture: str | Path | None = None
+    ) -> Path:
+        """Write what sampling needs into a new folder: record, averaged weights, compressor, and a model card.
+
+        An autoencoder from a local folder goes with them; one from the hub or from this package is named. `reports`
+        are files of `reglue evaluate --out`, beside those in the run's own `reports` folder; `picture` is one to show,
+        the run's last preview if not given. `reglue.load` and `reglue sample` take the folder. Returns it; raises
+        UserError if it holds other files.
+        """
+        return self._save(Path(folder), reports, picture, name=None)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool = False,
+        reports: Sequence[str | Path] = (),
+        picture: str | Path | None = None,
+    ) -> str:
+        """Put the model on the Hugging Face hub as `OWNER/NAME`, as `save` writes it. Returns the address.
+
+        `reglue.load("OWNER/NAME")` fetches it. Raises UserError if the hub cannot be reached or refuses.
+        """
+        with TemporaryDirectory() as folder:
+            return hub.push(self._save(Path(folder) / "model", reports, picture, name), name, private)
+
+    def _save(self, folder: Path, reports: Sequence[str | Path], picture: str | Path | None, name: str | None) -> Path:
+        files, shown = [Path(report) for report in reports], Path(picture) if picture else None
+        return sharing.save(folder, self.record, self.denoiser.state_dict(), self.step, self.folder, files, shown, name)
+
+    def _labels(self, classes: int | str | Sequence[int | str] | None, count: int | None) -> list[int]:
+        if count is not None and count < 0:
+            raise UserError(f"count {count}: choose 0 or more")
+        if classes is None:
+            return [self.denoiser.null_label] * (1 if count is None else count)
+        if isinstance(classes, int | str):
+            return [self.label(classes)] * (1 if count is None else count)
+        if count not in (None, len(classes)):
+            raise UserError(f"count {count}, but {len(classes)} classes: give one class for several images of it")
+        return [self.label(name) for name in classes]
 
     def label(self, name: int | str) -> int:
         """The label of a class index or name. Raises UserError if there is no such class."""

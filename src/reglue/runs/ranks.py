@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -13,6 +15,9 @@ from torch import Tensor
 from reglue.errors import UserError
 
 Precision = Literal["float32", "bfloat16"]
+
+LONG_WAIT = timedelta(days=30)
+"""Until a process that waits for the others gives up. One that has died is noticed at once."""
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -37,13 +42,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def join() -> tuple[int, int]:
-    """Join the process group that torchrun announces. Returns (rank, number of processes); (0, 1) without torchrun."""
+def join(long_waits: bool = False) -> tuple[int, int]:
+    """Join the process group that torchrun announces. Returns (rank, number of processes); (0, 1) without torchrun.
+
+    With `long_waits`, processes that work on their own for hours may wait for each other, over the network alone.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if long_waits:
+            dist.init_process_group("gloo", timeout=LONG_WAIT)
+        else:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -54,9 +65,28 @@ def leave() -> None:
 
 
 def wait_for_all() -> None:
-    """Return once every process has come here."""
-    if dist.is_initialized():
+    """Return once every process has come here. Raises UserError if one of them never will, because it has ended."""
+    if not dist.is_initialized():
+        return
+    try:
         dist.barrier()
+    except RuntimeError as error:
+        raise UserError(
+            f"process {dist.get_rank()} waited for another one that has stopped; see what that one said, and run the "
+            "same command again"
+        ) from error
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """Process 0 runs the block alone, then all others do. None leaves it before all have."""
+    alone = not dist.is_initialized() or dist.get_rank() == 0
+    if not alone:
+        wait_for_all()
+    yield
+    if alone:
+        wait_for_all()
+    wait_for_all()
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

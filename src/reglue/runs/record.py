@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 
-from reglue.data.batches import Normalisation, denoiser_config, local_column, normalisations
-from reglue.data.store import Store
+from reglue.data.batches import Normalisation, class_token_column, denoiser_config, local_column, normalisations
+from reglue.data.store import Store, compressor_of, holds_codes
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError
 from reglue.files import from_json, replacing, to_json
@@ -18,6 +18,8 @@ from reglue.semantics.compressors import CompressorSpec
 from reglue.semantics.encoders import EncoderSpec
 
 FILE = "run.json"
+COMPRESSOR = "compressor"
+"""Folder of the compressor, in the run's."""
 FORMAT = 1
 
 
@@ -35,31 +37,45 @@ class RunRecord:
     autoencoder: AutoencoderSpec
     encoder: EncoderSpec | None
     compressor: CompressorSpec | None
+    """Of the local semantics."""
+    class_token_compressor: CompressorSpec | None = None
+    """None where the class token is learned as it is, or not at all."""
     normalisation: dict[str, Normalisation]
     """Of the modalities that are not learned as they are; latents always have one."""
-    seed: int
-    store: str = field(compare=False)
-    """The store's folder as it was given; it may have moved since."""
-    store_hash: str
+    decoder: str | None = None
+    """The autoencoder that decodes, where it is another than the one whose latents are learned: `sd-vae-ft-ema` for
+    the published models, which learn those of `sd-vae-ft-mse`."""
+    seed: int | None = None
+    """None for an imported run."""
+    store: str | None = field(default=None, compare=False)
+    """The store's folder as it was given; it may have moved since. None for an imported or shared run."""
+    store_hash: str | None = None
+    """None for an imported run."""
+    origin: str | None = field(default=None, compare=False)
+    """The published file that the run was imported from; None for a run that was trained here."""
     versions: dict[str, str] = field(compare=False)
 
     @classmethod
     def of(cls, store: Store, recipe: Recipe, seed: int) -> RunRecord:
         """The record of training a recipe on a store. Raises UserError if they do not fit together."""
         manifest = store.manifest
+        denoiser = denoiser_config(store, recipe)  # First of all, since it checks that the store has the columns.
+        token = class_token_column(recipe)
+        compressed = recipe.class_token.present and holds_codes(token)
         return cls(
             recipe=recipe,
-            denoiser=denoiser_config(store, recipe),
+            denoiser=denoiser,
             class_names=manifest.source.class_names,
             resolution=manifest.source.resolution,
             autoencoder=manifest.autoencoder,
             encoder=manifest.encoder,
             compressor=manifest.compressors[recipe.local.compressor] if recipe.local.present else None,
+            class_token_compressor=manifest.compressors[compressor_of(token)] if compressed else None,
             normalisation=normalisations(store, recipe),
             seed=seed,
             store=str(store.folder),
             store_hash=data_hash(store, recipe),
-            versions={name: version(name) for name in ("reglue", "torch", "numpy", "safetensors")},
+            versions=versions(),
         )
 
     @classmethod
@@ -93,13 +109,18 @@ class RunRecord:
         return names
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that decide the numbers."""
+    return {name: version(name) for name in ("reglue", "torch", "numpy", "safetensors")}
+
+
 def needed_columns(recipe: Recipe) -> list[str]:
     """The store's columns that training a recipe reads."""
     columns = ["label", "latent"]
     if recipe.local.present:
         columns.append(local_column(recipe))
     if recipe.class_token.present:
-        columns.append("cls")
+        columns.append(class_token_column(recipe))
     if recipe.alignment.present and recipe.alignment.targets == "cached":
         columns += ["cls", "features"]
     return sorted(set(columns))

@@ -1,7 +1,8 @@
-"""Compressors: wide patch features to few channels and back, frozen once fitted.
+"""Compressors: wide features to few channels and back, frozen once fitted.
 
-Both kinds standardise the features first, (f − mean)/std per channel, with statistics that travel as buffers:
-REGLUE's convolutional autoencoder (arXiv 2512.16636) and ReDi's principal components (arXiv 2504.16064).
+All kinds standardise the features first, (f − mean)/std per channel, with statistics that travel as buffers:
+REGLUE's convolutional autoencoder (arXiv 2512.16636), also as a variational one, ReDi's principal components (arXiv
+2504.16064), and a perceptron that looks at one position at a time. A class token is a map of one position.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from cattrs.errors import BaseValidationError
@@ -25,6 +26,10 @@ from torch.nn import functional as F
 from reglue.errors import UserError
 from reglue.files import replacing
 
+CompressorKind = Literal["conv", "pca", "mlp"]
+CompressedColumn = Literal["features", "cls"]
+"""What a compressor is fitted to: the column of a store with patch features, or with class tokens."""
+
 SPEC_FILE = "compressor.json"
 WEIGHTS_FILE = "compressor.safetensors"
 
@@ -33,15 +38,19 @@ WEIGHTS_FILE = "compressor.safetensors"
 class CompressorSpec:
     """What a compressor is, as plain data."""
 
-    kind: Literal["conv", "pca"]
+    kind: CompressorKind
     channels_in: int
-    """Channels of the features: layers × width of the encoder."""
+    """Channels of the features: layers × width of the encoder; its width alone for class tokens."""
     hidden: int
     """Channels between; 0 for principal components."""
     channels: int
     """Channels of the code."""
     weights_sha256: str
     """Of all parameters and buffers, the statistics included."""
+    variational: bool = False
+    """Whether the encoder gives a normal distribution of codes, whose mean is the code."""
+    column: CompressedColumn = "features"
+    """What it was fitted to."""
 
 
 class Compressor(nn.Module, ABC):
@@ -49,6 +58,8 @@ class Compressor(nn.Module, ABC):
 
     mean: Tensor
     std: Tensor
+    column: CompressedColumn = "features"
+    """What it is fitted to; goes into the spec."""
 
     def __init__(self, mean: Tensor, std: Tensor):
         """`mean`, `std`: (channels_in,), of the raw features."""
@@ -104,8 +115,28 @@ class Compressor(nn.Module, ABC):
         return spec
 
 
-class ConvCompressor(Compressor):
-    """REGLUE's compressor: Conv3×3 → residual block → Conv3×3, the decoder mirrored."""
+class Posterior(NamedTuple):
+    """A normal distribution of codes, independent in every value."""
+
+    mean: Tensor
+    """(B, channels, h, w)."""
+    log_variance: Tensor
+    """(B, channels, h, w)."""
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """Codes mean + std·noise, with noise as the mean from a standard normal."""
+        return self.mean + (self.log_variance / 2).exp() * noise
+
+    def divergence(self) -> Tensor:
+        """(B,): KL divergence from a standard normal in nats, summed over the values of an image's code."""
+        values = self.mean.square() + self.log_variance.exp() - 1 - self.log_variance
+        return values.flatten(1).sum(1) / 2
+
+
+class LearnedCompressor(Compressor):
+    """An autoencoder trained by gradient descent; a variational one encodes to the mean of its posterior."""
+
+    kind: CompressorKind
 
     def __init__(
         self,
@@ -114,26 +145,68 @@ class ConvCompressor(Compressor):
         channels_out: int,
         mean: Tensor | None = None,
         std: Tensor | None = None,
+        variational: bool = False,
     ):
         """Freshly initialised. Without `mean` and `std` (channels_in,) features count as standardised already."""
         super().__init__(
             torch.zeros(channels_in) if mean is None else mean, torch.ones(channels_in) if std is None else std
         )
         self.sizes = (channels_in, hidden, channels_out)
-        self.encoder = _conv_stack(channels_in, hidden, channels_out)
-        self.decoder = _conv_stack(channels_out, hidden, channels_in)
+        self.variational = variational
+        self.encoder = self.stack(channels_in, hidden, channels_out * (2 if variational else 1))
+        self.decoder = self.stack(channels_out, hidden, channels_in)
+
+    @staticmethod
+    @abstractmethod
+    def stack(channels_in: int, hidden: int, channels_out: int) -> nn.Sequential:
+        """The layers of the encoder, and mirrored of the decoder."""
 
     def compress(self, standardised: Tensor) -> Tensor:
         """Standardised features (B, channels_in, h, w) to codes (B, channels_out, h, w)."""
-        return self.encoder(standardised)
+        return self.posterior(standardised).mean if self.variational else self.encoder(standardised)
 
     def expand(self, code: Tensor) -> Tensor:
         """Codes (B, channels_out, h, w) to standardised features (B, channels_in, h, w)."""
         return self.decoder(code)
 
+    def posterior(self, standardised: Tensor) -> Posterior:
+        """The distribution of codes of standardised features (B, channels_in, h, w), of a variational compressor."""
+        mean, log_variance = self.encoder(standardised).chunk(2, dim=1)
+        # Beyond these limits, as in latent diffusion's autoencoder, exponentials overflow.
+        return Posterior(mean, log_variance.clamp(-30, 20))
+
     def spec(self) -> CompressorSpec:
         """Kind, sizes and hash of the weights as they are now."""
-        return CompressorSpec("conv", *self.sizes, self.weights_sha256())
+        return CompressorSpec(self.kind, *self.sizes, self.weights_sha256(), self.variational, self.column)
+
+
+class ConvCompressor(LearnedCompressor):
+    """REGLUE's compressor: Conv3×3 → residual block → Conv3×3, the decoder mirrored."""
+
+    kind = "conv"
+
+    @staticmethod
+    def stack(channels_in: int, hidden: int, channels_out: int) -> nn.Sequential:
+        """(B, channels_in, h, w) to (B, channels_out, h, w)."""
+        return nn.Sequential(
+            nn.Conv2d(channels_in, hidden, 3, padding=1),
+            ResidualBlock(hidden),
+            nn.Conv2d(hidden, channels_out, 3, padding=1),
+        )
+
+
+class MlpCompressor(LearnedCompressor):
+    """A perceptron with one hidden layer at every position by itself, the decoder mirrored: for class tokens too."""
+
+    kind = "mlp"
+
+    @staticmethod
+    def stack(channels_in: int, hidden: int, channels_out: int) -> nn.Sequential:
+        """(B, channels_in, h, w) to (B, channels_out, h, w)."""
+        return nn.Sequential(nn.Conv2d(channels_in, hidden, 1), nn.GELU(), nn.Conv2d(hidden, channels_out, 1))
+
+
+LEARNED: dict[CompressorKind, type[LearnedCompressor]] = {"conv": ConvCompressor, "mlp": MlpCompressor}
 
 
 class PcaCompressor(Compressor):
@@ -187,7 +260,7 @@ class PcaCompressor(Compressor):
     def spec(self) -> CompressorSpec:
         """Kind, sizes and hash of the weights as they are now."""
         channels, channels_in = self.components.shape
-        return CompressorSpec("pca", channels_in, 0, channels, self.weights_sha256())
+        return CompressorSpec("pca", channels_in, 0, channels, self.weights_sha256(), column=self.column)
 
 
 class ResidualBlock(nn.Module):
@@ -204,6 +277,11 @@ class ResidualBlock(nn.Module):
         """(B, channels, h, w) to the same shape."""
         inner = F.relu(self.bn1(self.conv1(x)))
         return F.relu(x + self.bn2(self.conv2(inner)))
+
+
+def as_map(values: Tensor) -> Tensor:
+    """Class tokens (B, D) as maps of one position (B, D, 1, 1); features (B, C, h, w) as they are."""
+    return values[:, :, None, None] if values.ndim == 2 else values
 
 
 def resize(code: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -251,17 +329,11 @@ def conv_compressor_from_published(state_dict: Mapping[str, Tensor], mean: Tenso
     return compressor.eval()
 
 
-def _conv_stack(channels_in: int, hidden: int, channels_out: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, hidden, 3, padding=1),
-        ResidualBlock(hidden),
-        nn.Conv2d(hidden, channels_out, 3, padding=1),
-    )
-
-
 def _from_weights(spec: CompressorSpec, weights: dict[str, Tensor]) -> Compressor:
     if spec.kind == "pca":
-        return PcaCompressor(weights["mean"], weights["std"], weights["centre"], weights["components"]).eval()
-    compressor = ConvCompressor(spec.channels_in, spec.hidden, spec.channels)
-    compressor.load_state_dict(weights)
+        compressor = PcaCompressor(weights["mean"], weights["std"], weights["centre"], weights["components"])
+    else:
+        compressor = LEARNED[spec.kind](spec.channels_in, spec.hidden, spec.channels, variational=spec.variational)
+        compressor.load_state_dict(weights)
+    compressor.column = spec.column
     return compressor.eval()

@@ -2,51 +2,113 @@
 
 Everything that is a vision transformer in timm can be used. An encoder is named by a short name (`dinov2-b-reg`), by a
 timm name (`timm:vit_base_patch16_clip_224.openai`), by a folder in timm's layout, or by a file of weights. Images
-are brought to the network as REPA does (arXiv 2410.06940): /255, the network's mean and standard deviation, bicubic
-without antialias to the input size, in that order.
+are brought to the network as REPA does (arXiv 2410.06940): one patch per 16 image pixels, so that 256 pixels make 16×16
+patches; /255, the network's mean and standard deviation, and bicubic without antialias to the input size, in the order
+that the table of short names gives.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reglue.errors import UserError
+from reglue.hub import fetch
 
 if TYPE_CHECKING:
     from timm.models import Eva, VisionTransformer
 
 
+Steps = tuple[Literal["normalise", "resize"], Literal["normalise", "resize"]]
+"""The order in which an image in [0, 1] is standardised and brought to the network's input size. Bicubic weights sum to
+1, so the two orders agree but for rounding; the published features are reproduced to the bit by their own."""
+
+NORMALISE_RESIZE: Steps = ("normalise", "resize")
+RESIZE_NORMALISE: Steps = ("resize", "normalise")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What networks of one kind share: how they are fed, and the tensors that give them away."""
+
+    steps: Steps
+    tensors: frozenset[str]
+    """Those of `TELLING_TENSORS` that their weights have."""
+    recognisable: bool = True
+    """False where networks that compute something else have the same tensors: then a file alone does not tell."""
+
+
+TELLING_TENSORS = frozenset({"cls_token", "pos_embed", "norm_pre.weight", "attn_pool.latent", "blocks.0.ls1.gamma"})
+
+# REPA standardises first for DINOv2, and resizes first for CLIP. A patch of 16 leaves an image as it is, as REPA does
+# with DINO and MAE, so that their order only shows in a folder with another `reglue_input`.
+DINO_V2 = Family(NORMALISE_RESIZE, frozenset({"cls_token", "pos_embed", "blocks.0.ls1.gamma"}))
+DINO_V3 = Family(NORMALISE_RESIZE, frozenset({"cls_token"}))
+# DINO and MAE are plain vision transformers, as many others are.
+PLAIN = Family(NORMALISE_RESIZE, frozenset({"cls_token", "pos_embed"}), recognisable=False)
+# OpenAI's networks use an approximate GELU, which other CLIPs of the same shapes do not.
+CLIP = Family(RESIZE_NORMALISE, frozenset({"cls_token", "pos_embed", "norm_pre.weight"}), recognisable=False)
+# Their own image processors resize first.
+SIGLIP_2 = Family(RESIZE_NORMALISE, frozenset({"pos_embed", "attn_pool.latent"}))
+PE = Family(RESIZE_NORMALISE, frozenset({"cls_token", "pos_embed", "norm_pre.weight", "attn_pool.latent"}))
+PE_GIANT = Family(RESIZE_NORMALISE, PE.tensors - {"cls_token"})
+
+
 @dataclass(frozen=True)
 class KnownEncoder:
-    """One row of the table of short names: a timm architecture, and the shapes by which its weights are recognised."""
+    """One row of the table of short names: a timm architecture, and the shapes by which its weights are recognised.
+
+    Mean, standard deviation and the repository of the weights are timm's own for that architecture.
+    """
 
     architecture: str
+    family: Family
     width: int
     depth: int
     patch_size: int
-    registers: int
+    registers: int = 0
 
 
 KNOWN_ENCODERS = {
-    "dinov2-s": KnownEncoder("vit_small_patch14_dinov2.lvd142m", 384, 12, 14, 0),
-    "dinov2-b": KnownEncoder("vit_base_patch14_dinov2.lvd142m", 768, 12, 14, 0),
-    "dinov2-l": KnownEncoder("vit_large_patch14_dinov2.lvd142m", 1024, 24, 14, 0),
-    "dinov2-s-reg": KnownEncoder("vit_small_patch14_reg4_dinov2.lvd142m", 384, 12, 14, 4),
-    "dinov2-b-reg": KnownEncoder("vit_base_patch14_reg4_dinov2.lvd142m", 768, 12, 14, 4),
-    "dinov2-l-reg": KnownEncoder("vit_large_patch14_reg4_dinov2.lvd142m", 1024, 24, 14, 4),
+    "dinov2-s": KnownEncoder("vit_small_patch14_dinov2.lvd142m", DINO_V2, 384, 12, 14),
+    "dinov2-b": KnownEncoder("vit_base_patch14_dinov2.lvd142m", DINO_V2, 768, 12, 14),
+    "dinov2-l": KnownEncoder("vit_large_patch14_dinov2.lvd142m", DINO_V2, 1024, 24, 14),
+    "dinov2-g": KnownEncoder("vit_giant_patch14_dinov2.lvd142m", DINO_V2, 1536, 40, 14),
+    "dinov2-s-reg": KnownEncoder("vit_small_patch14_reg4_dinov2.lvd142m", DINO_V2, 384, 12, 14, 4),
+    "dinov2-b-reg": KnownEncoder("vit_base_patch14_reg4_dinov2.lvd142m", DINO_V2, 768, 12, 14, 4),
+    "dinov2-l-reg": KnownEncoder("vit_large_patch14_reg4_dinov2.lvd142m", DINO_V2, 1024, 24, 14, 4),
+    "dinov2-g-reg": KnownEncoder("vit_giant_patch14_reg4_dinov2.lvd142m", DINO_V2, 1536, 40, 14, 4),
+    "dinov3-s": KnownEncoder("vit_small_patch16_dinov3.lvd1689m", DINO_V3, 384, 12, 16, 4),
+    "dinov3-b": KnownEncoder("vit_base_patch16_dinov3.lvd1689m", DINO_V3, 768, 12, 16, 4),
+    "dinov3-l": KnownEncoder("vit_large_patch16_dinov3.lvd1689m", DINO_V3, 1024, 24, 16, 4),
+    "dino-b": KnownEncoder("vit_base_patch16_224.dino", PLAIN, 768, 12, 16),
+    "mae-b": KnownEncoder("vit_base_patch16_224.mae", PLAIN, 768, 12, 16),
+    "mae-l": KnownEncoder("vit_large_patch16_224.mae", PLAIN, 1024, 24, 16),
+    "clip-b": KnownEncoder("vit_base_patch16_clip_quickgelu_224.openai", CLIP, 768, 12, 16),
+    "clip-l": KnownEncoder("vit_large_patch14_clip_quickgelu_224.openai", CLIP, 1024, 24, 14),
+    "siglip2-b": KnownEncoder("vit_base_patch16_siglip_256.v2_webli", SIGLIP_2, 768, 12, 16),
+    "siglip2-l": KnownEncoder("vit_large_patch16_siglip_256.v2_webli", SIGLIP_2, 1024, 24, 16),
+    "siglip2-so400m": KnownEncoder("vit_so400m_patch16_siglip_256.v2_webli", SIGLIP_2, 1152, 27, 16),
+    "pe-t": KnownEncoder("vit_pe_core_tiny_patch16_384.fb", PE, 192, 12, 16),
+    "pe-s": KnownEncoder("vit_pe_core_small_patch16_384.fb", PE, 384, 12, 16),
+    "pe-b": KnownEncoder("vit_pe_core_base_patch16_224.fb", PE, 768, 12, 16),
+    "pe-l": KnownEncoder("vit_pe_core_large_patch14_336.fb", PE, 1024, 24, 14),
+    "pe-g": KnownEncoder("vit_pe_core_gigantic_patch14_448.fb", PE_GIANT, 1536, 50, 14),
 }
 STARTER = "starter"
+WEIGHTS = "model.safetensors"
+_CLASSIFIER = re.compile(r"(head|head_dist)\.(weight|bias)$|(visual\.)?proj$")
+"""Tensors of a classifier or projection after the pooled vector, as timm and OpenAI name them."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +141,15 @@ class InputRule:
         return grid, (grid[0] * patch_size, grid[1] * patch_size)
 
 
+Pooling = Literal["class token or mean", "attention"]
+
+
 @dataclass(frozen=True)
 class EncoderSpec:
     """What decides an encoder's output, as plain data. Two specs are equal when their features are the same.
 
-    Sizes are (height, width) in pixels; `grid` is in patches.
+    Sizes are (height, width) in pixels; `grid` is in patches. Fields with a default came later: it says what was done
+    before, so that older stores and runs still mean the same.
     """
 
     name: str = field(compare=False)
@@ -107,6 +173,17 @@ class EncoderSpec:
     image_std: tuple[float, ...]
     interpolation: str
     antialias: bool
+    steps: Steps = NORMALISE_RESIZE
+    """The order of standardising and resizing."""
+    final_norm: bool = True
+    """Whether the final norm was applied to the features of each layer. The class token always comes after it."""
+    pooling: Pooling = "class token or mean"
+    """How the vector for the whole image is made: the network's class token, or the mean over patches where
+    `prefix_tokens` says that it has none; or the network's own attention pooling."""
+    prefix_tokens: int | None = field(default=None, compare=False)
+    """Tokens before the patches: the class token and registers. The architecture decides it; None: not recorded."""
+    registers: int | None = field(default=None, compare=False)
+    """How many of them are registers."""
 
     @property
     def feature_channels(self) -> int:
@@ -118,9 +195,11 @@ class VisionFeatures(NamedTuple):
     """What an encoder says about images. Raw values: nothing is standardised."""
 
     class_token: Tensor
-    """(B, width): after the final norm of the last block. A network without class token gives the mean over patches."""
+    """(B, width): after the final norm of the last block. A network without class token gives what its attention
+    pooling makes of the tokens, and where it has none, the mean over patches."""
     features: Tensor
-    """(B, layers·width, grid height, grid width): the chosen blocks in order, the final norm applied to each."""
+    """(B, layers·width, grid height, grid width): the chosen blocks in order, the final norm applied to each unless
+    `EncoderSpec.final_norm` says otherwise."""
 
 
 class VisionEncoder(nn.Module):
@@ -140,8 +219,17 @@ class VisionEncoder(nn.Module):
         return super().train(False)
 
     def preprocess(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) at the prepared size → float (B, 3, *input_size), standardised, then resized."""
-        images = (pixels.to(self.image_mean) / 255 - self.image_mean) / self.image_std
+        """uint8 (B, 3, H, W) at the prepared size → float (B, 3, *input_size): standardised and resized, in that order
+        or the other, as `spec.steps` says."""
+        images = pixels.to(self.image_mean) / 255
+        for step in self.spec.steps:
+            images = self._normalise(images) if step == "normalise" else self._resize(images)
+        return images
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return (images - self.image_mean) / self.image_std
+
+    def _resize(self, images: Tensor) -> Tensor:
         if self.spec.input_size == self.spec.image_size:
             return images
         return F.interpolate(
@@ -165,12 +253,18 @@ class VisionEncoder(nn.Module):
                 f"these are {pixels.dtype} of {tuple(pixels.shape[-2:])}"
             )
         described = self.network.forward_intermediates(
-            self.preprocess(pixels), indices=list(self.spec.layers), norm=True
+            self.preprocess(pixels), indices=list(self.spec.layers), norm=self.spec.final_norm
         )
         final, layers = cast(tuple[Tensor, list[Tensor]], described)
-        prefix = self.network.num_prefix_tokens
-        class_token = final[:, 0] if self.network.cls_token is not None else final[:, prefix:].mean(dim=1)
-        return VisionFeatures(class_token, torch.cat(layers, dim=1))
+        return VisionFeatures(self._pooled(final), torch.cat(layers, dim=1))
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, prefix + patches, width) after the final norm → (B, width)."""
+        if self.spec.pooling == "attention":
+            return self.network.pool(tokens)
+        if self.network.cls_token is not None:
+            return tokens[:, 0]
+        return tokens[:, self.network.num_prefix_tokens :].mean(dim=1)
 
 
 @dataclass(frozen=True)
@@ -184,6 +278,7 @@ class _Source:
     model_args: dict[str, Any] = field(default_factory=dict)
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
     input_rule: InputRule = InputRule()
+    steps: Steps = NORMALISE_RESIZE
 
 
 def load_encoder(
@@ -191,16 +286,19 @@ def load_encoder(
     image_size: int | tuple[int, int],
     layers: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
+    *,
+    final_norm: bool = True,
 ) -> VisionEncoder:
     """A frozen vision encoder for prepared images of one size.
 
     Args:
         name: `starter`, another short name (`dinov2-b-reg`), `timm:NAME`, a folder in timm's layout (`config.json` and
             `model.safetensors`), `NAME@FILE` (that architecture with the weights in FILE), or a safetensors FILE of a
-            network in the table of short names. Names without a file are fetched from the hub, or its cache.
+            network in the table of short names. Names without a file are taken from the hub's cache, or fetched.
         image_size: side, or (height, width), of the prepared images in pixels.
         layers: indices of the blocks to describe, 0 is the first; None for the last four.
         device: where the network lives.
+        final_norm: whether the network's final norm is applied to the features of each layer.
 
     Raises:
         UserError: an unknown name, a missing or unfitting file, a layer that the network does not have, or an image
@@ -238,6 +336,11 @@ def load_encoder(
         image_std=tuple(pretrained_cfg["std"]),
         interpolation="bicubic",
         antialias=False,
+        steps=source.steps,
+        final_norm=final_norm,
+        pooling="attention" if network.cls_token is None and network.attn_pool is not None else "class token or mean",
+        prefix_tokens=network.num_prefix_tokens,
+        registers=network.num_prefix_tokens - int(network.cls_token is not None),
     )
     return VisionEncoder(network, spec).to(device)
 
@@ -247,23 +350,28 @@ def _find_source(name: str) -> _Source:
         with resources.as_file(resources.files("reglue.starter") / "encoder") as folder:
             return replace(_source_from_folder(folder), name=STARTER)
     if name in KNOWN_ENCODERS:
-        return _source_from_hub(name, KNOWN_ENCODERS[name].architecture)
+        known = KNOWN_ENCODERS[name]
+        weights = _fetch_weights(name, known.architecture)
+        return _Source(name, known.architecture, weights, steps=known.family.steps)
     if name.startswith("timm:") and "@" not in name:
-        return _source_from_hub(name, _timm_architecture(name))
+        architecture = _timm_architecture(name)
+        return _Source(name, architecture, _fetch_weights(name, architecture))
 
     path = Path(name)
     if path.is_dir():
         return _source_from_folder(path.resolve())
     if path.is_file():
-        return _Source(str(path.resolve()), KNOWN_ENCODERS[_recognise(path)].architecture, path)
+        known = KNOWN_ENCODERS[_recognise(path)]
+        return _Source(str(path.resolve()), known.architecture, path, steps=known.family.steps)
 
     architecture_name, at, file = name.partition("@")
     if at and (architecture_name in KNOWN_ENCODERS or architecture_name.startswith("timm:")):
         if not Path(file).is_file():
             raise UserError(f"encoder {name}: there is no file {file}")
-        known = KNOWN_ENCODERS.get(architecture_name)
-        architecture = known.architecture if known else _timm_architecture(architecture_name)
-        return _Source(f"{architecture_name}@{Path(file).resolve()}", architecture, Path(file))
+        full_name = f"{architecture_name}@{Path(file).resolve()}"
+        if known := KNOWN_ENCODERS.get(architecture_name):
+            return _Source(full_name, known.architecture, Path(file), steps=known.family.steps)
+        return _Source(full_name, _timm_architecture(architecture_name), Path(file))
     raise UserError(
         f"unknown encoder {name!r}: it is neither a file nor a folder; short names are {', '.join(encoder_names())}, "
         "others are given as timm:NAME"
@@ -285,7 +393,7 @@ def _timm_architecture(name: str) -> str:
 
 
 def _source_from_folder(folder: Path) -> _Source:
-    config_file, weights = folder / "config.json", folder / "model.safetensors"
+    config_file, weights = folder / "config.json", folder / WEIGHTS
     for file in (config_file, weights):
         if not file.is_file():
             raise UserError(
@@ -302,7 +410,7 @@ def _source_from_folder(folder: Path) -> _Source:
     )
 
 
-def _source_from_hub(name: str, architecture: str) -> _Source:
+def _fetch_weights(name: str, architecture: str) -> Path:
     import timm
 
     pretrained_cfg = timm.get_pretrained_cfg(architecture)
@@ -311,29 +419,30 @@ def _source_from_hub(name: str, architecture: str) -> _Source:
         raise UserError(f"encoder {name}: timm has no weights for {architecture}; give yours as {name}@FILE")
     # Models of the newer tags have the bare prefix here; the architecture completes it.
     repository = repository if not repository.endswith("/") else repository + architecture
-    try:
-        weights = hf_hub_download(repository, "model.safetensors")
-    except Exception as error:  # whatever the hub's client raises: offline, refused, not found
-        raise UserError(
-            f"encoder {name} cannot be fetched ({type(error).__name__}): download model.safetensors of {repository} "
-            f"from the Hugging Face hub and give it as {name}@FILE"
-        ) from error
-    return _Source(name, architecture, Path(weights))
+    return fetch(f"encoder {name}", repository, [WEIGHTS], instead=f"give it as {name}@FILE") / WEIGHTS
 
 
 def _recognise(file: Path) -> str:
-    """The short name of the architecture whose weights a file holds."""
+    """The short name of the architecture whose weights a file holds. Raises UserError if there is not just one."""
     shapes = _tensor_shapes(file)
-    patch = shapes.get("patch_embed.proj.weight", [0, 0, 0, 0])
-    blocks = {int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")}
+    width, *_, patch_size = shapes.get("patch_embed.proj.weight", [0, 0])
+    depth = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
     registers = next((shapes[key][1] for key in ("reg_token", "register_tokens") if key in shapes), 0)
-    found = KnownEncoder("", width=patch[0], depth=len(blocks), patch_size=patch[-1], registers=registers)
-    for name, known in KNOWN_ENCODERS.items():
-        if asdict(known) == asdict(found) | {"architecture": known.architecture}:
-            return name
+    telling = TELLING_TENSORS & shapes.keys()
+    fitting = {
+        name: known.family
+        for name, known in KNOWN_ENCODERS.items()
+        if (known.width, known.depth, known.patch_size, known.registers) == (width, depth, patch_size, registers)
+        and known.family.tensors == telling
+    }
+    if len(fitting) == 1 and all(family.recognisable for family in fitting.values()):
+        return next(iter(fitting))
+    if fitting:
+        choices = " or ".join(f"{name}@{file}" for name in fitting)
+        raise UserError(f"{file} may hold more than one network: say which, as {choices}, or as timm:NAME@{file}")
     raise UserError(
-        f"{file} holds no encoder of the table (found width {found.width}, {found.depth} blocks, patch "
-        f"{found.patch_size}, {found.registers} registers): say which network it is, as NAME@{file}"
+        f"{file} holds no encoder of the table (found width {width}, {depth} blocks, patch "
+        f"{patch_size}, {registers} registers): say which network it is, as NAME@{file}"
     )
 
 
@@ -353,10 +462,11 @@ def _empty_network(source: _Source) -> "VisionTransformer | Eva":
 
 def _load_network(source: _Source, input_size: tuple[int, int]) -> "VisionTransformer | Eva":
     try:
-        state = load_file(source.weights)
+        # Without the classifier of the training, since with it timm would load a file in which others are missing.
+        state = {key: value for key, value in load_file(source.weights).items() if not _CLASSIFIER.match(key)}
         network = _create(source, img_size=input_size, pretrained=True, state_dict=state)
     except (SafetensorError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{source.weights} does not fit the network {source.architecture}: {reason}") from error
     return network
 
@@ -372,7 +482,7 @@ def _create(
     from timm.models import Eva, VisionTransformer
 
     # With the state dict in the configuration, timm itself renames keys and resamples position embeddings to img_size.
-    overlay = {**source.pretrained_cfg, "state_dict": state_dict, "custom_load": False}
+    overlay = {**source.pretrained_cfg, "state_dict": state_dict, "custom_load": False, "num_classes": 0}
     arguments = {**source.model_args, "num_classes": 0}
     if img_size is not None:
         arguments["img_size"] = img_size

@@ -1,0 +1,86 @@
+"""Masks: the class of every pixel of an image, cropped exactly as the image was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from reglue.errors import UserError
+
+ORIENTATION = 0x0112
+"""EXIF tag: from 5 on, an image lies on its side."""
+
+
+def load_masks(folder: Path, images: Path, names: Sequence[str], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The masks of images `names` within the image folder `images`, cropped to `size` (height, width).
+
+    The mask of `CLASS/NAME.jpg` is `folder/CLASS/NAME.png`, a palette or greyscale image of class numbers. Returns
+    which of the names have one, ascending (n,) int64, and the masks, uint8 (n, height, width): one byte per pixel is
+    held in memory. Raises UserError if there are none, and for one that is damaged, holds colours, or has other
+    proportions than its image (which is looked at where it still exists).
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a folder of masks, PNG files named as the images")
+    paths = [folder / Path(name).with_suffix(".png") for name in names]
+    found = [index for index, path in enumerate(paths) if path.is_file()]
+    if not found:
+        raise UserError(f"{folder} has no mask for any image; that of {names[0]} would be {paths[0]}")
+    masks = torch.empty((len(found), *size), dtype=torch.uint8)
+    for position, index in enumerate(tqdm(found, desc="masks", unit="image", leave=False)):
+        mask = read_mask(paths[index])
+        _check_proportions(mask, paths[index], images / names[index])
+        masks[position] = torch.from_numpy(np.array(crop_mask(mask, size)))
+    return torch.tensor(found), masks
+
+
+def read_mask(path: Path) -> Image.Image:
+    """The class numbers of a file, as an image of 8 bits. Raises UserError for anything else."""
+    try:
+        with Image.open(path) as file:
+            numbers = np.asarray(file)
+            mode = file.mode
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read ({error}); mend it or remove it") from error
+    if numbers.ndim != 2 or mode not in ("1", "L", "P", "I", "I;16"):
+        raise UserError(f"{path} holds colours (mode {mode}), not class numbers; save it as a palette or greyscale PNG")
+    if numbers.max(initial=0) > 255 or numbers.min(initial=0) < 0:
+        raise UserError(f"{path} holds class {numbers.max()}; class numbers lie between 0 and 254, and 255 is ignored")
+    return Image.fromarray(numbers.astype(np.uint8))
+
+
+def crop_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The part of a mask that `data.images.crop_to` keeps of its image, at `size` (height, width).
+
+    Every pixel is the nearest one of the whole mask, scaled in one step: halving on the way, as images are, would move
+    it by up to half a pixel.
+    """
+    height, width = size
+    columns, rows = mask.size
+    while columns >= 2 * width and rows >= 2 * height:
+        columns, rows = columns // 2, rows // 2
+    scale = max(width / columns, height / rows)
+    mask = mask.resize((round(columns * scale), round(rows * scale)), Image.Resampling.NEAREST)
+    left, top = (mask.width - width) // 2, (mask.height - height) // 2
+    return mask.crop((left, top, left + width, top + height))
+
+
+def _check_proportions(mask: Image.Image, path: Path, image_path: Path) -> None:
+    try:
+        with Image.open(image_path) as image:
+            width, height = image.size
+            if image.getexif().get(ORIENTATION, 1) >= 5:
+                width, height = height, width
+    except OSError:
+        return  # The images may have moved since the store was made.
+    # A mask may be smaller or larger than its image, with sides that were rounded to whole pixels.
+    if abs(mask.width * height - mask.height * width) > max(width, height, *mask.size):
+        raise UserError(
+            f"{path} has {mask.width}×{mask.height} pixels, and its image {image_path} {width}×{height}; "
+            "a mask must show the whole image"
+        )

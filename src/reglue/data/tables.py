@@ -1,0 +1,372 @@
+"""Images in tables: parquet files, and what `datasets` loads. On its own because these libraries take long to load."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from reglue.data.images import ImageSource, UnreadableImage, load_crop
+from reglue.data.labels import ClassIndex, index_labels
+from reglue.data.sources import HUB, Computed, Reading, class_names_of
+from reglue.errors import UserError
+
+ROWS_AT_ONCE = 16
+"""Rows of a parquet file that are held in memory together."""
+
+
+def load(path: Path, files: Sequence[Path], reading: Reading) -> ImageSource:
+    """What `datasets` loads by itself: from the hub, a folder, or tar or parquet files; downloaded or streamed.
+
+    Raises UserError for whatever fails there.
+    """
+    builder = _builder(path, files, reading)
+    split = _choose_split(builder.info.splits or builder.config.data_files or (), path, reading)
+    try:
+        if reading.streaming:
+            stream = cast(datasets.IterableDataset, builder.as_streaming_dataset(split))
+            return StreamedImages(path, stream, reading, split)
+        builder.download_and_prepare()
+        return DatasetImages(path, cast(datasets.Dataset, builder.as_dataset(split)), reading)
+    except UserError:
+        raise
+    except Exception as error:  # `datasets` raises errors of the network, the disk and of every format.
+        raise UserError(f"`datasets` cannot load {path}: {_one_line(error)}") from error
+
+
+def load_saved(path: Path, reading: Reading) -> ImageSource:
+    """What `save_to_disk` of `datasets` has written. Raises UserError for whatever fails there."""
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise UserError(f"`datasets` cannot load {path}: {_one_line(error)}") from error
+    if isinstance(saved, datasets.DatasetDict):
+        saved = saved[_choose_split(saved, path, reading)]
+    elif reading.split:
+        raise UserError(f"{path} has no splits; leave --split out")
+    return DatasetImages(path, saved, reading)
+
+
+def files_of_split(folder: Path, files: Sequence[Path], reading: Reading) -> list[Path]:
+    """The data files of a folder that make up the split asked for, as `datasets` sorts them.
+
+    Raises UserError if it would pass over one of `files`.
+    """
+    builder = _builder(folder, (), reading)
+    splits = {str(name): sorted(map(Path, found)) for name, found in (builder.config.data_files or {}).items()}
+    taken = {file.resolve() for found in splits.values() for file in found}
+    for file in files:
+        if file.resolve() not in taken:
+            raise UserError(
+                f"`datasets` sorts the files of {folder} into splits by their names and passes over {file.name}; "
+                f"rename it, or name the files by a pattern such as '{folder}/*{file.suffix}'"
+            )
+    return splits[_choose_split(splits, folder, reading)]
+
+
+def _builder(path: Path, files: Sequence[Path], reading: Reading) -> datasets.DatasetBuilder:
+    try:
+        if files:
+            kind = {".tar": "webdataset", ".parquet": "parquet"}[files[0].suffix]
+            return datasets.load_dataset_builder(kind, data_files=[str(file.resolve()) for file in files])
+        return datasets.load_dataset_builder(str(path).removeprefix(HUB), reading.configuration)
+    except Exception as error:
+        raise UserError(f"`datasets` cannot load {path}: {_one_line(error)}") from error
+
+
+def _choose_split(splits: Iterable[Any], path: Path, reading: Reading) -> str:
+    known = [str(name) for name in splits]
+    wanted = reading.split or (known[0] if len(known) == 1 else "train")
+    if known and wanted not in known:
+        raise UserError(f"{path} has no split {wanted} (it has {', '.join(known)}); choose one with --split")
+    return wanted
+
+
+class _Columns(NamedTuple):
+    """What to read of a table."""
+
+    image: str
+    label: str | None
+    class_names: tuple[str, ...] | None
+    """None where the table does not tell."""
+
+
+class ParquetImages:
+    """The images of parquet files. A row is named FILE/ROW.
+
+    Rows are read `ROWS_AT_ONCE` at a time, forwards from the beginning of their row group.
+    """
+
+    sequential = False
+
+    def __init__(self, path: Path, files: Sequence[Path], reading: Reading):
+        """Raises UserError for a damaged file, and for columns or labels that cannot be told."""
+        self.path, self._files = path, files
+        self._groups: list[tuple[int, int]] = []  # File and group within the file.
+        ends: list[int] = []
+        file_starts: list[int] = []
+        labels: list[Any] = []
+        for index, file in enumerate(files):
+            with _parquet(file) as opened:
+                columns = _columns(datasets.Features.from_arrow_schema(opened.schema_arrow), reading, file)
+                if index and columns != self._columns:
+                    raise UserError(f"{file} has other columns than {files[0]}; choose files of one kind")
+                self._columns = columns
+                file_starts.append(ends[-1] if ends else 0)
+                for group in range(opened.num_row_groups):
+                    self._groups.append((index, group))
+                    ends.append((ends[-1] if ends else 0) + opened.metadata.row_group(group).num_rows)
+                if columns.label:
+                    labels += opened.read([columns.label]).column(columns.label).to_pylist()
+        self._ends, self._file_starts = ends, file_starts
+        if not len(self):
+            raise UserError(f"{path} holds no images: its tables have no rows")
+        self.names: Sequence[str] = Computed(len(self), self._name)
+        self.labels: Sequence[int] = Computed(len(self), lambda _: 0)
+        self.class_names: tuple[str, ...] = ()
+        if labels:
+            self.labels, self.class_names = index_labels(labels, self._name, self._columns.class_names, str(path))
+        self._rows = _Rows()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
+        """As `ImageSource.load`."""
+        return load_crop(self.names[index], lambda: _file_of(self._cell(index)), resolution)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the files' names and sizes, of the columns and of the labels."""
+        sizes = [(file.name, file.stat().st_size) for file in self._files]
+        digest = hashlib.sha256(repr((self._columns, sizes)).encode())
+        digest.update(np.asarray(self.labels, dtype=np.int64).tobytes())
+        return digest.hexdigest()
+
+    def _name(self, index: int) -> str:
+        file = bisect_right(self._file_starts, index) - 1
+        return f"{self._files[file].name}/{index - self._file_starts[file]}"
+
+    def _cell(self, index: int) -> Any:
+        group = bisect_right(self._ends, index)
+        row = index - (self._ends[group - 1] if group else 0)
+        if self._rows.group != group or row < self._rows.start:
+            file, within = self._groups[group]
+            self._rows = _Rows(group, iter(_batches(self._files[file], within, self._columns.image)))
+        while row >= self._rows.start + len(self._rows.cells):
+            self._rows.start += len(self._rows.cells)
+            self._rows.cells = next(self._rows.ahead)
+        return self._rows.cells[row - self._rows.start].as_py()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": _Rows()}  # A process reads its own files.
+
+
+@dataclass
+class _Rows:
+    """Where reading a row group has come to."""
+
+    group: int = -1
+    ahead: Iterator[Any] = iter(())
+    start: int = 0
+    cells: Any = ()
+
+
+def _batches(file: Path, group: int, column: str) -> Iterator[pa.Array]:
+    with _parquet(file) as opened:
+        for batch in opened.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False):
+            yield batch.column(0)
+
+
+def _parquet(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file, memory_map=True)
+    except pa.ArrowException as error:
+        raise UserError(f"{file} is no whole parquet file ({_one_line(error)}); fetch it again") from error
+
+
+class DatasetImages:
+    """The images of a `datasets.Dataset`. They are named row-0, row-1 and so on."""
+
+    sequential = False
+
+    def __init__(self, path: Path, dataset: datasets.Dataset, reading: Reading):
+        """Raises UserError for columns or labels that cannot be told."""
+        self.path = path
+        columns = _columns(dataset.features, reading, path)
+        self._column = columns.image
+        self._dataset = _undecoded(dataset, columns)
+        self.names: Sequence[str] = Computed(len(dataset), _row_name)
+        self.labels: Sequence[int] = Computed(len(dataset), lambda _: 0)
+        self.class_names: tuple[str, ...] = ()
+        if columns.label:
+            labels = dataset.select_columns([columns.label])[:][columns.label]
+            self.labels, self.class_names = index_labels(labels, _row_name, columns.class_names, str(path))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
+        """As `ImageSource.load`."""
+        return load_crop(self.names[index], lambda: _file_of(self._dataset[index][self._column]), resolution)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the labels and of the sizes of the images."""
+        digest = hashlib.sha256(repr((self._column, self.class_names)).encode())
+        digest.update(np.asarray(self.labels, dtype=np.int64).tobytes())
+        for batch in self._dataset.with_format("arrow").iter(1000):  # As Arrow, the images themselves are not read.
+            cells = batch[self._column]
+            if pa.types.is_struct(cells.type):
+                cells = pc.call_function("struct_field", [cells], pc.StructFieldOptions("bytes"))
+            sizes = pc.call_function("binary_length", [cells])
+            digest.update(repr(sizes.to_pylist()).encode())
+        return digest.hexdigest()
+
+
+class StreamedImages:
+    """The first `count` images of a `datasets.IterableDataset`, read in order, named row-0, row-1 and so on."""
+
+    sequential = True
+
+    def __init__(self, path: Path, stream: datasets.IterableDataset, reading: Reading, split: str):
+        """Raises UserError if the stream does not tell its columns, its classes or its length, nor the user."""
+        self.path = path
+        if stream.features is None:
+            raise UserError(f"{path} does not tell its columns before it is read; leave --streaming out")
+        columns = _columns(stream.features, reading, path)
+        if columns.label and columns.class_names is None:
+            raise UserError(
+                f"{path} does not tell its classes before it is read; name them with --class-names, or use --no-labels"
+            )
+        known = stream.info.splits[split].num_examples if stream.info.splits and split in stream.info.splits else None
+        count = reading.count or known
+        if not count:
+            raise UserError(f"{path} does not tell how many images it has; say how many to take with --count")
+        self._count = count
+        self._columns = columns
+        self._stream = _undecoded(stream, columns)
+        self._rows: Iterator[dict[str, Any]] = iter(())
+        self._next, self._row = -1, {}
+        self.names: Sequence[str] = Computed(count, _row_name)
+        self.labels: Sequence[int] = Computed(count, self._label)
+        self.class_names = columns.class_names or ()
+        self._class_index = ClassIndex(self.class_names, str(path))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
+        """As every source. Raises UserError if the stream has fewer images than `count`, or cannot be read on."""
+        cell = self._at(index)[self._columns.image]
+        return load_crop(self.names[index], lambda: _file_of(cell), resolution)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of its name, columns, classes and length: nothing else is known of it before it is read."""
+        info = self._stream.info
+        about = (str(self.path), info.config_name, self._columns, info.dataset_size, self._count)
+        return hashlib.sha256(repr(about).encode()).hexdigest()
+
+    def _label(self, index: int) -> int:
+        if not self._columns.label:
+            return 0
+        row = self._at(index)
+        label = row[self._columns.label] if self._columns.label in row else row["json"][self._columns.label]
+        return self._class_index(label, _row_name(index))
+
+    def _at(self, index: int) -> dict[str, Any]:
+        """A row. The last one is kept; going back starts again."""
+        if index == self._next - 1:
+            return self._row
+        try:
+            if index < self._next or self._next < 0:
+                self._rows, self._next = iter(self._stream.skip(index)), index
+            while self._next <= index:
+                self._row = next(self._rows)
+                self._next += 1
+        except StopIteration:
+            raise UserError(f"{self.path} ends before image {index} of --count {self._count}; lower it") from None
+        except Exception as error:  # The network and any file format may fail here.
+            self._next = -1
+            raise UserError(f"cannot read on in {self.path} ({_one_line(error)}); run the same again") from error
+        return self._row
+
+
+def _columns(features: datasets.Features, reading: Reading, path: Path) -> _Columns:
+    """Which columns hold images and labels: those that were named, or the only ones that can."""
+    has = f"it has {', '.join(features)}"
+    if reading.labels:
+        raise UserError(f"--labels is for folders and tar shards; name a column of {path} with --label-column ({has})")
+    for column, option in ((reading.image_column, "--image-column"), (reading.label_column, "--label-column")):
+        in_json = option == "--label-column" and column in (features.get("json") or {})
+        if column is not None and column not in features and not in_json:
+            raise UserError(f"{path} has no column {column} ({has}); change {option}")
+    image = reading.image_column
+    if image is None:
+        typed = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+        possible = typed or [name for name, kind in features.items() if _may_be_image(kind)]
+        if len(possible) != 1:
+            raise UserError(f"{path} has {len(possible) or 'no'} columns of images ({has}); name it by --image-column")
+        image = possible[0]
+    elif not _may_be_image(features[image]):
+        raise UserError(f"column {image} of {path} holds no image files ({has}); change --image-column")
+    if reading.no_labels:
+        return _Columns(image, None, None)
+    label = reading.label_column or _label_column(features, path)
+    kind = features.get(label)
+    own = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) and kind.names else None
+    return _Columns(image, label, class_names_of(reading) or own)
+
+
+def _label_column(features: datasets.Features, path: Path) -> str:
+    typed = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    possible = typed or [name for name in ("label", "cls") if name in features]
+    if not possible and "label" in (features.get("json") or {}):
+        possible = ["label"]
+    if len(possible) != 1:
+        raise UserError(
+            f"{path} has {len(possible) or 'no'} columns of labels (it has {', '.join(features)}); name one with "
+            "--label-column, or use --no-labels"
+        )
+    return possible[0]
+
+
+def _may_be_image(kind: Any) -> bool:
+    if isinstance(kind, dict):
+        return "bytes" in kind
+    return isinstance(kind, datasets.Image) or (isinstance(kind, datasets.Value) and "binary" in kind.dtype)
+
+
+def _undecoded(dataset: Any, columns: _Columns) -> Any:
+    """A data set, or a stream of one, that gives image files as they are: they are decoded by our rules."""
+    for name, kind in dataset.features.items():
+        if isinstance(kind, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    wanted = [name for name in {columns.image, columns.label, "json"} if name in dataset.features]
+    return dataset.select_columns(wanted)
+
+
+def _file_of(cell: Any) -> Path | bytes:
+    """The image file in a cell: its content, or where it is."""
+    content, path = (cell, None) if isinstance(cell, bytes) else ((cell or {}).get(key) for key in ("bytes", "path"))
+    if content is not None:
+        return content
+    if path:
+        return Path(path)
+    raise ValueError("the row has no image")
+
+
+def _row_name(index: int) -> str:
+    return f"row-{index}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,72 @@
+"""`reglue export`: a run to a checkpoint under the names of the published code bases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tyro.conf import Positional
+
+from reglue.errors import UserError
+from reglue.files import replacing
+from reglue.recipe import Recipe
+from reglue.runs import checkpoints
+from reglue.runs.hub import find_run
+from reglue.runs.official import export_official, family_of
+from reglue.runs.record import RunRecord
+
+ENDINGS = (".safetensors", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class ExportRun:
+    """Write a run's weights as SiT, REPA, ReDi, REG or REGLUE name them, in their time convention."""
+
+    run: Positional[Path]
+    """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
+    out: Path
+    """.safetensors holds the averaged weights; .pt or .pth holds {ema, model, steps}, as the published code reads."""
+    step: int | None = None
+    """Checkpoint to export; the last one if not given."""
+
+
+def export_run(options: ExportRun) -> Path:
+    """Export the run. Returns the file, which is written whole or not at all.
+
+    Raises UserError for a run whose parts no published code has together, and for another ending of the file.
+    """
+    if options.out.suffix not in ENDINGS:
+        raise UserError(f"--out {options.out}: choose a file that ends in {', '.join(ENDINGS)}")
+    folder = find_run(options.run)
+    record = RunRecord.read(folder)
+    checkpoint = checkpoints.find(folder, options.step)
+    refuse_own_scales(record.recipe)
+    family = family_of(record.denoiser)
+
+    def published(name: str) -> dict[str, Tensor]:
+        weights = export_official(family, record.denoiser, checkpoints.read_weights(checkpoint / name))
+        return {key: value.contiguous() for key, value in weights.items()}
+
+    averaged = published(checkpoints.EMA)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(options.out) as beside:
+        if options.out.suffix == ".safetensors":
+            save_file(averaged, beside)
+        else:
+            # An imported or shared run has no others than the averaged weights.
+            has_others = (checkpoint / checkpoints.MODEL).is_file()
+            others = published(checkpoints.MODEL) if has_others else averaged
+            torch.save({"model": others, "ema": averaged, "steps": int(checkpoint.name)}, beside)
+    print(f"{options.out}: {family} {record.recipe.model} of step {int(checkpoint.name)}")
+    return options.out
+
+
+def refuse_own_scales(recipe: Recipe) -> None:
+    """Raise UserError for a recipe that scales a modality by the store's statistics: such files have no room for it."""
+    parts = {"latent": recipe.latent, "local": recipe.local, "class-token": recipe.class_token}
+    for name, part in parts.items():
+        if part.present and part.unit_variance:
+            raise UserError(f"no published code has --{name}.unit-variance: its statistics would be lost in the file")

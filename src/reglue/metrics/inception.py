@@ -1,0 +1,158 @@
+"""The Inception network of 2015 that FID is defined by, without TensorFlow: torch-fidelity's port of it.
+
+Images go in at their own size. As in ADM's evaluator (arXiv 2105.05233), the network itself stretches them to 299×299,
+by the bilinear rule of TensorFlow 1 without antialias.
+"""
+
+import hashlib
+import io
+import pickle
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+from reglue.errors import UserError
+from reglue.metrics.features import Description, FeatureNetwork
+
+INCEPTION = "inception"
+"""The name by which the network is loaded from the internet, or from torch.hub's cache."""
+SPATIAL_CHANNELS = 7
+"""Of the 192 of the first branch of the block that TensorFlow calls mixed_6: what ADM takes for sFID."""
+SPATIAL_SIDE = 17
+"""Height and width of that map."""
+WIDTH = 2048
+FIRST_TENSOR = "Conv2d_1a_3x3.conv.weight"
+"""A name that tells these weights from other networks'."""
+LOGITS = ("fc.weight", "fc.bias")
+PATIENCE = 10.0
+"""Seconds that a silent server is waited for."""
+
+
+class InceptionNetwork(FeatureExtractorInceptionV3):
+    """torch-fidelity's network with random weights, to be given others as tensors.
+
+    The constructor it inherits either downloads weights or unpickles a file without restrictions. It is given an empty
+    file here, and nothing to load.
+    """
+
+    def __init__(self) -> None:
+        nothing = io.BytesIO()
+        torch.save({}, nothing)
+        nothing.seek(0)
+        super().__init__(INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As any module's, but the constructor's empty one is passed over."""
+        return super().load_state_dict(state_dict, strict, assign) if state_dict else None
+
+
+class Inception(FeatureNetwork):
+    """Pool features (2048), spatial features (2023) and unbiased logits (1008) of images of any size."""
+
+    distance_name = "FID"
+    features_name = "pool features"
+    width = WIDTH
+    spatial_width = SPATIAL_SIDE * SPATIAL_SIDE * SPATIAL_CHANNELS
+    input_rule = "bilinear to 299×299 as in TensorFlow 1, without antialias"
+
+    def __init__(self, network: InceptionNetwork, name: str, sha256: str, without_logits: str = ""):
+        self.network, self.name, self.sha256, self.without_logits = network, name, sha256, without_logits
+        # TensorFlow's mixed, mixed_1, … mixed_10 are 5b, 5c, 5d, 6a, … 7c here; its mixed_6/conv is the first branch,
+        # after its batch norm and ReLU.
+        network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        # Height, width, channel: TensorFlow's order, and so that of the `mu_s` in ADM's files.
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    @torch.inference_mode()
+    def describe(self, pixels: Tensor) -> Description:
+        """Describe uint8 images (B, 3, H, W) of any size."""
+        features, logits = self.network(pixels.to(self.network.fc.weight.device))
+        return Description(features, self._spatial, None if self.without_logits else logits)
+
+
+def load_inception(file: Path | None = None, device: str | torch.device = "cpu") -> Inception:
+    """The network with the weights of a file, or with torch-fidelity's own from torch.hub's cache or the internet.
+
+    A file is safetensors, or torch-fidelity's .pth, in both cases with torch-fidelity's names. It may lack the last
+    layer (`fc`): then there are no logits. Raises UserError for a file that is damaged or of another network, and if
+    the weights cannot be downloaded.
+    """
+    weights = file or _downloaded()
+    state = _read(weights)
+    without_logits = "" if all(name in state for name in LOGITS) else f"{weights.name} holds no layer of class scores"
+    with torch.random.fork_rng(devices=[]):
+        network = InceptionNetwork()
+    if without_logits:
+        state |= {name: torch.zeros_like(network.get_parameter(name)) for name in LOGITS}
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{weights} does not fit torch-fidelity's Inception network: {reason}") from error
+    with weights.open("rb") as opened:
+        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+    return Inception(network.to(device), str(file.resolve()) if file else INCEPTION, sha256, without_logits)
+
+
+def is_inception(file: Path) -> bool:
+    """Whether a file is to be read as the Inception's weights: every .pth, and safetensors with its names."""
+    if file.suffix in (".pth", ".pt"):
+        return True
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return FIRST_TENSOR in tensors.keys()  # noqa: SIM118 not a dict
+    except (SafetensorError, OSError):
+        return False
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{file} holds no plain tensors ({reason}); give torch-fidelity's .pth, or safetensors with its names "
+            "(scripts/convert_inception.py makes one of a TorchScript file)"
+        ) from error
+
+
+def _downloaded() -> Path:
+    """torch-fidelity's file in torch.hub's cache, fetched if it is not there. Raises UserError if it cannot be."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
+    if file.is_file():
+        return file
+    checksum = file.stem.rpartition("-")[2]  # torch.hub's rule: the name ends with the start of the SHA-256.
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _impatient():
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix=checksum)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"the Inception network of FID cannot be downloaded ({' '.join(str(error).split())}): fetch "
+            f"{URL_INCEPTION_V3} on another machine and put it at {file}, or give it as --feature-network FILE; "
+            "--feature-network store or an encoder's name measures another distance without it"
+        ) from error
+    return file
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Connections made in the block give up after `PATIENCE`; torch.hub itself would wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,93 @@
+"""The commands in the documentation are run, as they stand but for sizes: a page that has gone stale fails."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reglue import cli
+from reglue.jobs.compress import Compress
+from reglue.jobs.prepare import Prepare
+from reglue.jobs.sample import Sample
+from reglue.jobs.train import Train
+from reglue.papers import PAPERS
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs/methods").glob("[a-z]*.md"))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of every `reglue` command in the page's code blocks, in order."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line[line.index("reglue") + 1 :] for line in lines if line]
+
+
+def smaller(options: Any, encoder: str, autoencoder: str) -> Any:
+    """The same options at a size that takes seconds, with networks that need no hub."""
+    if isinstance(options, Prepare):
+        layers = None if options.layers is None else (4,)  # the last layer of five
+        named = options.encoder if options.encoder == "none" else encoder
+        folder = autoencoder if options.autoencoder == Prepare.autoencoder else options.autoencoder
+        return replace(
+            options, resolution=16, encoder=named, autoencoder=folder, layers=layers, workers=0, device="cpu"
+        )
+    if isinstance(options, Compress):
+        return replace(options, hidden=8, epochs=1, device="cpu")
+    if isinstance(options, Train):
+        recipe = options.recipe
+        optimisation = replace(recipe.optimisation, steps=2, batch_size=4, precision="float32")
+        alignment = replace(recipe.alignment, hidden=16)
+        recipe = replace(recipe, model="2x32x2/2", optimisation=optimisation, alignment=alignment)
+        return replace(options, recipe=recipe, preview_every=0, device="cpu")
+    if isinstance(options, Sample):
+        own = autoencoder if options.autoencoder else None
+        return replace(options, count=2, steps=2, autoencoder=own, device="cpu")
+    return options
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_of_a_method(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_images: Path,
+    tiny_encoder: str,
+    tiny_autoencoder: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_images, tmp_path / "imagenet/train")
+    shutil.copytree(tiny_autoencoder, tmp_path / "reals-autoencoder")
+    (tmp_path / "reals-autoencoder/mean_std.json").write_text('{"mean": 0.5, "std": 2.0}')
+    done = []
+    for arguments in commands(page):
+        options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
+        cli.JOBS[type(options)](options)
+        done.append(arguments[0])
+    assert {"prepare", "train", "sample"} <= set(done)
+    assert (tmp_path / "samples.npz").is_file()
+
+
+def test_every_published_recipe_has_a_page_that_states_its_result() -> None:
+    pages = {page.stem: page.read_text() for page in PAGES}
+    assert pages.keys() >= PAPERS.keys()
+    for name, paper in PAPERS.items():
+        assert f"arxiv.org/abs/{paper.arxiv}" in pages[name]
+        assert f"| B/2 | 400K | none | {paper.published_fid} |" in pages[name]
+
+
+def test_inline_commands_name_options_that_exist() -> None:
+    """`reglue …` in running text parses, with what a sentence leaves out put in place."""
+    missing = {"train": ["--store", "store", "--out", "run"], "sample": ["run", "--out", "samples"]}
+    for page in PAGES:
+        for text in re.findall(r"`reglue ((?:train|sample) [^`]*)`", page.read_text()):
+            arguments = shlex.split(text)
+            needed = missing[arguments[0]]
+            given = [word for word in needed if word not in arguments] if arguments[0] == "sample" else needed
+            cli.parse([*arguments, *given])

@@ -1,0 +1,136 @@
+"""What `import reglue` offers: every job, quickly, under names that stay; and generating images from Python."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import reglue
+from reglue.cli import JOBS
+from reglue.diffusion.guidance import Guidance
+from reglue.errors import UserError
+from reglue.recipe import Sampling
+
+
+def test_every_job_is_a_function_away() -> None:
+    for options, job in JOBS.items():
+        assert getattr(reglue, options.__name__) is options
+        assert getattr(reglue, job.__name__) is job
+        assert {options.__name__, job.__name__} <= set(reglue.__all__)
+
+
+def test_every_public_name_is_there() -> None:
+    assert len(set(reglue.__all__)) == len(reglue.__all__)
+    for name in reglue.__all__:
+        assert getattr(reglue, name) is not None
+    assert set(reglue.__all__) <= set(dir(reglue))
+    assert set(reglue.recipes) == {"sit", "repa", "redi", "reg", "reglue"}
+    with pytest.raises(AttributeError, match="'trian'"):
+        reglue.trian  # type: ignore[attr-defined]  # noqa: B018
+    assert not hasattr(reglue, "jobs_of_others")
+
+
+def test_importing_does_not_wait_for_torch() -> None:
+    program = "import reglue, sys; assert reglue.__version__; print([m for m in ('torch', 'tyro') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_star_import_brings_the_jobs() -> None:
+    names: dict[str, Any] = {}
+    exec("from reglue import *", names)
+    assert set(reglue.__all__) <= names.keys()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run: Path) -> reglue.ImageModel:
+    return reglue.load(tiny_run, device="cpu")
+
+
+def test_single_options_change_the_models_own_sampling(model: reglue.ImageModel) -> None:
+    guidance = Guidance(1.5, local_scale=1.2, cls_scale=1.1, interval=(0.1, 0.8), representation_scale=1.3)
+    at_once = model.generate([1, 2], seed=4, sampling=Sampling("heun", 3, guidance, "round"), output="tensor")
+    one_by_one = model.generate(
+        [1, 2],
+        seed=4,
+        sampler="heun",
+        steps=3,
+        guidance_scale=1.5,
+        local_scale=1.2,
+        cls_scale=1.1,
+        guidance_interval=(0.1, 0.8),
+        representation_scale=1.3,
+        rounding="round",
+        output="tensor",
+    )
+    assert torch.equal(at_once, one_by_one)
+    both = model.generate([1, 2], seed=4, sampling=Sampling("heun", 3), guidance_scale=2.0, output="tensor")
+    assert torch.equal(
+        both, model.generate([1, 2], seed=4, sampling=Sampling("heun", 3, Guidance(2.0)), output="tensor")
+    )
+    assert not torch.equal(at_once, both)
+
+
+def test_pictures_and_tensors_are_the_same_images(model: reglue.ImageModel) -> None:
+    pictures = model.generate([0, "square", 2], steps=2)
+    tensor = model.generate([0, "square", 2], steps=2, output="tensor", batch_size=2)
+    assert all(isinstance(picture, Image.Image) for picture in pictures)
+    assert (tensor.dtype, tensor.shape, tensor.device.type) == (torch.uint8, (3, 3, 16, 16), "cpu")
+    for picture, image in zip(pictures, tensor, strict=True):
+        assert abs(np.asarray(picture, int) - image.permute(1, 2, 0).numpy().astype(int)).max() <= 1
+
+
+def test_ways_to_ask_for_classes(model: reglue.ImageModel) -> None:
+    options: dict[str, Any] = {"steps": 2, "output": "tensor"}
+    expected = model.generate([1, 1, 1], **options)
+    assert torch.equal(model.generate("square", count=3, **options), expected)
+    assert torch.equal(model.generate(classes=1, count=3, **options), expected)
+    assert torch.equal(model.generate(np.array([1, 1, 1]), **options), expected)  # type: ignore[arg-type]
+    assert torch.equal(model.generate(1, **options), expected[:1])
+    assert model.generate(count=2, **options).shape == (2, 3, 16, 16)
+    assert model.generate([], **options).shape == (0, 3, 16, 16)
+    assert model.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": ["triangle"]}, "class triangle"),
+        ({"classes": [3]}, "choose 0 to 2"),
+        ({"classes": [0, 1], "count": 3}, "count 3, but 2 classes"),
+        ({"count": -1}, "count -1"),
+        ({"classes": 0, "sampler": "dopri"}, "choose euler, heun, euler-maruyama"),
+        ({"classes": 0, "rounding": "up"}, "choose truncate, round"),
+        ({"classes": 0, "steps": 0}, "steps must be at least 1"),
+        ({"classes": 0, "batch_size": 0}, "batch_size must be at least 1"),
+        ({"classes": 0, "guidance_interval": (0.5, 0.1)}, "guidance-interval"),
+        ({"classes": 0, "output": "jpeg"}, "choose 'pil' or 'tensor'"),
+    ],
+)
+def test_mistakes_say_what_to_change(model: reglue.ImageModel, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model.generate(**options)
+
+
+def test_an_unknown_option_is_a_type_error(model: reglue.ImageModel) -> None:
+    with pytest.raises(TypeError, match="guidance_scal"):
+        model.generate(0, guidance_scal=2.0)  # type: ignore[call-overload]
+
+
+def test_progress_is_shown_when_asked_for(model: reglue.ImageModel, capsys: pytest.CaptureFixture[str]) -> None:
+    model.generate(0, steps=2)
+    assert capsys.readouterr().err == ""
+    model.generate([0, 1, 2], steps=2, batch_size=2, progress=True)
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_a_model_can_be_moved(model: reglue.ImageModel) -> None:
+    assert model.to("cpu") is model
+    assert model.device.type == "cpu"
