@@ -15,6 +15,9 @@ from reglue.jobs.train import Train
 from reglue.papers import RECIPES
 
 
+JOBS = ("prepare", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "demo")
+
+
 def test_help_lists_every_job() -> None:
     text = run_reglue("--help").stdout
     for job in (
