@@ -14,7 +14,6 @@ from reglue.jobs.sample import Sample
 from reglue.jobs.train import Train
 from reglue.papers import RECIPES
 
-
 JOBS = ("prepare", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "demo")
 
 
