@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import reglue.jobs.compress
+from reglue.data.images import ImageFolder
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.jobs.compress import Compress, compress
@@ -48,6 +50,20 @@ def test_codes_in_the_store_are_those_of_the_saved_compressor(folder: Path, kind
     assert Store.open(folder).manifest == store.manifest
     picture = Image.open(folder / "compressors" / name / "codes.png")
     assert picture.height > 2 * 16
+
+
+def test_the_picture_shows_mirror_images_too(
+    tmp_path: Path, tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str
+):
+    folder = tmp_path / "store"
+    made = {"resolution": 16, "features": True, "flips": True, "workers": 0, "device": "cpu"}
+    prepare(Prepare(tiny_images, folder, autoencoder=tiny_autoencoder, encoder=tiny_encoder, **made))
+    compress(Compress(folder, "pca", channels=3, device="cpu"))
+    shown = np.asarray(Image.open(folder / "compressors" / "pca-3" / "codes.png"))
+    assert shown.shape[0] > 2 * 16, "images over their codes"
+    last = ImageFolder.open(tiny_images).load(23, (16, 16))
+    assert isinstance(last, torch.Tensor)
+    np.testing.assert_array_equal(shown[:16, -16:], last.flip(-1).permute(1, 2, 0).numpy())
 
 
 def test_training_lowers_the_error_and_the_last_epoch_is_kept(folder: Path):

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue.data.images import ImageFolder
 from reglue.data.pictures import colours_of, image_grid
 from reglue.data.store import Store, codes_column, compressor_of, value_of
 from reglue.errors import UserError
@@ -381,11 +380,20 @@ def _draw_codes(store: Store, column: str, path: Path) -> None:
         np.asarray(Image.fromarray(colour).resize((width, height), Image.Resampling.NEAREST))
         for colour in colours_of(codes)
     ]
-    source = Path(store.manifest.source.path)
-    names = store.names(rows)
-    folder = ImageFolder(source, tuple(names), (0,) * len(names), ())
-    crops = [folder.load(index, (height, width)) for index in range(len(names))]
-    images = [crop.permute(1, 2, 0).numpy() for crop in crops if isinstance(crop, Tensor)]
+    images = _crops(store, rows)
     shown = [*images, *colours] if len(images) == len(colours) else colours
     with replacing(path) as beside:
         Image.fromarray(image_grid(np.stack(shown), columns=len(colours))).save(beside, format="PNG")
+
+
+def _crops(store: Store, rows: Tensor) -> list[np.ndarray]:
+    """The images of rows as uint8 (height, width, 3); none where they have moved away, or can only be streamed."""
+    try:
+        images = store.manifest.source.open()
+    except UserError:
+        return []
+    if images.sequential:
+        return []
+    index_of = {name: index for index, name in enumerate(images.names)}
+    crops = [images.load(index_of[name], store.manifest.source.resolution) for name in store.names(rows)]
+    return [crop.permute(1, 2, 0).numpy() for crop in crops if isinstance(crop, Tensor)]
