@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from reglue import cli
+from reglue.jobs.autoencode import Autoencode
 from reglue.jobs.compress import Compress
 from reglue.jobs.prepare import Prepare
 from reglue.jobs.sample import Sample
@@ -38,6 +39,12 @@ def smaller(options: Any, encoder: str, autoencoder: str) -> Any:
         return replace(
             options, resolution=16, encoder=named, autoencoder=folder, layers=layers, workers=0, device="cpu"
         )
+    if isinstance(options, Autoencode):
+        optimisation = replace(options.recipe.optimisation, steps=2, batch_size=4, precision="float32")
+        alignment = replace(options.recipe.alignment, hidden=16)
+        recipe = replace(options.recipe, optimisation=optimisation, alignment=alignment)
+        changes = {"recipe": recipe, "source": autoencoder, "encoder": encoder, "resolution": 16}
+        return replace(options, **changes, validation=0.2, workers=0, device="cpu")
     if isinstance(options, Compress):
         return replace(options, hidden=8, epochs=1, device="cpu")
     if isinstance(options, Train):
@@ -63,8 +70,6 @@ def test_a_page_of_a_method(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_images, tmp_path / "imagenet/train")
-    shutil.copytree(tiny_autoencoder, tmp_path / "reals-autoencoder")
-    (tmp_path / "reals-autoencoder/mean_std.json").write_text('{"mean": 0.5, "std": 2.0}')
     done = []
     for arguments in commands(page):
         options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
