@@ -14,10 +14,14 @@ import pytest
 from reglue import cli
 from reglue.jobs.autoencode import Autoencode
 from reglue.jobs.compress import Compress
+from reglue.jobs.evaluate import Evaluate
+from reglue.jobs.export_run import ExportRun, export_run
+from reglue.jobs.import_run import ImportRun
 from reglue.jobs.prepare import Prepare
 from reglue.jobs.sample import Sample
 from reglue.jobs.train import Train
 from reglue.papers import PAPERS
+from reglue.runs.generation import ImageModel
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs/methods").glob("[a-z]*.md"))
@@ -55,7 +59,9 @@ def smaller(options: Any, encoder: str, autoencoder: str) -> Any:
         return replace(options, recipe=recipe, preview_every=0, device="cpu")
     if isinstance(options, Sample):
         own = autoencoder if options.autoencoder else None
-        return replace(options, count=2, steps=2, autoencoder=own, device="cpu")
+        return replace(options, count=min(options.count, 6), steps=2, autoencoder=own, device="cpu")
+    if isinstance(options, Evaluate):
+        return replace(options, feature_network="store", kernel_subsets=2, resamples=0, device="cpu")
     return options
 
 
@@ -77,6 +83,34 @@ def test_a_page_of_a_method(
         done.append(arguments[0])
     assert {"prepare", "train", "sample"} <= set(done)
     assert (tmp_path / "samples.npz").is_file()
+
+
+def test_the_readme(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_images: Path,
+    tiny_encoder: str,
+    tiny_autoencoder: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_images, tmp_path / "photos")
+    (tmp_path / "photos/square").rename(tmp_path / "photos/spaniel")
+    for arguments in commands(ROOT / "README.md"):
+        options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
+        if isinstance(options, ImportRun):
+            run = replace(options, heads=2, autoencoder=tiny_autoencoder)
+            export_run(ExportRun(tmp_path / "run", options.file))  # stands for the published file
+            options = run
+        cli.JOBS[type(options)](options)
+    assert (tmp_path / "report.json").is_file()
+    assert (tmp_path / "weights.safetensors").is_file()
+
+    (python,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    sent = []
+    monkeypatch.setattr(ImageModel, "push_to_hub", lambda _, name: sent.append(name))
+    exec(python)
+    assert (tmp_path / "first.png").is_file()
+    assert sent == ["owner/name"]
 
 
 def test_every_published_recipe_has_a_page_that_states_its_result() -> None:
