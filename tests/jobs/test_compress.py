@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -77,7 +80,7 @@ def test_training_lowers_the_error_and_the_last_epoch_is_kept(folder: Path):
     assert all(0 < record["validation_mse"] < 2 for record in records)
 
     compressor = load_compressor(folder / "compressors" / "long")
-    _, held_out = reglue.jobs.compress._split(Compress(folder), len(store))
+    _, held_out = reglue.jobs.compress._split(Compress(folder), store)
     features = compressor.standardise(store.read("features", held_out)["features"])
     with torch.no_grad():
         mse = (compressor.expand(compressor.compress(features)) - features).square().mean()
@@ -286,3 +289,26 @@ def test_a_store_without_an_encoder_has_no_class_tokens_to_compress(
     prepare(Prepare(tiny_images, tmp_path / "bare", 16, tiny_autoencoder, "none", workers=0, device="cpu"))
     with pytest.raises(UserError, match=r"no class tokens.*--encoder"):
         compress(Compress(tmp_path / "bare", "pca", "cls", device="cpu"))
+
+
+def test_held_out_images_are_not_learned_from_as_their_mirror_images(tmp_path, tiny_images, tiny_encoder):
+    store = prepare(
+        Prepare(tiny_images, tmp_path / "store", 16, "starter", tiny_encoder, flips=True, workers=0, device="cpu")
+    )
+    names = [
+        {name.removesuffix("#flipped") for name in store.names(rows)}
+        for rows in reglue.jobs.compress._split(Compress(store.folder, validation=0.25), store)
+    ]
+    assert (len(names[0]), len(names[1])) == (18, 6)
+    assert not names[0] & names[1]
+
+
+def test_the_codes_of_images_in_a_parquet_file_are_drawn_under_them(tmp_path, tiny_images, tiny_encoder):
+    files = sorted(tiny_images.rglob("*.png"))
+    table = {"image": [{"bytes": file.read_bytes()} for file in files], "label": [file.parent.name for file in files]}
+    pq.write_table(pa.table(table), tmp_path / "images.parquet")
+    options = Prepare(tmp_path / "images.parquet", tmp_path / "store", 16, "starter", tiny_encoder, features=True)
+    prepare(replace(options, flips=True, workers=0, device="cpu"))
+    compress(Compress(tmp_path / "store", "pca", channels=3, device="cpu"))
+    with Image.open(tmp_path / "store/compressors/pca-3/codes.png") as picture:
+        assert picture.height > 2 * 16

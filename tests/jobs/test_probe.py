@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import reglue.jobs.probe
@@ -111,6 +112,20 @@ def test_a_result_of_other_codes_is_made_anew(store: Path, tmp_path: Path):
     stale |= {"data": "of a store that is gone", "score": 2.0}
     path.write_text(json.dumps(content))
     assert scores(probe(options(store, tmp_path / "out", conv=False))) == scores(first)
+
+
+def test_mirror_images_take_no_part(tmp_path: Path, tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str):
+    folder = tmp_path / "store"
+    flipped = prepare(
+        Prepare(tiny_images, folder, 16, tiny_autoencoder, tiny_encoder, flips=True, workers=0, device="cpu")
+    )
+    masks = draw_masks(tmp_path / "masks", tiny_images)
+    for changes, images in (({}, 24), ({"masks": masks}, 19)):
+        split = reglue.jobs.probe._split(options(folder, tmp_path / "out", **changes), flipped, None)
+        rows = torch.cat([split.fitting.rows, split.selection.rows, split.measured.rows])
+        assert len(rows) == images
+        assert set(rows.tolist()) <= set(flipped.originals.tolist())
+        assert split.without_mask == 24 - images
 
 
 def test_images_are_measured_that_no_probe_was_fitted_to(store: Path, tmp_path: Path):

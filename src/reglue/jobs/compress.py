@@ -136,7 +136,7 @@ def compress(options: Compress) -> Store:
     if options.column not in store.manifest.columns:
         what, remedy = {"features": ("features", "--features"), "cls": ("class tokens", "--encoder")}[options.column]
         raise UserError(f"{store.folder} has no {what} to compress; prepare a store with {remedy}")
-    if len(store) < 2:
+    if len(store.originals) < 2:
         raise UserError(f"{store.folder} has a single image; a compressor needs two at least, one to be measured on")
     _same_options_as_before(folder, options, begun=name in store.manifest.compressors)
     if store.is_whole(options.codes):
@@ -144,7 +144,7 @@ def compress(options: Compress) -> Store:
         return store
 
     device = resolve_device(options.device)
-    training, held_out = _split(options, len(store))
+    training, held_out = _split(options, store)
     statistics = store.manifest.statistics[options.column]
     mean, std = torch.tensor(statistics.mean, device=device), torch.tensor(statistics.std, device=device)
     std = torch.where(std > 1e-6, std, 1.0)  # A channel that never changes stays 0 instead of becoming NaN.
@@ -163,11 +163,16 @@ def compress(options: Compress) -> Store:
     return store
 
 
-def _split(options: Compress, rows: int) -> tuple[Tensor, Tensor]:
-    """Ascending rows for training and for validation, at least one each."""
-    order = permutation(options.seed, "compressor validation", 0, rows)
-    held_out = min(max(1, round(options.validation * rows)), rows - 1)
-    return order[held_out:].sort().values, order[:held_out].sort().values
+def _split(options: Compress, store: Store) -> tuple[Tensor, Tensor]:
+    """Ascending rows for training and for validation, at least one each. A mirror image stays with its original."""
+    originals = store.originals
+    images = len(originals)
+    order = permutation(options.seed, "compressor validation", 0, images)
+    held_out = torch.zeros(images, dtype=torch.bool)
+    held_out[order[: min(max(1, round(options.validation * images)), images - 1)]] = True
+    image_of_row = torch.searchsorted(originals, torch.arange(len(store)), right=True) - 1  # The last one up to there.
+    is_held_out = held_out[image_of_row]
+    return (~is_held_out).nonzero().flatten(), is_held_out.nonzero().flatten()
 
 
 def _same_options_as_before(folder: Path, options: Compress, begun: bool) -> None:
@@ -373,27 +378,29 @@ def _resume(
 
 def _draw_codes(store: Store, column: str, path: Path) -> None:
     """A picture of a few images over their codes as colours; of the codes alone where the images have moved away."""
-    rows = torch.linspace(0, len(store) - 1, min(SHOWN, len(store))).long()
+    rows = store.originals
+    rows = rows[torch.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).long()]
     codes = store.read(column, rows)[value_of(column)]
     height, width = store.manifest.source.resolution
     colours = [
         np.asarray(Image.fromarray(colour).resize((width, height), Image.Resampling.NEAREST))
         for colour in colours_of(codes)
     ]
-    images = _crops(store, rows)
+    images = [crop.permute(1, 2, 0).numpy() for crop in _crops(store, rows)]
     shown = [*images, *colours] if len(images) == len(colours) else colours
     with replacing(path) as beside:
         Image.fromarray(image_grid(np.stack(shown), columns=len(colours))).save(beside, format="PNG")
 
 
-def _crops(store: Store, rows: Tensor) -> list[np.ndarray]:
-    """The images of rows as uint8 (height, width, 3); none where they have moved away, or can only be streamed."""
+def _crops(store: Store, rows: Tensor) -> list[Tensor]:
+    """The images of rows, uint8 (3, height, width) each; fewer where they have moved away, or are a stream."""
+    source = store.manifest.source
     try:
-        images = store.manifest.source.open()
+        images = source.open()
     except UserError:
         return []
     if images.sequential:
         return []
     index_of = {name: index for index, name in enumerate(images.names)}
-    crops = [images.load(index_of[name], store.manifest.source.resolution) for name in store.names(rows)]
-    return [crop.permute(1, 2, 0).numpy() for crop in crops if isinstance(crop, Tensor)]
+    crops = [images.load(index_of[name], source.resolution) for name in store.names(rows)]
+    return [crop for crop in crops if isinstance(crop, Tensor)]

@@ -64,7 +64,7 @@ class Probe:
     conv: bool = True
     """Fit the small convolutional probe too."""
     images: int | None = None
-    """Use so many images of each store, drawn at random. Default: all."""
+    """Use so many images of each store, drawn at random. Default: all, but for the mirror images of --flips."""
     held_out: float = 0.2
     """Share of the images to measure on, which no probe is fitted to."""
     selection: float = 0.2
@@ -352,19 +352,19 @@ def _split(options: Probe, store: Store, validation: Store | None) -> Split:
         selection=rest[:selecting].ascending(),
         measured=measured.ascending(),
         masks_sha256=digest.hexdigest() if digest else None,
-        without_mask=sum(len(part.store) - len(part.rows) for part in parts),
+        without_mask=sum(len(part.store.originals) - len(part.rows) for part in parts),
     )
 
 
 def _with_targets(options: Probe, store: Store, masks: Path | None) -> Part:
-    """All rows of a store that have a target."""
-    source = store.manifest.source
+    """All rows of a store that have a target, but mirror images: a probe fitted to those would know the measured."""
+    source, rows = store.manifest.source, store.originals
     if masks is not None:
-        names = store.names(torch.arange(len(store)))
-        return Part(store, *load_masks(masks, Path(source.path), names, source.resolution))
+        found, targets = load_masks(masks, Path(source.path), store.names(rows), source.resolution)
+        return Part(store, rows[found], targets)
     if not source.class_names:
         raise UserError(f"{store.folder} has no classes to tell; give --masks")
-    return Part(store, torch.arange(len(store)), store.labels)
+    return Part(store, rows, store.labels[rows])
 
 
 def _begin(options: Probe, store: Store, validation: Store | None, split: Split, device: torch.device) -> Report:
