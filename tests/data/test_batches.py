@@ -101,7 +101,9 @@ def test_a_recipe_may_learn_codes_of_the_class_token_and_align_with_the_token_it
     folder = Path(shutil.copytree(tiny_store, tmp_path / "store"))
     recipe = tiny("reglue")
     chosen = replace(recipe, class_token=replace(recipe.class_token, compressor="pca-3"))
-    with pytest.raises(UserError, match=r"needs column cls.pca-3.*reglue compress .* --column cls"):
+    with pytest.raises(
+        UserError, match=r"needs column cls.pca-3.*reglue compress .* --column cls --kind pca --channels 3`"
+    ):
         RunRecord.of(Store.open(folder), chosen, seed=0)
 
     store = compress(Compress(folder, "pca", "cls", channels=3, device="cpu"))

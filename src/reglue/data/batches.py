@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reglue.data.store import Store, codes_column
+from reglue.data.store import CLASS_TOKEN_CODES, Store, codes_column, compressor_of
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State
 from reglue.diffusion.objective import TrainingSample
@@ -94,8 +94,7 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
     how = {"cls": "--encoder NAME", "features": "--features"}
     for column, needed in needs.items():
         if needed and column not in manifest.columns:
-            compress = f"`reglue compress {store.folder}{' --column cls' if column.startswith('cls') else ''}`"
-            command = f"`reglue prepare … {how[column]}`" if column in how else compress
+            command = f"`reglue prepare … {how[column]}`" if column in how else _compress_command(store, column)
             has = ", ".join(sorted(manifest.columns))
             raise UserError(
                 f"recipe {recipe.name} needs column {column}, which {store.folder} lacks (it has {has}); "
@@ -122,6 +121,15 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
         token_width=encoder.width if encoder else 0,
         class_token_width=class_token.tensors["cls"].shape[0] if class_token else 0,
     )
+
+
+def _compress_command(store: Store, column: str) -> str:
+    """What makes a column of codes, as far as the name tells."""
+    of_class_token = column.startswith(CLASS_TOKEN_CODES)
+    name = compressor_of(column).removeprefix(CLASS_TOKEN_CODES)
+    kind, _, channels = name.partition("-")
+    options = f"--kind {kind} --channels {channels}" if channels.isdecimal() else f"--name {name}"
+    return f"`reglue compress {store.folder}{' --column cls' if of_class_token else ''} {options}`"
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
