@@ -257,6 +257,7 @@ def test_a_run_draws_its_images_once_and_is_compared_with_its_store(tmp_path, ti
     folder = run / "evaluated" / "step-00000006"
     files = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.png")}
     assert len(files) == first.image_count == 9
+    assert first.reference == RunRecord.read(run).store
     assert first.reference_features == "class tokens cached in the store"
     assert first.protocol is not None
     printed = str(first)

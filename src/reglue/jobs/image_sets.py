@@ -32,7 +32,7 @@ class ImageSet:
     """One side of a comparison."""
 
     path: Path
-    """As it was given."""
+    """As it was given, or that of a run's training store."""
     images: ReadableImages | None
     """None where a file holds statistics alone."""
     store: Store | None = None
@@ -64,7 +64,10 @@ def open_reference(path: Path) -> ImageSet:
 
     Raises UserError for anything else.
     """
-    return _of_store(path, _training_store(path)) if is_run(path) else _open(path)
+    if not is_run(path):
+        return _open(path)
+    store = _training_store(path)
+    return _of_store(store.folder, store)  # Not the run's: reports name what the numbers rest on.
 
 
 def is_run(path: Path) -> bool:
