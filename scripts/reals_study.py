@@ -275,7 +275,7 @@ def draw_sweep(options: Study, swept: list[dict[str, float]], plain: dict[str, f
     """Figures of the aligned arms over the weight of the KL term; those of the plain one as a dashed line."""
     names = [
         "psnr",
-        "rfid",
+        "frechet_distance",
         "kl",
         "patch_cosine",
         "linear_probe_pooled",
@@ -300,13 +300,16 @@ def save(figure: Figure, path: Path) -> None:
 
 def print_table(results: dict[str, Any]) -> None:
     """All arms, one line each."""
-    columns = {name: name.replace("_", " ") for name in ("psnr", "ssim", "rfid", "kl", "patch_cosine", "class_cosine")}
+    columns = {
+        name: name.replace("_", " ")
+        for name in ("psnr", "ssim", "frechet_distance", "kl", "patch_cosine", "class_cosine")
+    }
     columns |= {f"linear_probe_{view}": f"linear {view}" for view in ("pooled", "flat")}
     columns |= {f"neighbours_{view}": f"kNN {view}" for view in ("pooled", "flat")}
-    print("arm".ljust(22) + "".join(title.rjust(15) for title in columns.values()))
+    print("arm".ljust(22) + "".join(title.rjust(17) for title in columns.values()))
     for name, figures in results["arms"].items():
         cells = (f"{figures[column]:.4g}" if column in figures else "–" for column in columns)
-        print(name.ljust(22) + "".join(cell.rjust(15) for cell in cells))
+        print(name.ljust(22) + "".join(cell.rjust(17) for cell in cells))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Figures of an autoencoder on images: means over the images, and the Fréchet distance between the two sets.
 
+    That distance is of the vision encoder's class tokens, so it is no rFID, which is of the Inception's features.
+
     Reconstructions are of drawn latents, as a decoder meets them, and are measured after rounding to 8 bits.
     `signal_std` is the standard deviation of the posterior's means, `latent_std` that of what is drawn from it.
     """
@@ -95,7 +97,9 @@ def evaluate(
         signal.update(out.mean.reshape(-1, 1))
     return {
         **{name: torch.cat(values).mean().item() for name, values in per_image.items()},
-        "rfid": frechet_distance(*(one.gaussian for one in sets)) if bool(sets[1].mean.isfinite().all()) else math.nan,
+        "frechet_distance": (
+            frechet_distance(*(one.gaussian for one in sets)) if bool(sets[1].mean.isfinite().all()) else math.nan
+        ),
         "latent_mean": latents.mean.item(),
         "latent_std": latents.covariance.sqrt().item(),
         "signal_std": signal.covariance.sqrt().item(),
