@@ -222,6 +222,28 @@ def test_the_card_says_what_the_model_is_and_how_its_numbers_were_made(tiny_run:
         assert text not in card.content, text
 
 
+def test_the_card_shows_intervals_and_warnings_of_an_evaluation(tiny_run: Path, tmp_path: Path) -> None:
+    report = {
+        "metrics": {
+            "frechet_distance": {"value": 20.5, "low": 19.25, "high": 21.75},
+            "spatial_frechet_distance": None,
+            "recall": {"value": 0.5, "low": None, "high": None},
+        },
+        "distance_name": "FD-DINOv2",
+        "absent": {"sFID": "not defined"},
+        "warnings": ["warning: 50 images are few, " + "very " * 30],
+    }
+    (tmp_path / "few.json").write_text(json.dumps(report))
+    folder = reglue.load(tiny_run, device="cpu").save(tmp_path / "shared", reports=[tmp_path / "few.json"])
+    card = ModelCard.load(folder / "README.md")
+    results = card.data.to_dict()["model-index"][0]["results"]
+    metrics = {metric["type"]: metric["value"] for result in results for metric in result["metrics"]}
+    assert metrics == {"FD-DINOv2": 20.5, "recall": 0.5}
+    for text in ("| FD-DINOv2 | 20.5 [19.25, 21.75] |", "| recall | 0.5 |", report["warnings"][0].strip()):
+        assert text in card.content
+    assert "absent" not in card.content
+
+
 def test_a_named_report_must_be_one(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text("{}")
     with pytest.raises(UserError, match=r"none\.json is no report"):

@@ -23,6 +23,10 @@ from reglue.runs.record import COMPRESSOR, RunRecord
 from reglue.semantics.compressors import Compressor, load_compressor
 
 CARD, PICTURE, REPORTS, PREVIEWS = "README.md", "samples.png", "reports", "previews"
+DISTANCE = "frechet_distance"
+"""The metric whose name depends on the features: reports have it as `distance_name`."""
+NO_PROTOCOL = ("metrics", "protocol", "skipped", "versions", "absent", "warnings")
+"""What a report says of other things than how its metrics were made."""
 
 
 def save(
@@ -84,7 +88,10 @@ class Report:
 
     name: str
     metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    """Low and high, of the metrics that have them."""
     protocol: dict[str, str]
+    warnings: tuple[str, ...]
 
 
 def read_reports(run: Path | None, named: Sequence[Path] = ()) -> list[Report]:
@@ -186,12 +193,21 @@ def _read_report(file: Path) -> Report | None:
         return None
     if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
         return None
-    metrics = {key: float(value) for key, value in _flat(content["metrics"]) if isinstance(value, int | float)}
-    about = {key: value for key, value in content.items() if key not in ("metrics", "protocol", "skipped", "versions")}
-    how = content.get("protocol")
+    distance = str(content.get("distance_name") or DISTANCE)
+    figures = {distance if key == DISTANCE else key: value for key, value in content["metrics"].items()}
+    flat = {key: float(value) for key, value in _flat(figures) if isinstance(value, int | float)}
+    metrics = {key.removesuffix(".value"): value for key, value in flat.items() if not key.endswith((".low", ".high"))}
+    intervals = {
+        key: (flat[f"{key}.low"], flat[f"{key}.high"])
+        for key in metrics
+        if {f"{key}.low", f"{key}.high"} <= flat.keys()
+    }
+    about = {key: value for key, value in content.items() if key not in NO_PROTOCOL}
+    how, warnings = content.get("protocol"), content.get("warnings")
     protocol = dict(_flat(about)) | (dict(_flat({"samples": how})) if isinstance(how, dict) else {})
     short = {key: _without_place(str(value)) for key, value in protocol.items() if value not in (None, "")}
-    return Report(file.stem, metrics, {key: value for key, value in short.items() if len(value) <= 100})
+    short = {key: value for key, value in short.items() if len(value) <= 100}
+    return Report(file.stem, metrics, intervals, short, tuple(map(str, warnings)) if isinstance(warnings, list) else ())
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
