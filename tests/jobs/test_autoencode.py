@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -329,3 +331,10 @@ def test_a_folder_with_other_files_is_left_alone(tiny_images: Path, tiny_encoder
     with pytest.raises(UserError, match="holds other files"):
         run(tiny_images, tmp_path, tiny_encoder)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_images_need_no_labels(tiny_images: Path, tiny_encoder: str, tmp_path: Path):
+    rows = [{"bytes": file.read_bytes()} for file in sorted(tiny_images.rglob("*.png"))]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "images.parquet")
+    out = run(tmp_path / "images.parquet", tmp_path / "out", tiny_encoder, "--optimisation.steps=1")
+    assert load_autoencoder(str(out)).spec.latent_channels == 3

@@ -25,7 +25,7 @@ from tyro.conf import Positional
 
 from reglue.data.images import ImageSource
 from reglue.data.samples import ImageSamples, all_of, loader, to_images
-from reglue.data.sources import open_images
+from reglue.data.sources import Reading, open_images
 from reglue.diffusion.objective import weighted_sum
 from reglue.errors import UserError
 from reglue.files import from_json, replacing, to_json
@@ -46,6 +46,7 @@ from reglue.semantics.encoders import EncoderSpec, VisionEncoder
 
 RECORD, CONFIG, MEAN_STD = "training.json", "config.json", "mean_std.json"
 FORMAT = 1
+UNLABELLED = Reading(no_labels=True)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Autoencode:
     """
 
     images: Positional[Path]
-    """Folder of images, as in `reglue prepare`."""
+    """Images of whatever kind `reglue prepare` takes, a folder with folders too: classes make no difference."""
     out: Positional[Path]
     """Folder of the autoencoder: new, or one to continue."""
     recipe: Annotated[AutoencoderRecipe, tyro.conf.arg(name="")] = field(default_factory=AutoencoderRecipe)
@@ -154,7 +155,7 @@ def autoencode(options: Autoencode) -> Path:
     share, part = part_sizes(optimisation, processes)
     judges = load_judges(options.encoder, options.size, recipe.perceptual, device)
     source = load_autoencoder(options.source) if options.source is not None else None
-    images = open_images(options.images)
+    images = open_images(options.images, UNLABELLED)
     training, held_out = split(options, images)
 
     torch.manual_seed(int(generator(options.seed, "initial weights").integers(2**63)))
@@ -300,7 +301,7 @@ def autoencode(options: Autoencode) -> Path:
 def split(options: Autoencode, images: ImageSource) -> tuple[Tensor, ImageSamples]:
     """Ascending rows to train on, and the held-out images. Raises UserError if there are too few of either."""
     if isinstance(options.validation, Path):
-        others = open_images(options.validation)
+        others = open_images(options.validation, UNLABELLED)
         order = permutation(options.seed, "autoencoder validation", 0, len(others))
         training, held_out = torch.arange(len(images)), order[: options.validation_images]
     else:
