@@ -84,6 +84,8 @@ def test_the_figures_are_those_of_the_features_and_the_sides_are_not_exchanged(
     assert distance.low < distance.value < distance.high
     assert evaluate(settings(images, tiny_store, resamples=0)).metrics.frechet_distance == Figure(distance.value)
     assert any("9 images for 16 features" in warning for warning in evaluation.warnings)
+    few = evaluate(settings(images, images, feature_network="starter")).warnings
+    assert any("9 reference images for 128 features" in warning for warning in few)
 
 
 def test_folder_and_npz_of_the_same_images_give_the_same_figures(tmp_path, tiny_images, tiny_encoder, noise):

@@ -447,7 +447,7 @@ def _measure(
 
 
 def _warnings(network: FeatureNetwork, measured: Described, real: Described) -> Iterator[str]:
-    for name, side in (("images", measured), ("reference", real)):
+    for name, side in (("images", measured), ("reference images", real)):
         if not side.given and side.count is not None and side.count < network.width:
             yield (
                 f"warning: {side.count} {name} for {network.width} features: the covariance is singular and the "
