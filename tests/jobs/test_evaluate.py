@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from helpers import mistake
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.jobs import evaluate as job
@@ -328,3 +330,11 @@ def test_only_dinov2_large_is_called_fd_dinov2(tmp_path, tiny_encoder):
         expected = cast(Any, network).eval().forward_features(standardised.permute(2, 0, 1)[None])[:, 0]
     found = large.describe(torch.from_numpy(image).permute(2, 0, 1)[None]).features
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_report_that_cannot_be_written_stops_before_the_work(tmp_path, tiny_images, monkeypatch, capsys):
+    monkeypatch.setattr(job, "_load_network", lambda *_: pytest.fail("the work has begun"))
+    (tmp_path / "file").touch()
+    for out, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "report.json", r"file: (File exists|Not a)")):
+        told = mistake(capsys, monkeypatch, "evaluate", tiny_images, "--reference", tiny_images, "--out", out)
+        assert re.search(message, told)

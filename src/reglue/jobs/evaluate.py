@@ -241,6 +241,10 @@ class Described:
 def evaluate(options: Evaluate) -> Evaluation:
     """Measure, print a table, and write the report. Raises UserError for input that cannot be compared."""
     device = resolve_device(options.device)
+    if options.out:  # Before the work, which may take hours.
+        if options.out.is_dir():
+            raise UserError(f"--out {options.out} is a folder; name a .json file")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     images = open_images(options.images, options.count, options.batch_size, options.device)
     reference = open_reference(_reference_path(options))
     network = _load_network(options, images, reference, device)
@@ -279,7 +283,6 @@ def evaluate(options: Evaluate) -> Evaluation:
     )
     print(evaluation)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(options.out) as beside:
             beside.write_text(json.dumps(asdict(evaluation), indent=1))
     return evaluation
