@@ -134,3 +134,18 @@ def test_progress_is_shown_when_asked_for(model: reglue.ImageModel, capsys: pyte
 def test_a_model_can_be_moved(model: reglue.ImageModel) -> None:
     assert model.to("cpu") is model
     assert model.device.type == "cpu"
+
+
+def test_options_take_text_for_paths(tiny_images: Path, tiny_run: Path, tmp_path: Path) -> None:
+    options = reglue.Prepare(
+        str(tiny_images),
+        str(tmp_path / "store"),
+        16,
+        "starter",
+        "none",
+        workers=0,  # type: ignore[arg-type]
+    )
+    assert len(reglue.prepare(options)) == 24
+    out = str(tmp_path / "samples")
+    assert reglue.sample(reglue.Sample(str(tiny_run), out, 1, steps=1)) == Path(out)  # type: ignore[arg-type]
+    assert reglue.Sample(Path("run"), Path("out"), autoencoder="starter").autoencoder == "starter"

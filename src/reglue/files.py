@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from cattrs import transform_error
 from cattrs.errors import BaseValidationError
@@ -18,6 +20,16 @@ from reglue.errors import UserError
 
 _T = TypeVar("_T")
 _converter = make_converter(forbid_extra_keys=True)
+
+
+class TakesPaths:
+    """For a frozen dataclass of options: text becomes a `Path` wherever a field is one, as on the command line."""
+
+    def __post_init__(self) -> None:
+        for part in fields(cast(Any, self)):
+            value = getattr(self, part.name)
+            if isinstance(value, str) and re.search(r"\bPath\b", str(part.type)):
+                object.__setattr__(self, part.name, Path(value))
 
 
 @contextmanager

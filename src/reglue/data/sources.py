@@ -28,6 +28,7 @@ from torch import Tensor
 from reglue.data.images import ImageFolder, ImageSource, UnreadableImage, is_image, list_folder, load_crop
 from reglue.data.labels import index_labels, look_up, read_class_names, read_table
 from reglue.errors import UserError
+from reglue.files import TakesPaths
 from reglue.seeds import permutation
 
 HUB = "hf:"
@@ -38,7 +39,7 @@ DATA_FILES = (".tar", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class Reading(TakesPaths):
     """How images and labels are found in what is no folder with a sub-folder per class."""
 
     labels: Path | None = None
@@ -61,6 +62,7 @@ class Reading:
     """How many images of a stream to take. Needed where the stream does not tell how many it has."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.labels and self.no_labels:
             raise UserError("--labels gives labels and --no-labels takes none; leave one out")
         if self.count is not None and (self.count < 1 or not self.streaming):

@@ -28,7 +28,7 @@ from reglue.data.samples import ImageSamples, all_of, loader, to_images
 from reglue.data.sources import Reading, open_images
 from reglue.diffusion.objective import weighted_sum
 from reglue.errors import UserError
-from reglue.files import from_json, replacing, to_json
+from reglue.files import TakesPaths, from_json, replacing, to_json
 from reglue.jobs.reconstructions import Judges, check_latents, draw, evaluate, latent_mean_std, load_judges
 from reglue.jobs.train import ema_decay, learning_rate, part_sizes
 from reglue.latents.adversary import adaptive_weight, check_size, hinge
@@ -50,7 +50,7 @@ UNLABELLED = Reading(no_labels=True)
 
 
 @dataclass(frozen=True)
-class Autoencode:
+class Autoencode(TakesPaths):
     """Train an autoencoder, from scratch or from another, so that its latents say what a vision encoder sees.
 
     The result is a folder for `reglue prepare --autoencoder`. The same command again continues where it stopped, with
@@ -92,6 +92,7 @@ class Autoencode:
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for option in ("validation_images", "statistics_images"):
             if getattr(self, option) < 2:
                 raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: choose at least 2")

@@ -23,7 +23,7 @@ from tyro.conf import Positional
 from reglue.data.pictures import colours_of, image_grid
 from reglue.data.store import Store, codes_column, compressor_of, value_of
 from reglue.errors import UserError
-from reglue.files import replacing
+from reglue.files import TakesPaths, replacing
 from reglue.runs.ranks import resolve_device
 from reglue.seeds import generator, normals, permutation
 from reglue.semantics.compressors import (
@@ -44,7 +44,7 @@ LATER_OPTIONS = {"column": "features", "kl_weight": 0.0}
 
 
 @dataclass(frozen=True)
-class Compress:
+class Compress(TakesPaths):
     """Learn to write the features of a store in few channels, and add the codes as column local.NAME.
 
     With --column cls it is the class tokens, and their codes become column cls.NAME. The same command again continues
@@ -90,6 +90,7 @@ class Compress:
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for option in ("channels", "hidden", "epochs", "cosine_epochs", "micro_batch"):
             if getattr(self, option) < 1:
                 raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: choose at least 1")

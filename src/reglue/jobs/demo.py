@@ -28,6 +28,7 @@ from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.guidance import Guidance
 from reglue.diffusion.modalities import LOCAL
 from reglue.errors import UserError
+from reglue.files import TakesPaths
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.evaluate import Evaluate, evaluate
 from reglue.jobs.prepare import Prepare, prepare
@@ -80,7 +81,7 @@ DEMO_RECIPE = Recipe(
 
 
 @dataclass(frozen=True)
-class Demo:
+class Demo(TakesPaths):
     """Prepare, compress, train, sample and evaluate on real handwritten digits, and write a report page."""
 
     out: Path = Path("demo-output")

@@ -18,7 +18,7 @@ from tyro.conf import Positional
 from reglue.data.images import UnreadableImage
 from reglue.data.store import Store
 from reglue.errors import UserError
-from reglue.files import replacing
+from reglue.files import TakesPaths, replacing
 from reglue.jobs.image_sets import ImageSet, is_run, open_images, open_reference
 from reglue.metrics.distances import (
     Gaussian,
@@ -52,7 +52,7 @@ DENSITY_NEIGHBOURS = 5
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(TakesPaths):
     """Compare images with a reference: FID, sFID, Inception Score, precision, recall, KID, density and coverage.
 
     The figures are those of ADM's evaluator, with 95 % intervals. Images go into the Inception network at the size that
@@ -97,6 +97,7 @@ class Evaluate:
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         least = {"batch_size": 1, "kernel_subsets": 1, "kernel_subset_size": 2, "resamples": 0, "count": 1}
         for option, smallest in least.items():
             value = getattr(self, option)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from reglue.errors import UserError
-from reglue.files import replacing
+from reglue.files import TakesPaths, replacing
 from reglue.recipe import Recipe
 from reglue.runs import checkpoints
 from reglue.runs.hub import find_run
@@ -22,7 +22,7 @@ ENDINGS = (".safetensors", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
-class ExportRun:
+class ExportRun(TakesPaths):
     """Write a run's weights as SiT, REPA, ReDi, REG or REGLUE name them, in their time convention."""
 
     run: Positional[Path]

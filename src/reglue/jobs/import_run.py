@@ -13,7 +13,7 @@ from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.modalities import LATENT
 from reglue.diffusion.paths import PathName
 from reglue.errors import UserError
-from reglue.files import new_folder
+from reglue.files import TakesPaths, new_folder
 from reglue.latents.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.papers import RECIPES
 from reglue.recipe import MODEL_SIZES, Recipe, model_size
@@ -38,7 +38,7 @@ VELOCITY = ("v", "velocity")
 
 
 @dataclass(frozen=True)
-class ImportRun:
+class ImportRun(TakesPaths):
     """Turn a checkpoint of SiT, REPA, ReDi, REG or REGLUE into a run; nothing that is in the file is executed.
 
     The shapes of the weights tell which method it is. The run can be sampled, evaluated, shared and exported, but not

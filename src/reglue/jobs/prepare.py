@@ -21,6 +21,7 @@ from reglue.data.images import ImageSource, UnreadableImage
 from reglue.data.sources import Reading, Subset, open_images
 from reglue.data.store import Contents, Source, Store, StoreWriter
 from reglue.errors import UserError
+from reglue.files import TakesPaths
 from reglue.latents.autoencoders import Autoencoder, load_autoencoder
 from reglue.runs import ranks
 from reglue.seeds import permutation
@@ -30,7 +31,7 @@ NO_ENCODER = "none"
 
 
 @dataclass(frozen=True)
-class Prepare:
+class Prepare(TakesPaths):
     """Encode images once, so that training never has to.
 
     The same command again continues where an interrupted one stopped. Many GPUs or machines with one disk share the
@@ -79,6 +80,7 @@ class Prepare:
     reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for option in ("batch_size", "shard_size", "statistics_images", "per_class"):
             value = getattr(self, option)
             if value is not None and value < 1:

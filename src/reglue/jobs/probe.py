@@ -24,7 +24,7 @@ from tyro.conf import Positional
 from reglue.data.masks import load_masks
 from reglue.data.store import CLASS_TOKEN_CODES, LOCAL_CODES, Store, compressor_of, holds_codes, value_of
 from reglue.errors import UserError
-from reglue.files import from_json, replacing, to_json
+from reglue.files import TakesPaths, from_json, replacing, to_json
 from reglue.metrics.probes import IGNORE, Constant, Examples, Fitted, Training, fit_linear, fit_map, measure
 from reglue.runs.ranks import resolve_device
 from reglue.seeds import permutation
@@ -41,7 +41,7 @@ PROBES: tuple[ProbeKind, ...] = get_args(ProbeKind)
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(TakesPaths):
     """Fit small probes that tell classes, or masks, from what a store holds: how much does compression keep?
 
     The same command again continues where an interrupted one stopped, and adds what the store has gained.
@@ -86,6 +86,7 @@ class Probe:
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for option in ("hidden", "steps", "batch_size"):
             if getattr(self, option) < 1:
                 raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: choose at least 1")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from reglue.errors import UserError
-from reglue.files import replacing
+from reglue.files import TakesPaths, replacing
 from reglue.recipe import Rounding, SamplerName, Sampling
 from reglue.runs import ranks
 from reglue.runs.generation import ImageModel, changed_sampling, evaluations, load
@@ -24,7 +24,7 @@ PROTOCOL = "samples.json"
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(TakesPaths):
     """Draw images from a run. Image i depends on the seed and i alone; the same command again draws what is missing."""
 
     run: Positional[Path]

@@ -24,7 +24,7 @@ from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.errors import UserError
-from reglue.files import replacing
+from reglue.files import TakesPaths, replacing
 from reglue.recipe import Descent, Recipe
 from reglue.runs import checkpoints, ranks
 from reglue.runs.generation import ImageModel, decoder
@@ -36,7 +36,7 @@ from reglue.semantics.encoders import load_encoder
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(TakesPaths):
     """Train a recipe on a store. The same command again continues where it stopped, with the same bits."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
