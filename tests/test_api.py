@@ -137,15 +137,9 @@ def test_a_model_can_be_moved(model: reglue.ImageModel) -> None:
 
 
 def test_options_take_text_for_paths(tiny_images: Path, tiny_run: Path, tmp_path: Path) -> None:
-    options = reglue.Prepare(
-        str(tiny_images),
-        str(tmp_path / "store"),
-        16,
-        "starter",
-        "none",
-        workers=0,  # type: ignore[arg-type]
-    )
-    assert len(reglue.prepare(options)) == 24
-    out = str(tmp_path / "samples")
-    assert reglue.sample(reglue.Sample(str(tiny_run), out, 1, steps=1)) == Path(out)  # type: ignore[arg-type]
-    assert reglue.Sample(Path("run"), Path("out"), autoencoder="starter").autoencoder == "starter"
+    images, store, run, out = (str(path) for path in (tiny_images, tmp_path / "store", tiny_run, tmp_path / "samples"))
+    prepare: Any = reglue.Prepare
+    assert len(reglue.prepare(prepare(images, store, 16, "starter", "none", workers=0))) == 24
+    sample: Any = reglue.Sample
+    assert reglue.sample(sample(run, out, 1, steps=1)) == Path(out)
+    assert sample(run, out, autoencoder="starter").autoencoder == "starter"
