@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from safetensors.torch import save_file
 from helpers import TINY_RECIPE, draw_images
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.prepare import Prepare, prepare
+
+# The tests run side by side, one thread each: more of them would only wait for each other. So do the processes that
+# tests start, which may keep their byte code, since compiling takes most of their time.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(scope="session")

@@ -116,6 +116,19 @@ def test_a_store_of_another_encoder_is_read_from_its_images(tmp_path, tiny_store
         assert value(evaluation.metrics.frechet_distance) == pytest.approx(0, abs=1e-4)
 
 
+def test_intervals_stay_within_what_a_figure_can_be(tiny_store, tiny_images):
+    evaluation = evaluate(settings(tiny_images, tiny_store, resamples=200))
+    metrics = evaluation.metrics
+    for figure, most in ((metrics.precision, 1), (metrics.recall, 1), (metrics.coverage, 1), (metrics.density, 99)):
+        assert figure is not None
+        assert figure.low is not None
+        assert figure.high is not None
+        assert 0 <= figure.low <= figure.value <= figure.high <= most
+    assert metrics.frechet_distance.low is not None
+    assert metrics.frechet_distance.low >= 0
+    assert evaluation.kernel_subsets == 1, "a subset is all of either side"
+
+
 @pytest.mark.parametrize("features", ["class-token", "patch-mean"])
 def test_mirror_images_of_a_store_are_no_reference(tmp_path, tiny_images, tiny_encoder, tiny_autoencoder, features):
     store = tmp_path / "store"

@@ -10,7 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -351,17 +351,8 @@ def arguments(options: Prepare, *more: str) -> list[str]:
     return ["prepare", str(options.images), str(options.out), "--features", *sum(pairs, ()), *more]
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As torchrun gives each process: sums are rounded otherwise with another number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_two_processes_of_which_one_is_killed_and_the_others_that_continue_make_the_store_of_one(
-    options, own_images: Path, tmp_path: Path, one_thread: None
+    options, own_images: Path, tmp_path: Path
 ):
     (own_images / "square" / "text.jpg").write_text("no image")
     whole = prepare(options(images=own_images, out=tmp_path / "whole", shard_size=4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -114,9 +115,12 @@ class Figure:
     high: float | None = None
 
     @classmethod
-    def of(cls, value: float, resampled: Tensor | None) -> Figure:
-        """With the interval of its resamples (R,), if there are any."""
-        return cls(value) if resampled is None or not len(resampled) else cls(value, *interval(value, resampled))
+    def of(cls, value: float, resampled: Tensor, least: float = -math.inf, most: float = math.inf) -> Figure:
+        """With the interval of its resamples (R,), if there are any, within what the figure can be."""
+        if not len(resampled):
+            return cls(value)
+        low, high = interval(value, resampled)
+        return cls(value, max(low, least), min(high, most))
 
 
 @dataclass(frozen=True)
@@ -254,6 +258,7 @@ def evaluate(options: Evaluate) -> Evaluation:
     measured = _describe(network, images, "images", options, skipped)
     real = _describe(network, reference, "reference", options, skipped)
     metrics, absent = _measure(network, measured, real, options, device)
+    subset_size = min(options.kernel_subset_size, measured.count or 0, real.count or 0)
     evaluation = Evaluation(
         metrics=metrics,
         absent=absent,
@@ -271,8 +276,9 @@ def evaluate(options: Evaluate) -> Evaluation:
         feature_network_sha256=network.sha256,
         features=network.features_name,
         input_rule=network.input_rule,
-        kernel_subsets=options.kernel_subsets,
-        kernel_subset_size=min(options.kernel_subset_size, measured.count or 0, real.count or 0),
+        # Where a subset is all that there is, one is measured.
+        kernel_subsets=1 if subset_size == measured.count == real.count else options.kernel_subsets,
+        kernel_subset_size=subset_size,
         neighbours=NEIGHBOURS,
         density_neighbours=DENSITY_NEIGHBOURS,
         resamples=options.resamples,
@@ -409,7 +415,7 @@ def _measure(
     if not measured.given and options.resamples:
         influence = frechet_influence(images.features, measured.gaussian, real.gaussian)
         distance = metrics.frechet_distance.value
-        metrics = replace(metrics, frechet_distance=Figure.of(distance, resampled_means(influence, counts)))
+        metrics = replace(metrics, frechet_distance=Figure.of(distance, resampled_means(influence, counts), least=0))
     if images.logits is None:
         absent["Inception Score"] = network.without_logits
     else:
@@ -436,17 +442,18 @@ def _measure(
     )
     reference_counts = resample_counts(len(others.features), options.resamples, options.seed, "reference")
 
-    def share(values: Tensor, of: Tensor) -> Figure:
-        return Figure.of(float(values.mean()), resampled_means(values.cpu(), of) if len(of) else None)
+    def mean(values: Tensor, of: Tensor, most: float = 1.0) -> Figure:
+        resampled = resampled_means(values.cpu(), of) if len(of) else torch.empty(0)
+        return Figure.of(float(values.mean()), resampled, least=0, most=most)
 
     return replace(
         metrics,
-        precision=share(scores.precision, counts),
-        recall=share(scores.recall, reference_counts),
+        precision=mean(scores.precision, counts),
+        recall=mean(scores.recall, reference_counts),
         kernel_distance=Figure.of(kernel.mean, kernel.resampled),
         kernel_distance_std=kernel.std,
-        density=share(scores.density, counts),
-        coverage=share(scores.coverage, reference_counts),
+        density=mean(scores.density, counts, most=math.inf),
+        coverage=mean(scores.coverage, reference_counts),
     ), absent
 
 
