@@ -321,6 +321,13 @@ def test_options_that_do_not_fit_are_named(tiny_images, tiny_store, random_incep
             evaluate(options)
 
 
+def test_fd_dinov2_takes_images_that_fit_no_grid_of_patches(monkeypatch: pytest.MonkeyPatch):
+    made = []
+    monkeypatch.setattr("reglue.metrics.features.DinoV2Features", lambda name, device: made.append(name))
+    load_encoder_features("dinov2-l", (100, 90), "class-token")
+    assert made == ["dinov2-l"]
+
+
 def test_only_dinov2_large_is_called_fd_dinov2(tmp_path, tiny_encoder):
     assert load_encoder_features(tiny_encoder, (16, 16), "class-token").distance_name.startswith("Fréchet distance (")
     network = timm.create_model("vit_large_patch14_dinov2.lvd142m", num_classes=0, img_size=224, depth=1)

@@ -165,6 +165,8 @@ def load_encoder_features(
 
     The class token of DINOv2 ViT-L/14 is taken as FD-DINOv2 does, whatever `image_size`.
     """
+    if kind == "class-token" and name.partition("@")[0] == FD_DINOV2_ENCODER:
+        return DinoV2Features(name, device)  # At once, since it takes images of sizes that fit no grid of patches.
     encoder = load_encoder(name, image_size, device=device)
     if kind == "class-token" and encoder.spec.architecture == KNOWN_ENCODERS[FD_DINOV2_ENCODER].architecture:
         return DinoV2Features(name, device)
