@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,10 @@ def test_the_published_autoencoder_is_compared_only_once_it_is_seen(autoencoder:
     record = RunRecord.read(import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", heads=HEADS)))
     with pytest.raises(UserError, match=r"sd-vae-ft-ema .*cannot be fetched"):
         load(tmp_path / "run", device="cpu")
-    assert decoder(record, cpu, autoencoder).spec.latent_channels == 4
+    with pytest.raises(UserError, match="has 2 pixels of a latent along a side, the run has 8"):
+        decoder(record, cpu, autoencoder)
+    fitting = replace(record, autoencoder=replace(record.autoencoder, downsampling=2))
+    assert decoder(fitting, cpu, autoencoder).spec.latent_channels == 4
     local = RunRecord.read(
         import_run(ImportRun(tmp_path / "in.pt", tmp_path / "local", autoencoder=autoencoder, heads=HEADS))
     )
