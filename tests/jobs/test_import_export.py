@@ -126,17 +126,25 @@ def test_an_imported_run_samples_what_the_published_sampler_gives(
 @pytest.mark.parametrize("ending", [".safetensors", ".pt", ".pth"])
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_imported_is_exported_again(method: str, ending: str, tmp_path: Path) -> None:
-    golden = write(method, tmp_path / f"in{ending}")
+    golden = write(method, tmp_path / f"0001234{ending}")
     # The papers' autoencoder is not at hand, and neither job needs it.
-    run = import_run(ImportRun(tmp_path / f"in{ending}", tmp_path / "run", heads=HEADS))
+    run = import_run(ImportRun(tmp_path / f"0001234{ending}", tmp_path / "run", heads=HEADS))
     out = export_run(ExportRun(run, tmp_path / f"out{ending}"))
     again = read_official(out)
     assert again.weights.keys() == golden.published.keys()
     for name, value in golden.published.items():
         assert_close(again.weights[name], value)
+    assert again.step == 1234
     if ending != ".safetensors":
-        assert again.step == 1234
         assert torch.load(out, weights_only=True).keys() == {"model", "ema", "steps"}
+
+
+@pytest.mark.parametrize(("metadata", "step"), [("42", 42), ("-1", 7), ("²", 7), ("9" * 5000, 7), (None, 7)])
+def test_the_step_of_a_safetensors_file(metadata: str | None, step: int, tmp_path: Path) -> None:
+    weights = {name: value.contiguous() for name, value in Golden("sit").published.items()}
+    save_file(weights, tmp_path / "0000007.safetensors", metadata and {"step": metadata})
+    run = import_run(ImportRun(tmp_path / "0000007.safetensors", tmp_path / "run", heads=HEADS))
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"{step:08d}"]
 
 
 @pytest.mark.parametrize("method", METHODS)

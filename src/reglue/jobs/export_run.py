@@ -15,7 +15,7 @@ from reglue.files import TakesPaths, replacing
 from reglue.recipe import Recipe
 from reglue.runs import checkpoints
 from reglue.runs.hub import find_run
-from reglue.runs.official import export_official, family_of
+from reglue.runs.official import STEP, export_official, family_of
 from reglue.runs.record import RunRecord
 
 ENDINGS = (".safetensors", ".pt", ".pth")
@@ -28,7 +28,8 @@ class ExportRun(TakesPaths):
     run: Positional[Path]
     """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
     out: Path
-    """.safetensors holds the averaged weights; .pt or .pth holds {ema, model, steps}, as the published code reads."""
+    """.safetensors holds the averaged weights, and the step in its metadata; .pt or .pth holds {ema, model, steps}, as
+    the published code reads."""
     step: int | None = None
     """Checkpoint to export; the last one if not given."""
 
@@ -50,17 +51,17 @@ def export_run(options: ExportRun) -> Path:
         weights = export_official(family, record.denoiser, checkpoints.read_weights(checkpoint / name))
         return {key: value.contiguous() for key, value in weights.items()}
 
-    averaged = published(checkpoints.EMA)
+    averaged, step = published(checkpoints.EMA), int(checkpoint.name)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.out) as beside:
         if options.out.suffix == ".safetensors":
-            save_file(averaged, beside)
+            save_file(averaged, beside, {STEP: str(step)})
         else:
             # An imported or shared run has no others than the averaged weights.
             has_others = (checkpoint / checkpoints.MODEL).is_file()
             others = published(checkpoints.MODEL) if has_others else averaged
-            torch.save({"model": others, "ema": averaged, "steps": int(checkpoint.name)}, beside)
-    print(f"{options.out}: {family} {record.recipe.model} of step {int(checkpoint.name)}")
+            torch.save({"model": others, "ema": averaged, "steps": step}, beside)
+    print(f"{options.out}: {family} {record.recipe.model} of step {step}")
     return options.out
 
 

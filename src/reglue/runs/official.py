@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -65,6 +65,10 @@ KEYS = {
 }
 
 
+STEP = "step"
+"""Key of our safetensors files' metadata: the step of training, in decimal digits."""
+STEP_DIGITS = re.compile(r"[0-9]{1,18}")
+"""What may be a step: a stranger's file can say anything."""
 TIME_WEIGHT = "transformer.time_embedding.0.weight"
 
 
@@ -93,7 +97,7 @@ class PublishedFile:
     arguments: dict[str, Any]
     """The options that it was trained with, by name, as far as the file keeps them."""
     step: int
-    """Of training; 0 if neither the file nor its name (`0400000.pt`) says."""
+    """Of training; 0 if neither the file (its metadata, for safetensors) nor its name (`0400000.pt`) says."""
 
 
 def read_official(file: Path) -> PublishedFile:
@@ -105,19 +109,23 @@ def read_official(file: Path) -> PublishedFile:
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     content: Any
+    stated = None
     if file.suffix == ".safetensors":
         try:
             content = load_file(file)
+            with safe_open(file, framework="pt") as opened:
+                stated = (opened.metadata() or {}).get(STEP)
         except SafetensorError as error:
             raise UserError(f"{file}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
     else:
         content = read_untrusted(file)
     container = content if isinstance(content, dict) else {}
     arguments, step = container.get("args"), container.get("steps", container.get("step"))
+    said = [text for text in (stated, file.stem) if text and STEP_DIGITS.fullmatch(text)]
     return PublishedFile(
         weights=state_dict_in(content, file),
         arguments=arguments if isinstance(arguments, dict) else {},
-        step=step if isinstance(step, int) else int(file.stem) if file.stem.isdecimal() else 0,
+        step=step if isinstance(step, int) else int(said[0]) if said else 0,
     )
 
 
