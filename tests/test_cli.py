@@ -44,6 +44,25 @@ def test_every_option_is_explained(job: str, capsys: pytest.CaptureFixture[str])
     assert f"usage: reglue {job}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("job", "names"),
+    [
+        ("prepare", "IMAGES OUT"),
+        ("compress", "STORE"),
+        ("autoencode", "IMAGES OUT"),
+        ("sample", "RUN"),
+        ("evaluate", "IMAGES"),
+        ("probe", "STORE"),
+        ("import", "FILE"),
+        ("export", "RUN"),
+    ],
+)
+def test_the_usage_line_names_what_comes_first(job: str, names: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse([job, "--help"])
+    assert f"] {names}" in capsys.readouterr().out.splitlines()[0]
+
+
 def test_an_unknown_recipe_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse(["train", "regle", "--store", "s", "--out", "r"])

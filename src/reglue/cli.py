@@ -95,7 +95,11 @@ def parse(arguments: list[str]) -> Any:
         prog="reglue",
         description=DESCRIPTION,
         args=arguments,
-        config=(tyro.conf.ConsolidateSubcommandArgs, tyro.conf.AvoidSubcommands),
+        config=(
+            tyro.conf.ConsolidateSubcommandArgs,
+            tyro.conf.AvoidSubcommands,
+            tyro.conf.PositionalMetavarFromFieldName,
+        ),
     )
 
 
