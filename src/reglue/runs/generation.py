@@ -225,8 +225,14 @@ class ImageModel:
 
         Returns PIL images, or for `output="tensor"` uint8 (N, 3, height, width) on the CPU.
 
-        Raises UserError for an unknown class, a count that contradicts the classes, and guidance without classes.
+        Raises UserError for an unknown class, a count that contradicts the classes, and guidance without classes;
+        TypeError for an unknown option.
         """
+        known = GenerateOptions.__annotations__
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(
+                f"generate() takes no {', '.join(unknown)}; it takes {', '.join(('classes', 'output', *known))}"
+            )
         if output not in ("pil", "tensor"):
             raise UserError(f"output {output!r}: choose 'pil' or 'tensor'")
         labels = self._labels(classes, options.pop("count", None))
