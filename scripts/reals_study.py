@@ -272,7 +272,10 @@ def draw_reconstructions(
 
 
 def draw_sweep(options: Study, swept: list[dict[str, float]], plain: dict[str, float]) -> None:
-    """Figures of the aligned arms over the weight of the KL term; those of the plain one as a dashed line."""
+    """Figures of the aligned arms over the weight of the KL term; those of the plain one as a dashed line.
+
+    Arms made by an earlier version may lack some: they are left out there.
+    """
     names = [
         "psnr",
         "frechet_distance",
@@ -285,7 +288,8 @@ def draw_sweep(options: Study, swept: list[dict[str, float]], plain: dict[str, f
     ]
     figure = Figure(figsize=(12, 5), layout="constrained")
     for panel, name in zip(figure.subplots(2, 4).flat, names, strict=True):
-        panel.semilogx([arm["kl_weight"] for arm in swept], [arm[name] for arm in swept], marker="o")
+        measured = [arm for arm in swept if name in arm]
+        panel.semilogx([arm["kl_weight"] for arm in measured], [arm[name] for arm in measured], marker="o")
         if name in plain:
             panel.axhline(plain[name], linestyle="--", color="grey")
         panel.set(title=name.replace("_", " "), xlabel="weight of KL")
