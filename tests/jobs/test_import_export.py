@@ -32,6 +32,7 @@ from reglue.runs.checkpoints import read_weights
 from reglue.runs.generation import decoder, load
 from reglue.runs.official import import_official, read_official
 from reglue.runs.record import RunRecord
+from reglue.runs.sharing import model_card
 from reglue.semantics.compressors import load_compressor
 
 
@@ -68,6 +69,7 @@ def write(method: str, file: Path, change: Any = None) -> Golden:
 
 
 HEADS = 4
+PUBLISHED = "sd-vae-ft-mse"
 SAMPLED = {
     "sit": ("ode_euler_cfg", {"sampler": "euler", "guidance_scale": 1.5}),
     "repa": ("sde_cfg", {"guidance_scale": 2.3, "guidance_interval": (0.0, 0.85)}),
@@ -128,7 +130,7 @@ def test_an_imported_run_samples_what_the_published_sampler_gives(
 def test_what_is_imported_is_exported_again(method: str, ending: str, tmp_path: Path) -> None:
     golden = write(method, tmp_path / f"0001234{ending}")
     # The papers' autoencoder is not at hand, and neither job needs it.
-    run = import_run(ImportRun(tmp_path / f"0001234{ending}", tmp_path / "run", heads=HEADS))
+    run = import_run(ImportRun(tmp_path / f"0001234{ending}", tmp_path / "run", autoencoder=PUBLISHED, heads=HEADS))
     out = export_run(ExportRun(run, tmp_path / f"out{ending}"))
     again = read_official(out)
     assert again.weights.keys() == golden.published.keys()
@@ -150,7 +152,8 @@ def test_the_step_of_a_safetensors_file(metadata: str | None, step: int, tmp_pat
 @pytest.mark.parametrize("method", METHODS)
 def test_the_record_says_what_was_found(method: str, tmp_path: Path) -> None:
     write(method, tmp_path / "in.pt")
-    record = RunRecord.read(import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", heads=HEADS)))
+    options = ImportRun(tmp_path / "in.pt", tmp_path / "run", autoencoder=PUBLISHED, heads=HEADS)
+    record = RunRecord.read(import_run(options))
     recipe = record.recipe
     assert (recipe.name, recipe.model) == (method, "3x48x4/2")
     assert record.resolution == (64, 64)
@@ -158,7 +161,7 @@ def test_the_record_says_what_was_found(method: str, tmp_path: Path) -> None:
     assert record.origin == "in.pt"
     assert (record.store, record.store_hash, record.seed) == (None, None, None)
     assert (record.autoencoder.name, record.autoencoder.weights_sha256) == ("sd-vae-ft-mse", None)
-    assert record.decoder == "sd-vae-ft-ema"
+    assert (record.decoder, record.autoencoder_assumed) == (None, False)
     assert recipe.alignment.present == (record.denoiser.alignment_width > 0) == (method in ("repa", "reg", "reglue"))
     assert record.denoiser.alignment_depth == (2 if recipe.alignment.present else 0)
     assert recipe.local.compressor == {"redi": "pca-6", "reglue": "conv-6"}.get(method, "conv-16")
@@ -189,7 +192,7 @@ def test_reglues_compressor_goes_into_the_run(tmp_path: Path) -> None:
     compressor, statistics, golden = compressor_files(tmp_path)
     write("reglue", tmp_path / "in.pt")
     run = import_run(
-        ImportRun(tmp_path / "in.pt", tmp_path / "run", compressor=compressor, statistics=statistics, heads=HEADS)
+        ImportRun(tmp_path / "in.pt", tmp_path / "run", compressor, statistics, autoencoder=PUBLISHED, heads=HEADS)
     )
     ours = load_compressor(run / "compressor")
     assert ours.spec() == RunRecord.read(run).compressor
@@ -204,7 +207,8 @@ def test_redis_components_go_into_the_run(tmp_path: Path) -> None:
     content = {"pca_model": PCA(9).fit(features), "mean": np.zeros(20, "f4"), "std": np.ones(20, "f4")}
     torch.save(content, tmp_path / "pca.pt")
     write("redi", tmp_path / "in.pt")
-    run = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", compressor=tmp_path / "pca.pt", heads=HEADS))
+    options = ImportRun(tmp_path / "in.pt", tmp_path / "run", tmp_path / "pca.pt", autoencoder=PUBLISHED, heads=HEADS)
+    run = import_run(options)
     spec = load_compressor(run / "compressor").spec()
     assert (spec.kind, spec.channels_in, spec.channels) == ("pca", 20, 6)
 
@@ -235,6 +239,54 @@ def test_the_published_autoencoder_is_compared_only_once_it_is_seen(autoencoder:
     save_file(weights, other / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match="not the one that the run was trained with"):
         decoder(record, cpu)
+
+
+def test_an_autoencoder_that_nobody_named_is_said_to_be_assumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("repa", tmp_path / "in.pt")
+    named = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "named", autoencoder=PUBLISHED, heads=HEADS))
+    assert "assumed" not in capsys.readouterr().out
+    assumed = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", heads=HEADS))
+    assert "assumed are those of sd-vae-ft-mse, decoded by sd-vae-ft-ema" in capsys.readouterr().out
+    records = [RunRecord.read(run) for run in (named, assumed)]
+    assert [record.autoencoder_assumed for record in records] == [False, True]
+    assert [record.decoder for record in records] == [None, "sd-vae-ft-ema"]
+    shown = ["assumed: the published file does not say" in model_card(r, "run", 0, 1, [], False) for r in records]
+    assert shown == [False, True]
+    older = json.loads((assumed / "run.json").read_text())
+    del older["autoencoder_assumed"]
+    (assumed / "run.json").write_text(json.dumps(older))
+    assert not RunRecord.read(assumed).autoencoder_assumed
+
+
+def in_channels(channels: int, rows: int) -> Any:
+    def change(weights: dict[str, Tensor]) -> None:
+        weights["x_embedder.proj.weight"] = torch.zeros(48, channels, 2, 2)
+        weights["final_layer.linear.weight"] = torch.zeros(rows, 48)
+        weights["final_layer.linear.bias"] = torch.zeros(rows)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("method", "channels", "rows", "message"),
+    [
+        ("sit", 16, 128, "has 16 input channels and no local map"),
+        ("repa", 3, 12, "has 3 input channels, fewer than the 4"),
+        ("repa", 16, 64, "has 16 channels, where published redi models have 12"),
+        ("reg", 32, 128, "has 32 channels, where published reglue models have 20"),
+    ],
+)
+def test_other_channels_than_the_published_ones_need_an_autoencoder(
+    method: str, channels: int, rows: int, message: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    write(method, tmp_path / "in.pt", in_channels(channels, rows))
+    line = mistake(capsys, monkeypatch, "import", tmp_path / "in.pt", "--out", tmp_path / "run", "--heads=4")
+    assert message in line
+    assert "with --autoencoder" in line
+    assert not (tmp_path / "run").exists()
 
 
 def with_grid(rows: int, columns: int) -> Any:
@@ -324,7 +376,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     (tmp_path / "full" / "file").touch()
     before = sorted(tmp_path.rglob("*"))
     sit, reglue, run = tmp_path / "sit.pt", tmp_path / "reglue.pt", tmp_path / "run"
-    heads = "--heads=4"
+    heads, as_published = "--heads=4", ["--autoencoder", PUBLISHED]
     for message, arguments in {
         "no such file": [tmp_path / "gone.pt", "--out", run],
         "expected a state dict": [statistics, "--out", run],
@@ -333,16 +385,20 @@ def test_mistakes_are_one_line_and_leave_nothing(
         "width of 48 must be divisible": [sit, "--out", run, "--heads=5"],
         "holds other files": [sit, "--out", tmp_path / "full", heads],
         "a sit model has no local map": [sit, "--out", run, heads, "--compressor", compressor],
-        "give their file with --statistics": [reglue, "--out", run, heads, "--compressor", compressor],
-        "give it too": [reglue, "--out", run, heads, "--statistics", statistics],
-        "expected {mean, std}, found": [reglue, "--out", run, heads, "--compressor", reglue, "--statistics", reglue],
+        "give their file with --statistics": [reglue, "--out", run, heads, *as_published, "--compressor", compressor],
+        "give it too": [reglue, "--out", run, heads, *as_published, "--statistics", statistics],
+        "expected {mean, std}, found": [
+            reglue, "--out", run, heads, *as_published, "--compressor", reglue, "--statistics", reglue
+        ],
         "not a published REGLUE compressor": [
-            reglue, "--out", run, heads, "--compressor", reglue, "--statistics", statistics
+            reglue, "--out", run, heads, *as_published, "--compressor", reglue, "--statistics", statistics
         ],
         "has 2 names, but the model has 1000": [sit, "--out", run, heads, "--class-names", tmp_path / "names.txt"],
         "--resolution asks for 2×8": [sit, "--out", run, heads, "--resolution", "32", "128"],
         "--resolution asks for 5×5": [sit, "--out", run, heads, "--resolution", "80"],
-        "is 16 wide, but the model's class token is 20 wide": [reglue, "--out", run, heads, "--encoder", tiny_encoder],
+        "is 16 wide, but the model's class token is 20 wide": [
+            reglue, "--out", run, heads, *as_published, "--encoder", tiny_encoder
+        ],
         "unknown autoencoder": [sit, "--out", run, heads, "--autoencoder", "no-such-autoencoder"],
     }.items():  # fmt: skip
         line = mistake(capsys, monkeypatch, "import", *arguments)

@@ -56,7 +56,8 @@ class ImportRun(TakesPaths):
     """Mean and std of the features, which REGLUE keeps beside its compressor: .npz, or a dict in .npy, .pt or .pkl."""
     autoencoder: str | None = None
     """Whose latents it learned: a folder in diffusers' layout (ReaLS's too), or a name. Default: as published, with
-    sd-vae-ft-mse for learning and sd-vae-ft-ema for decoding; they need not be at hand yet."""
+    sd-vae-ft-mse for learning and sd-vae-ft-ema for decoding; they need not be at hand yet. Files do not say it, so it
+    must be given where the channels are not the published ones."""
     encoder: str | None = None
     """The vision encoder that it was trained with, to be recorded; sampling does not need it."""
     class_names: Path | None = None
@@ -76,6 +77,8 @@ def import_run(options: ImportRun) -> Path:
     published = read_official(options.file)
     autoencoder, decoder = chosen_autoencoder(options.autoencoder)
     model = recognised(options, published, autoencoder)
+    if options.autoencoder is None:
+        refuse_unpublished_channels(options.file, model)
     shape = model.config.shape
     recipe = recipe_of(model.family, model.config, published_path(options.file, published.arguments))
     factor = autoencoder.downsampling
@@ -91,6 +94,7 @@ def import_run(options: ImportRun) -> Path:
         decoder=decoder,
         encoder=encoder,
         compressor=compressor.spec() if compressor else None,
+        autoencoder_assumed=options.autoencoder is None,
         normalisation={LATENT: Normalisation(autoencoder.shift, autoencoder.scale)},
         origin=options.file.name,
         versions=versions(),
@@ -106,6 +110,11 @@ def import_run(options: ImportRun) -> Path:
         f"{resolution[0]}×{resolution[1]} pixels, {model.config.classes} classes{learned}; "
         f"sample it with `reglue sample {options.out} --out SAMPLES`"
     )
+    if record.autoencoder_assumed:
+        print(
+            f"The file does not say whose latents it learned: assumed are those of {autoencoder.name}, decoded by "
+            f"{decoder}, as published. If they are another's (ReaLS's, for example), import it with --autoencoder."
+        )
     return options.out
 
 
@@ -136,6 +145,22 @@ def recognised(options: ImportRun, published: PublishedFile, autoencoder: Autoen
         )
     except UserError as error:
         raise UserError(f"{options.file}: {error}") from None
+
+
+def refuse_unpublished_channels(file: Path, model: OfficialModel) -> None:
+    """Raise UserError where the shapes speak against the published autoencoder: for a local map of other channels.
+
+    A model of 16 channels may have learned the latents of another autoencoder, as well as 4 and a local map of 12.
+    """
+    shape, local = model.config.shape, RECIPES[model.family].local
+    published = int(local.compressor.rpartition("-")[2]) if local.present else 0
+    if shape.local_channels != published:
+        latents, found = shape.latent_channels, shape.latent_channels + shape.local_channels
+        raise UserError(
+            f"{file} has {found} channels, where published {model.family} models have {latents + published}: choose "
+            f"the autoencoder whose latents it learned with --autoencoder ({PUBLISHED_AUTOENCODER.name}, if {latents} "
+            "channels are latents and the others a local map)"
+        )
 
 
 def published_path(file: Path, arguments: dict[str, Any]) -> PathName:

@@ -282,11 +282,17 @@ def _recognise(
     local_channels = channels - latent_channels
     if local_channels < 0:
         raise UserError(
-            f"the checkpoint has {channels} input channels, fewer than the {latent_channels} latent channels"
+            f"the checkpoint has {channels} input channels, fewer than the {latent_channels} latent channels: choose "
+            "the autoencoder whose latents it learned with --autoencoder"
         )
     learn_sigma = outputs == 2 * patch**2 * channels
     if not learn_sigma and outputs != patch**2 * channels:
         raise UserError(f"final_layer.linear has {outputs} rows; expected {patch**2 * channels}, or twice that (SiT)")
+    if learn_sigma and local_channels:
+        raise UserError(
+            f"the checkpoint has {channels} input channels and no local map (it is SiT's kind), but the latents have "
+            f"{latent_channels}: choose the autoencoder whose latents it learned with --autoencoder"
+        )
     token_grid, learned = _positions(published, has_class_token, patch, grid)
     if heads is None and width not in PUBLISHED_HEADS:
         raise UserError(

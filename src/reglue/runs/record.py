@@ -45,6 +45,8 @@ class RunRecord:
     decoder: str | None = None
     """The autoencoder that decodes, where it is another than the one whose latents are learned: `sd-vae-ft-ema` for
     the published models, which learn those of `sd-vae-ft-mse`."""
+    autoencoder_assumed: bool = field(default=False, compare=False)
+    """Whether nobody said whose latents an imported run learned, so that they were taken for the published ones."""
     seed: int | None = None
     """None for an imported run."""
     store: str | None = field(default=None, compare=False)
