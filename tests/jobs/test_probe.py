@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.prepare import Prepare, prepare
-from reglue.jobs.probe import Probe, probe
+from reglue.jobs.probe import Probe, as_markdown, probe
 
 
 @pytest.fixture
@@ -66,6 +67,14 @@ def test_everything_in_a_store_is_probed(store: Path, tmp_path: Path):
     assert "16×" in table
     with Image.open(tmp_path / "out/figure.png") as figure:
         assert figure.width > 400
+
+
+def test_a_score_that_is_a_lower_bound_is_said_to_be(store: Path, tmp_path: Path):
+    report = probe(options(store, tmp_path / "out", conv=False, columns=("local.pca-4",)))
+    first, *others = (replace(one, at_end=False) for one in report.results)
+    assert "lower bound" not in as_markdown(replace(report, results=(first, *others)))
+    shown = as_markdown(replace(report, results=(replace(first, at_end=True, chosen=1000.0), *others)))
+    assert shown.splitlines()[-1].startswith("The best penalty for local.pca-4 (linear, pooled) was 1000, at the end")
 
 
 def test_a_wide_input_is_not_probed_flat_and_conv_can_be_left_out(store: Path, tmp_path: Path):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reglue.metrics import probes
 from reglue.metrics.distances import GaussianStatistics
 from reglue.metrics.probes import (
     IGNORE,
@@ -96,6 +97,26 @@ def test_the_penalty_is_chosen_where_the_fit_did_not_look():
     fitted = fit_linear(fitting, selection, 2, flat=False)
     assert fitted.chosen > PENALTIES[0]
     assert 0.5 < fitted.selection_score < 1
+    assert not fitted.at_end
+
+
+@pytest.mark.parametrize(
+    ("penalties", "chosen", "at_end"),
+    [
+        ((0.1, 1.0), 1.0, True),  # Better than a smaller one.
+        ((1.0, 3.0), 1.0, True),  # Better than a larger one.
+        ((0.1, 1.0, 3.0), 1.0, False),
+        ((30.0, 100.0), 100.0, False),  # As good as a smaller one.
+    ],
+)
+def test_a_penalty_at_the_end_of_those_on_offer_is_said(penalties, chosen, at_end, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(probes, "PENALTIES", penalties)
+    targets = (torch.arange(180) % 3 == 0).long()
+    inputs = drawn(0, 180, 300, 1, 1)
+    inputs[:, 0, 0, 0] += 2.0 * targets
+    fitting, selection = (examples(inputs[part], targets[part]) for part in (slice(60), slice(60, 180)))
+    fitted = fit_linear(fitting, selection, 2, flat=False)
+    assert (fitted.chosen, fitted.at_end) == (chosen, at_end)
 
 
 def test_an_accuracy_comes_with_its_binomial_error():

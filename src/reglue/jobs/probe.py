@@ -136,6 +136,8 @@ class Result:
     """Images whose features the compressor encodes in a second, in memory."""
     seconds: float
     """That fitting and measuring the probe took."""
+    at_end: bool = False
+    """Whether the penalty was the smallest or largest on offer: the score may be a lower bound."""
 
 
 @dataclass(frozen=True)
@@ -454,6 +456,7 @@ def _measure(options: Probe, read: Input, kind: ProbeKind, split: Split, classes
         explained_variance=read.fit.get("explained_variance"),
         encoded_per_second=None,
         seconds=seconds,
+        at_end=fitted.at_end,
     )
 
 
@@ -509,7 +512,13 @@ def as_markdown(report: Report) -> str:
         f"images, regularisation chosen on {report.selected}, measured on {report.measured}{without}; ± one standard "
         f"error. Speed on {report.device}, {report.threads} CPU threads."
     )
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", about])
+    at_end = [
+        f"The best penalty for {result.input} ({result.probe}) was {result.chosen:g}, at the end of those on offer: a "
+        "better one may lie beyond, so its score is a lower bound."
+        for result in report.results
+        if result.at_end
+    ]
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", about, *at_end])
 
 
 def _cells(result: Result) -> list[str]:

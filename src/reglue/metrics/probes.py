@@ -24,7 +24,7 @@ IGNORE = 255
 """Pixels of masks with this class are neither learned nor measured."""
 NO_TARGET = -100
 """Stands for them where 255 may be a class like others."""
-PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 """Ridge penalties to choose from, on inputs of unit variance and squared errors averaged over examples."""
 EVALUATIONS = 10
 """How often a training is looked at, to choose where to stop."""
@@ -112,6 +112,8 @@ class Fitted:
     """The penalty, or the step at which training stopped."""
     selection_score: float
     """Accuracy or mean intersection over union on the examples that chose it."""
+    at_end: bool = False
+    """Whether the penalty is the smallest or the largest on offer, so that a better one may lie beyond."""
 
 
 def fit_linear(fitting: Examples, selection: Examples, classes: int, flat: bool) -> Fitted:
@@ -132,7 +134,11 @@ def fit_linear(fitting: Examples, selection: Examples, classes: int, flat: bool)
         statistics.update(_joint(inputs, targets, classes, flat))
     best = max(range(len(PENALTIES)), key=lambda index: (int(correct[index]), index))
     return Fitted(
-        ridge(statistics, wide, PENALTIES[best], flat), PENALTIES[best], int(correct[best]) / max(len(selection), 1)
+        probe=ridge(statistics, wide, PENALTIES[best], flat),
+        chosen=PENALTIES[best],
+        selection_score=int(correct[best]) / max(len(selection), 1),
+        # The largest of equals may end a plateau, beyond which nothing better is to be expected.
+        at_end=best == 0 or bool(best == len(PENALTIES) - 1 and correct[best] > correct[best - 1]),
     )
 
 
