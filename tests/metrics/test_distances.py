@@ -169,18 +169,24 @@ def test_resampled_kernel_distance_counts_images_as_often_as_they_were_drawn():
     seed=st.integers(0, 999),
     block=st.sampled_from([3, 7, 1024]),
     neighbours=st.integers(1, 5),
+    copies=st.integers(0, 6),
+    by_difference=st.booleans(),
 )
-def test_manifold_scores_by_brute_force(generated, real, width, offset, seed, block, neighbours):
+def test_manifold_scores_by_brute_force(generated, real, width, offset, seed, block, neighbours, copies, by_difference):
     fakes, reals = (normal(generated, width, seed=seed) + offset).tolist(), normal(real, width, seed=seed + 1).tolist()
+    if by_difference:  # Ties of distances and radii, and neighbours at distance 0.
+        fakes[:copies] = reals[:copies]
+        fakes[-1], reals[-1] = fakes[0], reals[0]
 
-    def radius(point, others, k):
-        return sorted(math.dist(point, other) for other in others if other is not point)[k - 1]
+    def radius(which, points, k):
+        return sorted(math.dist(points[which], other) for i, other in enumerate(points) if i != which)[k - 1]
 
     def inside(point, manifold, k):
-        return [math.dist(point, centre) <= radius(centre, manifold, k) for centre in manifold]
+        return [math.dist(point, centre) <= radius(i, manifold, k) for i, centre in enumerate(manifold)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distances, "BLOCK", block)
+        patch.setattr(distances, "MOST_PAIRS", distances.MOST_PAIRS if by_difference else 0)
         scores = manifold_scores(
             generated=torch.tensor(fakes, dtype=torch.float64),
             real=torch.tensor(reals, dtype=torch.float64),
@@ -189,8 +195,37 @@ def test_manifold_scores_by_brute_force(generated, real, width, offset, seed, bl
         )
     assert scores.precision.tolist() == [any(inside(p, reals, neighbours)) for p in fakes]
     assert scores.recall.tolist() == [any(inside(p, fakes, neighbours)) for p in reals]
-    assert scores.density.tolist() == pytest.approx([sum(inside(p, reals, 4)) / 4 for p in fakes])
-    assert scores.coverage.tolist() == [any(math.dist(p, q) < radius(q, reals, 4) for p in fakes) for q in reals]
+    balls = [radius(i, reals, 4) for i in range(real)]
+    lies_in = [[math.dist(p, q) < ball for q, ball in zip(reals, balls, strict=True)] for p in fakes]
+    assert scores.density.tolist() == pytest.approx([sum(row) / 4 for row in lies_in])
+    assert scores.coverage.tolist() == [any(row) for row in zip(*lies_in, strict=True)]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_comparisons_too_close_for_float32_are_decided_by_float64(offset):
+    """Neighbours that differ in the seventh digit, far from zero and within a wide set."""
+    real = normal(60, 16) + offset
+    real[30:] = real[:30] + 1e-6 * normal(30, 16, seed=1)
+    generated = real + 1e-6 * normal(60, 16, seed=2)
+    exact = (generated[:, None] - real).square().sum(2)
+    own = (real[:, None] - real).square().sum(2).fill_diagonal_(math.inf).sort(1).values
+    theirs = (generated[:, None] - generated).square().sum(2).fill_diagonal_(math.inf).sort(1).values
+    scores = manifold_scores(generated=generated, real=real, neighbours=1, density_neighbours=2)
+    assert torch.equal(scores.precision, (exact <= own[:, 0]).any(1).double())
+    assert torch.equal(scores.recall, (exact <= theirs[:, :1]).any(0).double())
+    assert torch.equal(scores.density, (exact < own[:, 1]).sum(1).double() / 2)
+    assert torch.equal(scores.coverage, (exact < own[:, 1]).any(0).double())
+    assert 0 < scores.precision.mean() < 1
+    found, rows = nearest(generated, real)
+    assert torch.equal(rows[:, 0], exact.argmin(1))
+    torch.testing.assert_close(found[:, 0], exact.amin(1).sqrt(), rtol=1e-12, atol=0)
+
+
+def test_sets_of_one_image_are_decided_without_comparing_all_pairs(monkeypatch):
+    monkeypatch.setattr(distances, "MOST_PAIRS", 10)
+    same = normal(1, 16).expand(40, 16).float() * 100
+    scores = manifold_scores(generated=same, real=same.clone())
+    assert (scores.precision.mean(), scores.recall.mean(), scores.coverage.mean()) == (1, 1, 0)
 
 
 def test_precision_and_recall_are_not_exchanged():

@@ -1,7 +1,8 @@
 """How far a set of generated images is from a set of real ones: functions of their features.
 
 Features are (N, D) tensors, one row per image. Everything works in blocks, so beside the features themselves memory
-stays bounded by `BLOCK · max(N, D)` and D² numbers, whatever the number of images. Sums are taken in float64.
+stays bounded by a few times `BLOCK · max(N, D)` and D² numbers, and one more copy of a side, whatever the number of
+images. Sums are taken in float64.
 
 Figures that are means over images come as one value per image, so that they can be resampled (`metrics.resampling`).
 """
@@ -16,6 +17,8 @@ from torch import Tensor
 
 BLOCK = 1024
 """Rows handled at once by functions that compare every row with every other."""
+MOST_PAIRS = BLOCK * BLOCK
+"""Of a block, that are worth being compared by differences of their features."""
 
 
 class Gaussian(NamedTuple):
@@ -164,7 +167,7 @@ def kernel_distance(
         kernels = _SubsetKernels(first[rows[0]], second[rows[1]])
         values.append(kernels.squared_mmd())
         if len(counts):
-            resampled += kernels.resampled_mmd(counts[:, rows[0]])
+            resampled += kernels.resampled_mmd(counts[:, rows[0]]).cpu()
     return KernelDistance(float(np.mean(values)), float(np.std(values)), resampled / subsets)
 
 
@@ -188,6 +191,7 @@ class _SubsetKernels:
 
     def resampled_mmd(self, counts: Tensor) -> Tensor:
         """(R,) float64, for counts (R, n) of the first set's rows. A resample of one image alone counts as 0."""
+        counts = counts.to(self.first.device)
         weights = counts.to(self.first)
         totals = counts.double().sum(1).clamp(min=1)
         pairs = (totals.square() - counts.double().square().sum(1)).clamp(min=1)
@@ -225,34 +229,25 @@ def manifold_scores(
     For features (N, D) and (M, D). A row's neighbourhood is the ball that reaches to its k-th nearest neighbour in the
     same set, itself not counted; a set's manifold is the union of them. As published, balls are closed and of 3
     neighbours for precision and recall, open and of 5 for density and coverage. The names are keywords because
-    exchanging the sets exchanges the results. float64, on the features' device. ValueError where a set has no k-th
-    neighbour.
+    exchanging the sets exchanges the results. Comparisons are those of float64, on the features' device. ValueError
+    where a set has no k-th neighbour.
     """
     most = max(neighbours, density_neighbours)
     if min(len(generated), len(real)) <= most:
         raise ValueError(f"precision, recall, density and coverage need more than {most} rows on either side")
-    real_radii, real_density_radii = _neighbour_radii(real, (neighbours, density_neighbours))
-    (generated_radii,) = _neighbour_radii(generated, (neighbours,))
+    real_radii = _Squares(real, real).nearest(most, others_only=True)[0]
+    generated_radii = _Squares(generated, generated).nearest(neighbours, others_only=True)[0][:, -1]
     precise, dense = [], []
     reached = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     covered = torch.zeros_like(reached)
-    for start, distances in _distance_blocks(generated, real):
-        precise.append((distances <= real_radii).any(1))
-        reached |= (distances <= generated_radii[start : start + len(distances), None]).any(0)
-        inside = distances < real_density_radii
+    for block in _Squares(generated, real).blocks():
+        precise.append(block.within(real_radii[:, neighbours - 1], closed=True).any(1))
+        own_radii = generated_radii[block.start : block.start + len(block.squares), None]
+        reached |= block.within(own_radii, closed=True).any(0)
+        inside = block.within(real_radii[:, density_neighbours - 1], closed=False)
         dense.append(inside.sum(1) / density_neighbours)
         covered |= inside.any(0)
     return ManifoldScores(torch.cat(precise).double(), reached.double(), torch.cat(dense).double(), covered.double())
-
-
-def _neighbour_radii(features: Tensor, neighbours: Sequence[int]) -> list[Tensor]:
-    """For each k, the distance (N,) of each row to its k-th nearest other row."""
-    radii = []
-    for start, distances in _distance_blocks(features, features):
-        rows = torch.arange(len(distances), device=distances.device)
-        distances[rows, start + rows] = torch.inf
-        radii.append(distances.topk(max(neighbours), dim=1, largest=False).values)
-    return [torch.cat(radii)[:, k - 1] for k in neighbours]
 
 
 def nearest(query: Tensor, reference: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
@@ -263,30 +258,107 @@ def nearest(query: Tensor, reference: Tensor, k: int = 1) -> tuple[Tensor, Tenso
     """
     if len(reference) < k:
         raise ValueError(f"{k} neighbours of a reference of {len(reference)} rows")
-    rows = [block.topk(k, dim=1, largest=False).indices for _, block in _distance_blocks(query, reference)]
-    if not rows:
-        return torch.zeros(0, k, dtype=torch.float64), torch.zeros(0, k, dtype=torch.int64)
-    indices = torch.cat(rows)
-    # Measured again by difference, since a copy should be at distance zero exactly, not to rounding.
-    distances = torch.stack([(query.double() - reference[column].double()).norm(dim=1) for column in indices.T], dim=1)
-    order = distances.argsort(dim=1, stable=True)
-    return distances.gather(1, order), indices.gather(1, order)
+    squares, indices = _Squares(query, reference).nearest(k)
+    return squares.sqrt(), indices
 
 
-def _distance_blocks(rows: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Euclidean distances of every row to every column, some rows at a time: (first row, distances (≤ BLOCK, M)).
+class _Squares:
+    """Squared Euclidean distances of every row (N, D) to every column (M, D), a block of rows at a time.
 
-    By |x|² + |y|² − 2xy, fifteen times as fast as by differences; centring keeps its error near 1e-8 of the spread.
-    float64, of which no more than a block of either side is held.
+    By |x|² + |y|² − 2xy in float32, which is many times as fast as by differences in float64, and good enough to decide
+    nearly every comparison. Those closer than its error bound are decided by `exact`, so that results are those of
+    float64 differences.
     """
-    centre = columns.mean(0, dtype=torch.float64)
-    for start in range(0, len(rows), BLOCK):
-        block = rows[start : start + BLOCK].double() - centre
-        distances = [
-            torch.cdist(block, part.double() - centre, compute_mode="use_mm_for_euclid_dist")
-            for part in columns.split(BLOCK)
-        ]
-        yield start, torch.cat(distances, dim=1)
+
+    def __init__(self, rows: Tensor, columns: Tensor):
+        self.rows, self.columns = rows, columns
+        self.centre = columns.mean(0, dtype=torch.float64)  # Small numbers have small rounding errors.
+        self.centred = torch.cat([self.shift(part).float() for part in columns.split(BLOCK)])
+        self.norms = self.centred.square().sum(1)
+
+    def shift(self, features: Tensor) -> Tensor:
+        """Features (B, D) less the centre of the columns, in float64."""
+        return features.double() - self.centre
+
+    def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Squared distances (P,) float64 of pairs, by difference: 0 for copies. `rows` and `columns` are (P,) int64."""
+        parts = zip(rows.split(BLOCK), columns.split(BLOCK), strict=True)
+        squares = [(self.rows[i].double() - self.columns[j].double()).square().sum(1) for i, j in parts]
+        return torch.cat(squares) if squares else torch.zeros(0, dtype=torch.float64, device=self.centre.device)
+
+    def blocks(self) -> Iterator["_Block"]:
+        """All distances, `BLOCK` rows at a time."""
+        for start in range(0, len(self.rows), BLOCK):
+            yield _Block(self, start)
+
+    def nearest(self, k: int, others_only: bool = False) -> tuple[Tensor, Tensor]:
+        """Squared distances (N, k) float64 and columns (N, k) int64 of the k nearest to each row, of equals the first.
+
+        With `others_only`, rows and columns are the same set, and none is its own neighbour.
+        """
+        found = [block.nearest(k, others_only) for block in self.blocks()]
+        if not found:
+            return torch.zeros(0, k, dtype=torch.float64), torch.zeros(0, k, dtype=torch.int64)
+        squares, columns = zip(*found, strict=True)
+        return torch.cat(squares), torch.cat(columns)
+
+
+class _Block:
+    """Squared distances of some rows to all columns, float32, and how far they may be from the exact ones."""
+
+    def __init__(self, of: _Squares, start: int):
+        self.of, self.start = of, start
+        centred = of.shift(of.rows[start : start + BLOCK]).float()
+        norms = centred.square().sum(1)
+        self.squares = torch.addmm(norms[:, None], centred, of.centred.T, alpha=-2).add_(of.norms)
+        # A sum of D products is off by at most D roundings of its terms' size (Higham 2002, ch. 3); the other roundings
+        # are a few.
+        roundings = centred.shape[1] + 32
+        largest = float(norms.max() + of.norms.max())
+        self.error = roundings * torch.finfo(torch.float32).eps / 2 * largest
+
+    def within(self, radii: Tensor, closed: bool) -> Tensor:
+        """Where squared distances are below `radii` (or equal, if `closed`): bool (B, M), for (M,) or (B, 1) float64."""
+        nearby = radii.float()
+        inside = self.squares <= nearby
+        rows, columns = ((self.squares - nearby).abs_() <= self.error).nonzero(as_tuple=True)
+        if len(rows) > MOST_PAIRS:
+            return self.precise() <= radii if closed else self.precise() < radii
+        exact, radius = self.of.exact(rows + self.start, columns), radii.expand(self.squares.shape)[rows, columns]
+        inside[rows, columns] = exact <= radius if closed else exact < radius
+        return inside
+
+    def nearest(self, k: int, others_only: bool) -> tuple[Tensor, Tensor]:
+        """As `_Squares.nearest`, of these rows."""
+        squares = self.squares
+        own = torch.arange(len(squares), device=squares.device)
+        if others_only:
+            squares[own, self.start + own] = torch.inf
+        # Whatever may be as near as the k-th.
+        farthest = squares.topk(k, dim=1, largest=False).values[:, -1:] + 2 * self.error
+        rows, columns = (squares <= farthest).nonzero(as_tuple=True)
+        if len(rows) > MOST_PAIRS:
+            precise = self.precise()
+            if others_only:
+                precise[own, self.start + own] = torch.inf
+            return precise.topk(k, dim=1, largest=False)
+        found = rows.bincount(minlength=len(squares))
+        place = torch.arange(len(rows), device=rows.device) - (found.cumsum(0) - found)[rows]
+        candidates = torch.full((len(squares), int(found.max())), torch.inf, dtype=torch.float64, device=rows.device)
+        candidates[rows, place] = self.of.exact(rows + self.start, columns)
+        numbers = torch.zeros_like(candidates, dtype=torch.int64)
+        numbers[rows, place] = columns
+        order = candidates.argsort(dim=1, stable=True)[:, :k]
+        return candidates.gather(1, order), numbers.gather(1, order)
+
+    def precise(self) -> Tensor:
+        """All squares (B, M) in float64, by |x|² + |y|² − 2xy: for sets of copies, of which too many are equally far."""
+        x = self.of.shift(self.of.rows[self.start : self.start + BLOCK])
+        parts = [self.of.shift(part) for part in self.of.columns.split(BLOCK)]
+        squares = torch.cat([torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist").square_() for y in parts], dim=1)
+        largest = float(squares.max())
+        # Copies are at distance 0, though rounding says otherwise.
+        return squares.masked_fill_(squares <= (x.shape[1] + 32) * torch.finfo(torch.float64).eps * largest, 0)
 
 
 def inception_scores(logits: Tensor, counts: Tensor, split_size: int = 5000) -> Tensor:
