@@ -61,6 +61,13 @@ def test_features_and_logits_are_torch_fidelitys(inception, images):
     torch.testing.assert_close(logits, pool @ inception.network.fc.weight.T)  # without the bias
 
 
+def test_its_weights_have_the_channels_last(inception):
+    """What convolutions are fastest with."""
+    for layer in inception.network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_images_are_streamed_and_the_spatial_features_not_kept(inception, images):
     alive: list[int] = []
 
@@ -97,7 +104,7 @@ def test_weights_come_from_torch_fidelitys_pth_too_and_randomness_is_left_alone(
 
 
 def test_a_file_without_class_scores_has_no_logits(inception, images, tmp_path):
-    state = {name: value for name, value in inception.network.state_dict().items() if not name.startswith("fc.")}
+    state = {name: value.contiguous() for name, value in inception.network.state_dict().items() if "fc." not in name}
     save_file(state, tmp_path / "pool.safetensors")
     found = load_inception(tmp_path / "pool.safetensors")
     assert found.describe(images).logits is None

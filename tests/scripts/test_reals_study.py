@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.axes import Axes
+
 from reals_study import Study, draw_sweep, print_table
 
 

@@ -7,7 +7,7 @@ images. Sums are taken in float64.
 Figures that are means over images come as one value per image, so that they can be resampled (`metrics.resampling`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
@@ -318,7 +318,7 @@ class _Block:
         self.error = roundings * torch.finfo(torch.float32).eps / 2 * largest
 
     def within(self, radii: Tensor, closed: bool) -> Tensor:
-        """Where squared distances are below `radii` (or equal, if `closed`): bool (B, M), for (M,) or (B, 1) float64."""
+        """Where squared distances are below `radii` (or equal, if `closed`), (M,) or (B, 1) float64: bool (B, M)."""
         nearby = radii.float()
         inside = self.squares <= nearby
         rows, columns = ((self.squares - nearby).abs_() <= self.error).nonzero(as_tuple=True)
@@ -352,7 +352,7 @@ class _Block:
         return candidates.gather(1, order), numbers.gather(1, order)
 
     def precise(self) -> Tensor:
-        """All squares (B, M) in float64, by |x|² + |y|² − 2xy: for sets of copies, of which too many are equally far."""
+        """All squares (B, M) in float64, by |x|² + |y|² − 2xy, for sets of copies: too many are equally far."""
         x = self.of.shift(self.of.rows[self.start : self.start + BLOCK])
         parts = [self.of.shift(part) for part in self.of.columns.split(BLOCK)]
         squares = torch.cat([torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist").square_() for y in parts], dim=1)
