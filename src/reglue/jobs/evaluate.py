@@ -426,17 +426,18 @@ def _measure(
         need_images = ("precision", "recall", "KID", "density", "coverage")
         return metrics, absent | dict.fromkeys(need_images, "the reference has statistics and no images")
 
+    generated, reals = (side.features.to(device) for side in (images, others))
     kernel = kernel_distance(
-        images.features,
-        others.features,
+        generated,
+        reals,
         subsets=options.kernel_subsets,
         subset_size=options.kernel_subset_size,
         generator=generator(options.seed, "kernel distance"),
         counts=counts,
     )
     scores = manifold_scores(
-        generated=images.features.to(device),
-        real=others.features.to(device),
+        generated=generated,
+        real=reals,
         neighbours=NEIGHBOURS,
         density_neighbours=DENSITY_NEIGHBOURS,
     )
