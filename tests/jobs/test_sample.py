@@ -89,6 +89,16 @@ def test_what_is_missing_is_drawn_again(tiny_run: Path, tmp_path: Path) -> None:
     assert (out / "000001.png").stat().st_mtime_ns == times["000001.png"]
 
 
+def test_a_smaller_count_leaves_the_labels_of_all_images(tiny_run: Path, tmp_path: Path) -> None:
+    out = sample(Sample(tiny_run, tmp_path / "out", count=5, device="cpu"))
+    before = (out / "samples.json").read_text()
+    sample(Sample(tiny_run, out, count=2, device="cpu"))
+    assert (out / "samples.json").read_text() == before
+    assert len(json.loads(before)["labels"]) == len(list(out.glob("*.png"))) == 5
+    sample(Sample(tiny_run, out, count=6, device="cpu"))
+    assert json.loads((out / "samples.json").read_text())["labels"] == [0, 1, 2, 0, 1, 2]
+
+
 def test_other_settings_are_refused_where_images_are(tiny_run: Path, tmp_path: Path) -> None:
     out = sample(Sample(tiny_run, tmp_path / "out", count=2, device="cpu"))
     with pytest.raises(UserError, match=r"another protocol .*seed"):

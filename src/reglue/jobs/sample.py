@@ -71,7 +71,8 @@ class Sample(TakesPaths):
 def sample(options: Sample) -> Path:
     """Draw the images. Returns where they are.
 
-    The folder gets `000000.png` … and `samples.json` with the protocol and every label. Raises UserError for a class
+    The folder gets `000000.png` … and `samples.json` with the protocol and every label, those of more images that are
+    there already included. Raises UserError for a class
     outside the range, guidance without classes, or a folder with images of another protocol.
     """
     if options.count < 1 or options.batch_size < 1:
@@ -170,6 +171,8 @@ def claim(folder: Path, protocol: dict[str, Any], rank: int) -> None:
         different = sorted(key for key in protocol if shortened[0].get(key) != shortened[1][key])
         if different:
             raise UserError(f"{folder} holds samples of another protocol ({', '.join(different)}); choose a new --out")
+        # Fewer images take none away, and the file describes all that are there.
+        protocol = max(before, protocol, key=lambda p: len(p["labels"]))
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds other files; choose a new or an empty folder for --out")
     ranks.wait_for_all()
