@@ -14,7 +14,7 @@ from reglue.jobs.sample import Sample
 from reglue.jobs.train import Train
 from reglue.papers import RECIPES
 
-JOBS = ("prepare", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "demo")
+JOBS = ("prepare", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "verify", "demo")
 
 
 def test_help_lists_every_job() -> None:
@@ -29,13 +29,14 @@ def test_help_lists_every_job() -> None:
         "probe",
         "import",
         "export",
+        "verify",
         "demo",
     ):
         assert f"• {job}" in text
 
 
 @pytest.mark.parametrize(
-    "job", ["prepare", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "demo"]
+    "job", ["prepare", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "verify", "demo"]
 )
 def test_every_option_is_explained(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -55,6 +56,7 @@ def test_every_option_is_explained(job: str, capsys: pytest.CaptureFixture[str])
         ("probe", "STORE"),
         ("import", "FILE"),
         ("export", "RUN"),
+        ("verify", "FOLDER"),
     ],
 )
 def test_the_usage_line_names_what_comes_first(job: str, names: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,6 +144,7 @@ def test_sample_takes_its_run_first() -> None:
         ["evaluate", "no-such-folder", "--reference", "neither"],
         ["import", "no-such-file.pt", "--out", "run"],
         ["export", "no-such-run", "--out", "out.pt"],
+        ["verify", "no-such-store"],
     ],
 )
 def test_what_is_missing_is_named_in_one_line(

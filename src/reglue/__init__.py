@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from reglue.jobs.probe import Probe, probe
     from reglue.jobs.sample import Sample, sample
     from reglue.jobs.train import Train, train
+    from reglue.jobs.verify import Verify, verify
     from reglue.latents.autoencoders import load_autoencoder
     from reglue.papers import RECIPES as recipes  # noqa: N811 a module's public names are its attributes
     from reglue.recipe import Recipe, Sampling
@@ -58,6 +59,8 @@ _HOMES = {
     "import_run": "reglue.jobs.import_run",
     "ExportRun": "reglue.jobs.export_run",
     "export_run": "reglue.jobs.export_run",
+    "Verify": "reglue.jobs.verify",
+    "verify": "reglue.jobs.verify",
     "Demo": "reglue.jobs.demo",
     "demo": "reglue.jobs.demo",
     # parts
@@ -93,6 +96,8 @@ __all__ = [  # noqa: RUF022 in the order of use
     "import_run",
     "ExportRun",
     "export_run",
+    "Verify",
+    "verify",
     "Demo",
     "demo",
     "Recipe",

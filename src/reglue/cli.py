@@ -21,6 +21,7 @@ from reglue.jobs.prepare import Prepare, prepare
 from reglue.jobs.probe import Probe, probe
 from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import Train, train
+from reglue.jobs.verify import Verify, verify
 from reglue.papers import PAPERS
 from reglue.runs import ranks
 
@@ -36,6 +37,7 @@ JOBS = {
     Probe: probe,
     ImportRun: import_run,
     ExportRun: export_run,
+    Verify: verify,
     Demo: demo,
 }
 
@@ -88,6 +90,10 @@ def parse(arguments: list[str]) -> Any:
         Annotated[Probe, tyro.conf.subcommand("probe", description="Measure what features and their codes still say.")],
         Annotated[ImportRun, tyro.conf.subcommand("import", description="A published checkpoint to a run.")],
         Annotated[ExportRun, tyro.conf.subcommand("export", description="A run to a published checkpoint.")],
+        Annotated[
+            Verify,
+            tyro.conf.subcommand("verify", description="Whether a store's or a run's files are as they were written."),
+        ],
         Annotated[Demo, tyro.conf.subcommand("demo", description="All of it on handwritten digits, in minutes.")],
     ]
     return tyro.cli(

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
@@ -51,6 +51,8 @@ JOURNAL = "prepare.jsonl"
 """Of process 0, and of all processes of earlier runs. Process 3 writes prepare-3.jsonl."""
 METADATA = "reglue"
 """Key of a shard's metadata: JSON with `format`, `column` and `names`, the images of its rows."""
+READ_AT_ONCE = 2**24
+"""Bytes of a file whose hash is taken."""
 LOCAL_CODES = "local."
 CLASS_TOKEN_CODES = "cls."
 """What the names of columns that hold a compressor's codes begin with, for maps and for class tokens."""
@@ -178,12 +180,7 @@ class Store:
         Files of the column `to_be_replaced` may be.
         """
         folder = Path(folder)
-        path = folder / MANIFEST
-        if not path.is_file():
-            if (folder / PARTIAL).is_file():
-                raise UserError(f"{folder} is a half-written store; run the same `reglue prepare` again to finish it")
-            raise UserError(f"{folder} is not a store: it has no {MANIFEST}; make one with `reglue prepare`")
-        manifest = _read_manifest(path)
+        manifest = read_manifest(folder)
         for column, content in manifest.columns.items():
             for shard in content.shards:
                 if column != to_be_replaced and not _is_whole(folder, shard):
@@ -266,15 +263,6 @@ class Store:
             with _opened(self.folder / shard.file) as file:
                 names += json.loads((file.metadata() or {})[METADATA])["names"]
         return names
-
-    def verify(self, column: str) -> None:
-        """Compare every shard of a column with its hash. Raises UserError naming the first one that differs."""
-        for shard in self._column(column).shards:
-            if _sha256(self.folder / shard.file) != shard.sha256:
-                raise UserError(
-                    f"{self.folder / shard.file} is damaged: its SHA-256 is not the manifest's; delete it and "
-                    "run the command that made it again"
-                )
 
     def statistics(self, column: str, rows: Tensor) -> Statistics:
         """Per-channel mean and standard deviation of a column over ascending rows (n,), streamed in float64.
@@ -567,6 +555,21 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
+def read_manifest(folder: Path) -> Manifest:
+    """What a store says of itself, its files unseen. Raises UserError if it is none, or is half-written."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        if (folder / PARTIAL).is_file():
+            raise UserError(f"{folder} is a half-written store; run the same `reglue prepare` again to finish it")
+        raise UserError(f"{folder} is not a store: it has no {MANIFEST}; make one with `reglue prepare`")
+    return _read_manifest(path)
+
+
+def is_intact(folder: Path, shard: Shard, on_read: Callable[[int], object]) -> bool:
+    """Whether a file of a store has the bytes that its manifest says. Reads all of it, telling `on_read` how much."""
+    return _is_whole(folder, shard) and _sha256(folder / shard.file, on_read) == shard.sha256
+
+
 def _read_manifest(path: Path) -> Manifest:
     manifest = from_json(path, Manifest, "prepare the store anew")
     if manifest.format != FORMAT:
@@ -596,9 +599,13 @@ def _is_whole(folder: Path, shard: Shard) -> bool:
         return False
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, on_read: Callable[[int], object] = lambda _: None) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(READ_AT_ONCE):
+            digest.update(part)
+            on_read(len(part))
+    return digest.hexdigest()
 
 
 @contextmanager
