@@ -1,6 +1,9 @@
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from helpers import mistake
+from helpers import mistake, run_reglue
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.jobs import evaluate as job
@@ -164,7 +167,7 @@ def test_images_of_another_size_are_scaled_and_unreadable_ones_named(tmp_path, t
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"arr_0": np.zeros((3, 16, 16, 3), np.uint8)}, "has 3 readable images; at least 6"),
+        ({"arr_0": np.zeros((3, 16, 16, 3), np.uint8)}, "has 3 images; at least 6"),
         ({"arr_0": np.zeros((9, 3, 16, 16), np.uint8)}, r"uint8 \(N, H, W, 3\)"),
         ({"arr_0": np.zeros((9, 16, 16, 3), np.float32)}, "float32"),
         ({"arr_0": np.zeros((0, 16, 16, 3), np.uint8)}, "no images"),
@@ -283,6 +286,9 @@ def test_a_run_draws_its_images_once_and_is_compared_with_its_store(tmp_path, ti
         assert part in printed
     fewer = evaluate(Evaluate(run, run, count=7, **options))
     assert fewer.image_count == 7
+    assert fewer.protocol is not None
+    assert len(fewer.protocol["labels"]) == 7
+    assert len(json.loads((folder / "samples.json").read_text())["labels"]) == 9
     more = evaluate(Evaluate(run, tiny_store, count=11, **options))
     assert more.image_count == 11
     assert {name: (folder / name).stat().st_mtime_ns for name in files} == files
@@ -350,6 +356,54 @@ def test_only_dinov2_large_is_called_fd_dinov2(tmp_path, tiny_encoder):
         expected = cast(Any, network).eval().forward_features(standardised.permute(2, 0, 1)[None])[:, 0]
     found = large.describe(torch.from_numpy(image).permute(2, 0, 1)[None]).features
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_too_few_images_are_refused_before_the_work(tmp_path, tiny_run, tiny_images, tiny_store, noise, monkeypatch):
+    folder = write_images(tmp_path / "noise", noise[:6])
+    (folder / "000002.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="noise has 5 readable images; at least 6"):
+        evaluate(settings(folder, tiny_store))
+    monkeypatch.setattr(job, "_load_network", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(UserError, match="--count 5; at least 6 are needed"):
+        evaluate(Evaluate(tiny_run, count=5, feature_network="store", device="cpu"))
+    (folder / "000001.png").unlink()
+    with pytest.raises(UserError, match="noise has 5 images; at least 6"):
+        evaluate(settings(tiny_images, folder))
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz", "run"])
+def test_two_processes_share_the_images(kind, tmp_path, tiny_run, tiny_images, tiny_encoder, noise):
+    if kind == "folder":
+        images = write_images(tmp_path / "noise", noise)
+        (images / "000002.png").write_bytes(b"no image")
+        (images / "000007.png").write_bytes(b"no image")
+    elif kind == "npz":
+        images = tmp_path / "noise.npz"
+        np.savez(images, noise)
+    else:
+        images = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    common = ["--feature-network", tiny_encoder, "--resamples=5", "--device=cpu", "--batch-size=2"]
+    common += ["--count=7"] if kind == "run" else []
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "reglue"]
+    arguments = ["evaluate", images, "--reference", tiny_images, "--out", tmp_path / "two.json", *common]
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.count("coverage  ") == 1
+    run_reglue(*arguments[:4], "--out", tmp_path / "one.json", *common)
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    metrics = [report.pop("metrics") for report in (one, two)]
+    stds = [side.pop("kernel_distance_std") for side in metrics]
+    assert stds[0] == pytest.approx(stds[1], rel=1e-4)
+    assert one == two
+    assert one["image_count"] == {"folder": 7, "npz": 9, "run": 7}[kind]
+    assert one["skipped"] == (["000002.png", "000007.png"] if kind == "folder" else [])
+    for name, figure in metrics[0].items():
+        expected, found = (
+            (x or {}) if isinstance(x, dict | None) else {"value": x} for x in (figure, metrics[1][name])
+        )
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), name
 
 
 def test_a_report_that_cannot_be_written_stops_before_the_work(tmp_path, tiny_images, monkeypatch, capsys):

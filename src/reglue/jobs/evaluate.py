@@ -16,11 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue.data.images import UnreadableImage
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.files import TakesPaths, replacing
-from reglue.jobs.image_sets import ImageSet, is_run, open_images, open_reference
+from reglue.jobs.image_sets import ImageSet, Share, is_run, open_images, open_reference
 from reglue.metrics.distances import (
     Gaussian,
     GaussianStatistics,
@@ -40,6 +39,7 @@ from reglue.metrics.features import (
 )
 from reglue.metrics.inception import INCEPTION, Inception, is_inception, load_inception
 from reglue.metrics.resampling import CONFIDENCE, interval, resample_counts, resampled_means
+from reglue.runs import ranks
 from reglue.runs.ranks import resolve_device
 from reglue.seeds import generator
 from reglue.semantics.encoders import EncoderSpec, load_encoder
@@ -244,7 +244,12 @@ class Described:
 
 
 def evaluate(options: Evaluate) -> Evaluation:
-    """Measure, print a table, and write the report. Raises UserError for input that cannot be compared."""
+    """Measure, print a table, and write the report. Raises UserError for input that cannot be compared.
+
+    Under torchrun the processes share the images, and each returns the same.
+    """
+    rank, processes = ranks.join(long_waits=True)
+    share = Share(options.batch_size, rank, processes)
     device = resolve_device(options.device)
     if options.out:  # Before the work, which may take hours.
         if options.out.is_dir():
@@ -252,11 +257,14 @@ def evaluate(options: Evaluate) -> Evaluation:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     images = open_images(options.images, options.count, options.batch_size, options.device)
     reference = open_reference(_reference_path(options))
+    for side in (images, reference):
+        if side.images is not None:
+            _refuse_too_few(len(side.images), "images", side, options)
     network = _load_network(options, images, reference, device)
 
     skipped: list[str] = []
-    measured = _describe(network, images, "images", options, skipped)
-    real = _describe(network, reference, "reference", options, skipped)
+    measured = _describe(network, images, "images", options, share, skipped)
+    real = _describe(network, reference, "reference", options, share, skipped)
     metrics, absent = _measure(network, measured, real, options, device)
     subset_size = min(options.kernel_subset_size, measured.count or 0, real.count or 0)
     evaluation = Evaluation(
@@ -288,10 +296,12 @@ def evaluate(options: Evaluate) -> Evaluation:
         warnings=tuple(_warnings(network, measured, real)),
         versions={name: version(name) for name in ("reglue", "torch", "timm", "torch-fidelity", "numpy", "pillow")},
     )
-    print(evaluation)
-    if options.out:
-        with replacing(options.out) as beside:
-            beside.write_text(json.dumps(asdict(evaluation), indent=1))
+    if rank == 0:
+        print(evaluation)
+        if options.out:
+            with replacing(options.out) as beside:
+                beside.write_text(json.dumps(asdict(evaluation), indent=1))
+    ranks.wait_for_all()
     return evaluation
 
 
@@ -337,7 +347,18 @@ def _given_resolution(resolution: int | tuple[int, int]) -> tuple[int, int]:
     return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
-def _describe(network: FeatureNetwork, side: ImageSet, name: str, options: Evaluate, skipped: list[str]) -> Described:
+def _refuse_too_few(count: int, what: str, side: ImageSet, options: Evaluate) -> None:
+    """Raise UserError where there are fewer images than neighbours to look for."""
+    least = max(NEIGHBOURS, DENSITY_NEIGHBOURS) + 1
+    if count < least:
+        asked = options.count is not None and side.path == options.images
+        found = f"--count {options.count}" if asked else f"{side.path} has {count} {what}"
+        raise UserError(f"{found}; at least {least} are needed for a comparison")
+
+
+def _describe(
+    network: FeatureNetwork, side: ImageSet, name: str, options: Evaluate, share: Share, skipped: list[str]
+) -> Described:
     """Features and Gaussians of one side, computed, or as far as its store or file has them."""
     given = side.pool is not None and isinstance(network, Inception)
     if side.images is None and not given:
@@ -350,12 +371,9 @@ def _describe(network: FeatureNetwork, side: ImageSet, name: str, options: Evalu
         origin = "computed from the images"
         size = _given_resolution(options.resolution) if options.resolution else network.image_size
         size = size or side.images.first_size()
-        images = describe_images(network, _batches(side, size, name, options.batch_size, skipped))
-    most = max(NEIGHBOURS, DENSITY_NEIGHBOURS)
-    if images is not None and len(images.features) <= most:
-        raise UserError(
-            f"{side.path} has {len(images.features)} readable images; at least {most + 1} are needed for a comparison"
-        )
+        images = _describe_share(network, side, size, name, share, skipped)
+    if images is not None:
+        _refuse_too_few(len(images.features), "readable images", side, options)
     if given:
         assert side.pool is not None
         for gaussian, width in ((side.pool, network.width), (side.spatial, network.spatial_width)):
@@ -379,19 +397,68 @@ def _has_features(store: Store, network: EncoderFeatures) -> bool:
     return replace(cached, layers=spec.layers, final_norm=spec.final_norm) == spec
 
 
-def _batches(side: ImageSet, size: tuple[int, int], name: str, batch_size: int, skipped: list[str]) -> Iterator[Tensor]:
-    """The readable images of one side, uint8 (B, 3, *size), a batch at a time; names of the others go to `skipped`."""
+def _describe_share(
+    network: FeatureNetwork, side: ImageSet, size: tuple[int, int], name: str, share: Share, skipped: list[str]
+) -> FeatureSet:
+    """What the network says about a side, in its order, of which each process describes a share.
+
+    Names of unreadable images are added to `skipped`.
+    """
+    numbers: list[int] = []
+    unreadable: list[tuple[int, str]] = []
+    found = describe_images(network, _batches(side, size, name, share, numbers, unreadable))
+    if share.processes == 1:
+        skipped += [image for _, image in unreadable]
+        return found
+    lines = "".join(json.dumps(pair) + "\n" for pair in unreadable).encode()
+    text = ranks.all_rows(torch.tensor(list(lines), dtype=torch.uint8))
+    skipped += [image for _, image in sorted(json.loads(line) for line in bytes(text.tolist()).splitlines())]
+    order = ranks.all_rows(torch.tensor(numbers, dtype=torch.int64)).argsort()
+    logits = ranks.all_rows(torch.zeros(0, 0) if found.logits is None else found.logits)
+    return FeatureSet(
+        features=ranks.all_rows(found.features)[order],
+        logits=logits[order] if len(logits) else None,
+        spatial=_of_all_processes(found.spatial) if found.spatial else None,
+    )
+
+
+def _of_all_processes(statistics: GaussianStatistics) -> GaussianStatistics:
+    """Statistics of what all processes have seen."""
+    own = (torch.tensor(statistics.count), statistics.mean, statistics.scatter)
+    counts, means, scatters = (ranks.all_rows(part[None]) for part in own)
+    merged = GaussianStatistics(len(statistics.mean))
+    for count, mean, scatter in zip(counts.tolist(), means, scatters, strict=True):
+        merged.merge(GaussianStatistics.of(count, mean, scatter))
+    return merged
+
+
+def _batches(
+    side: ImageSet,
+    size: tuple[int, int],
+    name: str,
+    share: Share,
+    numbers: list[int],
+    unreadable: list[tuple[int, str]],
+) -> Iterator[Tensor]:
+    """The readable images of a share, uint8 (B, 3, *size), a batch at a time.
+
+    Their numbers within the side are added to `numbers`, numbers and names of the others to `unreadable`.
+    """
     assert side.images is not None
-    with tqdm(total=len(side.images), unit="image", desc=name) as progress:
-        for batch in side.images.batches(size, batch_size):
-            for image in batch:
-                if isinstance(image, UnreadableImage):
+    count = len(side.images)
+    with tqdm(total=count, unit="image", desc=name, disable=share.rank > 0) as progress:
+        for within, batch in zip(share.batches(count), side.images.batches(size, share), strict=True):
+            readable = []
+            for number, image in zip(within, batch, strict=True):
+                if isinstance(image, Tensor):
+                    readable.append(image)
+                    numbers.append(number)
+                else:
                     tqdm.write(f"skipped {image.name} of the {name}: {image.reason}", file=sys.stderr)
-                    skipped.append(image.name)
-            readable = [image for image in batch if isinstance(image, Tensor)]
+                    unreadable.append((number, image.name))
             if readable:
                 yield torch.stack(readable)
-            progress.update(len(batch))
+            progress.update(min(len(batch) * share.processes, count - progress.n))
 
 
 def _measure(

@@ -107,6 +107,21 @@ def _training_store(run: Path) -> Store:
     return store
 
 
+@dataclass(frozen=True)
+class Share:
+    """Every so many batches of a set of images: what one of several processes describes."""
+
+    size: int
+    """Images per batch; the last one of the set may have fewer."""
+    rank: int = 0
+    processes: int = 1
+
+    def batches(self, count: int) -> Iterator[range]:
+        """The numbers of the images in each batch of the share, of `count` images in all."""
+        for start in range(self.rank * self.size, count, self.processes * self.size):
+            yield range(start, min(start + self.size, count))
+
+
 class ReadableImages(Protocol):
     """Images of one side, readable in batches."""
 
@@ -116,8 +131,8 @@ class ReadableImages(Protocol):
         """Height and width of the first image."""
         ...
 
-    def batches(self, resolution: tuple[int, int], size: int) -> Iterator[list[Tensor | UnreadableImage]]:
-        """At most `size` images at a time, each uint8 (3, *resolution) or why it cannot be read."""
+    def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
+        """The images of a share, a batch at a time, each uint8 (3, *resolution) or why it cannot be read."""
         ...
 
     def protocol(self) -> dict[str, Any] | None:
@@ -142,12 +157,15 @@ class _FolderImages:
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error}); mend it, or set --resolution") from error
 
-    def batches(self, resolution: tuple[int, int], size: int) -> Iterator[list[Tensor | UnreadableImage]]:
-        return _in_batches(self.folder, range(len(self)), resolution, size)
+    def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
+        return _in_batches(self.folder, range(len(self)), resolution, share)
 
     def protocol(self) -> dict[str, Any] | None:
         path = self.folder.path / PROTOCOL
-        return _read_protocol(path.read_text(), path) if path.is_file() else None
+        protocol = _read_protocol(path.read_text(), path) if path.is_file() else None
+        if protocol and self.limit is not None:  # Of as many images as are taken.
+            protocol["labels"] = protocol["labels"][: self.limit]
+        return protocol
 
 
 @dataclass(frozen=True)
@@ -165,8 +183,8 @@ class _DrawnImages:
     def first_size(self) -> tuple[int, int]:
         return runs.RunRecord.read(self.run).resolution
 
-    def batches(self, resolution: tuple[int, int], size: int) -> Iterator[list[Tensor | UnreadableImage]]:
-        return self._drawn.batches(resolution, size)
+    def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
+        return self._drawn.batches(resolution, share)
 
     def protocol(self) -> dict[str, Any] | None:
         return self._drawn.protocol()
@@ -192,8 +210,8 @@ class _StoreImages:
     def first_size(self) -> tuple[int, int]:
         return self.store.manifest.source.resolution
 
-    def batches(self, resolution: tuple[int, int], size: int) -> Iterator[list[Tensor | UnreadableImage]]:
-        return _in_batches(self._source, self._originals, resolution, size)
+    def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
+        return _in_batches(self._source, self._originals, resolution, share)
 
     def protocol(self) -> dict[str, Any] | None:
         return None
@@ -215,10 +233,10 @@ class _StoreImages:
 
 
 def _in_batches(
-    images: ImageSource, indices: range, resolution: tuple[int, int], size: int
+    images: ImageSource, indices: range, resolution: tuple[int, int], share: Share
 ) -> Iterator[list[Tensor | UnreadableImage]]:
-    for start in range(0, len(indices), size):
-        yield [images.load(index, resolution) for index in indices[start : start + size]]
+    for numbers in share.batches(len(indices)):
+        yield [images.load(indices[number], resolution) for number in numbers]
 
 
 class _NpzImages:
@@ -247,18 +265,21 @@ class _NpzImages:
     def first_size(self) -> tuple[int, int]:
         return self.shape[1], self.shape[2]
 
-    def batches(self, resolution: tuple[int, int], size: int) -> Iterator[list[Tensor | UnreadableImage]]:
+    def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
         bytes_per_image = int(np.prod(self.shape[1:]))
         with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
             _read_header(file)
-            for start in range(0, len(self), size):
-                count = min(size, len(self) - start)
+            mine = {numbers.start for numbers in share.batches(len(self))}
+            for numbers in Share(share.size).batches(len(self)):
+                start, count = numbers.start, len(numbers)
                 try:
                     content = file.read(count * bytes_per_image)
                 except (zipfile.BadZipFile, OSError, EOFError) as error:
                     raise UserError(f"{self.path} is damaged: {error}") from error
                 if len(content) < count * bytes_per_image:
                     raise UserError(f"{self.path} is cut short: {self.member} ends within image {start + count - 1}")
+                if start not in mine:
+                    continue
                 pixels = np.frombuffer(content, dtype=np.uint8).reshape(count, *self.shape[1:])
                 yield [_to_size(image, resolution) for image in pixels]
 

@@ -62,6 +62,18 @@ class GaussianStatistics:
         return self
 
     @property
+    def scatter(self) -> Tensor:
+        """Summed products of deviations from the mean, (D, D) float64."""
+        return self._scatter
+
+    @classmethod
+    def of(cls, count: int, mean: Tensor, scatter: Tensor) -> Self:
+        """What has been seen elsewhere: `count`, `mean` and `scatter` of its statistics."""
+        made = cls(len(mean))
+        made.count, made.mean, made._scatter = count, mean, scatter
+        return made
+
+    @property
     def gaussian(self) -> Gaussian:
         """What has been seen, as a normal distribution; ValueError below two rows."""
         return Gaussian(self.mean, self.covariance)

@@ -66,10 +66,16 @@ def leave() -> None:
 
 def wait_for_all() -> None:
     """Return once every process has come here. Raises UserError if one of them never will, because it has ended."""
-    if not dist.is_initialized():
-        return
+    if dist.is_initialized():
+        with _others_must_live():
+            dist.barrier()
+
+
+@contextmanager
+def _others_must_live() -> Iterator[None]:
+    """Around what needs every process. Raises UserError if one of them has ended."""
     try:
-        dist.barrier()
+        yield
     except RuntimeError as error:
         raise UserError(
             f"process {dist.get_rank()} waited for another one that has stopped; see what that one said, and run the "
@@ -99,6 +105,26 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     flat /= dist.get_world_size()
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def all_rows(rows: Tensor) -> Tensor:
+    """The rows (n, …) of every process, in the order of processes, which may have different numbers of them.
+
+    Takes and returns tensors on the CPU, of one type and of as many dimensions; the shape of a row counts only where
+    there are any. The processes must have joined with `long_waits`. Raises UserError if one of them has ended.
+    """
+    if not dist.is_initialized():
+        return rows
+    with _others_must_live():
+        shapes = [torch.zeros(rows.ndim, dtype=torch.int64) for _ in range(dist.get_world_size())]
+        dist.all_gather(shapes, torch.tensor(rows.shape))
+        longest = max(shapes, key=lambda shape: int(shape[0])).tolist()
+        padded = torch.zeros(longest, dtype=rows.dtype)
+        if len(rows):
+            padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in shapes]
+        dist.all_gather(parts, padded)
+    return torch.cat([part[: int(shape[0])] for part, shape in zip(parts, shapes, strict=True)])
 
 
 def average(value: Tensor) -> Tensor:
