@@ -144,7 +144,7 @@ def test_what_is_imported_is_exported_again(method: str, ending: str, tmp_path: 
 @pytest.mark.parametrize(("metadata", "step"), [("42", 42), ("-1", 7), ("²", 7), ("9" * 5000, 7), (None, 7)])
 def test_the_step_of_a_safetensors_file(metadata: str | None, step: int, tmp_path: Path) -> None:
     weights = {name: value.contiguous() for name, value in Golden("sit").published.items()}
-    save_file(weights, tmp_path / "0000007.safetensors", metadata and {"step": metadata})
+    save_file(weights, tmp_path / "0000007.safetensors", {"step": metadata} if metadata else None)
     run = import_run(ImportRun(tmp_path / "0000007.safetensors", tmp_path / "run", heads=HEADS))
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"{step:08d}"]
 

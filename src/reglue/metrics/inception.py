@@ -103,7 +103,7 @@ def load_inception(file: Path | None = None, device: str | torch.device = "cpu")
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     # Convolutions are faster with the channels last: 1.45 times on a core of an EPYC CPU, and GPUs prefer it too.
     # Features change by rounding, 6e-6 of them at most.
-    network = network.to(device=torch.device(device), memory_format=torch.channels_last)
+    network = network.to(device).to(memory_format=torch.channels_last)
     return Inception(network, str(file.resolve()) if file else INCEPTION, sha256, without_logits)
 
 
