@@ -14,13 +14,14 @@ from reglue.jobs.sample import Sample
 from reglue.jobs.train import Train
 from reglue.papers import RECIPES
 
-JOBS = ("prepare", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "demo")
+JOBS = ("prepare", "reencode", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "demo")
 
 
 def test_help_lists_every_job() -> None:
     text = run_reglue("--help").stdout
     for job in (
         "prepare",
+        "reencode",
         "compress",
         "autoencode",
         "train",
@@ -35,7 +36,7 @@ def test_help_lists_every_job() -> None:
 
 
 @pytest.mark.parametrize(
-    "job", ["prepare", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "demo"]
+    "job", ["prepare", "reencode", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "demo"]
 )
 def test_every_option_is_explained(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
