@@ -14,30 +14,29 @@ from reglue.jobs.sample import Sample
 from reglue.jobs.train import Train
 from reglue.papers import RECIPES
 
-JOBS = ("prepare", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "verify", "demo")
+JOBS = (
+    "prepare",
+    "reencode",
+    "compress",
+    "autoencode",
+    "sample",
+    "evaluate",
+    "probe",
+    "import",
+    "export",
+    "verify",
+    "demo",
+)
+"""All but train, which has a subcommand per recipe."""
 
 
 def test_help_lists_every_job() -> None:
     text = run_reglue("--help").stdout
-    for job in (
-        "prepare",
-        "compress",
-        "autoencode",
-        "train",
-        "sample",
-        "evaluate",
-        "probe",
-        "import",
-        "export",
-        "verify",
-        "demo",
-    ):
+    for job in (*JOBS, "train"):
         assert f"• {job}" in text
 
 
-@pytest.mark.parametrize(
-    "job", ["prepare", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "verify", "demo"]
-)
+@pytest.mark.parametrize("job", JOBS)
 def test_every_option_is_explained(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse([job, "--help"])
@@ -50,6 +49,7 @@ def test_every_option_is_explained(job: str, capsys: pytest.CaptureFixture[str])
     [
         ("prepare", "IMAGES OUT"),
         ("compress", "STORE"),
+        ("reencode", "STORE OUT"),
         ("autoencode", "IMAGES OUT"),
         ("sample", "RUN"),
         ("evaluate", "IMAGES"),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from reglue.jobs.import_run import ImportRun, import_run
     from reglue.jobs.prepare import Prepare, prepare
     from reglue.jobs.probe import Probe, probe
+    from reglue.jobs.reencode import Reencode, reencode
     from reglue.jobs.sample import Sample, sample
     from reglue.jobs.train import Train, train
     from reglue.jobs.verify import Verify, verify
@@ -43,6 +44,8 @@ _HOMES = {
     # the commands
     "Prepare": "reglue.jobs.prepare",
     "prepare": "reglue.jobs.prepare",
+    "Reencode": "reglue.jobs.reencode",
+    "reencode": "reglue.jobs.reencode",
     "Compress": "reglue.jobs.compress",
     "compress": "reglue.jobs.compress",
     "Autoencode": "reglue.jobs.autoencode",
@@ -80,6 +83,8 @@ __all__ = [  # noqa: RUF022 in the order of use
     "Guidance",
     "Prepare",
     "prepare",
+    "Reencode",
+    "reencode",
     "Compress",
     "compress",
     "Autoencode",

@@ -19,6 +19,7 @@ from reglue.jobs.export_run import ExportRun, export_run
 from reglue.jobs.import_run import ImportRun, import_run
 from reglue.jobs.prepare import Prepare, prepare
 from reglue.jobs.probe import Probe, probe
+from reglue.jobs.reencode import Reencode, reencode
 from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import Train, train
 from reglue.jobs.verify import Verify, verify
@@ -29,6 +30,7 @@ DESCRIPTION = "Latent diffusion transformers that learn images together with the
 
 JOBS = {
     Prepare: prepare,
+    Reencode: reencode,
     Compress: compress,
     Autoencode: autoencode,
     Train: train,
@@ -75,6 +77,9 @@ def parse(arguments: list[str]) -> Any:
     ]
     jobs = [
         Annotated[Prepare, tyro.conf.subcommand("prepare", description="Images to a store of latents and features.")],
+        Annotated[
+            Reencode, tyro.conf.subcommand("reencode", description="A store once more, in another latent space.")
+        ],
         Annotated[Compress, tyro.conf.subcommand("compress", description="Fit a compressor to a store's features.")],
         Annotated[
             Autoencode,

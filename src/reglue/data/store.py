@@ -20,6 +20,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -319,6 +321,33 @@ class Store:
         )
         return Store(self.folder, _write_manifest(self.folder, manifest))
 
+    def take_semantics(self, other: Store) -> Store:
+        """This store with all that another one of the same rows knows beside labels and latents: class tokens,
+        features, codes and their compressors. Files are linked where that is possible, and copied otherwise.
+
+        The manifest changes last and at once: until then the store is what it was.
+        """
+        assert [shard.rows for shard in other.manifest.columns["label"].shards] == [
+            shard.rows for shard in self.manifest.columns["label"].shards
+        ]
+        taken = {name: column for name, column in other.manifest.columns.items() if name not in ("label", "latent")}
+        for shard in tqdm([s for column in taken.values() for s in column.shards], desc="semantics", unit="shard"):
+            _link(other.folder / shard.file, self.folder / shard.file)
+        for name in other.manifest.compressors:
+            source = other.folder / "compressors" / name
+            shutil.copytree(source, self.folder / "compressors" / name, dirs_exist_ok=True)
+        before = self.manifest
+        statistics = {name: value for name, value in other.manifest.statistics.items() if name in taken}
+        manifest = replace(
+            before,
+            encoder=other.manifest.encoder,
+            features=other.manifest.features,
+            columns={**before.columns, **taken},
+            statistics={**before.statistics, **statistics},
+            compressors=other.manifest.compressors,
+        )
+        return Store(self.folder, _write_manifest(self.folder, manifest))
+
     def _column(self, column: str) -> Column:
         columns = self.manifest.columns
         if column not in columns:
@@ -366,7 +395,7 @@ class StoreWriter:
             has = asked
             with replacing(self.folder / PARTIAL) as beside:
                 beside.write_text(to_json(asked))
-        _refuse_others(self.folder, has, asked)
+        refuse_others(self.folder, has, asked)
         self._read_journals()
         if rank == 0:
             self._join_journals()
@@ -523,7 +552,7 @@ def join_columns(columns: list[Column]) -> Column:
     )
 
 
-def _refuse_others(folder: Path, has: Contents, asked: Contents) -> None:
+def refuse_others(folder: Path, has: Contents, asked: Contents) -> None:
     """Raise UserError naming the first thing in which a store differs from what was asked for."""
     for path, old, new in _differences("", has, asked):
         raise UserError(
@@ -590,6 +619,18 @@ def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 def _hash(content: dict[str, Any]) -> str:
     """SHA-256 of what a manifest's file says, but for the hash itself."""
     return hashlib.sha256(json.dumps({**content, "hash": ""}, indent=1).encode()).hexdigest()
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file of a store, or a copy on another disk. Files of stores are replaced, never changed."""
+    beside = target.with_name(target.name + ".tmp")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(source, beside)
+        beside.replace(target)
+    except OSError:
+        with replacing(target) as beside:
+            shutil.copyfile(source, beside)
 
 
 def _is_whole(folder: Path, shard: Shard) -> bool:

@@ -1,0 +1,97 @@
+"""`reglue reencode`: the same images in another autoencoder's latent space, with the semantics that a store has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from reglue.data.store import MANIFEST, Store, refuse_others
+from reglue.errors import UserError
+from reglue.files import TakesPaths
+from reglue.jobs.prepare import NO_ENCODER, Prepare, prepare
+from reglue.latents.autoencoders import load_autoencoder
+from reglue.runs import ranks
+
+
+@dataclass(frozen=True)
+class Reencode(TakesPaths):
+    """Make a second store of a store's images with other latents, to compare autoencoders at the price of one encoder.
+
+    Class tokens, features and codes are the first store's: linked where both are on one disk, copied otherwise. The
+    images are read again. Many GPUs or machines share the work as in `reglue prepare`; the same command continues.
+    """
+
+    store: Positional[Path]
+    """Folder that `reglue prepare` made."""
+    out: Positional[Path]
+    """Folder of the second store: new, empty, or left over from the same command."""
+    autoencoder: str
+    """starter, a short name, a name on the hub (OWNER/REPOSITORY) or a folder in diffusers' layout."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Precision in which latents are stored."""
+    batch_size: int = 16
+    """Images encoded at once. Changes speed and memory; results change by rounding alone."""
+    workers: int = 2
+    """Processes that decode images, for each of torchrun's; 0 decodes in the same one."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+
+
+def reencode(options: Reencode) -> Store:
+    """Make the second store, or continue it.
+
+    Raises UserError as `prepare` does; if the images have changed since the first store was made; and if one that could
+    be read then cannot now, since rows would no longer belong together.
+    """
+    rank, _ = ranks.join(long_waits=True)
+    first = Store.open(options.store)
+    manifest = first.manifest
+    if _is_finished(options, first):
+        if rank == 0:
+            print(f"{options.out} is complete already: {len(first)} images")
+        return Store.open(options.out)
+    subset = manifest.source.subset
+    manifest.source.open()  # Refuses images that have changed, before anything is made of them.
+    latents = prepare(
+        Prepare(
+            Path(manifest.source.path),
+            options.out,
+            manifest.source.resolution,
+            options.autoencoder,
+            NO_ENCODER,
+            statistics_images=manifest.statistics_images,
+            flips=manifest.source.flips,
+            share=subset.share if subset else 1.0,
+            per_class=subset.per_class if subset else None,
+            seed=manifest.statistics_seed,
+            batch_size=options.batch_size,
+            shard_size=manifest.shard_rows,
+            dtype=options.dtype,
+            workers=options.workers,
+            device=options.device,
+            reading=manifest.source.reading,
+        )
+    )
+    if latents.manifest.skipped != manifest.skipped:
+        raise UserError(
+            f"{options.out} lacks other images than {options.store}: some can no longer be read; prepare both anew"
+        )
+    if rank == 0:
+        latents.take_semantics(first)
+    ranks.wait_for_all()
+    return Store.open(options.out)
+
+
+def _is_finished(options: Reencode, first: Store) -> bool:
+    """Whether the second store has its semantics already. Raises UserError if it is another one than asked for."""
+    if first.manifest.encoder is None or not (options.out / MANIFEST).is_file():
+        return False
+    second = Store.open(options.out).manifest
+    if second.encoder is None:
+        return False
+    asked = replace(first.manifest, autoencoder=load_autoencoder(options.autoencoder).spec, latent_dtype=options.dtype)
+    refuse_others(options.out, second, asked)
+    return True

@@ -1,0 +1,129 @@
+"""The same images in another latent space: rows and semantics stay, latents change."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+from helpers import TINY_RECIPE
+from reglue.cli import parse
+from reglue.data.store import Store
+from reglue.errors import UserError
+from reglue.jobs.prepare import Prepare, prepare
+from reglue.jobs.reencode import Reencode, reencode
+from reglue.jobs.train import train
+from reglue.jobs.verify import Verify, verify
+
+
+@pytest.fixture(scope="module")
+def another_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("another")
+    torch.manual_seed(1)
+    AutoencoderKL(latent_channels=5, block_out_channels=(8,), norm_num_groups=4).save_pretrained(folder)
+    return str(folder)
+
+
+def test_latents_are_the_other_autoencoders_and_all_else_stays(
+    tiny_store: Path, another_autoencoder: str, tmp_path: Path
+) -> None:
+    first = Store.open(tiny_store)
+    second = reencode(Reencode(tiny_store, tmp_path / "second", another_autoencoder, workers=0))
+    alone = prepare(
+        Prepare(
+            Path(first.manifest.source.path),
+            tmp_path / "alone",
+            16,
+            another_autoencoder,
+            "none",
+            shard_size=10,
+            workers=0,
+        )
+    )
+    rows = torch.arange(len(first))
+    for column in ("cls", "features", "local.conv-4", "local.pca-4", "label"):
+        for name, tensor in first.read(column, rows).items():
+            assert torch.equal(second.read(column, rows)[name], tensor)
+        assert second.manifest.statistics.get(column) == first.manifest.statistics.get(column)
+    assert second.names(rows) == first.names(rows)
+    assert second.manifest.encoder == first.manifest.encoder
+    assert second.manifest.compressors == first.manifest.compressors
+    assert second.read("latent", rows)["mean"].shape[1:] == (5, 16, 16)
+    for name, tensor in alone.read("latent", rows).items():
+        assert torch.equal(second.read("latent", rows)[name], tensor)
+    assert second.manifest.statistics["latent"] == alone.manifest.statistics["latent"]
+
+    run = tmp_path / "run"
+    arguments = ["--store", str(second.folder), "--out", str(run), *TINY_RECIPE, "--optimisation.steps=2"]
+    train(parse(["train", "reglue", *arguments]))  # The compressor came along too.
+    assert (run / "compressor").is_dir()
+
+
+def test_features_take_no_second_disk(tiny_store: Path, another_autoencoder: str, tmp_path: Path) -> None:
+    if tiny_store.stat().st_dev != tmp_path.stat().st_dev:
+        pytest.skip("on two disks")
+    reencode(Reencode(tiny_store, tmp_path / "second", another_autoencoder, workers=0))
+    name = "features-00000.safetensors"
+    assert (tmp_path / "second" / name).samefile(tiny_store / name)
+
+
+def test_where_files_cannot_be_linked_they_are_copied(
+    tiny_store: Path, another_autoencoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    second = reencode(Reencode(tiny_store, tmp_path / "second", another_autoencoder, workers=0))
+    verify(Verify(second.folder))
+    assert not list((tmp_path / "second").glob("*.tmp"))
+
+
+def test_interrupted_before_the_semantics_it_continues(
+    tiny_store: Path, another_autoencoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    options = Reencode(tiny_store, tmp_path / "second", another_autoencoder, workers=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "take_semantics", stop)
+        with pytest.raises(KeyboardInterrupt):
+            reencode(options)
+    assert "cls" not in Store.open(options.out).manifest.columns
+    assert "features" in reencode(options).manifest.columns
+    before = (options.out / "manifest.json").read_text()
+    reencode(options)  # Finished: nothing is done again.
+    assert (options.out / "manifest.json").read_text() == before
+
+
+def test_a_folder_of_another_autoencoder_is_refused(
+    tiny_store: Path, another_autoencoder: str, tiny_autoencoder: str, tmp_path: Path
+) -> None:
+    reencode(Reencode(tiny_store, tmp_path / "second", another_autoencoder, workers=0))
+    with pytest.raises(UserError, match="was prepared with autoencoder"):
+        reencode(Reencode(tiny_store, tmp_path / "second", tiny_autoencoder, workers=0))
+
+
+def test_changed_images_are_refused(
+    tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str, another_autoencoder: str, tmp_path: Path
+) -> None:
+    images = Path(shutil.copytree(tiny_images, tmp_path / "images"))
+    prepare(Prepare(images, tmp_path / "first", 16, tiny_autoencoder, tiny_encoder, workers=0))
+    next(images.rglob("*.png")).unlink()
+    with pytest.raises(UserError, match="has changed since the store was made"):
+        reencode(Reencode(tmp_path / "first", tmp_path / "second", another_autoencoder, workers=0))
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_store_without_an_encoder_gets_latents_alone(
+    tiny_images: Path, tiny_autoencoder: str, another_autoencoder: str, tmp_path: Path
+) -> None:
+    prepare(Prepare(tiny_images, tmp_path / "first", 16, tiny_autoencoder, "none", workers=0))
+    options = Reencode(tmp_path / "first", tmp_path / "second", another_autoencoder, workers=0)
+    for _ in range(2):
+        assert set(reencode(options).manifest.columns) == {"label", "latent"}
+    assert json.loads((tmp_path / "second" / "manifest.json").read_text())["encoder"] is None
