@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -80,9 +80,14 @@ def alternate(
     }
 
 
+def seconds_of(timing: Timing, device: torch.device) -> float:
+    """The figure to judge by: the median, of the time on a core where the device is the CPU."""
+    return timing.cpu_median if device.type == "cpu" else timing.median
+
+
 def ratio(theirs: Timing, ours: Timing, device: torch.device) -> float:
-    """How many times ours is faster: by the medians, of the time on a core where the device is the CPU."""
-    return theirs.cpu_median / ours.cpu_median if device.type == "cpu" else theirs.median / ours.median
+    """How many times ours is faster."""
+    return seconds_of(theirs, device) / seconds_of(ours, device)
 
 
 def commit_of(folder: Path) -> str | None:
@@ -143,7 +148,7 @@ def report(
                 "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
                 "commit": commit_of(ROOT),
                 "official_commit": commit_of(conditions.official) if conditions.official else None,
-                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         )
     )

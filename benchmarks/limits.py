@@ -1,6 +1,6 @@
 """What the counts say, without a GPU: operations and bytes of a training step, and what the published step adds.
 
-    python benchmarks/limits.py --models B/2 XL/2 --official PATH
+python benchmarks/limits.py --models B/2 XL/2 --official PATH
 """
 
 from __future__ import annotations

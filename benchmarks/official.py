@@ -46,7 +46,7 @@ class Official:
             sys.path.remove(str(folder))
 
     def model(self, config: DenoiserConfig, fused_attention: bool = True) -> nn.Module:
-        """Their model of our sizes. Their train.py fuses attention unless told otherwise, their generate.py does not."""
+        """Their model of our sizes. By default their train.py fuses attention, and their generate.py does not."""
         shape = config.shape
         return self.modules["models.sit"].SiT(
             input_size=shape.grid[0],

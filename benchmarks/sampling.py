@@ -29,8 +29,8 @@ AGREEMENT = 1e-4
 class Sampling:
     """Time Euler–Maruyama sampling in latent space (no decoding), guided on an interval.
 
-    Both draw the same samples from the same weights and noise first. Theirs runs as their generate.py: float32 with TF32 on
-    a GPU, attention not fused, the state in float64.
+    Both draw the same samples from the same weights and noise first. Theirs runs as their generate.py: float32 with
+    TF32 on a GPU, attention not fused, the state in float64.
     """
 
     conditions: Annotated[Conditions, tyro.conf.arg(name="")] = field(default_factory=Conditions)
@@ -69,14 +69,18 @@ class Counted(nn.Module):
 
 @torch.no_grad()
 def our_samples(
-    model: Any, start: State, labels: Tensor, options: Sampling, steps: int, precision: Precision, noise: Iterator[State]
+    model: Any,
+    start: State,
+    labels: Tensor,
+    options: Sampling,
+    steps: int,
+    precision: Precision,
+    noise: Iterator[State],
 ) -> State:
     """The sampler as `ImageModel.draw` runs it, the state in float64."""
     velocity = guided_velocity(model, labels, Guidance(options.scale, interval=options.interval))
     with ranks.autocast(labels.device, precision):
-        return euler_maruyama(
-            velocity, {name: x.double() for name, x in start.items()}, stochastic_times(steps), noise
-        )
+        return euler_maruyama(velocity, {name: x.double() for name, x in start.items()}, stochastic_times(steps), noise)
 
 
 def drawn(start: State) -> Iterator[State]:

@@ -15,7 +15,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import Conditions, alternate, ratio, report
+from common import Conditions, alternate, ratio, report, seconds_of
 from official import MODULES, MixedPrecision, Official, OfficialTraining, official_losses
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL
@@ -57,8 +57,8 @@ class Training:
     official_precision: MixedPrecision = "no"
     """Of theirs, as accelerate calls it: their train.sh has fp16, which needs a GPU."""
     encoder_in_step: bool = False
-    """The vision encoder (DINOv2-B, random weights) runs in every step: theirs always does, ours with
-    `--alignment.targets online`. Otherwise both have its tokens in memory, which theirs cannot."""
+    """The vision encoder (DINOv2-B, random weights) and the compressor run in each of their steps, as published; ours
+    is timed with `--alignment.targets online`, too. Otherwise both have its tokens in memory, which theirs cannot."""
 
 
 class OurTraining:
@@ -146,7 +146,8 @@ def loss_difference(official: Official, workload: Workload) -> float:
             stored.tokens,
         )
         terms = loss_terms(ours, LINEAR, sample)
-    return max(float((terms[name] - value).abs() / value.abs()) for name, value in expected.items())
+    differences = torch.stack([(terms[name] - value).abs() / value.abs() for name, value in expected.items()])
+    return differences.max().item()  # NaN, if one is
 
 
 def timings(
@@ -158,20 +159,26 @@ def timings(
     weights = workload.random_model().state_dict()
     contestants: dict[str, Callable[[], object]] = {}
     with TemporaryDirectory() as folder:
-        online = OnlineEncoder.make(Path(folder), workload, batch, device, conditions) if options.encoder_in_step else None
+        online = (
+            OnlineEncoder.make(Path(folder), workload, batch, device, conditions) if options.encoder_in_step else None
+        )
 
-    def samples() -> Iterator[TrainingSample]:
+    def samples(encode: Callable[[], object]) -> Iterator[TrainingSample]:
         positions = (range(i * batch, (i + 1) * batch) for i in count())
-        drawn = prefetch(stored, positions, device)  # type: ignore[arg-type], it asks for `sample` alone
-        for sample in drawn:
-            if online:
-                online.ours()
+        for sample in prefetch(stored, positions, device):  # type: ignore[arg-type], it asks for `sample` alone
+            encode()
             yield sample
 
     for precision in options.precision:
         for compiled in (False, True) if options.compile else (False,):
-            ours = OurTraining(workload, weights, device, precision, compiled, samples())
-            contestants[f"ours {precision}{' compiled' if compiled else ''}"] = repeated(ours.step, options.steps)
+            name = f"ours {precision}{' compiled' if compiled else ''}"
+            ours = OurTraining(workload, weights, device, precision, compiled, samples(lambda: None))
+            contestants[name] = repeated(ours.step, options.steps)
+        if online:
+            ours = OurTraining(workload, weights, device, precision, options.compile, samples(online.ours))
+            contestants[f"ours {precision}{' compiled' * options.compile}, encoder in step"] = repeated(
+                ours.step, options.steps
+            )
     if official:
         model = official.model(config)
         model.load_state_dict(export_official("reglue", config, weights))
@@ -184,7 +191,8 @@ def timings(
         def their_step() -> None:
             theirs.step(moments.to(device), labels.to(device), online.theirs if online else lambda: tuple(cached))
 
-        contestants[f"theirs {options.official_precision}"] = repeated(their_step, options.steps)
+        name = f"theirs {options.official_precision}{', encoder in step' if online else ''}"
+        contestants[name] = repeated(their_step, options.steps)
 
     timed = alternate(contestants, conditions.repeats, device)
     started = time.perf_counter()
@@ -201,7 +209,7 @@ def timings(
     rates = {precision: matrix_rate(device, precision, conditions.toy) for precision in options.precision}
     figures["matrix_flops_per_second"] = rates
     figures["share_of_matrix_rate"] = {
-        name: flops * options.steps / timing.median / rates[name.split()[1]]  # type: ignore[index]
+        name: flops * options.steps / seconds_of(timing, device) / rates[name.split()[1].rstrip(",")]  # type: ignore[index]
         for name, timing in timed.items()
         if name.startswith("ours")
     }

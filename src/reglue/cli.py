@@ -113,7 +113,8 @@ def recipes(train: type) -> Any:
     return any_of(
         [
             Annotated[
-                train, tyro.conf.subcommand(name, default=train(paper.recipe, MISSING, MISSING), description=paper.title)
+                train,
+                tyro.conf.subcommand(name, default=train(paper.recipe, MISSING, MISSING), description=paper.title),
             ]
             for name, paper in PAPERS.items()
         ]
