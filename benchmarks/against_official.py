@@ -37,8 +37,8 @@ def main(arguments: list[str] | None = None) -> str:
     for name, (kind, _) in COMMANDS.items():
         command = Annotated[kind, tyro.conf.subcommand(name)]
         kinds = command if kinds is None else kinds | command
-    options = tyro.cli(
-        Annotated[kinds, tyro.conf.arg(name="")],
+    options: Any = tyro.cli(  # type: ignore[reportCallIssue], a union made at run time
+        Annotated[kinds, tyro.conf.arg(name="")],  # type: ignore[reportArgumentType]
         prog="against_official.py",
         description=__doc__,
         args=arguments,

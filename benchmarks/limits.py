@@ -92,7 +92,7 @@ def encoder_flops() -> int:
     import timm
 
     with torch.device("meta"):
-        network = timm.create_model("vit_base_patch14_reg4_dinov2", num_classes=0, img_size=224)
+        network: Any = timm.create_model("vit_base_patch14_reg4_dinov2", num_classes=0, img_size=224)
         with FlopCounterMode(display=False) as counter:
             network.forward_features(torch.empty(1, 3, 224, 224))
     return counter.get_total_flops()

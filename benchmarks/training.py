@@ -73,7 +73,8 @@ class OurTraining:
         compiled: bool,
         samples: Iterator[TrainingSample],
     ) -> None:
-        self.precision, self.device, self.samples = precision, device, samples
+        self.precision: Precision = precision
+        self.device, self.samples = device, samples
         self.loss_weights = dict(loss_weights(workload.recipe))
         self.model = Denoiser(workload.config)
         self.model.load_state_dict(weights)
@@ -186,10 +187,10 @@ def timings(
             official, model, loss_weights(workload.recipe), options.official_precision, device.type == "cpu"
         )
         moments, labels = torch.cat([stored.mean, stored.std], dim=1), stored.labels
-        cached = [value.to(device) for value in (stored.local, stored.cls, stored.tokens)]
+        cached = stored.local.to(device), stored.cls.to(device), stored.tokens.to(device)
 
         def their_step() -> None:
-            theirs.step(moments.to(device), labels.to(device), online.theirs if online else lambda: tuple(cached))
+            theirs.step(moments.to(device), labels.to(device), online.theirs if online else lambda: cached)
 
         name = f"theirs {options.official_precision}{', encoder in step' if online else ''}"
         contestants[name] = repeated(their_step, options.steps)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -130,7 +130,7 @@ def loss_weights(recipe: Recipe) -> Mapping[str, float]:
 def random_encoder(folder: Path, toy: bool) -> Path:
     """DINOv2-B with registers in timm's folder layout, with random weights: its speed does not depend on them."""
     architecture = "vit_tiny_patch16_224" if toy else "vit_base_patch14_reg4_dinov2"
-    sizes = (
+    sizes: dict[str, Any] = (
         {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 2} if toy else {"img_size": 224}
     )
     network = timm.create_model(architecture, num_classes=0, **sizes)

@@ -80,16 +80,17 @@ def test_contestants_take_turns() -> None:
 def test_operations_are_those_of_the_layers() -> None:
     """A forward pass of linear layers on N tokens is 2·N·weights; attention adds 4·N²·width per block."""
     workload = Workload.of("toy")
-    model, config = Denoiser(workload.config), workload.config
-    patches, width = config.token_grid[0] * config.token_grid[1], config.width
-    tokens = patches + 1
-    per_token = sum(layer.weight.numel() for b in model.transformer.blocks for layer in (b.attention.qkv, b.attention.out, b.mlp[0], b.mlp[2]))  # type: ignore[union-attr]  # fmt: skip  # noqa: E501
-    once = [b.modulation for b in model.transformer.blocks] + [model.transformer.modulation]
-    once += [model.transformer.time_embedding[0], model.transformer.time_embedding[2]]
-    once += [model.class_token.linear, model.class_token_velocity]
-    expected = 2 * tokens * per_token + 4 * tokens**2 * width * config.depth
-    expected += 2 * sum(layer.weight.numel() for layer in once)
-    expected += 2 * patches * (model.patches.weight.numel() + model.velocity.weight.numel())
+    config = workload.config
+    patches = config.token_grid[0] * config.token_grid[1]
+    expected = 4 * (1 + patches) ** 2 * config.width * config.depth
+    for name, weight in Denoiser(config).named_parameters():
+        if weight.ndim == 1 or name.startswith(("projector", "transformer.label_embedding")):
+            continue  # biases; training alone; a table
+        if ".attention." in name or ".mlp." in name:
+            times = 1 + patches
+        else:
+            times = patches if name.startswith(("patches", "velocity")) else 1
+        expected += 2 * times * weight.numel()
     assert flops_per_image(workload, training=False) == expected
     assert flops_per_image(workload, training=True) > 3 * expected
 
