@@ -121,20 +121,23 @@ def test_streamed_statistics_do_not_grow_with_the_images() -> None:
 
 
 def test_a_session_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = gpu_session.FIGURES
-    monkeypatch.setattr(gpu_session, "FIGURES", [f for f in figures if f.name in ("train-b2", "checkpoint-b2")])
-    session = gpu_session.Session(tmp_path, device="cpu", toy=True)
-    assert gpu_session.session(session) == 0
-    names = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    assert names.keys() == {"train-b2.json", "checkpoint-b2.json"}
-    (tmp_path / "train-b2.json").unlink()
-    (tmp_path / "train-b2.error").write_text("an earlier failure")
-    assert gpu_session.session(session) == 0
-    assert {file.name for file in tmp_path.iterdir()} == names.keys()
-    assert (tmp_path / "checkpoint-b2.json").stat().st_mtime_ns == names["checkpoint-b2.json"]
-    (tmp_path / "train-b2.json").unlink()
-    none = gpu_session.Session(tmp_path, device="cpu", seconds=-1, toy=True)
-    assert gpu_session.session(none) == 1
+    figures = [f for f in gpu_session.FIGURES if f.name in ("train-b2", "checkpoint-b2")]
+    monkeypatch.setattr(gpu_session, "FIGURES", figures)
+    (tmp_path / "train-b2.json").write_text("measured before")
+    (tmp_path / "checkpoint-b2.error").write_text("failed before")
+    no_time = gpu_session.Session(tmp_path, device="cpu", seconds=-1, toy=True)
+    assert gpu_session.session(no_time) == 1
+    assert gpu_session.session(gpu_session.Session(tmp_path, device="cpu", toy=True)) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"train-b2.json", "checkpoint-b2.json"}
+    assert (tmp_path / "train-b2.json").read_text() == "measured before"
+    assert json.loads((tmp_path / "checkpoint-b2.json").read_text())["toy"]
+
+
+def test_a_failed_figure_leaves_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = gpu_session.Figure("broken", ("no-such-benchmark",), 1)
+    monkeypatch.setattr(gpu_session, "FIGURES", [figure])
+    assert gpu_session.session(gpu_session.Session(tmp_path, device="cpu", toy=True)) == 1
+    assert "no-such-benchmark" in (tmp_path / "broken.error").read_text()
 
 
 def test_every_figure_of_a_session_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
