@@ -25,7 +25,8 @@ class Preparing:
     """Time images to latent moments with the same autoencoder, from the start of the process that does it.
 
     Theirs is two commands: `dataset_tools.py convert` crops into uncompressed PNGs, `encode` makes moments one image at
-    a time, on a GPU alone: without one only `convert` is timed. Ours is `reglue prepare`. Features are not compared: theirs computes them anew in every training step.
+    a time, on a GPU alone: without one only `convert` is timed. Ours is `reglue prepare`. Features are not
+    compared: theirs computes them anew in every training step.
     """
 
     conditions: Annotated[Conditions, tyro.conf.arg(name="")] = field(default_factory=Conditions)
