@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import resource
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from helpers import TINY_RECIPE, mistake, reglue_command, run_reglue
-from reglue.cli import parse
+from reglue.cli import COMMANDS, job_of, parse
 from reglue.jobs.sample import Sample
 from reglue.jobs.train import Train
 from reglue.papers import RECIPES
@@ -34,6 +35,20 @@ def test_help_lists_every_job() -> None:
     text = run_reglue("--help").stdout
     for job in (*JOBS, "train"):
         assert f"• {job}" in text
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = "import sys; from reglue.cli import parse; sys.argv = ['reglue']\ntry: parse(['--help'])\n"
+    program += "except SystemExit: print([m for m in ('torch', 'timm', 'datasets') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_completions_know_the_options_of_every_job(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--tyro-print-completion", "bash"])
+    text = capsys.readouterr().out
+    assert all(option in text for option in ("--shard-size", "--optimisation.clip", "--guidance-interval"))
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -70,6 +85,12 @@ def test_an_unknown_recipe_lists_the_known_ones(capsys: pytest.CaptureFixture[st
         parse(["train", "regle", "--store", "s", "--out", "r"])
     assert exit_.value.code == 2
     assert ", ".join(RECIPES) in " ".join(capsys.readouterr().err.split())
+
+
+def test_every_command_has_the_function_of_its_job() -> None:
+    for name, command in COMMANDS.items():
+        job = job_of(object.__new__(command.load()))
+        assert job.__name__ in (name, f"{name}_run")
 
 
 @pytest.mark.parametrize("name", RECIPES)

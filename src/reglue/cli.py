@@ -1,9 +1,15 @@
-"""The command line: one subcommand per job, and nothing else."""
+"""The command line: one subcommand per job, and nothing else.
+
+A job is imported when it is asked for: `reglue --help` need not wait for PyTorch.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, make_dataclass
 from functools import reduce
+from importlib import import_module
 from operator import or_
 from typing import Annotated, Any
 
@@ -11,36 +17,39 @@ import tyro
 from tyro import MISSING
 
 from reglue.errors import UserError
-from reglue.jobs.autoencode import Autoencode, autoencode
-from reglue.jobs.compress import Compress, compress
-from reglue.jobs.demo import Demo, demo
-from reglue.jobs.evaluate import Evaluate, evaluate
-from reglue.jobs.export_run import ExportRun, export_run
-from reglue.jobs.import_run import ImportRun, import_run
-from reglue.jobs.prepare import Prepare, prepare
-from reglue.jobs.probe import Probe, probe
-from reglue.jobs.reencode import Reencode, reencode
-from reglue.jobs.sample import Sample, sample
-from reglue.jobs.train import Train, train
-from reglue.jobs.verify import Verify, verify
-from reglue.papers import PAPERS
-from reglue.runs import ranks
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
 
-JOBS = {
-    Prepare: prepare,
-    Reencode: reencode,
-    Compress: compress,
-    Autoencode: autoencode,
-    Train: train,
-    Sample: sample,
-    Evaluate: evaluate,
-    Probe: probe,
-    ImportRun: import_run,
-    ExportRun: export_run,
-    Verify: verify,
-    Demo: demo,
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: where its options and its function are, and its line of help."""
+
+    options: str
+    """MODULE:NAME of the dataclass of options; the function has the module's name."""
+    description: str
+
+    def load(self) -> type:
+        """The dataclass of options."""
+        module, _, name = self.options.partition(":")
+        return getattr(import_module(module), name)
+
+
+COMMANDS = {
+    "prepare": Command("reglue.jobs.prepare:Prepare", "Images to a store of latents and features."),
+    "reencode": Command("reglue.jobs.reencode:Reencode", "A store once more, in another latent space."),
+    "compress": Command("reglue.jobs.compress:Compress", "Fit a compressor to a store's features."),
+    "autoencode": Command(
+        "reglue.jobs.autoencode:Autoencode", "Train an autoencoder aligned with a vision encoder (ReaLS)."
+    ),
+    "train": Command("reglue.jobs.train:Train", "Train a recipe on a store, or continue a run."),
+    "sample": Command("reglue.jobs.sample:Sample", "Draw images from a run."),
+    "evaluate": Command("reglue.jobs.evaluate:Evaluate", "Compare images with a reference."),
+    "probe": Command("reglue.jobs.probe:Probe", "Measure what features and their codes still say."),
+    "import": Command("reglue.jobs.import_run:ImportRun", "A published checkpoint to a run."),
+    "export": Command("reglue.jobs.export_run:ExportRun", "A run to a published checkpoint."),
+    "verify": Command("reglue.jobs.verify:Verify", "Whether a store's or a run's files are as they were written."),
+    "demo": Command("reglue.jobs.demo:Demo", "All of it on handwritten digits, in minutes."),
 }
 
 
@@ -48,7 +57,9 @@ def main() -> None:
     """Run a subcommand. A user's mistake ends with one line and exit code 2, an interruption with 130."""
     try:
         options = parse(sys.argv[1:])
-        JOBS[type(options)](options)
+        job_of(options)(options)
+        from reglue.runs import ranks  # loaded by now; not for `--help`
+
         ranks.leave()
     except UserError as error:
         fail(str(error))
@@ -65,44 +76,19 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+def job_of(options: Any) -> Callable[[Any], object]:
+    """The function that takes these options: it has the name of the module that they are declared in."""
+    module = type(options).__module__
+    return getattr(import_module(module), module.rpartition(".")[2])
+
+
 def parse(arguments: list[str]) -> Any:
     """The options of the job that the arguments name. Prints what is wrong and exits with code 2 if they do not fit."""
-    recipes = [
-        Annotated[
-            Train,
-            # The recipe's values are the defaults of its options.
-            tyro.conf.subcommand(name, default=Train(paper.recipe, MISSING, MISSING), description=paper.title),
-        ]
-        for name, paper in PAPERS.items()
-    ]
-    jobs = [
-        Annotated[Prepare, tyro.conf.subcommand("prepare", description="Images to a store of latents and features.")],
-        Annotated[
-            Reencode, tyro.conf.subcommand("reencode", description="A store once more, in another latent space.")
-        ],
-        Annotated[Compress, tyro.conf.subcommand("compress", description="Fit a compressor to a store's features.")],
-        Annotated[
-            Autoencode,
-            tyro.conf.subcommand(
-                "autoencode", description="Train an autoencoder aligned with a vision encoder (ReaLS)."
-            ),
-        ],
-        Annotated[
-            any_of(recipes), tyro.conf.subcommand("train", description="Train a recipe on a store, or continue a run.")
-        ],
-        Annotated[Sample, tyro.conf.subcommand("sample", description="Draw images from a run.")],
-        Annotated[Evaluate, tyro.conf.subcommand("evaluate", description="Compare images with a reference.")],
-        Annotated[Probe, tyro.conf.subcommand("probe", description="Measure what features and their codes still say.")],
-        Annotated[ImportRun, tyro.conf.subcommand("import", description="A published checkpoint to a run.")],
-        Annotated[ExportRun, tyro.conf.subcommand("export", description="A run to a published checkpoint.")],
-        Annotated[
-            Verify,
-            tyro.conf.subcommand("verify", description="Whether a store's or a run's files are as they were written."),
-        ],
-        Annotated[Demo, tyro.conf.subcommand("demo", description="All of it on handwritten digits, in minutes.")],
-    ]
+    asked = arguments[0] if arguments else ""
+    # Completions for a shell are of every option; all else needs the options of one job at most.
+    everything = asked.startswith("--tyro")
     return tyro.cli(
-        any_of(jobs),
+        any_of([subcommand(name, everything or name == asked) for name in COMMANDS]),
         prog="reglue",
         description=DESCRIPTION,
         args=arguments,
@@ -111,6 +97,33 @@ def parse(arguments: list[str]) -> Any:
             tyro.conf.AvoidSubcommands,
             tyro.conf.PositionalMetavarFromFieldName,
         ),
+    )
+
+
+def subcommand(name: str, with_options: bool) -> Any:
+    """The type that tyro makes a subcommand of; without options it is a line of help alone."""
+    command = COMMANDS[name]
+    if not with_options:
+        kind = make_dataclass(name, [])
+    elif name == "train":
+        kind = recipes(command.load())
+    else:
+        kind = command.load()
+    return Annotated[kind, tyro.conf.subcommand(name, description=command.description)]
+
+
+def recipes(train: type) -> Any:
+    """One subcommand of `train` per published recipe, whose values are the defaults of its options."""
+    from reglue.papers import PAPERS
+
+    return any_of(
+        [
+            Annotated[
+                train,
+                tyro.conf.subcommand(name, default=train(paper.recipe, MISSING, MISSING), description=paper.title),
+            ]
+            for name, paper in PAPERS.items()
+        ]
     )
 
 

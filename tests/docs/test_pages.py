@@ -79,7 +79,7 @@ def test_a_page_of_a_method(
     done = []
     for arguments in commands(page):
         options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
-        cli.JOBS[type(options)](options)
+        cli.job_of(options)(options)
         done.append(arguments[0])
     assert {"prepare", "train", "sample"} <= set(done)
     assert (tmp_path / "samples.npz").is_file()
@@ -101,7 +101,7 @@ def test_the_readme(
             run = replace(options, heads=2, autoencoder=tiny_autoencoder)
             export_run(ExportRun(tmp_path / "run", options.file))  # stands for the published file
             options = run
-        cli.JOBS[type(options)](options)
+        cli.job_of(options)(options)
     assert (tmp_path / "report.json").is_file()
     assert (tmp_path / "weights.safetensors").is_file()
 

@@ -1,0 +1,159 @@
+"""What every benchmark shares: conditions, alternating timings, and one line of JSON at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from reglue.runs.ranks import synchronize
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "timm", "diffusers", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What every benchmark is told."""
+
+    official: Path | None = None
+    """A checkout of the published REGLUE code, to measure beside ours; ours alone if not given. What it needs beyond
+    our own packages (accelerate) must be importable."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    threads: int = 1
+    """Of the CPU, for each operation."""
+    repeats: int = 5
+    """How often each contestant is timed, in turns."""
+    out: Path | None = None
+    """File for the line of JSON, besides the screen."""
+    toy: bool = False
+    """Sizes that take seconds: to see that the script runs, not to measure."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, over the repeats."""
+
+    minimum: float
+    median: float
+    cpu_minimum: float
+    """Seconds that the process had a core: on a shared CPU the steadier figure, on a GPU that of the launches."""
+    cpu_median: float
+    repeats: int
+
+
+def alternate(
+    contestants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warmup: int = 1
+) -> dict[str, Timing]:
+    """Time the contestants in turns, so that a machine that is busy at times is busy for all of them alike.
+
+    Every round begins with another contestant. `warmup` calls of each are not timed.
+    """
+    names = list(contestants)
+    wall: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            synchronize(device)
+            started, started_cpu = time.perf_counter(), time.process_time()
+            contestants[name]()
+            synchronize(device)
+            if turn >= warmup:
+                wall[name].append(time.perf_counter() - started)
+                cpu[name].append(time.process_time() - started_cpu)
+    return {
+        name: Timing(min(wall[name]), median(wall[name]), min(cpu[name]), median(cpu[name]), repeats) for name in names
+    }
+
+
+def seconds_of(timing: Timing, device: torch.device) -> float:
+    """The figure to judge by: the median, of the time on a core where the device is the CPU."""
+    return timing.cpu_median if device.type == "cpu" else timing.median
+
+
+def ratio(theirs: Timing, ours: Timing, device: torch.device) -> float:
+    """How many times ours is faster."""
+    return seconds_of(theirs, device) / seconds_of(ours, device)
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder is a checkout of, with `-changed` behind it where files differ; None without git."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=-changed", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on."""
+    model = platform.processor()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "gpu": gpu.name if gpu else None,
+        "gpu_memory_gib": round(gpu.total_memory / 2**30, 1) if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+    }
+
+
+def peak_memory_mib() -> float:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def plain(value: Any) -> Any:
+    """Figures and options as JSON has them: dataclasses as objects, numbers to five digits, paths as text."""
+    if hasattr(value, "__dataclass_fields__"):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    return str(value) if isinstance(value, Path) else value
+
+
+def report(
+    benchmark: str, options: Any, conditions: Conditions, figures: Mapping[str, Any], device: torch.device
+) -> str:
+    """Print the figures with all that they depend on, as one line of JSON. Returns the line."""
+    line = json.dumps(
+        plain(
+            {
+                "benchmark": benchmark,
+                "figures": figures,
+                "options": {key: value for key, value in asdict(options).items() if key != "conditions"},
+                "toy": conditions.toy,
+                "hardware": hardware(device),
+                "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+                "commit": commit_of(ROOT),
+                "official_commit": commit_of(conditions.official) if conditions.official else None,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+        )
+    )
+    if conditions.out:
+        conditions.out.parent.mkdir(parents=True, exist_ok=True)
+        conditions.out.write_text(line + "\n")
+    print(line, flush=True)
+    return line
