@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -143,6 +143,8 @@ class Contents:
     statistics_images: int
     """Statistics are taken over so many images, drawn at random (or over all, if there are fewer)."""
     statistics_seed: int
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the networks' matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True)
