@@ -331,6 +331,6 @@ def test_a_compressor_that_was_fitted_elsewhere_is_applied_as_it_is(
         compress(Compress(tmp_path / "oblong", channels=4, device="cpu"))
 
     prepare(Prepare(tiny_images, tmp_path / "one", encoder=tiny_encoder, features=True, layers=(4,), **made))
-    with pytest.raises(UserError, match="takes 64 channels, but .* has 16; prepare it with the same encoder"):
+    with pytest.raises(UserError, match=r"takes 64 channels, but .* has 16; prepare it with the same encoder"):
         compress(Compress(tmp_path / "one", fitted=fitted, device="cpu"))
     assert not (tmp_path / "one" / "compressors").exists()

@@ -149,8 +149,8 @@ def compress(options: Compress) -> Store:
     channels = store.manifest.columns[options.column].tensors[value_of(options.column)].shape[0]
     if fitted and len(fitted.mean) != channels:
         raise UserError(
-            f"--fitted {options.fitted} takes {len(fitted.mean)} channels, but {store.folder} has {channels}; prepare it "
-            "with the same encoder and --layers"
+            f"--fitted {options.fitted} takes {len(fitted.mean)} channels, but {store.folder} has {channels}; "
+            "prepare it with the same encoder and --layers"
         )
     if len(store.originals) < 2:
         raise UserError(f"{store.folder} has a single image; a compressor needs two at least, one to be measured on")

@@ -126,7 +126,7 @@ def prepare(options: Prepare) -> Store:
     elif options.features:
         raise UserError("--features needs an encoder; name one with --encoder, or leave --features out")
 
-    contents = _contents(options, images, autoencoder, encoder)
+    contents = contents_of(options, images, autoencoder, encoder)
     with ranks.first_process_first():
         writer = StoreWriter(options.out, contents, rank)
     if not writer.complete:
@@ -323,7 +323,7 @@ def put(columns: dict[str, dict[str, Tensor]], batch: dict[str, dict[str, Tensor
             held[name][at : at + len(tensor)] = tensor.cpu()
 
 
-def _contents(
+def contents_of(
     options: Prepare, images: ImageSource, autoencoder: Autoencoder, encoder: VisionEncoder | None
 ) -> Contents:
     source = Source(

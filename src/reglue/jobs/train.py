@@ -45,7 +45,7 @@ class Train(TakesPaths):
     out: Path
     """Folder of the run: new, or one to continue."""
     start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Folder of a run whose weights are the start (fine-tuning). Resolution, classes and parts may differ, but what both
+    """Folder of a run whose weights are the start (fine-tuning). Resolution, classes and parts may differ; what both
     have must be equal in size. To continue, it is not needed any more."""
     start_step: Annotated[int | None, tyro.conf.arg(name="from-step")] = None
     """Which checkpoint of that run. Default: its last."""
