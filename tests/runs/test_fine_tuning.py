@@ -35,8 +35,7 @@ def oblong_store(
     images = Path(shutil.copytree(tiny_images, tmp_path_factory.mktemp("oblong") / "images"))
     (images / "square").rename(images / "zebra")
     folder = images.parent / "store"
-    networks = {"autoencoder": tiny_autoencoder, "encoder": tiny_encoder}
-    prepare(Prepare(images, folder, (16, 24), **networks, features=True, workers=0, device="cpu"))
+    prepare(Prepare(images, folder, (16, 24), tiny_autoencoder, tiny_encoder, features=True, workers=0, device="cpu"))
     compress(Compress(folder, fitted=tiny_run / "compressor", device="cpu"))
     return folder
 

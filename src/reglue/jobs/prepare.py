@@ -326,6 +326,7 @@ def put(columns: dict[str, dict[str, Tensor]], batch: dict[str, dict[str, Tensor
 def contents_of(
     options: Prepare, images: ImageSource, autoencoder: Autoencoder, encoder: VisionEncoder | None
 ) -> Contents:
+    """What the store is to hold, as the options and what they name have it."""
     source = Source(
         path=str(options.images),
         fingerprint=images.fingerprint(),
