@@ -208,6 +208,9 @@ class Recipe:
     """Interpolant between data and noise."""
     learn_sigma: bool = False
     """Twice the output channels, half of them unused, as in SiT's published checkpoints."""
+    position_grid: tuple[int, int] | None = None
+    """Rows and columns of tokens in which positions are counted: a finer grid has its tokens in between. Default: the
+    model's own grid, as published; with --from, that of the run it starts from, so that no position is new to it."""
     latent: Latent = field(default_factory=Latent)
     local: LocalSemantics = field(default_factory=LocalSemantics)
     class_token: ClassToken = field(default_factory=ClassToken)
@@ -261,6 +264,7 @@ class Recipe:
                 alignment_depth=(self.alignment.after_block or size.alignment_depth) if aligned else 0,
                 alignment_width=token_width if aligned else 0,
                 alignment_hidden=self.alignment.hidden,
+                position_grid=self.position_grid,
             )
         except ValueError as error:
             raise UserError(str(error)) from None

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import reglue.data.store
 from reglue.data.images import UnreadableImage
 from reglue.data.store import Contents, Source, Store, StoreWriter, is_intact
 from reglue.errors import UserError
@@ -86,6 +87,54 @@ def test_rows_come_in_any_order_and_number(whole: Store, rows: list[int]):
     for name, tensor in expected.items():
         assert torch.equal(read[name], tensor)
     assert whole.names(torch.tensor(rows)) == [name_of(READABLE[row]) for row in rows]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.lists(st.integers(0, len(READABLE) - 1), max_size=30),
+    start=st.none() | st.integers(-4, 4),
+    stop=st.none() | st.integers(-4, 4),
+)
+def test_rows_go_straight_to_where_they_are_wanted(whole: Store, rows: list[int], start: int | None, stop: int | None):
+    channels = slice(start, stop)
+    expected = {name: tensor[:, channels] for name, tensor in latents([READABLE[row] for row in rows]).items()}
+    buffers = {name: torch.full_like(tensor, torch.nan) for name, tensor in expected.items()}
+    read = whole.read("latent", torch.tensor(rows, dtype=torch.int64), channels, out=buffers)
+    for name, tensor in expected.items():
+        assert read[name] is buffers[name]
+        assert torch.equal(read[name], tensor)
+
+
+def test_a_buffer_of_another_shape_or_type_is_refused(whole: Store):
+    rows = torch.tensor([0, 1])
+    for fits_not in ({"mean": torch.empty(3, 3, 4, 6)}, {"mean": torch.empty(2, 3, 4, 6, dtype=torch.float16)}):
+        with pytest.raises(ValueError, match=r"out\['mean'\] must be torch.float32 of \(2, 3, 4, 6\)"):
+            whole.read("latent", rows, out=fits_not)
+
+
+def test_no_more_files_stay_mapped_than_allowed(whole: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reglue.data.store, "MAPPED_AT_ONCE", 1)
+    store = Store.open(whole.folder)
+    rows = torch.tensor([10, 0, 8, 2])
+    for _ in range(2):
+        assert torch.equal(store.read("latent", rows)["mean"], whole.read("latent", rows)["mean"])
+    assert len(store._mapped) == 1
+
+
+def read_elsewhere(store: Store, rows: torch.Tensor, queue) -> None:
+    queue.put(store.read("latent", rows)["mean"].tolist())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_another_process_reads_the_store_it_was_given(whole: Store, method: str):
+    rows = torch.tensor([10, 0, 8])
+    here = whole.read("latent", rows)["mean"]
+    context = torch.multiprocessing.get_context(method)
+    queue = context.SimpleQueue()
+    process = context.Process(target=read_elsewhere, args=(whole, rows, queue))
+    process.start()
+    assert torch.equal(torch.tensor(queue.get()), here)
+    process.join()
 
 
 def test_labels_and_length(whole: Store):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from reglue import cli
 from reglue.jobs.autoencode import Autoencode
@@ -22,6 +23,7 @@ from reglue.jobs.sample import Sample
 from reglue.jobs.train import Train
 from reglue.papers import PAPERS
 from reglue.runs.generation import ImageModel
+from reglue.runs.record import RunRecord
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs/methods").glob("[a-z]*.md"))
@@ -40,8 +42,9 @@ def smaller(options: Any, encoder: str, autoencoder: str) -> Any:
         layers = None if options.layers is None else (4,)  # the last layer of five
         named = options.encoder if options.encoder == "none" else encoder
         folder = autoencoder if options.autoencoder == Prepare.autoencoder else options.autoencoder
+        size = (options.size[0] // 16, options.size[1] // 16)
         return replace(
-            options, resolution=16, encoder=named, autoencoder=folder, layers=layers, workers=0, device="cpu"
+            options, resolution=size, encoder=named, autoencoder=folder, layers=layers, workers=0, device="cpu"
         )
     if isinstance(options, Autoencode):
         optimisation = replace(options.recipe.optimisation, steps=2, batch_size=4, precision="float32")
@@ -83,6 +86,24 @@ def test_a_page_of_a_method(
         done.append(arguments[0])
     assert {"prepare", "train", "sample"} <= set(done)
     assert (tmp_path / "samples.npz").is_file()
+
+
+def test_the_page_of_resolutions(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_images: Path,
+    tiny_encoder: str,
+    tiny_autoencoder: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_images, tmp_path / "imagenet/train")
+    for arguments in commands(ROOT / "docs/resolutions.md"):
+        options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
+        cli.JOBS[type(options)](options)
+    assert "positions: of 8×8 tokens, counted in 4×4" in capsys.readouterr().out
+    assert RunRecord.read(tmp_path / "run-wide").resolution == (32, 48)
+    assert {Image.open(file).size for file in (tmp_path / "wide").glob("*.png")} == {(48, 32)}
 
 
 def test_the_readme(

@@ -312,3 +312,25 @@ def test_the_codes_of_images_in_a_parquet_file_are_drawn_under_them(tmp_path, ti
     compress(Compress(tmp_path / "store", "pca", channels=3, device="cpu"))
     with Image.open(tmp_path / "store/compressors/pca-3/codes.png") as picture:
         assert picture.height > 2 * 16
+
+
+def test_a_compressor_that_was_fitted_elsewhere_is_applied_as_it_is(
+    folder: Path, tmp_path: Path, tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str
+):
+    fitted = folder / "compressors" / "conv-4"
+    made = {"resolution": (16, 24), "autoencoder": tiny_autoencoder, "workers": 0, "device": "cpu"}
+    prepare(Prepare(tiny_images, tmp_path / "oblong", encoder=tiny_encoder, features=True, **made))
+    store = compress(Compress(tmp_path / "oblong", fitted=fitted, device="cpu"))
+    compressor = load_compressor(fitted)
+    assert store.manifest.compressors == {"conv-4": compressor.spec()}
+    rows = torch.arange(len(store))
+    with torch.no_grad():
+        codes = compressor.encode(store.read("features", rows)["features"])
+    torch.testing.assert_close(store.read("local.conv-4", rows)["local"], codes, atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="was made with"):
+        compress(Compress(tmp_path / "oblong", channels=4, device="cpu"))
+
+    prepare(Prepare(tiny_images, tmp_path / "one", encoder=tiny_encoder, features=True, layers=(4,), **made))
+    with pytest.raises(UserError, match=r"takes 64 channels, but .* has 16; prepare it with the same encoder"):
+        compress(Compress(tmp_path / "one", fitted=fitted, device="cpu"))
+    assert not (tmp_path / "one" / "compressors").exists()

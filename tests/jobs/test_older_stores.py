@@ -25,6 +25,7 @@ def older_store(tiny_store: Path, tmp_path: Path) -> Path:
     for part, names in LATER.items():
         for name in names:
             del manifest[part][name]
+    del manifest["precision"]
     manifest["hash"] = reglue.data.store._hash(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
@@ -53,3 +54,5 @@ def test_the_same_command_again_finds_an_older_store_complete(command: dict, cap
 def test_what_an_older_store_could_not_have_is_refused(command: dict):
     with pytest.raises(UserError, match=r"encoder\.final_norm True .*, not False"):
         prepare(Prepare(**command, final_norm=False))
+    with pytest.raises(UserError, match="precision float32, not bfloat16"):
+        prepare(Prepare(**command, precision="bfloat16"))

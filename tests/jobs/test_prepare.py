@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from webdataset.writer import ShardWriter
 
 import reglue.data.store
+import reglue.jobs.prepare
 from helpers import CLASSES
 from reglue.cli import parse
 from reglue.data.images import ImageFolder, crop_to
@@ -108,6 +110,48 @@ def test_oblong_unconditional_latents_alone_in_half_precision(options, tiny_imag
     assert store.read("latent", torch.tensor([0]))["mean"].dtype == torch.float16
     assert store.manifest.source.class_names == ()
     assert store.labels.tolist() == [0] * 8
+
+
+def test_lower_precision_is_recorded_and_changes_the_third_digit(options, tmp_path: Path):
+    exact = prepare(options())
+    store = prepare(options(precision="bfloat16", out=tmp_path / "lower"))
+    assert (exact.manifest.precision, store.manifest.precision) == ("float32", "bfloat16")
+    rows = torch.arange(len(store))
+    for column, name in (("latent", "mean"), ("cls", "cls"), ("features", "features")):
+        expected, lower = exact.read(column, rows)[name].float(), store.read(column, rows)[name].float()
+        assert store.manifest.columns[column].tensors == exact.manifest.columns[column].tensors
+        difference = (lower - expected).norm() / expected.norm()
+        assert 1e-5 < difference < 2e-2
+
+
+def test_the_networks_do_not_wait_for_the_disk(options, monkeypatch: pytest.MonkeyPatch):
+    """The next block is encoded while one is written."""
+    write_shard, describe = reglue.data.store.write_shard, reglue.jobs.prepare.describe
+    encoding_second = threading.Event()
+    described = []
+
+    def noted(*arguments):
+        described.append(arguments)
+        if len(described) > 1:
+            encoding_second.set()
+        return describe(*arguments)
+
+    def slow(*arguments):
+        assert encoding_second.wait(30), "nothing was encoded meanwhile"
+        return write_shard(*arguments)
+
+    monkeypatch.setattr(reglue.jobs.prepare, "describe", noted)
+    monkeypatch.setattr(reglue.data.store, "write_shard", slow)
+    assert len(prepare(options())) == 24
+
+
+def test_every_core_decodes_unless_told_otherwise(options, monkeypatch: pytest.MonkeyPatch):
+    cores = len(os.sched_getaffinity(0))
+    expected = min(cores, reglue.jobs.prepare.MOST_WORKERS)
+    assert reglue.jobs.prepare._workers(options(workers=None)) == expected
+    assert reglue.jobs.prepare._workers(options(workers=0)) == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * cores))
+    assert reglue.jobs.prepare._workers(options(workers=None)) == 1
 
 
 def test_statistics_are_over_a_random_sample_and_not_the_first_class(options):

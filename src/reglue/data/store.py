@@ -28,8 +28,9 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -58,6 +59,9 @@ READ_AT_ONCE = 2**24
 LOCAL_CODES = "local."
 CLASS_TOKEN_CODES = "cls."
 """What the names of columns that hold a compressor's codes begin with, for maps and for class tokens."""
+
+MAPPED_AT_ONCE = 16_384
+"""Files that a store keeps mapped. Linux allows a process 65,530 maps, and ImageNet-21k has more shards."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ class Contents:
     statistics_images: int
     """Statistics are taken over so many images, drawn at random (or over all, if there are fewer)."""
     statistics_seed: int
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the networks' matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +176,7 @@ class Store:
         self.manifest = manifest
         rows = [shard.rows for shard in manifest.columns["label"].shards]
         self._ends = torch.tensor(rows, dtype=torch.int64).cumsum(0)
-        self._mapped: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._mapped: dict[tuple[str, int], dict[str, np.ndarray]] = {}
 
     def __reduce__(self):
         return Store, (self.folder, self.manifest)  # A process maps its own files.
@@ -205,32 +211,63 @@ class Store:
             return torch.arange(len(self))
         return torch.tensor([row for row, name in enumerate(self._names) if not name.endswith(FLIPPED)])
 
-    def read(self, column: str, rows: Tensor, channels: slice = slice(None)) -> dict[str, Tensor]:
+    def read(
+        self,
+        column: str,
+        rows: Tensor,
+        channels: slice = slice(None),
+        out: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Rows of a column in the order asked for, each tensor (len(rows), …) on the CPU as it is stored.
 
         `rows` (n,) are indices in [0, N), repeats allowed; `channels` picks some of the first axis of each row, and no
-        others are read. Raises UserError for a column that the store does not have
-        and for a damaged file.
+        others are read. With `out`, tensors of these shapes and types on the CPU (pinned ones, say), the rows are
+        written there: every byte is copied once, from the page cache to where it is wanted. Raises UserError for a
+        column that the store does not have and for a damaged file, ValueError for an `out` that does not fit.
         """
         content = self._column(column)
         rows = rows.to("cpu", torch.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows must lie in [0, {len(self)}), got {int(rows.min())} … {int(rows.max())}")
-        out: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, spec in content.tensors.items():
             shape = [len(range(*channels.indices(n))) if axis == 0 else n for axis, n in enumerate(spec.shape)]
-            out[name] = torch.empty((len(rows), *shape), dtype=getattr(torch, spec.dtype))
-        shard_of_row = torch.searchsorted(self._ends, rows, right=True)
-        shards, order = shard_of_row.sort(stable=True)
-        shards, counts = shards.unique_consecutive(return_counts=True)
-        for shard, positions in zip(shards.tolist(), order.split(counts.tolist()), strict=True):
-            if (column, shard) not in self._mapped:
-                self._mapped[column, shard] = _map(self.folder, content, shard)
-            within = rows[positions] - self._start(shard)
-            for name, tensor in self._mapped[column, shard].items():
-                # A view of the channels first, so that what is left out is not even paged in.
-                out[name][positions] = (tensor[:, channels] if tensor.ndim > 1 else tensor)[within]
-        return out
+            shape, dtype = (len(rows), *shape), getattr(torch, spec.dtype)
+            tensors[name] = torch.empty(shape, dtype=dtype) if out is None else out[name]
+            if (tuple(tensors[name].shape), tensors[name].dtype) != (shape, dtype):
+                raise ValueError(f"out[{name!r}] must be {dtype} of {shape}")
+        # NumPy's slices take a fraction of the time of torch's, and with one row of a shard they are most of the work.
+        targets = {name: tensor.numpy() for name, tensor in tensors.items()}
+        for shard, within, positions in self._runs(rows):
+            for name, mapped in self._map(column, shard).items():
+                picked = mapped[within]
+                targets[name][positions] = picked[:, channels] if picked.ndim > 1 else picked
+        return tensors
+
+    def _runs(self, rows: Tensor) -> Iterator[tuple[int, slice, slice]]:
+        """Rows (n,) as runs of neighbours that go to neighbouring places, in the order of the files.
+
+        Yields shards, rows within them and places in the output. Each run is one copy.
+        """
+        ascending, order = (part.numpy() for part in rows.sort(stable=True))
+        shards = np.searchsorted(self._ends.numpy(), ascending, side="right")
+        breaks = (np.diff(ascending) != 1) | (np.diff(order) != 1) | (np.diff(shards) != 0)
+        first = np.flatnonzero(np.r_[True, breaks]) if len(rows) else np.empty(0, np.int64)
+        within = ascending[first] - np.r_[0, self._ends.numpy()][shards[first]]
+        lengths = np.diff(np.r_[first, len(rows)])
+        for shard, row, place, length in zip(
+            *(a.tolist() for a in (shards[first], within, order[first], lengths)), strict=True
+        ):
+            yield shard, slice(row, row + length), slice(place, place + length)
+
+    def _map(self, column: str, shard: int) -> dict[str, np.ndarray]:
+        """The tensors of a shard as views of the file, which stays mapped."""
+        if (column, shard) not in self._mapped:
+            if len(self._mapped) >= MAPPED_AT_ONCE:
+                self._mapped.pop(next(iter(self._mapped)))
+            tensors = _map(self.folder, self._column(column), shard)
+            self._mapped[column, shard] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return self._mapped[column, shard]
 
     def scan(
         self, column: str, rows: Tensor | None = None, chunk: int = 64

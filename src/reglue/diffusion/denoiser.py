@@ -60,6 +60,8 @@ class DenoiserConfig:
     """Hidden width of the projector."""
     learned_positions: bool = False
     """The position embedding comes with the weights, as in some imported models; else it is the fixed sin-cos one."""
+    position_grid: tuple[int, int] | None = None
+    """The (rows, columns) of tokens in which positions are counted; None for the model's own."""
 
     def __post_init__(self) -> None:
         rows, columns = self.shape.grid
@@ -72,6 +74,8 @@ class DenoiserConfig:
             raise ValueError(
                 f"a width of {self.width} must be divisible by 4 and by the number of heads ({self.heads})"
             )
+        if self.position_grid and min(self.position_grid) < 1:
+            raise ValueError(f"a position grid of {self.position_grid} must have one row and one column at least")
         if self.alignment_depth > self.depth:
             raise ValueError(
                 f"alignment after block {self.alignment_depth}, but the model has only {self.depth} blocks"
@@ -132,7 +136,7 @@ class Denoiser(nn.Module):
             leading = 1
         if config.alignment_depth and config.alignment_width:
             self.projector = Projector(width, config.alignment_hidden, config.alignment_width)
-        positions = position_embedding(config.token_grid, width, leading)
+        positions = position_embedding(config.token_grid, width, leading, config.position_grid)
         self.register_buffer("positions", positions, persistent=config.learned_positions)
         self.positions: Tensor
         self.initialise()

@@ -18,15 +18,22 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def position_embedding(grid: tuple[int, int], width: int, leading: int = 0) -> Tensor:
+def position_embedding(
+    grid: tuple[int, int], width: int, leading: int = 0, counted_in: tuple[int, int] | None = None
+) -> Tensor:
     """Fixed sin-cos embedding of a token grid, (1, leading + rows·columns, width), float32.
 
     The first half of the channels encodes the column, the second half the row; per axis sines, then cosines, with
-    frequencies 1 / 10000^(i / (width/4)) in float64. Leading tokens (the class token) get zeros.
+    frequencies 1 / 10000^(i / (width/4)) in float64. Leading tokens (the class token) get zeros. Row i of R stands at
+    i, or at i·R'/R with `counted_in` (R', C'): within the range that a smaller grid covers (DiffFit, arXiv 2304.06648).
     """
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    counted = [
+        torch.arange(tokens, dtype=torch.float64) * ((unit or tokens) / tokens)
+        for tokens, unit in zip(grid, counted_in or (None, None), strict=True)
+    ]
+    rows, columns = torch.meshgrid(*counted, indexing="ij")
     frequencies = MAX_PERIOD ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = [axis.reshape(-1, 1).double() * frequencies for axis in (columns, rows)]
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]
     positions = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
     return F.pad(positions, (0, 0, leading, 0)).float().unsqueeze(0)
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,9 @@ class Compress(TakesPaths):
     """Share of the images that are held out to measure the compressor."""
     seed: int = 0
     """Of the weights, the order of images and what is held out."""
+    fitted: Path | None = None
+    """Folder of a compressor (RUN/compressor or STORE/compressors/NAME): nothing is fitted, its codes are added. For
+    another resolution of images, which a model is to be fine-tuned on, or other images to compare with."""
     name: str | None = None
     """Of the compressor within the store. Default: KIND-CHANNELS, such as conv-16, and -kl behind it if variational."""
     device: str = "auto"
@@ -121,7 +124,9 @@ class Compress(TakesPaths):
 
     def decisive(self) -> dict[str, Any]:
         """The options that decide the result."""
-        without = {"store", "name", "device"}
+        without = {"store", "name", "device", "fitted"}
+        if self.fitted:
+            return {"fitted": load_compressor(self.fitted).weights_sha256()}
         if self.kind == "pca":
             without |= {"hidden", "epochs", "cosine_epochs", "batch_size", "micro_batch"}
             without |= {"learning_rate", "final_learning_rate"}
@@ -131,12 +136,22 @@ class Compress(TakesPaths):
 
 def compress(options: Compress) -> Store:
     """Fit a compressor and write its codes. Raises UserError for anything that the user can mend."""
+    fitted = load_compressor(options.fitted) if options.fitted else None
+    if fitted:
+        spec = fitted.spec()
+        options = replace(options, kind=spec.kind, channels=spec.channels, column=spec.column)
     store = Store.open(options.store, to_be_replaced=options.codes)
     name = compressor_of(options.codes)
     folder = store.folder / "compressors" / name
     if options.column not in store.manifest.columns:
         what, remedy = {"features": ("features", "--features"), "cls": ("class tokens", "--encoder")}[options.column]
         raise UserError(f"{store.folder} has no {what} to compress; prepare a store with {remedy}")
+    channels = store.manifest.columns[options.column].tensors[value_of(options.column)].shape[0]
+    if fitted and len(fitted.mean) != channels:
+        raise UserError(
+            f"--fitted {options.fitted} takes {len(fitted.mean)} channels, but {store.folder} has {channels}; "
+            "prepare it with the same encoder and --layers"
+        )
     if len(store.originals) < 2:
         raise UserError(f"{store.folder} has a single image; a compressor needs two at least, one to be measured on")
     _same_options_as_before(folder, options, begun=name in store.manifest.compressors)
@@ -151,6 +166,8 @@ def compress(options: Compress) -> Store:
     std = torch.where(std > 1e-6, std, 1.0)  # A channel that never changes stays 0 instead of becoming NaN.
     if name in store.manifest.compressors:  # Its codes were damaged.
         compressor = load_compressor(folder).to(device)
+    elif fitted:
+        compressor = fitted.to(device)
     elif options.kind == "pca":
         compressor = _fit_pca(options, store, folder, training, held_out, mean, std)
     else:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -28,6 +30,8 @@ from reglue.seeds import permutation
 from reglue.semantics.encoders import VisionEncoder, load_encoder
 
 NO_ENCODER = "none"
+MOST_WORKERS = 16
+"""Processes that decode unless more are asked for: each keeps two batches of decoded images in memory."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,12 @@ class Prepare(TakesPaths):
     """Images per file of the store. A shard is held in memory until it is complete."""
     dtype: Literal["float32", "float16"] = "float32"
     """Precision in which latents are stored."""
-    workers: int = 2
-    """Processes that decode images, for each of torchrun's; 0 decodes in the same one."""
+    precision: ranks.Precision = "float32"
+    """Precision of the networks' matrix products. bfloat16 is faster where the processor or GPU has it; what is stored
+    then differs in the third digit."""
+    workers: int | None = None
+    """Processes that decode images, for each of torchrun's; 0 decodes in the same one. Default: one for each core, at
+    most 16."""
     strict: bool = False
     """Stop at the first image that cannot be read, instead of reporting and skipping it."""
     device: str = "auto"
@@ -86,7 +94,7 @@ class Prepare(TakesPaths):
             if value is not None and value < 1:
                 raise UserError(f"--{option.replace('_', '-')} {value}: choose at least 1")
         for option in ("workers", "seed"):
-            if getattr(self, option) < 0:
+            if (getattr(self, option) or 0) < 0:
                 raise UserError(f"--{option} {getattr(self, option)}: choose 0 or more")
         if min(self.size) < 1:
             raise UserError(f"--resolution {self.resolution}: choose a positive number of pixels")
@@ -118,14 +126,14 @@ def prepare(options: Prepare) -> Store:
     elif options.features:
         raise UserError("--features needs an encoder; name one with --encoder, or leave --features out")
 
-    contents = _contents(options, images, autoencoder, encoder)
+    contents = contents_of(options, images, autoencoder, encoder)
     with ranks.first_process_first():
         writer = StoreWriter(options.out, contents, rank)
     if not writer.complete:
         blocks = _dealt(writer.pending, rank, processes)
         remaining = sum(map(len, writer.pending))
         started = time.perf_counter()
-        _write(writer, blocks, images, autoencoder, encoder, options, device, quiet=rank > 0)
+        fill(writer, blocks, images, autoencoder, encoder, options, device, quiet=rank > 0)
         ranks.wait_for_all()
         if rank == 0:
             writer.gather()
@@ -143,7 +151,7 @@ def prepare(options: Prepare) -> Store:
     return store
 
 
-def _write(
+def fill(
     writer: StoreWriter,
     blocks: list[range],
     images: ImageSource,
@@ -151,11 +159,18 @@ def _write(
     encoder: VisionEncoder | None,
     options: Prepare,
     device: torch.device,
-    quiet: bool,
+    quiet: bool = False,
 ) -> None:
-    """Encode the images of blocks, and write each block as soon as it is complete."""
+    """Encode the images of blocks, and write each block as soon as it is complete.
+
+    Other processes decode ahead, and a thread writes and hashes behind, so that the networks wait for neither.
+    """
     batches = iter(_decoded(images, options, blocks, device))
-    with tqdm(total=sum(map(len, blocks)), unit="image", desc="prepare", disable=quiet) as progress:
+    with (
+        ThreadPoolExecutor(1) as thread,
+        tqdm(total=sum(map(len, blocks)), unit="image", desc="prepare", disable=quiet) as progress,
+    ):
+        written: Future[None] | None = None
         for block in blocks:
             block_started = time.perf_counter()
             columns: dict[str, dict[str, Tensor]] = {}
@@ -170,23 +185,24 @@ def _write(
                     tqdm.write(f"skipped {images.path / image.name}: {image.reason}", file=sys.stderr)
                     skipped.append(image)
                 if batch.names:
-                    described = _describe(batch.pixels.to(device), autoencoder, encoder, options)
+                    described = describe(batch.pixels.to(device), autoencoder, encoder, options)
                     described["label"] = {"label": batch.labels}
-                    _put(columns, described, at=len(names), rows=len(block))
+                    put(columns, described, at=len(names), rows=len(block))
                     names += batch.names
                 progress.update(len(batch.names) + len(batch.unreadable))
             filled = {
                 column: {name: tensor[: len(names)] for name, tensor in columns.get(column, {}).items()}
                 for column in _column_names(options)
             }
-            writer.write(
-                block,
-                names,
-                skipped,
-                filled,
-                images_per_second=len(block) / (time.perf_counter() - block_started),
-                peak_rss_mib=peak_rss_mib(),
-            )
+            measured = {
+                "images_per_second": len(block) / (time.perf_counter() - block_started),
+                "peak_rss_mib": peak_rss_mib(),
+            }
+            if written:  # One block at most waits for the disk, since each takes its room in memory.
+                written.result()
+            written = thread.submit(writer.write, block, names, skipped, filled, **measured)
+        if written:
+            written.result()
 
 
 def _dealt(blocks: list[range], rank: int, processes: int) -> list[range]:
@@ -243,10 +259,18 @@ def _decoded(images: ImageSource, options: Prepare, blocks: list[range], device:
             _Crops(images, options.size),
             batch_sampler=batches,
             collate_fn=_collate,
-            num_workers=min(options.workers, len(batches), 1 if images.sequential else options.workers),
+            num_workers=min(_workers(options), 1 if images.sequential else len(batches)),
             pin_memory=device.type == "cuda",
         )
     )
+
+
+def _workers(options: Prepare) -> int:
+    """How many processes decode for this one: by default all cores, shared with torchrun's other processes here."""
+    if options.workers is not None:
+        return options.workers
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), MOST_WORKERS)
 
 
 def _collate(items: list[_Crop | UnreadableImage | UserError]) -> _Batch:
@@ -270,24 +294,26 @@ def _column_names(options: Prepare) -> list[str]:
 
 
 @torch.inference_mode()
-def _describe(
+def describe(
     pixels: Tensor, autoencoder: Autoencoder, encoder: VisionEncoder | None, options: Prepare
 ) -> dict[str, dict[str, Tensor]]:
     """The columns of uint8 images (B, 3, h, w) on the models' device."""
-    moments = autoencoder.encode((pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last))
+    images = (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    with ranks.autocast(pixels.device, options.precision):
+        moments = autoencoder.encode(images)
+        described = encoder.describe(pixels) if encoder else None
     latent_dtype = getattr(torch, options.dtype)
     columns = {"latent": {"mean": moments.mean.to(latent_dtype)}}
     if moments.std is not None:
         columns["latent"]["std"] = moments.std.to(latent_dtype)
-    if encoder is not None:
-        described = encoder.describe(pixels)
+    if described is not None:
         columns["cls"] = {"cls": described.class_token.float()}
         if options.features:
             columns["features"] = {"features": described.features.half()}
     return columns
 
 
-def _put(columns: dict[str, dict[str, Tensor]], batch: dict[str, dict[str, Tensor]], at: int, rows: int) -> None:
+def put(columns: dict[str, dict[str, Tensor]], batch: dict[str, dict[str, Tensor]], at: int, rows: int) -> None:
     """Copy a batch into the columns of its block from row `at` on. The first batch shows how much to allocate."""
     for column, tensors in batch.items():
         for name, tensor in tensors.items():
@@ -297,9 +323,10 @@ def _put(columns: dict[str, dict[str, Tensor]], batch: dict[str, dict[str, Tenso
             held[name][at : at + len(tensor)] = tensor.cpu()
 
 
-def _contents(
+def contents_of(
     options: Prepare, images: ImageSource, autoencoder: Autoencoder, encoder: VisionEncoder | None
 ) -> Contents:
+    """What the store is to hold, as the options and what they name have it."""
     source = Source(
         path=str(options.images),
         fingerprint=images.fingerprint(),
@@ -316,6 +343,7 @@ def _contents(
         encoder=encoder.spec if encoder else None,
         features=options.features,
         latent_dtype=options.dtype,
+        precision=options.precision,
         shard_rows=options.shard_size,
         statistics_images=options.statistics_images,
         statistics_seed=options.seed,

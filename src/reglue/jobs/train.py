@@ -26,9 +26,9 @@ from reglue.diffusion.paths import PATHS
 from reglue.errors import UserError
 from reglue.files import TakesPaths, replacing
 from reglue.recipe import Descent, Recipe
-from reglue.runs import checkpoints, ranks
+from reglue.runs import checkpoints, fine_tuning, ranks
 from reglue.runs.generation import ImageModel, decoder
-from reglue.runs.record import COMPRESSOR, RunRecord
+from reglue.runs.record import COMPRESSOR, RunRecord, Weights
 from reglue.runs.tracking import MetricsLog
 from reglue.seeds import generator
 from reglue.semantics.compressors import SPEC_FILE, load_compressor
@@ -44,6 +44,13 @@ class Train(TakesPaths):
     """Folder that `reglue prepare` made."""
     out: Path
     """Folder of the run: new, or one to continue."""
+    start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Folder of a run whose weights are the start (fine-tuning). Resolution, classes and parts may differ; what both
+    have must be equal in size. To continue, it is not needed any more."""
+    start_step: Annotated[int | None, tyro.conf.arg(name="from-step")] = None
+    """Which checkpoint of that run. Default: its last."""
+    start_weights: Annotated[Weights, tyro.conf.arg(name="from-weights")] = "ema"
+    """Its averaged weights, or those that were trained."""
     seed: int = 0
     """Decides the initial weights, the order of images and every draw."""
     log_every: int = 100
@@ -68,13 +75,17 @@ def train(options: Train) -> Path:
     Raises UserError for a store that lacks what the recipe needs, for a run folder of another recipe, store or seed,
     and when the loss is not finite.
     """
-    recipe, optimisation = options.recipe, options.recipe.optimisation
+    start = fine_tuning.begin(options.out, options.start, options.start_step, options.start_weights)
+    recipe = start.recipe(options.recipe) if start else options.recipe
+    optimisation = recipe.optimisation
     rank, processes = ranks.join()
     device = ranks.resolve_device(options.device)
     store = Store.open(options.store)
     share, part = part_sizes(optimisation, processes)
 
     record = RunRecord.of(store, recipe, options.seed)
+    if start:
+        record = start.record(record)
     claim(options.out, record, rank)
     if record.compressor and rank == 0:
         take_compressor(store, record, options.out)
@@ -90,6 +101,10 @@ def train(options: Train) -> Path:
         fused=True,
     )
     step = 0
+    if start and start.weights and rank == 0:
+        start.take_weights(model, ema, record)
+        checkpoints.save(options.out, 0, model, ema, optimiser)  # From here on the other run is not needed.
+    ranks.wait_for_all()
     if checkpoints.steps(options.out):
         step = checkpoints.restore(checkpoints.find(options.out), model, ema, optimiser)
     ranks.wait_for_all()

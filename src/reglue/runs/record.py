@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from reglue.data.batches import Normalisation, class_token_column, denoiser_config, local_column, normalisations
 from reglue.data.store import Store, compressor_of, holds_codes
@@ -21,6 +22,22 @@ FILE = "run.json"
 COMPRESSOR = "compressor"
 """Folder of the compressor, in the run's."""
 FORMAT = 1
+
+
+Weights = Literal["ema", "model"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint of another run with whose weights a run started."""
+
+    run: str
+    """Its folder as it was given; it may have moved since, or be gone."""
+    step: int
+    weights: Weights
+    """The averaged ones, or those that were trained."""
+    sha256: str
+    """Of their file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +72,8 @@ class RunRecord:
     """None for an imported run."""
     origin: str | None = field(default=None, compare=False)
     """The published file that the run was imported from; None for a run that was trained here."""
+    start: Start | None = field(default=None, compare=False)
+    """None for a run that began with random weights."""
     versions: dict[str, str] = field(compare=False)
 
     @classmethod

@@ -1,0 +1,170 @@
+"""How much of its time `reglue prepare` spends in the networks, and where the rest goes.
+
+    python benchmarks/prepare.py PHOTOS --resolution 128 --autoencoder TAEF2 --encoder DINOV2-S --threads 1
+
+The job and the networks' bare forward passes on ready tensors take turns. Ratios are given of the time on the clock
+and of the time on a core of the process that encodes, which on a busy machine is the one to trust. The other stages are
+timed by themselves, per image: what runs in other processes or threads (decoding, writing) costs the networks nothing
+where there are cores to spare.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import tyro
+from environment import report
+from tyro.conf import Positional
+
+from reglue.data.images import UnreadableImage
+from reglue.data.sources import open_images
+from reglue.data.store import StoreWriter, write_shard
+from reglue.jobs import prepare as job
+from reglue.jobs.prepare import Prepare, peak_rss_mib
+from reglue.latents.autoencoders import load_autoencoder
+from reglue.runs import ranks
+from reglue.semantics.encoders import load_encoder
+
+
+@dataclass(frozen=True)
+class PrepareSpeed:
+    """The speed of `reglue prepare`."""
+
+    images: Positional[Path]
+    """Photographs."""
+    resolution: int = 256
+    autoencoder: str = "starter"
+    encoder: str = "starter"
+    batch_sizes: tuple[int, ...] = (16,)
+    precision: ranks.Precision = "float32"
+    workers: int | None = None
+    """Processes that decode. Default: as `prepare` chooses."""
+    threads: int | None = None
+    """Of torch. Default: its own."""
+    count: int = 64
+    """Images."""
+    turns: int = 2
+    """How often the job and the bare networks take turns."""
+    device: str = "auto"
+
+
+def main(options: PrepareSpeed) -> None:
+    """Measure and print."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    figures = {str(batch_size): measured(options, batch_size) for batch_size in options.batch_sizes}
+    report("prepare", options, {"per_batch_size": figures, "peak_rss_mib": peak_rss_mib()})
+
+
+def measured(options: PrepareSpeed, batch_size: int) -> dict[str, Any]:
+    """Images per second of the job and of the bare networks, their ratio, and milliseconds per image of each stage."""
+    device = ranks.resolve_device(options.device)
+    every = open_images(options.images, Prepare.reading, None)
+    size = (options.resolution, options.resolution)
+    step = max(1, len(every) // options.count)
+    asked = Prepare(
+        options.images, Path("unused"), options.resolution, options.autoencoder, options.encoder, features=True,
+        batch_size=batch_size, shard_size=64, precision=options.precision, workers=options.workers,
+        device=options.device,
+    )  # fmt: skip
+    autoencoder = load_autoencoder(asked.autoencoder, device=device).to(memory_format=torch.channels_last)
+    encoder = load_encoder(asked.encoder, size, device=device)
+
+    loading = time.process_time()
+    crops = [every.load(index * step, size) for index in range(min(options.count, len(every)))]
+    decode = (time.process_time() - loading) / len(crops)
+    pixels = torch.stack([crop for crop in crops if not isinstance(crop, UnreadableImage)]).to(device)
+    batches = pixels.split(batch_size)
+    ready = [
+        ((part.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last), encoder.preprocess(part))
+        for part in batches
+    ]
+
+    def autoencode() -> None:
+        with torch.inference_mode(), ranks.autocast(device, options.precision):
+            for images, _ in ready:
+                autoencoder.encode(images)
+
+    def see() -> None:
+        with torch.inference_mode(), ranks.autocast(device, options.precision):
+            for _, images in ready:
+                encoder.network.forward_intermediates(images, indices=list(encoder.spec.layers), norm=True)
+
+    def describe() -> None:
+        for part in batches:
+            job.describe(part, autoencoder, encoder, asked)
+
+    contents = job.contents_of(replace(asked, share=1.0), every, autoencoder, encoder)
+    contents = replace(contents, source=replace(contents.source, count=len(pixels)))
+
+    def whole() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            writer = StoreWriter(Path(folder) / "store", contents)
+            job.fill(writer, writer.pending, every, autoencoder, encoder, asked, device, quiet=True)
+
+    contestants = {"autoencoder": autoencode, "encoder": see, "describe": describe, "job": whole}
+    for contestant in (autoencode, see):
+        contestant()
+    clock, core = in_turns(contestants, options.turns, device)
+    described = job.describe(batches[0], autoencoder, encoder, asked)
+    stages = {
+        "decode_and_crop": decode,
+        "copy_to_block": core_seconds(lambda: job.put({}, described, at=0, rows=len(batches[0]))) / len(batches[0]),
+        "write_and_hash": writing(described) / len(batches[0]),
+        **{f"{name}_in_all" if name == "job" else name: seconds / len(pixels) for name, seconds in core.items()},
+    }
+    figures = {
+        "images_per_second": len(pixels) / clock["job"],
+        "bare_images_per_second": len(pixels) / (clock["autoencoder"] + clock["encoder"]),
+        "share_of_bare_by_clock": (clock["autoencoder"] + clock["encoder"]) / clock["job"],
+        "share_of_bare_by_core": (core["autoencoder"] + core["encoder"]) / core["job"],
+        "milliseconds_per_image_on_a_core": {name: 1e3 * seconds for name, seconds in stages.items()},
+    }
+    print(batch_size, figures, flush=True)
+    return figures
+
+
+def in_turns(
+    contestants: dict[str, Callable[[], object]], turns: int, device: torch.device
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each, on the clock and on the cores of this process, timed in turns."""
+    clock: dict[str, list[float]] = {name: [] for name in contestants}
+    core: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(turns):
+        for name, contestant in contestants.items():
+            ranks.synchronize(device)
+            started, started_on_core = time.perf_counter(), time.process_time()
+            contestant()
+            ranks.synchronize(device)
+            clock[name].append(time.perf_counter() - started)
+            core[name].append(time.process_time() - started_on_core)
+    return {name: median(s) for name, s in clock.items()}, {name: median(s) for name, s in core.items()}
+
+
+def core_seconds(stage: Callable[[], object]) -> float:
+    """Seconds of a core that a stage takes."""
+    started = time.process_time()
+    stage()
+    return time.process_time() - started
+
+
+def writing(described: dict[str, dict[str, torch.Tensor]]) -> float:
+    """Seconds of a core to write and hash a batch."""
+    columns = {column: {name: t.cpu() for name, t in tensors.items()} for column, tensors in described.items()}
+    rows = len(columns["cls"]["cls"])
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f"{row}.png" for row in range(rows)]
+        return core_seconds(
+            lambda: [write_shard(Path(folder), column, 0, names, tensors) for column, tensors in columns.items()]
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(PrepareSpeed, description=__doc__))

@@ -1,0 +1,283 @@
+"""How fast a store gives random rows, against what the disk and the memory give by themselves, and what GPUs need.
+
+    python benchmarks/store_reads.py --store STORE
+    python benchmarks/store_reads.py --made /tmp/store      # makes one in ImageNet's shapes at 256 pixels, and keeps it
+
+For every column, cache (cold: the kernel is asked to forget the files), batch size and number of processes: GB/s of
+`Store.read` into a buffer that is used again, of `os.preadv` of as many bytes at random offsets, and of reading the
+files from front to back. With rows from the page cache, time on a core is the figure to trust on a busy machine.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from environment import forward_flops, report
+
+from reglue.data.store import Contents, Source, Store, StoreWriter
+from reglue.diffusion.denoiser import DenoiserConfig
+from reglue.latents.autoencoders import AutoencoderSpec
+from reglue.papers import RECIPES
+from reglue.seeds import generator, permutation
+
+BLOCK = 2**22
+"""Bytes that a sequential read asks for at once."""
+PEAK, REACHED, GPUS = 790e12, 0.5, 8
+"""bfloat16 FLOP/s that an H200 reaches in matrix products, the share of it that training is to reach, and how many."""
+
+
+@dataclass(frozen=True)
+class StoreReads:
+    """Random reads of a store."""
+
+    store: Path | None = None
+    """A store to read; one of random numbers is made otherwise."""
+    made: Path = Path("store-reads")
+    """Where that one is, or is made."""
+    rows: int = 1024
+    """Of the store that is made: 1.6 MB each."""
+    columns: tuple[str, ...] = ("latent", "local.conv-16", "cls", "features")
+    batch_sizes: tuple[int, ...] = (32, 256)
+    processes: tuple[int, ...] = (1, 2)
+    """How many read at the same time, each its share of the rows."""
+    images: int = 2048
+    """Rows read for a figure, at least one pass over the store if it is smaller; at most one pass when cold."""
+    last_layer: bool = True
+    """Of the features, read the last layer alone, as alignment does."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process reads."""
+
+    store: Path
+    column: str
+    rows: list[int]
+    batch_size: int
+    last_layer: bool
+
+
+def main(options: StoreReads) -> None:
+    """Measure and print."""
+    torch.set_num_threads(1)
+    folder = options.store or made(options)
+    started = time.perf_counter()
+    store = Store.open(folder)
+    opened = time.perf_counter() - started
+    columns = [column for column in options.columns if column in store.manifest.columns]
+    figures: list[dict[str, Any]] = []
+    for column in columns:
+        for cache in ("cold", "warm"):
+            for batch_size in options.batch_sizes:
+                for processes in options.processes:
+                    figure = measured(options, folder, column, cache, batch_size, processes)
+                    figures.append({"column": column, "cache": cache, **figure})
+                    print(" ".join(f"{key}={value}" for key, value in figures[-1].items()), flush=True)
+    figures_of = {"open_seconds": opened, "shards": len(store.manifest.columns["label"].shards), "reads": figures}
+    needed = needs(figures, min(options.batch_sizes))
+    for name, need in needed.items():
+        print(name, need)
+    report("store_reads", options, {**figures_of, "memory_copy_gb_per_second": memory_rate(), "needs": needed})
+
+
+def measured(
+    options: StoreReads, folder: Path, column: str, cache: str, batch_size: int, processes: int
+) -> dict[str, Any]:
+    """GB/s of the three ways to read, and bytes per image."""
+    store = Store.open(folder)
+    passes = 1 if cache == "cold" else -(-options.images // len(store))
+    order = torch.cat([permutation(0, "benchmark", epoch, len(store)) for epoch in range(passes)])[: options.images]
+    share = -(-len(order) // processes)
+    work = [
+        Work(folder, column, part.tolist(), batch_size, options.last_layer and column == "features")
+        for part in order.split(share)
+    ]
+    size = bytes_per_row(store, column, work[0].last_layer)
+    rates = {}
+    for name, way in (("store", through_store), ("preadv", at_random), ("sequential", in_order)):
+        for shard in store.manifest.columns[column].shards:
+            set_cache(folder / shard.file, cache)
+        wall, core = together(way, work)
+        total = sum(s.bytes for s in store.manifest.columns[column].shards) if way is in_order else len(order) * size
+        rates[name] = round(total / wall / 1e9, 2)
+        rates[f"{name}_per_core_second"] = round(total / core / 1e9, 2)
+    return {"batch_size": batch_size, "processes": processes, "bytes_per_image": size, **rates}
+
+
+def through_store(work: Work, ready: Callable[[], object]) -> None:
+    """Rows by `Store.read`, into buffers that are used again."""
+    store = Store.open(work.store)
+    width = store.manifest.encoder.width if work.last_layer and store.manifest.encoder else 0
+    channels = slice(-width, None) if width else slice(None)
+    rows = torch.tensor(work.rows).split(work.batch_size)
+    buffers = {len(part): store.read(work.column, part * 0, channels) for part in (rows[0], rows[-1])}
+    ready()
+    for part in rows:
+        store.read(work.column, part, channels, out=buffers[len(part)])
+
+
+def at_random(work: Work, ready: Callable[[], object]) -> None:
+    """As many bytes of the same files at random offsets, into one buffer."""
+    store = Store.open(work.store)
+    size = bytes_per_row(store, work.column, work.last_layer)
+    files = [os.open(work.store / shard.file, os.O_RDONLY) for shard in store.manifest.columns[work.column].shards]
+    room = [os.fstat(file).st_size - size for file in files]
+    draw = generator(0, "offsets", os.getpid())
+    chosen = draw.integers(len(files), size=len(work.rows)).tolist()
+    offsets = [int(draw.integers(max(room[file], 1))) for file in chosen]
+    buffer = memoryview(bytearray(size * work.batch_size))
+    places = [buffer[i * size : (i + 1) * size] for i in range(work.batch_size)]
+    ready()
+    for i, (file, offset) in enumerate(zip(chosen, offsets, strict=True)):
+        os.preadv(files[file], [places[i % work.batch_size]], offset)
+
+
+def in_order(work: Work, ready: Callable[[], object]) -> None:
+    """All files from front to back. Every process reads all of them, but only one is asked to."""
+    buffer = bytearray(BLOCK)
+    ready()
+    for shard in Store.open(work.store).manifest.columns[work.column].shards:
+        with (work.store / shard.file).open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def together(way: Callable[[Work, Callable[[], object]], None], work: list[Work]) -> tuple[float, float]:
+    """Seconds until all of the work is done at the same time, and seconds of cores. Starting is not counted."""
+    work = work[:1] if way is in_order else work
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(len(work)), context.SimpleQueue()
+
+    def run(part: Work) -> None:
+        began: list[float] = []
+
+        def ready() -> None:
+            barrier.wait()
+            began.extend((time.perf_counter(), time.process_time()))
+
+        way(part, ready)
+        results.put((began[0], time.perf_counter(), time.process_time() - began[1]))
+
+    processes = [context.Process(target=run, args=(part,)) for part in work]
+    for process in processes:
+        process.start()
+    times = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return max(end for _, end, _ in times) - min(begin for begin, _, _ in times), sum(core for _, _, core in times)
+
+
+def set_cache(file: Path, cache: str) -> None:
+    """Bring a file into the page cache, or have it forgotten."""
+    descriptor = os.open(file, os.O_RDONLY)
+    if cache == "cold":
+        os.fsync(descriptor)  # What was not written yet cannot be forgotten.
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    else:
+        while os.read(descriptor, BLOCK):
+            pass
+    os.close(descriptor)
+
+
+def bytes_per_row(store: Store, column: str, last_layer: bool) -> int:
+    """Bytes that a row of a column takes, or its last layer."""
+    tensors = store.manifest.columns[column].tensors.values()
+    size = sum(prod(spec.shape) * getattr(torch, spec.dtype).itemsize for spec in tensors)
+    encoder = store.manifest.encoder
+    return size // len(encoder.layers) if last_layer and encoder else size
+
+
+def memory_rate() -> float:
+    """GB/s at which one core copies memory."""
+    source = torch.randn(2**26)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(5):
+        started = time.process_time()
+        target.copy_(source)
+        seconds.append(time.process_time() - started)
+    return source.nbytes / min(seconds) / 1e9
+
+
+def needs(figures: list[dict[str, Any]], batch_size: int) -> dict[str, dict[str, float]]:
+    """For each recipe at B/2 and 256 pixels: what an H200 takes in, and what one process gave here."""
+    rate = {
+        f["column"]: f["store_per_core_second"]
+        for f in figures
+        if (f["cache"], f["batch_size"], f["processes"]) == ("warm", batch_size, 1)
+    }
+    result = {}
+    for name, recipe in RECIPES.items():
+        config = imagenet_config(name)
+        images = PEAK * REACHED / (3 * forward_flops(config))
+        sizes = {"latent": 2 * 4 * prod(config.shape.shapes()["latent"])}
+        if recipe.local.present:
+            sizes["local.conv-16"] = 4 * config.shape.local_channels * 16 * 16
+        if recipe.class_token.present or recipe.alignment.present:
+            sizes["cls"] = 4 * 768
+        if recipe.alignment.present:
+            sizes["features"] = 2 * 768 * 16 * 16
+        total = sum(sizes.values())
+        result[name] = {
+            "training_gflop_per_image": 3 * forward_flops(config) / 1e9,
+            "images_per_second_per_gpu": images,
+            "bytes_per_image": total,
+            "gb_per_second_per_gpu": images * total / 1e9,
+            "gb_per_second_of_all": GPUS * images * total / 1e9,
+        }
+        if sizes.keys() <= rate.keys():
+            seconds = sum(size / rate[column] / 1e9 for column, size in sizes.items())
+            result[name]["images_per_second_of_one_process_here"] = 1 / seconds
+    return result
+
+
+def imagenet_config(recipe: str) -> DenoiserConfig:
+    """The denoiser B/2 of a published recipe on ImageNet at 256 pixels, with the SD-VAE and DINOv2-B."""
+    channels = {"redi": 8}.get(recipe, 16)
+    return replace(RECIPES[recipe], model="B/2").denoiser_config(
+        latent_channels=4, grid=(32, 32), classes=1000, local_channels=channels, token_width=768
+    )
+
+
+def made(options: StoreReads) -> Path:
+    """A store in the shapes of ImageNet at 256 pixels, with four layers of DINOv2-B. What is in it does not matter."""
+    from reglue.semantics.encoders import EncoderSpec
+
+    if (options.made / "manifest.json").is_file():
+        return options.made
+    size = (256, 256)
+    autoencoder = AutoencoderSpec("random", "AutoencoderKL", None, 4, 8, (0.0,) * 4, (1.0,) * 4)
+    mean = (0.5,) * 3
+    encoder = EncoderSpec("random", "vit_base_patch14_dinov2.lvd142m", "0", 768, 12, (8, 9, 10, 11), 14, (16, 16), size,
+                          (224, 224), mean, mean, "bicubic", False)  # fmt: skip
+    source = Source("random", "0", size, ("nothing",), options.rows)
+    contents = Contents(
+        source=source, autoencoder=autoencoder, encoder=encoder, features=True, latent_dtype="float32", shard_rows=256,
+        statistics_images=16, statistics_seed=0,
+    )  # fmt: skip
+    writer = StoreWriter(options.made, contents)
+    for block in writer.pending:
+        rows = len(block)
+        columns = {
+            "label": {"label": torch.zeros(rows, dtype=torch.int64)},
+            "latent": {"mean": torch.randn(rows, 4, 32, 32), "std": torch.rand(rows, 4, 32, 32)},
+            "local.conv-16": {"local": torch.randn(rows, 16, 16, 16)},
+            "cls": {"cls": torch.randn(rows, 768)},
+            "features": {"features": torch.rand(3072, 16, 16).half().expand(rows, -1, -1, -1)},
+        }
+        writer.write(block, [f"{index}.png" for index in block], [], columns)
+    writer.finish(torch.arange(16))
+    return options.made
+
+
+if __name__ == "__main__":
+    main(tyro.cli(StoreReads, description=__doc__))
