@@ -14,29 +14,28 @@ from reglue.jobs.sample import Sample
 from reglue.jobs.train import Train
 from reglue.papers import RECIPES
 
-JOBS = ("prepare", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "demo")
+JOBS = (
+    "prepare",
+    "compress",
+    "autoencode",
+    "sample",
+    "evaluate",
+    "probe",
+    "head",
+    "perceive",
+    "import",
+    "export",
+    "demo",
+)
 
 
 def test_help_lists_every_job() -> None:
     text = run_reglue("--help").stdout
-    for job in (
-        "prepare",
-        "compress",
-        "autoencode",
-        "train",
-        "sample",
-        "evaluate",
-        "probe",
-        "import",
-        "export",
-        "demo",
-    ):
+    for job in (*JOBS, "train"):
         assert f"• {job}" in text
 
 
-@pytest.mark.parametrize(
-    "job", ["prepare", "compress", "autoencode", "sample", "evaluate", "probe", "import", "export", "demo"]
-)
+@pytest.mark.parametrize("job", JOBS)
 def test_every_option_is_explained(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse([job, "--help"])
@@ -119,6 +118,8 @@ def test_sample_takes_its_run_first() -> None:
         ["autoencode", "no-such-folder", "autoencoder", "--encoder", "starter"],
         ["train", "sit", "--store", "no-such-store", "--out", "run"],
         ["probe", "no-such-store", "--out", "probe"],
+        ["head", "no-such-store", "--out", "head"],
+        ["perceive", "no-such-run", "--out", "seen", "--head", "no-such-head"],
         ["sample", "no-such-run", "--out", "samples"],
         ["evaluate", "no-such-folder", "--reference", "neither"],
         ["import", "no-such-file.pt", "--out", "run"],

@@ -21,16 +21,19 @@ if TYPE_CHECKING:
     from reglue.jobs.evaluate import Evaluate, evaluate
     from reglue.jobs.export_run import ExportRun, export_run
     from reglue.jobs.import_run import ImportRun, import_run
+    from reglue.jobs.perceive import Perceive, perceive
     from reglue.jobs.prepare import Prepare, prepare
     from reglue.jobs.probe import Probe, probe
     from reglue.jobs.sample import Sample, sample
     from reglue.jobs.train import Train, train
+    from reglue.jobs.train_head import TrainHead, train_head
     from reglue.latents.autoencoders import load_autoencoder
     from reglue.papers import RECIPES as recipes  # noqa: N811 a module's public names are its attributes
     from reglue.recipe import Recipe, Sampling
     from reglue.runs.generation import ImageModel, load
     from reglue.semantics.compressors import load_compressor
     from reglue.semantics.encoders import load_encoder
+    from reglue.semantics.heads import load_head
 
 # Name → module, or module and the name there. Imported when first used: `import reglue` need not wait for PyTorch.
 _HOMES = {
@@ -54,6 +57,10 @@ _HOMES = {
     "evaluate": "reglue.jobs.evaluate",
     "Probe": "reglue.jobs.probe",
     "probe": "reglue.jobs.probe",
+    "TrainHead": "reglue.jobs.train_head",
+    "train_head": "reglue.jobs.train_head",
+    "Perceive": "reglue.jobs.perceive",
+    "perceive": "reglue.jobs.perceive",
     "ImportRun": "reglue.jobs.import_run",
     "import_run": "reglue.jobs.import_run",
     "ExportRun": "reglue.jobs.export_run",
@@ -67,6 +74,7 @@ _HOMES = {
     "load_encoder": "reglue.semantics.encoders",
     "load_autoencoder": "reglue.latents.autoencoders",
     "load_compressor": "reglue.semantics.compressors",
+    "load_head": "reglue.semantics.heads",
     "UserError": "reglue.errors",
 }
 
@@ -89,6 +97,10 @@ __all__ = [  # noqa: RUF022 in the order of use
     "evaluate",
     "Probe",
     "probe",
+    "TrainHead",
+    "train_head",
+    "Perceive",
+    "perceive",
     "ImportRun",
     "import_run",
     "ExportRun",
@@ -101,6 +113,7 @@ __all__ = [  # noqa: RUF022 in the order of use
     "load_encoder",
     "load_autoencoder",
     "load_compressor",
+    "load_head",
     "UserError",
 ]
 

@@ -17,10 +17,12 @@ from reglue.jobs.demo import Demo, demo
 from reglue.jobs.evaluate import Evaluate, evaluate
 from reglue.jobs.export_run import ExportRun, export_run
 from reglue.jobs.import_run import ImportRun, import_run
+from reglue.jobs.perceive import Perceive, perceive
 from reglue.jobs.prepare import Prepare, prepare
 from reglue.jobs.probe import Probe, probe
 from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import Train, train
+from reglue.jobs.train_head import TrainHead, train_head
 from reglue.papers import PAPERS
 from reglue.runs import ranks
 
@@ -34,6 +36,8 @@ JOBS = {
     Sample: sample,
     Evaluate: evaluate,
     Probe: probe,
+    TrainHead: train_head,
+    Perceive: perceive,
     ImportRun: import_run,
     ExportRun: export_run,
     Demo: demo,
@@ -86,6 +90,10 @@ def parse(arguments: list[str]) -> Any:
         Annotated[Sample, tyro.conf.subcommand("sample", description="Draw images from a run.")],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate", description="Compare images with a reference.")],
         Annotated[Probe, tyro.conf.subcommand("probe", description="Measure what features and their codes still say.")],
+        Annotated[TrainHead, tyro.conf.subcommand("head", description="Train a head that segments or tells depth.")],
+        Annotated[
+            Perceive, tyro.conf.subcommand("perceive", description="Tell from latents what generated images show.")
+        ],
         Annotated[ImportRun, tyro.conf.subcommand("import", description="A published checkpoint to a run.")],
         Annotated[ExportRun, tyro.conf.subcommand("export", description="A run to a published checkpoint.")],
         Annotated[Demo, tyro.conf.subcommand("demo", description="All of it on handwritten digits, in minutes.")],

@@ -250,9 +250,7 @@ def _published_spec(task: Task, shape: tuple[int, ...], file: Path) -> HeadSpec 
     return None
 
 
-def _without_batch_norm(
-    weight: Tensor, bias: Tensor, tensors: dict[str, Tensor], file: Path
-) -> tuple[Tensor, Tensor]:
+def _without_batch_norm(weight: Tensor, bias: Tensor, tensors: dict[str, Tensor], file: Path) -> tuple[Tensor, Tensor]:
     """Weight and bias of the same convolution without the batch norm before it, whose statistics are fixed by now."""
     names = ("running_mean", "running_var", "weight", "bias")
     norm = [tensors.get(f"bn.{name}") for name in names]
@@ -266,7 +264,7 @@ def _without_batch_norm(
 
 
 def _expected_depth(scores: Tensor, depth_range: tuple[float, float]) -> Tensor:
-    """Scores (B, bins, h, w) to depths (B, 1, h, w): the mean of evenly spaced depths, weighted by the scores above 0."""
+    """Scores (B, bins, h, w) to depths (B, 1, h, w): the mean of evenly spaced ones, weighted by the positive scores."""
     weights = scores.relu() + DEPTH_FLOOR
     bins = torch.linspace(*depth_range, scores.shape[1], device=scores.device)
     return torch.einsum("bkhw,k->bhw", weights / weights.sum(1, keepdim=True), bins)[:, None]
