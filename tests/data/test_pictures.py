@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from reglue.data.pictures import GAP, colours_of, image_grid
+from reglue.data.pictures import GAP, colours_of, image_grid, label_colours
 
 
 def test_grid_places_images_row_by_row_and_fills_the_rest():

@@ -101,7 +101,9 @@ def test_a_run_is_perceived_from_its_latents_and_its_local_map(
     views = {(one.head, one.view) for one in report.agreement}
     # The alignment network speaks for the last layer alone.
     assert views == {(name, "local") for name in heads} | {(name, "alignment") for name in heads if name != "deep"}
-    assert report == from_json(tmp_path / "seen" / "perception.json", Perception, "")
+    written = from_json(tmp_path / "seen" / "perception.json", Perception, "")
+    assert (written.agreement, written.heads, written.images) == (report.agreement, report.heads, 5)
+    assert written.protocol["labels"] == [0, 1, 2, 0, 1]
     for one in report.agreement:
         depth = one.head in ("depth", "deep")
         assert set(one.figures) == ({"correlation", "relative_error"} if depth else {"mean_iou", "pixel_accuracy"})
@@ -133,7 +135,7 @@ def test_the_batch_size_changes_nothing(aligned: Path, heads: dict[str, Path], t
                 images=tiny_images,
                 head=(heads["foreground"], heads["depth"]),
             )
-        )  # fmt: skip
+        )
         for size in (1, 4)
     ]
     for one, other in zip(reports[0].agreement, reports[1].agreement, strict=True):
@@ -173,7 +175,9 @@ def fit_alignment(images: Path, encoder_name: str, folder: Path) -> None:
     """An alignment network that has learned the encoder's features of these images from their latents."""
     encoder = load_encoder(encoder_name, SIDE, layers=[4])
     loaded = ImageFolder.open(images)
-    pixels = torch.stack([pixels for i in range(len(loaded)) if isinstance(pixels := loaded.load(i, SIDE), Tensor)])
+    pixels = torch.stack(
+        [pixels for i in range(len(loaded)) if isinstance(pixels := loaded.load(i, (SIDE, SIDE)), Tensor)]
+    )
     latents, target = Blocks().encode(pixels / 127.5 - 1).mean, encoder.describe(pixels).features
     torch.manual_seed(0)
     described = {**json.loads(json.dumps(replace(encoder.spec).__dict__)), "layers": [1, 4]}

@@ -27,7 +27,7 @@ from reglue.data.samples import ImageSamples, all_of, to_images, to_pixels
 from reglue.data.sources import Reading, open_images
 from reglue.diffusion.modalities import LATENT, LOCAL
 from reglue.errors import UserError
-from reglue.files import new_folder, plain, replacing, structured, to_json
+from reglue.files import new_folder, replacing, structured, to_json
 from reglue.jobs.sample import Drawing, Sample, describe, plan
 from reglue.latents.alignment import FILE as ALIGNMENT_FILE
 from reglue.latents.alignment import AlignmentNetwork, load_alignment
@@ -40,7 +40,7 @@ from reglue.runs.sharing import find_compressor
 from reglue.seeds import permutation
 from reglue.semantics.compressors import Compressor, resize
 from reglue.semantics.encoders import EncoderSpec, VisionEncoder, VisionFeatures, load_encoder
-from reglue.semantics.heads import Head, load_head
+from reglue.semantics.heads import Head, HeadSpec, load_head
 
 Source = Literal["alignment", "local"]
 View = Literal["alignment", "local", "original", "encoder"]
@@ -101,8 +101,8 @@ class Perception:
 
     images: int
     agreement: tuple[HeadAgreement, ...]
-    heads: dict[str, Any]
-    """The spec of each, and the depth that its maps' 0 and 65535 stand for."""
+    heads: dict[str, HeadSpec]
+    """Depth maps hold 0 at the least depth of their head's range, and 65535 at the greatest."""
     encoder: EncoderSpec
     protocol: dict[str, Any]
     """Of sampling, or of the images that were encoded."""
@@ -135,7 +135,7 @@ def perceive(options: Perceive) -> Perception:
         report = Perception(
             images=count,
             agreement=tuple(HeadAgreement(*key, one.figures(options.seed)) for key, one in counted.items()),
-            heads={name: plain(head.spec) for name, head in heads.items()},
+            heads={name: head.spec for name, head in heads.items()},
             encoder=encoder.spec,
             protocol=subject.protocol,
             versions={name: version(name) for name in ("reglue", "torch", "numpy")},

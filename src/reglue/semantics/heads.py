@@ -264,7 +264,7 @@ def _without_batch_norm(weight: Tensor, bias: Tensor, tensors: dict[str, Tensor]
 
 
 def _expected_depth(scores: Tensor, depth_range: tuple[float, float]) -> Tensor:
-    """Scores (B, bins, h, w) to depths (B, 1, h, w): the mean of evenly spaced ones, weighted by the positive scores."""
+    """Scores (B, bins, h, w) to depths (B, 1, h, w): the mean of evenly spaced ones, weighted by scores."""
     weights = scores.relu() + DEPTH_FLOOR
     bins = torch.linspace(*depth_range, scores.shape[1], device=scores.device)
     return torch.einsum("bkhw,k->bhw", weights / weights.sum(1, keepdim=True), bins)[:, None]
