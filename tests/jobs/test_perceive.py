@@ -67,9 +67,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def annotations(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> Path:
+def annotated(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> Path:
     """`masks` of what is brighter than grey, and `depths` of brightness, of the tiny images."""
-    folder = tmp_path_factory.mktemp("annotations")
+    folder = tmp_path_factory.mktemp("annotated")
     for name in ImageFolder.open(tiny_images).names:
         grey = np.asarray(Image.open(tiny_images / name).convert("L"))
         for kind, values in (("masks", (grey > 127).astype(np.uint8)), ("depths", grey.astype(np.uint16) * 100 + 1)):
@@ -80,13 +80,13 @@ def annotations(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def heads(tmp_path_factory: pytest.TempPathFactory, store: Path, annotations: Path) -> dict[str, Path]:
+def heads(tmp_path_factory: pytest.TempPathFactory, store: Path, annotated: Path) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("heads")
     kinds: dict[str, dict[str, Any]] = {
-        "foreground": {"masks": annotations / "masks", "class_names": ("dark", "bright"), "steps": 20},
+        "foreground": {"masks": annotated / "masks", "class_names": ("dark", "bright"), "steps": 20},
         "classes": {},
-        "depth": {"depth": annotations / "depths"},
-        "deep": {"depth": annotations / "depths", "layers": "all"},
+        "depth": {"depth": annotated / "depths"},
+        "deep": {"depth": annotated / "depths", "layers": "all"},
     }
     for name, options in kinds.items():
         train_head(TrainHead(store, folder / name, device="cpu", **options))

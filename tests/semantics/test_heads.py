@@ -84,7 +84,8 @@ def test_a_published_depth_head_is_a_mean_over_bins(
     for of_layer, token in zip(features.split(WIDTH, 1), tokens.split(WIDTH, 1), strict=True):
         parts += [of_layer, token[..., None, None].expand_as(of_layer)]
     large = F.interpolate(torch.cat(parts, 1), scale_factor=4, mode="bilinear")
-    scores = F.conv2d(large, *tensors.values()).relu() + 0.1
+    weight, bias = tensors.values()
+    scores = F.conv2d(large, weight, bias).relu() + 0.1
     share = scores / scores.sum(1, keepdim=True)
     depth = (share * torch.linspace(0.001, farthest, 256)[:, None, None]).sum(1, keepdim=True)
     told = head(VisionFeatures(tokens, features), layers, (20, 30))

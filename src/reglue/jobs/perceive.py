@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reglue.data.pictures import heat_of, label_colours
+from reglue.data.pictures import GAP, enlarge, heat_of, image_grid, label_colours
 from reglue.data.samples import ImageSamples, all_of, to_images, to_pixels
 from reglue.data.sources import Reading, open_images
 from reglue.diffusion.modalities import LATENT, LOCAL
@@ -47,7 +47,9 @@ View = Literal["alignment", "local", "original", "encoder"]
 """Whose features a head reads: one of the sources, or the encoder's, of the original or of the decoded image."""
 REPORT, PICTURE, IMAGES, MAPS = "perception.json", "picture.png", "images", "maps"
 SHOWN = 8
-"""Images in the picture."""
+"""Images in the picture …"""
+CELL, DOTS = 120, 100
+"""… whose cells have at least so many pixels along a side, at so many to an inch."""
 OPACITY = 0.6
 """Of the classes' colours over the image, in the picture."""
 TITLES: dict[View, str] = {
@@ -116,7 +118,9 @@ def perceive(options: Perceive) -> Perception:
     subject = load_subject(options, device)
     views = choose_views(options, heads, subject)
     encoder = load_reference(options, heads, subject, views, device)
-    counted = {(name, view): _agreement(heads[name]) for view, names in views.items() for name in names}
+    counted: dict[tuple[str, View], Agreement] = {
+        (name, view): _agreement(heads[name]) for view, names in views.items() for name in names
+    }
     shown: list[tuple[np.ndarray, dict[tuple[str, View], np.ndarray]]] = []
     count = 0
     with new_folder(options.out) as out:
@@ -134,7 +138,9 @@ def perceive(options: Perceive) -> Perception:
                 count += 1
         report = Perception(
             images=count,
-            agreement=tuple(HeadAgreement(*key, one.figures(options.seed)) for key, one in counted.items()),
+            agreement=tuple(
+                HeadAgreement(name, view, one.figures(options.seed)) for (name, view), one in counted.items()
+            ),
             heads={name: head.spec for name, head in heads.items()},
             encoder=encoder.spec,
             protocol=subject.protocol,
@@ -424,17 +430,25 @@ def draw(
     from matplotlib.patches import Patch
 
     columns = sorted(shown[0][1], key=lambda key: (list(heads).index(key[0]), list(TITLES).index(key[1])))
-    canvas = Canvas(figsize=(1.7 * (1 + len(columns)), 1.75 * len(shown) + 1), layout="constrained")
-    cells = canvas.subplots(len(shown), 1 + len(columns), squeeze=False)
-    for row, (pixels, maps) in zip(cells, shown, strict=True):
-        row[0].imshow(pixels)
-        for cell, key in zip(row[1:], columns, strict=True):
-            cell.imshow(as_colours(maps[key], heads[key[0]], pixels))
-        for cell in row:
-            cell.set_axis_off()
-    cells[0][0].set_title("decoded image", size=8)
-    for cell, (name, view) in zip(cells[0][1:], columns, strict=True):
-        cell.set_title(TITLES[view].format(head=name), size=8)
+    height, width = (side * -(-CELL // min(shown[0][0].shape[:2])) for side in shown[0][0].shape[:2])
+    pictures = [
+        picture
+        for pixels, maps in shown
+        for picture in (pixels, *(as_colours(maps[key], heads[key[0]], pixels) for key in columns))
+    ]
+    grid = image_grid(enlarge(np.stack(pictures), (height, width)), columns=1 + len(columns))
+    canvas = Canvas(figsize=(grid.shape[1] / DOTS, grid.shape[0] / DOTS + 1.5), dpi=DOTS, layout="constrained")
+    axes = canvas.subplots()
+    axes.imshow(grid)
+    axes.xaxis.tick_top()
+    axes.set_xticks(
+        [width / 2 + (width + GAP) * column for column in range(1 + len(columns))],
+        ["decoded image", *(TITLES[view].format(head=name) for name, view in columns)],
+        size=8,
+    )
+    axes.set_yticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     patches = []
     for name, head in heads.items():
         if head.spec.task == "segmentation":
@@ -447,7 +461,7 @@ def draw(
     if patches:
         canvas.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=7)
     with replacing(path) as beside:
-        canvas.savefig(beside, format="png", dpi=150)
+        canvas.savefig(beside, format="png")
 
 
 def as_colours(values: np.ndarray, head: Head, pixels: np.ndarray) -> np.ndarray:

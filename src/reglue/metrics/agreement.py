@@ -56,7 +56,8 @@ class Agreement(ABC):
         resampled = [self.measure(counts[torch.from_numpy(draw)].sum(0)) for draw in draws]
         figures = {}
         for name in self.names:
-            error = float(np.nanstd([one[name] for one in resampled])) if len(counts) > 1 else float("nan")
+            defined = [one[name] for one in resampled if not np.isnan(one[name])]
+            error = float(np.std(defined)) if len(counts) > 1 and defined else float("nan")
             figures[name] = Figure(_number(values[name]), _number(error), _number(unrelated.get(name, float("nan"))))
         return figures
 

@@ -195,12 +195,11 @@ def _read(file: Path) -> dict[str, Tensor]:
         content = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{file} cannot be read as weights ({' '.join(str(error).split())[:100]})") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {
-        str(name).removeprefix("decode_head."): value.float()
-        for name, value in state.items()
-        if isinstance(value, Tensor)
-    }
+    state: object = content
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        state = content["state_dict"]
+    named = state.items() if isinstance(state, dict) else ()
+    return {str(name).removeprefix("decode_head."): value.float() for name, value in named if isinstance(value, Tensor)}
 
 
 def _published(tensors: dict[str, Tensor], file: Path) -> Head:
