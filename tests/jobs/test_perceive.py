@@ -172,7 +172,7 @@ def draw_blocks(folder: Path, count: int) -> tuple[Path, Path, list[np.ndarray]]
 
 
 def fit_alignment(images: Path, encoder_name: str, folder: Path) -> None:
-    """An alignment network that has learned the encoder's features of these images from their latents."""
+    """An alignment network that has learned, by cosines, the encoder's features of these images from their latents."""
     encoder = load_encoder(encoder_name, SIDE, layers=[4])
     loaded = ImageFolder.open(images)
     pixels = torch.stack(
@@ -185,7 +185,7 @@ def fit_alignment(images: Path, encoder_name: str, folder: Path) -> None:
     optimiser = torch.optim.Adam(network.parameters(), 1e-2)
     for _ in range(150):
         optimiser.zero_grad()
-        (network(latents).patches - target).square().mean().backward()
+        (-F.cosine_similarity(network(latents).patches, target).mean()).backward()
         optimiser.step()
     folder.mkdir()
     save_alignment(network, folder / "alignment.safetensors")

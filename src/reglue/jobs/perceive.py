@@ -398,7 +398,8 @@ def look(scene: Scene, heads: dict[str, Head], views: dict[View, list[str]]) -> 
     height, width = scene.pixels.shape[-2:]
     all_views: dict[View, list[str]] = {**views, "encoder": list(heads)}
     return {
-        (name, view): heads[name].tell(*scene.seen[view], (height, width)).cpu()
+        # The alignment network learned cosines: how long its features are means nothing.
+        (name, view): heads[name].tell(*scene.seen[view], (height, width), any_length=view == "alignment").cpu()
         for view, names in all_views.items()
         for name in names
     }

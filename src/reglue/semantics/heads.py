@@ -111,13 +111,20 @@ class Head(nn.Module):
         self.register_buffer("std", torch.ones(spec.channels) if std is None else std.float().clone())
         self.layers = head_layers(spec.channels, spec.outputs, spec.hidden)
 
-    def forward(self, seen: VisionFeatures, layers: tuple[int, ...], size: tuple[int, int]) -> Tensor:
+    def forward(
+        self, seen: VisionFeatures, layers: tuple[int, ...], size: tuple[int, int], *, any_length: bool = False
+    ) -> Tensor:
         """What is seen of images (B), at the blocks `layers`, to scores (B, classes, *size) or depth (B, 1, *size).
 
         Results are enlarged bilinearly to `size` (height, width). A head that reads the class token takes the one of
         each of its layers, side by side: (B, width · number of its layers).
+
+        `any_length` is for features whose direction alone means something, as those of an alignment network that
+        learned cosines: at every position they are brought to the root mean square length of the head's features.
         """
         inputs = self._inputs(seen, layers).float()
+        if any_length:
+            inputs = self._at_usual_length(inputs)
         if self.spec.task == "depth" and self.spec.outputs > 1:
             inputs = F.interpolate(inputs, scale_factor=DEPTH_ENLARGEMENT, mode="bilinear", align_corners=False)
         scores = self.layers((inputs - self.mean[:, None, None]) / self.std[:, None, None])
@@ -126,9 +133,11 @@ class Head(nn.Module):
         return F.interpolate(scores, size, mode="bilinear", align_corners=False)
 
     @torch.inference_mode()
-    def tell(self, seen: VisionFeatures, layers: tuple[int, ...], size: tuple[int, int]) -> Tensor:
+    def tell(
+        self, seen: VisionFeatures, layers: tuple[int, ...], size: tuple[int, int], *, any_length: bool = False
+    ) -> Tensor:
         """The same as maps (B, *size): class numbers, int64, or depth, float32."""
-        told = self(seen, layers, size)
+        told = self(seen, layers, size, any_length=any_length)
         return told.argmax(1) if self.spec.task == "segmentation" else told[:, 0]
 
     def save(self, folder: Path) -> None:
@@ -137,6 +146,12 @@ class Head(nn.Module):
             save_file({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, beside)
         with replacing(folder / SPEC_FILE) as beside:
             beside.write_text(to_json(self.spec))
+
+    def _at_usual_length(self, inputs: Tensor) -> Tensor:
+        """Inputs (B, spec.channels, h, w) with the length that each layer's features usually have."""
+        squares = (self.mean.square() + self.std.square()).split(self.spec.width)
+        parts = zip(inputs.split(self.spec.width, dim=1), squares, strict=True)
+        return torch.cat([F.normalize(part, dim=1) * square.sum().sqrt() for part, square in parts], dim=1)
 
     def _inputs(self, seen: VisionFeatures, layers: tuple[int, ...]) -> Tensor:
         """The channels (B, spec.channels, h, w) that it reads."""
@@ -213,9 +228,9 @@ def _published(tensors: dict[str, Tensor], file: Path) -> Head:
             f"{file} holds no linear head of DINOv2 (conv_seg or conv_depth on the features of one of its networks); "
             "give such a file, or a folder that `reglue head` made"
         )
-    if task == "segmentation":
-        weight, bias = _without_batch_norm(weight, bias, tensors, file)
     head = Head(spec)
+    if task == "segmentation":
+        head, weight, bias = _standardised_by(tensors, spec, weight, bias, file)
     head.layers.load_state_dict({"0.weight": weight, "0.bias": bias})
     return head
 
@@ -249,17 +264,20 @@ def _published_spec(task: Task, shape: tuple[int, ...], file: Path) -> HeadSpec 
     return None
 
 
-def _without_batch_norm(weight: Tensor, bias: Tensor, tensors: dict[str, Tensor], file: Path) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the same convolution without the batch norm before it, whose statistics are fixed by now."""
+def _standardised_by(
+    tensors: dict[str, Tensor], spec: HeadSpec, weight: Tensor, bias: Tensor, file: Path
+) -> tuple[Head, Tensor, Tensor]:
+    """A head that standardises by the statistics of a published batch norm, and its convolution's weight and bias.
+
+    Scale and shift of the batch norm, which come after standardising, become a part of these.
+    """
     names = ("running_mean", "running_var", "weight", "bias")
     norm = [tensors.get(f"bn.{name}") for name in names]
     if any(part is None or part.shape != weight.shape[1:2] for part in norm):
         raise UserError(f"{file}: its batch norm (bn) is missing or of another width; fetch the file again")
-    mean, variance, scale, shift = (part.double() for part in norm if part is not None)
-    scale = scale / (variance + BATCH_NORM_EPSILON).sqrt()
-    matrix = weight.double()[:, :, 0, 0]
-    folded = bias.double() + matrix @ (shift - mean * scale)
-    return (matrix * scale)[:, :, None, None].float(), folded.float()
+    mean, variance, scale, shift = (part for part in norm if part is not None)
+    head = Head(spec, mean, (variance + BATCH_NORM_EPSILON).sqrt())
+    return head, weight * scale[:, None, None], bias + weight[:, :, 0, 0] @ shift
 
 
 def _expected_depth(scores: Tensor, depth_range: tuple[float, float]) -> Tensor:
