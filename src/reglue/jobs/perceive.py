@@ -31,9 +31,9 @@ from reglue.files import new_folder, replacing, structured, to_json
 from reglue.jobs.sample import Drawing, Sample, describe, plan
 from reglue.latents.alignment import FILE as ALIGNMENT_FILE
 from reglue.latents.alignment import AlignmentNetwork, load_alignment
-from reglue.latents.autoencoders import Autoencoder, load_autoencoder
+from reglue.latents.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
 from reglue.metrics.agreement import Agreement, ClassAgreement, DepthAgreement, Figure
-from reglue.runs.generation import ImageModel, evaluations, load
+from reglue.runs.generation import evaluations, load
 from reglue.runs.ranks import resolve_device
 from reglue.runs.record import FILE as RECORD
 from reglue.runs.sharing import find_compressor
@@ -178,6 +178,8 @@ class Subject:
     compressor: Compressor | None
     drawing: Drawing | None
     """None where images are encoded."""
+    samples: ImageSamples | None
+    """The images that are encoded, if any."""
     protocol: dict[str, Any]
 
     def from_latents(self, latents: Tensor) -> VisionFeatures:
@@ -212,15 +214,18 @@ def load_subject(options: Perceive, device: torch.device) -> Subject:
         gives["alignment"] = _encoder_of(alignment, folder)
     if compressor and record.encoder:
         gives["local"] = record.encoder
+    gives = _asked_for(options, gives)
     drawing = plan(options, model) if options.images is None else None
+    samples = _samples(options, model.autoencoder.spec, record.resolution)
     return Subject(
         autoencoder=model.autoencoder,
         size=record.resolution,
-        gives=_asked_for(options, gives),
+        gives=gives,
         alignment=alignment,
         compressor=compressor.to(device) if compressor else None,
         drawing=drawing,
-        protocol=_protocol(options, model, drawing),
+        samples=samples,
+        protocol=describe(options, model, drawing.sampling, drawing.labels) if drawing else _chosen(options, samples),
     )
 
 
@@ -229,14 +234,18 @@ def _aligned_autoencoder(options: Perceive, device: torch.device) -> Subject:
         raise UserError(f"{options.run} is an autoencoder, which draws no images; give a run, or --images too")
     alignment = load_alignment(options.run, device)
     encoder = _encoder_of(alignment, options.run)
+    gives = _asked_for(options, {"alignment": encoder})
+    autoencoder = load_autoencoder(str(options.run), device)
+    samples = _samples(options, autoencoder.spec, encoder.image_size)
     return Subject(
-        autoencoder=load_autoencoder(str(options.run), device),
+        autoencoder=autoencoder,
         size=encoder.image_size,
-        gives=_asked_for(options, {"alignment": encoder}),
+        gives=gives,
         alignment=alignment,
         compressor=None,
         drawing=None,
-        protocol=_protocol(options, None, None),
+        samples=samples,
+        protocol=_chosen(options, samples),
     )
 
 
@@ -268,10 +277,21 @@ def _asked_for(options: Perceive, gives: dict[Source, EncoderSpec]) -> dict[Sour
     return {source: encoder for source, encoder in gives.items() if source in (options.sources or gives)}
 
 
-def _protocol(options: Perceive, model: ImageModel | None, drawing: Drawing | None) -> dict[str, Any]:
-    if model and drawing:
-        return describe(options, model, drawing.sampling, drawing.labels)
-    return {"run": str(options.run), "images": str(options.images), "seed": options.seed}
+def _samples(options: Perceive, spec: AutoencoderSpec, size: tuple[int, int]) -> ImageSamples | None:
+    """The images to encode, in an order drawn by the seed, with the noise that draws their latents."""
+    if options.images is None:
+        return None
+    images = open_images(options.images, Reading(no_labels=True))
+    rows = permutation(options.seed, "perceived images", 0, len(images))[: options.count]
+    shape = (spec.latent_channels, *spec.latent_size(size))
+    return ImageSamples(images, rows, size, shape, options.seed, "perception")
+
+
+def _chosen(options: Perceive, samples: ImageSamples | None) -> dict[str, Any]:
+    """What decides the result where images are encoded: which they are, in the order of the maps."""
+    assert samples is not None
+    names = [samples.images.names[row] for row in samples.rows.tolist()]
+    return {"run": str(options.run), "images": str(options.images), "names": names, "seed": options.seed}
 
 
 def choose_views(options: Perceive, heads: dict[str, Head], subject: Subject) -> dict[View, list[str]]:
@@ -356,12 +376,8 @@ def _drawn(
 def _of_images(
     options: Perceive, subject: Subject, encoder: VisionEncoder, views: dict[View, list[str]], device: torch.device
 ) -> Iterator[Scene]:
-    assert options.images is not None
-    images, spec = open_images(options.images, Reading(no_labels=True)), subject.autoencoder.spec
-    rows = permutation(options.seed, "perceived images", 0, len(images))[: options.count].sort().values
-    grid = spec.latent_size(subject.size)
-    shape = (spec.latent_channels, *grid)
-    samples = ImageSamples(images, rows, subject.size, shape, options.seed, "perception")
+    assert subject.samples is not None
+    samples, grid = subject.samples, subject.autoencoder.spec.latent_size(subject.size)
     for originals, noise in all_of(samples, options.batch_size, 0, device):
         latents = subject.autoencoder.encode(to_images(originals)).draw(noise)
         pixels = to_pixels(subject.autoencoder.decode(latents))
