@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from reglue.jobs.evaluate import Evaluate, evaluate
     from reglue.jobs.export_run import ExportRun, export_run
     from reglue.jobs.import_run import ImportRun, import_run
+    from reglue.jobs.perceive import Perceive, perceive
     from reglue.jobs.prepare import Prepare, prepare
     from reglue.jobs.probe import Probe, probe
     from reglue.jobs.reencode import Reencode, reencode
     from reglue.jobs.sample import Sample, sample
     from reglue.jobs.train import Train, train
+    from reglue.jobs.train_head import TrainHead, train_head
     from reglue.jobs.verify import Verify, verify
     from reglue.latents.autoencoders import load_autoencoder
     from reglue.papers import RECIPES as recipes  # noqa: N811 a module's public names are its attributes
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from reglue.runs.generation import ImageModel, load
     from reglue.semantics.compressors import load_compressor
     from reglue.semantics.encoders import load_encoder
+    from reglue.semantics.heads import load_head
 
 # Name → module, or module and the name there. Imported when first used: `import reglue` need not wait for PyTorch.
 _HOMES = {
@@ -58,6 +61,10 @@ _HOMES = {
     "evaluate": "reglue.jobs.evaluate",
     "Probe": "reglue.jobs.probe",
     "probe": "reglue.jobs.probe",
+    "TrainHead": "reglue.jobs.train_head",
+    "train_head": "reglue.jobs.train_head",
+    "Perceive": "reglue.jobs.perceive",
+    "perceive": "reglue.jobs.perceive",
     "ImportRun": "reglue.jobs.import_run",
     "import_run": "reglue.jobs.import_run",
     "ExportRun": "reglue.jobs.export_run",
@@ -73,6 +80,7 @@ _HOMES = {
     "load_encoder": "reglue.semantics.encoders",
     "load_autoencoder": "reglue.latents.autoencoders",
     "load_compressor": "reglue.semantics.compressors",
+    "load_head": "reglue.semantics.heads",
     "UserError": "reglue.errors",
 }
 
@@ -97,6 +105,10 @@ __all__ = [  # noqa: RUF022 in the order of use
     "evaluate",
     "Probe",
     "probe",
+    "TrainHead",
+    "train_head",
+    "Perceive",
+    "perceive",
     "ImportRun",
     "import_run",
     "ExportRun",
@@ -111,6 +123,7 @@ __all__ = [  # noqa: RUF022 in the order of use
     "load_encoder",
     "load_autoencoder",
     "load_compressor",
+    "load_head",
     "UserError",
 ]
 

@@ -46,6 +46,8 @@ COMMANDS = {
     "sample": Command("reglue.jobs.sample:Sample", "Draw images from a run."),
     "evaluate": Command("reglue.jobs.evaluate:Evaluate", "Compare images with a reference."),
     "probe": Command("reglue.jobs.probe:Probe", "Measure what features and their codes still say."),
+    "head": Command("reglue.jobs.train_head:TrainHead", "Train a head that segments or tells depth."),
+    "perceive": Command("reglue.jobs.perceive:Perceive", "Tell from latents what generated images show."),
     "import": Command("reglue.jobs.import_run:ImportRun", "A published checkpoint to a run."),
     "export": Command("reglue.jobs.export_run:ExportRun", "A run to a published checkpoint."),
     "verify": Command("reglue.jobs.verify:Verify", "Whether a store's or a run's files are as they were written."),

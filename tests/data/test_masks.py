@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reglue.data.images import crop_to
-from reglue.data.masks import crop_mask, load_masks, read_mask
+from reglue.data.masks import crop_mask, load_depths, load_masks, read_depth, read_mask
 from reglue.errors import UserError
 
 SIDES = st.integers(8, 400)
@@ -124,3 +124,26 @@ def test_what_is_no_mask_is_named_in_one_line(harm, says: str, images: Path, tmp
         load_masks(tmp_path / "masks", images, NAMES, (8, 8))
     assert "\n" not in str(caught.value)
     assert "masks" in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["png", "npy"])
+def test_depth_maps_keep_their_unit_and_what_is_unknown(ending: str, tmp_path: Path):
+    depths = np.full((8, 8), 1500, dtype=np.uint16)
+    depths[:4] = 0
+    if ending == "png":
+        Image.fromarray(depths).save(tmp_path / "a.png")
+    else:
+        np.save(tmp_path / "a.npy", np.where(depths > 0, depths / 1000, np.nan))
+    found, loaded = load_depths(tmp_path, tmp_path, ["b.jpg", "a.jpg"], (4, 4))
+    assert (found.tolist(), loaded.shape, loaded.dtype) == ([1], (1, 4, 4), torch.float32)
+    assert bool(loaded[0, :2].isnan().all())
+    assert loaded[0, 2:].unique().item() == (1500 if ending == "png" else 1.5)
+
+
+def test_what_is_no_depth_map_is_refused(tmp_path: Path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "colours.png")
+    np.save(tmp_path / "line.npy", np.ones(4))
+    np.save(tmp_path / "objects.npy", np.array([[None]], dtype=object), allow_pickle=True)
+    for name, reason in (("colours.png", "no depth map"), ("line.npy", "no depth map"), ("objects.npy", "cannot be")):
+        with pytest.raises(UserError, match=reason):
+            read_depth(tmp_path / name)

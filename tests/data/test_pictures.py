@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from reglue.data.pictures import GAP, colours_of, image_grid
+from reglue.data.pictures import GAP, colours_of, image_grid, label_colours
 
 
 def test_grid_places_images_row_by_row_and_fills_the_rest():
@@ -49,3 +49,9 @@ def test_missing_components_are_grey(channels):
 
 def test_a_constant_code_is_grey():
     assert (colours_of(torch.ones(2, 4, 3, 3)) == 128).all()
+
+
+def test_labels_have_the_colours_of_pascal_voc() -> None:
+    colours = label_colours(256)
+    assert colours[[0, 1, 2, 3, 20]].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 64, 128]]
+    assert len(np.unique(colours, axis=0)) == 256

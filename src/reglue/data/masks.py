@@ -1,8 +1,8 @@
-"""Masks: the class of every pixel of an image, cropped exactly as the image was."""
+"""Masks and depth maps: the class, or the depth, of every pixel of an image, cropped exactly as the image was."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +25,68 @@ def load_masks(folder: Path, images: Path, names: Sequence[str], size: tuple[int
     held in memory. Raises UserError if there are none, and for one that is damaged, holds colours, or has other
     proportions than its image (which is looked at where it still exists).
     """
+    found, masks = _load(folder, "mask", (".png",), read_mask, images, names, size)
+    return found, torch.from_numpy(masks)
+
+
+def load_depths(folder: Path, images: Path, names: Sequence[str], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The depth maps of images, as `load_masks` takes and crops them.
+
+    The map of `CLASS/NAME.jpg` is `folder/CLASS/NAME.png`, a greyscale image of 8 or 16 bits, or `….npy`, an array
+    (height, width). Depth keeps the file's unit; what is 0, negative, infinite or no number is unknown. Returns which
+    of the names have one, ascending (n,) int64, and the maps, float32 (n, height, width), NaN where unknown. Raises
+    UserError as `load_masks` does.
+    """
+    found, depths = _load(folder, "depth map", (".png", ".npy"), read_depth, images, names, size)
+    known = np.isfinite(depths) & (depths > 0)
+    return found, torch.from_numpy(np.where(known, depths, np.float32("nan")))
+
+
+def _load(
+    folder: Path,
+    what: str,
+    endings: Sequence[str],
+    read: Callable[[Path], Image.Image],
+    images: Path,
+    names: Sequence[str],
+    size: tuple[int, int],
+) -> tuple[Tensor, np.ndarray]:
+    """Which of the images `names` have a file, (n,) int64, and what `read` makes of those, cropped: (n, *size)."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a folder of masks, PNG files named as the images")
-    paths = [folder / Path(name).with_suffix(".png") for name in names]
-    found = [index for index, path in enumerate(paths) if path.is_file()]
+        raise UserError(f"{folder}: no such folder; give a folder of {what}s, {what} files named as the images")
+    choices = [[folder / Path(name).with_suffix(ending) for ending in endings] for name in names]
+    paths = [next((path for path in of_one if path.is_file()), None) for of_one in choices]
+    found = [index for index, path in enumerate(paths) if path is not None]
     if not found:
-        raise UserError(f"{folder} has no mask for any image; that of {names[0]} would be {paths[0]}")
-    masks = torch.empty((len(found), *size), dtype=torch.uint8)
-    for position, index in enumerate(tqdm(found, desc="masks", unit="image", leave=False)):
-        mask = read_mask(paths[index])
-        _check_proportions(mask, paths[index], images / names[index])
-        masks[position] = torch.from_numpy(np.array(crop_mask(mask, size)))
-    return torch.tensor(found), masks
+        raise UserError(f"{folder} has no {what} for any image; that of {names[0]} would be {choices[0][0]}")
+    cropped = None
+    for position, index in enumerate(tqdm(found, desc=f"{what}s", unit="image", leave=False)):
+        path = paths[index]
+        assert path is not None
+        whole = read(path)
+        _check_proportions(whole, path, images / names[index])
+        one = np.asarray(crop_mask(whole, size))
+        if cropped is None:
+            cropped = np.empty((len(found), *size), dtype=one.dtype)
+        cropped[position] = one
+    assert cropped is not None
+    return torch.tensor(found), cropped
+
+
+def read_depth(path: Path) -> Image.Image:
+    """The depths of a file, as an image of 32-bit floats. Raises UserError for anything else."""
+    try:
+        if path.suffix == ".npy":
+            depths = np.load(path, allow_pickle=False)
+            mode = "L"
+        else:
+            with Image.open(path) as file:
+                depths, mode = np.asarray(file), file.mode
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read ({error}); mend it or remove it") from error
+    if depths.ndim != 2 or mode not in ("L", "I", "I;16", "F") or depths.dtype.kind not in "uif":
+        raise UserError(f"{path} holds no depth map; save it as a greyscale PNG or as an array (height, width)")
+    return Image.fromarray(depths.astype(np.float32))
 
 
 def read_mask(path: Path) -> Image.Image:

@@ -59,6 +59,18 @@ def heat_of(similarities: Tensor) -> np.ndarray:
     return colormaps["viridis"](share, bytes=True)[..., :3]
 
 
+def label_colours(count: int) -> np.ndarray:
+    """A colour for each of so many classes, uint8 (count, 3): those of PASCAL VOC, in which class 0 is black.
+
+    The bits of a class number, three at a time from the lowest, are those of red, green and blue from the highest.
+    """
+    numbers = np.arange(count)[:, None]
+    colours = np.zeros((count, 3), dtype=np.int64)
+    for position in range(8):
+        colours |= ((numbers >> (3 * position + np.arange(3))) & 1) << (7 - position)
+    return colours.astype(np.uint8)
+
+
 def enlarge(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Small uint8 pictures (N, h, w, 3) at a size (height, width) in pixels, without smoothing."""
     height, width = size

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -292,10 +292,11 @@ def _inputs(options: Probe, store: Store) -> list[Input]:
     for name in options.columns or ():
         if name not in names:
             raise UserError(f"--columns {name}: choose from {', '.join(names)}")
-    return [_input(store, name) for name in names]
+    return [input_of(store, name) for name in names]
 
 
-def _input(store: Store, name: str) -> Input:
+def input_of(store: Store, name: str) -> Input:
+    """One of the inputs that a store has, by its name."""
     manifest = store.manifest
     column = "features" if name == LAST_LAYER else name
     encoder = manifest.encoder
@@ -333,33 +334,49 @@ def _last_line(path: Path) -> dict[str, float]:
 
 def _split(options: Probe, store: Store, validation: Store | None) -> Split:
     """Who is fitted to, who selects, who is measured on: random by the seed, or the second store."""
-    parts = [_with_targets(options, store, options.masks)]
+    parts = [with_classes(store, options.masks)]
     if validation is not None:
-        parts.append(_with_targets(options, validation, options.validation_masks or options.masks))
-    drawn = []
-    for part in parts:
-        order = permutation(options.seed, "probe split", 0, len(part.rows))
-        drawn.append(part[order[: options.images]])
-    rest = drawn[0]
-    if validation is None:
-        held_out = max(1, round(options.held_out * len(rest.rows)))
-        measured, rest = rest[:held_out], rest[held_out:]
-    else:
-        measured = drawn[1]
-    selecting = max(1, round(options.selection * len(rest.rows)))
-    if len(rest.rows) - selecting < 2:
-        raise UserError(f"{store.folder} has too few images for probes: {len(parts[0].rows)}; use another store")
+        parts.append(with_classes(validation, options.validation_masks or options.masks))
+    fitting, selection, measured = divided(
+        parts, options.seed, options.images, held_out=options.held_out, selection=options.selection
+    )
     digest = hashlib.sha256(b"".join(part.targets.numpy().tobytes() for part in parts)) if options.masks else None
     return Split(
-        fitting=rest[selecting:].ascending(),
-        selection=rest[:selecting].ascending(),
-        measured=measured.ascending(),
+        fitting=fitting,
+        selection=selection,
+        measured=measured,
         masks_sha256=digest.hexdigest() if digest else None,
         without_mask=sum(len(part.store.originals) - len(part.rows) for part in parts),
     )
 
 
-def _with_targets(options: Probe, store: Store, masks: Path | None) -> Part:
+def divided(
+    parts: Sequence[Part], seed: int, images: int | None, *, held_out: float, selection: float
+) -> tuple[Part, Part, Part]:
+    """What is fitted to, what chooses the regularisation, and what is measured on, random by the seed.
+
+    The share `held_out` of the first part is measured on, or the second part if there is one; the share `selection` of
+    the rest selects. No more than `images` are drawn from each part. Raises UserError for too few.
+    """
+    drawn = []
+    for part in parts:
+        order = permutation(seed, "probe split", 0, len(part.rows))
+        drawn.append(part[order[:images]])
+    rest, *others = drawn
+    if others:
+        measured = others[0]
+    else:
+        measuring = max(1, round(held_out * len(rest.rows)))
+        measured, rest = rest[:measuring], rest[measuring:]
+    selecting = max(1, round(selection * len(rest.rows)))
+    if len(rest.rows) - selecting < 2:
+        raise UserError(
+            f"{parts[0].store.folder} has too few images for probes: {len(parts[0].rows)}; use another store"
+        )
+    return rest[selecting:].ascending(), rest[:selecting].ascending(), measured.ascending()
+
+
+def with_classes(store: Store, masks: Path | None) -> Part:
     """All rows of a store that have a target, but mirror images: a probe fitted to those would know the measured."""
     source, rows = store.manifest.source, store.originals
     if masks is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from reglue.diffusion.denoiser import Denoiser
+from reglue.diffusion.modalities import State
 from reglue.errors import UserError
 from reglue.files import TakesPaths, replacing
 from reglue.recipe import Rounding, SamplerName, Sampling
@@ -79,6 +82,55 @@ def sample(options: Sample) -> Path:
         raise UserError("--count and --batch-size must be at least 1")
     rank, processes = ranks.join()
     model = load(options.run, step=options.step, device=options.device, autoencoder=options.autoencoder)
+    drawing = plan(options, model)
+    labels, sampling = drawing.labels, drawing.sampling
+
+    as_npz = options.out.suffix == ".npz"
+    folder = options.out.with_suffix(".parts") if as_npz else options.out
+    protocol = describe(options, model, sampling, labels)
+    claim(folder, protocol, rank)
+    # Who draws what must not depend on what the other processes have drawn already.
+    mine = [i for i in range(rank, options.count, processes) if not (folder / f"{i:06d}.png").is_file()]
+    steps_in_all = -(-len(mine) // options.batch_size) * evaluations(sampling)
+    progress = tqdm(total=steps_in_all, unit="evaluation", desc="sample", disable=rank > 0)
+    for start in range(0, len(mine), options.batch_size):
+        indices = mine[start : start + options.batch_size]
+        state = drawing.draw(indices, progress.update)
+        for i, pixels in zip(indices, model.decode(state, sampling.rounding), strict=True):
+            with replacing(folder / f"{i:06d}.png") as beside:
+                Image.fromarray(pixels).save(beside, format="png")
+    progress.close()
+    ranks.wait_for_all()
+    if as_npz and rank == 0:
+        images = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(options.count)])
+        with replacing(options.out) as beside, beside.open("wb") as file:
+            np.savez(file, arr_0=images, labels=np.array(labels), protocol=json.dumps(protocol))
+        for file in (*folder.glob("*.png"), folder / PROTOCOL):
+            file.unlink()
+        folder.rmdir()
+    return options.out
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images that are to be drawn: image i is a function of the seed and i."""
+
+    model: ImageModel
+    weaker: Denoiser | None
+    sampling: Sampling
+    labels: list[int]
+    seed: int
+
+    def draw(self, indices: Sequence[int], on_evaluation: Callable[[], object]) -> State:
+        """The states of some of the images; `on_evaluation` is called after each evaluation, for progress."""
+        labels = [self.labels[i] for i in indices]
+        return self.model.draw(
+            indices, labels, self.seed, self.sampling, weaker=self.weaker, on_evaluation=on_evaluation
+        )
+
+
+def plan(options: Sample, model: ImageModel) -> Drawing:
+    """What the options ask of a model. Raises UserError for what it cannot do."""
     weaker = load(options.weaker_run, device=options.device).denoiser if options.weaker_run else None
     if weaker and weaker.config.shape != model.denoiser.config.shape:
         raise UserError(
@@ -96,33 +148,7 @@ def sample(options: Sample) -> Path:
         representation_scale=options.representation_scale,
         auto_scale=options.auto_scale if options.weaker_run else None,
     )
-    labels = choose_labels(options, model)
-
-    as_npz = options.out.suffix == ".npz"
-    folder = options.out.with_suffix(".parts") if as_npz else options.out
-    protocol = describe(options, model, sampling, labels)
-    claim(folder, protocol, rank)
-    # Who draws what must not depend on what the other processes have drawn already.
-    mine = [i for i in range(rank, options.count, processes) if not (folder / f"{i:06d}.png").is_file()]
-    steps_in_all = -(-len(mine) // options.batch_size) * evaluations(sampling)
-    progress = tqdm(total=steps_in_all, unit="evaluation", desc="sample", disable=rank > 0)
-    for start in range(0, len(mine), options.batch_size):
-        indices = mine[start : start + options.batch_size]
-        wanted = [labels[i] for i in indices]
-        state = model.draw(indices, wanted, options.seed, sampling, weaker=weaker, on_evaluation=progress.update)
-        for i, pixels in zip(indices, model.decode(state, sampling.rounding), strict=True):
-            with replacing(folder / f"{i:06d}.png") as beside:
-                Image.fromarray(pixels).save(beside, format="png")
-    progress.close()
-    ranks.wait_for_all()
-    if as_npz and rank == 0:
-        images = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(options.count)])
-        with replacing(options.out) as beside, beside.open("wb") as file:
-            np.savez(file, arr_0=images, labels=np.array(labels), protocol=json.dumps(protocol))
-        for file in (*folder.glob("*.png"), folder / PROTOCOL):
-            file.unlink()
-        folder.rmdir()
-    return options.out
+    return Drawing(model, weaker, sampling, choose_labels(options, model), options.seed)
 
 
 def choose_labels(options: Sample, model: ImageModel) -> list[int]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from reglue.metrics.distances import GaussianStatistics
 from reglue.seeds import generator, permutation
+from reglue.semantics.heads import head_layers
 
 IGNORE = 255
 """Pixels of masks with this class are neither learned nor measured."""
@@ -43,7 +44,8 @@ class Examples:
     rows: Tensor
     """(N,) int64: which rows these are."""
     targets: Tensor
-    """(N,) int64: the class of each image; or (N, H, W) uint8: that of each of its pixels."""
+    """(N,) int64: the class of each image; or (N, H, W) uint8: that of each of its pixels; or (N, H, W) float32: the
+    depth of each of its pixels, NaN where it is unknown."""
     shape: tuple[int, int, int]
     """(C, h, w) of an input."""
 
@@ -167,11 +169,7 @@ class MapProbe(nn.Module):
     def __init__(self, channels: int, classes: int, hidden: int):
         """`hidden`: channels of the convolutions; 0 makes the probe linear."""
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(hidden or channels, classes, 1)]
-        if hidden:
-            around = nn.Conv2d(hidden, hidden, 3, padding=1)
-            layers = [nn.Conv2d(channels, hidden, 1), nn.ReLU(), around, nn.ReLU(), *layers]
-        self.layers = nn.Sequential(*layers)
+        self.layers = head_layers(channels, classes, hidden)
 
     def forward(self, inputs: Tensor, size: tuple[int, int] | None) -> Tensor:
         """Inputs (n, C, h, w) to scores (n, classes), or (n, classes, *size) where a size is given."""
@@ -226,6 +224,30 @@ def fit_map(fitting: Examples, selection: Examples, classes: int, training: Trai
                 state = {name: value.clone() for name, value in probe.state_dict().items()}
     probe.load_state_dict(state)
     return best
+
+
+def fit_depth(fitting: Examples, selection: Examples) -> Fitted:
+    """Ridge regression of the depth at every position, in float64 and streamed; its penalty is chosen as in
+    `fit_linear`, by the squared error on `selection`.
+
+    The depth of a position is the mean of its pixels', those of unknown depth left out. The probe has one output; the
+    selection score is the share of the depth's variance that it explains (below 0 if it does worse than the mean).
+    """
+    channels = fitting.shape[0]
+    statistics = GaussianStatistics(channels + 1)
+    for inputs, targets in fitting.batches("ridge"):
+        statistics.update(_depth_rows(inputs, targets))
+    candidates = [ridge(statistics, channels, penalty, flat=False) for penalty in PENALTIES]
+    errors, seen = torch.zeros(len(candidates), dtype=torch.float64), GaussianStatistics(1)
+    for inputs, targets in selection.batches("choose the penalty"):
+        rows = _depth_rows(inputs, targets)
+        inside, depth = rows[:, :channels], rows[:, channels:]
+        errors += torch.stack([(inside @ probe.weight + probe.bias - depth).square().sum() for probe in candidates])
+        seen.update(depth)
+        statistics.update(rows)
+    best = min(range(len(PENALTIES)), key=lambda index: (float(errors[index]), -index))
+    explained = 1 - float(errors[best]) / max(seen.count * float(seen.covariance), 1e-12) if seen.count > 1 else 0.0
+    return Fitted(ridge(statistics, channels, PENALTIES[best], flat=False), PENALTIES[best], explained)
 
 
 @dataclass(frozen=True)
@@ -293,6 +315,16 @@ def _vectors(inputs: Tensor, flat: bool) -> Tensor:
 def _joint(inputs: Tensor, targets: Tensor, classes: int, flat: bool) -> Tensor:
     """Rows [x, one-hot y] for the statistics of a ridge regression."""
     return torch.cat([_vectors(inputs, flat), F.one_hot(targets, classes).double()], dim=1)
+
+
+def _depth_rows(inputs: Tensor, targets: Tensor) -> Tensor:
+    """Rows [x (C,), depth] of the positions of inputs (n, C, h, w) whose depth targets (n, H, W) tell."""
+    known = targets.isfinite()
+    grid = (inputs.shape[2], inputs.shape[3])
+    share = F.adaptive_avg_pool2d(known.double()[:, None], grid)
+    depth = F.adaptive_avg_pool2d(targets.double().masked_fill(~known, 0.0)[:, None], grid) / share
+    rows = torch.cat([inputs.double(), depth], dim=1).movedim(1, -1).flatten(0, 2)
+    return rows[share.flatten() > 0]
 
 
 def _counted(targets: Tensor) -> Tensor:
