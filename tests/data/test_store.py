@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import reglue.data.store
 from reglue.data.images import UnreadableImage
-from reglue.data.store import Contents, Source, Store, StoreWriter
+from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits, restored
 from reglue.errors import UserError
 from reglue.latents.autoencoders import AutoencoderSpec
 from reglue.semantics.compressors import CompressorSpec
@@ -266,3 +267,42 @@ def test_codes_are_added_with_statistics(tmp_path: Path):
     with pytest.raises(UserError, match="run the same `reglue compress` again"):
         Store.open(store.folder)
     assert not Store.open(store.folder, to_be_replaced="local.pca-2").is_whole("local.pca-2")
+
+
+@given(
+    st.integers(0, 2**31),
+    st.lists(st.floats(1e-6, 1e4), min_size=3, max_size=3),
+    st.sampled_from([torch.float16, torch.float32]),
+)
+@settings(max_examples=50, deadline=None)
+def test_eight_bits_lose_half_a_step_of_the_channel_at_most(seed: int, sizes: list[float], dtype: torch.dtype):
+    noise = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+    features = (noise * torch.tensor(sizes)[:, None, None]).to(dtype)
+    features[0, 0] = 0
+    stored = in_8_bits(features)
+    assert stored["features"].dtype == torch.int8
+    again = restored(stored)["features"]
+    assert again.dtype == torch.float16
+    # Half a step, what float16 rounds off the scale and the product, and its smallest numbers.
+    allowed = features.float().abs().amax((2, 3), keepdim=True) * (0.5 / 127 + 2**-10) + 2e-5
+    assert ((again.float() - features.float()).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_eight_bits_do_not_hide_what_is_not_finite(bad: float):
+    features = torch.ones(1, 2, 2, 2)
+    features[0, 1, 0, 0] = bad
+    again = restored(in_8_bits(features))["features"]
+    assert not again[0, 1].isfinite().all()
+    assert torch.allclose(again[0, 0].float(), features[0, 0], atol=1e-3)
+
+
+def test_large_rows_are_read_as_small_ones(tmp_path: Path, whole: Store, monkeypatch: pytest.MonkeyPatch):
+    rows = torch.tensor([5, 0, 10, 0, 3])
+    for channels in (slice(None), slice(-2, None), slice(1, 2)):
+        small = whole.read("latent", rows, channels)
+        monkeypatch.setattr(reglue.data.store, "LARGE_ROW", 1)
+        large = whole.read("latent", rows, channels)
+        monkeypatch.undo()
+        for name, value in small.items():
+            assert torch.equal(value, large[name])
