@@ -15,7 +15,6 @@ import torch
 from torch.nn import functional as F
 
 import reglue.data.store
-
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from reglue.data.store import CLASS_TOKEN_CODES, Store, codes_column, compressor_of
 from reglue.data.targets import Tokens, alignment_targets, target_columns
 from reglue.diffusion.denoiser import DenoiserConfig
-from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State
+from reglue.diffusion.modalities import CLS, LATENT, LOCAL
 from reglue.diffusion.objective import TrainingSample
 from reglue.errors import UserError
 from reglue.recipe import Recipe

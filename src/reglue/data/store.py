@@ -11,7 +11,7 @@ shard's metadata names its images, so that nothing but safetensors is needed to 
 | `latent` | `mean` (C,H,W), and `std` (C,H,W) if the autoencoder has one; raw, before shift and scale |
 | `cls` | `cls` (D,) float32: the encoder's class token |
 | `features` | `features` (L·D,h,w) float16: patch features of the L chosen layers at the encoder's grid |
-| `features` in 8 bits | `features` int8, and `scale` (L·D,) float16 of each image's channels: the product is the feature |
+| `features` in 8 bits | `features` int8 and, for every channel of an image, `scale` (L·D,) float16 to multiply by |
 | `local.NAME` | `local` (K,h,w): the codes of compressor NAME, at the encoder's grid |
 | `cls.NAME` | `cls` (K,): the class token's codes of compressor NAME |
 """

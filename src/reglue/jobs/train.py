@@ -33,7 +33,6 @@ from reglue.runs.tracking import MetricsLog
 from reglue.seeds import generator
 from reglue.semantics.compressors import SPEC_FILE, load_compressor
 
-
 READERS = 4
 """Threads that read ahead for a GPU."""
 
