@@ -64,11 +64,10 @@ def loss_and_gradients(model: Denoiser, sample: TrainingSample, precision: ranks
 def test_compiled_without_a_break_and_once_for_all_blocks(
     parts: Compile, graphs: int, recomputed: int, data: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torch._dynamo import config, utils
+    from torch._dynamo import utils
 
     torch._dynamo.reset()
     utils.counters.clear()
-    monkeypatch.setattr(config, "suppress_errors", False)
     of_module = torch.nn.Module.compile
     # Everything but the code that it generates, which takes minutes: any break in the graph is an error.
     monkeypatch.setattr(
