@@ -1,4 +1,4 @@
-"""Time the training step of a recipe on made-up data: `python benchmarks/training_step.py --model B/2 --compile blocks`.
+"""Time a training step on made-up data: `python benchmarks/training_step.py --model B/2 --compile blocks`.
 
 Ends with one line of JSON. Weights, images and features are random; sizes, arithmetic and files are those of training.
 Times are the shortest of all repetitions, since other programs on a machine only make a step longer.
