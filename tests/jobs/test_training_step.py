@@ -251,7 +251,8 @@ def test_runs_with_and_without_threads_are_the_same(tiny_store: Path, tmp_path: 
 
 def test_recipes_of_earlier_versions_say_whether_to_compile_by_true_and_false(tmp_path: Path) -> None:
     file = tmp_path / "optimisation.json"
-    for before, now in ((False, "no"), (True, "model"), ("blocks", "blocks")):
+    cases: tuple[tuple[bool | str, Compile], ...] = ((False, "no"), (True, "model"), ("blocks", "blocks"))
+    for before, now in cases:
         written = json.loads(to_json(Optimisation()))
         del written["checkpoint_blocks"]
         file.write_text(json.dumps({**written, "compile": before}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -243,7 +243,7 @@ def ema_decay(optimisation: Descent, step: int) -> float:
     return min(optimisation.ema, (1 + step) / (10 + step)) if optimisation.ema_warmup else optimisation.ema
 
 
-def prefetch(data: TrainingData, positions: Iterable[range], workers: int) -> Iterator[Draft]:
+def prefetch(data: TrainingData, positions: Iterable[range], workers: int) -> Generator[Draft, None, None]:
     """Drafts of the samples at positions, in order. So many threads read ahead of their use; 0 reads when asked.
 
     What a thread raises is raised here, in its place in the order. The threads end with the iterator.
