@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import tyro
-from environment import forward_flops, random_inputs, report
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from environment import forward_flops, random_inputs, report
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.papers import RECIPES
 from reglue.runs import ranks

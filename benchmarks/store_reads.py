@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import tyro
-from environment import forward_flops, report
 
+from environment import forward_flops, report
 from reglue.data.store import Contents, Source, Store, StoreWriter
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.latents.autoencoders import AutoencoderSpec
@@ -122,7 +122,7 @@ def through_store(work: Work, ready: Callable[[], object]) -> None:
     buffers = {len(part): store.read(work.column, part * 0, channels) for part in (rows[0], rows[-1])}
     ready()
     for part in rows:
-        store.read(work.column, part, channels, out=buffers[len(part)])
+        store.read_stored(work.column, part, channels, out=buffers[len(part)])
 
 
 def at_random(work: Work, ready: Callable[[], object]) -> None:

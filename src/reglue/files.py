@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 from cattrs import transform_error
 from cattrs.errors import BaseValidationError
@@ -74,6 +74,19 @@ def new_folder(path: Path) -> Iterator[Path]:
         beside.rename(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def accept_older(kind: Any, values: Mapping[Any, Any]) -> None:
+    """Fields of the type `kind`, a Literal, may hold other values in older files: `values` says what those meant."""
+
+    def structure(value: Any, _: Any) -> Any:
+        # By identity, since True and 1 are equal.
+        value = next((new for old, new in values.items() if old is value), value)
+        if value not in get_args(kind):
+            raise ValueError(f"{value!r} is none of {get_args(kind)}")
+        return value
+
+    _converter.register_structure_hook_func(lambda asked: asked == kind, structure)
 
 
 def plain(value: Any) -> Any:

@@ -15,9 +15,12 @@ from reglue.diffusion.guidance import Guidance
 from reglue.diffusion.modalities import StateShape
 from reglue.diffusion.paths import PathName
 from reglue.errors import UserError
+from reglue.files import accept_older
 
 SamplerName = Literal["euler", "heun", "euler-maruyama"]
 Rounding = Literal["truncate", "round"]
+Compile = Literal["no", "blocks", "model"]
+accept_older(Compile, {False: "no", True: "model"})
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,16 @@ class Alignment(Part):
     """After which block, counted from 1; the published depth for the model's size if not given."""
     hidden: int = 2048
     """Hidden width of the projector."""
-    targets: Literal["cached", "online"] = "cached"
-    """Features from the store, or computed from the images in every step."""
+    targets: Literal["cached", "decoded", "online"] = "cached"
+    """cached: features from the store (--features). decoded: what the compressor's decoder makes of the codes in the
+    store, without features. online: computed from the images in every step."""
+    compressor: str | None = None
+    """With targets decoded: name of the compressor in the store. Default: that of --local.compressor."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compressor is not None and self.targets != "decoded":
+            raise UserError(f"--alignment.compressor {self.compressor} is for --alignment.targets decoded alone")
 
 
 @dataclass(frozen=True)
@@ -157,8 +168,9 @@ class Descent:
     """Begin with a shorter average, min(decay, (1 + step) / (10 + step)), for short runs."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the matrix products."""
-    compile: bool = False
-    """Compile the model with torch.compile: slower to start, faster after."""
+    compile: Compile = "no"
+    """Compile with torch.compile, slower to start and faster after. blocks: one block of the transformer, which serves
+    for all of them. model: the whole network at once, which takes longest to start."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "learning_rate"):
@@ -176,11 +188,16 @@ class Optimisation(Descent):
     """Training times are t = s·u / (1 + (s − 1)·u) for uniform u: 1 is uniform, more is noisier (SD3, eq. 23)."""
     label_dropout: float = 0.1
     """Share of samples that are trained with the null label, for classifier-free guidance."""
+    checkpoint_blocks: float = 0.0
+    """Share of the blocks, from the first on, whose activations are computed again in the backward pass in place of
+    being kept: less memory for up to a third more time, and the same gradients."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.time_shift <= 0:
             raise UserError(f"time-shift is {self.time_shift}; it must be positive")
+        if not 0 <= self.checkpoint_blocks <= 1:
+            raise UserError(f"checkpoint-blocks is {self.checkpoint_blocks}; it must be in [0, 1]")
         if not 0 <= self.label_dropout < 1:
             raise UserError(f"label-dropout is {self.label_dropout}; it must be in [0, 1)")
 

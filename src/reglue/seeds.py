@@ -31,7 +31,9 @@ def normals(generators: Sequence[np.random.Generator], shapes: Mapping[str, Sequ
     All of a sample's modalities come from one draw of its generator in the order of `shapes`.
     """
     sizes = [int(np.prod(shape)) for shape in shapes.values()]
-    drawn = np.stack([g.standard_normal(sum(sizes), dtype=np.float32) for g in generators])
+    drawn = np.empty((len(generators), sum(sizes)), dtype=np.float32)
+    for g, row in zip(generators, drawn, strict=True):
+        g.standard_normal(dtype=np.float32, out=row)
     parts = torch.from_numpy(drawn).split(sizes, dim=1)
     return {
         name: part.reshape(len(generators), *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
+import reglue.data.store
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
@@ -19,6 +25,8 @@ from reglue.jobs.compress import Compress, compress
 from reglue.papers import RECIPES
 from reglue.recipe import Recipe
 from reglue.runs.record import RunRecord
+from reglue.seeds import generator, normals, permutation
+from reglue.semantics.compressors import load_compressor, resize
 
 
 def tiny(name: str) -> Recipe:
@@ -138,3 +146,127 @@ def test_what_the_store_lacks_is_named(
     store = prepare(Prepare(tiny_images, tmp_path / "s", 16, tiny_autoencoder, tiny_encoder, workers=0, device="cpu"))
     with pytest.raises(UserError, match=rf"{column}.*{remedy}"):
         denoiser_config(store, RECIPES[recipe])
+
+
+def test_the_bits_that_are_drawn_stay() -> None:
+    """Runs of earlier versions go on with the same noise: these numbers were drawn by the first version."""
+    generators = [generator(3, "training sample", position) for position in (0, 7)]
+    uniform = [list(g.random(3)) for g in generators]
+    noise = normals(generators, {"posterior": (1, 2, 2), "latent": (1, 2, 2), "cls": (3,)})
+    assert uniform == [
+        [0.8280138193791616, 0.5782087567150834, 0.4485933005047199],
+        [0.211201164744371, 0.3989272826930297, 0.5947362391908176],
+    ]
+    assert noise["posterior"].dtype == torch.float32
+    assert noise["posterior"][0].flatten().tolist() == [
+        -0.045415762811899185, -2.0717790126800537, 0.3085392117500305, 0.8557471632957458,
+    ]  # fmt: skip
+    assert noise["cls"][1].tolist() == [0.4850558340549469, 0.4251280426979065, 0.5285350680351257]
+    assert permutation(3, "order of images", 1, 8).tolist() == [0, 3, 4, 2, 5, 7, 6, 1]
+
+
+def test_a_sample_is_what_its_definition_says_to_the_bit(tiny_store: Path) -> None:
+    """The definition spelled out for one position, in the plainest way."""
+    store, recipe, position = Store.open(tiny_store), tiny("reglue"), 50
+    sample = data(store, recipe, seed=5).sample(range(48, 56))
+    row = permutation(5, "order of images", position // 24, 24)[position % 24][None]
+    draws = generator(5, "training sample", position)
+    uniform = draws.random(3)
+    sizes = [3 * 64, 3 * 64, 4 * 64, 16]
+    posterior, *noise = torch.from_numpy(draws.standard_normal(sum(sizes), dtype=np.float32)).split(sizes)
+    moments = store.read("latent", row)
+    shift, scale = (torch.tensor(getattr(store.manifest.autoencoder, n))[:, None, None] for n in ("shift", "scale"))
+    latent = (moments["mean"] + moments["std"] * posterior.view(3, 8, 8) - shift) * scale
+    assert torch.equal(sample.data["latent"][2:3], latent)
+    assert torch.equal(sample.data["local"][2:3], resize(store.read("local.conv-4", row)["local"], (8, 8)))
+    assert torch.equal(sample.data["cls"][2:3], store.read("cls", row)["cls"])
+    for value, name in zip(noise, ("latent", "local", "cls"), strict=True):
+        assert torch.equal(sample.noise[name][2].flatten(), value)
+    assert sample.time[2] == np.float32(uniform[0])
+    assert sample.label[2] == (3 if uniform[1] < 0.1 else store.labels[row])
+
+
+def test_threads_that_are_in_two_epochs_at_once_read_the_same_as_one(tiny_store: Path) -> None:
+    store = Store.open(tiny_store)
+    parts = [range(start, start + 7) for start in range(0, 24 * 20, 7)]
+    alone = [data(store, tiny("sit")).rows(part) for part in parts]
+    shared = data(store, tiny("sit"))
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(shared.rows, parts))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def aligned(name: str, **changes: Any) -> Recipe:
+    recipe = tiny(name)
+    return replace(recipe, alignment=replace(recipe.alignment, **changes))
+
+
+@pytest.fixture(scope="module")
+def store_without_features(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny store once its features were deleted, as one does when the compressor is made."""
+    folder = Path(shutil.copytree(tiny_store, tmp_path_factory.mktemp("slim") / "store"))
+    for file in folder.glob("features-*"):
+        file.unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["columns"]["features"]
+    manifest["hash"] = reglue.data.store._hash(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["repa", "reg", "reglue"])
+@pytest.mark.parametrize("compressor", ["conv-4", "pca-4"])
+def test_decoded_targets_are_what_the_compressor_says_of_its_codes(
+    name: str, compressor: str, tiny_store: Path, store_without_features: Path
+) -> None:
+    recipe = aligned(name, targets="decoded", compressor=None if compressor == "conv-4" else compressor)
+    store = Store.open(store_without_features)
+    trained = data(store, recipe)
+    rows = trained.rows(range(6))
+    target = trained.sample(range(6)).alignment_target
+    assert target is not None
+    assert not target.requires_grad
+    codes = store.read(f"local.{compressor}", rows)["local"]
+    decoded = load_compressor(tiny_store / "compressors" / compressor).decode(codes)[:, -16:].detach()
+    token = name != "repa"
+    torch.testing.assert_close(target[:, token:], decoded.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
+    if token:
+        assert torch.equal(target[:, 0], store.read("cls", rows)["cls"])
+    # It is near what it stands for: nearer than the features of other images are.
+    cached = data(Store.open(tiny_store), aligned(name)).sample(range(6)).alignment_target
+    assert cached is not None
+    near, far = (F.cosine_similarity(target, other, dim=-1).mean() for other in (cached, cached.roll(1, 0)))
+    assert near > far
+
+
+def test_decoded_targets_are_part_of_what_a_run_was_trained_on(tiny_store: Path) -> None:
+    store = Store.open(tiny_store)
+    hashes = {
+        RunRecord.of(store, recipe, seed=0).store_hash
+        for recipe in (
+            aligned("repa"),
+            aligned("repa", targets="decoded"),
+            aligned("repa", targets="decoded", compressor="pca-4"),
+        )
+    }
+    assert len(hashes) == 3
+    codes = store.manifest.compressors
+    other = {**codes, "conv-4": replace(codes["conv-4"], weights_sha256="another")}
+    changed = Store(store.folder, replace(store.manifest, compressors=other))
+    recipe = aligned("repa", targets="decoded")
+    assert RunRecord.of(changed, recipe, seed=0).store_hash not in hashes
+    with pytest.raises(UserError, match=r"did not make column local\.conv-4"):
+        data(changed, recipe)
+
+
+def test_what_decoded_targets_lack_is_named(tiny_store: Path) -> None:
+    store = Store.open(tiny_store)
+    with pytest.raises(UserError, match=r"needs column local\.conv-9.*reglue compress .* --kind conv --channels 9`"):
+        denoiser_config(store, aligned("repa", targets="decoded", compressor="conv-9"))
+    encoder = store.manifest.encoder
+    assert encoder is not None
+    early = replace(store.manifest, encoder=replace(encoder, layers=(0, 1, 2, 3)))
+    with pytest.raises(UserError, match=r"holds layers \[0, 1, 2, 3\], not the last one \(4\)"):
+        denoiser_config(Store(store.folder, early), aligned("repa", targets="decoded"))
+    with pytest.raises(UserError, match=r"--alignment.compressor conv-4 is for --alignment.targets decoded"):
+        aligned("repa", compressor="conv-4")

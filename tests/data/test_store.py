@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import reglue.data.store
 from reglue.data.images import UnreadableImage
-from reglue.data.store import Contents, Source, Store, StoreWriter, is_intact
+from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits, is_intact, restored
 from reglue.errors import UserError
 from reglue.latents.autoencoders import AutoencoderSpec
 from reglue.semantics.compressors import CompressorSpec
@@ -99,7 +99,7 @@ def test_rows_go_straight_to_where_they_are_wanted(whole: Store, rows: list[int]
     channels = slice(start, stop)
     expected = {name: tensor[:, channels] for name, tensor in latents([READABLE[row] for row in rows]).items()}
     buffers = {name: torch.full_like(tensor, torch.nan) for name, tensor in expected.items()}
-    read = whole.read("latent", torch.tensor(rows, dtype=torch.int64), channels, out=buffers)
+    read = whole.read_stored("latent", torch.tensor(rows, dtype=torch.int64), channels, out=buffers)
     for name, tensor in expected.items():
         assert read[name] is buffers[name]
         assert torch.equal(read[name], tensor)
@@ -109,7 +109,7 @@ def test_a_buffer_of_another_shape_or_type_is_refused(whole: Store):
     rows = torch.tensor([0, 1])
     for fits_not in ({"mean": torch.empty(3, 3, 4, 6)}, {"mean": torch.empty(2, 3, 4, 6, dtype=torch.float16)}):
         with pytest.raises(ValueError, match=r"out\['mean'\] must be torch.float32 of \(2, 3, 4, 6\)"):
-            whole.read("latent", rows, out=fits_not)
+            whole.read_stored("latent", rows, out=fits_not)
 
 
 def test_no_more_files_stay_mapped_than_allowed(whole: Store, monkeypatch: pytest.MonkeyPatch):
@@ -316,3 +316,31 @@ def test_codes_are_added_with_statistics(tmp_path: Path):
     with pytest.raises(UserError, match="run the same `reglue compress` again"):
         Store.open(store.folder)
     assert not Store.open(store.folder, to_be_replaced="local.pca-2").is_whole("local.pca-2")
+
+
+@given(
+    st.integers(0, 2**31),
+    st.lists(st.floats(1e-6, 1e4), min_size=3, max_size=3),
+    st.sampled_from([torch.float16, torch.float32]),
+)
+@settings(max_examples=50, deadline=None)
+def test_eight_bits_lose_half_a_step_of_the_channel_at_most(seed: int, sizes: list[float], dtype: torch.dtype):
+    noise = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+    features = (noise * torch.tensor(sizes)[:, None, None]).to(dtype)
+    features[0, 0] = 0
+    stored = in_8_bits(features)
+    assert stored["features"].dtype == torch.int8
+    again = restored(stored)["features"]
+    assert again.dtype == torch.float16
+    # Half a step, what float16 rounds off the scale and the product, and its smallest numbers.
+    allowed = features.float().abs().amax((2, 3), keepdim=True) * (0.5 / 127 + 2**-10) + 2e-5
+    assert ((again.float() - features.float()).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_eight_bits_do_not_hide_what_is_not_finite(bad: float):
+    features = torch.ones(1, 2, 2, 2)
+    features[0, 1, 0, 0] = bad
+    again = restored(in_8_bits(features))["features"]
+    assert not again[0, 1].isfinite().all()
+    assert torch.allclose(again[0, 0].float(), features[0, 0], atol=1e-3)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from reglue.data.store import Store
+from reglue.data.targets import OnlineTargets
 from reglue.jobs.evaluate import Evaluate, evaluate
 from reglue.jobs.prepare import Prepare, prepare
-from reglue.jobs.train import online_targets
 
 
 @pytest.fixture
@@ -30,9 +30,12 @@ def test_features_differ_and_class_tokens_do_not(bare_store: Store, tiny_store: 
 
 def test_online_targets_are_the_cached_ones(bare_store: Store):
     rows = torch.arange(4)
-    online = online_targets(bare_store, torch.device("cpu"))(bare_store.names(rows))
-    cached = bare_store.read("features", rows)["features"][:, -online.shape[2] :].float()
-    torch.testing.assert_close(online[:, 1:], cached.flatten(2).mT, atol=2e-3, rtol=2e-3)
+    encoder = bare_store.manifest.encoder
+    assert encoder is not None
+    targets = OnlineTargets(bare_store, encoder, torch.device("cpu"))
+    online = targets.tokens(targets.read(rows)).patches
+    cached = bare_store.read("features", rows)["features"][:, -encoder.width :].float()
+    torch.testing.assert_close(online, cached, atol=2e-3, rtol=2e-3)
 
 
 def test_class_tokens_of_the_store_serve_as_reference(bare_store: Store, tiny_images: Path):

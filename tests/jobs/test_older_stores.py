@@ -13,8 +13,11 @@ from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.jobs.prepare import Prepare, prepare
 
-LATER = {"encoder": ["steps", "final_norm", "pooling", "prefix_tokens", "registers"]}
-"""Fields of the manifest that came after its format was fixed."""
+LATER = {
+    "encoder": ["steps", "final_norm", "pooling", "prefix_tokens", "registers"],
+    None: ["features_dtype", "precision"],
+}
+"""Fields of the manifest, or of a part of it, that came after its format was fixed."""
 
 
 @pytest.fixture
@@ -24,8 +27,7 @@ def older_store(tiny_store: Path, tmp_path: Path) -> Path:
     manifest = json.loads((folder / "manifest.json").read_text())
     for part, names in LATER.items():
         for name in names:
-            del manifest[part][name]
-    del manifest["precision"]
+            del (manifest[part] if part else manifest)[name]
     manifest["hash"] = reglue.data.store._hash(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

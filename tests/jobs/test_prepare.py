@@ -31,7 +31,10 @@ from reglue.data.images import ImageFolder, crop_to
 from reglue.data.sources import Subset
 from reglue.data.store import Store
 from reglue.errors import UserError
+from reglue.jobs.compress import Compress, compress
 from reglue.jobs.prepare import Prepare, prepare
+from reglue.jobs.probe import Probe, probe
+from reglue.jobs.train import train
 from reglue.latents.autoencoders import load_autoencoder
 from reglue.semantics.encoders import load_encoder
 
@@ -215,6 +218,7 @@ def test_strict_stops_at_a_bad_image(options, own_images: Path):
         ({"batch_size": 0}, "--batch-size 0"),
         ({"seed": -1}, "--seed -1"),
         ({"encoder": "none"}, "--features needs an encoder"),
+        ({"features": False, "features_dtype": "int8"}, "--features-dtype int8 .* add --features"),
         ({"encoder": "dino-v99"}, "dino-v99"),
         ({"images": Path("nowhere")}, "nowhere: no such folder"),
     ],
@@ -231,6 +235,7 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_written(options,
     [
         ({"layers": (0, 1)}, r"encoder\.layers \(1, 2, 3, 4\) .*, not \(0, 1\)"),
         ({"resolution": 20}, r"resolution \(16, 16\)"),
+        ({"features_dtype": "int8"}, r"features_dtype float16, not int8"),
     ],
 )
 def test_a_store_made_otherwise_is_refused_and_unharmed(options, changes, says: str):
@@ -479,3 +484,36 @@ def test_a_full_disk_is_said_in_one_line(options, tmp_path: Path, monkeypatch: p
     assert not list((tmp_path / "store").glob("*.tmp"))
     monkeypatch.undo()
     assert len(prepare(options())) == 24
+
+
+def test_features_in_eight_bits_take_half_the_disk_and_serve_all_that_read_them(options, tmp_path: Path):
+    full, half = (
+        prepare(options(out=tmp_path / dtype, features_dtype=dtype, per_class=4)) for dtype in ("float16", "int8")
+    )
+    tensors = half.manifest.columns["features"].tensors
+    assert {name: spec.dtype for name, spec in tensors.items()} == {"features": "int8", "scale": "float16"}
+    rows = torch.arange(12)
+    kept, exact = (store.read("features", rows)["features"] for store in (half, full))
+    assert kept.dtype == exact.dtype
+    assert torch.nn.functional.cosine_similarity(kept.float(), exact.float(), dim=1).min() > 0.999
+    scanned = torch.cat([part["features"] for _, part in half.scan("features")])
+    assert torch.equal(scanned, kept)
+    np.testing.assert_allclose(
+        half.manifest.statistics["features"].std, full.manifest.statistics["features"].std, rtol=0.02
+    )
+    # 64 channels of 16 positions, and a scale for each.
+    stored = half.read_stored("features", rows)
+    assert sum(tensor.nbytes for tensor in stored.values()) == exact.nbytes * (16 + 2) // 32
+
+    for store in (full, half):
+        compress(Compress(store.folder, "pca", channels=4, device="cpu"))
+    options_of_train = ["--alignment.hidden=8", "--model=1x16x2/2", "--device=cpu", "--preview-every=0"]
+    descent = ["--optimisation.steps=2", "--optimisation.batch-size=12", "--optimisation.precision=float32"]
+    losses = []
+    for store in (full, half):
+        command = ["train", "repa", "--store", str(store.folder), "--out", str(store.folder / "run")]
+        run = train(parse([*command, *options_of_train, *descent]))
+        losses.append(json.loads((run / "metrics.jsonl").read_text())["alignment"])
+        probing = {"columns": ("features",), "conv": False, "device": "cpu"}
+        assert len(probe(Probe(store.folder, out=tmp_path / f"probes-{len(losses)}", **probing)).results) == 2
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)

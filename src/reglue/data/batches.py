@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -11,16 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reglue.data.store import CLASS_TOKEN_CODES, Store, codes_column, compressor_of
+from reglue.data.targets import Tokens, alignment_targets, target_columns
 from reglue.diffusion.denoiser import DenoiserConfig
-from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State
+from reglue.diffusion.modalities import CLS, LATENT, LOCAL
 from reglue.diffusion.objective import TrainingSample
 from reglue.errors import UserError
 from reglue.recipe import Recipe
 from reglue.seeds import generator, normals, permutation
 from reglue.semantics.compressors import resize
 
-OnlineTargets = Callable[[Sequence[str]], Tensor]
-"""Names of images → the encoder's tokens (B, 1 + h·w, D), class token first, for targets that are not cached."""
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,16 @@ class Normalisation:
 
     def normalise(self, x: Tensor) -> Tensor:
         """Raw (B, C, …) to what the model learns."""
-        shift, scale = self._as(x)
+        shift, scale = self.tensors(x)
         return (x - shift) * scale
 
     def denormalise(self, x: Tensor) -> Tensor:
         """Inverse of `normalise`."""
-        shift, scale = self._as(x)
+        shift, scale = self.tensors(x)
         return x / scale + shift
 
-    def _as(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def tensors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale in the type, on the device and broadcasting to the shape of x (B, C, …)."""
         view = (1, -1, *[1] * (x.ndim - 2))
         shift, scale = (torch.tensor(v, dtype=x.dtype, device=x.device).view(view) for v in (self.shift, self.scale))
         return shift, scale
@@ -86,14 +88,14 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
     Raises UserError, with the command to run, if the store lacks what the recipe learns.
     """
     manifest = store.manifest
-    needs = {
-        class_token_column(recipe): recipe.class_token.present,
-        local_column(recipe): recipe.local.present,
-        "features": recipe.alignment.present and recipe.alignment.targets == "cached",
-    }
+    needed = [
+        *([class_token_column(recipe)] if recipe.class_token.present else []),
+        *([local_column(recipe)] if recipe.local.present else []),
+        *target_columns(recipe),
+    ]
     how = {"cls": "--encoder NAME", "features": "--features"}
-    for column, needed in needs.items():
-        if needed and column not in manifest.columns:
+    for column in needed:
+        if column not in manifest.columns:
             command = f"`reglue prepare … {how[column]}`" if column in how else _compress_command(store, column)
             has = ", ".join(sorted(manifest.columns))
             raise UserError(
@@ -105,7 +107,7 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
         raise UserError(
             f"recipe {recipe.name} aligns with a vision encoder, but {store.folder} was prepared without one"
         )
-    if needs["features"] and encoder is not None and encoder.layers[-1] != encoder.depth - 1:
+    if target_columns(recipe) and encoder is not None and encoder.layers[-1] != encoder.depth - 1:
         raise UserError(
             f"{store.folder} holds layers {list(encoder.layers)}, not the last one ({encoder.depth - 1}) that "
             "alignment needs; prepare with it among --layers, or use --alignment.targets online"
@@ -137,81 +139,132 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A training sample before its arithmetic: rows as they are stored, and everything random."""
+
+    latent: dict[str, Tensor]
+    """Tensors of the column `latent`."""
+    codes: dict[str, Tensor]
+    """`local` (B, K, h, w) at the encoder's grid and `cls` (B, D), where the recipe learns them."""
+    target: dict[str, Tensor]
+    """What the alignment targets have read."""
+    noise: dict[str, Tensor]
+    """ε of each modality, and that of the latents' distribution as `posterior`."""
+    drawn: dict[str, Tensor]
+    """`time`, `label` and, where maps are dropped, `keep_local`: see `TrainingSample`."""
+
+    def to(self, device: torch.device) -> Draft:
+        """The same on a device; copies to a GPU do not wait, if the draft is pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Draft:
+        """The same in memory that a GPU can copy from by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> Draft:
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        return Draft(**{part: {name: move(value) for name, value in held.items()} for part, held in parts.items()})
+
+
 class TrainingData:
     """The training samples of a recipe on a store.
 
     Sample `position` of the run, counted over all steps, is a function of the seed and the position: its image, its
     time, its noise and what is dropped. So a batch can be cut into parts and spread over processes in any way.
+
+    Reading and drawing (`read`) is the CPU's work, for any number of threads. All arithmetic (`finish`) is the
+    device's: it has the time for it, and what is copied to it is as small as on disk.
     """
 
     def __init__(
-        self, store: Store, recipe: Recipe, config: DenoiserConfig, seed: int, online: OnlineTargets | None = None
+        self,
+        store: Store,
+        recipe: Recipe,
+        config: DenoiserConfig,
+        seed: int,
+        device: torch.device = CPU,
     ) -> None:
-        self.store, self.recipe, self.config, self.seed, self.online = store, recipe, config, seed, online
-        self.scaled = normalisations(store, recipe)
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        """Raises UserError if what the alignment's targets are made of is not at hand."""
+        self.store, self.recipe, self.config, self.seed, self.device = store, recipe, config, seed, device
+        self.shapes = config.shape.shapes()
+        self.targets = alignment_targets(store, recipe, device) if config.alignment_width else None
+        # Made once, since to copy them to a GPU in every step would wait for it.
+        self.scales = {
+            name: scaling.tensors(torch.empty(1, *self.shapes[name], device=device))
+            for name, scaling in normalisations(store, recipe).items()
+        }
+        # Threads that read ahead may be in two epochs at once.
+        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, "order of images", epoch, len(store)))
 
     def rows(self, positions: range) -> Tensor:
         """The store's rows at positions of the run: every epoch has a random order of its own."""
-        return torch.stack([self._row(position) for position in positions])
+        epochs_and_indices = [divmod(position, len(self.store)) for position in positions]
+        return torch.stack([self._order(epoch)[index] for epoch, index in epochs_and_indices])
 
     def sample(self, positions: range) -> TrainingSample:
-        """The samples at positions of the run, on the CPU."""
+        """The samples at positions of the run, on the device."""
+        return self.finish(self.read(positions))
+
+    def read(self, positions: range) -> Draft:
+        """Read and draw the samples at positions of the run, on the CPU; pinned if the device is a GPU."""
         rows = self.rows(positions)
-        shapes = self.config.shape.shapes()
         generators = [generator(self.seed, "training sample", position) for position in positions]
         uniform = torch.from_numpy(np.stack([g.random(3) for g in generators]))
-        noise = normals(generators, {"posterior": shapes[LATENT], **shapes})
+        noise = normals(generators, {"posterior": self.shapes[LATENT], **self.shapes})
 
         label = self.store.labels[rows]
         if not self.config.classes:
             label = torch.zeros_like(label)  # the null label is the only one
         dropped = uniform[:, 1] < self.recipe.optimisation.label_dropout
-        dropout = self.recipe.local.dropout if LOCAL in shapes else 0.0
-        return TrainingSample(
-            data=self._state(rows, noise.pop("posterior")),
+        drawn = {
+            "time": shift_time(uniform[:, 0], self.recipe.optimisation.time_shift).float(),
+            "label": torch.where(dropped, self.config.classes, label),
+        }
+        dropout = self.recipe.local.dropout if LOCAL in self.shapes else 0.0
+        if dropout:
+            drawn["keep_local"] = uniform[:, 2] >= dropout
+        columns = {LOCAL: local_column(self.recipe), CLS: class_token_column(self.recipe)}
+        draft = Draft(
+            latent=self.store.read("latent", rows),
+            codes={k: self.store.read(column, rows)[k] for k, column in columns.items() if k in self.shapes},
+            target=self.targets.read(rows) if self.targets else {},
             noise=noise,
-            time=shift_time(uniform[:, 0], self.recipe.optimisation.time_shift).float(),
-            label=torch.where(dropped, self.config.classes, label),
-            alignment_target=self._targets(rows) if self.config.alignment_width else None,
-            keep_local=uniform[:, 2] >= dropout if dropout else None,
+            drawn=drawn,
+        )
+        return draft.pinned() if self.device.type == "cuda" else draft
+
+    @torch.no_grad()
+    def finish(self, draft: Draft) -> TrainingSample:
+        """The training samples of a draft, on the device: nothing here waits for it."""
+        draft = draft.to(self.device)
+        latent = draft.latent["mean"].float()
+        if "std" in draft.latent:
+            latent = latent + draft.latent["std"].float() * draft.noise["posterior"]
+        state = {LATENT: latent, **{name: code.float() for name, code in draft.codes.items()}}
+        for name, (shift, scale) in self.scales.items():
+            state[name] = (state[name] - shift) * scale
+        if LOCAL in state:
+            state[LOCAL] = resize(state[LOCAL], self.config.shape.grid)
+        return TrainingSample(
+            data=state,
+            noise={name: draft.noise[name] for name in state},
+            alignment_target=self._target(self.targets.tokens(draft.target)) if self.targets else None,
+            time=draft.drawn["time"],
+            label=draft.drawn["label"],
+            keep_local=draft.drawn.get("keep_local"),
         )
 
-    def _row(self, position: int) -> Tensor:
-        epoch, index = divmod(position, len(self.store))
-        if self._order[0] != epoch:
-            self._order = (epoch, permutation(self.seed, "order of images", epoch, len(self.store)))
-        return self._order[1][index]
-
-    def _state(self, rows: Tensor, posterior_noise: Tensor) -> State:
-        moments = self.store.read("latent", rows)
-        latent = moments["mean"].float()
-        if "std" in moments:
-            latent = latent + moments["std"].float() * posterior_noise
-        state = {LATENT: self._scale(LATENT, latent)}
-        if self.config.shape.local_channels:
-            local = self.store.read(local_column(self.recipe), rows)["local"].float()
-            state[LOCAL] = resize(self._scale(LOCAL, local), self.config.shape.grid)
-        if self.config.shape.class_token_width:
-            state[CLS] = self._scale(CLS, self.store.read(class_token_column(self.recipe), rows)["cls"].float())
-        return state
-
-    def _scale(self, name: str, value: Tensor) -> Tensor:
-        return self.scaled[name].normalise(value) if name in self.scaled else value
-
-    def _targets(self, rows: Tensor) -> Tensor:
-        """The encoder's raw tokens (B, N, D) for the model's tokens: resampled if the grids differ."""
-        if self.online is not None:
-            tokens = self.online(self.store.names(rows))
-            cls, patches = tokens[:, :1], tokens[:, 1:].transpose(1, 2)
-        else:
-            cls = self.store.read("cls", rows)["cls"].float().unsqueeze(1)
-            last_layer = slice(-self.config.alignment_width, None)
-            patches = self.store.read("features", rows, last_layer)["features"].float().flatten(2)
-        encoder = self.store.manifest.encoder
-        assert encoder is not None
-        if encoder.grid != self.config.token_grid:
-            maps = patches.unflatten(2, encoder.grid)
-            patches = F.interpolate(maps, self.config.token_grid, mode="bilinear", antialias=True).flatten(2)
-        patches = patches.transpose(1, 2)
-        return torch.cat([cls, patches], dim=1) if self.config.shape.class_token_width else patches
+    def _target(self, tokens: Tokens) -> Tensor:
+        """The encoder's raw tokens (B, N, D) float32 for the model's tokens: resampled if the grids differ."""
+        patches = tokens.patches
+        if patches.shape[2:] != self.config.token_grid:
+            patches = F.interpolate(patches.float(), self.config.token_grid, mode="bilinear", antialias=True)
+        patches = patches.flatten(2).transpose(1, 2)
+        leading = 1 if self.config.shape.class_token_width else 0
+        # Float16 to float32, another order and the token in front: in one pass over the largest tensor of a step.
+        target = patches.new_empty((len(patches), leading + patches.shape[1], patches.shape[2]), dtype=torch.float32)
+        target[:, leading:] = patches
+        if leading:
+            target[:, 0] = tokens.class_token
+        return target

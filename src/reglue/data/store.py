@@ -11,6 +11,7 @@ shard's metadata names its images, so that nothing but safetensors is needed to 
 | `latent` | `mean` (C,H,W), and `std` (C,H,W) if the autoencoder has one; raw, before shift and scale |
 | `cls` | `cls` (D,) float32: the encoder's class token |
 | `features` | `features` (L·D,h,w) float16: patch features of the L chosen layers at the encoder's grid |
+| `features` in 8 bits | `features` int8 and, for every channel of an image, `scale` (L·D,) float16 to multiply by |
 | `local.NAME` | `local` (K,h,w): the codes of compressor NAME, at the encoder's grid |
 | `cls.NAME` | `cls` (K,): the class token's codes of compressor NAME |
 """
@@ -59,7 +60,9 @@ READ_AT_ONCE = 2**24
 LOCAL_CODES = "local."
 CLASS_TOKEN_CODES = "cls."
 """What the names of columns that hold a compressor's codes begin with, for maps and for class tokens."""
-
+SCALE = "scale"
+"""The tensor of a column in 8 bits that its values are multiplied with."""
+INT8_LARGEST = 127
 MAPPED_AT_ONCE = 16_384
 """Files that a store keeps mapped. Linux allows a process 65,530 maps, and ImageNet-21k has more shards."""
 
@@ -100,7 +103,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     """Of one row."""
     dtype: str
-    """`float16`, `float32` or `int64`."""
+    """`float16`, `float32`, `int64` or `int8`."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,8 @@ class Contents:
     statistics_seed: int
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the networks' matrix products."""
+    features_dtype: str = "float16"
+    """`float16` or `int8`: how patch features are stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,19 +216,25 @@ class Store:
             return torch.arange(len(self))
         return torch.tensor([row for row, name in enumerate(self._names) if not name.endswith(FLIPPED)])
 
-    def read(
+    def read(self, column: str, rows: Tensor, channels: slice = slice(None)) -> dict[str, Tensor]:
+        """Rows of a column in the order asked for, each tensor (len(rows), …) on the CPU; what is in 8 bits as float16.
+
+        `rows` (n,) are indices in [0, N), repeats allowed; `channels` picks some of the first axis of each row, and no
+        others are read. Raises UserError for a column that the store does not have and for a damaged file.
+        """
+        return restored(self.read_stored(column, rows, channels))
+
+    def read_stored(
         self,
         column: str,
         rows: Tensor,
         channels: slice = slice(None),
         out: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Rows of a column in the order asked for, each tensor (len(rows), …) on the CPU as it is stored.
+        """As `read`, but the tensors as they are stored; `restored` makes of them what `read` gives, on any device.
 
-        `rows` (n,) are indices in [0, N), repeats allowed; `channels` picks some of the first axis of each row, and no
-        others are read. With `out`, tensors of these shapes and types on the CPU (pinned ones, say), the rows are
-        written there: every byte is copied once, from the page cache to where it is wanted. Raises UserError for a
-        column that the store does not have and for a damaged file, ValueError for an `out` that does not fit.
+        With `out`, tensors of these shapes and types on the CPU (pinned ones, say), the rows are written there: every
+        byte is copied once, from the page cache to where it is wanted. ValueError for an `out` that does not fit.
         """
         content = self._column(column)
         rows = rows.to("cpu", torch.int64)
@@ -262,12 +273,14 @@ class Store:
 
     def _map(self, column: str, shard: int) -> dict[str, np.ndarray]:
         """The tensors of a shard as views of the file, which stays mapped."""
-        if (column, shard) not in self._mapped:
-            if len(self._mapped) >= MAPPED_AT_ONCE:
-                self._mapped.pop(next(iter(self._mapped)))
+        mapped = self._mapped.get((column, shard))
+        if mapped is None:
             tensors = _map(self.folder, self._column(column), shard)
-            self._mapped[column, shard] = {name: tensor.numpy() for name, tensor in tensors.items()}
-        return self._mapped[column, shard]
+            mapped = {name: tensor.numpy() for name, tensor in tensors.items()}
+            if len(self._mapped) >= MAPPED_AT_ONCE:
+                self._mapped.pop(next(iter(tuple(self._mapped))), None)  # Other threads read too.
+            self._mapped[column, shard] = mapped
+        return mapped
 
     def scan(
         self, column: str, rows: Tensor | None = None, chunk: int = 64
@@ -284,7 +297,7 @@ class Store:
                 continue
             mapped = _map(self.folder, content, shard)  # Not kept: resident pages go with the map.
             for part in within.split(chunk):
-                yield part, {name: tensor[part - start] for name, tensor in mapped.items()}
+                yield part, restored({name: tensor[part - start] for name, tensor in mapped.items()})
 
     def is_whole(self, column: str) -> bool:
         """Whether the store has a column, and all of its files in full size."""
@@ -379,6 +392,7 @@ class Store:
             before,
             encoder=other.manifest.encoder,
             features=other.manifest.features,
+            features_dtype=other.manifest.features_dtype,
             columns={**before.columns, **taken},
             statistics={**before.statistics, **statistics},
             compressors=other.manifest.compressors,
@@ -544,6 +558,27 @@ class Block:
     columns: dict[str, Column]
     """Each with this block's shard alone."""
     measured: dict[str, float]
+
+
+def in_8_bits(features: Tensor) -> dict[str, Tensor]:
+    """Features (B, C, h, w) as int8 and a `scale` (B, C) float16 for every channel of an image: half the size of
+    float16.
+
+    A scale of each channel's own fits features better than one for each position: a few channels are far larger than
+    the others (arXiv 2309.16588), and would take their precision.
+    """
+    scale = (features.float().abs().amax((2, 3)) / INT8_LARGEST).half()
+    steps = features.float() / torch.where(scale > 0, scale, 1).float()[:, :, None, None]
+    whole = steps.nan_to_num().round().clamp(-INT8_LARGEST, INT8_LARGEST).to(torch.int8)
+    return {"features": whole, SCALE: scale}
+
+
+def restored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a column as they are stored, those in 8 bits as float16 again. Others stay as they are."""
+    if SCALE not in tensors:
+        return dict(tensors)
+    scale = tensors[SCALE][:, :, None, None]
+    return {name: tensor.to(scale.dtype) * scale for name, tensor in tensors.items() if name != SCALE}
 
 
 def value_of(column: str) -> str:

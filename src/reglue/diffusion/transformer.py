@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint  # type: ignore[reportUnknownVariableType]
 
 NORM_EPSILON = 1e-6
 FREQUENCIES = 256
@@ -88,6 +89,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=NORM_EPSILON, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
+        self.recomputed_blocks = 0
+        """So many blocks, from the first on, keep no activations for the backward pass but compute them again."""
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor, tap_after: int = 0) -> tuple[Tensor, Tensor | None]:
         """Tokens x (B, N, D), time (B,), label (B,) int64 → tokens (B, N, D) and those after block `tap_after`.
@@ -97,7 +100,11 @@ class Transformer(nn.Module):
         condition = F.silu(self.time_embedding(time_features(time)) + self.label_embedding(label))
         tap = None
         for number, block in enumerate(self.blocks, start=1):
-            x = block(x, condition)
+            if number <= self.recomputed_blocks and torch.is_grad_enabled():
+                # Nothing in a block is random, so the state of the generators need not be kept.
+                x = checkpoint(block, x, condition, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, condition)
             if number == tap_after:
                 tap = x
         shift, scale = self.modulation(condition).chunk(2, dim=1)

@@ -102,6 +102,8 @@ class Autoencode(TakesPaths):
         for option in ("workers", "seed", "keep"):
             if getattr(self, option) < 0:
                 raise UserError(f"--{option} {getattr(self, option)}: choose 0 or more")
+        if self.recipe.optimisation.compile == "blocks":
+            raise UserError("--optimisation.compile blocks is for transformers; choose model for an autoencoder, or no")
         if min(self.size) < 1:
             raise UserError(f"--resolution {self.resolution}: choose a positive number of pixels")
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
@@ -184,7 +186,7 @@ def autoencode(options: Autoencode) -> Path:
             print(f"{options.out} is complete already: {step} steps")
         return options.out
     ranks.wait_for_all()
-    if optimisation.compile:
+    if optimisation.compile == "model":
         model.autoencoder.compile()
 
     samples = ImageSamples(images, training, options.size, shape, options.seed, "training", recipe.flips)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -16,23 +17,24 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reglue.data.batches import TrainingData
-from reglue.data.images import UnreadableImage
+from reglue.data.batches import Draft, TrainingData
 from reglue.data.pictures import image_grid
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
+from reglue.diffusion.objective import loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.errors import UserError
 from reglue.files import TakesPaths, replacing
-from reglue.recipe import Descent, Recipe
+from reglue.recipe import Compile, Descent, Recipe
 from reglue.runs import checkpoints, fine_tuning, ranks
 from reglue.runs.generation import ImageModel, decoder
 from reglue.runs.record import COMPRESSOR, RunRecord, Weights
 from reglue.runs.tracking import MetricsLog
 from reglue.seeds import generator
 from reglue.semantics.compressors import SPEC_FILE, load_compressor
-from reglue.semantics.encoders import load_encoder
+
+READERS = 4
+"""Threads that read ahead for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,15 @@ class Train(TakesPaths):
     """Images per grid."""
     preview_steps: int = 50
     """Sampling steps of the grids."""
+    workers: int | None = None
+    """Threads that read samples ahead of their use. Default: 4 with a GPU, none without."""
     device: str = "auto"
     """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"--workers {self.workers}: choose 0 or more")
 
 
 def train(options: Train) -> Path:
@@ -108,13 +117,10 @@ def train(options: Train) -> Path:
     if checkpoints.steps(options.out):
         step = checkpoints.restore(checkpoints.find(options.out), model, ema, optimiser)
     ranks.wait_for_all()
-    if optimisation.compile:
-        model.compile()
+    model.transformer.recomputed_blocks = round(optimisation.checkpoint_blocks * record.denoiser.depth)
+    compile_parts(model, optimisation.compile)
 
-    online = (
-        online_targets(store, device) if recipe.alignment.present and recipe.alignment.targets == "online" else None
-    )
-    data = TrainingData(store, recipe, record.denoiser, options.seed, online)
+    data = TrainingData(store, recipe, record.denoiser, options.seed, device)
     log = MetricsLog(options.out, after_step=step) if rank == 0 else None
     weights_now, averages = list(model.state_dict().values()), list(ema.values())
     path = PATHS[recipe.path]
@@ -125,7 +131,9 @@ def train(options: Train) -> Path:
         first = of_step * optimisation.batch_size + rank * share
         return [range(start, start + part) for start in range(first, first + share, part)]
 
-    batches = prefetch(data, (parts for s in range(step, optimisation.steps) for parts in positions(s)), device)
+    # On the CPU itself there is nothing to overlap: threads would take its cores from the step.
+    workers = options.workers if options.workers is not None else 0 if device.type == "cpu" else READERS
+    drafts = prefetch(data, (parts for s in range(step, optimisation.steps) for parts in positions(s)), workers)
     progress = tqdm(
         total=optimisation.steps,
         initial=step,
@@ -140,7 +148,7 @@ def train(options: Train) -> Path:
             group["lr"] = learning_rate(optimisation, step)
 
         for _ in range(optimisation.accumulate):
-            sample = next(batches)
+            sample = data.finish(next(drafts))
             with ranks.autocast(device, optimisation.precision):
                 terms = loss_terms(model, path, sample)
             loss = weighted_sum(terms, loss_weights) / optimisation.accumulate
@@ -225,6 +233,15 @@ def take_compressor(store: Store, record: RunRecord, out: Path) -> None:
         load_compressor(store.folder / "compressors" / record.recipe.local.compressor).save(out / COMPRESSOR)
 
 
+def compile_parts(model: Denoiser, parts: Compile) -> None:
+    """Have torch.compile compile a model, or one block for all: their code is the same, and weights are its inputs."""
+    if parts == "model":
+        model.compile()
+    elif parts == "blocks":
+        for block in model.transformer.blocks:
+            block.compile()
+
+
 def learning_rate(optimisation: Descent, step: int) -> float:
     """The learning rate of a step, counted from 0."""
     rate = optimisation.learning_rate
@@ -241,65 +258,25 @@ def ema_decay(optimisation: Descent, step: int) -> float:
     return min(optimisation.ema, (1 + step) / (10 + step)) if optimisation.ema_warmup else optimisation.ema
 
 
-def prefetch(data: TrainingData, positions: Iterator[range], device: torch.device) -> Iterator[TrainingSample]:
-    """Samples on the device, each read while the one before is in use.
+def prefetch(data: TrainingData, positions: Iterable[range], workers: int) -> Generator[Draft, None, None]:
+    """Drafts of the samples at positions, in order. So many threads read ahead of their use; 0 reads when asked.
 
-    Where the device is the CPU itself there is nothing to overlap: two threads would take its cores from each other.
+    What a thread raises is raised here, in its place in the order. The threads end with the iterator.
     """
-    if device.type == "cpu":
-        yield from map(data.sample, positions)
+    if not workers:
+        yield from map(data.read, positions)
         return
-    with ThreadPoolExecutor(1) as reader:
-        ahead = None
+    reader = ThreadPoolExecutor(workers, "read ahead")
+    ahead: deque[Future[Draft]] = deque()
+    try:
         for part in positions:
-            current, ahead = ahead, reader.submit(data.sample, part)
-            if current is not None:
-                yield to_device(current.result(), device)
-        if ahead is not None:
-            yield to_device(ahead.result(), device)
-
-
-def to_device(sample: TrainingSample, device: torch.device) -> TrainingSample:
-    """The sample on a device; copies to a GPU do not wait."""
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-    return replace(
-        sample,
-        data={name: move(value) for name, value in sample.data.items()},
-        noise={name: move(value) for name, value in sample.noise.items()},
-        time=move(sample.time),
-        label=move(sample.label),
-        alignment_target=None if sample.alignment_target is None else move(sample.alignment_target),
-        keep_local=None if sample.keep_local is None else move(sample.keep_local),
-    )
-
-
-def online_targets(store: Store, device: torch.device):
-    """A function from names of images to the encoder's tokens, for alignment without cached features."""
-    source, spec = store.manifest.source, store.manifest.encoder
-    assert spec is not None
-    images = source.open()
-    if images.sequential:
-        raise UserError(f"{source.path} is a stream, read in order alone; use --alignment.targets cached")
-    index_of = {name: index for index, name in enumerate(images.names)}
-    encoder = load_encoder(spec.name, source.resolution, (spec.depth - 1,), device, final_norm=spec.final_norm)
-    if encoder.spec.weights_sha256 != spec.weights_sha256:
-        raise UserError(f"encoder {spec.name} is not the one that {store.folder} was prepared with: its weights differ")
-
-    def targets(names: Sequence[str]) -> Tensor:
-        pixels: list[Tensor] = []
-        for name in names:
-            image = images.load(index_of[name], source.resolution) if name in index_of else None
-            if image is None or isinstance(image, UnreadableImage):
-                raise UserError(f"{Path(source.path) / name} is gone or damaged; online alignment needs the images")
-            pixels.append(image)
-        described = encoder.describe(torch.stack(pixels).to(device))
-        patches = described.features.flatten(2).transpose(1, 2)
-        return torch.cat([described.class_token.unsqueeze(1), patches], dim=1).float().cpu()
-
-    return targets
+            ahead.append(reader.submit(data.read, part))
+            if len(ahead) > workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        reader.shutdown(cancel_futures=True)
 
 
 def preview(options: Train, record: RunRecord, ema: dict[str, Tensor], device: torch.device, step: int) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from reglue.data.batches import Normalisation, class_token_column, denoiser_config, local_column, normalisations
 from reglue.data.store import Store, compressor_of, holds_codes
+from reglue.data.targets import decoded, target_columns, target_compressor
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError
 from reglue.files import from_json, replacing, to_json
@@ -142,16 +143,16 @@ def needed_columns(recipe: Recipe) -> list[str]:
         columns.append(local_column(recipe))
     if recipe.class_token.present:
         columns.append(class_token_column(recipe))
-    if recipe.alignment.present and recipe.alignment.targets == "cached":
-        columns += ["cls", "features"]
-    return sorted(set(columns))
+    return sorted({*columns, *target_columns(recipe)})
 
 
 def data_hash(store: Store, recipe: Recipe) -> str:
     """SHA-256 of what training reads, so that adding a column that it does not read changes nothing."""
     columns = store.manifest.columns
-    shards = [shard.sha256 for name in needed_columns(recipe) for shard in columns[name].shards]
-    return hashlib.sha256("".join(shards).encode()).hexdigest()
+    parts = [shard.sha256 for name in needed_columns(recipe) for shard in columns[name].shards]
+    if decoded(recipe):
+        parts.append(store.manifest.compressors[target_compressor(recipe)].weights_sha256)
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def differing(mine: object, theirs: object, prefix: str = "") -> list[str]:

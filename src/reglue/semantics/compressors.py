@@ -30,6 +30,8 @@ CompressorKind = Literal["conv", "pca", "mlp"]
 CompressedColumn = Literal["features", "cls"]
 """What a compressor is fitted to: the column of a store with patch features, or with class tokens."""
 
+ALL = slice(None)
+
 SPEC_FILE = "compressor.json"
 WEIGHTS_FILE = "compressor.safetensors"
 
@@ -71,25 +73,25 @@ class Compressor(nn.Module, ABC):
         """(f − mean)/std per channel, in the precision of the statistics."""
         return (features.to(self.mean.dtype) - self.mean[:, None, None]) / self.std[:, None, None]
 
-    def destandardise(self, standardised: Tensor) -> Tensor:
-        """Inverse of `standardise`."""
-        return standardised * self.std[:, None, None] + self.mean[:, None, None]
+    def destandardise(self, standardised: Tensor, channels: slice = ALL) -> Tensor:
+        """Inverse of `standardise`, for some of the channels or all."""
+        return standardised * self.std[channels, None, None] + self.mean[channels, None, None]
 
     def encode(self, features: Tensor) -> Tensor:
         """Raw features (B, channels_in, h, w) of any floating type to codes (B, channels, h, w)."""
         return self.compress(self.standardise(features))
 
-    def decode(self, code: Tensor) -> Tensor:
-        """Codes (B, channels, h, w) to raw features (B, channels_in, h, w)."""
-        return self.destandardise(self.expand(code))
+    def decode(self, code: Tensor, channels: slice = ALL) -> Tensor:
+        """Codes (B, channels, h, w) to raw features (B, channels_in, h, w), or some `channels` of them alone."""
+        return self.destandardise(self.expand(code, channels), channels)
 
     @abstractmethod
     def compress(self, standardised: Tensor) -> Tensor:
         """Standardised features to codes."""
 
     @abstractmethod
-    def expand(self, code: Tensor) -> Tensor:
-        """Codes to standardised features."""
+    def expand(self, code: Tensor, channels: slice = ALL) -> Tensor:
+        """Codes to standardised features; what is left out of their `channels` is not computed."""
 
     @abstractmethod
     def spec(self) -> CompressorSpec:
@@ -165,9 +167,14 @@ class LearnedCompressor(Compressor):
         """Standardised features (B, channels_in, h, w) to codes (B, channels_out, h, w)."""
         return self.posterior(standardised).mean if self.variational else self.encoder(standardised)
 
-    def expand(self, code: Tensor) -> Tensor:
-        """Codes (B, channels_out, h, w) to standardised features (B, channels_in, h, w)."""
-        return self.decoder(code)
+    def expand(self, code: Tensor, channels: slice = ALL) -> Tensor:
+        """Codes (B, channels_out, h, w) to standardised features (B, channels_in, h, w), or some channels of them."""
+        *inner, last = self.decoder
+        assert isinstance(last, nn.Conv2d)
+        assert last.bias is not None
+        for layer in inner:
+            code = layer(code)
+        return F.conv2d(code, last.weight[channels], last.bias[channels], padding=last.padding)
 
     def posterior(self, standardised: Tensor) -> Posterior:
         """The distribution of codes of standardised features (B, channels_in, h, w), of a variational compressor."""
@@ -253,9 +260,10 @@ class PcaCompressor(Compressor):
         """Standardised features (B, C, h, w) to components (B, K, h, w)."""
         return torch.einsum("kc,bchw->bkhw", self.components, standardised - self.centre[:, None, None])
 
-    def expand(self, code: Tensor) -> Tensor:
-        """Components (B, K, h, w) to the nearest standardised features (B, C, h, w)."""
-        return torch.einsum("kc,bkhw->bchw", self.components, code) + self.centre[:, None, None]
+    def expand(self, code: Tensor, channels: slice = ALL) -> Tensor:
+        """Components (B, K, h, w) to the nearest standardised features (B, C, h, w), or some channels of them."""
+        centre = self.centre[channels, None, None]
+        return torch.einsum("kc,bkhw->bchw", self.components[:, channels], code) + centre
 
     def spec(self) -> CompressorSpec:
         """Kind, sizes and hash of the weights as they are now."""
