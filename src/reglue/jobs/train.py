@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import tyro
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from reglue.data.batches import TrainingData
@@ -23,10 +23,11 @@ from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
+from reglue.diffusion.paths import Path as Interpolant
 from reglue.errors import UserError
 from reglue.files import TakesPaths, replacing
 from reglue.recipe import Descent, Recipe
-from reglue.runs import checkpoints, ranks
+from reglue.runs import checkpoints, parallel, ranks
 from reglue.runs.generation import ImageModel, decoder
 from reglue.runs.record import COMPRESSOR, RunRecord
 from reglue.runs.tracking import MetricsLog
@@ -60,8 +61,25 @@ class Train(TakesPaths):
     """Sampling steps of the grids."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    shards: int = 1
+    """Under torchrun: how many processes share one copy of the model. With 1 each has its own; more are for models that
+    outgrow one device."""
 
 
+class Losses(nn.Module):
+    """`loss_terms` as a module: all that a step differentiates, which is what processes share."""
+
+    def __init__(self, denoiser: Denoiser, path: Interpolant) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.path = path
+
+    def forward(self, sample: TrainingSample) -> dict[str, Tensor]:
+        """The unweighted terms, as scalars."""
+        return loss_terms(self.denoiser, self.path, sample)
+
+
+@ranks.together()
 def train(options: Train) -> Path:
     """Train until the recipe's last step. Returns the run folder.
 
@@ -73,13 +91,16 @@ def train(options: Train) -> Path:
     device = ranks.resolve_device(options.device)
     store = Store.open(options.store)
     share, part = part_sizes(optimisation, processes)
+    parallel.check_shards(options.shards, processes)
 
     record = RunRecord.of(store, recipe, options.seed)
     claim(options.out, record, rank)
     if record.compressor and rank == 0:
         take_compressor(store, record, options.out)
     torch.manual_seed(int(generator(options.seed, "initial weights").integers(2**63)))
-    model = Denoiser(record.denoiser).to(device)
+    model = Denoiser(record.denoiser)
+    losses = Losses(model, PATHS[recipe.path])
+    losses = parallel.spread(losses, model.transformer.blocks, options.shards, device, optimisation.precision)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
     optimiser = torch.optim.AdamW(
         model.parameters(),
@@ -101,8 +122,8 @@ def train(options: Train) -> Path:
     )
     data = TrainingData(store, recipe, record.denoiser, options.seed, online)
     log = MetricsLog(options.out, after_step=step) if rank == 0 else None
+    writer = checkpoints.Writer(options.out, options.keep, sharded=options.shards > 1)
     weights_now, averages = list(model.state_dict().values()), list(ema.values())
-    path = PATHS[recipe.path]
     sums: dict[str, Tensor] = {}
     logged_step, logged_time = step, time.perf_counter()
 
@@ -124,17 +145,17 @@ def train(options: Train) -> Path:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(optimisation, step)
 
-        for _ in range(optimisation.accumulate):
+        for number in range(optimisation.accumulate):
             sample = next(batches)
-            with ranks.autocast(device, optimisation.precision):
-                terms = loss_terms(model, path, sample)
-            loss = weighted_sum(terms, loss_weights) / optimisation.accumulate
-            loss.backward()
+            with parallel.accumulating(losses, last=number == optimisation.accumulate - 1):
+                with ranks.autocast(device, optimisation.precision):
+                    terms = losses(sample)
+                loss = weighted_sum(terms, loss_weights) / optimisation.accumulate
+                loss.backward()
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach() / optimisation.accumulate
             sums["loss"] = sums.get("loss", 0) + loss.detach()
-        ranks.average_gradients(model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimisation.clip or math.inf)
+        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), optimisation.clip or math.inf))
         sums["gradient_norm"] = sums.get("gradient_norm", 0) + norm
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -162,12 +183,15 @@ def train(options: Train) -> Path:
                 log.write(step=step, **values, learning_rate=rate, images_per_second=images / (now - logged_time))
                 progress.set_postfix(loss=f"{values['loss']:.3f}")
             sums, logged_step, logged_time = {}, step, now
-        if checkpoint_due and rank == 0:
-            checkpoints.save(options.out, step, model, ema, optimiser)
-            checkpoints.forget_all_but(options.out, options.keep)
-        if preview_due and rank == 0:
-            preview(options, record, ema, device, step)
+        writer.check()
+        if checkpoint_due:
+            writer.save(step, model, ema, optimiser)
+        if preview_due:
+            averaged = parallel.gathered(ema)
+            if rank == 0:
+                preview(options, record, averaged, device, step)
             logged_time = time.perf_counter()
+    writer.wait()
     progress.close()
     ranks.wait_for_all()
     return options.out
