@@ -73,7 +73,7 @@ def leave() -> None:
 
 
 def end(code: int) -> NoReturn:
-    """End this process. Among others it ends at once: the thread that watches them (`together`) cannot be interrupted."""
+    """End this process. Among others it ends at once: the thread that watches them (`together`) does not stop."""
     if not dist.is_initialized():
         sys.exit(code)
     sys.stdout.flush()
