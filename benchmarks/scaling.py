@@ -1,8 +1,8 @@
 """Memory, operations and messages of a training step on many GPUs, on paper: `python benchmarks/scaling.py`.
 
 Weights are counted on the real Denoiser and operations by PyTorch's counter, both on the meta device, which computes
-nothing. Activations follow a formula that `--check` compares with what autograd keeps for a small model. Times are counts
-divided by assumed rates, all of which are options. Prints markdown tables and one line of JSON.
+nothing. Activations follow a formula that `--check` compares with what autograd keeps for a small model. Times are
+counts divided by assumed rates, all of which are options. Prints markdown tables and one line of JSON.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def forward(model: Denoiser, count: int, device: str) -> Tensor:
     """The sum of all that a loss looks at."""
     prediction = model(*batch(model.config, count, device))
     assert prediction.tap is not None
-    return sum((v.sum() for v in prediction.velocity.values()), start=model.projector(prediction.tap).sum())
+    outputs = [*prediction.velocity.values(), model.projector(prediction.tap)]
+    return torch.stack([output.sum() for output in outputs]).sum()
 
 
 def operations(model: Denoiser) -> int:
@@ -115,10 +116,9 @@ def operations(model: Denoiser) -> int:
 def activation_bytes(config: DenoiserConfig) -> int:
     """Bytes that the backward pass keeps for one image under autocast to bfloat16, without activation checkpointing.
 
-    Per block and token, in widths: seven of float32 (the two inputs of the norms, their two results before they are
-    modulated, their products with the gates and the sum) and 2·(1 + 3 + 1 + 1 + 4 + 4 + 1) of bfloat16 bytes: the inputs of qkv, q, k and
-    v, attention's output twice, the inputs of GELU and of the second linear layer, and its output. Everything outside of
-    the blocks is passed over except the projector's three inputs.
+    Per block and token, in widths: seven of float32 (the inputs of the norms, their results before they are modulated,
+    the products with the gates, a sum) and fifteen of bfloat16 (the inputs of qkv, q, k, v, attention's output twice,
+    four each before and after GELU, the network's output). Outside of the blocks only the projector is counted.
     """
     rows, columns = config.token_grid
     tokens = rows * columns + 1
@@ -156,15 +156,15 @@ def count(name: str, options: Scaling) -> Count:
 
 
 def resident_bytes(model: Count, shards: int) -> float:
-    """Weights, gradients, two moments and the moving average in float32, spread over the shards.
+    """Weights, gradients, two moments and the moving average in float32, spread over the shards, and what is not.
 
-    With shards, also one gathered block and the next one in bfloat16, gradients of a block in float32, and all that is
-    outside of the blocks, whole.
+    Autocast keeps a copy of whole weights in bfloat16. With shards there are one gathered block and the next one in
+    bfloat16, gradients of a block in float32, and all that is outside of the blocks, whole, with its gradients.
     """
     state = 5 * 4 * model.weights / shards
     if shards == 1:
-        return state
-    return state + model.largest_block * (2 * 2 + 4) + (model.weights - model.in_blocks) * 8
+        return state + 2 * model.weights
+    return state + model.largest_block * (2 * 2 + 4) + (model.weights - model.in_blocks) * (4 + 4 + 2)
 
 
 def sent_bytes(model: Count, gpus: int, shards: int) -> tuple[float, float]:
@@ -212,7 +212,7 @@ def main(options: Scaling) -> None:
                 "model",
                 "weights, millions",
                 "operations per image, 10⁹",
-                "weights to moving average, GiB",
+                "weights and what goes with them, GiB",
                 "activations, GiB",
             ],
             [
@@ -265,9 +265,8 @@ def main(options: Scaling) -> None:
     if options.check:
         small = config_of(ModelSize(4, 192, 3, 2, 2), options)
         checked = {"formula": activation_bytes(small), "autograd": kept_by_autograd(small, 4)}
-        print(
-            f"Activations of 4x192x3/2 per image: formula {checked['formula']:,} bytes, autograd {checked['autograd']:,}.\n"
-        )
+        formula, autograd = checked["formula"], checked["autograd"]
+        print(f"Activations of 4x192x3/2 per image: formula {formula:,} bytes, autograd {autograd:,}.\n")
     print(
         json.dumps(
             {"assumptions": asdict(options), "counts": [asdict(c) for c in counts], "steps": report, "check": checked}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -42,7 +43,10 @@ def spread(
     if processes == 1:
         return losses.to(device)
     if shards == 1:
-        return DistributedDataParallel(losses.to(device), broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            # Newer versions of torch have another name for `broadcast_buffers`, and older ones only this.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(losses.to(device), broadcast_buffers=False, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (processes // shards, shards), mesh_dim_names=("copies", "shards"))
     if shards == processes:
         mesh = mesh["shards"]
