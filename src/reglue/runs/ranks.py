@@ -135,7 +135,7 @@ def together() -> Iterator[None]:
         except RuntimeError:
             if not leaving.is_set():
                 message = f"process {rank} ends, because process {after} has; see which one ended first, and why"
-                print(f"reglue: {message}; the same command continues", file=sys.stderr, flush=True)
+                print(f"\nreglue: {message}; the same command continues", file=sys.stderr, flush=True)
                 os._exit(2)  # The main thread may be inside a message that never ends.
 
     watcher = threading.Thread(target=watch, daemon=True)
