@@ -69,13 +69,13 @@ def main() -> None:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("reglue: interrupted; the same command continues where it stopped", file=sys.stderr)
-        sys.exit(130)
+        ranks.end(130)
 
 
 def fail(message: str) -> None:
     """Print one line and exit with code 2."""
     print(f"reglue: {message}", file=sys.stderr)
-    sys.exit(2)
+    ranks.end(2)
 
 
 def job_of(options: Any) -> Callable[[Any], object]:

@@ -167,6 +167,7 @@ def test_an_exploding_loss_is_named_and_keeps_the_last_checkpoint(tiny_store: Pa
         ("reglue", ["--model=2x32x2/3"], "patches of 3"),
         ("reglue", ["--optimisation.batch-size=7", "--optimisation.accumulate=2"], "does not divide"),
         ("sit", ["--device=cuda"], "--device"),
+        ("sit", ["--shards=2"], "--shards 2 does not divide 1 processes"),
         ("repa", ["--alignment.after-block=5"], "only 2 blocks"),
     ],
 )

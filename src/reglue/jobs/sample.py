@@ -71,6 +71,7 @@ class Sample(TakesPaths):
     """auto, cpu or cuda."""
 
 
+@ranks.together()
 def sample(options: Sample) -> Path:
     """Draw the images. Returns where they are.
 

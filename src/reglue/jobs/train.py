@@ -14,19 +14,20 @@ from typing import Annotated
 import torch
 import tyro
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from reglue.data.batches import Draft, TrainingData
 from reglue.data.pictures import image_grid
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.objective import loss_terms, weighted_sum
+from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
+from reglue.diffusion.paths import Path as Interpolant
 from reglue.errors import UserError
 from reglue.files import TakesPaths, replacing
 from reglue.recipe import Compile, Descent, Recipe
-from reglue.runs import checkpoints, fine_tuning, ranks
+from reglue.runs import checkpoints, fine_tuning, parallel, ranks
 from reglue.runs.generation import ImageModel, decoder
 from reglue.runs.record import COMPRESSOR, RunRecord, Weights
 from reglue.runs.tracking import MetricsLog
@@ -71,6 +72,9 @@ class Train(TakesPaths):
     """Threads that read samples ahead of their use. Default: 4 with a GPU, none without."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    shards: int = 1
+    """Under torchrun: how many processes share one copy of the model. With 1 each has its own; more are for models that
+    outgrow one device."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +82,20 @@ class Train(TakesPaths):
             raise UserError(f"--workers {self.workers}: choose 0 or more")
 
 
+class Losses(nn.Module):
+    """`loss_terms` as a module: all that a step differentiates, which is what processes share."""
+
+    def __init__(self, denoiser: Denoiser, path: Interpolant) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.path = path
+
+    def forward(self, sample: TrainingSample) -> dict[str, Tensor]:
+        """The unweighted terms, as scalars."""
+        return loss_terms(self.denoiser, self.path, sample)
+
+
+@ranks.together()
 def train(options: Train) -> Path:
     """Train until the recipe's last step. Returns the run folder.
 
@@ -91,6 +109,7 @@ def train(options: Train) -> Path:
     device = ranks.resolve_device(options.device)
     store = Store.open(options.store)
     share, part = part_sizes(optimisation, processes)
+    parallel.check_shards(options.shards, processes)
 
     record = RunRecord.of(store, recipe, options.seed)
     if start:
@@ -99,7 +118,14 @@ def train(options: Train) -> Path:
     if record.compressor and rank == 0:
         take_compressor(store, record, options.out)
     torch.manual_seed(int(generator(options.seed, "initial weights").integers(2**63)))
-    model = Denoiser(record.denoiser).to(device)
+    model = Denoiser(record.denoiser)
+    if start and start.weights and rank == 0:
+        start.take_weights(model, record)
+        checkpoints.save_start(options.out, model)  # From here on the other run is not needed.
+    model.transformer.recomputed_blocks = round(optimisation.checkpoint_blocks * record.denoiser.depth)
+    compile_parts(model, optimisation.compile)
+    losses = Losses(model, PATHS[recipe.path])
+    losses = parallel.spread(losses, model.transformer.blocks, options.shards, device, optimisation.precision)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
     optimiser = torch.optim.AdamW(
         model.parameters(),
@@ -110,20 +136,15 @@ def train(options: Train) -> Path:
         fused=True,
     )
     step = 0
-    if start and start.weights and rank == 0:
-        start.take_weights(model, ema, record)
-        checkpoints.save(options.out, 0, model, ema, optimiser)  # From here on the other run is not needed.
     ranks.wait_for_all()
     if checkpoints.steps(options.out):
         step = checkpoints.restore(checkpoints.find(options.out), model, ema, optimiser)
     ranks.wait_for_all()
-    model.transformer.recomputed_blocks = round(optimisation.checkpoint_blocks * record.denoiser.depth)
-    compile_parts(model, optimisation.compile)
 
     data = TrainingData(store, recipe, record.denoiser, options.seed, device)
     log = MetricsLog(options.out, after_step=step) if rank == 0 else None
+    writer = checkpoints.Writer(options.out, options.keep, sharded=options.shards > 1)
     weights_now, averages = list(model.state_dict().values()), list(ema.values())
-    path = PATHS[recipe.path]
     sums: dict[str, Tensor] = {}
     logged_step, logged_time = step, time.perf_counter()
 
@@ -147,17 +168,17 @@ def train(options: Train) -> Path:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(optimisation, step)
 
-        for _ in range(optimisation.accumulate):
+        for number in range(optimisation.accumulate):
             sample = data.finish(next(drafts))
-            with ranks.autocast(device, optimisation.precision):
-                terms = loss_terms(model, path, sample)
-            loss = weighted_sum(terms, loss_weights) / optimisation.accumulate
-            loss.backward()
+            with parallel.accumulating(losses, last=number == optimisation.accumulate - 1):
+                with ranks.autocast(device, optimisation.precision):
+                    terms = losses(sample)
+                loss = weighted_sum(terms, loss_weights) / optimisation.accumulate
+                loss.backward()
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach() / optimisation.accumulate
             sums["loss"] = sums.get("loss", 0) + loss.detach()
-        ranks.average_gradients(model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimisation.clip or math.inf)
+        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), optimisation.clip or math.inf))
         sums["gradient_norm"] = sums.get("gradient_norm", 0) + norm
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -185,12 +206,15 @@ def train(options: Train) -> Path:
                 log.write(step=step, **values, learning_rate=rate, images_per_second=images / (now - logged_time))
                 progress.set_postfix(loss=f"{values['loss']:.3f}")
             sums, logged_step, logged_time = {}, step, now
-        if checkpoint_due and rank == 0:
-            checkpoints.save(options.out, step, model, ema, optimiser)
-            checkpoints.forget_all_but(options.out, options.keep)
-        if preview_due and rank == 0:
-            preview(options, record, ema, device, step)
+        writer.check()
+        if checkpoint_due:
+            writer.save(step, model, ema, optimiser)
+        if preview_due:
+            averaged = parallel.gathered(ema)
+            if rank == 0:
+                preview(options, record, averaged, device, step)
             logged_time = time.perf_counter()
+    writer.wait()
     progress.close()
     ranks.wait_for_all()
     return options.out

@@ -4,22 +4,91 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.tensor import DTensor
 
 from reglue.errors import UserError
+from reglue.runs import ranks
+from reglue.runs.parallel import own_rows
+
+Files = dict[str, dict[str, Tensor]]
 
 FOLDER = "checkpoints"
 MODEL, EMA, OPTIMISER, PROGRESS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "progress.json"
 
 
+class Writer:
+    """Writes the checkpoints of a run while its training goes on, one at a time.
+
+    The files are the same however the model is spread: with shards, every process writes its own rows, and the first
+    one puts the files together, so all of them must see the same folder.
+    """
+
+    def __init__(self, run: Path, keep: int, sharded: bool) -> None:
+        """`keep` checkpoints stay; 0 keeps all. All processes must make one, and call each of its methods."""
+        self.run, self.keep = run, keep
+        # Messages about checkpoints must not mix with those of the training.
+        self.group = ranks.private_group() if sharded else None
+        self.takes_part = sharded or not dist.is_initialized() or dist.get_rank() == 0
+        gpu = torch.cuda.is_available()
+        self.stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
+            )
+        )
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future[None] | None = None
+
+    def save(self, step: int, model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> None:
+        """Begin to write a checkpoint, from a copy. Waits for the one before. Raises as `check`."""
+        self.wait()
+        if self.takes_part:
+            copies: Any = self.stager.stage(dict(_training_state(model, ema, optimiser)))
+            self.pending = self.thread.submit(self._write, step, copies)
+
+    def check(self) -> None:
+        """Raise UserError if a checkpoint could not be written, a full disk for example. Does not wait."""
+        if self.pending and self.pending.done():
+            self.pending.result()
+
+    def wait(self) -> None:
+        """Return once everything is written. Raises as `check`."""
+        if self.pending:
+            self.pending.result()
+
+    def _write(self, step: int, files: Files) -> None:
+        if self.group is None:
+            _write(self.run, step, files)
+            forget_all_but(self.run, self.keep)
+        else:
+            _write_shards(self.run, step, files, self.group)
+            if dist.get_rank() == 0:
+                forget_all_but(self.run, self.keep)
+
+
 def save(run: Path, step: int, model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> Path:
     """Write the checkpoint of a step, beside its place first. Raises UserError if the disk is full."""
-    return _write(run, step, {MODEL: model.state_dict(), EMA: ema, OPTIMISER: _optimiser_tensors(model, optimiser)})
+    return _write(run, step, _training_state(model, ema, optimiser))
+
+
+def save_start(run: Path, model: nn.Module) -> Path:
+    """Write the checkpoint of step 0 of a run whose weights are not random. Raises UserError as `save`."""
+    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    return _write(run, 0, {MODEL: weights, EMA: weights, OPTIMISER: {}})
 
 
 def save_weights(run: Path, step: int, ema: dict[str, Tensor]) -> Path:
@@ -27,21 +96,69 @@ def save_weights(run: Path, step: int, ema: dict[str, Tensor]) -> Path:
     return _write(run, step, {EMA: {name: value.detach().cpu().contiguous() for name, value in ema.items()}})
 
 
-def _write(run: Path, step: int, files: dict[str, dict[str, Tensor]]) -> Path:
+def _write(run: Path, step: int, files: Files) -> Path:
     folder = run / FOLDER / f"{step:08d}"
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with _beside(folder) as beside:
         beside.mkdir(parents=True)
         for name, tensors in files.items():
             save_file(tensors, beside / name)
-        (beside / PROGRESS).write_text(json.dumps({"step": step}))
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(f"cannot write checkpoint {folder}: {error}; the previous checkpoint is untouched") from None
+        _finish(folder, beside, step)
     return folder
+
+
+def _write_shards(run: Path, step: int, files: Files, group: dist.ProcessGroup) -> None:
+    """As `_write`, by all processes of a group: each its own rows, in a folder of parts that become one file."""
+    folder = run / FOLDER / f"{step:08d}"
+    with _beside(folder) as beside:
+        _first_does(group, lambda: beside.mkdir(parents=True))
+        for name, tensors in files.items():
+            parts = beside / f"{name}.parts"
+            # Torch loses the value of a tensor without dimensions when it puts parts together.
+            tensors = {key: value if value.dim() else value.reshape(1) for key, value in tensors.items()}
+            writer = HuggingFaceStorageWriter(str(parts), save_distributed=True, enable_consolidation=True)
+            save_distributed(tensors, storage_writer=writer, process_group=group)
+
+            def take_out(parts: Path = parts, name: str = name) -> None:
+                (complete,) = parts.glob("*.safetensors")
+                complete.rename(beside / name)
+                shutil.rmtree(parts)
+
+            _first_does(group, take_out)
+        _first_does(group, lambda: _finish(folder, beside, step))
+
+
+def _first_does(group: dist.ProcessGroup, action: Callable[[], None]) -> None:
+    """The first process acts while the others wait. All raise an OSError if it fails."""
+    failure: list[str | None] = [None]
+    if dist.get_rank(group) == 0:
+        try:
+            action()
+        except OSError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, group=group, group_src=0)
+    if failure[0] is not None:
+        raise OSError(failure[0])
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """Where to write what will become `folder`. Raises UserError, and leaves nothing there, if writing fails."""
+    beside = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        yield beside
+    except (OSError, SafetensorError, CheckpointException) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        reason = error
+        if isinstance(error, CheckpointException):
+            reason = next(cause for cause, _ in error.failures.values())
+        raise UserError(f"cannot write checkpoint {folder}: {reason}; the previous checkpoint is untouched") from None
+
+
+def _finish(folder: Path, beside: Path, step: int) -> None:
+    (beside / PROGRESS).write_text(json.dumps({"step": step}))
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
 
 
 def steps(run: Path) -> list[int]:
@@ -75,18 +192,54 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def restore(folder: Path, model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> int:
-    """Load a checkpoint into a model, its moving average and its optimiser, in place. Returns the step."""
-    model.load_state_dict(read_weights(folder / MODEL))
-    for name, value in read_weights(folder / EMA).items():
-        ema[name].copy_(value)
-    state = read_weights(folder / OPTIMISER)
-    for name, parameter in model.named_parameters():
-        if f"{name}.step" in state:
-            # load_state_dict would do as well, but it counts parameters where these names are safe against reordering.
-            optimiser.state[parameter] = {
-                key: state[f"{name}.{key}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+    """Load a checkpoint into a model, its moving average and its optimiser, in place. Returns the step.
+
+    However the model was spread when it was written, and is now: with shards, a process reads its own rows alone.
+    Raises UserError if a file is missing, damaged or of another model.
+    """
+    _fill(model.state_dict(), folder / MODEL)
+    _fill(ema, folder / EMA)
+    with _opened(folder / OPTIMISER) as stored:
+        trained = [(name, p) for name, p in model.named_parameters() if f"{name}.step" in stored.keys()]  # noqa: SIM118
+    for _, parameter in trained:
+        # load_state_dict would do as well, but it counts parameters where these names are safe against reordering.
+        optimiser.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    _fill(_optimiser_tensors(model, optimiser), folder / OPTIMISER)
     return int(json.loads((folder / PROGRESS).read_text())["step"])
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            yield stored
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error}); delete its folder to go on from the one before") from None
+
+
+@torch.no_grad()
+def _fill(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Copy what a file holds into tensors of the same names. Raises UserError if they do not fit."""
+    with _opened(file) as stored:
+        for name in sorted(tensors.keys() ^ set(stored.keys())):
+            raise UserError(f"{file} does not fit this model: {name} is only in one of them")
+        for name, tensor in tensors.items():
+            part = stored.get_slice(name)
+            if tensor.dim() and tuple(part.get_shape()) != tuple(tensor.shape):
+                raise UserError(f"{file} does not fit this model: {name} is {part.get_shape()}")
+            if isinstance(tensor, DTensor):
+                tensor.to_local().copy_(part[own_rows(tensor)])
+            else:
+                # Sharded runs write tensors without dimensions as rows of one.
+                tensor.copy_(stored.get_tensor(name).reshape(tensor.shape))
+
+
+def _training_state(model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> Files:
+    return {MODEL: model.state_dict(), EMA: ema, OPTIMISER: _optimiser_tensors(model, optimiser)}
 
 
 def _optimiser_tensors(model: nn.Module, optimiser: torch.optim.AdamW) -> dict[str, Tensor]:

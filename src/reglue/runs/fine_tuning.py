@@ -48,8 +48,8 @@ class Beginning:
                 refuse_unfitting(self.start.run, self.weights, Denoiser(record.denoiser).state_dict())
         return replace(record, start=self.start)
 
-    def take_weights(self, model: Denoiser, ema: Mapping[str, Tensor], record: RunRecord) -> None:
-        """Copy what there is into a freshly initialised model and its average, and print what came of it."""
+    def take_weights(self, model: Denoiser, record: RunRecord) -> None:
+        """Copy what there is into a freshly initialised model, and print what came of it."""
         assert self.source
         state = model.state_dict()  # Its tensors are the model's own.
         for name in state.keys() & self.weights.keys() - {LABELS}:
@@ -57,8 +57,6 @@ class Beginning:
         rows = rows_of_labels(self.source.class_names, record.class_names)
         for row, row_there in rows.items():
             state[LABELS][row].copy_(self.weights[LABELS][row_there])
-        for name, value in state.items():
-            ema[name].copy_(value)
         print("\n  ".join(self._report(record, parts(state), classes_taken=len(rows) - 1)))
 
     def _report(self, record: RunRecord, here: set[str], classes_taken: int) -> Iterable[str]:

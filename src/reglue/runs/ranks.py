@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,9 @@ Precision = Literal["float32", "bfloat16"]
 
 LONG_WAIT = timedelta(days=30)
 """Until a process that waits for the others gives up. One that has died is noticed at once."""
+
+STEP_WAIT = timedelta(minutes=30)
+"""Until a message between GPUs that does not arrive ends its process: longer than the first one draws previews."""
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -53,8 +58,11 @@ def join(long_waits: bool = False) -> tuple[int, int]:
     if not dist.is_initialized():
         if long_waits:
             dist.init_process_group("gloo", timeout=LONG_WAIT)
+        elif torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group("nccl", timeout=STEP_WAIT)
         else:
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -62,6 +70,15 @@ def leave() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end(code: int) -> NoReturn:
+    """End this process. Among others it ends at once: the thread that watches them (`together`) does not stop."""
+    if not dist.is_initialized():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def wait_for_all() -> None:
@@ -93,6 +110,52 @@ def first_process_first() -> Iterator[None]:
     if alone:
         wait_for_all()
     wait_for_all()
+
+
+def private_group(timeout: timedelta = STEP_WAIT) -> dist.ProcessGroup:
+    """Another group of all processes, over the CPU: its messages do not mix with the others. All must make it."""
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around a job: its processes join, and when one of them dies, the others end within seconds.
+
+    They say so in one line and exit with code 2, whatever they are waiting for at that moment (NCCL would not notice
+    for STEP_WAIT). Each process watches the next one, over a connection of its own, and all leave together. An
+    exception that leaves the block must end the process.
+    """
+    if join()[1] == 1:
+        yield
+        return
+    rank, count = dist.get_rank(), dist.get_world_size()
+    after, before = (rank + 1) % count, (rank - 1) % count
+    group = private_group(LONG_WAIT)
+    leaving = threading.Event()
+
+    def watch() -> None:
+        try:
+            dist.recv(torch.empty(1), after, group)  # its goodbye
+        except RuntimeError:
+            if not leaving.is_set():
+                message = f"process {rank} ends, because process {after} has; see which one ended first, and why"
+                print(f"\nreglue: {message}; the same command continues", file=sys.stderr, flush=True)
+                os._exit(2)  # The main thread may be inside a message that never ends.
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+        dist.send(torch.ones(1), before, group)
+        watcher.join()
+    except RuntimeError:
+        # A message that failed may have noticed before the watcher did.
+        watcher.join(5)
+        raise
+    finally:
+        leaving.set()
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
