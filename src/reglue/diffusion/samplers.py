@@ -24,7 +24,7 @@ LAST_NOISY_TIME = 0.04
 
 def shifted(u: float, shift: float) -> float:
     """t = s·u / (1 + (s − 1)·u): s > 1 moves the times of a grid towards noise, s < 1 towards data (SD3, eq. 23)."""
-    return shift * u / (1 + (shift - 1) * u)
+    return u if shift == 1 else u / (u + (1 - u) / shift)  # the same, with exact ends
 
 
 def uniform_times(steps: int, shift: float = 1.0) -> list[float]:
