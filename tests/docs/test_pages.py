@@ -7,7 +7,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -21,6 +21,7 @@ from reglue.jobs.prepare import Prepare
 from reglue.jobs.sample import Sample
 from reglue.jobs.train import Train
 from reglue.papers import PAPERS
+from reglue.recipe import SamplerName
 from reglue.runs.generation import ImageModel
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +84,17 @@ def test_a_page_of_a_method(
         done.append(arguments[0])
     assert {"prepare", "train", "sample"} <= set(done)
     assert (tmp_path / "samples.npz").is_file()
+
+
+def test_the_page_about_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_run: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, tmp_path / "run")
+    page = ROOT / "docs/sampling.md"
+    for arguments in commands(page):
+        options = cli.parse(arguments)
+        out = cli.JOBS[type(options)](replace(options, count=2, steps=2, device="cpu"))
+        assert len(list(out.glob("*.png"))) == 2
+    assert all(f"`{name}`" in page.read_text() for name in get_args(SamplerName))
 
 
 def test_the_readme(

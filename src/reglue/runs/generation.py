@@ -407,7 +407,8 @@ class ImageModel:
         def noise() -> Iterator[State]:
             while True:
                 drawn = normals(generators, shapes)
-                yield {name: ranks.send(value, device).to(dtype) for name, value in drawn.items()}
+                # Contiguous, as all later states are: a compiled network would take another layout for another input.
+                yield {name: ranks.send(x.contiguous(), device).to(dtype) for name, x in drawn.items()}
 
         inner = guided_velocity(
             self._network(self.denoiser, sampling),
