@@ -68,14 +68,15 @@ def main() -> None:
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print("reglue: interrupted; the same command continues where it stopped", file=sys.stderr)
-        ranks.end(130)
+        fail("interrupted; the same command continues where it stopped", 130)
 
 
-def fail(message: str) -> None:
-    """Print one line and exit with code 2."""
+def fail(message: str, code: int = 2) -> None:
+    """Print one line and exit."""
+    from reglue.runs import ranks
+
     print(f"reglue: {message}", file=sys.stderr)
-    ranks.end(2)
+    ranks.end(code)
 
 
 def job_of(options: Any) -> Callable[[Any], object]:

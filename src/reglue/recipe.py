@@ -17,7 +17,8 @@ from reglue.diffusion.paths import PathName
 from reglue.errors import UserError
 from reglue.files import accept_older
 
-SamplerName = Literal["euler", "heun", "euler-maruyama"]
+SamplerName = Literal["euler", "heun", "euler-maruyama", "adams-bashforth", "dopri5"]
+StatePrecision = Literal["float32", "float64"]
 Rounding = Literal["truncate", "round"]
 Compile = Literal["no", "blocks", "model"]
 accept_older(Compile, {False: "no", True: "model"})
@@ -208,10 +209,32 @@ class Sampling:
 
     sampler: SamplerName = "euler-maruyama"
     steps: int = 250
-    """Intervals of the time grid."""
+    """Intervals of the time grid; dopri5 chooses its own."""
     guidance: Guidance = field(default_factory=Guidance)
     rounding: Rounding = "truncate"
     """Pixels to 8 bits: truncate 255·(x+1)/2, as REPA, REG and REGLUE do, or round 127.5·x+128, as SiT and ReDi do."""
+    time_shift: float = 1.0
+    """Times of the grid are t = s·u / (1 + (s − 1)·u) for equally spaced u: more than 1 puts them nearer to noise, 1 is
+    published. dopri5 has no grid."""
+    state_precision: StatePrecision | None = None
+    """Precision in which steps add up. If not given: float64 for euler, heun and euler-maruyama, as published, and
+    float32 for the others."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Precision of the network's matrix products; that of training if not given."""
+    relative_tolerance: float = 1e-3
+    """Error that dopri5 allows per step, as a share of the values."""
+    absolute_tolerance: float = 1e-6
+    """Error that dopri5 allows per step in any case."""
+
+    def __post_init__(self) -> None:
+        for name in ("time_shift", "relative_tolerance", "absolute_tolerance"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
+
+    @property
+    def published_sampler(self) -> bool:
+        """Whether published figures were made with this sampler."""
+        return self.sampler in ("euler", "heun", "euler-maruyama")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from PIL import Image
@@ -22,6 +22,7 @@ from reglue.jobs.prepare import Prepare
 from reglue.jobs.sample import Sample
 from reglue.jobs.train import Train
 from reglue.papers import PAPERS
+from reglue.recipe import SamplerName
 from reglue.runs.generation import ImageModel
 from reglue.runs.record import RunRecord
 
@@ -100,10 +101,21 @@ def test_the_page_of_resolutions(
     shutil.copytree(tiny_images, tmp_path / "imagenet/train")
     for arguments in commands(ROOT / "docs/resolutions.md"):
         options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
-        cli.JOBS[type(options)](options)
+        cli.job_of(options)(options)
     assert "positions: of 8×8 tokens, counted in 4×4" in capsys.readouterr().out
     assert RunRecord.read(tmp_path / "run-wide").resolution == (32, 48)
     assert {Image.open(file).size for file in (tmp_path / "wide").glob("*.png")} == {(48, 32)}
+
+
+def test_the_page_about_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_run: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, tmp_path / "run")
+    page = ROOT / "docs/sampling.md"
+    for arguments in commands(page):
+        options = cli.parse(arguments)
+        out = cli.job_of(options)(replace(options, count=2, steps=2, device="cpu"))
+        assert len(list(out.glob("*.png"))) == 2
+    assert all(f"`{name}`" in page.read_text() for name in get_args(SamplerName))
 
 
 def test_the_readme(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +102,78 @@ def test_a_smaller_count_leaves_the_labels_of_all_images(tiny_run: Path, tmp_pat
     assert json.loads((out / "samples.json").read_text())["labels"] == [0, 1, 2, 0, 1, 2]
 
 
+def test_killed_while_writing_and_drawn_to_the_end(tiny_run: Path, tmp_path: Path) -> None:
+    expected = sample(Sample(tiny_run, tmp_path / "expected", count=40, batch_size=4, device="cpu"))
+    out = tmp_path / "out"
+    command = reglue_command("sample", tiny_run, "--out", out, "--count=40", "--batch-size=4", "--device=cpu")
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL) as process:
+        while not list(out.glob("*.png")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+    before = pixels(out)  # what is there is whole
+    assert len(before) < 40
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300)
+    assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in expected.iterdir())
+    assert abs(pixels(out) - pixels(expected)).max() <= 1
+
+
+def test_pictures_in_the_background_are_those_in_the_foreground(tiny_run: Path, tmp_path: Path) -> None:
+    out = sample(Sample(tiny_run, tmp_path / "out", count=5, batch_size=2, steps=2, device="cpu"))
+    model = load(tiny_run, device="cpu")
+    direct = model.generate([0, 1, 2, 0, 1], batch_size=2, steps=2, output="tensor").permute(0, 2, 3, 1)
+    assert np.array_equal(pixels(out), direct.numpy())
+
+
+def test_a_full_disk_stops_the_job_with_its_message(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, saved = Image.Image.save, []
+
+    def save(self: Image.Image, *arguments: object, **options: object) -> None:
+        if len(saved) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved.append(original(self, *arguments, **options))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(UserError, match=r"000003\.png: No space left on device"):
+        sample(Sample(tiny_run, tmp_path / "out", count=40, batch_size=2, steps=1, device="cpu"))
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.png*")) == [f"{i:06d}.png" for i in range(3)]
+    monkeypatch.setattr(Image.Image, "save", original)
+    assert len(pixels(sample(Sample(tiny_run, tmp_path / "out", count=6, batch_size=2, steps=1, device="cpu")))) == 6
+
+
+def test_samples_of_an_older_version_may_be_continued(tiny_run: Path, tmp_path: Path) -> None:
+    out = sample(Sample(tiny_run, tmp_path / "out", count=2, device="cpu"))
+    protocol = json.loads((out / "samples.json").read_text())
+    added = ("time_shift", "state_precision", "precision", "relative_tolerance", "absolute_tolerance")
+    for name in added:
+        del protocol["sampling"][name]
+    (out / "samples.json").write_text(json.dumps(protocol))
+    with pytest.raises(UserError, match=r"another protocol \(sampling\)"):
+        sample(Sample(tiny_run, out, count=3, time_shift=2.0, device="cpu"))
+    assert len(pixels(sample(Sample(tiny_run, out, count=3, device="cpu")))) == 3
+
+
+def test_dopri5_without_its_library(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(UserError, match=r"pip install 'reglue\[ode\]'"):
+        sample(Sample(tiny_run, tmp_path / "out", count=1, sampler="dopri5", device="cpu"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "made"), [("euler", 5, 5), ("heun", 5, 9), ("euler-maruyama", 5, 5), ("adams-bashforth", 5, 5)]
+)
+def test_evaluations_are_as_many_as_announced(tiny_run: Path, sampler: str, steps: int, made: int) -> None:
+    model, counted = load(tiny_run, device="cpu"), []
+    sampling = Sampling(sampler, steps, Guidance(2.0, interval=(0.1, 0.8)))  # type: ignore[arg-type]
+    model.draw([0, 1], [0, 1], 0, sampling, on_evaluation=lambda: counted.append(1))
+    assert len(counted) == made == generation.evaluations(sampling)
+    assert generation.evaluations(sampling, count=7, batch_size=3) == 3 * made
+    assert generation.evaluations(Sampling("dopri5"), count=7, batch_size=3) is None
+
+
 def test_other_settings_are_refused_where_images_are(tiny_run: Path, tmp_path: Path) -> None:
     out = sample(Sample(tiny_run, tmp_path / "out", count=2, device="cpu"))
     with pytest.raises(UserError, match=r"another protocol .*seed"):
@@ -115,7 +190,7 @@ def test_npz_holds_the_same_images(tiny_run: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npz", "png"]
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama", "adams-bashforth", "dopri5"])
 def test_every_sampler_and_guidance_draws_images(tiny_run: Path, tmp_path: Path, sampler: str) -> None:
     out = sample(
         Sample(
@@ -141,6 +216,8 @@ def test_every_sampler_and_guidance_draws_images(tiny_run: Path, tmp_path: Path,
         (["--count", "0"], "--count"),
         (["--guidance-interval", "0.9", "0.1"], "--guidance-interval"),
         (["--autoencoder", "no-such-autoencoder"], "no-such-autoencoder"),
+        (["--time-shift", "0"], "time-shift is 0.0; it must be positive"),
+        (["--relative-tolerance", "-1"], "relative-tolerance is -1.0"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(

@@ -18,7 +18,7 @@ from reglue.runs.record import RunRecord
 
 def run(*arguments: object) -> None:
     options = cli.parse([str(argument) for argument in arguments])
-    cli.JOBS[type(options)](options)
+    cli.job_of(options)(options)
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 24), (20, 12)], ids=["even", "odd"])

@@ -12,7 +12,7 @@ def main() -> None:
     """Each argument is a job's command line, as a JSON list; they run one after another in the same processes."""
     for text in sys.argv[1:]:
         options = cli.parse(json.loads(text))
-        cli.JOBS[type(options)](options)
+        cli.job_of(options)(options)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from reglue.diffusion.modalities import (
     LATENT,
     LOCAL,
     State,
-    batch_size,
     concatenate_states,
     split_state,
 )
@@ -35,8 +34,8 @@ class VelocityFunction(Protocol):
     def __call__(self, state: State, time: float, step_start: float | None = None) -> State:
         """dx/dt of `state` at `time`, in its shapes and precision.
 
-        `step_start` is where the sampler's step began, if not at `time`: a step is guided as a whole or not at all, as
-        in the published Heun sampler.
+        `step_start` decides in place of `time` whether guidance applies, for a step is guided as a whole or not at all:
+        it is where the step began in the published Heun sampler, and the step's middle where steps end at the interval.
         """
         ...
 
@@ -84,6 +83,12 @@ class Guidance:
         """Whether the unconditional branch is ever evaluated."""
         return any(scale not in (None, 1.0) for scale in (self.scale, self.local_scale, self.cls_scale))
 
+    @property
+    def jumps(self) -> tuple[float, ...]:
+        """Where the guided velocity is not continuous in time: the edges of the interval, strictly between 0 and 1."""
+        guided = self.uses_labels or self.representation_scale != 1 or self.auto_scale != 1
+        return tuple(edge for edge in sorted({*self.interval}) if 0 < edge < 1) if guided else ()
+
 
 def guided_velocity(
     denoiser: DenoiserFunction,
@@ -98,30 +103,39 @@ def guided_velocity(
     `weaker` is the second network of autoguidance. The networks see `dtype`; velocities come back in the
     precision of the state, so that a sampler may keep its state in float64.
     """
+    unconditional = guidance.uses_labels
+    without_map = guidance.representation_scale != 1
+    by_weaker = weaker if guidance.auto_scale != 1 else None
+    # Made once, not in every step.
     null = torch.full_like(label, denoiser.null_label)
+    labels_inside = torch.cat([label, *[null] * unconditional, *[label] * without_map])
+    scales: list[dict[str, float | Tensor]] = []
 
-    def evaluate(network: DenoiserFunction, state: State, time: float, labels: list[Tensor]) -> list[State]:
-        t = torch.full((batch_size(state),), time, dtype=dtype, device=label.device)
-        seen = {name: x.to(dtype) for name, x in state.items()}
-        return split_state(network(seen, t, torch.cat(labels)).velocity, len(labels))
+    def evaluate(network: DenoiserFunction, states: list[State], time: float, labels: Tensor) -> list[State]:
+        together = concatenate_states(states) if len(states) > 1 else states[0]
+        t = torch.full(labels.shape, time, dtype=dtype, device=label.device)
+        return split_state(network(together, t, labels).velocity, len(states))
 
     def velocity(state: State, time: float, step_start: float | None = None) -> State:
         lowest, highest = guidance.interval
-        inside = lowest <= (time if step_start is None else step_start) <= highest
-        states, labels = [state], [label]
-        scales: list[dict[str, float | Tensor]] = []
-        if inside and guidance.uses_labels:
-            states.append(state)
-            labels.append(null)
-            scales.append(guidance.label_scales(state))
-        if inside and guidance.representation_scale != 1:
-            states.append({**state, LOCAL: torch.zeros_like(state[LOCAL])})
-            labels.append(label)
-            scales.append(dict.fromkeys(state, guidance.representation_scale))
-        conditional, *worse = evaluate(denoiser, concatenate_states(states), time, labels)
-        if inside and guidance.auto_scale != 1 and weaker is not None:
-            worse += evaluate(weaker, state, time, [label])
-            scales.append(dict.fromkeys(state, guidance.auto_scale))
+        seen = {name: x.to(dtype) for name, x in state.items()}
+        if not lowest <= (time if step_start is None else step_start) <= highest:
+            (conditional,) = evaluate(denoiser, [seen], time, label)
+            return {name: conditional[name].to(x.dtype) for name, x in state.items()}
+
+        states = [seen, *[seen] * unconditional]
+        if without_map:
+            states.append({**seen, LOCAL: torch.zeros_like(seen[LOCAL])})
+        conditional, *worse = evaluate(denoiser, states, time, labels_inside)
+        if by_weaker is not None:
+            worse += evaluate(by_weaker, [seen], time, label)
+        if not scales:
+            if unconditional:
+                scales.append(guidance.label_scales(state))
+            if without_map:
+                scales.append(dict.fromkeys(state, guidance.representation_scale))
+            if by_weaker is not None:
+                scales.append(dict.fromkeys(state, guidance.auto_scale))
 
         conditional = {name: conditional[name].to(x.dtype) for name, x in state.items()}
         result = conditional

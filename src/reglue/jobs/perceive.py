@@ -362,7 +362,7 @@ def _drawn(
     options: Perceive, drawing: Drawing, subject: Subject, encoder: VisionEncoder, views: dict[View, list[str]]
 ) -> Iterator[Scene]:
     model, size = drawing.model, options.batch_size
-    steps = -(-options.count // size) * evaluations(drawing.sampling)
+    steps = evaluations(drawing.sampling, options.count, size)
     with tqdm(total=steps, unit="evaluation", desc="perceive") as progress:
         for start in range(0, options.count, size):
             state = drawing.draw(range(start, min(start + size, options.count)), progress.update)

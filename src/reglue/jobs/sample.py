@@ -18,9 +18,11 @@ from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import State
 from reglue.errors import UserError
 from reglue.files import TakesPaths, replacing
-from reglue.recipe import Rounding, SamplerName, Sampling
+from reglue.recipe import Rounding, SamplerName, Sampling, StatePrecision
 from reglue.runs import ranks
 from reglue.runs.generation import ImageModel, changed_sampling, evaluations, load
+from reglue.runs.pictures import PictureWriter
+from reglue.runs.ranks import Precision
 from reglue.seeds import generator
 
 PROTOCOL = "samples.json"
@@ -46,7 +48,9 @@ class Sample(TakesPaths):
     sampler: SamplerName | None = None
     """These and the following: as in the run's recipe if not given."""
     steps: int | None = None
-    """Intervals of the time grid; evaluations for Euler and Euler–Maruyama, about half of them for Heun."""
+    """Intervals of the time grid: evaluations, but for Heun, which takes two in each. dopri5 chooses its own."""
+    time_shift: float | None = None
+    """Above 1, the grid has more times near noise; below 1, near data."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1 is none."""
     local_scale: float | None = None
@@ -63,10 +67,20 @@ class Sample(TakesPaths):
     """Scale of autoguidance, where --weaker-run is given."""
     rounding: Rounding | None = None
     """How pixels become 8-bit numbers."""
+    state_precision: StatePrecision | None = None
+    """Precision in which steps add up."""
+    precision: Precision | None = None
+    """Precision of the network's matrix products; that of training if the recipe says nothing either."""
+    relative_tolerance: float | None = None
+    """Error that dopri5 allows per step, as a share of the values."""
+    absolute_tolerance: float | None = None
+    """Error that dopri5 allows per step in any case."""
     autoencoder: str | None = None
     """Decode with another autoencoder than the run's own."""
     batch_size: int = 32
     """Images at once in each process; does not change them beyond rounding."""
+    compile: bool = False
+    """Compile the network: slower to start, faster after; does not change images beyond rounding."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -82,7 +96,13 @@ def sample(options: Sample) -> Path:
     if options.count < 1 or options.batch_size < 1:
         raise UserError("--count and --batch-size must be at least 1")
     rank, processes = ranks.join()
-    model = load(options.run, step=options.step, device=options.device, autoencoder=options.autoencoder)
+    model = load(
+        options.run,
+        step=options.step,
+        device=options.device,
+        autoencoder=options.autoencoder,
+        compile=options.compile,
+    )
     drawing = plan(options, model)
     labels, sampling = drawing.labels, drawing.sampling
 
@@ -92,15 +112,16 @@ def sample(options: Sample) -> Path:
     claim(folder, protocol, rank)
     # Who draws what must not depend on what the other processes have drawn already.
     mine = [i for i in range(rank, options.count, processes) if not (folder / f"{i:06d}.png").is_file()]
-    steps_in_all = -(-len(mine) // options.batch_size) * evaluations(sampling)
-    progress = tqdm(total=steps_in_all, unit="evaluation", desc="sample", disable=rank > 0)
-    for start in range(0, len(mine), options.batch_size):
-        indices = mine[start : start + options.batch_size]
-        state = drawing.draw(indices, progress.update)
-        for i, pixels in zip(indices, model.decode(state, sampling.rounding), strict=True):
-            with replacing(folder / f"{i:06d}.png") as beside:
-                Image.fromarray(pixels).save(beside, format="png")
-    progress.close()
+    total = evaluations(sampling, len(mine), options.batch_size)
+    room = min(options.batch_size, len(mine))
+    with (
+        tqdm(total=total, unit="evaluation", desc="sample", disable=rank > 0) as progress,
+        PictureWriter() as pictures,
+    ):
+        for start in range(0, len(mine), options.batch_size):
+            indices = mine[start : start + options.batch_size]
+            state = drawing.draw(indices, progress.update, room)
+            pictures.write([folder / f"{i:06d}.png" for i in indices], model.pixels(state, sampling.rounding))
     ranks.wait_for_all()
     if as_npz and rank == 0:
         images = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(options.count)])
@@ -122,11 +143,20 @@ class Drawing:
     labels: list[int]
     seed: int
 
-    def draw(self, indices: Sequence[int], on_evaluation: Callable[[], object]) -> State:
-        """The states of some of the images; `on_evaluation` is called after each evaluation, for progress."""
+    def draw(self, indices: Sequence[int], on_evaluation: Callable[[], object], room: int | None = None) -> State:
+        """The states of some of the images; `on_evaluation` is called after each evaluation, for progress.
+
+        With `room`, as many are drawn in every batch: a compiled network then sees one shape.
+        """
         labels = [self.labels[i] for i in indices]
         return self.model.draw(
-            indices, labels, self.seed, self.sampling, weaker=self.weaker, on_evaluation=on_evaluation
+            indices,
+            labels,
+            self.seed,
+            self.sampling,
+            weaker=self.weaker,
+            room=room,
+            on_evaluation=on_evaluation,
         )
 
 
@@ -142,6 +172,11 @@ def plan(options: Sample, model: ImageModel) -> Drawing:
         sampler=options.sampler,
         steps=options.steps,
         rounding=options.rounding,
+        time_shift=options.time_shift,
+        state_precision=options.state_precision,
+        precision=options.precision,
+        relative_tolerance=options.relative_tolerance,
+        absolute_tolerance=options.absolute_tolerance,
         guidance_scale=options.guidance_scale,
         guidance_interval=options.guidance_interval,
         local_scale=options.local_scale,
@@ -192,6 +227,9 @@ def claim(folder: Path, protocol: dict[str, Any], rank: int) -> None:
     protocol = json.loads(json.dumps(protocol))  # as it will be read back
     if path.is_file():
         before = json.loads(path.read_text())
+        # Older files lack the settings that have come since.
+        added = {name: value for name, value in asdict(Sampling()).items() if name not in before["sampling"]}
+        before["sampling"] |= added
         # More images of the same kind may be added: labels are a function of the index.
         count = min(len(before["labels"]), len(protocol["labels"]))
         shortened = [{**p, "labels": p["labels"][:count]} for p in (before, protocol)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, TypedDict, Unpack, get_args, overload
@@ -17,17 +17,30 @@ from tqdm import tqdm
 from reglue.data.batches import Normalisation
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.guidance import VelocityFunction, guided_velocity
-from reglue.diffusion.modalities import LATENT, State
+from reglue.diffusion.modalities import LATENT, State, concatenate_states
 from reglue.diffusion.paths import PATHS
-from reglue.diffusion.samplers import euler, euler_maruyama, heun, stochastic_times, uniform_times
+from reglue.diffusion.samplers import (
+    adams_bashforth,
+    adaptive_solver,
+    aligned,
+    dopri5,
+    euler,
+    euler_maruyama,
+    heun,
+    stochastic_times,
+    uniform_times,
+)
 from reglue.errors import UserError
 from reglue.latents.autoencoders import Autoencoder, load_autoencoder
-from reglue.recipe import Rounding, SamplerName, Sampling
-from reglue.runs import checkpoints, hub, sharing
-from reglue.runs.ranks import autocast, resolve_device
+from reglue.recipe import Rounding, SamplerName, Sampling, StatePrecision
+from reglue.runs import checkpoints, hub, ranks, sharing
+from reglue.runs.networks import SamplingNetwork
+from reglue.runs.ranks import Precision, resolve_device
 from reglue.runs.record import FILE as RECORD
 from reglue.runs.record import RunRecord
 from reglue.seeds import generator, normals
+
+STATE_PRECISIONS: dict[StatePrecision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -44,9 +57,11 @@ class GenerateOptions(TypedDict, total=False):
     sampling: Sampling
     """In place of `default_sampling`; the following change single values of it."""
     sampler: SamplerName
-    """euler, heun or euler-maruyama."""
+    """euler, heun, euler-maruyama, adams-bashforth or dopri5."""
     steps: int
     """Intervals of the time grid."""
+    time_shift: float
+    """Above 1, the grid has more times near noise; below 1, near data."""
     guidance_scale: float
     """Classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float]
@@ -59,6 +74,36 @@ class GenerateOptions(TypedDict, total=False):
     """Representation guidance, for models trained with dropped local maps."""
     rounding: Rounding
     """How pixels become 8-bit numbers."""
+    state_precision: StatePrecision
+    """Precision in which steps add up."""
+    precision: Precision
+    """Precision of the network's matrix products."""
+    relative_tolerance: float
+    """Error that dopri5 allows per step, as a share of the values."""
+    absolute_tolerance: float
+    """Error that dopri5 allows per step in any case."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `Sampling` that may be given singly, None for those that are not."""
+
+    sampler: SamplerName | None
+    steps: int | None
+    rounding: Rounding | None
+    time_shift: float | None
+    state_precision: StatePrecision | None
+    precision: Precision | None
+    relative_tolerance: float | None
+    absolute_tolerance: float | None
+
+
+CHOICES = {
+    "sampler": SamplerName,
+    "rounding": Rounding,
+    "state_precision": StatePrecision,
+    "precision": Precision,
+}
+"""The options of sampling with a few possible values."""
 
 
 def load(
@@ -68,13 +113,14 @@ def load(
     device: str = "auto",
     autoencoder: str | None = None,
     revision: str | None = None,
+    compile: bool = False,
 ) -> ImageModel:
     """Load a trained model, with the averaged (EMA) weights.
 
     `run` is a run folder, or `OWNER/NAME` of a model on the Hugging Face hub that `ImageModel.push_to_hub` put there,
     of which `revision` picks a version; a folder of that name comes first. `step` picks a checkpoint, the last one if
-    not given; `autoencoder` replaces the one that the run decodes with. Raises UserError for anything missing or
-    unfitting.
+    not given; `autoencoder` replaces the one that the run decodes with; `compile` compiles the denoiser when it is
+    first used: a minute's wait, and faster from then on. Raises UserError for anything missing or unfitting.
     """
     folder, target = hub.find_run(run, revision), resolve_device(device)
     record = RunRecord.read(folder)
@@ -88,7 +134,12 @@ def load(
             f"{checkpoint / checkpoints.EMA} does not fit {folder / RECORD}: {' '.join(str(error).split())[:200]}"
         ) from None
     return ImageModel(
-        record, denoiser.to(target), decoder(record, target, autoencoder, folder), folder, int(checkpoint.name)
+        record,
+        denoiser.to(target),
+        decoder(record, target, autoencoder, folder),
+        folder,
+        int(checkpoint.name),
+        compile,
     )
 
 
@@ -128,22 +179,15 @@ def decoder(
 def changed_sampling(
     default: Sampling,
     *,
-    sampler: SamplerName | None = None,
-    steps: int | None = None,
-    rounding: Rounding | None = None,
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     local_scale: float | None = None,
     cls_scale: float | None = None,
     representation_scale: float | None = None,
     auto_scale: float | None = None,
+    **sampling: Unpack[SamplingOptions],
 ) -> Sampling:
     """A way to sample with what is given (not None) in place of the default's. Raises UserError for what cannot be."""
-    if steps is not None and steps < 1:
-        raise UserError("--steps must be at least 1")
-    for name, value, known in (("sampler", sampler, SamplerName), ("rounding", rounding, Rounding)):
-        if value is not None and value not in get_args(known):
-            raise UserError(f"{name} {value}: choose {', '.join(get_args(known))}")
     guidance = {
         "scale": guidance_scale,
         "interval": guidance_interval,
@@ -152,12 +196,20 @@ def changed_sampling(
         "representation_scale": representation_scale,
         "auto_scale": auto_scale,
     }
-    changes = {"sampler": sampler, "steps": steps, "rounding": rounding}
+    changes = {name: value for name, value in sampling.items() if value is not None}
+    if changes.get("steps", 1) < 1:  # type: ignore[operator]
+        raise UserError("--steps must be at least 1")
+    for name, known in CHOICES.items():
+        if name in changes and changes[name] not in get_args(known):
+            raise UserError(f"{name.replace('_', '-')} {changes[name]}: choose {', '.join(get_args(known))}")
     try:
         changed = replace(default.guidance, **{k: v for k, v in guidance.items() if v is not None})
     except ValueError as error:
         raise UserError(f"--guidance-interval: {error}") from None
-    return replace(default, guidance=changed, **{k: v for k, v in changes.items() if v is not None})
+    result = replace(default, guidance=changed, **changes)  # type: ignore[arg-type]
+    if result.sampler == "dopri5":
+        adaptive_solver()  # It says at once if it is missing.
+    return result
 
 
 @dataclass
@@ -171,6 +223,11 @@ class ImageModel:
     """The run's folder; None for a model that is still in training."""
     step: int = 0
     """Of training, at which the weights were taken."""
+    compile: bool = False
+    """Compile the denoiser when it is first used. Then batches should have one size: see `draw`."""
+    _networks: dict[tuple[Denoiser, Precision], SamplingNetwork] = field(
+        default_factory=dict[tuple[Denoiser, Precision], SamplingNetwork], init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         self.denoiser.eval().requires_grad_(False)
@@ -192,6 +249,7 @@ class ImageModel:
         """The same model, moved to a device (`"cuda"`, `"cpu"`, …)."""
         self.denoiser.to(device)
         self.autoencoder.to(device)
+        self._networks.clear()
         return self
 
     @overload
@@ -244,7 +302,7 @@ class ImageModel:
         sampling = changed_sampling(default, **options)  # type: ignore[reportArgumentType], the rest are its own
         batches: list[Tensor] = []
         with tqdm(
-            total=-(-len(labels) // batch_size) * evaluations(sampling),
+            total=evaluations(sampling, len(labels), batch_size),
             desc="generate",
             unit="evaluation",
             disable=not show_progress,
@@ -252,7 +310,8 @@ class ImageModel:
             for start in range(0, len(labels), batch_size):
                 indices = range(start, min(start + batch_size, len(labels)))
                 wanted = [labels[i] for i in indices]
-                state = self.draw(indices, wanted, seed, sampling, on_evaluation=progress.update)
+                room = min(batch_size, len(labels))
+                state = self.draw(indices, wanted, seed, sampling, room=room, on_evaluation=progress.update)
                 batches.append(torch.from_numpy(self.decode(state, sampling.rounding)))
         pixels = torch.cat(batches) if batches else torch.empty(0, *self.record.resolution, 3, dtype=torch.uint8)
         if output == "tensor":
@@ -324,39 +383,70 @@ class ImageModel:
         sampling: Sampling,
         *,
         weaker: Denoiser | None = None,
+        room: int = 0,
         on_evaluation: Callable[[], object] = lambda: None,
     ) -> State:
-        """Sample the images `indices` of a seed, with labels as long: normalised states in float64 on the device.
+        """Sample the images `indices` of a seed, with labels as long: normalised states on the device.
 
-        `weaker` is the second model of autoguidance; `on_evaluation` is called after each evaluation, for progress.
+        They are in float32 or float64, as `sampling` says. `weaker` is the second model of autoguidance. A compiled
+        model evaluates batches of `room` images, if that is more, so that a smaller last batch needs no compilation.
+        dopri5 takes image by image, since its steps would otherwise depend on which images are drawn together.
+        `on_evaluation` is called after each evaluation, for progress.
         """
         guidance, device = sampling.guidance, self.device
         if guidance.uses_labels and not self.record.class_names:
             raise UserError(
                 "classifier-free guidance needs classes, and this model has none; use a guidance scale of 1"
             )
-        generators = [generator(seed, "sample", i) for i in indices]
+        if sampling.sampler == "dopri5" and len(indices) > 1:
+            alone = [
+                self.draw([i], [label], seed, sampling, weaker=weaker, on_evaluation=on_evaluation)
+                for i, label in zip(indices, labels, strict=True)
+            ]
+            return concatenate_states(alone)
+        filling = max(room - len(indices), 0) if self.compile and sampling.sampler != "dopri5" else 0
+        filled = [*indices, *[indices[-1]] * filling]
+        generators = [generator(seed, "sample", i) for i in filled]
         shapes = self.record.denoiser.shape.shapes()
+        dtype = STATE_PRECISIONS[sampling.state_precision or ("float64" if sampling.published_sampler else "float32")]
 
         def noise() -> Iterator[State]:
             while True:
                 drawn = normals(generators, shapes)
-                yield {name: value.to(device, torch.float64) for name, value in drawn.items()}
+                # Contiguous, as all later states are: a compiled network would take another layout for another input.
+                yield {name: ranks.send(x.contiguous(), device).to(dtype) for name, x in drawn.items()}
 
-        inner = guided_velocity(self.denoiser, torch.tensor(list(labels), device=device), guidance, weaker)
+        inner = guided_velocity(
+            self._network(self.denoiser, sampling),
+            torch.tensor([*labels, *[labels[-1]] * filling], device=device),
+            guidance,
+            self._network(weaker, sampling) if weaker else None,
+        )
 
         def velocity(state: State, time: float, step_start: float | None = None) -> State:
-            with autocast(device, self.record.recipe.optimisation.precision):
-                result = inner(state, time, step_start)
+            result = inner(state, time, step_start)
             on_evaluation()
             return result
 
         draws = noise()
-        return follow(velocity, next(draws), draws, sampling, self.record)
+        state = follow(velocity, next(draws), draws, sampling, self.record)
+        return {name: value[: len(indices)] for name, value in state.items()}
+
+    def _network(self, denoiser: Denoiser, sampling: Sampling) -> SamplingNetwork:
+        precision = sampling.precision or self.record.recipe.optimisation.precision
+        key = denoiser, precision
+        if key not in self._networks:
+            self._networks[key] = SamplingNetwork(denoiser, precision, compiled=self.compile)
+        return self._networks[key]
 
     @torch.no_grad()
     def decode(self, state: State, rounding: Rounding) -> np.ndarray:
         """The images of a state: uint8 (B, height, width, 3)."""
+        return self.pixels(state, rounding).cpu().numpy()
+
+    @torch.no_grad()
+    def pixels(self, state: State, rounding: Rounding) -> Tensor:
+        """What `decode` gives, on the device still, which may be working on it."""
         return to_pixels(self.autoencoder.decode(self.raw(state, LATENT)), rounding)
 
     def raw(self, state: State, name: str) -> Tensor:
@@ -370,19 +460,25 @@ def follow(
     velocity: VelocityFunction, start: State, noise: Iterator[State], sampling: Sampling, record: RunRecord
 ) -> State:
     """Run the sampler that was asked for."""
+    steps, shift, jumps = sampling.steps, sampling.time_shift, sampling.guidance.jumps
     if sampling.sampler == "euler-maruyama":
         path = PATHS[record.recipe.path]
-        return euler_maruyama(velocity, start, stochastic_times(sampling.steps), noise, path)
+        return euler_maruyama(velocity, start, stochastic_times(steps, shift), noise, path)
+    if sampling.sampler == "dopri5":
+        return dopri5(velocity, start, jumps, sampling.relative_tolerance, sampling.absolute_tolerance)
+    if sampling.sampler == "adams-bashforth":
+        return adams_bashforth(velocity, start, aligned(uniform_times(steps, shift), jumps), jumps)
     method = {"euler": euler, "heun": heun}[sampling.sampler]
-    return method(velocity, start, uniform_times(sampling.steps))
+    return method(velocity, start, uniform_times(steps, shift))
 
 
-def evaluations(sampling: Sampling) -> int:
-    """How often a sampler evaluates the velocity."""
-    return 2 * sampling.steps - 1 if sampling.sampler == "heun" else sampling.steps
+def evaluations(sampling: Sampling, count: int = 1, batch_size: int = 1) -> int | None:
+    """How often a sampler evaluates the velocity for `count` images; None for dopri5, which nobody knows beforehand."""
+    per_batch = {"heun": 2 * sampling.steps - 1, "dopri5": None}.get(sampling.sampler, sampling.steps)
+    return None if per_batch is None else -(-count // batch_size) * per_batch
 
 
-def to_pixels(images: Tensor, rounding: Rounding) -> np.ndarray:
+def to_pixels(images: Tensor, rounding: Rounding) -> Tensor:
     """Images (B, 3, H, W) in [−1, 1] to uint8 (B, H, W, 3); values outside are clamped."""
     scaled = 127.5 * images + 128 if rounding == "round" else 255 * (images + 1) / 2
-    return scaled.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return scaled.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,0 +1,281 @@
+"""Which sampler reaches the result of the published 250 steps with the fewest evaluations?
+
+    python studies/samplers.py RUN --reference STORE --out samplers-study --count 1000
+
+Draws the same images (seeds, labels, weights) with every sampler at several numbers of evaluations. Of each it measures
+the Fréchet distance to the reference, the distance of its images to the solution of the equation (a very fine grid;
+deterministic samplers only), and the time. `results.json`, a table and `quality.png` are in the folder. The same
+command again continues where it stopped. The recommendation is the cheapest setting whose Fréchet distance is
+within the interval of the anchor, the most evaluations of the first sampler: what fewer images cannot tell apart.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from PIL import Image
+from tyro.conf import Positional
+
+from reglue.errors import UserError
+from reglue.files import TakesPaths, from_json, replacing, to_json
+from reglue.jobs.evaluate import Evaluate, evaluate
+from reglue.jobs.sample import Sample, sample
+from reglue.recipe import SamplerName
+
+STOCHASTIC: tuple[SamplerName, ...] = ("euler-maruyama",)
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Study(TakesPaths):
+    """Options of the study."""
+
+    run: Positional[Path]
+    reference: Path
+    """A store, with whose encoder images are compared, or any reference of `reglue evaluate`."""
+    out: Path = Path("samplers-study")
+    samplers: tuple[SamplerName, ...] = ("euler-maruyama", "euler", "heun", "adams-bashforth")
+    """The first, at the most evaluations, is the anchor. dopri5 may be added: it chooses its evaluations itself."""
+    evaluations: tuple[int, ...] = (10, 25, 50, 100, 250)
+    """Per image and branch of guidance; Heun's are odd, so it takes one less where this is even."""
+    time_shifts: tuple[float, ...] = (1.0,)
+    """Grids, for each of them; the anchor is of the first."""
+    guidance_scale: float | None = None
+    """As in the run's recipe if not given."""
+    count: int = 1000
+    """Images per setting."""
+    solution_evaluations: int = 1000
+    """Of the solution that deterministic samplers are compared with, by Adams and Bashforth's method."""
+    solution_count: int = 32
+    """Images of that solution, the first ones."""
+    feature_network: str = "store"
+    """As in `reglue evaluate`; store is the encoder of the reference."""
+    inception: Path | None = None
+    """Weights of the FID Inception, for FID beside the other distance; the reference must hold images then."""
+    batch_size: int = 100
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.samplers and self.evaluations and self.time_shifts) or self.samplers[0] == "dopri5":
+            raise UserError("--samplers, --evaluations, --time-shifts: name at least one of each, dopri5 not first")
+        if min(self.evaluations) < 2:
+            raise UserError("--evaluations: at least 2")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to draw the images."""
+
+    sampler: SamplerName
+    evaluations: int
+    """0 where the sampler chooses."""
+    time_shift: float
+
+    @property
+    def name(self) -> str:
+        """Also of its folder."""
+        shift = "" if self.time_shift == 1 else f"-shift-{self.time_shift:g}"
+        return f"{self.sampler}{f'-{self.evaluations}' if self.evaluations else ''}{shift}"
+
+    @property
+    def steps(self) -> int:
+        """Intervals of the grid."""
+        return (self.evaluations + 1) // 2 if self.sampler == "heun" else max(self.evaluations, 1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of a setting."""
+
+    setting: Setting
+    evaluations: int | None
+    """That were made per image; None where nobody counted."""
+    frechet_distance: float
+    low: float
+    """Of the 95 % interval …"""
+    high: float
+    fid: float | None
+    pixel_distance: float | None
+    """Root mean square difference to the solution, in 8-bit steps; None for stochastic samplers."""
+    seconds: float | None
+    """Of drawing and writing; None if it was interrupted in between."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that is measured so far, and by which options."""
+
+    options: dict[str, Any]
+    settings: tuple[Measured, ...] = ()
+
+
+def study(options: Study) -> Results:
+    """Draw and measure every setting that is not measured yet; then table, plot and recommendation."""
+    results = open_results(options)
+    solution = options.out / "solution"
+    finest = Setting("adams-bashforth", options.solution_evaluations, 1.0)
+    sample(drawing(options, finest, solution, options.solution_count))
+    done = {measured.setting for measured in results.settings}
+    for setting in settings(options):
+        if setting not in done:
+            results = replace(results, settings=(*results.settings, measure(options, setting, solution)))
+            write(options, results)
+    print(table(results))
+    anchor, best = recommendation(options, results.settings)
+    print(f"\nThe cheapest within the interval of {anchor.setting.name}, up to {anchor.high:.2f}: {best.setting.name}")
+    draw(options, results.settings, anchor)
+    return results
+
+
+def settings(options: Study) -> Iterator[Setting]:
+    """Every setting once, the anchor first."""
+    for shift in options.time_shifts:
+        for sampler in options.samplers:
+            if sampler == "dopri5":
+                if shift == options.time_shifts[0]:
+                    yield Setting(sampler, 0, 1.0)
+                continue
+            for evaluations in sorted(options.evaluations, reverse=True):
+                yield Setting(sampler, evaluations, shift)
+
+
+def drawing(options: Study, setting: Setting, out: Path, count: int) -> Sample:
+    """The job that draws a setting."""
+    return Sample(
+        options.run,
+        out,
+        count,
+        seed=options.seed,
+        sampler=setting.sampler,
+        steps=setting.steps,
+        time_shift=setting.time_shift,
+        guidance_scale=options.guidance_scale,
+        batch_size=options.batch_size,
+        device=options.device,
+    )
+
+
+def measure(options: Study, setting: Setting, solution: Path) -> Measured:
+    """Draw the images of a setting and compare them."""
+    folder = options.out / setting.name
+    fresh = not folder.exists()
+    started = time.perf_counter()
+    sample(drawing(options, setting, folder, options.count))
+    seconds = time.perf_counter() - started
+    comparison = Evaluate(folder, options.reference, feature_network=options.feature_network, device=options.device)
+    distance = evaluate(comparison).metrics.frechet_distance
+    fid = None
+    if options.inception:
+        fid = evaluate(replace(comparison, feature_network=str(options.inception))).metrics.frechet_distance.value
+    made = 2 * setting.steps - 1 if setting.sampler == "heun" else setting.evaluations or None
+    return Measured(
+        setting,
+        made,
+        distance.value,
+        distance.value if distance.low is None else distance.low,
+        distance.value if distance.high is None else distance.high,
+        fid,
+        None if setting.sampler in STOCHASTIC else pixel_distance(folder, solution),
+        seconds if fresh else None,
+    )
+
+
+def pixel_distance(folder: Path, solution: Path) -> float:
+    """Root mean square difference of the images that both folders have, in 8-bit steps."""
+    names = [file.name for file in sorted(solution.glob("*.png")) if (folder / file.name).is_file()]
+    sides = [np.stack([np.asarray(Image.open(side / name), float) for name in names]) for side in (folder, solution)]
+    return float(np.sqrt(np.mean((sides[0] - sides[1]) ** 2)))
+
+
+def recommendation(options: Study, measured: tuple[Measured, ...]) -> tuple[Measured, Measured]:
+    """The anchor, and what has the fewest evaluations of all that lie below the upper end of its interval."""
+    first = Setting(options.samplers[0], max(options.evaluations), options.time_shifts[0])
+    anchor = next(each for each in measured if each.setting == first)
+    good = [each for each in measured if each.evaluations and each.frechet_distance <= anchor.high]
+    return anchor, min(good, key=lambda each: (each.evaluations or 0, each.frechet_distance))
+
+
+def open_results(options: Study) -> Results:
+    """What an earlier call measured. Raises UserError if it had options that decide other numbers."""
+    protocol = json.loads(
+        json.dumps(
+            {
+                name: str(value) if isinstance(value, Path) else value
+                for name, value in asdict(options).items()
+                if name not in ("samplers", "evaluations", "time_shifts", "out", "batch_size", "device")
+            }
+        )
+    )
+    file = options.out / RESULTS
+    if not file.is_file():
+        options.out.mkdir(parents=True, exist_ok=True)
+        return Results(protocol)
+    before = from_json(file, Results, "remove it to measure anew")
+    different = sorted(name for name in protocol if before.options.get(name) != protocol[name])
+    if different:
+        raise UserError(f"{file} was measured with other options ({', '.join(different)}); choose a new --out")
+    return before
+
+
+def write(options: Study, results: Results) -> None:
+    """Write what is measured so far."""
+    with replacing(options.out / RESULTS) as beside:
+        beside.write_text(to_json(results))
+
+
+def table(results: Results) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| sampler | shift | evaluations | Fréchet distance | FID | pixels from the solution | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for each in results.settings:
+        cells = (
+            each.setting.sampler,
+            f"{each.setting.time_shift:g}",
+            each.evaluations or "–",
+            f"{each.frechet_distance:.2f} [{each.low:.2f}, {each.high:.2f}]",
+            "–" if each.fid is None else f"{each.fid:.2f}",
+            "–" if each.pixel_distance is None else f"{each.pixel_distance:.2f}",
+            "–" if each.seconds is None else f"{each.seconds:.0f}",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def draw(options: Study, measured: tuple[Measured, ...], anchor: Measured) -> None:
+    """Quality against evaluations, as `quality.png`."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[tuple[str, float], list[Measured]] = {}
+    for each in measured:
+        if each.evaluations:
+            lines.setdefault((each.setting.sampler, each.setting.time_shift), []).append(each)
+    for (sampler, shift), points in lines.items():
+        points.sort(key=lambda each: each.evaluations or 0)
+        label = sampler if shift == 1 else f"{sampler}, shift {shift:g}"
+        axes.plot(
+            [each.evaluations or 0 for each in points], [each.frechet_distance for each in points], "o-", label=label
+        )
+    axes.axhspan(anchor.low, anchor.high, alpha=0.15, label=f"interval of {anchor.setting.name}")
+    axes.set(xscale="log", yscale="log", xlabel="evaluations per image", ylabel="Fréchet distance")
+    axes.legend()
+    with replacing(options.out / "quality.png") as beside:
+        figure.savefig(beside, format="png", dpi=150)
+
+
+if __name__ == "__main__":
+    try:
+        study(tyro.cli(Study, description=__doc__))
+    except UserError as error:
+        raise SystemExit(f"samplers: {error}") from None
