@@ -255,9 +255,9 @@ def evaluate(options: Evaluate) -> Evaluation:
     network = _load_network(options, images, reference, device)
 
     skipped: list[str] = []
-    measured = _describe(network, images, "images", options, skipped)
-    real = _describe(network, reference, "reference", options, skipped)
-    metrics, absent = _measure(network, measured, real, options, device)
+    measured = describe(network, images, "images", options, skipped)
+    real = describe(network, reference, "reference", options, skipped)
+    metrics, absent = measure(network, measured, real, options, device)
     subset_size = min(options.kernel_subset_size, measured.count or 0, real.count or 0)
     evaluation = Evaluation(
         metrics=metrics,
@@ -337,8 +337,11 @@ def _given_resolution(resolution: int | tuple[int, int]) -> tuple[int, int]:
     return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
-def _describe(network: FeatureNetwork, side: ImageSet, name: str, options: Evaluate, skipped: list[str]) -> Described:
-    """Features and Gaussians of one side, computed, or as far as its store or file has them."""
+def describe(network: FeatureNetwork, side: ImageSet, name: str, options: Evaluate, skipped: list[str]) -> Described:
+    """Features and Gaussians of one side, computed, or as far as its store or file has them.
+
+    `name` says which side it is, for messages; images that cannot be read are added to `skipped`.
+    """
     given = side.pool is not None and isinstance(network, Inception)
     if side.images is None and not given:
         raise UserError(f"{side.path} holds no images, and its statistics are the Inception's; give the images too")
@@ -394,7 +397,7 @@ def _batches(side: ImageSet, size: tuple[int, int], name: str, batch_size: int, 
             progress.update(len(batch))
 
 
-def _measure(
+def measure(
     network: FeatureNetwork, measured: Described, real: Described, options: Evaluate, device: torch.device
 ) -> tuple[Metrics, dict[str, str]]:
     """The figures, and the reasons for those that are missing."""
