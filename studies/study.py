@@ -1,8 +1,8 @@
 """What all studies share: arms are trained, drawn from and measured alike, milestone by milestone.
 
-All arms reach a milestone, are drawn from and measured there before any goes on to the next, so a study that stops early
-still compares arms at equal steps. Milestones double: a method that learns faster is one that reaches at N steps what
-another reaches at 2N, and quality changes about as much from N to 2N whatever N is.
+All arms reach a milestone, are drawn from and measured there before any goes on to the next, so a study that stops
+early still compares arms at equal steps. Milestones double: a method that learns faster is one that reaches at N steps
+what another reaches at 2N, and quality changes about as much from N to 2N whatever N is.
 
 Everything is a file in the folder of the study, written whole or not at all, so the same command continues, also on
 another machine after the folder was copied there:
@@ -216,8 +216,8 @@ def run_study(options: StudyOptions, arms: Sequence[Arm], title: str) -> dict[st
             with phase(options, "train", trial, step):
                 train_to(options, trial, step)
             observe(options, measures, trial, step)
+            results = gather(options, trials, measures, title)
         draw_grid(options, trials, step)
-        results = gather(options, trials, measures, title)
     if options.guidance != 1:
         for trial in trials:
             observe(options, measures, trial, options.steps, guided=True)
