@@ -35,13 +35,14 @@ def print_plan(options: StudyOptions, arms: Sequence[Arm]) -> None:
     """Time every arm and print the minutes of each and of all."""
     trials = trials_of(options, arms)
     costs = {arm.name: cost_of(options, arm) for arm in arms}
-    draws = len(options.milestones()) + (2 if options.guidance != 1 else 0)  # Guidance evaluates twice.
     total = 0.0
     print(f"{'arm':<24} {'images/s':>9} {'train, min':>11} {'draw, min':>10}")
     for trial in trials:
         cost = costs[trial.arm.name]
         trained = trial.arm.trained_as is None
         training = options.steps * options.batch_size / cost.images_per_second / 60 if trained else 0.0
+        draws = len(options.milestones()) if trained else 0
+        draws += 2 if trial.arm.guided and options.guidance != 1 else 0  # Guidance evaluates twice.
         drawing = draws * cost.drawing_seconds / 60
         total += training + drawing
         print(f"{trial.folder.name:<24} {cost.images_per_second:>9.1f} {training:>11.1f} {drawing:>10.1f}")

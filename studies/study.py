@@ -143,8 +143,10 @@ class Arm:
     """What is published for it, or anything else that a table should say."""
     guidance: tuple[tuple[str, float], ...] = ()
     """Options of `reglue sample` that draw this arm's guided samples otherwise: pairs of a name and a value."""
+    guided: bool = True
+    """Whether guided samples are drawn at the end."""
     trained_as: str | None = None
-    """The arm whose run this one draws from; its own if not given."""
+    """The arm whose last model this one draws guided samples from, without training; None if it trains."""
 
 
 def arm_of(options: StudyOptions, name: str, recipe: Recipe, store: Path | None = None, **details: Any) -> Arm:
@@ -211,18 +213,21 @@ def run_study(options: StudyOptions, arms: Sequence[Arm], title: str) -> dict[st
     claim(options, trials)
     measures = Measures(options)
     results: dict[str, Any] = {}
+    trained = [trial for trial in trials if trial.arm.trained_as is None]
+    guided = [trial for trial in trials if trial.arm.guided and options.guidance != 1]
     for step in options.milestones():
-        for trial in trials:
+        for trial in trained:
             with phase(options, "train", trial, step):
                 train_to(options, trial, step)
             observe(options, measures, trial, step)
             results = gather(options, trials, measures, title)
-        draw_grid(options, trials, step)
-    if options.guidance != 1:
-        for trial in trials:
-            observe(options, measures, trial, options.steps, guided=True)
-        draw_grid(options, trials, options.steps, guided=True)
-    return gather(options, trials, measures, title) if options.guidance != 1 else results
+        draw_grid(options, trained, step)
+    for trial in guided:
+        observe(options, measures, trial, options.steps, guided=True)
+        results = gather(options, trials, measures, title)
+    if guided:
+        draw_grid(options, guided, options.steps, guided=True)
+    return results
 
 
 def claim(options: StudyOptions, trials: Sequence[Trial]) -> None:
@@ -379,6 +384,7 @@ def report_of(options: StudyOptions, trial: Trial) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in Denoiser(checked(trial).denoiser).parameters()),
         "steps": measured,
         "guided": {kind: json.loads(file.read_text()) for kind, file in found.items() if file.is_file()},
+        "guided_step": options.steps,
     }
 
 

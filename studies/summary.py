@@ -45,13 +45,13 @@ def summarise(out: Path, studies: Mapping[str, dict[str, Any]]) -> None:
             figure.savefig(beside, format="png", dpi=110)
 
 
-def table(studies: Mapping[str, dict[str, Any]]) -> str:
-    """All figures as a table in Markdown. Columns that are empty throughout are left out."""
+def table(studies: Mapping[str, dict[str, Any]], last: bool = False) -> str:
+    """All figures, or only the `last` of each arm, as a table in Markdown. Columns that are empty are left out."""
     rows = [
         {"study": title, "arm": f"{trial['arm']}, seed {trial['seed']}", "parameters": _millions(trial), **cells}
         for title, results in studies.items()
         for trial in results["arms"].values()
-        for cells in _rows(trial)
+        for cells in _rows(trial, last)
     ]
     rows.sort(key=lambda row: (list(studies).index(row["study"]), row["guided"], row["step"]))
     shown = ["study"] if len(studies) > 1 else []
@@ -63,11 +63,11 @@ def table(studies: Mapping[str, dict[str, Any]]) -> str:
     return "\n".join([f"# {heading}", "", *("| " + " | ".join(line) + " |" for line in lines), REMARKS])
 
 
-def _rows(trial: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _rows(trial: dict[str, Any], last: bool) -> Iterator[dict[str, Any]]:
     measured = [(int(step), False, figures) for step, figures in trial["steps"].items()]
-    if trial["guided"] and measured:
-        measured.append((measured[-1][0], True, trial["guided"]))
-    for step, guided, figures in measured:
+    if trial["guided"]:
+        measured.append((trial["guided_step"], True, trial["guided"]))
+    for step, guided, figures in measured[-1:] if last else measured:
         cells = {name: _printed(figures, *where) for name, where in COLUMNS.items()}
         seconds = figures.get("training_seconds")
         yield {

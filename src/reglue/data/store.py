@@ -276,6 +276,10 @@ class Store:
                     "run the command that made it again"
                 )
 
+    def finish(self) -> Store:
+        """Write the manifest into the folder, whose shards are there already. Returns the store, with its hash."""
+        return Store(self.folder, _write_manifest(self.folder, self.manifest))
+
     def statistics(self, column: str, rows: Tensor) -> Statistics:
         """Per-channel mean and standard deviation of a column over ascending rows (n,), streamed in float64.
 
