@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import tyro
 from safetensors.torch import save_file
-from timm.data import ImageNetInfo
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 
 from reglue.errors import UserError

@@ -18,7 +18,8 @@ import torch
 import torchvision
 import tyro
 from safetensors import SafetensorError, safe_open
-from timm.data import ImageNetInfo
+from timm.data.config import resolve_model_data_config
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck, ResNet
@@ -129,10 +130,9 @@ def _of_timm(name: str, model: str) -> Judge:
     if not timm.is_model(model):
         raise UserError(f"--judge {name}: timm has no network of that name")
     network = timm.create_model(model, pretrained=True)
-    config = timm.data.resolve_model_data_config(network)
-    return Judge(
-        name, network, _imagenet(name, network.num_classes), config["mean"], config["std"], config["input_size"][1]
-    )
+    config = resolve_model_data_config(network)
+    classes = _imagenet(name, network.num_classes)  # type: ignore[reportArgumentType]
+    return Judge(name, network, classes, config["mean"], config["std"], config["input_size"][1])
 
 
 def _of_torchvision(name: str, model: str) -> Judge:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
@@ -24,7 +25,7 @@ from reglue.jobs.evaluate import Described, Evaluate, describe, measure
 from reglue.jobs.image_sets import ImageSet, open_images
 from reglue.jobs.sample import PROTOCOL
 from reglue.metrics.distances import GaussianStatistics, nearest
-from reglue.metrics.features import FeatureNetwork, FeatureSet, load_encoder_features
+from reglue.metrics.features import FeatureNetwork, FeatureSet, describe_images, load_encoder_features
 from reglue.metrics.inception import INCEPTION, load_inception
 from reglue.runs.ranks import resolve_device
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 CLOSE = 0.01
 """A sample is suspiciously close to a training image if it is closer than all but this share of held-out images."""
+KERNEL_SUBSETS = 20
+"""Fewer than usual, since each has all of the samples: only the real images are drawn anew."""
 
 
 class Measures:
@@ -44,7 +47,6 @@ class Measures:
         self.store = Store.open(options.store)
         self.resolution = self.store.manifest.source.resolution
         self.folder = options.out / "references"
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def references(self) -> dict[str, Any]:
@@ -55,6 +57,24 @@ class Measures:
     def of(self, kind: str, samples: Path) -> dict[str, Any]:
         """The figures of one kind: encoder, inception or judge."""
         return {"encoder": self._by_encoder, "inception": self._by_inception, "judge": self._by_judge}[kind](samples)
+
+    def seconds(self, samples: Path) -> tuple[float, float]:
+        """How long the networks look at samples: those of every checkpoint, and the Inception."""
+        batches = list(self._batches(open_images(samples, None, 1, "cpu")))
+        networks = [self._encoder, *([self._inception] if self.options.inception else [])]
+        took = []
+        for network in networks:
+            describe_images(network, batches[:1])  # The first time is slower.
+            began = time.perf_counter()
+            describe_images(network, batches)
+            took.append(time.perf_counter() - began)
+        if self.options.judge:
+            self._judge.scores(batches[0])
+            began = time.perf_counter()
+            for batch in batches:
+                self._judge.scores(batch).cpu()
+            took[0] += time.perf_counter() - began
+        return took[0], sum(took[1:])
 
     def _by_encoder(self, samples: Path) -> dict[str, Any]:
         network, training = self._encoder, self._features(self._encoder, self.options.store, "training")
@@ -85,6 +105,7 @@ class Measures:
             resolution=self.resolution,
             resamples=self.options.resamples,
             batch_size=self.options.sampling_batch,
+            kernel_subsets=KERNEL_SUBSETS,
             kernel_subset_size=self.options.count,
         )
         drawn = describe(network, open_images(samples, None, 1, "cpu"), "samples", options, [])
@@ -146,6 +167,7 @@ class Measures:
         """The file for what is found out about real images, by a hash of the images and of who says it."""
         seen = side.store.manifest.source.fingerprint if side.store else _folder_of(side).fingerprint()
         digest = hashlib.sha256(json.dumps([*said, self.resolution, seen]).encode()).hexdigest()
+        self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{name}-{digest[:16]}{suffix}"
 
     def _batches(self, side: ImageSet) -> Iterator[Tensor]:

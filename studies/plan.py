@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from measures import Measures
 from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import Train, train
 from reglue.runs.tracking import read as read_log
@@ -29,30 +30,39 @@ class Cost:
     """Of training."""
     drawing_seconds: float
     """For all samples of one checkpoint, without guidance."""
+    measuring_seconds: float
+    """For the networks to look at them."""
+    inception_seconds: float
+    """The same of the Inception, which may only look at the last ones."""
 
 
 def print_plan(options: StudyOptions, arms: Sequence[Arm]) -> None:
     """Time every arm and print the minutes of each and of all."""
-    trials = trials_of(options, arms)
-    costs = {arm.name: cost_of(options, arm) for arm in arms}
+    measures = Measures(options)
+    costs = {arm.name: cost_of(options, arm, measures) for arm in arms}
+    checkpoints = len(options.milestones())
     total = 0.0
-    print(f"{'arm':<24} {'images/s':>9} {'train, min':>11} {'draw, min':>10}")
-    for trial in trials:
-        cost = costs[trial.arm.name]
+    print(f"{'arm':<24} {'images/s':>9} {'train, min':>11} {'draw, min':>10} {'measure, min':>13}")
+    for trial in trials_of(options, arms):
+        cost, guided = costs[trial.arm.name], trial.arm.guided and options.guidance != 1
         trained = trial.arm.trained_as is None
-        training = options.steps * options.batch_size / cost.images_per_second / 60 if trained else 0.0
-        draws = len(options.milestones()) if trained else 0
-        draws += 2 if trial.arm.guided and options.guidance != 1 else 0  # Guidance evaluates twice.
-        drawing = draws * cost.drawing_seconds / 60
-        total += training + drawing
-        print(f"{trial.folder.name:<24} {cost.images_per_second:>9.1f} {training:>11.1f} {drawing:>10.1f}")
+        sets = (checkpoints if trained else 0) + guided
+        by_inception = sets if options.inception_everywhere else trained + guided
+        minutes = (
+            options.steps * options.batch_size / cost.images_per_second / 60 if trained else 0.0,
+            (sets + guided) * cost.drawing_seconds / 60,  # Guidance evaluates twice.
+            (sets * cost.measuring_seconds + by_inception * cost.inception_seconds) / 60,
+        )
+        total += sum(minutes)
+        columns = f"{minutes[0]:>11.1f} {minutes[1]:>10.1f} {minutes[2]:>13.1f}"
+        print(f"{trial.folder.name:<24} {cost.images_per_second:>9.1f} {columns}")
     print(
         f"{options.steps} steps of {options.batch_size}, measured at {options.milestones()}, {options.count} samples: "
-        f"{total:.1f} minutes, to which measuring adds what log.jsonl of an earlier study says"
+        f"{total:.1f} minutes in all, and once the features of real images"
     )
 
 
-def cost_of(options: StudyOptions, arm: Arm) -> Cost:
+def cost_of(options: StudyOptions, arm: Arm, measures: Measures) -> Cost:
     """Train and draw a little in a folder that is thrown away."""
     recipe = replace(arm.recipe, optimisation=replace(arm.recipe.optimisation, steps=TIMED_STEPS))
     with TemporaryDirectory() as folder:
@@ -76,6 +86,8 @@ def cost_of(options: StudyOptions, arm: Arm) -> Cost:
                 )
             )
             took.append(time.perf_counter() - began)
+        looked = measures.seconds(Path(folder) / f"{SAMPLING_STEPS[0]}")
     per_step = max(0.0, (took[1] - took[0]) / (SAMPLING_STEPS[1] - SAMPLING_STEPS[0]))
     fixed = max(0.0, took[0] - SAMPLING_STEPS[0] * per_step)
-    return Cost(median(speeds), (fixed + options.sampling_steps * per_step) * options.count / count)
+    drawing = fixed + options.sampling_steps * per_step
+    return Cost(median(speeds), *(seconds * options.count / count for seconds in (drawing, *looked)))

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -85,8 +85,8 @@ class StudyOptions(TakesPaths):
     """Hidden width of the alignment's projector; a smaller one suits a small model."""
     unit_variance: bool = False
     """Scale each latent channel to unit variance, instead of as the autoencoder says."""
-    precision: str = "bfloat16"
-    """bfloat16 or float32."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the matrix products."""
     compile: bool = False
     """Compile the models; worth it for runs of many minutes on a GPU."""
 
@@ -159,7 +159,7 @@ def arm_of(options: StudyOptions, name: str, recipe: Recipe, store: Path | None 
         clip=1.0,
         ema=options.ema,
         ema_warmup=True,
-        precision=options.precision,  # type: ignore[arg-type]
+        precision=options.precision,
         compile=options.compile,
         time_shift=options.time_shift,
     )
@@ -258,7 +258,7 @@ def checked(trial: Trial) -> RunRecord:
 
 def train_to(options: StudyOptions, trial: Trial, step: int) -> None:
     """Train, or prolong, the run of a trial. With a constant learning rate that gives the bits of one long run."""
-    if step in checkpoints.steps(trial.run):
+    if any(done >= step for done in checkpoints.steps(trial.run)):
         return
     optimisation = replace(trial.arm.recipe.optimisation, steps=step)
     train(
@@ -300,6 +300,8 @@ def figures_of(samples: Path, kind: str) -> Path:
 def draw(options: StudyOptions, trial: Trial, step: int, guided: bool) -> None:
     """Draw the samples of a trial that are missing: same seeds, labels and sampler for all arms."""
     out = trial.samples(step, guided)
+    if all((out / f"{i:06d}.png").is_file() for i in range(options.count)):
+        return  # The checkpoint of an early milestone may be gone by now.
     protocol = out / PROTOCOL
     if protocol.is_file() and json.loads(protocol.read_text())["run"] != str(trial.run):
         shutil.rmtree(out)  # Begun where the study had another path, which the samples' protocol names.
@@ -349,7 +351,8 @@ def draw_grid(options: StudyOptions, trials: Sequence[Trial], step: int, guided:
 
 def gather(options: StudyOptions, trials: Sequence[Trial], measures: Measures, title: str) -> dict[str, Any]:
     """All figures so far as `results.json`, a table and plots."""
-    record = checked(trials[0])
+    record, path = checked(trials[0]), options.out / "results.json"
+    before = json.loads(path.read_text())["arms"] if path.is_file() else {}
     results = {
         "title": title,
         "options": json.loads(json.dumps(asdict(options), default=str)),
@@ -359,9 +362,10 @@ def gather(options: StudyOptions, trials: Sequence[Trial], measures: Measures, t
             "resolution": list(record.resolution),
         },
         "references": measures.references,
-        "arms": {trial.folder.name: report_of(options, trial) for trial in trials},
+        # Those of an earlier command with other arms stay.
+        "arms": {**before, **{trial.folder.name: report_of(options, trial) for trial in trials}},
     }
-    write_json(options.out / "results.json", results)
+    write_json(path, results)
     summarise(options.out, {title: results})
     return results
 

@@ -60,7 +60,19 @@ def table(studies: Mapping[str, dict[str, Any]], last: bool = False) -> str:
     lines = [shown, ["---"] * len(shown)]
     lines += [[_cell(row, name) for name in shown] for row in rows]
     heading = " · ".join(studies)
-    return "\n".join([f"# {heading}", "", *("| " + " | ".join(line) + " |" for line in lines), REMARKS])
+    known = [f"{title}: {ceiling}" for title, results in studies.items() if (ceiling := _ceiling(results))]
+    return "\n".join([f"# {heading}", "", *("| " + " | ".join(line) + " |" for line in lines), REMARKS, *known])
+
+
+def _ceiling(results: dict[str, Any]) -> str:
+    """What the judge says of real images, if it was asked."""
+    for trial in results["arms"].values():
+        for figures in (*trial["steps"].values(), trial["guided"]):
+            real = figures.get("judge", {}).get("real")
+            if real:
+                known = f"{real['top1_among_own']:.1%} of {real['images']} real held-out images of the same size"
+                return f"the judge recognises {known} ({real['top1']:.1%} among all of its classes).\n"
+    return ""
 
 
 def _rows(trial: dict[str, Any], last: bool) -> Iterator[dict[str, Any]]:

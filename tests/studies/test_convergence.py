@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,24 +53,36 @@ def test_every_arm_has_every_figure_at_every_checkpoint(finished: Path) -> None:
     assert "| 4, guided | reglue, seed 0 |" in (finished / "table.md").read_text()
 
 
-def test_a_study_that_lost_files_makes_them_again_alike(
+def test_a_killed_study_continues_elsewhere_to_the_same_figures(
     finished: Path, tmp_path: Path, tiny_store: Path, tiny_images: Path
 ) -> None:
-    before = json.loads((finished / "results.json").read_text())["arms"]["reglue-seed-0"]["steps"]["4"]["encoder"]
-    copied = tmp_path / "elsewhere"
-    copied.mkdir()
-    for name in ("study.json", "reglue-seed-0", "references"):
-        _copy(finished / name, copied / name)
-    # As if the machine had gone while the last samples were drawn.
-    (copied / "reglue-seed-0" / "step-00000004" / "000003.png").unlink()
-    (copied / "reglue-seed-0" / "step-00000004.encoder.json").unlink()
-    after = run(tiny_store, tiny_images, copied, "--arms", "reglue")["arms"]["reglue-seed-0"]["steps"]["4"]["encoder"]
-    for name in ("frechet_distance", "kernel_distance", "precision"):
-        assert after[name]["value"] == pytest.approx(before[name]["value"], rel=1e-4)  # Batches differ.
+    began, continued = tmp_path / "began", tmp_path / "continued"
+    script = str(Path(convergence.__file__))
+    options = [str(tiny_store), "--reference", str(tiny_images), "--out", str(began), *TINY, "--arms", "reglue"]
+    process = subprocess.Popen([sys.executable, script, *options], stderr=subprocess.DEVNULL)
+    drawn = began / "reglue-seed-0" / "step-00000002"
+    while process.poll() is None and not list(drawn.glob("*.png")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (began / "reglue-seed-0" / "guided.encoder.json").exists()  # It was not done.
+    shutil.move(began, continued)
+    after = run(tiny_store, tiny_images, continued, "--arms", "reglue")["arms"]["reglue-seed-0"]
+    before = json.loads((finished / "results.json").read_text())["arms"]["reglue-seed-0"]
+    for step in ("2", "4"):
+        for name in ("frechet_distance", "kernel_distance", "precision"):
+            figures = [trial["steps"][step]["encoder"][name]["value"] for trial in (before, after)]
+            assert figures[1] == pytest.approx(figures[0], rel=1e-4)  # Batches may differ.
 
 
-def _copy(source: Path, target: Path) -> None:
-    (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+def test_samples_are_measured_again_when_their_checkpoint_is_gone(
+    finished: Path, tmp_path: Path, tiny_store: Path, tiny_images: Path
+) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "study"))
+    shutil.rmtree(out / "sit-seed-0" / "run" / "checkpoints" / "00000002")
+    (out / "sit-seed-0" / "step-00000002.encoder.json").unlink()
+    results = run(tiny_store, tiny_images, out, "--arms", "sit")
+    assert results["arms"] == json.loads((finished / "results.json").read_text())["arms"]  # REGLUE's stay, too.
 
 
 def test_another_study_in_the_same_folder_is_refused(finished: Path, tiny_store: Path, tiny_images: Path) -> None:
@@ -83,7 +98,7 @@ def test_unknown_arms_are_refused(tmp_path: Path, tiny_store: Path, tiny_images:
 
 
 def test_compare_sets_studies_side_by_side(finished: Path, tmp_path: Path) -> None:
-    _copy(finished / "results.json", tmp_path / "results.json")
+    shutil.copy(finished / "results.json", tmp_path / "results.json")
     compare((finished, tmp_path), tmp_path / "compared")
     table = (tmp_path / "compared" / "table.md").read_text()
     assert f"| {finished.name} | 2 | sit, seed 0 |" in table
