@@ -165,8 +165,7 @@ class Measures:
 
     def _kept(self, name: str, side: ImageSet, said: list[Any], suffix: str) -> Path:
         """The file for what is found out about real images, by a hash of the images and of who says it."""
-        seen = side.store.manifest.source.fingerprint if side.store else _folder_of(side).fingerprint()
-        digest = hashlib.sha256(json.dumps([*said, self.resolution, seen]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([*said, self.resolution, fingerprint(side)]).encode()).hexdigest()
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{name}-{digest[:16]}{suffix}"
 
@@ -193,6 +192,11 @@ class Measures:
     def _judge(self) -> Judge:
         assert self.options.judge is not None
         return load_judge(self.options.judge, self.device)
+
+
+def fingerprint(side: ImageSet) -> str:
+    """Which real images they are."""
+    return side.store.manifest.source.fingerprint if side.store else _folder_of(side).fingerprint()
 
 
 def _described(features: Tensor) -> Described:

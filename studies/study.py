@@ -11,7 +11,7 @@ another machine after the folder was copied there:
     log.jsonl                               each phase with its wall time
     references/                             features of real images, and what is known of them
     ARM-seed-S/run                          the run
-    ARM-seed-S/step-N, ARM-seed-S/guided    the samples, and beside each its figures: KIND.json
+    ARM-seed-S/step-N, ARM-seed-S/guided-N  the samples, and beside each its figures: KIND.json
     grids/                                  the first samples of all arms, side by side
     results.json, table.md, *.png           everything together
 """
@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,12 +33,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tyro.conf import Positional
 
-from measures import Measures
+from measures import Measures, fingerprint
 from reglue.data.pictures import image_grid
 from reglue.data.store import Store
-from reglue.diffusion.denoiser import Denoiser
+from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.errors import UserError
 from reglue.files import TakesPaths, replacing
+from reglue.jobs.image_sets import open_images
 from reglue.jobs.sample import PROTOCOL, Sample, sample
 from reglue.jobs.train import Train, train
 from reglue.recipe import Optimisation, Recipe, SamplerName, Sampling
@@ -70,7 +72,7 @@ class StudyOptions(TakesPaths):
     model: str = "B/2"
     """Size of the transformer, of all arms."""
     steps: int = 4000
-    """Training steps. A finished study can be prolonged."""
+    """Training steps. A finished study can be prolonged to twice as many, with one checkpoint more."""
     checkpoints: int = 4
     """How often arms are measured: after all steps, half of them, a quarter …"""
     batch_size: int = 64
@@ -125,11 +127,13 @@ class StudyOptions(TakesPaths):
 
 
 MAY_CHANGE = {
-    *("store", "reference", "out", "seed", "seeds", "repeated_arms", "arms", "steps", "checkpoints", "inception"),
-    *("inception_everywhere", "judge", "encoder", "autoencoder", "compile", "sampling_batch", "checkpoint_every"),
-    *("plan", "device"),
+    *("store", "reference", "out", "seed", "seeds", "repeated_arms", "arms", "questions", "steps", "checkpoints"),
+    *("inception_everywhere", "autoencoder", "last_layer_store", "compile", "sampling_batch", "checkpoint_every"),
+    *("inception", "judge", "encoder", "plan", "device"),
 }
-"""Options that do not decide what a figure of an arm is, or that are told in another way."""
+"""Options that do not decide what a figure of an arm is, or that are compared in another way."""
+NETWORKS = ("inception", "judge", "encoder")
+"""Options that name networks: may be given later, but then stay."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ class Trial:
 
     def samples(self, step: int, guided: bool) -> Path:
         """Where samples are."""
-        return self.folder / ("guided" if guided else f"step-{step:08d}")
+        return self.folder / f"{'guided' if guided else 'step'}-{step:08d}"
 
 
 def trials_of(options: StudyOptions, arms: Sequence[Arm]) -> list[Trial]:
@@ -236,17 +240,23 @@ def claim(options: StudyOptions, trials: Sequence[Trial]) -> None:
     Also checks that every store has what its arm learns, before hours are spent on the others.
     """
     settings = {part.name: getattr(options, part.name) for part in fields(options) if part.name not in MAY_CHANGE}
+    # Files may lie elsewhere on another machine, but must not become others.
+    settings |= {name: Path(value).name for name in NETWORKS if (value := getattr(options, name))}
     stores = {trial.arm.name: data_hash(Store.open(trial.arm.store), checked(trial).recipe) for trial in trials}
+    stores["--reference"] = fingerprint(open_images(options.reference, None, 1, "cpu"))
     settings = json.loads(json.dumps(settings))
     path = options.out / "study.json"
     if path.is_file():
         before = json.loads(path.read_text())
-        changed = [name for name in settings if before["settings"].get(name) != settings[name]]
+        changed = [name for name in settings if before["settings"].get(name, settings[name]) != settings[name]]
         others = [name for name, digest in stores.items() if before["stores"].get(name, digest) != digest]
         if changed or others:
-            what = ", ".join(["--" + name.replace("_", "-") for name in changed] or [f"the store of {others[0]}"])
+            what = ", ".join(
+                ["--" + name.replace("_", "-") for name in changed]
+                or [others[0] if others[0].startswith("--") else f"store of {others[0]}"]
+            )
             raise UserError(f"{options.out} is a study with another {what}; choose another --out, or as it was before")
-        stores = {**before["stores"], **stores}
+        settings, stores = {**before["settings"], **settings}, {**before["stores"], **stores}
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(path, {"settings": settings, "stores": stores})
 
@@ -345,7 +355,7 @@ def draw_grid(options: StudyOptions, trials: Sequence[Trial], step: int, guided:
         text.text((2, heading + row * (height + 2) / len(trials) + 2), trial.folder.name, "black")
     folder = options.out / "grids"
     folder.mkdir(exist_ok=True)
-    with replacing(folder / ("guided.png" if guided else f"step-{step:08d}.png")) as beside:
+    with replacing(folder / f"{trials[0].samples(step, guided).name}.png") as beside:
         page.save(beside, format="png")
 
 
@@ -380,16 +390,22 @@ def report_of(options: StudyOptions, trial: Trial) -> dict[str, Any]:
                 "training_seconds": training_seconds(trial, step),
                 **{kind: json.loads(file.read_text()) for kind, file in found.items() if file.is_file()},
             }
-    found = {kind: figures_of(trial.samples(0, True), kind) for kind in ("encoder", "judge", "inception")}
+    found = {kind: figures_of(trial.samples(options.steps, True), kind) for kind in ("encoder", "judge", "inception")}
     return {
         "arm": trial.arm.name,
         "seed": trial.seed,
         "note": trial.arm.note,
-        "parameters": sum(p.numel() for p in Denoiser(checked(trial).denoiser).parameters()),
+        "parameters": parameters_of(checked(trial).denoiser),
         "steps": measured,
         "guided": {kind: json.loads(file.read_text()) for kind, file in found.items() if file.is_file()},
         "guided_step": options.steps,
     }
+
+
+@cache
+def parameters_of(config: DenoiserConfig) -> int:
+    """How many numbers are trained, the alignment's projector included."""
+    return sum(parameter.numel() for parameter in Denoiser(config).parameters())
 
 
 def training_seconds(trial: Trial, step: int) -> float:

@@ -36,7 +36,7 @@ def test_each_question_gets_a_table_and_shared_arms_are_trained_once(
         results["arms"]
     )
     assert not (out / "guided-latents-seed-0" / "run").exists()
-    protocol = json.loads((out / "guided-latents-seed-0" / "guided" / "samples.json").read_text())
+    protocol = json.loads((out / "guided-latents-seed-0" / "guided-00000004" / "samples.json").read_text())
     assert protocol["sampling"]["guidance"]["local_scale"] == protocol["sampling"]["guidance"]["cls_scale"] == 1
     assert "with KL 17.2" in (out / "tables" / "kl.md").read_text()
     guided = (out / "tables" / "guidance.md").read_text()

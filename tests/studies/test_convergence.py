@@ -49,7 +49,7 @@ def test_every_arm_has_every_figure_at_every_checkpoint(finished: Path) -> None:
     assert results["arms"]["sit-seed-0"]["parameters"] < results["arms"]["reglue-seed-0"]["parameters"]
     assert {"table.md", "quality-by-steps.png", "quality-by-time.png"} <= {file.name for file in finished.iterdir()}
     grids = [file.name for file in sorted((finished / "grids").iterdir())]
-    assert grids == ["guided.png", "step-00000002.png", "step-00000004.png"]
+    assert grids == ["guided-00000004.png", "step-00000002.png", "step-00000004.png"]
     assert "| 4, guided | reglue, seed 0 |" in (finished / "table.md").read_text()
 
 
@@ -65,7 +65,7 @@ def test_a_killed_study_continues_elsewhere_to_the_same_figures(
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert not (began / "reglue-seed-0" / "guided.encoder.json").exists()  # It was not done.
+    assert not (began / "reglue-seed-0" / "guided-00000004.encoder.json").exists()  # It was not done.
     shutil.move(began, continued)
     after = run(tiny_store, tiny_images, continued, "--arms", "reglue")["arms"]["reglue-seed-0"]
     before = json.loads((finished / "results.json").read_text())["arms"]["reglue-seed-0"]
@@ -85,9 +85,25 @@ def test_samples_are_measured_again_when_their_checkpoint_is_gone(
     assert results["arms"] == json.loads((finished / "results.json").read_text())["arms"]  # REGLUE's stay, too.
 
 
+def test_a_prolonged_study_keeps_its_figures_and_draws_guided_samples_anew(
+    finished: Path, tmp_path: Path, tiny_store: Path, tiny_images: Path
+) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "study"))
+    before = json.loads((out / "results.json").read_text())["arms"]["sit-seed-0"]
+    after = run(tiny_store, tiny_images, out, "--arms", "sit", "--steps", "8", "--checkpoints", "3")["arms"][
+        "sit-seed-0"
+    ]
+    assert list(after["steps"]) == ["2", "4", "8"]
+    assert {step: after["steps"][step] for step in ("2", "4")} == before["steps"]
+    assert after["guided_step"] == 8
+    assert after["guided"] != before["guided"]
+
+
 def test_another_study_in_the_same_folder_is_refused(finished: Path, tiny_store: Path, tiny_images: Path) -> None:
     with pytest.raises(SystemExit, match="another --sampling-steps"):
         run(tiny_store, tiny_images, finished, "--arms", "sit", "--sampling-steps", "3")
+    with pytest.raises(SystemExit, match="another --reference"):
+        run(tiny_store, tiny_images / "circle", finished, "--arms", "sit")
 
 
 def test_unknown_arms_are_refused(tmp_path: Path, tiny_store: Path, tiny_images: Path) -> None:
