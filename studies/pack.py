@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue.data.store import Store, compressor_of, holds_codes, join_columns, write_shard
+from reglue.data.store import Statistics, Store, compressor_of, holds_codes, join_columns, write_shard
 from reglue.errors import UserError
 from reglue.files import TakesPaths, new_folder
 from reglue.seeds import permutation
@@ -87,17 +87,20 @@ def pack(options: Pack) -> Store:
             statistics={},
         )
         unfinished = Store(beside, packed)
-        everything = torch.arange(len(rows))
         statistics = {
             # Of all images the old figures hold, to the bit: models are normalised by them.
-            name: manifest.statistics[name]
-            if len(rows) == len(store) and slices[name] == slice(None)
-            else unfinished.statistics(name, everything)
+            name: _part(manifest.statistics[name], slices[name])
+            if len(rows) == len(store)
+            else unfinished.statistics(name, torch.arange(len(rows)))
             for name in names
             if name != "label"
         }
         Store(beside, replace(packed, statistics=statistics)).finish()
     return Store.open(options.out)
+
+
+def _part(statistics: Statistics, channels: slice) -> Statistics:
+    return replace(statistics, mean=statistics.mean[channels], std=statistics.std[channels])
 
 
 def rows_of(store: Store, options: Pack) -> Tensor:

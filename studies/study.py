@@ -248,17 +248,20 @@ def claim(options: StudyOptions, trials: Sequence[Trial]) -> None:
     path = options.out / "study.json"
     if path.is_file():
         before = json.loads(path.read_text())
-        changed = [name for name in settings if before["settings"].get(name, settings[name]) != settings[name]]
-        others = [name for name, digest in stores.items() if before["stores"].get(name, digest) != digest]
-        if changed or others:
-            what = ", ".join(
-                ["--" + name.replace("_", "-") for name in changed]
-                or [others[0] if others[0].startswith("--") else f"store of {others[0]}"]
-            )
+        if what := difference(before, settings, stores):
             raise UserError(f"{options.out} is a study with another {what}; choose another --out, or as it was before")
         settings, stores = {**before["settings"], **settings}, {**before["stores"], **stores}
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(path, {"settings": settings, "stores": stores})
+
+
+def difference(before: dict[str, Any], settings: dict[str, Any], stores: dict[str, str]) -> str:
+    """What differs from `study.json`, for a message; empty if nothing does. What is new there is no difference."""
+    options = [name for name in settings if before["settings"].get(name, settings[name]) != settings[name]]
+    if options:
+        return ", ".join("--" + name.replace("_", "-") for name in options)
+    changed = [name for name, digest in stores.items() if before["stores"].get(name, digest) != digest]
+    return ", ".join(name if name.startswith("--") else f"store of {name}" for name in changed)
 
 
 def checked(trial: Trial) -> RunRecord:

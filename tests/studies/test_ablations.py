@@ -62,6 +62,7 @@ def test_a_packed_store_holds_the_same_bits_in_smaller_files(tmp_path: Path, tin
     width = whole.manifest.encoder.width if whole.manifest.encoder else 0
     last = whole.read("features", rows)["features"][:, -width:]
     assert torch.equal(packed.read("features", rows)["features"], last)
+    assert packed.manifest.statistics["features"].mean == whole.manifest.statistics["features"].mean[-width:]
     assert packed.names(rows) == whole.names(rows)
     assert list(packed.manifest.compressors) == ["conv-4"]
     assert "local.pca-4" not in packed.manifest.columns
