@@ -173,7 +173,8 @@ def main(judge: str, images: Path, /, resolutions: tuple[int, ...] = (224, 128, 
         verdict = classifier.verdict(batches, [folder.labels[index] for index, _ in readable], folder.class_names)
         print(
             f"{side} px, {len(readable)} images: {verdict.top1:.1%} among {len(classifier.classes)} classes, "
-            f"{verdict.top1_among_own:.1%} among {len(folder.class_names)}"
+            f"{verdict.top1_among_own:.1%} among {len(folder.class_names)}",
+            flush=True,
         )
 
 
