@@ -316,6 +316,10 @@ class Store:
                 names += json.loads((file.metadata() or {})[METADATA])["names"]
         return names
 
+    def finish(self) -> Store:
+        """Write the manifest into the folder, whose shards are there already. Returns the store, with its hash."""
+        return Store(self.folder, _write_manifest(self.folder, self.manifest))
+
     def statistics(self, column: str, rows: Tensor) -> Statistics:
         """Per-channel mean and standard deviation of a column over ascending rows (n,), streamed in float64.
 

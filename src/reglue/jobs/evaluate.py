@@ -263,9 +263,9 @@ def evaluate(options: Evaluate) -> Evaluation:
     network = _load_network(options, images, reference, device)
 
     skipped: list[str] = []
-    measured = _describe(network, images, "images", options, share, skipped)
-    real = _describe(network, reference, "reference", options, share, skipped)
-    metrics, absent = _measure(network, measured, real, options, device)
+    measured = describe(network, images, "images", options, skipped, share)
+    real = describe(network, reference, "reference", options, skipped, share)
+    metrics, absent = measure(network, measured, real, options, device)
     subset_size = min(options.kernel_subset_size, measured.count or 0, real.count or 0)
     evaluation = Evaluation(
         metrics=metrics,
@@ -356,10 +356,20 @@ def _refuse_too_few(count: int, what: str, side: ImageSet, options: Evaluate) ->
         raise UserError(f"{found}; at least {least} are needed for a comparison")
 
 
-def _describe(
-    network: FeatureNetwork, side: ImageSet, name: str, options: Evaluate, share: Share, skipped: list[str]
+def describe(
+    network: FeatureNetwork,
+    side: ImageSet,
+    name: str,
+    options: Evaluate,
+    skipped: list[str],
+    share: Share | None = None,
 ) -> Described:
-    """Features and Gaussians of one side, computed, or as far as its store or file has them."""
+    """Features and Gaussians of one side, computed, or as far as its store or file has them.
+
+    `name` says which side it is, for messages; names of images that cannot be read are added to `skipped`. `share` is
+    what this process describes, of what all return; all of it if not given.
+    """
+    share = share or Share(options.batch_size)
     given = side.pool is not None and isinstance(network, Inception)
     if side.images is None and not given:
         raise UserError(f"{side.path} holds no images, and its statistics are the Inception's; give the images too")
@@ -461,7 +471,7 @@ def _batches(
             progress.update(min(len(batch) * share.processes, count - progress.n))
 
 
-def _measure(
+def measure(
     network: FeatureNetwork, measured: Described, real: Described, options: Evaluate, device: torch.device
 ) -> tuple[Metrics, dict[str, str]]:
     """The figures, and the reasons for those that are missing."""

@@ -1,0 +1,65 @@
+"""Does the method learn faster? SiT, REPA, ReDi, REG and REGLUE on one store, alike in all but their parts.
+
+    python studies/convergence.py STORE --reference HELD_OUT --out study --model 6x256x4/2 --plan
+    python studies/convergence.py STORE --reference HELD_OUT --out study --model 6x256x4/2 --judge resnet50.safetensors
+
+Seeds, optimiser, size, batch, samples and sampler are equal in all arms; every figure at a checkpoint is of one set of
+samples from the averaged weights, drawn without guidance, with one guided set at the end. The same command continues
+where it stopped. With more --steps, --seeds or --arms it adds them; with --inception or --judge it measures more.
+`studies/compare.py` sets several studies side by side, such as those of several latent spaces.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+
+import tyro
+
+from plan import print_plan
+from reglue.errors import UserError
+from reglue.papers import PAPERS
+from study import Arm, StudyOptions, arm_of, run_study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convergence(StudyOptions):
+    """Train published methods alike and compare them at equal steps."""
+
+    arms: tuple[str, ...] = tuple(PAPERS)
+    """Which methods."""
+    redi_compressor: str = "pca-8"
+    """The principal components that ReDi learns."""
+    reglue_compressor: str = "conv-16"
+    """The codes that REGLUE learns."""
+
+
+def arms_of(options: Convergence) -> list[Arm]:
+    """The published recipes with this study's sizes and optimisation. Raises UserError for an unknown one."""
+    compressors = {"redi": options.redi_compressor, "reglue": options.reglue_compressor}
+    arms = []
+    for name in options.arms:
+        if name not in PAPERS:
+            raise UserError(f"--arms {name}: choose of {', '.join(PAPERS)}")
+        recipe = PAPERS[name].recipe
+        if name in compressors:
+            recipe = replace(recipe, local=replace(recipe.local, compressor=compressors[name]))
+        arms.append(arm_of(options, name, recipe))
+    return arms
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the study, or plan it."""
+    options = tyro.cli(Convergence, description=__doc__, args=arguments)
+    try:
+        arms = arms_of(options)
+        if options.plan:
+            print_plan(options, arms)
+        else:
+            run_study(options, arms, options.out.name)
+    except UserError as error:
+        sys.exit(f"convergence: {error}")
+
+
+if __name__ == "__main__":
+    main()

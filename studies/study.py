@@ -1,0 +1,441 @@
+"""What all studies share: arms are trained, drawn from and measured alike, milestone by milestone.
+
+All arms reach a milestone, are drawn from and measured there before any goes on to the next, so a study that stops
+early still compares arms at equal steps. Milestones double: a method that learns faster is one that reaches at N steps
+what another reaches at 2N, and quality changes about as much from N to 2N whatever N is.
+
+Everything is a file in the folder of the study, written whole or not at all, so the same command continues, also on
+another machine after the folder was copied there:
+
+    study.json                              what the study is of; another study is refused
+    log.jsonl                               each phase with its wall time
+    references/                             features of real images, and what is known of them
+    ARM-seed-S/run                          the run
+    ARM-seed-S/step-N, ARM-seed-S/guided-N  the samples, and beside each its figures: KIND.json
+    grids/                                  the first samples of all arms, side by side
+    results.json, table.md, *.png           everything together
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tyro.conf import Positional
+
+from measures import Measures, fingerprint
+from reglue.data.pictures import image_grid
+from reglue.data.store import Store
+from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
+from reglue.errors import UserError
+from reglue.files import TakesPaths, replacing
+from reglue.jobs.image_sets import open_images
+from reglue.jobs.sample import PROTOCOL, Sample, sample
+from reglue.jobs.train import Train, train
+from reglue.recipe import Compile, Optimisation, Recipe, SamplerName, Sampling
+from reglue.runs import checkpoints
+from reglue.runs.record import RunRecord, data_hash
+from reglue.runs.tracking import read as read_log
+from summary import summarise
+
+SHOWN = 10
+"""Images of each arm in the grids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(TakesPaths):
+    """Options of every study."""
+
+    store: Positional[Path]
+    """Training images: a store with everything that the arms learn."""
+    reference: Path
+    """Held-out images to compare with: a store prepared alike, or a folder of images."""
+    out: Path
+    """Folder of the study: new, or one to continue."""
+    seed: int = 0
+    """Of training. Samples are drawn with seed 0 throughout."""
+    seeds: int = 1
+    """How many seeds the --repeated-arms are trained with, counted up from --seed."""
+    repeated_arms: tuple[str, ...] = ()
+    """Arms that are trained with several seeds; the others with the first alone."""
+
+    model: str = "B/2"
+    """Size of the transformer, of all arms."""
+    steps: int = 4000
+    """Training steps. A finished study can be prolonged to twice as many, with one checkpoint more."""
+    checkpoints: int = 4
+    """How often arms are measured: after all steps, half of them, a quarter …"""
+    batch_size: int = 64
+    learning_rate: float = 3e-4
+    warmup: int = 100
+    """Steps over which the learning rate rises from 0; it stays constant afterwards."""
+    time_shift: float = 1.0
+    """Training times nearer to noise; 1 is uniform, as published."""
+    ema: float = 0.999
+    """Decay of the moving average of the weights, after a warm-up; samples are drawn from the average."""
+    alignment_hidden: int = 2048
+    """Hidden width of the alignment's projector; a smaller one suits a small model."""
+    unit_variance: bool = False
+    """Scale each latent channel to unit variance, instead of as the autoencoder says."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the matrix products."""
+    compile: Compile = "no"
+    """Compile blocks or models; worth it for runs of many minutes on a GPU."""
+
+    count: int = 1000
+    """Samples per checkpoint."""
+    sampler: SamplerName = "euler-maruyama"
+    sampling_steps: int = 50
+    guidance: float = 2.0
+    """Scale of guidance of the last samples, of all modalities; 1 leaves them out."""
+    guidance_interval: tuple[float, float] = (0.0, 0.9)
+
+    inception: str | None = None
+    """Weights of FID's Inception network, or `inception` to download them; FID is left out if not given."""
+    inception_everywhere: bool = False
+    """FID at every checkpoint, not only at the last."""
+    judge: str | None = None
+    """A classifier of ImageNet: a file of scripts/convert_classifier.py, timm:NAME or torchvision:NAME."""
+    encoder: str | None = None
+    """The vision encoder whose features are compared; that of the store if not given."""
+    autoencoder: str | None = None
+    """Where the store's autoencoder is, if not where it was."""
+    resamples: int = 200
+    """Of images, for 95 % intervals."""
+
+    sampling_batch: int = 100
+    """Images drawn and described at once."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints from which an interrupted run continues."""
+    plan: bool = False
+    """Time a few steps of each arm, say how long the study takes, and stop."""
+    device: str = "auto"
+
+    def milestones(self) -> list[int]:
+        """The steps at which arms are measured, ascending."""
+        return sorted({max(1, self.steps >> halvings) for halvings in range(self.checkpoints)})
+
+
+MAY_CHANGE = {
+    *("store", "reference", "out", "seed", "seeds", "repeated_arms", "arms", "questions", "steps", "checkpoints"),
+    *("inception_everywhere", "autoencoder", "last_layer_store", "compile", "sampling_batch", "checkpoint_every"),
+    *("inception", "judge", "encoder", "plan", "device"),
+}
+"""Options that do not decide what a figure of an arm is, or that are compared in another way."""
+NETWORKS = ("inception", "judge", "encoder")
+"""Options that name networks: may be given later, but then stay."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train, with a name for tables."""
+
+    name: str
+    recipe: Recipe
+    store: Path
+    note: str = ""
+    """What is published for it, or anything else that a table should say."""
+    guidance: tuple[tuple[str, float], ...] = ()
+    """Options of `reglue sample` that draw this arm's guided samples otherwise: pairs of a name and a value."""
+    guided: bool = True
+    """Whether guided samples are drawn at the end."""
+    trained_as: str | None = None
+    """The arm whose last model this one draws guided samples from, without training; None if it trains."""
+
+
+def arm_of(options: StudyOptions, name: str, recipe: Recipe, store: Path | None = None, **details: Any) -> Arm:
+    """An arm with the parts of a recipe, trained as the options say: what is not a part is equal in all arms."""
+    optimisation = Optimisation(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        warmup=options.warmup,
+        clip=1.0,
+        ema=options.ema,
+        ema_warmup=True,
+        precision=options.precision,
+        compile=options.compile,
+        time_shift=options.time_shift,
+    )
+    recipe = replace(
+        recipe,
+        name=name,
+        model=options.model,
+        learn_sigma=False,  # SiT's unused output channels are there for its published checkpoints alone.
+        latent=replace(recipe.latent, unit_variance=options.unit_variance),
+        alignment=replace(recipe.alignment, hidden=options.alignment_hidden),
+        optimisation=optimisation,
+        sampling=Sampling(),
+    )
+    return Arm(name, recipe, store or options.store, **details)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An arm with a seed, in a folder of its own."""
+
+    arm: Arm
+    seed: int
+    folder: Path
+    run: Path
+
+    def samples(self, step: int, guided: bool) -> Path:
+        """Where samples are."""
+        return self.folder / f"{'guided' if guided else 'step'}-{step:08d}"
+
+
+def trials_of(options: StudyOptions, arms: Sequence[Arm]) -> list[Trial]:
+    """Each arm with its seeds. Raises UserError for a repeated arm that is none of them."""
+    unknown = set(options.repeated_arms) - {arm.name for arm in arms}
+    if unknown:
+        names = ", ".join(arm.name for arm in arms)
+        raise UserError(f"--repeated-arms {min(unknown)} is none of the arms; choose of {names}")
+    trials = []
+    for arm in arms:
+        for seed in range(options.seed, options.seed + (options.seeds if arm.name in options.repeated_arms else 1)):
+            run = options.out / f"{arm.trained_as or arm.name}-seed-{seed}" / "run"
+            trials.append(Trial(arm, seed, options.out / f"{arm.name}-seed-{seed}", run))
+    return trials
+
+
+def run_study(options: StudyOptions, arms: Sequence[Arm], title: str) -> dict[str, Any]:
+    """Train, draw and measure all arms, writing tables and plots after every milestone. Returns the results.
+
+    Raises UserError for stores that lack what an arm learns, and for a folder that holds another study.
+    """
+    trials = trials_of(options, arms)
+    claim(options, trials)
+    measures = Measures(options)
+    results: dict[str, Any] = {}
+    trained = [trial for trial in trials if trial.arm.trained_as is None]
+    guided = [trial for trial in trials if trial.arm.guided and options.guidance != 1]
+    for step in options.milestones():
+        for trial in trained:
+            with phase(options, "train", trial, step):
+                train_to(options, trial, step)
+            observe(options, measures, trial, step)
+            results = gather(options, trials, measures, title)
+        draw_grid(options, trained, step)
+    for trial in guided:
+        observe(options, measures, trial, options.steps, guided=True)
+        results = gather(options, trials, measures, title)
+    if guided:
+        draw_grid(options, guided, options.steps, guided=True)
+    return results
+
+
+def claim(options: StudyOptions, trials: Sequence[Trial]) -> None:
+    """Make the study's folder, or check that it is this study's. Raises UserError, naming what differs.
+
+    Also checks that every store has what its arm learns, before hours are spent on the others.
+    """
+    settings = {part.name: getattr(options, part.name) for part in fields(options) if part.name not in MAY_CHANGE}
+    # Files may lie elsewhere on another machine, but must not become others.
+    settings |= {name: Path(value).name for name in NETWORKS if (value := getattr(options, name))}
+    stores = {trial.arm.name: data_hash(Store.open(trial.arm.store), checked(trial).recipe) for trial in trials}
+    stores["--reference"] = fingerprint(open_images(options.reference, None, 1, "cpu"))
+    settings = json.loads(json.dumps(settings))
+    path = options.out / "study.json"
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if what := difference(before, settings, stores):
+            raise UserError(f"{options.out} is a study with another {what}; choose another --out, or as it was before")
+        settings, stores = {**before["settings"], **settings}, {**before["stores"], **stores}
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"settings": settings, "stores": stores})
+
+
+def difference(before: dict[str, Any], settings: dict[str, Any], stores: dict[str, str]) -> str:
+    """What differs from `study.json`, for a message; empty if nothing does. What is new there is no difference."""
+    options = [name for name in settings if before["settings"].get(name, settings[name]) != settings[name]]
+    if options:
+        return ", ".join("--" + name.replace("_", "-") for name in options)
+    changed = [name for name, digest in stores.items() if before["stores"].get(name, digest) != digest]
+    return ", ".join(name if name.startswith("--") else f"store of {name}" for name in changed)
+
+
+def checked(trial: Trial) -> RunRecord:
+    """The record of a trial's run. Raises UserError if its store does not fit its recipe."""
+    return RunRecord.of(Store.open(trial.arm.store), trial.arm.recipe, trial.seed)
+
+
+def train_to(options: StudyOptions, trial: Trial, step: int) -> None:
+    """Train, or prolong, the run of a trial. With a constant learning rate that gives the bits of one long run."""
+    if any(done >= step for done in checkpoints.steps(trial.run)):
+        return
+    optimisation = replace(trial.arm.recipe.optimisation, steps=step)
+    train(
+        Train(
+            replace(trial.arm.recipe, optimisation=optimisation),
+            trial.arm.store,
+            trial.run,
+            trial.seed,
+            log_every=max(1, min(50, options.milestones()[0] // 4)),
+            checkpoint_every=options.checkpoint_every,
+            keep=2,
+            preview_every=0,
+            device=options.device,
+        )
+    )
+
+
+def observe(options: StudyOptions, measures: Measures, trial: Trial, step: int, guided: bool = False) -> None:
+    """Draw samples at a step and measure them: one file of figures per kind, of those that are not there yet."""
+    folder = trial.samples(step, guided)
+    kinds = ["encoder"] + (["judge"] if options.judge else [])
+    if options.inception and (options.inception_everywhere or step == options.steps):
+        kinds.append("inception")
+    missing = [kind for kind in kinds if not figures_of(folder, kind).is_file()]
+    if not missing:
+        return
+    with phase(options, "draw, guided" if guided else "draw", trial, step):
+        draw(options, trial, step, guided)
+    for kind in missing:
+        with phase(options, f"measure by {kind}", trial, step):
+            write_json(figures_of(folder, kind), measures.of(kind, folder))
+
+
+def figures_of(samples: Path, kind: str) -> Path:
+    """The file with one kind of figures of a folder of samples."""
+    return samples.with_name(f"{samples.name}.{kind}.json")
+
+
+def draw(options: StudyOptions, trial: Trial, step: int, guided: bool) -> None:
+    """Draw the samples of a trial that are missing: same seeds, labels and sampler for all arms."""
+    out = trial.samples(step, guided)
+    if all((out / f"{i:06d}.png").is_file() for i in range(options.count)):
+        return  # The checkpoint of an early milestone may be gone by now.
+    protocol = out / PROTOCOL
+    if protocol.is_file() and json.loads(protocol.read_text())["run"] != str(trial.run):
+        shutil.rmtree(out)  # Begun where the study had another path, which the samples' protocol names.
+    guidance: dict[str, Any] = {"guidance_scale": 1.0}
+    if guided:
+        guidance = {"guidance_scale": options.guidance, "guidance_interval": options.guidance_interval}
+        guidance |= dict(trial.arm.guidance)
+    sample(
+        Sample(
+            trial.run,
+            out,
+            options.count,
+            step=step,
+            sampler=options.sampler,
+            steps=options.sampling_steps,
+            autoencoder=options.autoencoder,
+            batch_size=options.sampling_batch,
+            device=options.device,
+            **guidance,
+        )
+    )
+
+
+def draw_grid(options: StudyOptions, trials: Sequence[Trial], step: int, guided: bool = False) -> None:
+    """The first samples of all trials at a step as one picture: a row of each, columns of one seed and class."""
+    rows = []
+    for trial in trials:
+        files = [trial.samples(step, guided) / f"{i:06d}.png" for i in range(min(SHOWN, options.count))]
+        if not all(file.is_file() for file in files):
+            return  # The samples were left behind when the figures were copied; the picture was drawn with them.
+        rows += [np.asarray(Image.open(file)) for file in files]
+    pictures = image_grid(np.stack(rows), columns=min(SHOWN, options.count))
+    heading = 14
+    height = pictures.shape[0]
+    names = max(len(trial.folder.name) for trial in trials) * 7 + 8
+    page = Image.new("RGB", (pictures.shape[1] + names, height + heading), "white")
+    page.paste(Image.fromarray(pictures), (names, heading))
+    text = ImageDraw.Draw(page)
+    text.text((names, 1), f"{'guided, ' if guided else ''}step {step}", "black")
+    for row, trial in enumerate(trials):
+        text.text((2, heading + row * (height + 2) / len(trials) + 2), trial.folder.name, "black")
+    folder = options.out / "grids"
+    folder.mkdir(exist_ok=True)
+    with replacing(folder / f"{trials[0].samples(step, guided).name}.png") as beside:
+        page.save(beside, format="png")
+
+
+def gather(options: StudyOptions, trials: Sequence[Trial], measures: Measures, title: str) -> dict[str, Any]:
+    """All figures so far as `results.json`, a table and plots."""
+    record, path = checked(trials[0]), options.out / "results.json"
+    before = json.loads(path.read_text())["arms"] if path.is_file() else {}
+    results = {
+        "title": title,
+        "options": json.loads(json.dumps(asdict(options), default=str)),
+        "space": {
+            "autoencoder": record.autoencoder.name,
+            "latent": [record.denoiser.shape.latent_channels, *record.denoiser.shape.grid],
+            "resolution": list(record.resolution),
+        },
+        "references": measures.references,
+        # Those of an earlier command with other arms stay.
+        "arms": {**before, **{trial.folder.name: report_of(options, trial) for trial in trials}},
+    }
+    write_json(path, results)
+    summarise(options.out, {title: results})
+    return results
+
+
+def report_of(options: StudyOptions, trial: Trial) -> dict[str, Any]:
+    """What is known of a trial."""
+    measured = {}
+    for step in options.milestones():
+        found = {kind: figures_of(trial.samples(step, False), kind) for kind in ("encoder", "judge", "inception")}
+        if found["encoder"].is_file():
+            measured[str(step)] = {
+                "training_seconds": training_seconds(trial, step),
+                **{kind: json.loads(file.read_text()) for kind, file in found.items() if file.is_file()},
+            }
+    found = {kind: figures_of(trial.samples(options.steps, True), kind) for kind in ("encoder", "judge", "inception")}
+    return {
+        "arm": trial.arm.name,
+        "seed": trial.seed,
+        "note": trial.arm.note,
+        "parameters": parameters_of(checked(trial).denoiser),
+        "steps": measured,
+        "guided": {kind: json.loads(file.read_text()) for kind, file in found.items() if file.is_file()},
+        "guided_step": options.steps,
+    }
+
+
+@cache
+def parameters_of(config: DenoiserConfig) -> int:
+    """How many numbers are trained, the alignment's projector included."""
+    return sum(parameter.numel() for parameter in Denoiser(config).parameters())
+
+
+def training_seconds(trial: Trial, step: int) -> float:
+    """Seconds of training up to a step, by the run's log: work that was lost and done again does not count."""
+    seconds, before = 0.0, 0
+    for line in read_log(trial.run):
+        if line["step"] <= step:
+            images = (line["step"] - before) * trial.arm.recipe.optimisation.batch_size
+            seconds, before = seconds + images / line["images_per_second"], line["step"]
+    return seconds
+
+
+@contextmanager
+def phase(options: StudyOptions, name: str, trial: Trial, step: int) -> Iterator[None]:
+    """Log a phase with its wall time to `log.jsonl`; one that had nothing to do is left out."""
+    began = time.time()
+    yield
+    seconds = time.time() - began
+    if seconds < 0.05:
+        return
+    line = {"phase": name, "arm": trial.folder.name, "step": step, "began": round(began), "seconds": seconds}
+    with (options.out / "log.jsonl").open("a") as log:
+        log.write(json.dumps(line) + "\n")
+    print(f"{trial.folder.name}, step {step}: {name} took {seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, whole or not at all."""
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=1))
