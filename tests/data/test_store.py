@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def read_elsewhere(store: Store, rows: torch.Tensor, queue) -> None:
 def test_another_process_reads_the_store_it_was_given(whole: Store, method: str):
     rows = torch.tensor([10, 0, 8])
     here = whole.read("latent", rows)["mean"]
-    context = torch.multiprocessing.get_context(method)
+    context: Any = torch.multiprocessing.get_context(method)
     queue = context.SimpleQueue()
     process = context.Process(target=read_elsewhere, args=(whole, rows, queue))
     process.start()

@@ -19,7 +19,7 @@ from reglue.jobs.evaluate import Evaluate
 from reglue.jobs.export_run import ExportRun, export_run
 from reglue.jobs.import_run import ImportRun
 from reglue.jobs.prepare import Prepare
-from reglue.jobs.sample import Sample
+from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import Train
 from reglue.papers import PAPERS
 from reglue.recipe import SamplerName
@@ -113,7 +113,7 @@ def test_the_page_about_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     page = ROOT / "docs/sampling.md"
     for arguments in commands(page):
         options = cli.parse(arguments)
-        out = cli.job_of(options)(replace(options, count=2, steps=2, device="cpu"))
+        out = sample(replace(options, count=2, steps=2, device="cpu"))
         assert len(list(out.glob("*.png"))) == 2
     assert all(f"`{name}`" in page.read_text() for name in get_args(SamplerName))
 

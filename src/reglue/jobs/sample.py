@@ -143,10 +143,10 @@ class Drawing:
     labels: list[int]
     seed: int
 
-    def draw(self, indices: Sequence[int], on_evaluation: Callable[[], object], room: int | None = None) -> State:
+    def draw(self, indices: Sequence[int], on_evaluation: Callable[[], object], room: int = 0) -> State:
         """The states of some of the images; `on_evaluation` is called after each evaluation, for progress.
 
-        With `room`, as many are drawn in every batch: a compiled network then sees one shape.
+        A compiled network evaluates batches of `room` images, if that is more, so that it sees one shape.
         """
         labels = [self.labels[i] for i in indices]
         return self.model.draw(

@@ -47,6 +47,8 @@ class Train(TakesPaths):
     """Folder that `reglue prepare` made."""
     out: Path
     """Folder of the run: new, or one to continue."""
+    seed: int = 0
+    """Decides the initial weights, the order of images and every draw."""
     start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Folder of a run whose weights are the start (fine-tuning). Resolution, classes and parts may differ; what both
     have must be equal in size. To continue, it is not needed any more."""
@@ -54,8 +56,6 @@ class Train(TakesPaths):
     """Which checkpoint of that run. Default: its last."""
     start_weights: Annotated[Weights, tyro.conf.arg(name="from-weights")] = "ema"
     """Its averaged weights, or those that were trained."""
-    seed: int = 0
-    """Decides the initial weights, the order of images and every draw."""
     log_every: int = 100
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 10_000
