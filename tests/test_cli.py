@@ -92,7 +92,7 @@ def test_an_unknown_recipe_lists_the_known_ones(capsys: pytest.CaptureFixture[st
 def test_every_command_has_the_function_of_its_job() -> None:
     for name, command in COMMANDS.items():
         job = job_of(object.__new__(command.load()))
-        assert job.__name__ in (name, f"{name}_run")
+        assert job.__name__ in (name, f"{name}_run", f"train_{name}")
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -126,7 +126,7 @@ def test_attention_sees_half_precision_where_the_rest_of_the_step_has_it(
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     sample, model = data.sample(range(2)), awake(data)
-    dtypes: dict[Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    dtypes: dict[ranks.Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     for precision, dtype in dtypes.items():
         seen.clear()
         loss_and_gradients(model, sample, precision)
