@@ -13,13 +13,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from checkpointing import Checkpointing, checkpointing
-from compressing import Compressing, compressing
-from preparing import Preparing, preparing
+from comparisons.checkpointing import Checkpointing, checkpointing
+from comparisons.compressing import Compressing, compressing
+from comparisons.preparing import Preparing, preparing
+from comparisons.sampling import Sampling, sampling
+from comparisons.starting import Starting, starting
+from comparisons.training import Training, training
 from reglue.errors import UserError
-from sampling import Sampling, sampling
-from starting import Starting, starting
-from training import Training, training
 
 COMMANDS = {
     "train": (Training, training),

@@ -18,27 +18,44 @@ from typing import Any
 
 import torch
 
-from reglue.runs.ranks import synchronize
+from reglue.runs.ranks import Precision, resolve_device, synchronize
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "timm", "diffusers", "numpy", "safetensors")
+PACKAGES = ("torch", "timm", "diffusers", "numpy", "safetensors", "pillow")
 
 
 @dataclass(frozen=True)
 class Conditions:
     """What every benchmark is told."""
 
+    threads: int = 1
+    """Of the CPU, for each operation."""
+    out: Path | None = None
+    """File for the line of JSON, besides the screen."""
+
+
+@dataclass(frozen=True)
+class Timed(Conditions):
+    """What a benchmark of calls is told."""
+
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    repeats: int = 5
+    """How often everything is timed, in turns."""
+
+    def begin(self) -> torch.device:
+        """Set the threads. Returns the device."""
+        torch.set_num_threads(self.threads)
+        return resolve_device(self.device)
+
+
+@dataclass(frozen=True)
+class Comparison(Timed):
+    """What a benchmark of ours beside the published code is told."""
+
     official: Path | None = None
     """A checkout of the published REGLUE code, to measure beside ours; ours alone if not given. What it needs beyond
     our own packages (accelerate) must be importable."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    threads: int = 1
-    """Of the CPU, for each operation."""
-    repeats: int = 5
-    """How often each contestant is timed, in turns."""
-    out: Path | None = None
-    """File for the line of JSON, besides the screen."""
     toy: bool = False
     """Sizes that take seconds: to see that the script runs, not to measure."""
 
@@ -120,6 +137,19 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def peak_gpu_memory_mib(device: torch.device) -> float | None:
+    """The most memory of a GPU that tensors have taken so far; None without one."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
+
+def matrix_rate(device: torch.device, precision: Precision, size: int | None = None) -> float:
+    """Operations per second of a large square matrix product: what a step could reach at most."""
+    size = size or (8192 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, precision)) for _ in range(2))
+    timed = alternate({"product": lambda: a @ b}, 10, device, warmup=3)["product"]
+    return 2 * size**3 / (timed.cpu_minimum if device.type == "cpu" else timed.minimum)
+
+
 def plain(value: Any) -> Any:
     """Figures and options as JSON has them: dataclasses as objects, numbers to five digits, paths as text."""
     if hasattr(value, "__dataclass_fields__"):
@@ -133,25 +163,27 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def report(
-    benchmark: str, options: Any, conditions: Conditions, figures: Mapping[str, Any], device: torch.device
-) -> str:
-    """Print the figures with all that they depend on, as one line of JSON. Returns the line."""
-    line = json.dumps(
-        plain(
-            {
-                "benchmark": benchmark,
-                "figures": figures,
-                "options": {key: value for key, value in asdict(options).items() if key != "conditions"},
-                "toy": conditions.toy,
-                "hardware": hardware(device),
-                "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-                "commit": commit_of(ROOT),
-                "official_commit": commit_of(conditions.official) if conditions.official else None,
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-        )
-    )
+def report(benchmark: str, options: Any, figures: Mapping[str, Any], device: torch.device) -> str:
+    """Print the figures with all that they depend on, as one line of JSON. Returns the line.
+
+    `options.conditions` says how it was measured, and where the line is written besides.
+    """
+    conditions: Conditions = options.conditions
+    content: dict[str, Any] = {
+        "benchmark": benchmark,
+        "figures": figures,
+        "options": {key: value for key, value in asdict(options).items() if key != "conditions"},
+        "hardware": hardware(device),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "commit": commit_of(ROOT),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if isinstance(conditions, Timed):
+        content["options"]["repeats"] = conditions.repeats
+    if isinstance(conditions, Comparison):
+        content["toy"] = conditions.toy
+        content["official_commit"] = commit_of(conditions.official) if conditions.official else None
+    line = json.dumps(plain(content))
     if conditions.out:
         conditions.out.parent.mkdir(parents=True, exist_ok=True)
         conditions.out.write_text(line + "\n")

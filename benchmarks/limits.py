@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
@@ -14,12 +16,14 @@ import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import Conditions, report
-from official import MODULES, Official, OfficialTraining
-from reglue.diffusion.denoiser import Denoiser
+from common import Comparison, report
+from comparisons.official import MODULES, Official, OfficialTraining
+from counting import H200_PRODUCTS, forward_flops, parameters, training_flops
+from reglue.data.batches import TrainingData
+from reglue.diffusion.modalities import CLS, LOCAL
 from reglue.runs.official import export_official
-from training import OurTraining
-from workloads import StoredSamples, Workload, flops_per_image, loss_weights
+from training_step import TrainingStep
+from workloads import Workload, loss_weights, random_store
 
 BYTES_PER_PARAMETER = {
     # float32: read or written once each
@@ -34,10 +38,10 @@ BYTES_PER_PARAMETER = {
 class Limits:
     """Count matrix operations, bytes of the optimiser, operators and waits for the device per training step."""
 
-    conditions: Annotated[Conditions, tyro.conf.arg(name="")] = field(default_factory=Conditions)
+    conditions: Annotated[Comparison, tyro.conf.arg(name="")] = field(default_factory=Comparison)
     models: tuple[str, ...] = ("B/2", "XL/2")
     batch_size: int = 256
-    peak_flops: float = 790e12
+    peak_flops: float = H200_PRODUCTS
     """Matrix operations per second of the GPU in bfloat16: of an H200, as measured."""
     bandwidth: float = 4.0e12
     """Bytes per second of its memory, of an H200: what can be reached of 4.8e12."""
@@ -67,20 +71,19 @@ def limits(options: Limits) -> str:
     figures["encoder_flops_per_image"] = 0 if options.conditions.toy else encoder_flops()
     figures["compressor_flops_per_image"] = compressor_flops()
     figures["operators"] = operators(options, device)
-    return report("limits", options, options.conditions, figures, device)
+    return report("limits", options, figures, device)
 
 
 def of_model(model: str, options: Limits) -> dict[str, Any]:
     """Time that matrix products and memory ask for, at least."""
     workload = Workload.of("toy") if model == "toy" else Workload.of("imagenet", model)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Denoiser(workload.config).parameters())
-    flops = flops_per_image(workload, training=True) * options.batch_size
-    moved = {name: bytes_ * parameters for name, bytes_ in BYTES_PER_PARAMETER.items()}
+    weights = parameters(workload.config)
+    flops = training_flops(workload.config) * options.batch_size
+    moved = {name: bytes_ * weights for name, bytes_ in BYTES_PER_PARAMETER.items()}
     return {
-        "parameters": parameters,
+        "parameters": weights,
         "flops_per_step": flops,
-        "forward_flops_per_image": flops_per_image(workload, training=False),
+        "forward_flops_per_image": forward_flops(workload.config),
         "matrix_milliseconds_at_peak": 1e3 * flops / options.peak_flops,
         "optimiser_gigabytes": {name: value / 1e9 for name, value in moved.items()},
         "optimiser_milliseconds": 1e3 * sum(moved.values()) / options.bandwidth,
@@ -105,23 +108,31 @@ def compressor_flops() -> int:
 
 
 def operators(options: Limits, device: torch.device) -> dict[str, dict[str, int]]:
-    """Operators of one step of 12 blocks, which are as many for every width: ours and theirs, on the CPU in float32."""
+    """Operators of one step of 12 blocks, which are as many for every width: ours and theirs, on the CPU in float32.
+
+    Ours are counted from the draft of a sample on, theirs from the moments on.
+    """
     toy = options.conditions.toy
     workload = Workload.of("toy", None if toy else "12x32x2/2")
     batch = 4 if toy else options.batch_size
-    stored = StoredSamples.random(workload.config, batch)
     weights = workload.random_model().state_dict()
-    drawn = stored.sample(range(batch))
-    ours = OurTraining(workload, weights, device, "float32", False, iter([drawn, drawn]))
-    counted = {"ours": count(ours.step)}
+    with TemporaryDirectory() as folder:
+        store = random_store(Path(folder) / "store", workload, batch)
+        data = TrainingData(store, workload.recipe, workload.config, 0, device)
+        draft = data.read(range(batch))
+        latent = store.read("latent", torch.arange(batch))
+    ours = TrainingStep(workload.recipe, workload.config, device, "float32", weights=weights)
+    counted = {"ours": count(lambda: ours(data.finish(draft)))}
     if options.conditions.official:
         official = Official.load(options.conditions.official, *MODULES)
         model = official.model(workload.config)
         model.load_state_dict(export_official("reglue", workload.config, weights))
         theirs = OfficialTraining(official, model, loss_weights(workload.recipe), "no", cpu=True)
-        moments = torch.cat([stored.mean, stored.std], dim=1)
-        semantics = stored.local, stored.cls, stored.tokens
-        counted["theirs"] = count(lambda: theirs.step(moments, stored.labels, lambda: semantics))
+        moments = torch.cat(list(latent.values()), dim=1)
+        sample = data.finish(draft)
+        assert sample.alignment_target is not None
+        semantics = sample.data[LOCAL], sample.data[CLS], sample.alignment_target
+        counted["theirs"] = count(lambda: theirs.step(moments, store.labels, lambda: semantics))
     return counted
 
 

@@ -1,4 +1,4 @@
-"""What is worked on: sizes of published models, and random tensors in the shapes of their data."""
+"""What is worked on: sizes of published models, and random stores and networks of these sizes."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits
+from reglue.data.targets import AlignmentTargets, Tokens
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL
-from reglue.diffusion.objective import ALIGNMENT, TrainingSample
+from reglue.diffusion.objective import ALIGNMENT
 from reglue.jobs.demo import DEMO_RECIPE
+from reglue.latents.autoencoders import AutoencoderSpec
 from reglue.papers import RECIPES
 from reglue.recipe import Recipe
-from reglue.seeds import generator, normals
+from reglue.semantics.compressors import ConvCompressor
+from reglue.semantics.encoders import EncoderSpec, VisionEncoder, load_encoder
 
+DOWNSAMPLING = 8
+"""Of the SD-VAE."""
+DEPTH, LAYERS = 12, (8, 9, 10, 11)
+"""Blocks of DINOv2-B, and those whose features REGLUE compresses."""
 Data = Literal["imagenet", "demo", "toy"]
 
 
@@ -31,21 +39,19 @@ class Workload:
 
     recipe: Recipe
     config: DenoiserConfig
+    local_channels: int
+    token_width: int
+    """Of the vision encoder."""
 
     @staticmethod
-    def of(data: Data, model: str | None = None) -> Workload:
-        """REGLUE on ImageNet's sizes at 256 px (SD-VAE, DINOv2-B), on the demo's, or on a toy's."""
+    def of(data: Data, model: str | None = None, recipe: str = "reglue") -> Workload:
+        """A published recipe on ImageNet's sizes at 256 px (SD-VAE, DINOv2-B), or REGLUE on the demo's or a toy's."""
         if data == "imagenet":
-            recipe = replace(RECIPES["reglue"], model=model or "B/2")
-            sizes = {"latent_channels": 4, "grid": (32, 32), "local_channels": 16, "token_width": 768}
-        elif data == "demo":
-            recipe = DEMO_RECIPE if model is None else replace(DEMO_RECIPE, model=model)
-            sizes = {"latent_channels": 4, "grid": (8, 8), "local_channels": 8, "token_width": 128}
-        else:
-            recipe = replace(DEMO_RECIPE, model=model or "2x32x2/2")
-            sizes = {"latent_channels": 4, "grid": (8, 8), "local_channels": 4, "token_width": 32}
-        # The published code has the null label fixed at 1000.
-        return Workload(recipe, recipe.denoiser_config(classes=1000, **sizes))
+            return imagenet(recipe, model or "B/2")
+        small = DEMO_RECIPE if model is None else replace(DEMO_RECIPE, model=model)
+        if data == "demo":
+            return sized(small, grid=(8, 8), local_channels=8, token_width=128)
+        return sized(replace(small, model=model or "2x32x2/2"), grid=(8, 8), local_channels=4, token_width=32)
 
     def random_model(self, seed: int = 0) -> Denoiser:
         """A model whose every weight is random: as it is initialised, its outputs are zero and compare with nothing."""
@@ -57,67 +63,91 @@ class Workload:
         return model
 
 
-def flops_per_image(workload: Workload, training: bool) -> int:
-    """Floating-point operations of matrix products, for one image: forward, or forward and backward.
+def imagenet(recipe: str, model: str, size: tuple[int, int] = (256, 256)) -> Workload:
+    """A published recipe on images of a size, in pixels, with the SD-VAE and DINOv2-B."""
+    grid = (size[0] // DOWNSAMPLING, size[1] // DOWNSAMPLING)
+    channels = {"redi": 8}.get(recipe, 16)
+    return sized(replace(RECIPES[recipe], model=model), grid=grid, local_channels=channels, token_width=768)
 
-    Counted by PyTorch on tensors without memory; a multiplication and an addition are two operations.
+
+def sized(recipe: Recipe, grid: tuple[int, int], local_channels: int, token_width: int) -> Workload:
+    """A recipe on latents of four channels and ImageNet's classes."""
+    config = recipe.denoiser_config(
+        latent_channels=4,
+        grid=grid,
+        classes=1000,  # The published code has the null label fixed at 1000.
+        local_channels=local_channels,
+        token_width=token_width,
+    )
+    return Workload(recipe, config, local_channels, token_width)
+
+
+def random_store(
+    folder: Path,
+    workload: Workload,
+    rows: int,
+    features_dtype: str = "float16",
+    shard_rows: int = 128,
+) -> Store:
+    """A store of random rows in the sizes of a workload, with four layers of a vision encoder and a compressor's codes.
+
+    The features of all rows are alike, which no reader notices.
     """
-    config = workload.config
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = Denoiser(config)
-        state = {name: torch.empty(1, *shape) for name, shape in config.shape.shapes().items()}
-        prediction = model(state, torch.empty(1), torch.zeros(1, dtype=torch.long))
-        if training:
-            outputs = [value.sum() for value in prediction.velocity.values()]
-            torch.stack([*outputs, model.projector(prediction.tap).sum()]).sum().backward()
-    return counter.get_total_flops()
+    config, width = workload.config, workload.token_width
+    channels = config.shape.latent_channels
+    pixels = (config.shape.grid[0] * DOWNSAMPLING, config.shape.grid[1] * DOWNSAMPLING)
+    tokens = config.token_grid
+    half = (0.5,) * 3
+    contents = Contents(
+        source=Source("random", "0", pixels, tuple(str(i) for i in range(config.classes)), rows),
+        autoencoder=AutoencoderSpec(
+            "random", "AutoencoderKL", "0", channels, DOWNSAMPLING, (0.0,) * channels, (0.18215,) * channels
+        ),
+        encoder=EncoderSpec(
+            "random", "random", "0", width, DEPTH, LAYERS, 14, tokens, pixels, pixels, half, half, "bicubic", False
+        ),
+        features=True,
+        features_dtype=features_dtype,
+        latent_dtype="float32",
+        shard_rows=shard_rows,
+        statistics_images=16,
+        statistics_seed=0,
+    )
+    writer = StoreWriter(folder, contents)
+    features = torch.randn(1, len(LAYERS) * width, *tokens)
+    of_one = in_8_bits(features) if features_dtype == "int8" else {"features": features.half()}
+    for block in writer.pending:
+        count = len(block)
+        latent = torch.randn(2, count, channels, *config.shape.grid)
+        columns = {
+            "label": {"label": torch.randint(config.classes, (count,))},
+            "latent": {"mean": latent[0], "std": latent[1].abs() * 0.1},
+            "cls": {"cls": torch.randn(count, width)},
+            "features": {name: value.expand(count, *value.shape[1:]) for name, value in of_one.items()},
+        }
+        writer.write(block, [f"{index}.png" for index in block], [], columns)
+    store = writer.finish(torch.arange(min(rows, 16)))
+    name = workload.recipe.local.compressor
+    spec = ConvCompressor(len(LAYERS) * width, 256, workload.local_channels).save(folder / "compressors" / name)
+    shards = (shard.rows for shard in store.manifest.columns["label"].shards)
+    return store.add_codes(name, spec, (torch.randn(count, workload.local_channels, *tokens) for count in shards))
 
 
-@dataclass
-class StoredSamples:
-    """Stands for a store whose rows are in memory: what `TrainingData` does with them once they are read."""
+class RandomOnline(AlignmentTargets):
+    """Online targets whose images need no decoding: the encoder on random pixels, alike for all rows."""
 
-    config: DenoiserConfig
-    mean: Tensor
-    std: Tensor
-    local: Tensor
-    cls: Tensor
-    tokens: Tensor
-    labels: Tensor
+    def __init__(self, encoder: VisionEncoder) -> None:
+        self.encoder = encoder
+        self.pixels = torch.randint(256, (3, *encoder.spec.image_size), dtype=torch.uint8)
 
-    @staticmethod
-    def random(config: DenoiserConfig, count: int, seed: int = 0) -> StoredSamples:
-        """Random rows in the shapes of a model's data."""
-        chance = torch.Generator().manual_seed(seed)
+    def read(self, rows: Tensor) -> dict[str, Tensor]:
+        """See `AlignmentTargets.read`."""
+        return {"pixels": self.pixels.repeat(len(rows), 1, 1, 1)}
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(count, *shape, generator=chance)
-
-        shapes = config.shape.shapes()
-        rows, columns = config.token_grid
-        return StoredSamples(
-            config,
-            normal(*shapes[LATENT]),
-            normal(*shapes[LATENT]).abs() * 0.1,
-            normal(*shapes[LOCAL]),
-            normal(*shapes[CLS]),
-            normal(1 + rows * columns, config.alignment_width),
-            torch.randint(config.classes, (count,), generator=chance),
-        )
-
-    def sample(self, positions: range) -> TrainingSample:
-        """The samples at positions of a run, with noise and times drawn as training draws them."""
-        shapes = self.config.shape.shapes()
-        generators = [generator(0, "training sample", position) for position in positions]
-        uniform = torch.stack([torch.from_numpy(g.random(3)) for g in generators])
-        noise = normals(generators, {"posterior": shapes[LATENT], **shapes})
-        return TrainingSample(
-            data={LATENT: self.mean + self.std * noise.pop("posterior"), LOCAL: self.local, CLS: self.cls},
-            noise=noise,
-            time=uniform[:, 0].float(),
-            label=torch.where(uniform[:, 1] < 0.1, self.config.classes, self.labels),
-            alignment_target=self.tokens,
-        )
+    def tokens(self, read: Mapping[str, Tensor]) -> Tokens:
+        """See `AlignmentTargets.tokens`."""
+        described = self.encoder.describe(read["pixels"])
+        return Tokens(described.class_token, described.features)
 
 
 def loss_weights(recipe: Recipe) -> Mapping[str, float]:
@@ -127,22 +157,25 @@ def loss_weights(recipe: Recipe) -> Mapping[str, float]:
     return weights
 
 
-def random_encoder(folder: Path, toy: bool) -> Path:
-    """DINOv2-B with registers in timm's folder layout, with random weights: its speed does not depend on them."""
-    architecture = "vit_tiny_patch16_224" if toy else "vit_base_patch14_reg4_dinov2"
+def random_encoder(workload: Workload, layers: tuple[int, ...], device: torch.device) -> VisionEncoder:
+    """DINOv2-B with registers (a tiny network for a toy) with random weights: its speed does not depend on them."""
+    width = workload.token_width
+    published = width == 768
+    architecture = "vit_base_patch14_reg4_dinov2" if published else "vit_tiny_patch16_224"
     sizes: dict[str, Any] = (
-        {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 2} if toy else {"img_size": 224}
+        {"img_size": 224}
+        if published
+        else {"img_size": 64, "patch_size": 16, "embed_dim": width, "depth": DEPTH, "num_heads": 2}
     )
     network = timm.create_model(architecture, num_classes=0, **sizes)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(network.state_dict(), folder / "model.safetensors")
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    per_patch = 16
     config = {
         "architecture": architecture,
         "model_args": sizes,
-        "pretrained_cfg": {"mean": mean, "std": std},
-        "reglue_input": {"image_pixels_per_patch": per_patch, "minimum_input": 16},
+        "pretrained_cfg": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+        "reglue_input": {"image_pixels_per_patch": 16, "minimum_input": 16},
     }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    rows, columns = workload.config.token_grid
+    with TemporaryDirectory() as folder:
+        save_file(network.state_dict(), Path(folder) / "model.safetensors")
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        return load_encoder(folder, (rows * 16, columns * 16), layers, device)

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 import tyro
+from environment import report
 from tyro.conf import Positional
 
-from environment import report
 from reglue.data.images import UnreadableImage
 from reglue.data.sources import open_images
 from reglue.data.store import StoreWriter, write_shard

@@ -13,10 +13,10 @@ import torch
 import tyro
 from torch import nn
 
-from common import Conditions, alternate, ratio, report
-from official import Official
+from common import Comparison, alternate, ratio, report
+from comparisons.official import Official
 from reglue.diffusion.denoiser import Denoiser
-from reglue.runs import checkpoints, ranks
+from reglue.runs import checkpoints
 from reglue.runs.official import export_official
 from workloads import Data, Workload
 
@@ -29,7 +29,7 @@ class Checkpointing:
     first, as their train.py has it.
     """
 
-    conditions: Annotated[Conditions, tyro.conf.arg(name="")] = field(default_factory=Conditions)
+    conditions: Annotated[Comparison, tyro.conf.arg(name="")] = field(default_factory=Comparison)
     data: Data = "imagenet"
     model: str | None = None
     """B/2, XL/2, …; default: B/2, or the demo's own."""
@@ -50,8 +50,7 @@ def stepped(model: nn.Module) -> torch.optim.AdamW:
 def checkpointing(options: Checkpointing) -> str:
     """Save and load both, in turns."""
     conditions = options.conditions
-    device = ranks.resolve_device(conditions.device)
-    torch.set_num_threads(conditions.threads)
+    device = conditions.begin()
     workload = Workload.of("toy" if conditions.toy else options.data, None if conditions.toy else options.model)
     model = workload.random_model().to(device)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
@@ -77,7 +76,7 @@ def checkpointing(options: Checkpointing) -> str:
             "save": ratio(saving["theirs"], saving["ours"], device),
             "load": ratio(loading["theirs"], loading["ours"], device),
         }
-    return report("checkpoint", options, conditions, figures, device)
+    return report("checkpoint", options, figures, device)
 
 
 def theirs(

@@ -15,9 +15,8 @@ import torch
 import tyro
 from PIL import Image
 
-from common import Conditions, report
+from common import Comparison, report
 from reglue.jobs.prepare import Prepare, prepare
-from reglue.runs import ranks
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Preparing:
     compared: theirs computes them anew in every training step.
     """
 
-    conditions: Annotated[Conditions, tyro.conf.arg(name="")] = field(default_factory=Conditions)
+    conditions: Annotated[Comparison, tyro.conf.arg(name="")] = field(default_factory=Comparison)
     images: Path | None = None
     """A folder of images; random ones if not given."""
     count: int = 64
@@ -42,8 +41,7 @@ class Preparing:
 def preparing(options: Preparing) -> str:
     """Prepare the same images both ways."""
     conditions = options.conditions
-    device = ranks.resolve_device(conditions.device)
-    torch.set_num_threads(conditions.threads)
+    device = conditions.begin()
     resolution, count = (32, 4) if conditions.toy else (options.resolution, options.count)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -68,7 +66,7 @@ def preparing(options: Preparing) -> str:
         figures["times_faster"] = min(theirs) / min(ours)
     elif theirs:
         figures["theirs_seconds_of_convert_alone"] = theirs
-    return report("prepare", options, conditions, figures, device)
+    return report("prepare", options, figures, device)
 
 
 def random_images(folder: Path, count: int, resolution: int) -> Path:

@@ -10,16 +10,19 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from common import Conditions, alternate, ratio, report
-from official import Official, official_samples
+from common import Comparison, alternate, ratio, report
+from comparisons.official import Official, official_samples
+from counting import forward_flops
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.guidance import Guidance, guided_velocity
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State
 from reglue.diffusion.samplers import euler_maruyama, stochastic_times
+from reglue.jobs.train import compile_parts
+from reglue.recipe import Compile
 from reglue.runs import ranks
 from reglue.runs.official import export_official, import_official
 from reglue.runs.ranks import Precision
-from workloads import Data, Workload, flops_per_image
+from workloads import Data, Workload
 
 AGREEMENT = 1e-4
 """Largest difference of a sample, as a share of the largest value, in float32."""
@@ -33,7 +36,7 @@ class Sampling:
     TF32 on a GPU, attention not fused, the state in float64.
     """
 
-    conditions: Annotated[Conditions, tyro.conf.arg(name="")] = field(default_factory=Conditions)
+    conditions: Annotated[Comparison, tyro.conf.arg(name="")] = field(default_factory=Comparison)
     data: Data = "imagenet"
     model: str | None = None
     """B/2, XL/2, …; default: B/2, or the demo's own."""
@@ -45,8 +48,8 @@ class Sampling:
     interval: tuple[float, float] = (0.0, 0.9)
     precision: tuple[Precision, ...] = ("bfloat16",)
     """Of our matrix products."""
-    compile: bool = False
-    """Time our model compiled, too."""
+    compile: tuple[Compile, ...] = ("no",)
+    """Ways to compile our model, each of which is timed: no, blocks, model."""
 
 
 class Counted(nn.Module):
@@ -98,8 +101,7 @@ def drawn(start: State) -> Iterator[State]:
 def sampling(options: Sampling) -> str:
     """Check that both draw the same, then time both."""
     conditions = options.conditions
-    device = ranks.resolve_device(conditions.device)
-    torch.set_num_threads(conditions.threads)
+    device = conditions.begin()
     workload = Workload.of("toy" if conditions.toy else options.data, None if conditions.toy else options.model)
     steps, batch = (5, 2) if conditions.toy else (options.steps, options.batch_size)
     config = workload.config
@@ -131,12 +133,11 @@ def sampling(options: Sampling) -> str:
         contestants["theirs float32"] = draw_theirs
 
     for precision in options.precision:
-        for compiled in (False, True) if options.compile else (False,):
-            name = f"ours {precision}{' compiled' if compiled else ''}"
+        for compile in options.compile:
+            name = f"ours {precision}{'' if compile == 'no' else f' compiled {compile}'}"
             model = Denoiser(config).to(device).eval()
             model.load_state_dict(ours.state_dict())
-            if compiled:
-                model.compile()
+            compile_parts(model, compile)
             counters[name] = counted = Counted(model)
 
             def draw_ours(counted: nn.Module = counted, precision: Precision = precision) -> None:
@@ -151,14 +152,14 @@ def sampling(options: Sampling) -> str:
         "steps": steps,
         "seconds_per_call": timed,
         "network_evaluations_per_image": {name: c.evaluated / calls / batch for name, c in counters.items()},
-        "flops_per_evaluation": flops_per_image(workload, training=False),
+        "flops_per_evaluation": forward_flops(config),
         "times_faster": {
             name: ratio(timed["theirs float32"], timing, device)
             for name, timing in timed.items()
             if name.startswith("ours") and "theirs float32" in timed
         },
     }
-    return report("sample", options, conditions, figures, device)
+    return report("sample", options, figures, device)
 
 
 def sample_difference(

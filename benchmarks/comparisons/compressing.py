@@ -15,7 +15,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from common import Conditions, peak_memory_mib, report
+from common import Comparison, peak_memory_mib, report
 from reglue.data.store import Contents, Source, StoreWriter
 from reglue.latents.autoencoders import load_autoencoder
 from reglue.runs import ranks
@@ -33,7 +33,7 @@ class Compressing:
     batch's features are kept as float32 arrays, joined, and standardised as a whole.
     """
 
-    conditions: Annotated[Conditions, tyro.conf.arg(name="")] = field(default_factory=Conditions)
+    conditions: Annotated[Comparison, tyro.conf.arg(name="")] = field(default_factory=Comparison)
     images: int = 64
     """N: peaks are measured for N and 2N."""
     channels: int = 3072
@@ -59,7 +59,7 @@ def compressing(options: Compressing) -> str:
         }
     figures["published_images"] = PUBLISHED_BATCHES * 256
     figures["published_gigabytes_of_features"] = PUBLISHED_BATCHES * 256 * 3072 * 16**2 * 4 / 1e9
-    return report("compressor", options, conditions, figures, ranks.resolve_device("cpu"))
+    return report("compressor", options, figures, ranks.resolve_device("cpu"))
 
 
 def growth(run: Callable[[int, int, int], None], *sizes: int) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from common import Conditions, report
+from common import Comparison, report
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.prepare import Prepare, prepare
 from reglue.runs import ranks
@@ -30,7 +30,7 @@ class Starting:
     Theirs: `train.py --help`. Their first step cannot be had without a hub.
     """
 
-    conditions: Annotated[Conditions, tyro.conf.arg(name="")] = field(default_factory=Conditions)
+    conditions: Annotated[Comparison, tyro.conf.arg(name="")] = field(default_factory=Comparison)
 
 
 def starting(options: Starting) -> str:
@@ -40,9 +40,9 @@ def starting(options: Starting) -> str:
     commands = {
         "import reglue": [*python, "-c", "import reglue"],
         "reglue --help": [*python, "-m", "reglue", "--help"],
-        "import torch": [*python, "-c", "import torch"],
     }
     if not conditions.toy:
+        commands["import torch"] = [*python, "-c", "import torch"]
         commands["reglue train --help"] = [*python, "-m", "reglue", "train", "--help"]
     if conditions.official:
         commands["theirs: train.py --help"] = [*python, str(conditions.official / "train.py"), "--help"]
@@ -54,7 +54,7 @@ def starting(options: Starting) -> str:
             first = ["-m", "reglue", "train", "reglue", *arguments, "--optimisation.steps", "1"]
             commands["reglue train, one step"] = [*python, *first, "--store", str(store), "--out", f"{folder}/run-%d"]
         figures = {name: seconds(command, conditions.repeats) for name, command in commands.items()}
-    return report("startup", options, conditions, {"seconds": figures}, ranks.resolve_device("cpu"))
+    return report("startup", options, {"seconds": figures}, ranks.resolve_device("cpu"))
 
 
 def seconds(command: list[str], repeats: int) -> dict[str, Any]:

@@ -16,12 +16,13 @@ import torch
 
 import against_official
 import gpu_session
-from common import alternate, ratio
-from compressing import features, growth
-from compressing import ours as streamed
+from common import Comparison, alternate, ratio
+from comparisons.compressing import features, growth
+from comparisons.compressing import ours as streamed
+from counting import forward_flops, training_flops
 from limits import Limits, Operators, limits
 from reglue.diffusion.denoiser import Denoiser
-from workloads import Workload, flops_per_image
+from workloads import RandomOnline, Workload
 
 OFFICIAL = os.environ.get("REGLUE_OFFICIAL")
 needs_official = pytest.mark.skipif(OFFICIAL is None, reason="REGLUE_OFFICIAL names no checkout of the published code")
@@ -51,11 +52,9 @@ def test_a_benchmark_ends_with_a_line_of_json(
 
 
 def test_an_encoder_in_the_step_is_run_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from training import OnlineEncoder
-
     calls = []
-    ours = OnlineEncoder.ours
-    monkeypatch.setattr(OnlineEncoder, "ours", lambda self: (calls.append(1), ours(self)))
+    tokens = RandomOnline.tokens
+    monkeypatch.setattr(RandomOnline, "tokens", lambda self, read: (calls.append(1), tokens(self, read))[1])
     against_official.main(["train", "--toy", "--device", "cpu", "--repeats", "3", "--encoder-in-step"])
     assert len(calls) == 4  # one step to warm up
 
@@ -91,8 +90,8 @@ def test_operations_are_those_of_the_layers() -> None:
         else:
             times = patches if name.startswith(("patches", "velocity")) else 1
         expected += 2 * times * weight.numel()
-    assert flops_per_image(workload, training=False) == expected
-    assert flops_per_image(workload, training=True) > 3 * expected
+    assert forward_flops(config) == expected
+    assert training_flops(config) > 3 * expected
 
 
 def test_operators_and_fetched_numbers_are_counted() -> None:
@@ -103,9 +102,7 @@ def test_operators_and_fetched_numbers_are_counted() -> None:
 
 
 def test_limits_count_our_step(capsys: pytest.CaptureFixture[str]) -> None:
-    from common import Conditions
-
-    line = json.loads(limits(Limits(Conditions(toy=True))))
+    line = json.loads(limits(Limits(Comparison(toy=True))))
     capsys.readouterr()
     assert line["figures"]["operators"]["ours"]["numbers_fetched"] == 0
     assert line["figures"]["toy"]["flops_per_step"] > 0
@@ -148,7 +145,7 @@ def test_every_figure_of_a_session_parses(tmp_path: Path, monkeypatch: pytest.Mo
         against_official.main([*figure.arguments, "--out", str(tmp_path)])
     assert len(parsed) == len(gpu_session.FIGURES)
     assert parsed[0].official_precision == "fp16"
-    assert parsed[0].compile
+    assert parsed[0].compile == ("no", "blocks", "model")
 
 
 def test_a_folder_without_the_published_code_is_named(tmp_path: Path) -> None:
