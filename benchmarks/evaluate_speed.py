@@ -1,29 +1,23 @@
 """How long the figures of `reglue evaluate` take, and how much memory, for features of many images.
 
-    python benchmarks/evaluate_scale.py --count 50000 --width 2048 --threads 1
+    python benchmarks/evaluate_speed.py --count 50000 --width 2048 --threads 1
 
-Both sides are random features of full rank and slowly falling variances, as a network's are. The last line printed is
-one JSON object: what was asked for, seconds of every figure (by the clock, and those that the CPU
-worked, which are fewer where it had other work too), peak memory, hardware, versions and date.
+Both sides are random features of full rank and slowly falling variances, as a network's are. Every figure is taken
+once; its seconds are by the clock, and those that the CPU worked, which are fewer where it had other work too.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import resource
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Annotated, TypeVar
 
 import torch
 import tyro
 from torch import Tensor
 
+from common import Conditions, peak_gpu_memory_mib, peak_memory_mib, report
 from reglue.metrics.distances import (
     GaussianStatistics,
     frechet_distance,
@@ -40,9 +34,10 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class EvaluateScale:
+class EvaluateSpeed:
     """Options of the measurement."""
 
+    conditions: Annotated[Conditions, tyro.conf.arg(name="")] = field(default_factory=Conditions)
     count: int = 50_000
     """Images of either side."""
     width: int = 2048
@@ -51,16 +46,14 @@ class EvaluateScale:
     """Logits of an image."""
     resamples: int = 1000
     """Of the intervals."""
-    threads: int = 1
-    """Of the CPU."""
     device: str = "cpu"
     """Where pairwise distances are taken: auto, cpu, cuda or cuda:N."""
     seed: int = 0
 
 
-def main(options: EvaluateScale) -> None:
+def main(options: EvaluateSpeed) -> None:
     """Measure every figure in turn."""
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.conditions.threads)
     device = resolve_device(options.device)
     seconds: dict[str, float] = {}
     busy: dict[str, float] = {}
@@ -72,7 +65,7 @@ def main(options: EvaluateScale) -> None:
         synchronize(device)
         seconds[name] = round(time.perf_counter() - started, 1)
         busy[name] = round(time.process_time() - worked, 1)
-        memory[name] = peak_mebibytes()
+        memory[name] = round(peak_memory_mib())
         print(
             f"{name:<24} {seconds[name]:8.1f} s ({busy[name]:.1f} of the CPU), peak {memory[name]:6d} MiB so far",
             flush=True,
@@ -118,25 +111,19 @@ def main(options: EvaluateScale) -> None:
             )
         ],
     )
-    result = {
-        "options": asdict(options),
+    figures = {
         "seconds": seconds,
         "cpu_seconds": busy,
-        "peak_mebibytes_so_far": memory,
-        "total_seconds": round(sum(seconds.values()), 1),
-        "total_cpu_seconds": round(sum(busy.values()), 1),
-        "peak_mebibytes": peak_mebibytes(),
-        "hardware": hardware(device),
-        "versions": {name: version(name) for name in ("reglue", "torch", "numpy")}
-        | {"python": platform.python_version()},
-        "date": datetime.now(UTC).date().isoformat(),
+        "peak_memory_mib_so_far": memory,
+        "total_seconds": sum(seconds.values()),
+        "total_cpu_seconds": sum(busy.values()),
+        "peak_memory_mib": peak_memory_mib(),
+        "peak_gpu_memory_mib": peak_gpu_memory_mib(device),
     }
-    if device.type == "cuda":
-        result["peak_device_mebibytes"] = torch.cuda.max_memory_allocated(device) >> 20
-    print(json.dumps(result))
+    report("evaluate_speed", options, figures, device)
 
 
-def features(options: EvaluateScale, side: str) -> Tensor:
+def features(options: EvaluateSpeed, side: str) -> Tensor:
     """Random features (count, width) float32: variances fall as 1/rank, means are away from zero."""
     numbers = generator(options.seed, f"features of the {side}")
     drawn = torch.empty(options.count, options.width)
@@ -147,20 +134,5 @@ def features(options: EvaluateScale, side: str) -> Tensor:
     return drawn
 
 
-def peak_mebibytes() -> int:
-    """The most memory that this process has had so far, on Linux."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-
-def hardware(device: torch.device) -> str:
-    """The GPU's name, or the CPU's and the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text().splitlines() if described.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 if __name__ == "__main__":
-    main(tyro.cli(EvaluateScale, description=__doc__))
+    main(tyro.cli(EvaluateSpeed, description=__doc__))

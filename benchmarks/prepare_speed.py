@@ -1,6 +1,6 @@
 """How much of its time `reglue prepare` spends in the networks, and where the rest goes.
 
-    python benchmarks/prepare.py PHOTOS --resolution 128 --autoencoder TAEF2 --encoder DINOV2-S --threads 1
+    python benchmarks/prepare_speed.py --images PHOTOS --resolution 128 --autoencoder TAEF2 --encoder DINOV2-S --threads 1
 
 The job and the networks' bare forward passes on ready tensors take turns. Ratios are given of the time on the clock
 and of the time on a core of the process that encodes, which on a busy machine is the one to trust. The other stages are
@@ -13,16 +13,14 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
-from environment import report
-from tyro.conf import Positional
 
+from common import Timed, alternate, report
 from reglue.data.images import UnreadableImage
 from reglue.data.sources import open_images
 from reglue.data.store import StoreWriter, write_shard
@@ -31,14 +29,15 @@ from reglue.jobs.prepare import Prepare, peak_rss_mib
 from reglue.latents.autoencoders import load_autoencoder
 from reglue.runs import ranks
 from reglue.semantics.encoders import load_encoder
+from workloads import random_images
 
 
 @dataclass(frozen=True)
 class PrepareSpeed:
     """The speed of `reglue prepare`."""
 
-    images: Positional[Path]
-    """Photographs."""
+    images: Path | None = None
+    """Photographs; smooth random ones if not given."""
     resolution: int = 256
     autoencoder: str = "starter"
     encoder: str = "starter"
@@ -46,33 +45,29 @@ class PrepareSpeed:
     precision: ranks.Precision = "float32"
     workers: int | None = None
     """Processes that decode. Default: as `prepare` chooses."""
-    threads: int | None = None
-    """Of torch. Default: its own."""
     count: int = 64
     """Images."""
-    turns: int = 2
-    """How often the job and the bare networks take turns."""
-    device: str = "auto"
+    conditions: Annotated[Timed, tyro.conf.arg(name="")] = field(default_factory=Timed)
 
 
 def main(options: PrepareSpeed) -> None:
     """Measure and print."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    figures = {str(batch_size): measured(options, batch_size) for batch_size in options.batch_sizes}
-    report("prepare", options, {"per_batch_size": figures, "peak_rss_mib": peak_rss_mib()})
+    device = options.conditions.begin()
+    with tempfile.TemporaryDirectory() as folder:
+        images = options.images or random_images(Path(folder), options.count, options.resolution)
+        figures = {str(size): measured(options, images, size, device) for size in options.batch_sizes}
+    report("prepare_speed", options, {"per_batch_size": figures, "peak_memory_mib": peak_rss_mib()}, device)
 
 
-def measured(options: PrepareSpeed, batch_size: int) -> dict[str, Any]:
+def measured(options: PrepareSpeed, images: Path, batch_size: int, device: torch.device) -> dict[str, Any]:
     """Images per second of the job and of the bare networks, their ratio, and milliseconds per image of each stage."""
-    device = ranks.resolve_device(options.device)
-    every = open_images(options.images, Prepare.reading, None)
+    every = open_images(images, Prepare.reading, None)
     size = (options.resolution, options.resolution)
     step = max(1, len(every) // options.count)
     asked = Prepare(
-        options.images, Path("unused"), options.resolution, options.autoencoder, options.encoder, features=True,
+        images, Path("unused"), options.resolution, options.autoencoder, options.encoder, features=True,
         batch_size=batch_size, shard_size=64, precision=options.precision, workers=options.workers,
-        device=options.device,
+        device=options.conditions.device,
     )  # fmt: skip
     autoencoder = load_autoencoder(asked.autoencoder, device=device).to(memory_format=torch.channels_last)
     encoder = load_encoder(asked.encoder, size, device=device)
@@ -89,13 +84,13 @@ def measured(options: PrepareSpeed, batch_size: int) -> dict[str, Any]:
 
     def autoencode() -> None:
         with torch.inference_mode(), ranks.autocast(device, options.precision):
-            for images, _ in ready:
-                autoencoder.encode(images)
+            for part, _ in ready:
+                autoencoder.encode(part)
 
     def see() -> None:
         with torch.inference_mode(), ranks.autocast(device, options.precision):
-            for _, images in ready:
-                encoder.network.forward_intermediates(images, indices=list(encoder.spec.layers), norm=True)
+            for _, part in ready:
+                encoder.network.forward_intermediates(part, indices=list(encoder.spec.layers), norm=True)
 
     def describe() -> None:
         for part in batches:
@@ -110,9 +105,9 @@ def measured(options: PrepareSpeed, batch_size: int) -> dict[str, Any]:
             job.fill(writer, writer.pending, every, autoencoder, encoder, asked, device, quiet=True)
 
     contestants = {"autoencoder": autoencode, "encoder": see, "describe": describe, "job": whole}
-    for contestant in (autoencode, see):
-        contestant()
-    clock, core = in_turns(contestants, options.turns, device)
+    timed = alternate(contestants, options.conditions.repeats, device)
+    clock = {name: timing.median for name, timing in timed.items()}
+    core = {name: timing.cpu_median for name, timing in timed.items()}
     described = job.describe(batches[0], autoencoder, encoder, asked)
     stages = {
         "decode_and_crop": decode,
@@ -129,23 +124,6 @@ def measured(options: PrepareSpeed, batch_size: int) -> dict[str, Any]:
     }
     print(batch_size, figures, flush=True)
     return figures
-
-
-def in_turns(
-    contestants: dict[str, Callable[[], object]], turns: int, device: torch.device
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of each, on the clock and on the cores of this process, timed in turns."""
-    clock: dict[str, list[float]] = {name: [] for name in contestants}
-    core: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(turns):
-        for name, contestant in contestants.items():
-            ranks.synchronize(device)
-            started, started_on_core = time.perf_counter(), time.process_time()
-            contestant()
-            ranks.synchronize(device)
-            clock[name].append(time.perf_counter() - started)
-            core[name].append(time.process_time() - started_on_core)
-    return {name: median(s) for name, s in clock.items()}, {name: median(s) for name, s in core.items()}
 
 
 def core_seconds(stage: Callable[[], object]) -> float:

@@ -2,35 +2,35 @@
 
     python benchmarks/resolutions.py --recipe reglue --model B/2
 
-Operations are those of matrix products, and memory is what autograd keeps of an image for the backward pass, both found
-without running the model. Seconds are of the model `--timed`, forward and backward for one image, on one core of this
-machine.
+Operations are those of matrix products, training with the projector, and memory is what autograd keeps of an image for
+the backward pass, all found without running the model. Seconds are of the model `--timed`, forward and backward for one
+image, on one core of this machine.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 import torch
 import tyro
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 
-from environment import forward_flops, random_inputs, report
+from common import Conditions, report
+from counting import H200_PRODUCTS, activation_bytes, all_outputs, forward_flops, training_flops
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.papers import RECIPES
 from reglue.runs import ranks
 
-PEAK, REACHED = 790e12, 0.5
-"""bfloat16 FLOP/s that an H200 reaches in matrix products, and the share of it that training is to reach."""
+REACHED = 0.5
+"""Share of an H200's matrix rate that training is to reach."""
 
 
 @dataclass(frozen=True)
 class Resolutions:
     """The cost of resolutions."""
 
+    conditions: Annotated[Conditions, tyro.conf.arg(name="")] = field(default_factory=Conditions)
     recipe: str = "reglue"
     model: str = "B/2"
     resolutions: tuple[tuple[int, int], ...] = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 768), (1024, 1024))
@@ -51,27 +51,27 @@ class Resolutions:
 
 def main(options: Resolutions) -> None:
     """Print a table in markdown, and the figures as JSON."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.conditions.threads)
     print(
         "| pixels | tokens | forward, GFLOP | training, GFLOP | activations, MiB | images/s of an H200 | s on a core |"
     )
     print("|---|---|---|---|---|---|---|")
     figures = [row(options, size) for size in options.resolutions]
-    report("resolutions", options, figures)
+    report("resolutions", options, {"rows": figures}, torch.device("cpu"))
 
 
 def row(options: Resolutions, size: tuple[int, int]) -> dict[str, Any]:
     """One line of the table."""
     config = config_at(options, options.model, size)
     rows, columns = config.token_grid
-    forward = forward_flops(config)
+    forward, training = forward_flops(config), training_flops(config)
     figures = {
         "resolution": size,
         "tokens": rows * columns,
         "forward_gflop": forward / 1e9,
-        "training_gflop": 3 * forward / 1e9,
+        "training_gflop": training / 1e9,
         "activation_mib": activation_bytes(config, options.precision) / 2**20,
-        "images_per_second_of_an_h200": PEAK * REACHED / (3 * forward),
+        "images_per_second_of_an_h200": H200_PRODUCTS * REACHED / training,
         "seconds_on_a_core": seconds(options, size) if max(size) <= options.timed_up_to else None,
     }
     took = figures["seconds_on_a_core"]
@@ -95,38 +95,14 @@ def config_at(options: Resolutions, model: str, size: tuple[int, int]) -> Denois
     )
 
 
-def activation_bytes(config: DenoiserConfig, precision: ranks.Precision) -> int:
-    """Bytes that the backward pass keeps for each image."""
-    # The difference, since weights in lower precision are kept too, once for all images.
-    return kept_bytes(config, precision, 2) - kept_bytes(config, precision, 1)
-
-
-def kept_bytes(config: DenoiserConfig, precision: ranks.Precision, images: int) -> int:
-    """Bytes of what autograd keeps of a forward pass, every storage counted once."""
-    kept: dict[int, torch.UntypedStorage] = {}  # They stay alive, or another one could get the same address.
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
-        return tensor
-
-    with FakeTensorMode():  # Tensors without content, which take the same way through the operators as real ones.
-        model, inputs = Denoiser(config), random_inputs(config, images)
-        with saved_tensors_hooks(keep, lambda tensor: tensor), ranks.autocast(torch.device("cpu"), precision):
-            prediction = model(*inputs)
-        del prediction
-    return sum(storage.nbytes() for storage in kept.values())
-
-
 def seconds(options: Resolutions, size: tuple[int, int]) -> float:
     """Seconds on a core for one image, forward and backward: the best of three."""
     config = config_at(options, options.timed, size)
-    model, inputs = Denoiser(config), random_inputs(config, 1)
+    model = Denoiser(config)
     best = float("inf")
     for _ in range(4):
         started = time.process_time()
-        prediction = model(*inputs)
-        torch.stack([velocity.square().mean() for velocity in prediction.velocity.values()]).sum().backward()
+        all_outputs(model, 1).backward()
         best = min(best, time.process_time() - started)
     return best
 

@@ -7,16 +7,16 @@ counts divided by assumed rates, all of which are options. Prints markdown table
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
 import torch
 import tyro
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+import counting
+from common import Conditions, report
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
-from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State, StateShape
+from reglue.diffusion.modalities import StateShape
 from reglue.papers import RECIPES
 from reglue.recipe import MODEL_SIZES, ModelSize
 
@@ -29,6 +29,7 @@ SIZES = {**MODEL_SIZES, "3B/2": ModelSize(32, 2304, 18, 2, 11)}
 class Scaling:
     """Assumptions. The defaults describe nodes of eight H200 and REGLUE at 256 px; none of them is a measurement."""
 
+    conditions: Annotated[Conditions, tyro.conf.arg(name="")] = field(default_factory=Conditions)
     gpus: tuple[int, ...] = (8, 32, 128, 512)
     per_gpu: int = 32
     """Images per GPU and step."""
@@ -52,7 +53,7 @@ class Scaling:
     """Width of the vision encoder's tokens."""
     classes: int = 1000
     check: bool = False
-    """Also compare the formula for activations with what autograd keeps for a small model on the CPU."""
+    """Also compare the formula for activations with what autograd keeps of a small model on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -87,33 +88,7 @@ def config_of(size: ModelSize, options: Scaling) -> DenoiserConfig:
     )
 
 
-def batch(config: DenoiserConfig, count: int, device: str) -> tuple[State, Tensor, Tensor]:
-    """A state, times and labels."""
-    shape = config.shape
-    state = {
-        LATENT: torch.zeros(count, shape.latent_channels, *shape.grid, device=device),
-        LOCAL: torch.zeros(count, shape.local_channels, *shape.grid, device=device),
-        CLS: torch.zeros(count, shape.class_token_width, device=device),
-    }
-    return state, torch.zeros(count, device=device), torch.zeros(count, dtype=torch.int64, device=device)
-
-
-def forward(model: Denoiser, count: int, device: str) -> Tensor:
-    """The sum of all that a loss looks at."""
-    prediction = model(*batch(model.config, count, device))
-    assert prediction.tap is not None
-    outputs = [*prediction.velocity.values(), model.projector(prediction.tap)]
-    return torch.stack([output.sum() for output in outputs]).sum()
-
-
-def operations(model: Denoiser) -> int:
-    """Of forward and backward for one image, counted by PyTorch for matrix products, convolutions and attention."""
-    with FlopCounterMode(display=False) as counter:
-        forward(model, 1, "meta").backward()
-    return counter.get_total_flops()
-
-
-def activation_bytes(config: DenoiserConfig) -> int:
+def activation_formula(config: DenoiserConfig) -> int:
     """Bytes that the backward pass keeps for one image under autocast to bfloat16, without activation checkpointing.
 
     Per block and token, in widths: seven of float32 (the inputs of the norms, their results before they are modulated,
@@ -127,24 +102,6 @@ def activation_bytes(config: DenoiserConfig) -> int:
     return config.depth * per_block + projector
 
 
-def kept_by_autograd(config: DenoiserConfig, count: int) -> int:
-    """Bytes per image that autograd really keeps, weights and their bfloat16 copies left out."""
-    model = Denoiser(config)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {tuple(s) for p in model.parameters() for s in (p.shape, p.shape[::-1])}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and tuple(tensor.shape) not in shapes:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        forward(model, count, "cpu")
-    return sum(kept.values()) // count
-
-
 def count(name: str, options: Scaling) -> Count:
     """Count one size."""
     config = config_of(SIZES[name], options)
@@ -152,7 +109,7 @@ def count(name: str, options: Scaling) -> Count:
         model = Denoiser(config)
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.transformer.blocks]
     weights = sum(p.numel() for p in model.parameters())
-    return Count(name, weights, sum(blocks), max(blocks), operations(model), activation_bytes(config))
+    return Count(name, weights, sum(blocks), max(blocks), counting.training_flops(config), activation_formula(config))
 
 
 def resident_bytes(model: Count, shards: int) -> float:
@@ -227,7 +184,7 @@ def main(options: Scaling) -> None:
             ],
         )
     )
-    report = []
+    steps = []
     for gpus in options.gpus:
         rows = []
         for c in counts:
@@ -247,7 +204,7 @@ def main(options: Scaling) -> None:
                         f"{computing / slowest:.0%} to {computing / step:.0%}",
                     ]
                 )
-                report.append(
+                steps.append(
                     {
                         "model": c.name,
                         "gpus": gpus,
@@ -264,14 +221,11 @@ def main(options: Scaling) -> None:
     checked = None
     if options.check:
         small = config_of(ModelSize(4, 192, 3, 2, 2), options)
-        checked = {"formula": activation_bytes(small), "autograd": kept_by_autograd(small, 4)}
+        checked = {"formula": activation_formula(small), "autograd": counting.activation_bytes(small, "bfloat16")}
         formula, autograd = checked["formula"], checked["autograd"]
         print(f"Activations of 4x192x3/2 per image: formula {formula:,} bytes, autograd {autograd:,}.\n")
-    print(
-        json.dumps(
-            {"assumptions": asdict(options), "counts": [asdict(c) for c in counts], "steps": report, "check": checked}
-        )
-    )
+    figures = {"models": [asdict(c) for c in counts], "steps": steps, "check": checked}
+    report("scaling", options, figures, torch.device("cpu"))
 
 
 if __name__ == "__main__":

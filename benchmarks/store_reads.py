@@ -4,8 +4,8 @@
     python benchmarks/store_reads.py --made /tmp/store      # makes one in ImageNet's shapes at 256 pixels, and keeps it
 
 For every column, cache (cold: the kernel is asked to forget the files), batch size and number of processes: GB/s of
-`Store.read` into a buffer that is used again, of `os.preadv` of as many bytes at random offsets, and of reading the
-files from front to back. With rows from the page cache, time on a core is the figure to trust on a busy machine.
+`Store.read_stored` into a buffer that is used again, of `os.preadv` of as many bytes at random offsets, and of reading
+the files from front to back. With rows from the page cache, time on a core is the figure to trust on a busy machine.
 """
 
 from __future__ import annotations
@@ -14,37 +14,40 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
 
-from environment import forward_flops, report
-from reglue.data.store import Contents, Source, Store, StoreWriter
-from reglue.diffusion.denoiser import DenoiserConfig
-from reglue.latents.autoencoders import AutoencoderSpec
+from common import Conditions, report
+from counting import H200_PRODUCTS, training_flops
+from reglue.data.store import Store
 from reglue.papers import RECIPES
 from reglue.seeds import generator, permutation
+from workloads import Data, Workload, random_store
 
 BLOCK = 2**22
 """Bytes that a sequential read asks for at once."""
-PEAK, REACHED, GPUS = 790e12, 0.5, 8
-"""bfloat16 FLOP/s that an H200 reaches in matrix products, the share of it that training is to reach, and how many."""
+REACHED, GPUS = 0.5, 8
+"""Share of an H200's matrix rate that training is to reach, and how many of them read."""
 
 
 @dataclass(frozen=True)
 class StoreReads:
     """Random reads of a store."""
 
+    conditions: Annotated[Conditions, tyro.conf.arg(name="")] = field(default_factory=Conditions)
     store: Path | None = None
     """A store to read; one of random numbers is made otherwise."""
     made: Path = Path("store-reads")
     """Where that one is, or is made."""
+    data: Data = "imagenet"
+    """Sizes of the store that is made: ImageNet at 256 px (SD-VAE, DINOv2-B), those of `reglue demo`, or a toy's."""
     rows: int = 1024
-    """Of the store that is made: 1.6 MB each."""
+    """Of the store that is made: 1.6 MB each in ImageNet's sizes."""
     columns: tuple[str, ...] = ("latent", "local.conv-16", "cls", "features")
     batch_sizes: tuple[int, ...] = (32, 256)
     processes: tuple[int, ...] = (1, 2)
@@ -68,7 +71,7 @@ class Work:
 
 def main(options: StoreReads) -> None:
     """Measure and print."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.conditions.threads)
     folder = options.store or made(options)
     started = time.perf_counter()
     store = Store.open(folder)
@@ -82,11 +85,16 @@ def main(options: StoreReads) -> None:
                     figure = measured(options, folder, column, cache, batch_size, processes)
                     figures.append({"column": column, "cache": cache, **figure})
                     print(" ".join(f"{key}={value}" for key, value in figures[-1].items()), flush=True)
-    figures_of = {"open_seconds": opened, "shards": len(store.manifest.columns["label"].shards), "reads": figures}
+    figures_of: dict[str, Any] = {
+        "open_seconds": opened,
+        "shards": len(store.manifest.columns["label"].shards),
+        "reads": figures,
+    }
     needed = needs(figures, min(options.batch_sizes))
     for name, need in needed.items():
         print(name, need)
-    report("store_reads", options, {**figures_of, "memory_copy_gb_per_second": memory_rate(), "needs": needed})
+    figures_of |= {"memory_copy_gb_per_second": memory_rate(), "needs": needed}
+    report("store_reads", options, figures_of, torch.device("cpu"))
 
 
 def measured(
@@ -114,12 +122,12 @@ def measured(
 
 
 def through_store(work: Work, ready: Callable[[], object]) -> None:
-    """Rows by `Store.read`, into buffers that are used again."""
+    """Rows by `Store.read_stored`, into buffers that are used again."""
     store = Store.open(work.store)
     width = store.manifest.encoder.width if work.last_layer and store.manifest.encoder else 0
     channels = slice(-width, None) if width else slice(None)
     rows = torch.tensor(work.rows).split(work.batch_size)
-    buffers = {len(part): store.read(work.column, part * 0, channels) for part in (rows[0], rows[-1])}
+    buffers = {len(part): store.read_stored(work.column, part * 0, channels) for part in (rows[0], rows[-1])}
     ready()
     for part in rows:
         store.read_stored(work.column, part, channels, out=buffers[len(part)])
@@ -217,8 +225,9 @@ def needs(figures: list[dict[str, Any]], batch_size: int) -> dict[str, dict[str,
     }
     result = {}
     for name, recipe in RECIPES.items():
-        config = imagenet_config(name)
-        images = PEAK * REACHED / (3 * forward_flops(config))
+        config = Workload.of("imagenet", recipe=name).config
+        flops = training_flops(config)
+        images = H200_PRODUCTS * REACHED / flops
         sizes = {"latent": 2 * 4 * prod(config.shape.shapes()["latent"])}
         if recipe.local.present:
             sizes["local.conv-16"] = 4 * config.shape.local_channels * 16 * 16
@@ -228,7 +237,7 @@ def needs(figures: list[dict[str, Any]], batch_size: int) -> dict[str, dict[str,
             sizes["features"] = 2 * 768 * 16 * 16
         total = sum(sizes.values())
         result[name] = {
-            "training_gflop_per_image": 3 * forward_flops(config) / 1e9,
+            "training_gflop_per_image": flops / 1e9,
             "images_per_second_per_gpu": images,
             "bytes_per_image": total,
             "gb_per_second_per_gpu": images * total / 1e9,
@@ -240,42 +249,10 @@ def needs(figures: list[dict[str, Any]], batch_size: int) -> dict[str, dict[str,
     return result
 
 
-def imagenet_config(recipe: str) -> DenoiserConfig:
-    """The denoiser B/2 of a published recipe on ImageNet at 256 pixels, with the SD-VAE and DINOv2-B."""
-    channels = {"redi": 8}.get(recipe, 16)
-    return replace(RECIPES[recipe], model="B/2").denoiser_config(
-        latent_channels=4, grid=(32, 32), classes=1000, local_channels=channels, token_width=768
-    )
-
-
 def made(options: StoreReads) -> Path:
-    """A store in the shapes of ImageNet at 256 pixels, with four layers of DINOv2-B. What is in it does not matter."""
-    from reglue.semantics.encoders import EncoderSpec
-
-    if (options.made / "manifest.json").is_file():
-        return options.made
-    size = (256, 256)
-    autoencoder = AutoencoderSpec("random", "AutoencoderKL", None, 4, 8, (0.0,) * 4, (1.0,) * 4)
-    mean = (0.5,) * 3
-    encoder = EncoderSpec("random", "vit_base_patch14_dinov2.lvd142m", "0", 768, 12, (8, 9, 10, 11), 14, (16, 16), size,
-                          (224, 224), mean, mean, "bicubic", False)  # fmt: skip
-    source = Source("random", "0", size, ("nothing",), options.rows)
-    contents = Contents(
-        source=source, autoencoder=autoencoder, encoder=encoder, features=True, latent_dtype="float32", shard_rows=256,
-        statistics_images=16, statistics_seed=0,
-    )  # fmt: skip
-    writer = StoreWriter(options.made, contents)
-    for block in writer.pending:
-        rows = len(block)
-        columns = {
-            "label": {"label": torch.zeros(rows, dtype=torch.int64)},
-            "latent": {"mean": torch.randn(rows, 4, 32, 32), "std": torch.rand(rows, 4, 32, 32)},
-            "local.conv-16": {"local": torch.randn(rows, 16, 16, 16)},
-            "cls": {"cls": torch.randn(rows, 768)},
-            "features": {"features": torch.rand(3072, 16, 16).half().expand(rows, -1, -1, -1)},
-        }
-        writer.write(block, [f"{index}.png" for index in block], [], columns)
-    writer.finish(torch.arange(16))
+    """A store of random rows, kept for the next time."""
+    if not (options.made / "manifest.json").is_file():
+        random_store(options.made, Workload.of(options.data), options.rows, shard_rows=256)
     return options.made
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -80,6 +82,17 @@ def sized(recipe: Recipe, grid: tuple[int, int], local_channels: int, token_widt
         token_width=token_width,
     )
     return Workload(recipe, config, local_channels, token_width)
+
+
+def random_images(folder: Path, count: int, resolution: int) -> Path:
+    """Smooth random images a little larger than the resolution, two classes."""
+    random = np.random.default_rng(0)
+    for i in range(count):
+        file = folder / f"class-{i % 2}" / f"{i:05d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((resolution + 64, resolution + 32), Image.Resampling.BICUBIC).save(file)
+    return folder
 
 
 def random_store(

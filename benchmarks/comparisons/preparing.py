@@ -10,13 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import tyro
-from PIL import Image
 
 from common import Comparison, report
 from reglue.jobs.prepare import Prepare, prepare
+from workloads import random_images
 
 
 @dataclass(frozen=True)
@@ -67,17 +66,6 @@ def preparing(options: Preparing) -> str:
     elif theirs:
         figures["theirs_seconds_of_convert_alone"] = theirs
     return report("prepare", options, figures, device)
-
-
-def random_images(folder: Path, count: int, resolution: int) -> Path:
-    """Smooth random images a little larger than the resolution, two classes."""
-    random = np.random.default_rng(0)
-    for i in range(count):
-        file = folder / f"class-{i % 2}" / f"{i:05d}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        coarse.resize((resolution + 64, resolution + 32), Image.Resampling.BICUBIC).save(file)
-    return folder
 
 
 def published(

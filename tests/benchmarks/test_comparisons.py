@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
 import against_official
 import gpu_session
@@ -20,8 +21,12 @@ from common import Comparison, alternate, ratio
 from comparisons.compressing import features, growth
 from comparisons.compressing import ours as streamed
 from counting import forward_flops, training_flops
+from evaluate_speed import EvaluateSpeed
 from limits import Limits, Operators, limits
+from prepare_speed import PrepareSpeed
 from reglue.diffusion.denoiser import Denoiser
+from store_reads import StoreReads
+from train_speed import TrainSpeed
 from workloads import RandomOnline, Workload
 
 OFFICIAL = os.environ.get("REGLUE_OFFICIAL")
@@ -131,7 +136,7 @@ def test_a_session_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_failed_figure_leaves_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = gpu_session.Figure("broken", ("no-such-benchmark",), 1)
+    figure = gpu_session.Figure("broken", (gpu_session.OFFICIAL, "no-such-benchmark"), 1)
     monkeypatch.setattr(gpu_session, "FIGURES", [figure])
     assert gpu_session.session(gpu_session.Session(tmp_path, device="cpu", toy=True)) == 1
     assert (tmp_path / "broken.error").read_text().startswith("exit code 2\n")
@@ -141,9 +146,20 @@ def test_every_figure_of_a_session_parses(tmp_path: Path, monkeypatch: pytest.Mo
     parsed = []
     replaced = {name: (kind, lambda o: parsed.append(o) or "") for name, (kind, _) in against_official.COMMANDS.items()}
     monkeypatch.setattr(against_official, "COMMANDS", replaced)
-    for figure in gpu_session.FIGURES:
-        against_official.main([*figure.arguments, "--out", str(tmp_path)])
-    assert len(parsed) == len(gpu_session.FIGURES)
+    others = {
+        "train_speed.py": TrainSpeed,
+        "prepare_speed.py": PrepareSpeed,
+        "store_reads.py": StoreReads,
+        "evaluate_speed.py": EvaluateSpeed,
+    }
+    for options in (gpu_session.Session(tmp_path, images=tmp_path), gpu_session.Session(tmp_path, toy=True)):
+        for figure in gpu_session.FIGURES:
+            script, *arguments = gpu_session.command_of(figure, options)
+            if Path(script).name == gpu_session.OFFICIAL:
+                against_official.main([*arguments, "--out", str(tmp_path)])
+            else:
+                tyro.cli(others[Path(script).name], args=[*arguments, "--out", str(tmp_path)])
+    assert len(parsed) == 2 * sum(figure.arguments[0] == gpu_session.OFFICIAL for figure in gpu_session.FIGURES)
     assert parsed[0].official_precision == "fp16"
     assert parsed[0].compile == ("no", "blocks", "model")
 

@@ -1,4 +1,4 @@
-"""The benchmarks of reads, of `prepare` and of resolutions run, and end with one line of JSON."""
+"""The benchmarks of ours alone run, and end with one line of JSON."""
 
 from __future__ import annotations
 
@@ -6,12 +6,31 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+from common import Timed
+from evaluate_speed import EvaluateSpeed
+from evaluate_speed import main as evaluate_speed
+from reglue.data.batches import TrainingData, denoiser_config
+from reglue.data.store import Store
+from reglue.jobs.train import Train, train
+from reglue.papers import RECIPES
+from reglue.recipe import Optimisation
+from reglue.runs.checkpoints import find
+from reglue.seeds import generator
+from scaling import Scaling
+from scaling import main as scaling
+from train_speed import TrainSpeed
+from train_speed import main as train_speed
+from training_step import TrainingStep
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 def figures_of(name: str, *arguments: str | Path) -> Any:
@@ -22,7 +41,7 @@ def figures_of(name: str, *arguments: str | Path) -> Any:
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     line = json.loads(ran.stdout.splitlines()[-1])
-    assert line.keys() == {"benchmark", "figures", "options", "hardware", "versions", "date"}
+    assert line.keys() == {"benchmark", "figures", "options", "hardware", "versions", "commit", "date"}
     return line["figures"]
 
 
@@ -40,14 +59,71 @@ def test_reads_of_a_store(tiny_store: Path) -> None:
 def test_the_speed_of_prepare(tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str) -> None:
     networks = ["--autoencoder", tiny_autoencoder, "--encoder", tiny_encoder, "--resolution", "16"]
     figures = figures_of(
-        "prepare.py", tiny_images, *networks, "--count", "8", "--turns", "1", "--workers", "0", "--device", "cpu"
+        "prepare_speed.py",
+        "--images",
+        tiny_images,
+        *networks,
+        "--count",
+        "8",
+        "--repeats",
+        "1",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
     )
     assert 0 < figures["per_batch_size"]["16"]["share_of_bare_by_core"] <= 1.5
 
 
 def test_the_cost_of_resolutions() -> None:
     sizes = ["--model", "2x32x2/2", "--timed", "2x32x2/2", "--resolutions", "16", "16", "16", "32"]
-    square, oblong = figures_of("resolutions.py", *sizes, "--precision", "float32", "--recipe", "sit")
+    square, oblong = figures_of("resolutions.py", *sizes, "--precision", "float32", "--recipe", "sit")["rows"]
     assert (square["tokens"], oblong["tokens"]) == (1, 2)
     assert oblong["forward_gflop"] > square["forward_gflop"]
     assert oblong["activation_mib"] > 1.5 * square["activation_mib"] > 0
+
+
+@pytest.mark.parametrize("targets", ["cached", "int8", "decoded", "online"])
+def test_the_speed_of_the_training_step(targets: str, capsys: pytest.CaptureFixture[str]) -> None:
+    conditions = Timed(device="cpu", repeats=1)
+    options = TrainSpeed(conditions, data="toy", batch_size=4, targets=targets, precision="float32", workers=0)  # type: ignore[reportArgumentType]
+    figures = json.loads(train_speed(options))["figures"]
+    capsys.readouterr()
+    assert figures["images_per_second"] > 0
+    assert (figures["flops_of_targets"] > 0) == (targets in ("decoded", "online"))
+    # One layer of four holds 32 channels on 4×4; in 8 bits there are scales (float16) besides.
+    bytes_of_features = {"cached": 4 * 32 * 16 * 2, "int8": 4 * 32 * (16 + 2)}
+    assert figures["bytes_of_features_per_image"] == pytest.approx(bytes_of_features.get(targets, 0), rel=0.1)
+
+
+def test_a_step_is_that_of_the_job(tiny_store: Path, tmp_path: Path) -> None:
+    """Three steps of the benchmarks' loop leave the weights and averages that `reglue train` leaves."""
+    optimisation = Optimisation(steps=3, batch_size=4, learning_rate=1e-2, clip=1.0, ema=0.9)
+    store = Store.open(tiny_store)
+    recipe = replace(RECIPES["sit"], model="2x32x2/2", optimisation=optimisation)
+    run = train(Train(recipe, tiny_store, tmp_path / "run", preview_every=0, device="cpu"))
+    trained = load_file(find(run) / "model.safetensors")
+    averaged = load_file(find(run) / "ema.safetensors")
+    cpu = torch.device("cpu")
+    data = TrainingData(store, recipe, denoiser_config(store, recipe), 0, cpu)
+    torch.manual_seed(int(generator(0, "initial weights").integers(2**63)))
+    step = TrainingStep(recipe, data.config, cpu, "float32")
+    for first in (0, 4, 8):
+        step(data.sample(range(first, first + 4)))
+    for name, weight in step.model.state_dict().items():
+        assert torch.equal(weight, trained[name]), name
+        assert torch.equal(step.ema[name], averaged[name]), name
+
+
+def test_the_cost_of_many_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    scaling(Scaling(gpus=(8,), check=True))
+    *tables, line = capsys.readouterr().out.splitlines()
+    assert any(row.startswith("| XL/2 | 8 |") for row in tables)
+    figures = json.loads(line)["figures"]
+    assert figures["check"]["formula"] == pytest.approx(figures["check"]["autograd"], rel=0.15)
+
+
+def test_the_speed_of_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate_speed(EvaluateSpeed(count=64, width=16, classes=8, resamples=10))
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
+    assert {"FID", "KID with its interval", "precision to coverage"} < figures["seconds"].keys()
