@@ -1,6 +1,6 @@
 """How much of its time `reglue prepare` spends in the networks, and where the rest goes.
 
-    python benchmarks/prepare_speed.py --images PHOTOS --resolution 128 --autoencoder TAEF2 --encoder DINOV2-S --threads 1
+    python benchmarks/prepare_speed.py --images PHOTOS --resolution 128 --autoencoder TAEF2 --encoder DINOV2-S
 
 The job and the networks' bare forward passes on ready tensors take turns. Ratios are given of the time on the clock
 and of the time on a core of the process that encodes, which on a busy machine is the one to trust. The other stages are
