@@ -70,7 +70,9 @@ def test_order_on_a_gaussian(solver: Solver, order: int, mean: float, deviation:
     coarse, fine = (
         error(solver, gaussian(mean, deviation), uniform_times(steps, shift), exact) for steps in (200, 800)
     )
-    assert fine < 1e-9 or math.log(coarse / fine, 4) > order - 0.3
+    # Where the leading terms happen to cancel, the coarse error is small too, and tells no order: a method of the first
+    # order is a thousand times farther off than this.
+    assert fine < 2e-6 or math.log(coarse / fine, 4) > order - 0.3
 
 
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (adams_bashforth, 2)])

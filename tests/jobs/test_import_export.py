@@ -101,13 +101,13 @@ def test_an_imported_run_samples_what_the_published_sampler_gives(
     given = iter(draws)
     monkeypatch.setattr(generation, "normals", lambda generators, shapes: next(given))
     states: list[dict[str, Tensor]] = []
-    original = generation.ImageModel.decode
+    original = generation.ImageModel.pixels
 
-    def decode(self: Any, state: dict[str, Tensor], rounding: Any) -> np.ndarray:
+    def pixels(self: Any, state: dict[str, Tensor], rounding: Any) -> Tensor:
         states.append(state)
         return original(self, state, rounding)
 
-    monkeypatch.setattr(generation.ImageModel, "decode", decode)
+    monkeypatch.setattr(generation.ImageModel, "pixels", pixels)
     labels = tuple(str(label) for label in golden["input.y"].tolist())
     sample(
         Sample(run, tmp_path / "samples", count=3, classes=labels, steps=6, device="cpu", **options)  # type: ignore[arg-type]
