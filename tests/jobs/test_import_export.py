@@ -103,11 +103,11 @@ def test_an_imported_run_samples_what_the_published_sampler_gives(
     states: list[dict[str, Tensor]] = []
     original = generation.ImageModel.pixels
 
-    def pixels(self: Any, state: dict[str, Tensor], rounding: Any) -> Tensor:
+    def watched(self: Any, state: dict[str, Tensor], rounding: Any) -> Tensor:
         states.append(state)
         return original(self, state, rounding)
 
-    monkeypatch.setattr(generation.ImageModel, "pixels", pixels)
+    monkeypatch.setattr(generation.ImageModel, "pixels", watched)
     labels = tuple(str(label) for label in golden["input.y"].tolist())
     sample(
         Sample(run, tmp_path / "samples", count=3, classes=labels, steps=6, device="cpu", **options)  # type: ignore[arg-type]
