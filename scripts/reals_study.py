@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -74,6 +74,8 @@ class Study:
     steps: int = 800
     batch_size: int = 16
     learning_rate: float = 5e-4
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products; bfloat16 is 1.4 times as fast on a CPU that knows it."""
     probe_images: int = 5000
     """At most so many training images are used to fit the probes, and so many held-out ones to test them."""
     tsne_images: int = 1000
@@ -141,6 +143,7 @@ def training_of(options: Study, arm: Arm) -> Autoencode:
             clip=1.0,
             ema=0.995,
             ema_warmup=True,
+            precision=options.precision,
         ),
     )
     return Autoencode(

@@ -40,6 +40,14 @@ def test_any_latent_grid_gives_the_encoders_grid(height: int, width: int) -> Non
     torch.testing.assert_close(patches, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_it_resamples_under_autocast_to_bfloat16() -> None:
+    """What torch itself cannot do on a CPU."""
+    with torch.autocast("cpu", torch.bfloat16):
+        patches, _ = AlignmentNetwork(SPEC)(torch.randn(1, 3, 8, 10))
+    assert patches.shape == (1, 6, 4, 5)
+    assert patches.dtype == torch.bfloat16
+
+
 def test_a_latent_position_speaks_for_its_own_place_alone() -> None:
     network = AlignmentNetwork(SPEC)
     latents = torch.randn(1, 3, 4, 5)

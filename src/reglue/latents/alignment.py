@@ -76,8 +76,9 @@ class AlignmentNetwork(nn.Module):
         hidden = self.body(latents)
         class_token = self.to_class_token(hidden.mean((2, 3)))
         if hidden.shape[2:] != self.spec.grid:
-            # Resampled before the last layer, which is linear: the same as after it, on fewer channels.
-            hidden = F.interpolate(hidden, self.spec.grid, mode="bilinear", antialias=True)
+            # Resampled before the last layer, which is linear: the same as after it, on fewer channels. In float32,
+            # since torch cannot do it in bfloat16 on a CPU.
+            hidden = F.interpolate(hidden.float(), self.spec.grid, mode="bilinear", antialias=True)
         return LatentSemantics(self.to_patches(hidden), class_token)
 
 
