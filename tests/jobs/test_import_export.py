@@ -138,7 +138,7 @@ def test_what_is_imported_is_exported_again(method: str, ending: str, tmp_path: 
         assert_close(again.weights[name], value)
     assert again.step == 1234
     if ending != ".safetensors":
-        assert torch.load(out, weights_only=True).keys() == {"model", "ema", "steps"}
+        assert torch.load(out, weights_only=True).keys() == {"model", "ema", "args", "steps"}
 
 
 @pytest.mark.parametrize(("metadata", "step"), [("42", 42), ("-1", 7), ("²", 7), ("9" * 5000, 7), (None, 7)])
@@ -440,6 +440,20 @@ def test_our_own_runs_are_exported(method: str, tiny_store: Path, tiny_autoencod
     settings = {"sampler": "euler", "steps": 3, "output": "tensor"}
     images = [load(folder, device="cpu").generate([0, 1], **settings) for folder in (run, back)]  # type: ignore[arg-type]
     assert (images[0].int() - images[1].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_what_weights_do_not_tell_is_exported_too(
+    ending: str, tiny_store: Path, tiny_autoencoder: str, tmp_path: Path
+) -> None:
+    options = ["--model=3x32x2/2", "--alignment.after-block=2", "--path=cosine", "--optimisation.steps=1"]
+    run = train(
+        parse(["train", "repa", "--store", str(tiny_store), "--out", str(tmp_path / "run"), *TINY_RECIPE, *options])
+    )
+    out = export_run(ExportRun(run, tmp_path / f"out{ending}"))
+    back = RunRecord.read(import_run(ImportRun(out, tmp_path / "back", autoencoder=tiny_autoencoder, heads=2)))
+    assert back.recipe.path == "cosine"
+    assert back.denoiser.alignment_depth == 2
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from reglue.files import TakesPaths, replacing
 from reglue.recipe import Recipe
 from reglue.runs import checkpoints
 from reglue.runs.hub import find_run
-from reglue.runs.official import STEP, export_official, family_of
+from reglue.runs.official import ENCODER_DEPTH, PATH_TYPE, PREDICTION, STEP, VELOCITY, export_official, family_of
 from reglue.runs.record import RunRecord
 
 ENDINGS = (".safetensors", ".pt", ".pth")
@@ -28,8 +28,8 @@ class ExportRun(TakesPaths):
     run: Positional[Path]
     """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
     out: Path
-    """.safetensors holds the averaged weights, and the step in its metadata; .pt or .pth holds {ema, model, steps}, as
-    the published code reads."""
+    """.safetensors holds the averaged weights, with step and path in its metadata; .pt or .pth holds
+    {ema, model, args, steps}, as the published code reads. Published samplers take the path as an option."""
     step: int | None = None
     """Checkpoint to export; the last one if not given."""
 
@@ -51,18 +51,26 @@ def export_run(options: ExportRun) -> Path:
         weights = export_official(family, record.denoiser, checkpoints.read_weights(checkpoint / name))
         return {key: value.contiguous() for key, value in weights.items()}
 
-    averaged, step = published(checkpoints.EMA), int(checkpoint.name)
+    averaged, step, arguments = published(checkpoints.EMA), int(checkpoint.name), arguments_of(record)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.out) as beside:
         if options.out.suffix == ".safetensors":
-            save_file(averaged, beside, {STEP: str(step)})
+            save_file(averaged, beside, {STEP: str(step)} | {name: str(value) for name, value in arguments.items()})
         else:
             # An imported or shared run has no others than the averaged weights.
             has_others = (checkpoint / checkpoints.MODEL).is_file()
             others = published(checkpoints.MODEL) if has_others else averaged
-            torch.save({"model": others, "ema": averaged, "steps": step}, beside)
+            torch.save({"model": others, "ema": averaged, "args": arguments, "steps": step}, beside)
     print(f"{options.out}: {family} {record.recipe.model} of step {step}")
     return options.out
+
+
+def arguments_of(record: RunRecord) -> dict[str, str | int]:
+    """What the weights do not tell, as the published trainings' options name it; `reglue import` reads it again."""
+    arguments: dict[str, str | int] = {PREDICTION: VELOCITY[0], PATH_TYPE: record.recipe.path}
+    if record.denoiser.alignment_depth:
+        arguments[ENCODER_DEPTH] = record.denoiser.alignment_depth
+    return arguments
 
 
 def refuse_own_scales(recipe: Recipe) -> None:

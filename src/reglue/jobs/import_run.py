@@ -19,8 +19,12 @@ from reglue.papers import RECIPES
 from reglue.recipe import MODEL_SIZES, Recipe, model_size
 from reglue.runs import checkpoints
 from reglue.runs.official import (
+    ENCODER_DEPTH,
+    PATH_TYPE,
+    PREDICTION,
     PUBLISHED_AUTOENCODER,
     PUBLISHED_DECODER,
+    VELOCITY,
     Family,
     OfficialModel,
     PublishedFile,
@@ -33,8 +37,6 @@ from reglue.semantics.compressors import Compressor
 from reglue.semantics.encoders import EncoderSpec, load_encoder
 
 PATHS_BY_PUBLISHED_NAME: dict[str, PathName] = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
-VELOCITY = ("v", "velocity")
-"""How the published codes call what our models predict."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def recognised(options: ImportRun, published: PublishedFile, autoencoder: Autoen
     """The model in the file. Raises UserError, naming the file, if it is none."""
     size = options.resolution
     grid = None if size is None else autoencoder.latent_size((size, size) if isinstance(size, int) else size)
-    depth = published.arguments.get("encoder_depth")
+    depth = published.arguments.get(ENCODER_DEPTH)
     try:
         return import_official(
             published.weights,
@@ -168,7 +170,7 @@ def published_path(file: Path, arguments: dict[str, Any]) -> PathName:
 
     Raises UserError for one that we do not have, and for a model that predicts something else than velocities.
     """
-    prediction, path = arguments.get("prediction", VELOCITY[0]), str(arguments.get("path_type", "linear"))
+    prediction, path = arguments.get(PREDICTION, VELOCITY[0]), str(arguments.get(PATH_TYPE, "linear"))
     if prediction not in VELOCITY:
         raise UserError(f"{file} predicts {prediction}; only models that predict velocities can be imported")
     if path.lower() not in PATHS_BY_PUBLISHED_NAME:

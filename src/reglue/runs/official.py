@@ -69,6 +69,11 @@ STEP = "step"
 """Key of our safetensors files' metadata: the step of training, in decimal digits."""
 STEP_DIGITS = re.compile(r"[0-9]{1,18}")
 """What may be a step: a stranger's file can say anything."""
+PREDICTION, PATH_TYPE, ENCODER_DEPTH = "prediction", "path_type", "encoder_depth"
+"""Options of the published trainings that weights do not tell: what is predicted, the path, and after how many blocks
+the projector reads. In our safetensors files they are metadata."""
+VELOCITY = ("v", "velocity")
+"""How the published codes call what our models predict."""
 TIME_WEIGHT = "transformer.time_embedding.0.weight"
 
 
@@ -109,24 +114,32 @@ def read_official(file: Path) -> PublishedFile:
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     content: Any
-    stated = None
+    stated: dict[str, str] = {}
     if file.suffix == ".safetensors":
         try:
             content = load_file(file)
             with safe_open(file, framework="pt") as opened:
-                stated = (opened.metadata() or {}).get(STEP)
+                stated = opened.metadata() or {}
         except SafetensorError as error:
             raise UserError(f"{file}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
     else:
         content = read_untrusted(file)
     container = content if isinstance(content, dict) else {}
-    arguments, step = container.get("args"), container.get("steps", container.get("step"))
-    said = [text for text in (stated, file.stem) if text and STEP_DIGITS.fullmatch(text)]
+    arguments, step = container.get("args", _arguments_in(stated)), container.get("steps", container.get("step"))
+    said = [text for text in (stated.get(STEP), file.stem) if text and STEP_DIGITS.fullmatch(text)]
     return PublishedFile(
         weights=state_dict_in(content, file),
         arguments=arguments if isinstance(arguments, dict) else {},
         step=step if isinstance(step, int) else int(said[0]) if said else 0,
     )
+
+
+def _arguments_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The options of the training that a safetensors file's metadata state."""
+    arguments: dict[str, Any] = {name: metadata[name] for name in (PREDICTION, PATH_TYPE) if name in metadata}
+    if (depth := metadata.get(ENCODER_DEPTH)) and STEP_DIGITS.fullmatch(depth):
+        arguments[ENCODER_DEPTH] = int(depth)
+    return arguments
 
 
 def state_dict_in(content: Any, file: Path) -> dict[str, Tensor]:
