@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -177,6 +178,17 @@ def test_mistakes_are_named(recipe: str, more: list[str], message: str, tiny_sto
     with pytest.raises(UserError, match=message):
         train(options(recipe, tiny_store, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sampler_that_cannot_draw_the_previews_is_refused_before_training(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    adaptive = ["--sampling.sampler=dopri5", "--optimisation.steps=1"]
+    with pytest.raises(UserError, match="needs torchdiffeq"):
+        train(options("sit", tiny_store, tmp_path / "run", *adaptive, "--preview-every=1"))
+    assert not (tmp_path / "run").exists()
+    train(options("sit", tiny_store, tmp_path / "run", *adaptive))  # which draws none
 
 
 def test_a_run_of_other_settings_is_refused_by_name(tiny_run: Path, tiny_store: Path) -> None:

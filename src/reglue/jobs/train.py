@@ -24,6 +24,7 @@ from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.paths import Path as Interpolant
+from reglue.diffusion.samplers import adaptive_solver
 from reglue.errors import UserError
 from reglue.files import TakesPaths, replacing
 from reglue.recipe import Compile, Descent, Recipe
@@ -110,6 +111,8 @@ def train(options: Train) -> Path:
     store = Store.open(options.store)
     share, part = part_sizes(optimisation, processes)
     parallel.check_shards(options.shards, processes)
+    if options.preview_every and recipe.sampling.sampler == "dopri5":
+        adaptive_solver()  # If it is missing, say so before hours of training rather than at the first pictures.
 
     record = RunRecord.of(store, recipe, options.seed)
     if start:
