@@ -44,7 +44,7 @@ class Ablations(StudyOptions):
     """Train variants of REGLUE alike and compare them."""
 
     questions: tuple[str, ...] = ("parts", "compressors", "kl", "weights", "data", "guidance")
-    """Of parts, layers, compressors, kl, weights, data, guidance."""
+    """Of parts, layers, compressors, kl, weights, targets, data, guidance."""
     compressor: str = "conv-16"
     """The codes of the base that is varied."""
     compressor_epochs: int = 25
@@ -52,6 +52,9 @@ class Ablations(StudyOptions):
     compressor_hidden: int = 256
     last_layer_store: Path | None = None
     """For the question of layers: the same images prepared with the last layer alone."""
+    int8_store: Path | None = None
+    """For the question of targets: the same images prepared with --features-dtype int8. Without it that row is left
+    out."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,18 @@ class Questions:
         for weight in ALIGNMENT_WEIGHTS:
             recipe = replace(self.recipe, alignment=replace(self.recipe.alignment, weight=weight))
             yield Row(self._arm(f"alignment-weight-{weight:g}", recipe))
+
+    def targets(self) -> Iterator[Row]:
+        """Where the alignment's targets come from: stored features, the compressor's decoder, or the encoder itself.
+
+        Seconds in this table are the price, beside the disk that stored features take.
+        """
+        yield Row(self.base)
+        if self.options.int8_store is not None:
+            yield Row(self._arm("targets-cached-int8", self.recipe, self.options.int8_store))
+        for kind in ("decoded", "online"):
+            recipe = replace(self.recipe, alignment=replace(self.recipe.alignment, targets=kind))
+            yield Row(self._arm(f"targets-{kind}", recipe))
 
     def data(self) -> Iterator[Row]:
         """REG and REGLUE on a share of each class, for as many steps."""

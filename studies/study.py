@@ -128,8 +128,8 @@ class StudyOptions(TakesPaths):
 
 MAY_CHANGE = {
     *("store", "reference", "out", "seed", "seeds", "repeated_arms", "arms", "questions", "steps", "checkpoints"),
-    *("inception_everywhere", "autoencoder", "autoencoders", "last_layer_store", "compile", "sampling_batch"),
-    *("checkpoint_every", "inception", "judge", "encoder", "plan", "workers", "device"),
+    *("inception_everywhere", "autoencoder", "autoencoders", "last_layer_store", "int8_store", "compile"),
+    *("sampling_batch", "checkpoint_every", "inception", "judge", "encoder", "plan", "workers", "device"),
 }
 """Options that do not decide what a figure of an arm is, or that are compared in another way."""
 NETWORKS = ("inception", "judge", "encoder")

@@ -14,6 +14,8 @@ import ablations
 from pack import Pack, pack
 from reglue.data.store import Store
 from reglue.errors import UserError
+from reglue.jobs.compress import Compress, compress
+from reglue.jobs.prepare import Prepare, prepare
 
 OWN = ("--compressor", "conv-4", "--compressor-epochs", "1", "--compressor-hidden", "8", "--checkpoints", "1")
 SHARED = tuple(
@@ -43,6 +45,22 @@ def test_each_question_gets_a_table_and_shared_arms_are_trained_once(
     assert guided.count("4, guided") == 4
     assert "compare orders and ratios" in guided
     assert len(Store.open(out / "data" / "20%")) == 6  # two of each of three classes, rounded up
+
+
+def test_targets_of_every_kind_are_compared(
+    tmp_path: Path, tiny_store: Path, tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str
+) -> None:
+    out, eight_bits = tmp_path / "ablations", tmp_path / "int8"
+    names = {"encoder": tiny_encoder, "autoencoder": tiny_autoencoder}
+    prepare(
+        Prepare(tiny_images, eight_bits, 32, **names, features=True, features_dtype="int8", workers=0, device="cpu")
+    )
+    compress(Compress(eight_bits, fitted=tiny_store / "compressors" / "conv-4", device="cpu"))
+    arguments = ["--questions", "targets", "--int8-store", str(eight_bits), "--guidance", "1", *SHARED, *OWN]
+    ablations.main([str(tiny_store), "--reference", str(tiny_images), "--out", str(out), *arguments])
+    table = (out / "tables" / "targets.md").read_text()
+    for arm in ("reglue", "targets-cached-int8", "targets-decoded", "targets-online"):
+        assert f"| {arm}, seed 0 |" in table
 
 
 def test_an_unknown_question_is_refused(tmp_path: Path, tiny_store: Path, tiny_images: Path) -> None:
