@@ -59,6 +59,21 @@ def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_lpips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """VGG16 and the layers of LPIPS with random weights: as large as the real ones."""
+    from reglue.metrics.perceptual import Lpips
+
+    file = tmp_path_factory.mktemp("lpips") / "random.safetensors"
+    torch.manual_seed(0)
+    lpips = Lpips()
+    for name, weights in lpips.named_parameters():
+        with torch.no_grad():
+            weights.uniform_(0, 1) if name.startswith("layers") else weights.normal_(0, 0.03)
+    save_file(lpips.state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="session")
 def tiny_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A KL autoencoder of three latent channels at half the size, in diffusers' folder layout."""
     folder = tmp_path_factory.mktemp("autoencoder")

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,13 +22,18 @@ from safetensors.torch import load_file, save_file
 
 from helpers import reglue_command, run_reglue
 from reglue.cli import parse
+from reglue.data.samples import to_images, to_pixels
+from reglue.data.sources import open_images
 from reglue.data.store import Store
 from reglue.errors import UserError
-from reglue.jobs.autoencode import TrainingRecord, autoencode
+from reglue.files import from_json
+from reglue.jobs.autoencode import UNLABELLED, TrainingRecord, autoencode, split
+from reglue.jobs.evaluate import Evaluate, evaluate
 from reglue.jobs.prepare import Prepare, prepare
 from reglue.jobs.reconstructions import check_latents
 from reglue.latents.alignment import load_alignment
 from reglue.latents.autoencoders import load_autoencoder
+from reglue.metrics.perceptual import load_lpips
 from reglue.runs.tracking import read
 from reglue.semantics.encoders import load_encoder
 
@@ -138,12 +145,41 @@ def test_the_alignment_network_reads_the_latents(trained: Path, tiny_images: Pat
 
 
 def test_the_record_says_how_it_was_made(trained: Path, tiny_images: Path) -> None:
-    from reglue.files import from_json
-
     record = from_json(trained / "training.json", TrainingRecord, "")
     assert (record.steps_done, record.recipe.optimisation.steps, record.images) == (120, 120, str(tiny_images))
     assert record.figures == figures(trained)[-1]
     assert record.source is None
+
+
+def test_lpips_and_rfid_are_measured_whatever_the_loss(
+    tiny_images: Path, tiny_encoder: str, random_lpips: Path, random_inception: Path, tmp_path: Path
+) -> None:
+    """By the figures of `reglue evaluate` on the same images as files, and by LPIPS itself."""
+    more = ["--optimisation.steps=1", "--measure-lpips", str(random_lpips), f"--measure-inception={random_inception}"]
+    out = run(tiny_images, tmp_path / "out", tiny_encoder, *more)
+    line = next(line for line in read(out) if "validation" in line)
+
+    options = parse(arguments(tiny_images, tmp_path / "out", tiny_encoder, *more))
+    held_out = replace(split(options, open_images(tiny_images, UNLABELLED))[1], shape=(3, 8, 8))
+    pixels, noise = (torch.stack(tensors) for tensors in zip(*(held_out[row] for row in range(6)), strict=True))
+    autoencoder = load_autoencoder(str(out))
+    restored = to_pixels(autoencoder.decode(autoencoder.encode(to_images(pixels)).draw(noise)))
+    for name, images in (("originals", pixels), ("restored", restored)):
+        np.savez(tmp_path / f"{name}.npz", images.permute(0, 2, 3, 1).numpy())
+    found = evaluate(
+        Evaluate(
+            tmp_path / "restored.npz", tmp_path / "originals.npz", feature_network=str(random_inception), resamples=0
+        )
+    )
+    assert line["images"] == found.image_count == 6
+    assert line["validation"]["rfid"] == pytest.approx(found.metrics.frechet_distance.value, rel=1e-3)
+    distances = load_lpips([random_lpips])(to_images(pixels), to_images(restored))
+    assert line["validation"]["lpips"] == pytest.approx(float(distances.mean()), rel=1e-3)
+
+    record = from_json(out / "training.json", TrainingRecord, "")
+    assert record.measured_with["lpips"] == str(random_lpips)
+    assert record.measured_with["rfid"].startswith(str(random_inception))
+    assert record.recipe.perceptual.by_encoder
 
 
 def test_again_does_nothing_and_more_steps_prolong(
@@ -311,7 +347,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
         (["--validation=nowhere"], "nowhere: no such folder"),
         (["--validation=0.99"], "too few"),
         (["--optimisation.accumulate=3"], "does not divide"),
-        (["--perceptual.network", "nothing.pth"], "nothing.pth"),
+        (["--perceptual.network", "nothing.pth"], "--perceptual.network nothing.pth"),
+        (["--measure-lpips", "nothing.pth"], "--measure-lpips nothing.pth"),
+        (["--measure-inception", "nothing.pth"], "--measure-inception nothing.pth"),
+        (["--measure-lpips", "x", "--resolution=8", "--adversary.layers=1"], "LPIPS needs 16 pixels at least; leave out --measure"),
         (["--from=starter"], "leave it out with --from"),
         (["--encoder=nonsense"], "unknown encoder"),
         (["--log-every=0"], "--log-every 0"),

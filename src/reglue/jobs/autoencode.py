@@ -74,6 +74,12 @@ class Autoencode(TakesPaths):
     """Share of the images that is held out to measure on, or another folder of images."""
     validation_images: int = 5000
     """Of those, at most so many are measured."""
+    measure_lpips: tuple[Path, ...] = ()
+    """Measure LPIPS too, whatever the loss: its files, as --perceptual.network takes them. Without them it is measured
+    where it is the loss."""
+    measure_inception: str | None = None
+    """Measure rFID too: inception, whose weights are downloaded, or a file of them, as --feature-network of `reglue
+    evaluate`. It is of the images held out, at most --validation-images: published figures are of 50000."""
     statistics_images: int = 10_000
     """The latents' mean and standard deviation are taken over so many training images, drawn at random."""
     seed: int = 0
@@ -144,6 +150,8 @@ class TrainingRecord:
     """Of which the folder holds the result; 0 before there is one."""
     figures: dict[str, float] = field(default_factory=dict, compare=False)
     """Of the result, on held-out images."""
+    measured_with: dict[str, str] = field(default_factory=dict, compare=False)
+    """The files of the networks behind the figures lpips and rfid."""
 
 
 def autoencode(options: Autoencode) -> Path:
@@ -156,7 +164,9 @@ def autoencode(options: Autoencode) -> Path:
     rank, processes = ranks.join(long_waits=True)  # The others wait while the first one measures.
     device = ranks.resolve_device(options.device)
     share, part = part_sizes(optimisation, processes)
-    judges = load_judges(options.encoder, options.size, recipe.perceptual, device)
+    # The first process is the only one that measures.
+    measures = (options.measure_lpips, options.measure_inception) if rank == 0 else ()
+    judges = load_judges(options.encoder, options.size, recipe.perceptual, device, *measures)
     source = load_autoencoder(options.source) if options.source is not None else None
     images = open_images(options.images, UNLABELLED)
     training, held_out = split(options, images)
@@ -207,7 +217,8 @@ def autoencode(options: Autoencode) -> Path:
             figures = evaluate(
                 averaged, judges, all_of(held_out, part, options.workers, device), optimisation.precision
             )
-            log.write(step=at_step, epoch=at_step * optimisation.batch_size / len(training), validation=figures)
+            epoch = at_step * optimisation.batch_size / len(training)
+            log.write(step=at_step, epoch=epoch, images=len(held_out), validation=figures)
             draw(options.out / "previews" / f"{at_step:08d}.png", averaged, judges.encoder, held_out, device)
             tqdm.write(f"step {at_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
             check_latents(figures, at_step)
@@ -295,7 +306,8 @@ def autoencode(options: Autoencode) -> Path:
         measured = ImageSamples(images, training[chosen.sort().values], options.size, shape, options.seed, "statistics")
         mean, std = latent_mean_std(averaged, all_of(measured, part, options.workers, device), optimisation.precision)
         figures = next(line["validation"] for line in reversed(read(options.out)) if "validation" in line)
-        write_result(options.out, averaged, mean, std, replace(record, steps_done=step, figures=figures))
+        record = replace(record, steps_done=step, figures=figures, measured_with=measuring_files(options, judges))
+        write_result(options.out, averaged, mean, std, record)
         print(f"{options.out}: {step} steps, latents of mean {mean:.4g} and standard deviation {std:.4g}")
     ranks.wait_for_all()
     return options.out
@@ -357,8 +369,8 @@ def loss_terms(
     """
     terms = {"reconstruction": F.l1_loss(restored.images, originals)}
     seen = judges.encoder.describe(pixels)
-    if recipe.perceptual.present and judges.lpips:
-        terms["perceptual"] = judges.lpips(originals, restored.images).mean()
+    if recipe.perceptual.present and judges.perceptual:
+        terms["perceptual"] = judges.perceptual(originals, restored.images).mean()
     elif recipe.perceptual.present:
         features = encoder_features(judges.encoder, restored.images)
         terms["perceptual"] = encoder_distance(seen.features, features, len(judges.encoder.spec.layers)).mean()
@@ -369,6 +381,16 @@ def loss_terms(
         by_patch, by_class = cosine_similarities(restored.semantics, patches, seen.class_token)
         terms |= {"alignment": 1 - by_patch.mean(), "class_alignment": 1 - by_class.mean()}
     return terms
+
+
+def measuring_files(options: Autoencode, judges: Judges) -> dict[str, str]:
+    """What the figures lpips and rfid are measured with, where they are."""
+    files = {}
+    if judges.lpips:
+        files["lpips"] = " ".join(map(str, options.measure_lpips or options.recipe.perceptual.network))
+    if judges.inception:
+        files["rfid"] = f"{judges.inception.name} (SHA-256 {judges.inception.sha256})"
+    return files
 
 
 def claim(
@@ -403,7 +425,9 @@ def claim(
                 f"{options.out} is of a training with other settings ({', '.join(different)}); choose a new folder, "
                 "or the old settings"
             )
-        record = replace(record, steps_done=before.steps_done, figures=before.figures)
+        record = replace(
+            record, steps_done=before.steps_done, figures=before.figures, measured_with=before.measured_with
+        )
     elif options.out.is_dir() and any(options.out.iterdir()):
         raise UserError(f"{options.out} holds other files; choose a new or an empty folder")
     ranks.wait_for_all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +21,15 @@ from reglue.latents.alignment import cosine_similarities, similarity_maps
 from reglue.latents.recipe import Perceptual
 from reglue.latents.trainable import AlignedAutoencoder, Reconstruction
 from reglue.metrics.distances import GaussianStatistics, frechet_distance
+from reglue.metrics.inception import INCEPTION, Inception, load_inception
 from reglue.metrics.perceptual import Lpips, encoder_distance, load_lpips
 from reglue.metrics.reconstruction import psnr, ssim
 from reglue.runs import ranks
 from reglue.runs.ranks import Precision
 from reglue.semantics.encoders import VisionEncoder, load_encoder
 
+SMALLEST = 16
+"""Pixels along a side that LPIPS needs: its network halves them four times."""
 SHOWN = 8
 """Held-out images per picture."""
 COLLAPSED = 0.01
@@ -40,36 +43,61 @@ class Judges(NamedTuple):
 
     encoder: VisionEncoder
     """Describes the last block, and one after each quarter before it."""
+    perceptual: Lpips | None
+    """Of the loss; None where that is by the encoder."""
     lpips: Lpips | None
+    """Measures only, as does the next."""
+    inception: Inception | None
 
 
-def load_judges(name: str, size: tuple[int, int], perceptual: Perceptual, device: torch.device) -> Judges:
-    """The vision encoder of a name, and LPIPS if that is asked for. Raises UserError for what cannot be loaded."""
+def load_judges(
+    name: str,
+    size: tuple[int, int],
+    perceptual: Perceptual,
+    device: torch.device,
+    lpips: Sequence[Path] = (),
+    inception: str | None = None,
+) -> Judges:
+    """The vision encoder of a name, and the networks of LPIPS and rFID that are asked for.
+
+    `lpips` are the files of LPIPS to measure by, those of the loss if there are none; `inception` is a file or the
+    name of the network of rFID. Raises UserError for what cannot be loaded.
+    """
     encoder = load_encoder(name, size, device=device)
     depth = encoder.spec.depth
     layers = tuple(sorted({max(1, depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)}))
     encoder = VisionEncoder(encoder.network, replace(encoder.spec, layers=layers)).to(device)
-    lpips = None if perceptual.by_encoder else load_lpips([Path(file) for file in perceptual.network]).to(device)
-    if lpips and min(size) < 16:
-        raise UserError(
-            f"--resolution {size[0]}×{size[1]}: LPIPS needs 16 pixels at least; use --perceptual.network encoder"
-        )
-    return Judges(encoder, lpips)
+    if (lpips or not perceptual.by_encoder) and min(size) < SMALLEST:
+        instead = "leave out --measure-lpips" if lpips else "use --perceptual.network encoder"
+        raise UserError(f"--resolution {size[0]}×{size[1]}: LPIPS needs {SMALLEST} pixels at least; {instead}")
+    of_loss = None if perceptual.by_encoder else load_lpips([Path(file) for file in perceptual.network]).to(device)
+    measured = load_lpips([Path(file) for file in lpips], "--measure-lpips").to(device) if lpips else of_loss
+    return Judges(encoder, of_loss, measured, _inception(inception, device) if inception else None)
+
+
+def _inception(name: str, device: torch.device) -> Inception:
+    """The network of rFID by its file or its name."""
+    if name != INCEPTION and not Path(name).is_file():
+        raise UserError(f"--measure-inception {name}: there is no such file; give {INCEPTION}, or a file of its weights")
+    return load_inception(None if name == INCEPTION else Path(name), device, otherwise="--measure-inception FILE")
 
 
 @torch.no_grad()
 def evaluate(
     model: AlignedAutoencoder, judges: Judges, batches: Iterable[tuple[Tensor, Tensor]], precision: Precision
 ) -> dict[str, float]:
-    """Figures of an autoencoder on images: means over the images, and the Fréchet distance between the two sets.
+    """Figures of an autoencoder on images: means over the images, and Fréchet distances between the two sets.
 
-    That distance is of the vision encoder's class tokens, so it is no rFID, which is of the Inception's features.
+    `rfid` is that of the Inception's features, between the reconstructions of these images and the same images; it
+    falls with their number, so only figures of equally many compare. `frechet_distance` is that of the class tokens of
+    the encoder of the training, as `encoder_distance` is one by its patches: what has been trained for looks better.
 
     Reconstructions are of drawn latents, as a decoder meets them, and are measured after rounding to 8 bits.
     `signal_std` is the standard deviation of the posterior's means, `latent_std` that of what is drawn from it.
     """
     spec = judges.encoder.spec
-    sets = [GaussianStatistics(spec.width) for _ in range(2)]
+    tokens: list[list[Tensor]] = []
+    pooled: list[list[Tensor]] = []
     latents, signal = GaussianStatistics(1), GaussianStatistics(1)
     per_image: dict[str, list[Tensor]] = {}
     for pixels, noise in batches:
@@ -91,19 +119,28 @@ def evaluate(
             found["patch_cosine"], found["class_cosine"] = cosine_similarities(out.semantics, patches, seen.class_token)
         for name, values in found.items():
             per_image.setdefault(name, []).append(values.double().cpu())
-        for statistics, tokens in zip(sets, (seen, seen_out), strict=True):
-            statistics.update(tokens.class_token)
+        if judges.inception:
+            pooled.append([judges.inception.describe(shown).features.float().cpu() for shown in (pixels, pixels_out)])
+        tokens.append([seen.class_token.float().cpu(), seen_out.class_token.float().cpu()])
         latents.update(out.latents.reshape(-1, 1))
         signal.update(out.mean.reshape(-1, 1))
+    distances = {"frechet_distance": tokens, "rfid": pooled}
     return {
         **{name: torch.cat(values).mean().item() for name, values in per_image.items()},
-        "frechet_distance": (
-            frechet_distance(*(one.gaussian for one in sets)) if bool(sets[1].mean.isfinite().all()) else math.nan
-        ),
+        **{name: _distance(pairs) for name, pairs in distances.items() if pairs},
         "latent_mean": latents.mean.item(),
         "latent_std": latents.covariance.sqrt().item(),
         "signal_std": signal.covariance.sqrt().item(),
     }
+
+
+def _distance(pairs: list[list[Tensor]]) -> float:
+    """The Fréchet distance between two sets of features, which come as pairs of batches (B, D); NaN if one is not
+    finite."""
+    sets = [torch.cat(batches) for batches in zip(*pairs, strict=True)]
+    if not all(bool(features.isfinite().all()) for features in sets):
+        return math.nan
+    return frechet_distance(*(GaussianStatistics(features.shape[1]).update(features).gaussian for features in sets))
 
 
 def check_latents(figures: dict[str, float], step: int) -> None:

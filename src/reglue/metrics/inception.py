@@ -32,6 +32,8 @@ WIDTH = 2048
 FIRST_TENSOR = "Conv2d_1a_3x3.conv.weight"
 """A name that tells these weights from other networks'."""
 LOGITS = ("fc.weight", "fc.bias")
+OTHERWISE = "--feature-network FILE; --feature-network store or an encoder's name measures another distance without it"
+"""What to do without a download, in the words of `reglue evaluate`."""
 PATIENCE = 10.0
 """Seconds that a silent server is waited for."""
 
@@ -80,14 +82,16 @@ class Inception(FeatureNetwork):
         return Description(features, self._spatial, None if self.without_logits else logits)
 
 
-def load_inception(file: Path | None = None, device: str | torch.device = "cpu") -> Inception:
+def load_inception(
+    file: Path | None = None, device: str | torch.device = "cpu", otherwise: str = OTHERWISE
+) -> Inception:
     """The network with the weights of a file, or with torch-fidelity's own from torch.hub's cache or the internet.
 
     A file is safetensors, or torch-fidelity's .pth, in both cases with torch-fidelity's names. It may lack the last
     layer (`fc`): then there are no logits. Raises UserError for a file that is damaged or of another network, and if
-    the weights cannot be downloaded.
+    the weights cannot be downloaded: `otherwise` says by which option to give them.
     """
-    weights = file or _downloaded()
+    weights = file or _downloaded(otherwise)
     state = _read(weights)
     without_logits = "" if all(name in state for name in LOGITS) else f"{weights.name} holds no layer of class scores"
     with torch.random.fork_rng(devices=[]):
@@ -131,7 +135,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _downloaded() -> Path:
+def _downloaded(otherwise: str) -> Path:
     """torch-fidelity's file in torch.hub's cache, fetched if it is not there. Raises UserError if it cannot be."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
     if file.is_file():
@@ -144,8 +148,7 @@ def _downloaded() -> Path:
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"the Inception network of FID cannot be downloaded ({' '.join(str(error).split())}): fetch "
-            f"{URL_INCEPTION_V3} on another machine and put it at {file}, or give it as --feature-network FILE; "
-            "--feature-network store or an encoder's name measures another distance without it"
+            f"{URL_INCEPTION_V3} on another machine and put it at {file}, or give it as {otherwise}"
         ) from error
     return file
 

@@ -57,15 +57,16 @@ class Lpips(nn.Module):
         return total
 
 
-def load_lpips(files: Sequence[Path]) -> Lpips:
+def load_lpips(files: Sequence[Path], option: str = "--perceptual.network") -> Lpips:
     """LPIPS from files that together hold VGG16 and the linear layers, safetensors or PyTorch's (tensors alone).
 
     Names may be torchvision's (`features.0.weight`) or those of the package lpips (`net.slice1.0.weight`,
-    `lin0.model.1.weight`). Raises UserError, naming the files, for one that cannot be read or if something is missing.
+    `lin0.model.1.weight`). Raises UserError, naming the files and the option that gave them, for one that cannot be
+    read or if something is missing.
     """
     found: dict[str, Tensor] = {}
     for file in files:
-        for name, tensor in _tensors(file).items():
+        for name, tensor in _tensors(file, option).items():
             name = re.sub(r"^net\.slice\d+\.", "features.", name)
             found[re.sub(r"^lins?\.?(\d)\.model\.\d\.", r"layers.\1.", name)] = tensor
     names = " and ".join(map(str, files))
@@ -76,12 +77,12 @@ def load_lpips(files: Sequence[Path]) -> Lpips:
     if missing:
         what = "VGG16" if missing[0].startswith("features") else "LPIPS's linear layers (vgg.pth of the package lpips)"
         raise UserError(
-            f"--perceptual.network {names}: {what} is missing there ({missing[0]}); add the file that has it"
+            f"{option} {names}: {what} is missing there ({missing[0]}); add the file that has it"
         )
     try:
         network.load_state_dict({name: state[name].float() for name in needed})
     except RuntimeError as error:
-        raise UserError(f"--perceptual.network {names}: not VGG16 ({' '.join(str(error).split())[:160]})") from error
+        raise UserError(f"{option} {names}: not VGG16 ({' '.join(str(error).split())[:160]})") from error
     return network
 
 
@@ -106,14 +107,15 @@ def _unit(features: Tensor) -> Tensor:
     return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def _tensors(file: Path, option: str) -> dict[str, Tensor]:
     if not file.is_file():
-        raise UserError(f"--perceptual.network {file}: there is no such file; give encoder, or the files of LPIPS")
+        or_encoder = "encoder, or " if option == "--perceptual.network" else ""
+        raise UserError(f"{option} {file}: there is no such file; give {or_encoder}the files of LPIPS")
     try:
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--perceptual.network {file}: no file of tensors ({reason})") from error
+        raise UserError(f"{option} {file}: no file of tensors ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"--perceptual.network {file}: no dictionary of tensors, as torchvision and lpips save them")
+        raise UserError(f"{option} {file}: no dictionary of tensors, as torchvision and lpips save them")
     return state
