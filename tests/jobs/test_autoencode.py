@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from helpers import reglue_command, run_reglue
 from reglue.cli import parse
@@ -27,12 +29,16 @@ from reglue.data.sources import open_images
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.files import from_json
-from reglue.jobs.autoencode import UNLABELLED, TrainingRecord, autoencode, split
+from reglue.jobs.autoencode import UNLABELLED, TrainingRecord, alignment_spec, autoencode, split
 from reglue.jobs.evaluate import Evaluate, evaluate
 from reglue.jobs.prepare import Prepare, prepare
-from reglue.jobs.reconstructions import check_latents
+from reglue.jobs.reconstructions import check_latents, load_judges, warning_of_dead_channels
+from reglue.jobs.reconstructions import evaluate as measure_reconstructions
 from reglue.latents.alignment import load_alignment
 from reglue.latents.autoencoders import load_autoencoder
+from reglue.latents.recipe import Architecture, AutoencoderRecipe, Perceptual
+from reglue.latents.trainable import AlignedAutoencoder, new_network
+from reglue.metrics.latents import LatentSummary
 from reglue.metrics.perceptual import load_lpips
 from reglue.runs.tracking import read
 from reglue.semantics.encoders import load_encoder
@@ -182,6 +188,30 @@ def test_lpips_and_rfid_are_measured_whatever_the_loss(
     assert record.recipe.perceptual.by_encoder
 
 
+def test_cosines_have_a_baseline_of_other_images(tiny_images: Path, tiny_encoder: str) -> None:
+    judges = load_judges(tiny_encoder, (16, 16), Perceptual(), torch.device("cpu"))
+    architecture = Architecture((4, 8), 3, 1, norm_groups=2, attention=False)
+    spec = alignment_spec(AutoencoderRecipe(), 3, judges.encoder)
+    model = AlignedAutoencoder(new_network(architecture, (16, 16)), spec)
+    pixels, noise = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8), torch.randn(5, 3, 8, 8)
+
+    def measured(size: int) -> dict[str, float]:
+        batches = zip(pixels.split(size), noise.split(size), strict=True)
+        return measure_reconstructions(model, judges, batches, "float32").figures
+
+    seen = judges.encoder.describe(pixels)
+    with torch.no_grad():
+        patches, class_token = model(to_images(pixels), noise).semantics
+    pairs = [(image, image - 1) for image in range(1, 5)]
+    by_class = [F.cosine_similarity(class_token[i], seen.class_token[j], dim=0) for i, j in pairs]
+    width = judges.encoder.spec.width
+    by_patch = [F.cosine_similarity(patches[i], seen.features[j, -width:], dim=0).mean() for i, j in pairs]
+    for size in (5, 2, 1):
+        figures = measured(size)
+        assert figures["class_cosine_unrelated"] == pytest.approx(float(sum(by_class) / 4), abs=1e-5)
+        assert figures["patch_cosine_unrelated"] == pytest.approx(float(sum(by_patch) / 4), abs=1e-5)
+
+
 def test_again_does_nothing_and_more_steps_prolong(
     trained: Path, tiny_images: Path, tiny_encoder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,26 +331,62 @@ def test_grey_and_tiny_images_of_any_shape_will_do(tiny_encoder: str, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("std", "signal_std", "says"),
+    ("std", "signal", "says"),
     [
-        (1.0, 0.005, "collapsed at step 7 .*lower --kl.weight"),
-        (1e-5, 1e-5, "vanished .*raise --kl.weight"),
-        (2e3, 2e3, "blown up .*raise --kl.weight"),
-        (float("nan"), 1.0, "blown up"),
+        (1.0, (5e-4, 1e-5), "collapsed at step 7 .*0.05%.*lower --kl.weight.*step 5 is the last sound one"),
+        (1e-5, (1.0, 1.0), "vanished .*raise --kl.weight"),
+        (2e3, (1.0, 1.0), "blown up .*raise --kl.weight"),
+        (float("nan"), (1.0, 1.0), "blown up"),
     ],
 )
-def test_useless_latents_are_named(std: float, signal_std: float, says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        check_latents({"latent_std": std, "signal_std": signal_std}, 7)
-    check_latents({"latent_std": 1.0, "signal_std": 0.5}, 7)
+def test_useless_latents_are_named(std: float, signal: tuple[float, ...], says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        check_latents(LatentSummary(8, 0.0, std, signal, (1.0, 1.0)), 7, 5)
+    assert "\n" not in str(caught.value)
 
 
-def test_too_much_divergence_collapses_and_says_so(tiny_images: Path, tiny_encoder: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the latents have collapsed at step \d+ .*lower --kl.weight"):
-        run(
-            tiny_images, tmp_path / "out", tiny_encoder, "--optimisation.steps=400", "--kl.weight=1000",
-            "--adversary.weight=0", "--perceptual.weight=0", "--optimisation.learning-rate=1e-2",
-        )  # fmt: skip
+def test_dead_channels_among_others_are_a_warning() -> None:
+    latents = LatentSummary(8, 0.0, 1.0, (1.0, 0.005, 0.5, 0.0), (1.0, 1.0, 1.0, 1.0))
+    check_latents(latents, 7, None)
+    assert "latent channels 1, 3 of 0 to 3" in str(warning_of_dead_channels(latents, 7))
+    assert warning_of_dead_channels(latents._replace(signal=(1.0,) * 4), 7) is None
+
+
+def test_too_much_divergence_collapses_at_once_and_says_what_is_left(
+    tiny_images: Path, tiny_encoder: str, tmp_path: Path
+) -> None:
+    """Long before the first evaluation."""
+    more = [
+        "--optimisation.steps=400", "--evaluate-every=400", "--adversary.weight=0", "--perceptual.weight=0",
+        "--optimisation.learning-rate=1e-2",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"collapsed at step \d+ .*lower --kl.weight.* no sound checkpoint yet"):
+        run(tiny_images, tmp_path / "at-once", tiny_encoder, *more, "--kl.weight=1000", "--checkpoint-every=50")
+    assert training_lines(tmp_path / "at-once")[-1]["step"] < 40
+
+    out, later = tmp_path / "later", ["--kl.schedule", "23", "1000"]
+    with pytest.raises(UserError, match=r"collapsed at step \d\d .* step 20 is the last sound one"):
+        run(tiny_images, out, tiny_encoder, *more, *later, "--checkpoint-every=20", "--keep=1", "--log-every=2")
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000020"]
+
+
+def test_dead_channels_are_named_at_an_evaluation(
+    tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Channel 1 of three sees no image, only the places of a picture."""
+    shutil.copytree(tiny_autoencoder, tmp_path / "half-dead")
+    file = tmp_path / "half-dead" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["quant_conv.weight"][1] = 0
+    weights["quant_conv.weight"][[0, 2]] *= 100
+    weights["quant_conv.bias"][1] = 30
+    save_file(weights, file, {"format": "pt"})
+    more = ["--from", str(tmp_path / "half-dead"), "--optimisation.steps=1", "--optimisation.learning-rate=1e-9"]
+    out = run(tiny_images, tmp_path / "out", tiny_encoder, *more, architecture=False)
+    assert capsys.readouterr().err.count("latent channels 1 of 0 to 2") == len(figures(out)) == 2
+    for line in (*figures(out), *training_lines(out)):
+        assert line["dead_channels"] == 1
+        assert line["latent_std"] > 10 > line["signal_std"]
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(

@@ -9,6 +9,7 @@ import copy
 import json
 import math
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
@@ -29,7 +30,15 @@ from reglue.data.sources import Reading, open_images
 from reglue.diffusion.objective import weighted_sum
 from reglue.errors import UserError
 from reglue.files import TakesPaths, from_json, replacing, to_json
-from reglue.jobs.reconstructions import Judges, check_latents, draw, evaluate, latent_mean_std, load_judges
+from reglue.jobs.reconstructions import (
+    Judges,
+    check_latents,
+    draw,
+    evaluate,
+    latent_mean_std,
+    load_judges,
+    warning_of_dead_channels,
+)
 from reglue.jobs.train import ema_decay, learning_rate, part_sizes
 from reglue.latents.adversary import adaptive_weight, check_size, hinge
 from reglue.latents.alignment import FILE as ALIGNMENT_FILE
@@ -37,6 +46,7 @@ from reglue.latents.alignment import AlignmentSpec, cosine_similarities, save_al
 from reglue.latents.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.latents.recipe import Architecture, AutoencoderRecipe
 from reglue.latents.trainable import AlignedAutoencoder, Reconstruction, Trained, network_of, new_network
+from reglue.metrics.latents import LatentStatistics, LatentSummary
 from reglue.metrics.perceptual import encoder_distance, encoder_features
 from reglue.runs import checkpoints, ranks
 from reglue.runs.record import differing
@@ -87,7 +97,7 @@ class Autoencode(TakesPaths):
     evaluate_every: int | None = None
     """Steps between measurements and pictures. Default: an epoch, the steps that see as many images as there are."""
     log_every: int = 100
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl, at which latents that collapse or blow up end the training."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 2
@@ -211,17 +221,22 @@ def autoencode(options: Autoencode) -> Path:
         first = of_step * optimisation.batch_size + rank * share
         return [range(start, start + part) for start in range(first, first + share, part)]
 
+    def last_checkpoint() -> int | None:
+        return max(checkpoints.steps(options.out), default=None)
+
     def measure(at_step: int) -> None:
         """Measure the averaged weights, log the figures and draw a picture, in the first process."""
         if log:
-            figures = evaluate(
+            figures, latents = evaluate(
                 averaged, judges, all_of(held_out, part, options.workers, device), optimisation.precision
             )
             epoch = at_step * optimisation.batch_size / len(training)
             log.write(step=at_step, epoch=epoch, images=len(held_out), validation=figures)
             draw(options.out / "previews" / f"{at_step:08d}.png", averaged, judges.encoder, held_out, device)
             tqdm.write(f"step {at_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-            check_latents(figures, at_step)
+            check_latents(latents, at_step, last_checkpoint())
+            if warning := warning_of_dead_channels(latents, at_step):
+                tqdm.write(warning, file=sys.stderr)
         ranks.wait_for_all()
 
     if source and not step:
@@ -235,6 +250,11 @@ def autoencode(options: Autoencode) -> Path:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(optimisation, step)
 
+        last = step + 1 == optimisation.steps
+        checkpoint_due = last or (step + 1) % options.checkpoint_every == 0
+        evaluation_due = last or (step + 1) % evaluate_every == 0
+        log_due = checkpoint_due or evaluation_due or (step + 1) % options.log_every == 0
+        latents = LatentStatistics(shape, device) if log_due else None
         weights = recipe.loss_weights(step)
         adversary = model.discriminator if recipe.adversary_active(step) else None
         last_layer_gradients = torch.zeros(2, *model.autoencoder.last_layer.shape, device=device)
@@ -244,6 +264,8 @@ def autoencode(options: Autoencode) -> Path:
             with ranks.autocast(device, optimisation.precision):
                 restored: Reconstruction = model.autoencoder(originals, noise)
                 terms = loss_terms(recipe, judges, pixels, originals, restored)
+            if latents:
+                latents.update(restored.mean, restored.log_variance, restored.latents)
             loss = weighted_sum(terms, weights)
             if adversary:
                 with ranks.autocast(device, optimisation.precision):
@@ -276,14 +298,16 @@ def autoencode(options: Autoencode) -> Path:
         step += 1
         progress.update()
 
-        last = step == optimisation.steps
-        checkpoint_due = last or step % options.checkpoint_every == 0
-        evaluation_due = last or step % evaluate_every == 0
-        if step % options.log_every == 0 or checkpoint_due or evaluation_due:
+        if latents:
+            means = torch.stack([torch.stack(values).double().mean() for values in tally.values()])
+            means, sums = ranks.average(torch.cat([means, latents.sums])).split((len(means), len(latents.sums)))
+            latents.sums, latents.images = sums * processes, optimisation.batch_size
             # The only place that waits for the device.
-            means = ranks.average(torch.stack([torch.stack(values).double().mean() for values in tally.values()]))
-            values = dict(zip(tally, means.tolist(), strict=True))
+            numbers = torch.cat([means, latents.values()]).tolist()
+            values = dict(zip(tally, numbers, strict=False))
+            summary = LatentSummary.of(optimisation.batch_size, numbers[len(tally) :])
             check_finite(values, logged_step, step)
+            values |= summary.figures()
             now = time.perf_counter()
             if log:
                 rate = (step - logged_step) * optimisation.batch_size / (now - logged_time)
@@ -291,6 +315,7 @@ def autoencode(options: Autoencode) -> Path:
                     step=step, **values, learning_rate=learning_rate(optimisation, step - 1), images_per_second=rate
                 )
                 progress.set_postfix(loss=f"{values['loss']:.3f}", images_per_second=f"{rate:.1f}")
+            check_latents(summary, step, last_checkpoint())
             tally, logged_step, logged_time = {}, step, now
         if evaluation_due:
             measure(

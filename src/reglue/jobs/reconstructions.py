@@ -17,11 +17,12 @@ from reglue.data.pictures import enlarge, heat_of, image_grid
 from reglue.data.samples import ImageSamples, to_images, to_pixels
 from reglue.errors import UserError
 from reglue.files import replacing
-from reglue.latents.alignment import cosine_similarities, similarity_maps
+from reglue.latents.alignment import LatentSemantics, cosine_similarities, similarity_maps
 from reglue.latents.recipe import Perceptual
 from reglue.latents.trainable import AlignedAutoencoder, Reconstruction
 from reglue.metrics.distances import GaussianStatistics, frechet_distance
 from reglue.metrics.inception import INCEPTION, Inception, load_inception
+from reglue.metrics.latents import DEAD, ENOUGH, LatentStatistics, LatentSummary
 from reglue.metrics.perceptual import Lpips, encoder_distance, load_lpips
 from reglue.metrics.reconstruction import psnr, ssim
 from reglue.runs import ranks
@@ -32,10 +33,18 @@ SMALLEST = 16
 """Pixels along a side that LPIPS needs: its network halves them four times."""
 SHOWN = 8
 """Held-out images per picture."""
-COLLAPSED = 0.01
-"""Latents have collapsed if the posterior's means vary by less than this share of the latents' standard deviation …"""
+COLLAPSED = 0.001
+"""Latents have collapsed if the images explain less than this share of the variance of every channel: a tenth of what
+makes one dead, since in a network that has just begun they explain 1 to 3 %, and half of that after some steps …"""
 VANISHED, BLOWN_UP = 1e-4, 1e3
-"""… and are of no use if that standard deviation is below or above these."""
+"""… and they are of no use if their standard deviation is below or above these."""
+
+
+class Measured(NamedTuple):
+    """What has been found on a set of images."""
+
+    figures: dict[str, float]
+    latents: LatentSummary
 
 
 class Judges(NamedTuple):
@@ -85,20 +94,24 @@ def _inception(name: str, device: torch.device) -> Inception:
 @torch.no_grad()
 def evaluate(
     model: AlignedAutoencoder, judges: Judges, batches: Iterable[tuple[Tensor, Tensor]], precision: Precision
-) -> dict[str, float]:
+) -> Measured:
     """Figures of an autoencoder on images: means over the images, and Fréchet distances between the two sets.
 
     `rfid` is that of the Inception's features, between the reconstructions of these images and the same images; it
     falls with their number, so only figures of equally many compare. `frechet_distance` is that of the class tokens of
     the encoder of the training, as `encoder_distance` is one by its patches: what has been trained for looks better.
+    Beside the cosines stand those with the features of the image before (`…_unrelated`): what a prediction gets that
+    says nothing of its image.
 
     Reconstructions are of drawn latents, as a decoder meets them, and are measured after rounding to 8 bits.
-    `signal_std` is the standard deviation of the posterior's means, `latent_std` that of what is drawn from it.
+    `latent_std` is the standard deviation of all that is drawn from the posterior, `signal_std` that of its means over
+    images, at the same channel and position.
     """
     spec = judges.encoder.spec
     tokens: list[list[Tensor]] = []
     pooled: list[list[Tensor]] = []
-    latents, signal = GaussianStatistics(1), GaussianStatistics(1)
+    before: tuple[Tensor, Tensor] | None = None
+    latents: LatentStatistics | None = None
     per_image: dict[str, list[Tensor]] = {}
     for pixels, noise in batches:
         originals = to_images(pixels)
@@ -117,21 +130,34 @@ def evaluate(
         if out.semantics:
             patches = seen.features[:, -spec.width :]
             found["patch_cosine"], found["class_cosine"] = cosine_similarities(out.semantics, patches, seen.class_token)
+            others, before = _shifted(before, (patches, seen.class_token))
+            rest = LatentSemantics(*(estimates[len(pixels) - len(others[0]) :] for estimates in out.semantics))
+            found["patch_cosine_unrelated"], found["class_cosine_unrelated"] = cosine_similarities(rest, *others)
         for name, values in found.items():
             per_image.setdefault(name, []).append(values.double().cpu())
         if judges.inception:
             pooled.append([judges.inception.describe(shown).features.float().cpu() for shown in (pixels, pixels_out)])
         tokens.append([seen.class_token.float().cpu(), seen_out.class_token.float().cpu()])
-        latents.update(out.latents.reshape(-1, 1))
-        signal.update(out.mean.reshape(-1, 1))
+        latents = latents or LatentStatistics(out.mean.shape[1:], pixels.device)
+        latents.update(out.mean, out.log_variance, out.latents)
     distances = {"frechet_distance": tokens, "rfid": pooled}
-    return {
-        **{name: torch.cat(values).mean().item() for name, values in per_image.items()},
-        **{name: _distance(pairs) for name, pairs in distances.items() if pairs},
-        "latent_mean": latents.mean.item(),
-        "latent_std": latents.covariance.sqrt().item(),
-        "signal_std": signal.covariance.sqrt().item(),
-    }
+    assert latents is not None
+    summary = latents.summary()
+    figures = {name: torch.cat(values).mean().item() for name, values in per_image.items()}
+    figures |= {name: _distance(pairs) for name, pairs in distances.items() if pairs}
+    return Measured(figures | summary.figures(), summary)
+
+
+def _shifted(
+    before: tuple[Tensor, Tensor] | None, now: tuple[Tensor, Tensor]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What images were described by before each of a batch (B, …), and the last of it for the next call.
+
+    The very first image has none before it, so that the first batch gives one less.
+    """
+    joined = now if before is None else tuple(torch.cat(both) for both in zip(before, now, strict=True))
+    patches, class_token = joined
+    return (patches[:-1], class_token[:-1]), (patches[-1:], class_token[-1:])
 
 
 def _distance(pairs: list[list[Tensor]]) -> float:
@@ -143,18 +169,37 @@ def _distance(pairs: list[list[Tensor]]) -> float:
     return frechet_distance(*(GaussianStatistics(features.shape[1]).update(features).gaussian for features in sets))
 
 
-def check_latents(figures: dict[str, float], step: int) -> None:
-    """Raises UserError if the latents carry nothing, or have grown beyond use."""
-    std, signal = figures["latent_std"], figures["signal_std"]
-    told = f"at step {step} (standard deviation {std:.3g}, of which the images explain {signal:.3g})"
-    if not math.isfinite(std) or std > BLOWN_UP:
+def check_latents(latents: LatentSummary, step: int, sound: int | None) -> None:
+    """Raises UserError if the latents carry nothing, or have grown beyond use.
+
+    `sound` is the step of the last checkpoint, which the message names; None if there is none.
+    """
+    kept = f"the checkpoint of step {sound} is the last sound one" if sound else "there is no sound checkpoint yet"
+    best = max(latents.shares)
+    told = f"at step {step} (standard deviation {latents.std:.3g}, of the best channel the images explain {best:.2%})"
+    if not math.isfinite(latents.std) or latents.std > BLOWN_UP:
         raise UserError(
-            f"the latents have blown up {told}; raise --kl.weight or lower the learning rate, in a new folder"
+            f"the latents have blown up {told}; raise --kl.weight or lower --optimisation.learning-rate, in a new "
+            f"folder; {kept}"
         )
-    if std < VANISHED:
-        raise UserError(f"the latents have vanished {told}; raise --kl.weight, in a new folder")
-    if signal < COLLAPSED * std:
-        raise UserError(f"the latents have collapsed {told}; lower --kl.weight, in a new folder")
+    if latents.std < VANISHED:
+        raise UserError(f"the latents have vanished {told}; raise --kl.weight, in a new folder; {kept}")
+    if latents.images >= ENOUGH and best < COLLAPSED:
+        raise UserError(
+            f"the latents have collapsed {told}; lower --kl.weight, or --optimisation.learning-rate if that is small "
+            f"already, in a new folder; {kept}"
+        )
+
+
+def warning_of_dead_channels(latents: LatentSummary, step: int) -> str | None:
+    """A line that names the channels that say nothing of an image; None if all say something."""
+    if not latents.dead:
+        return None
+    named, count = ", ".join(map(str, latents.dead)), len(latents.signal)
+    return (
+        f"warning: step {step}: of latent channels {named} of 0 to {count - 1} the images explain less than "
+        f"{DEAD:.0%}: dead, unless the training has just begun; if they stay so, lower --kl.weight or choose fewer"
+    )
 
 
 @torch.no_grad()
