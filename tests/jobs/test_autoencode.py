@@ -24,12 +24,12 @@ from torch.nn import functional as F
 
 from helpers import reglue_command, run_reglue
 from reglue.cli import parse
-from reglue.data.samples import to_images, to_pixels
+from reglue.data.samples import ImageSamples, to_images, to_pixels
 from reglue.data.sources import open_images
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.files import from_json
-from reglue.jobs.autoencode import UNLABELLED, TrainingRecord, alignment_spec, autoencode, split
+from reglue.jobs.autoencode import UNLABELLED, TrainingRecord, alignment_spec, autoencode, loss_terms, split
 from reglue.jobs.evaluate import Evaluate, evaluate
 from reglue.jobs.prepare import Prepare, prepare
 from reglue.jobs.reconstructions import check_latents, load_judges, warning_of_dead_channels
@@ -37,9 +37,9 @@ from reglue.jobs.reconstructions import evaluate as measure_reconstructions
 from reglue.latents.alignment import load_alignment
 from reglue.latents.autoencoders import load_autoencoder
 from reglue.latents.recipe import Architecture, AutoencoderRecipe, Perceptual
-from reglue.latents.trainable import AlignedAutoencoder, new_network
+from reglue.latents.trainable import AlignedAutoencoder, Trained, new_network
 from reglue.metrics.latents import LatentSummary
-from reglue.metrics.perceptual import load_lpips
+from reglue.metrics.perceptual import encoder_features, load_lpips
 from reglue.runs.tracking import read
 from reglue.semantics.encoders import load_encoder
 
@@ -229,13 +229,116 @@ def test_again_does_nothing_and_more_steps_prolong(
         again("--optimisation.steps=130", "--kl.weight=1", "--seed=1")
 
 
+@pytest.mark.parametrize("perceptual", ["encoder", "lpips"])
+def test_a_step_is_that_of_its_definitions(
+    perceptual: str, tiny_images: Path, tiny_encoder: str, random_lpips: Path, tmp_path: Path
+) -> None:
+    """The third one, recomputed from the checkpoint of the second: every term, every gradient, and the next weight."""
+    given = arguments(
+        tiny_images, tmp_path / "out", tiny_encoder, "--optimisation.steps=3", "--optimisation.clip=0",
+        "--adversary.start=1", "--kl.weight=0.01", "--alignment.weight=0.7", "--alignment.class-weight=0.2",
+        "--perceptual.weight=0.3", "--perceptual.network", "encoder" if perceptual == "encoder" else str(random_lpips),
+        "--log-every=1", "--checkpoint-every=1", "--keep=0", "--evaluate-every=3",
+    )  # fmt: skip
+    options = parse(given)
+    line = training_lines(autoencode(options))[2]
+    before, after = (tmp_path / "out" / "checkpoints" / f"0000000{step}" for step in (2, 3))
+
+    encoder, lpips = load_encoder(tiny_encoder, 16, (0, 1, 2, 4)), load_lpips([random_lpips])
+    recipe = options.recipe
+    spec = alignment_spec(recipe, 3, encoder)
+    autoencoder = AlignedAutoencoder(new_network(recipe.architecture, (16, 16)), spec)
+    model = Trained(autoencoder, recipe.adversary)
+    model.load_state_dict(load_file(before / "model.safetensors"))
+    images = open_images(tiny_images, UNLABELLED)
+    samples = ImageSamples(images, split(options, images)[0], (16, 16), (3, 8, 8), 0, "training", flips=True)
+    pixels, noise = (torch.stack(tensors) for tensors in zip(*(samples[position] for position in range(8, 12))))
+    originals = pixels / 127.5 - 1
+
+    network: Any = autoencoder.network
+    posterior = network.encode(originals).latent_dist
+    latents = posterior.mean + posterior.std * noise
+    restored = network.decode(latents).sample
+    seen, layers = encoder.describe(pixels), encoder_features(encoder, restored).chunk(4, dim=1)
+    semantics, discriminator = autoencoder.alignment(latents), model.discriminator
+    by_layer = [cosine(features, those) for features, those in zip(seen.features.chunk(4, dim=1), layers, strict=True)]
+    terms = {
+        "reconstruction": (restored - originals).abs().mean(),
+        "perceptual": 1 - sum(by_layer) / 4 if perceptual == "encoder" else lpips(originals, restored).mean(),
+        "kl": posterior.kl().sum() / latents.numel(),
+        "alignment": 1 - cosine(semantics.patches, seen.features[:, -encoder.spec.width :]),
+        "class_alignment": 1 - cosine(semantics.class_token, seen.class_token),
+        "adversary": -discriminator(restored).mean(),
+        "discriminator": ((1 - discriminator(originals)).relu() + (1 + discriminator(restored.detach())).relu()).mean() / 2,
+    }
+    visible = terms["reconstruction"] + 0.3 * terms["perceptual"]
+    semantic = 0.7 * terms["alignment"] + 0.2 * terms["class_alignment"]
+    terms["loss"] = (
+        visible + 0.01 * terms["kl"] + semantic + 0.5 * model.adversary_weight * terms["adversary"]
+    )
+    last = network.decoder.conv_out.weight
+    ratio = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (visible, terms["adversary"])]
+    terms["adversary_weight"] = ratio[0] / (ratio[1] + 1e-4)
+    names, parameters = zip(*autoencoder.named_parameters(prefix="autoencoder"), strict=True)
+    gradients = dict(zip(names, torch.autograd.grad(terms["loss"], parameters, retain_graph=True), strict=True))
+    terms["gradient_norm"] = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    names, parameters = zip(*discriminator.named_parameters(prefix="discriminator"), strict=True)
+    gradients |= zip(names, torch.autograd.grad(terms["discriminator"], parameters), strict=True)
+
+    assert model.adversary_weight > 0
+    for name, value in terms.items():
+        assert line[name] == pytest.approx(value.item(), rel=1e-4), name
+    old, new = (load_file(checkpoint / "optimiser.safetensors") for checkpoint in (before, after))
+    assert len(gradients) == sum(key.endswith(".exp_avg") for key in new)
+    for name, gradient in gradients.items():  # Adam's first moment, of β = 0.5.
+        expected = (old[f"{name}.exp_avg"] + gradient) / 2
+        torch.testing.assert_close(new[f"{name}.exp_avg"], expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def cosine(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Of the vectors along the second dimension, on average."""
+    return (F.normalize(first, dim=1) * F.normalize(second, dim=1)).sum(1).mean()
+
+
+def test_the_discriminator_waits_for_its_start(tiny_images: Path, tiny_encoder: str, tmp_path: Path) -> None:
+    out = run(
+        tiny_images, tmp_path / "out", tiny_encoder, "--optimisation.steps=4", "--adversary.start=3",
+        "--checkpoint-every=1", "--keep=0",
+    )  # fmt: skip
+    first, *later = (load_file(path / "model.safetensors") for path in sorted((out / "checkpoints").iterdir()))
+    names = [name for name in first if name.startswith("discriminator")]
+    assert [all(torch.equal(first[name], one[name]) for name in names) for one in later] == [True, True, False]
+    assert not any("adversary" in line for line in training_lines(out)[:3])
+    assert "adversary" in training_lines(out)[3]
+
+
+def test_the_encoder_runs_only_for_a_term_that_needs_it(tiny_encoder: str, random_lpips: Path) -> None:
+    judges = load_judges(tiny_encoder, (16, 16), Perceptual(network=(str(random_lpips),)), torch.device("cpu"))
+    architecture = Architecture((4, 8), 3, 1, norm_groups=2, attention=False)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    calls: list[int] = []
+    judges.encoder.network.patch_embed.register_forward_hook(lambda *_: calls.append(1))
+    for alignment, perceptual, expected in (
+        (None, Perceptual(network=(str(random_lpips),)), 0),
+        (None, Perceptual(0), 0),
+        (alignment_spec(AutoencoderRecipe(), 3, judges.encoder), Perceptual(0), 1),
+    ):
+        model = AlignedAutoencoder(new_network(architecture, (16, 16)), alignment)
+        restored = model(to_images(pixels), torch.randn(2, 3, 8, 8))
+        terms = loss_terms(AutoencoderRecipe(perceptual=perceptual), judges, pixels, to_images(pixels), restored)
+        assert len(calls) == expected
+        assert ("alignment" in terms) == (alignment is not None)
+
+
 def comparable(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "images_per_second"} for line in read(out)]
 
 
 def test_killed_and_resumed_training_gives_the_same_bits(tiny_images: Path, tiny_encoder: str, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    more = ["--optimisation.steps=20", "--workers=1"]
+    more = [
+        "--optimisation.steps=20", "--workers=1", "--optimisation.precision=bfloat16", "--optimisation.accumulate=2",
+    ]  # fmt: skip
     run_reglue(*arguments(tiny_images, whole, tiny_encoder, *more))
 
     # A process that dies at step 10 or a little after, in the middle of a step.

@@ -343,9 +343,16 @@ def test_unfitting_folders_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"latent_channels": 7}))
     assert "does not fit the network" in refusal(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
-    assert "says UNet2DModel" in refusal(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    assert "not in diffusers' layout" in refusal(tmp_path)
+    kinds = "AutoencoderKL, AutoencoderTiny, AutoencoderDC"
+    assert f"of the class UNet2DModel; known are {kinds}: give the folder of one of these" in refusal(tmp_path)
+    del config["_class_name"]
+    for content in (json.dumps(config), "[]"):
+        (tmp_path / "config.json").write_text(content)
+        assert f'does not say which network it is of; diffusers writes that as "_class_name", one of {kinds}' in refusal(
+            tmp_path
+        )
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is no JSON" in refusal(tmp_path)
 
 
 def test_truncated_and_missing_weights_are_refused(tmp_path: Path) -> None:

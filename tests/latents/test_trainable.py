@@ -53,7 +53,7 @@ def test_an_autoencoder_of_grey_images_is_refused(tiny_autoencoder: str, tmp_pat
 
     grey: Any = AutoencoderKL.from_config({**config, "in_channels": 1, "out_channels": 1})
     grey.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="takes 1 channels and gives 1"):
+    with pytest.raises(UserError, match="takes images of 1 channel and gives 1 channel; give one of 3 and 3"):
         network_of(load_autoencoder(str(tmp_path)))
 
 
@@ -85,7 +85,8 @@ def test_parts_without_weight_have_no_term() -> None:
         (lambda: LatentAlignment(hidden=0), "--alignment.hidden 0"),
         (lambda: Perceptual(network=()), "--perceptual.network"),
         (lambda: AutoencoderRecipe(kl=Kl(-1)), "--kl.weight -1"),
-        (lambda: AutoencoderRecipe(alignment=LatentAlignment(class_weight=-1)), "--alignment.weight -1"),
+        (lambda: AutoencoderRecipe(alignment=LatentAlignment(class_weight=-1)), "--alignment.class-weight -1"),
+        (lambda: AutoencoderRecipe(kl=Kl(1, schedule=((5, -2.0),))), "--kl.schedule -2"),
     ],
 )
 def test_impossible_values_are_named(make, says: str) -> None:

@@ -393,15 +393,16 @@ def loss_terms(
     `pixels` uint8 and `originals` in [−1, 1] are the same images (B, 3, H, W).
     """
     terms = {"reconstruction": F.l1_loss(restored.images, originals)}
-    seen = judges.encoder.describe(pixels)
+    by_encoder = recipe.perceptual.present and not judges.perceptual
+    seen = judges.encoder.describe(pixels) if by_encoder or restored.semantics else None
     if recipe.perceptual.present and judges.perceptual:
         terms["perceptual"] = judges.perceptual(originals, restored.images).mean()
-    elif recipe.perceptual.present:
+    if seen and by_encoder:
         features = encoder_features(judges.encoder, restored.images)
         terms["perceptual"] = encoder_distance(seen.features, features, len(judges.encoder.spec.layers)).mean()
     if recipe.kl.present:
         terms["kl"] = restored.kl().mean()
-    if restored.semantics:
+    if seen and restored.semantics:
         patches = seen.features[:, -judges.encoder.spec.width :]
         by_patch, by_class = cosine_similarities(restored.semantics, patches, seen.class_token)
         terms |= {"alignment": 1 - by_patch.mean(), "class_alignment": 1 - by_class.mean()}

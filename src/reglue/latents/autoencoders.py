@@ -257,12 +257,20 @@ def _load_diffusers(name: str, folder: Path) -> KlAutoencoder | DeterministicAut
             raise UserError(f"autoencoder {folder}: {file.name} is missing; a diffusers folder has it beside the rest")
     try:
         config = json.loads(config_file.read_text())
-        kind = config["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"autoencoder {folder}: config.json is not in diffusers' layout ({error!r})") from error
+    except ValueError as error:
+        raise UserError(f"autoencoder {folder}: config.json is no JSON ({error}); fetch it again") from error
     networks = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny, "AutoencoderDC": AutoencoderDC}
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(kind, str):
+        raise UserError(
+            f"autoencoder {folder}: config.json does not say which network it is of; diffusers writes that as "
+            f'"_class_name", one of {", ".join(networks)}'
+        )
     if kind not in networks:
-        raise UserError(f"autoencoder {folder}: config.json says {kind}; known are {' and '.join(networks)}")
+        raise UserError(
+            f"autoencoder {folder}: config.json is of the class {kind}; known are {', '.join(networks)}: give the "
+            "folder of one of these, in a pipeline's folder often vae"
+        )
     network = _read_network(networks[kind], folder)
     config = dict(network.config)
     shift, scale = _normalisation(config, folder)

@@ -104,7 +104,7 @@ class Adversary(Part):
 
     weight: float = 0.0
     """Weight of this term, times the ratio of gradient norms at the decoder's last layer; 0 leaves it out. VQGAN and
-    SD-VAE: 0.5."""
+    SD-VAE: 0.5. The ratio is that of the step before, where VQGAN takes the current one: 0 in the first step."""
     start: int = 50_001
     """The step before which there is no such term."""
     width: int = 64
@@ -137,11 +137,13 @@ class AutoencoderRecipe:
     def __post_init__(self) -> None:
         for name in ("perceptual", "kl", "alignment", "adversary"):
             part = getattr(self, name)
-            weights = [part.weight, *(weight for _, weight in part.schedule)]
+            scheduled = min((weight for _, weight in part.schedule), default=0.0)
+            given = {"weight": part.weight, "schedule": scheduled}
             if isinstance(part, LatentAlignment):
-                weights.append(part.class_weight)
-            if min(weights) < 0:
-                raise UserError(f"--{name}.weight {min(weights)}: a weight is 0 or more")
+                given["class-weight"] = part.class_weight
+            for option, weight in given.items():
+                if weight < 0:
+                    raise UserError(f"--{name}.{option} {weight}: a weight is 0 or more")
 
     def loss_weights(self, step: int) -> dict[str, float]:
         """The weight of each term of the loss at a step, under the names of the terms; absent parts have none.

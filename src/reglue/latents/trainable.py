@@ -98,7 +98,11 @@ def network_of(autoencoder: Autoencoder) -> AutoencoderKL:
     config = autoencoder.network.config
     if (config["in_channels"], config["out_channels"]) != (3, 3):
         raise UserError(
-            f"--from {spec.name} takes {config['in_channels']} channels and gives {config['out_channels']}; "
-            "give an autoencoder of RGB images, 3 of each"
+            f"--from {spec.name} is not of RGB images: it takes images of {_channels(config['in_channels'])} and gives "
+            f"{_channels(config['out_channels'])}; give one of 3 and 3"
         )
     return autoencoder.network
+
+
+def _channels(count: int) -> str:
+    return f"{count} channel" if count == 1 else f"{count} channels"

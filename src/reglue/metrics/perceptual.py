@@ -46,7 +46,10 @@ class Lpips(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Distances (B,) between images (B, 3, H, W) in [−1, 1]; 0 for equal ones. Sides of 16 pixels at least."""
+        """Distances (B,) between images (B, 3, H, W) in [−1, 1]; 0 for equal ones. Sides of 16 pixels at least.
+
+        Gradients flow to whichever of the two asks for them; of the other nothing is kept for the way back.
+        """
         total = torch.zeros(len(first), device=first.device)
         x, y = ((images - self.shift) / self.scale for images in (first, second))
         stages = zip((0, *(end + 1 for end in STAGE_ENDS)), STAGE_ENDS, self.layers, strict=False)
