@@ -252,7 +252,9 @@ def test_a_step_is_that_of_its_definitions(
     model.load_state_dict(load_file(before / "model.safetensors"))
     images = open_images(tiny_images, UNLABELLED)
     samples = ImageSamples(images, split(options, images)[0], (16, 16), (3, 8, 8), 0, "training", flips=True)
-    pixels, noise = (torch.stack(tensors) for tensors in zip(*(samples[position] for position in range(8, 12))))
+    pixels, noise = (
+        torch.stack(tensors) for tensors in zip(*(samples[position] for position in range(8, 12)), strict=True)
+    )
     originals = pixels / 127.5 - 1
 
     network: Any = autoencoder.network
@@ -260,6 +262,8 @@ def test_a_step_is_that_of_its_definitions(
     latents = posterior.mean + posterior.std * noise
     restored = network.decode(latents).sample
     seen, layers = encoder.describe(pixels), encoder_features(encoder, restored).chunk(4, dim=1)
+    assert autoencoder.alignment
+    assert model.discriminator
     semantics, discriminator = autoencoder.alignment(latents), model.discriminator
     by_layer = [cosine(features, those) for features, those in zip(seen.features.chunk(4, dim=1), layers, strict=True)]
     terms = {
@@ -269,13 +273,12 @@ def test_a_step_is_that_of_its_definitions(
         "alignment": 1 - cosine(semantics.patches, seen.features[:, -encoder.spec.width :]),
         "class_alignment": 1 - cosine(semantics.class_token, seen.class_token),
         "adversary": -discriminator(restored).mean(),
-        "discriminator": ((1 - discriminator(originals)).relu() + (1 + discriminator(restored.detach())).relu()).mean() / 2,
+        "discriminator": ((1 - discriminator(originals)).relu() + (1 + discriminator(restored.detach())).relu()).mean()
+        / 2,
     }
     visible = terms["reconstruction"] + 0.3 * terms["perceptual"]
     semantic = 0.7 * terms["alignment"] + 0.2 * terms["class_alignment"]
-    terms["loss"] = (
-        visible + 0.01 * terms["kl"] + semantic + 0.5 * model.adversary_weight * terms["adversary"]
-    )
+    terms["loss"] = visible + 0.01 * terms["kl"] + semantic + 0.5 * model.adversary_weight * terms["adversary"]
     last = network.decoder.conv_out.weight
     ratio = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (visible, terms["adversary"])]
     terms["adversary_weight"] = ratio[0] / (ratio[1] + 1e-4)
@@ -519,7 +522,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
         (["--perceptual.network", "nothing.pth"], "--perceptual.network nothing.pth"),
         (["--measure-lpips", "nothing.pth"], "--measure-lpips nothing.pth"),
         (["--measure-inception", "nothing.pth"], "--measure-inception nothing.pth"),
-        (["--measure-lpips", "x", "--resolution=8", "--adversary.layers=1"], "LPIPS needs 16 pixels at least; leave out --measure"),
+        (
+            ["--measure-lpips", "x", "--resolution=8", "--adversary.layers=1"],
+            "LPIPS needs 16 pixels at least; leave out --measure",
+        ),
         (["--from=starter"], "leave it out with --from"),
         (["--encoder=nonsense"], "unknown encoder"),
         (["--log-every=0"], "--log-every 0"),

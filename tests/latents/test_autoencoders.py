@@ -348,8 +348,9 @@ def test_unfitting_folders_are_refused_by_name(tmp_path: Path) -> None:
     del config["_class_name"]
     for content in (json.dumps(config), "[]"):
         (tmp_path / "config.json").write_text(content)
-        assert f'does not say which network it is of; diffusers writes that as "_class_name", one of {kinds}' in refusal(
-            tmp_path
+        assert (
+            f'does not say which network it is of; diffusers writes that as "_class_name", one of {kinds}'
+            in refusal(tmp_path)
         )
     (tmp_path / "config.json").write_text("{")
     assert "config.json is no JSON" in refusal(tmp_path)

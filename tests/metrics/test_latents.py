@@ -36,7 +36,7 @@ def test_figures_are_those_of_their_definitions_in_any_batches(batch: int, offse
 
 
 def test_what_is_the_same_in_every_image_is_no_signal() -> None:
-    """Channels: offsets of places alone; nothing but noise; a weak signal that its noise does not hide; a strong one."""
+    """Channels: offsets of places alone; a constant; a weak signal in weaker noise; a strong one."""
     torch.manual_seed(0)
     mean, log_variance = torch.zeros(64, *SHAPE), torch.zeros(64, *SHAPE)
     mean[:, 0] = torch.randn(3, 5) * 10

@@ -78,8 +78,9 @@ class Autoencode(TakesPaths):
     resolution: int | tuple[int, int] = 256
     """Side of the images in pixels, or height and width. Images are scaled to cover it, then cropped."""
     encoder: str = "dinov2-b-reg"
-    """What the latents are aligned with, and what measures them: starter, a short name, timm:NAME, NAME@FILE, a folder
-    or a file of weights."""
+    """What the latents are aligned with: starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights.
+    The figures encoder_distance and frechet_distance are distances by it too, which the training has brought down;
+    --measure-lpips and --measure-inception are by networks that it has not seen."""
     validation: float | Path = 0.05
     """Share of the images that is held out to measure on, or another folder of images."""
     validation_images: int = 5000
@@ -175,8 +176,8 @@ def autoencode(options: Autoencode) -> Path:
     device = ranks.resolve_device(options.device)
     share, part = part_sizes(optimisation, processes)
     # The first process is the only one that measures.
-    measures = (options.measure_lpips, options.measure_inception) if rank == 0 else ()
-    judges = load_judges(options.encoder, options.size, recipe.perceptual, device, *measures)
+    lpips, inception = (options.measure_lpips, options.measure_inception) if rank == 0 else ((), None)
+    judges = load_judges(options.encoder, options.size, recipe.perceptual, device, lpips, inception)
     source = load_autoencoder(options.source) if options.source is not None else None
     images = open_images(options.images, UNLABELLED)
     training, held_out = split(options, images)

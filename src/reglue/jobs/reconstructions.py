@@ -87,7 +87,9 @@ def load_judges(
 def _inception(name: str, device: torch.device) -> Inception:
     """The network of rFID by its file or its name."""
     if name != INCEPTION and not Path(name).is_file():
-        raise UserError(f"--measure-inception {name}: there is no such file; give {INCEPTION}, or a file of its weights")
+        raise UserError(
+            f"--measure-inception {name}: there is no such file; give {INCEPTION}, or a file of its weights"
+        )
     return load_inception(None if name == INCEPTION else Path(name), device, otherwise="--measure-inception FILE")
 
 

@@ -79,9 +79,7 @@ def load_lpips(files: Sequence[Path], option: str = "--perceptual.network") -> L
     missing = sorted(needed - state.keys())
     if missing:
         what = "VGG16" if missing[0].startswith("features") else "LPIPS's linear layers (vgg.pth of the package lpips)"
-        raise UserError(
-            f"{option} {names}: {what} is missing there ({missing[0]}); add the file that has it"
-        )
+        raise UserError(f"{option} {names}: {what} is missing there ({missing[0]}); add the file that has it")
     try:
         network.load_state_dict({name: state[name].float() for name in needed})
     except RuntimeError as error:
