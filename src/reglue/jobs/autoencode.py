@@ -29,7 +29,15 @@ from reglue.data.sources import Reading, open_images
 from reglue.diffusion.objective import weighted_sum
 from reglue.errors import UserError
 from reglue.files import TakesPaths, from_json, replacing, to_json
-from reglue.jobs.reconstructions import Judges, check_latents, draw, evaluate, latent_mean_std, load_judges
+from reglue.jobs.reconstructions import (
+    Judges,
+    check_latents,
+    draw,
+    evaluate,
+    latent_mean_std,
+    load_judges,
+    semantic_lengths,
+)
 from reglue.jobs.train import ema_decay, learning_rate, part_sizes
 from reglue.latents.adversary import adaptive_weight, check_size, hinge
 from reglue.latents.alignment import FILE as ALIGNMENT_FILE
@@ -46,6 +54,8 @@ from reglue.semantics.encoders import EncoderSpec, VisionEncoder
 
 RECORD, CONFIG, MEAN_STD = "training.json", "config.json", "mean_std.json"
 FORMAT = 1
+LENGTH_IMAGES = 1000
+"""Held-out images over which the length of the encoder's features is measured, at most."""
 UNLABELLED = Reading(no_labels=True)
 
 
@@ -69,7 +79,9 @@ class Autoencode(TakesPaths):
     """Side of the images in pixels, or height and width. Images are scaled to cover it, then cropped."""
     encoder: str = "dinov2-b-reg"
     """What the latents are aligned with, and what measures them: starter, a short name, timm:NAME, NAME@FILE, a folder
-    or a file of weights."""
+    or a file of weights. DINOv2's published heads read networks without registers, such as dinov2-b."""
+    final_norm: bool = True
+    """Align with features after the encoder's final norm. DINOv2's published depth heads read those before it."""
     validation: float | Path = 0.05
     """Share of the images that is held out to measure on, or another folder of images."""
     validation_images: int = 5000
@@ -156,7 +168,7 @@ def autoencode(options: Autoencode) -> Path:
     rank, processes = ranks.join(long_waits=True)  # The others wait while the first one measures.
     device = ranks.resolve_device(options.device)
     share, part = part_sizes(optimisation, processes)
-    judges = load_judges(options.encoder, options.size, recipe.perceptual, device)
+    judges = load_judges(options.encoder, options.size, recipe.perceptual, device, final_norm=options.final_norm)
     source = load_autoencoder(options.source) if options.source is not None else None
     images = open_images(options.images, UNLABELLED)
     training, held_out = split(options, images)
@@ -294,6 +306,13 @@ def autoencode(options: Autoencode) -> Path:
         chosen = permutation(options.seed, "latent statistics", 0, len(training))[: options.statistics_images]
         measured = ImageSamples(images, training[chosen.sort().values], options.size, shape, options.seed, "statistics")
         mean, std = latent_mean_std(averaged, all_of(measured, part, options.workers, device), optimisation.precision)
+        if averaged.alignment:
+            spread = torch.linspace(0, len(held_out) - 1, min(LENGTH_IMAGES, len(held_out))).long()
+            described = all_of(replace(held_out, rows=held_out.rows[spread]), part, options.workers, device)
+            patch_length, token_length = semantic_lengths(judges.encoder, described)
+            averaged.alignment.spec = replace(
+                averaged.alignment.spec, patch_length=patch_length, class_token_length=token_length
+            )
         figures = next(line["validation"] for line in reversed(read(options.out)) if "validation" in line)
         write_result(options.out, averaged, mean, std, replace(record, steps_done=step, figures=figures))
         print(f"{options.out}: {step} steps, latents of mean {mean:.4g} and standard deviation {std:.4g}")
@@ -365,8 +384,7 @@ def loss_terms(
     if recipe.kl.present:
         terms["kl"] = restored.kl().mean()
     if restored.semantics:
-        patches = seen.features[:, -judges.encoder.spec.width :]
-        by_patch, by_class = cosine_similarities(restored.semantics, patches, seen.class_token)
+        by_patch, by_class = cosine_similarities(restored.semantics, *judges.encoder.last_layer(seen))
         terms |= {"alignment": 1 - by_patch.mean(), "class_alignment": 1 - by_class.mean()}
     return terms
 
