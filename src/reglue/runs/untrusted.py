@@ -41,14 +41,14 @@ NO_CHECKPOINTS = {
 """What is often saved in place of a checkpoint, and how it begins."""
 
 
-class MoreThanData(pickle.UnpicklingError):
+class MoreThanDataError(pickle.UnpicklingError):
     """A file asks for a global that no published file needs."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"it asks for {name}, which no published file needs")
 
 
-class NotNumbers(ValueError):
+class NotNumbersError(ValueError):
     """A file has something else where it should have numbers."""
 
 
@@ -78,12 +78,12 @@ class InertDtype(Inert):
     """`numpy.dtype(code, …)`."""
 
     def to_numpy(self) -> np.dtype:
-        """The type, if it is one of plain numbers. Raises NotNumbers for any other."""
+        """The type, if it is one of plain numbers. Raises NotNumbersError for any other."""
         code, order = self.arguments[0], "="
         if isinstance(self.state, tuple) and len(self.state) > 1 and self.state[1] in ("<", ">", "|"):
             order = self.state[1]
         if not isinstance(code, str) or not PLAIN_NUMBERS.fullmatch(code):
-            raise NotNumbers(f"an array of {code!r} where numbers were expected")
+            raise NotNumbersError(f"an array of {code!r} where numbers were expected")
         return np.dtype(code).newbyteorder(order)
 
 
@@ -93,7 +93,7 @@ class InertArray(Inert):
     def parts(self) -> tuple[Any, Any, bool, Any]:
         """Shape, type, Fortran order, and the bytes or list of contents."""
         if not isinstance(self.state, tuple) or len(self.state) != 5:
-            raise NotNumbers("an array without contents")
+            raise NotNumbersError("an array without contents")
         _, shape, dtype, fortran, contents = self.state
         return shape, dtype, bool(fortran), contents
 
@@ -125,7 +125,7 @@ class StreamedArray(InertArray):
     def parts(self) -> tuple[Any, Any, bool, Any]:
         """See `InertArray.parts`."""
         if not isinstance(self.state, dict) or not isinstance(self.state.get("dtype"), InertDtype):
-            raise NotNumbers("an array without a type")
+            raise NotNumbersError("an array without a type")
         return self.state["shape"], self.state["dtype"], self.state["order"] == "F", getattr(self, "contents", b"")
 
 
@@ -135,7 +135,7 @@ class Latin1(Inert):
     def __new__(cls, text: str, encoding: str = "latin1") -> Any:
         """The bytes."""
         if encoding != "latin1":
-            raise NotNumbers(f"text in the encoding {encoding!r}")
+            raise NotNumbersError(f"text in the encoding {encoding!r}")
         return text.encode("latin1")
 
 
@@ -160,12 +160,12 @@ KEPT_AS_STATE = ("numpy.", "sklearn.")
 
 
 def stand_in(name: str) -> type:
-    """What stands for a global `module.name`. Raises MoreThanData for all that no file needs."""
+    """What stands for a global `module.name`. Raises MoreThanDataError for all that no file needs."""
     if name in STAND_INS:
         return STAND_INS[name]
     if name.startswith(KEPT_AS_STATE):
         return Inert
-    raise MoreThanData(name)
+    raise MoreThanDataError(name)
 
 
 class InertUnpickler(pickle._Unpickler):
@@ -203,9 +203,9 @@ def read_untrusted(file: Path) -> Any:
         return _contents(_read(file))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except MoreThanData as error:
+    except MoreThanDataError as error:
         raise UserError(f"{file}: holds more than data and was not opened: {_first_line(error)}") from None
-    except NotNumbers as error:
+    except NotNumbersError as error:
         raise UserError(f"{file}: not a file of weights or numbers: {_first_line(error)}") from None
     except Exception as error:  # Bytes that mean nothing can end anywhere in three libraries.
         if isinstance(error, OSError) and error.strerror:
@@ -256,7 +256,7 @@ def _read_torch(path: Path, stand_ins: dict[str, type]) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
             refused = REFUSED_BY_TORCH.search(str(error))
-            raise MoreThanData(refused[1]) if refused else error from None
+            raise MoreThanDataError(refused[1]) if refused else error from None
 
 
 def _read_npy(file: IO[bytes]) -> Any:
