@@ -19,13 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from safetensors import SafetensorError
 from webdataset.writer import ShardWriter
 
 import reglue.data.store
 import reglue.jobs.prepare
-from helpers import CLASSES
+from helpers import CLASSES, mistake
 from reglue.cli import parse
 from reglue.data.images import ImageFolder, crop_to
 from reglue.data.sources import Subset
@@ -517,3 +518,14 @@ def test_features_in_eight_bits_take_half_the_disk_and_serve_all_that_read_them(
         probing = {"columns": ("features",), "conv": False, "device": "cpu"}
         assert len(probe(Probe(store.folder, out=tmp_path / f"probes-{len(losses)}", **probing)).results) == 2
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_an_autoencoder_of_grey_images_ends_in_one_line_and_leaves_nothing(
+    tmp_path: Path, tiny_images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    network = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+    network.save_pretrained(tmp_path / "grey")
+    made = ["--resolution", "16", "--encoder", "none", "--device", "cpu"]
+    prepare_grey = ["prepare", tiny_images, tmp_path / "store", "--autoencoder", tmp_path / "grey", *made]
+    assert "takes 1 channels and gives 1" in mistake(capsys, monkeypatch, *prepare_grey)
+    assert {path.name for path in tmp_path.iterdir()} == {"grey"}

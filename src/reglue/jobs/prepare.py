@@ -50,7 +50,8 @@ class Prepare(TakesPaths):
     resolution: int | tuple[int, int] = 256
     """Side of the prepared images in pixels, or height and width. Images are scaled to cover it, then cropped."""
     autoencoder: str = "sd-vae-ft-mse"
-    """starter, a short name, a name on the hub (OWNER/REPOSITORY) or a folder in diffusers' layout."""
+    """starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]) or a folder in diffusers' layout:
+    AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, VQModel, AutoencoderTiny or AutoencoderDC."""
     encoder: str = "dinov2-b-reg"
     """starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights; none stores latents alone."""
     layers: tuple[int, ...] | None = None
