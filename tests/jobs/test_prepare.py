@@ -529,3 +529,23 @@ def test_an_autoencoder_of_grey_images_ends_in_one_line_and_leaves_nothing(
     prepare_grey = ["prepare", tiny_images, tmp_path / "store", "--autoencoder", tmp_path / "grey", *made]
     assert "takes 1 channels and gives 1" in mistake(capsys, monkeypatch, *prepare_grey)
     assert {path.name for path in tmp_path.iterdir()} == {"grey"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_16_bit_images_that_are_nearly_black_are_counted(
+    options, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, highest in {"twelve-bits": 4095, "also": 300, "sixteen-bits": 65535, "just": 4096, "black": 0}.items():
+        grey = np.linspace(0, highest, 256).reshape(16, 16).astype(np.uint16)
+        Image.fromarray(grey).save(folder / f"{name}.png")
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "colours.png")
+    made = {"images": folder, "encoder": "none", "features": False, "workers": workers, "flips": True}
+    prepare(options(**made))
+    assert "\n2 of the 5 16-bit images use less than a sixteenth of their range" in capsys.readouterr().out
+
+    for name in ("twelve-bits", "also"):
+        (folder / f"{name}.png").unlink()
+    prepare(options(**made, out=tmp_path / "bright"))
+    assert "16-bit" not in capsys.readouterr().out
