@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -23,7 +24,6 @@ from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import Train
 from reglue.papers import PAPERS
 from reglue.recipe import SamplerName
-from reglue.runs.generation import ImageModel
 from reglue.runs.record import RunRecord
 
 ROOT = Path(__file__).parents[2]
@@ -139,11 +139,18 @@ def test_the_readme(
     assert (tmp_path / "weights.safetensors").is_file()
 
     (python,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    sent = []
-    monkeypatch.setattr(ImageModel, "push_to_hub", lambda _, name: sent.append(name))
+    sent = {}
+
+    def push(folder: Path, name: str, private: bool) -> None:
+        sent[name] = (folder / "README.md").read_text()
+
+    monkeypatch.setattr("reglue.runs.hub.push", push)
     exec(python)
     assert (tmp_path / "first.png").is_file()
-    assert sent == ["owner/name"]
+    assert sent.keys() == {"owner/name"}
+    found = json.loads((tmp_path / "report.json").read_text())["metrics"]["frechet_distance"]["value"]
+    for text in (f"| {found:.6g} |", "samples.sampling.guidance.scale 2.8", "samples.seed 0"):
+        assert text in sent["owner/name"], text
 
 
 def test_every_published_recipe_has_a_page_that_states_its_result() -> None:

@@ -20,9 +20,11 @@ from reglue.errors import UserError
 from reglue.jobs import evaluate as job
 from reglue.jobs.evaluate import Evaluate, Figure, evaluate
 from reglue.jobs.prepare import Prepare, prepare
+from reglue.jobs.sample import Sample, sample
 from reglue.metrics.distances import Gaussian, GaussianStatistics, frechet_distance, manifold_scores
 from reglue.metrics.features import DinoV2Features, EncoderFeatures, _dinov2_distance_name, load_encoder_features
 from reglue.metrics.inception import load_inception
+from reglue.runs.generation import load
 from reglue.runs.record import RunRecord
 
 
@@ -292,6 +294,60 @@ def test_a_run_draws_its_images_once_and_is_compared_with_its_store(tmp_path, ti
     more = evaluate(Evaluate(run, tiny_store, count=11, **options))
     assert more.image_count == 11
     assert {name: (folder / name).stat().st_mtime_ns for name in files} == files
+
+
+def test_the_report_about_a_runs_images_goes_into_the_run(
+    tmp_path, tiny_run, tiny_store, tiny_images, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    samples = sample(Sample(Path("run"), tmp_path / "samples", count=8, steps=2, device="cpu"))
+    others = sample(Sample(Path("run"), tmp_path / "others", count=8, steps=3, device="cpu"))
+
+    def reports() -> list[str]:
+        return sorted(file.name for file in (run / "reports").glob("*"))
+
+    evaluate(settings(samples, tiny_store, resamples=0))
+    (name,) = reports()
+    assert re.fullmatch(r"step-00000006-encoder\d+-[0-9a-f]{8}\.json", name)
+    evaluation = evaluate(settings(samples, tiny_store, resamples=0, out=tmp_path / "report.json"))
+    assert reports() == [name], "the same again"
+    assert (run / "reports" / name).read_text() == (tmp_path / "report.json").read_text()
+    evaluate(settings(others, tiny_store, resamples=0))
+    evaluate(settings(samples, tiny_store, resamples=0, seed=1))
+    evaluate(settings(run, tiny_store, resamples=0, count=6))
+    assert len(reports()) == 4
+    evaluate(settings(samples, tiny_store, resamples=2, out=run / "reports" / "mine.json"))
+    assert len(reports()) == 5, "not there twice"
+
+    card = model_card_of(load(run, device="cpu").save(tmp_path / "saved"))
+    assert f"{evaluation.metrics.frechet_distance.value:.6g}" in card
+    assert card.count("samples.step 6") == 5
+    (run / "reports" / name).write_text((tmp_path / "report.json").read_text().replace('"step": 6', '"step": 5'))
+    card = model_card_of(load(run, device="cpu").save(tmp_path / "later"))
+    assert card.count("samples.step") == 4, "a report about another step"
+
+    shutil.rmtree(run / "reports")
+    (run / "reports").write_text("no folder can be here")
+    capsys.readouterr()
+    evaluate(settings(samples, tiny_store, resamples=0, out=tmp_path / "again.json"))
+    assert "The report is not in run/reports, so no model card will show it" in capsys.readouterr().err
+    assert (tmp_path / "again.json").is_file()
+
+
+def model_card_of(folder: Path) -> str:
+    return (folder / "README.md").read_text()
+
+
+def test_another_run_at_the_path_gets_no_report(tmp_path, tiny_run, tiny_store):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    samples = sample(Sample(run, tmp_path / "samples", count=8, steps=2, device="cpu"))
+    record = json.loads((run / "run.json").read_text())
+    record["recipe"]["name"] = "another"
+    for content in (json.dumps(record), "{"):
+        (run / "run.json").write_text(content)
+        evaluate(settings(samples, tiny_store, resamples=0))
+        assert not (run / "reports").exists()
 
 
 def test_a_run_whose_store_is_gone_or_another_is_named(tmp_path, tiny_run, tiny_images):

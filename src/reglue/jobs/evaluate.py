@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -41,6 +43,8 @@ from reglue.metrics.inception import INCEPTION, Inception, is_inception, load_in
 from reglue.metrics.resampling import CONFIDENCE, interval, resample_counts, resampled_means
 from reglue.runs import ranks
 from reglue.runs.ranks import resolve_device
+from reglue.runs.record import RunRecord
+from reglue.runs.sharing import REPORTS
 from reglue.seeds import generator
 from reglue.semantics.encoders import EncoderSpec, load_encoder
 
@@ -70,7 +74,8 @@ class Evaluate(TakesPaths):
     reference: Path | None = None
     """The same; ADM's reference batches too, and of a run its training store. Default: that of the run in IMAGES."""
     out: Path | None = None
-    """Where the report goes, a .json file. Only printed if not given."""
+    """Where the report goes, a .json file. That about a run's images is written into the run's reports folder too, from
+    where its model card takes it; that about other images is only printed if not given."""
     count: int | None = None
     """Images to draw from a run; 50000 if not given."""
     feature_network: str = INCEPTION
@@ -246,6 +251,7 @@ class Described:
 def evaluate(options: Evaluate) -> Evaluation:
     """Measure, print a table, and write the report. Raises UserError for input that cannot be compared.
 
+    The report goes to `out`, and into the `reports` folder of the run that the images were drawn from, if it is there.
     Under torchrun the processes share the images, and each returns the same.
     """
     rank, processes = ranks.join(long_waits=True)
@@ -298,11 +304,58 @@ def evaluate(options: Evaluate) -> Evaluation:
     )
     if rank == 0:
         print(evaluation)
+        report = json.dumps(asdict(evaluation), indent=1)
         if options.out:
             with replacing(options.out) as beside:
-                beside.write_text(json.dumps(asdict(evaluation), indent=1))
+                beside.write_text(report)
+        run = drawn_from(options.images, images.protocol())
+        if run:
+            _keep(report, run / REPORTS / report_name(evaluation), options.out)
     ranks.wait_for_all()
     return evaluation
+
+
+def drawn_from(images: Path, protocol: dict[str, Any] | None) -> Path | None:
+    """The run that images were drawn from, if it is there: it was given itself, or their protocol names it."""
+    if is_run(images):
+        return images
+    protocol = protocol or {}
+    run = Path(str(protocol.get("run")))
+    if not is_run(run) or not isinstance(protocol.get("step"), int):
+        return None
+    try:
+        recipe = RunRecord.read(run).recipe
+    except UserError:
+        return None
+    # Another run may be at this path now, or from here.
+    return run if (recipe.name, recipe.model) == (protocol.get("recipe"), protocol.get("model")) else None
+
+
+def report_name(evaluation: Evaluation) -> str:
+    """The file of a report in its run's `reports`: step, network, and a hash of all that the figures depend on.
+
+    The same evaluation again, perhaps by other versions of libraries, has the same name.
+    """
+    protocol = evaluation.protocol or {}
+    about = {name: value for name, value in asdict(evaluation).items() if name not in ("metrics", "absent", "warnings")}
+    about |= {"versions": None, "protocol": {**protocol, "versions": None}}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+    network = re.sub(r"[^\w.-]+", "-", Path(evaluation.feature_network).name)
+    return f"step-{protocol.get('step', 0):08d}-{network}-{digest}.json"
+
+
+def _keep(report: str, file: Path, out: Path | None) -> None:
+    """Write a report into its run, and say so. A run that cannot be written to is no reason to lose an evaluation."""
+    if out and out.resolve().parent == file.resolve().parent:
+        return
+    try:
+        file.parent.mkdir(exist_ok=True)
+        with replacing(file) as beside:
+            beside.write_text(report)
+    except (OSError, UserError) as error:
+        print(f"The report is not in {file.parent}, so no model card will show it: {error}", file=sys.stderr)
+    else:
+        print(f"The report is in {file}, for the model card.", file=sys.stderr)
 
 
 def _reference_path(options: Evaluate) -> Path:
