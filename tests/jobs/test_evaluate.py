@@ -339,6 +339,69 @@ def model_card_of(folder: Path) -> str:
     return (folder / "README.md").read_text()
 
 
+def test_numbers_are_not_printed_without_their_protocol(tmp_path, tiny_store, noise):
+    evaluation = evaluate(settings(write_images(tmp_path / "noise", noise), tiny_store))
+    for bare in (evaluation.metrics, evaluation.metrics.frechet_distance, [evaluation.metrics.recall]):
+        assert not re.search(r"\d", f"{bare}{bare!r}")
+        assert "Evaluation" in str(bare)
+    assert not re.search(r"\d\.\d", repr(evaluation.metrics))
+    assert "recall" in repr(evaluation.metrics)
+    assert "inception_score" not in repr(evaluation.metrics)
+    distance = f"{evaluation.metrics.frechet_distance.value:.4f}"
+    (row,) = [line for line in str(evaluation).splitlines() if line.startswith(evaluation.distance_name)]
+    assert distance in row
+    assert row.endswith("protocol not recorded")
+
+
+def test_the_user_states_how_images_of_elsewhere_were_made(tmp_path, tiny_store, tiny_run, noise):
+    folder = write_images(tmp_path / "noise", noise)
+    (tmp_path / "how.json").write_text(json.dumps({"sampler": "heun", "guidance": {"scale": 1.5}}))
+    sentence = "drawn by another program,\n50 steps of Heun, " + "with many more words " * 9
+    out = tmp_path / "report.json"
+    said = evaluate(settings(folder, tiny_store, protocol=sentence, out=out))
+    assert json.loads(out.read_text())["protocol"] == {"stated_by_user": " ".join(sentence.split())}
+    assert "stated_by_user drawn by another program, 50 steps of Heun" in str(said)
+    assert "not recorded" not in str(said)
+    saved = load(tiny_run, device="cpu").save(tmp_path / "saved", reports=[out])
+    assert f"samples.stated_by_user {' '.join(sentence.split())}" in model_card_of(saved)
+    assert "stated_by_user.guidance.scale 1.5" in str(
+        evaluate(settings(folder, tiny_store, protocol=str(tmp_path / "how.json")))
+    )
+
+
+def test_the_card_says_that_a_protocol_is_not_recorded(tmp_path, tiny_store, tiny_run, noise):
+    evaluate(settings(write_images(tmp_path / "noise", noise), tiny_store, out=tmp_path / "report.json"))
+    saved = load(tiny_run, device="cpu").save(tmp_path / "saved", reports=[tmp_path / "report.json"])
+    assert "samples protocol not recorded" in model_card_of(saved)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("gone.json", "--protocol .*gone.json: no such file"),
+        ("list.json", "holds no JSON object"),
+        ("cut.json", "is not JSON"),
+        (" ", "--protocol says nothing"),
+        ("empty.json", "--protocol says nothing"),
+    ],
+)
+def test_a_statement_must_say_something(said, message, tmp_path, tiny_store, tiny_images, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("list", "[1]"), ("cut", "{"), ("empty", "{}")):
+        (tmp_path / f"{name}.json").write_text(content)
+    with pytest.raises(UserError, match=message) as raised:
+        evaluate(settings(tiny_images, tiny_store, protocol=said))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_statement_does_not_replace_a_record(tmp_path, tiny_run, tiny_store, noise):
+    folder = write_images(tmp_path / "noise", noise)
+    (folder / "samples.json").write_text(json.dumps({"seed": 3}))
+    for images in (folder, tiny_run):
+        with pytest.raises(UserError, match="is recorded already; leave it out"):
+            evaluate(settings(images, tiny_store, protocol="otherwise"))
+
+
 def test_another_run_at_the_path_gets_no_report(tmp_path, tiny_run, tiny_store):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     samples = sample(Sample(run, tmp_path / "samples", count=8, steps=2, device="cpu"))

@@ -44,7 +44,7 @@ from reglue.metrics.resampling import CONFIDENCE, interval, resample_counts, res
 from reglue.runs import ranks
 from reglue.runs.ranks import resolve_device
 from reglue.runs.record import RunRecord
-from reglue.runs.sharing import REPORTS
+from reglue.runs.sharing import REPORTS, STATED
 from reglue.seeds import generator
 from reglue.semantics.encoders import EncoderSpec, load_encoder
 
@@ -76,6 +76,9 @@ class Evaluate(TakesPaths):
     out: Path | None = None
     """Where the report goes, a .json file. That about a run's images is written into the run's reports folder too, from
     where its model card takes it; that about other images is only printed if not given."""
+    protocol: str | None = None
+    """How the images were made, where no samples.json beside them says so: a sentence, or a .json file with an object.
+    It goes into the report, as stated by you."""
     count: int | None = None
     """Images to draw from a run; 50000 if not given."""
     feature_network: str = INCEPTION
@@ -111,9 +114,12 @@ class Evaluate(TakesPaths):
                 raise UserError(f"--{option.replace('_', '-')} {value}: choose at least {smallest}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Figure:
-    """A figure and, where resampling gives one, the 95 % interval around it."""
+    """A figure and, where resampling gives one, the 95 % interval around it.
+
+    It prints no number, since one without its protocol says little: print the `Evaluation`. `value` is the number.
+    """
 
     value: float
     low: float | None = None
@@ -127,12 +133,15 @@ class Figure:
         low, high = interval(value, resampled)
         return cls(value, max(low, least), min(high, most))
 
+    def __repr__(self) -> str:
+        return "<Figure: print its Evaluation, which says how it was made>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Metrics:
     """The figures; None for those that could not be measured, for reasons in `Evaluation.absent`.
 
-    Distances: smaller is better. All others: larger is better.
+    Distances: smaller is better. All others: larger is better. As those of a `Figure`, the numbers are not printed.
     """
 
     frechet_distance: Figure
@@ -149,10 +158,14 @@ class Metrics:
     density: Figure | None = None
     coverage: Figure | None = None
 
+    def __repr__(self) -> str:
+        measured = ", ".join(part.name for part in fields(self) if getattr(self, part.name) is not None)
+        return f"<Metrics {measured}: print their Evaluation, which says how they were made>"
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures and all that they depend on. Figures are printed in no other way than `str(evaluation)`, the table."""
+    """Figures and all that they depend on. Figures are printed in no other way than `print(evaluation)`, the table."""
 
     metrics: Metrics
     absent: dict[str, str]
@@ -185,13 +198,16 @@ class Evaluation:
     confidence: float
     seed: int
     protocol: dict[str, Any] | None
-    """How the images were sampled; None if nothing says so."""
+    """How the images were sampled; None if nothing says so. What the user states in place of a record is under
+    `stated_by_user`."""
     warnings: tuple[str, ...]
     versions: dict[str, str]
 
     def __str__(self) -> str:
         """The report for people: several lines, no newline at the end."""
         rows = {name: _shown(figure) for name, figure in self._figures()}
+        if self.protocol is None:
+            rows[self.distance_name] += ", protocol not recorded"
         if self.metrics.kernel_distance is not None:
             rows["KID"] += f", ± {self.metrics.kernel_distance_std:.6f} between subsets"
         rows |= {name: f"– ({reason})" for name, reason in self.absent.items()}
@@ -261,7 +277,10 @@ def evaluate(options: Evaluate) -> Evaluation:
         if options.out.is_dir():
             raise UserError(f"--out {options.out} is a folder; name a .json file")
         options.out.parent.mkdir(parents=True, exist_ok=True)
+    stated = _stated_protocol(options.protocol)
     images = open_images(options.images, options.count, options.batch_size, options.device)
+    if stated and (is_run(options.images) or images.protocol()):
+        raise UserError(f"--protocol: how the images of {options.images} are made is recorded already; leave it out")
     reference = open_reference(_reference_path(options))
     for side in (images, reference):
         if side.images is not None:
@@ -298,7 +317,7 @@ def evaluate(options: Evaluate) -> Evaluation:
         resamples=options.resamples,
         confidence=CONFIDENCE,
         seed=options.seed,
-        protocol=images.protocol(),
+        protocol=stated or images.protocol(),
         warnings=tuple(_warnings(network, measured, real)),
         versions={name: version(name) for name in ("reglue", "torch", "timm", "torch-fidelity", "numpy", "pillow")},
     )
@@ -356,6 +375,26 @@ def _keep(report: str, file: Path, out: Path | None) -> None:
         print(f"The report is not in {file.parent}, so no model card will show it: {error}", file=sys.stderr)
     else:
         print(f"The report is in {file}, for the model card.", file=sys.stderr)
+
+
+def _stated_protocol(said: str | None) -> dict[str, Any] | None:
+    """What the user says about images whose making nothing has recorded. Raises UserError if that is nothing."""
+    content: Any = said
+    if said is not None and said.endswith(".json"):
+        file = Path(said)
+        if not file.is_file():
+            raise UserError(f"--protocol {file}: no such file; name one with a JSON object, or say it in a sentence")
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"--protocol {file} is not JSON ({error}); mend it, or say it in a sentence") from error
+        if not isinstance(content, dict):
+            raise UserError(f"--protocol {file} holds no JSON object; write one, or say it in a sentence")
+    elif said is not None:
+        content = " ".join(said.split())
+    if said is not None and not content:
+        raise UserError("--protocol says nothing; give a sentence, or a .json file with an object")
+    return None if said is None else {STATED: content}
 
 
 def _reference_path(options: Evaluate) -> Path:

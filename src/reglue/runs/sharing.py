@@ -25,6 +25,8 @@ from reglue.semantics.compressors import Compressor, load_compressor
 CARD, PICTURE, REPORTS, PREVIEWS = "README.md", "samples.png", "reports", "previews"
 DISTANCE = "frechet_distance"
 """The metric whose name depends on the features: reports have it as `distance_name`."""
+STATED = "stated_by_user"
+"""Where a report's protocol has what the user said about images whose making nothing has recorded."""
 NO_PROTOCOL = ("metrics", "protocol", "skipped", "versions", "absent", "warnings")
 """What a report says of other things than how its metrics were made."""
 
@@ -209,9 +211,9 @@ def _read_report(file: Path) -> Report | None:
     }
     about = {key: value for key, value in content.items() if key not in NO_PROTOCOL}
     how, warnings = content.get("protocol"), content.get("warnings")
-    protocol = dict(_flat(about)) | (dict(_flat({"samples": how})) if isinstance(how, dict) else {})
+    protocol = dict(_flat(about)) | dict(_flat({"samples": how if isinstance(how, dict) else "protocol not recorded"}))
     short = {key: _without_place(str(value)) for key, value in protocol.items() if value not in (None, "")}
-    short = {key: value for key, value in short.items() if len(value) <= 100}
+    short = {key: value for key, value in short.items() if len(value) <= 100 or key.startswith(f"samples.{STATED}")}
     step = how.get("step") if isinstance(how, dict) else None
     return Report(
         name=file.stem,
