@@ -149,7 +149,7 @@ def test_the_readme(
     assert (tmp_path / "first.png").is_file()
     assert sent.keys() == {"owner/name"}
     found = json.loads((tmp_path / "report.json").read_text())["metrics"]["frechet_distance"]["value"]
-    for text in (f"| {found:.6g} |", "samples.sampling.guidance.scale 2.8", "samples.seed 0"):
+    for text in (f"| {found:.6g} |", "samples.sampling.guidance.scale 2.8", "samples.seed 0", "versions.torch"):
         assert text in sent["owner/name"], text
 
 

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from helpers import mistake, run_reglue
 from reglue.data.store import Store
@@ -407,10 +407,16 @@ def test_another_run_at_the_path_gets_no_report(tmp_path, tiny_run, tiny_store):
     samples = sample(Sample(run, tmp_path / "samples", count=8, steps=2, device="cpu"))
     record = json.loads((run / "run.json").read_text())
     record["recipe"]["name"] = "another"
+    before = (run / "run.json").read_text()
     for content in (json.dumps(record), "{"):
         (run / "run.json").write_text(content)
         evaluate(settings(samples, tiny_store, resamples=0))
         assert not (run / "reports").exists()
+    (run / "run.json").write_text(before)
+    weights = run / "checkpoints" / "00000006" / "ema.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    evaluate(settings(samples, tiny_store, resamples=0))
+    assert not (run / "reports").exists()
 
 
 def test_a_run_whose_store_is_gone_or_another_is_named(tmp_path, tiny_run, tiny_images):

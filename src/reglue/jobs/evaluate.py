@@ -41,7 +41,7 @@ from reglue.metrics.features import (
 )
 from reglue.metrics.inception import INCEPTION, Inception, is_inception, load_inception
 from reglue.metrics.resampling import CONFIDENCE, interval, resample_counts, resampled_means
-from reglue.runs import ranks
+from reglue.runs import checkpoints, ranks
 from reglue.runs.ranks import resolve_device
 from reglue.runs.record import RunRecord
 from reglue.runs.sharing import REPORTS, STATED
@@ -339,15 +339,18 @@ def drawn_from(images: Path, protocol: dict[str, Any] | None) -> Path | None:
     if is_run(images):
         return images
     protocol = protocol or {}
-    run = Path(str(protocol.get("run")))
-    if not is_run(run) or not isinstance(protocol.get("step"), int):
+    run, step = Path(str(protocol.get("run"))), protocol.get("step")
+    if not is_run(run) or not isinstance(step, int):
         return None
     try:
         recipe = RunRecord.read(run).recipe
     except UserError:
         return None
     # Another run may be at this path now, or from here.
-    return run if (recipe.name, recipe.model) == (protocol.get("recipe"), protocol.get("model")) else None
+    same = (recipe.name, recipe.model) == (protocol.get("recipe"), protocol.get("model"))
+    if same and "weights_sha256" in protocol and step in checkpoints.steps(run):
+        same = checkpoints.weights_sha256(run, step) == protocol["weights_sha256"]
+    return run if same else None
 
 
 def report_name(evaluation: Evaluation) -> str:

@@ -27,7 +27,7 @@ DISTANCE = "frechet_distance"
 """The metric whose name depends on the features: reports have it as `distance_name`."""
 STATED = "stated_by_user"
 """Where a report's protocol has what the user said about images whose making nothing has recorded."""
-NO_PROTOCOL = ("metrics", "protocol", "skipped", "versions", "absent", "warnings")
+NO_PROTOCOL = ("metrics", "protocol", "skipped", "absent", "warnings")
 """What a report says of other things than how its metrics were made."""
 
 
