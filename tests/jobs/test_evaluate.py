@@ -258,6 +258,36 @@ def test_an_adm_reference_batch_gives_its_statistics_and_its_images(tmp_path, ra
     assert bare.absent["precision"] == "the reference has statistics and no images"
 
 
+def test_statistics_of_another_size_are_not_used(tmp_path, random_inception, monkeypatch, cheap_distance):
+    """With --resolution both sides are scaled, and a file's statistics are of its images as they are."""
+    files = {}
+    for name, seed in (("images", 0), ("reference", 1)):
+        pixels = np.random.default_rng(seed).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+        files[name] = tmp_path / f"{name}.npz"
+        np.savez(files[name], pixels)
+    other = {"mu": np.ones(2048), "sigma": np.eye(2048), "mu_s": np.ones(2023), "sigma_s": np.eye(2023)}
+    adm, bare = tmp_path / "adm.npz", tmp_path / "bare.npz"
+    np.savez(adm, np.load(files["reference"])["arr_0"], **other)
+    np.savez(bare, **other)
+
+    def measured(reference: Path, resolution: int) -> job.Evaluation:
+        network = str(random_inception)
+        return evaluate(
+            settings(files["images"], reference, feature_network=network, resolution=resolution, resamples=0)
+        )
+
+    scaled, expected, native = measured(adm, 8), measured(files["reference"], 8), measured(adm, 16)
+    assert scaled.metrics == expected.metrics
+    assert scaled.reference_features == "computed from the images"
+    assert scaled.reference_size == (8, 8)
+    assert "statistics in the file" in native.reference_features
+    assert value(native.metrics.frechet_distance) != pytest.approx(value(expected.metrics.frechet_distance), rel=1e-2)
+    monkeypatch.setattr(job, "describe", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(UserError, match=r"^--resolution: .*bare\.npz holds statistics alone") as raised:
+        measured(bare, 16)
+    assert "\n" not in str(raised.value)
+
+
 def test_images_go_into_the_inception_at_their_own_size(tmp_path, random_inception, noise, cheap_distance):
     small, large = noise, noise.repeat(2, 1).repeat(2, 2)
     np.savez(tmp_path / "small.npz", small)

@@ -286,6 +286,7 @@ def evaluate(options: Evaluate) -> Evaluation:
         if side.images is not None:
             _refuse_too_few(len(side.images), "images", side, options)
     network = _load_network(options, images, reference, device)
+    images, reference = (_at_resolution(side, network, options) for side in (images, reference))
 
     skipped: list[str] = []
     measured = describe(network, images, "images", options, skipped, share)
@@ -440,6 +441,22 @@ def _common_resolution(
 
 def _given_resolution(resolution: int | tuple[int, int]) -> tuple[int, int]:
     return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
+def _at_resolution(side: ImageSet, network: FeatureNetwork, options: Evaluate) -> ImageSet:
+    """A side without the statistics of its file, if they are of images of another size than the one that is asked for.
+
+    Raises UserError if the file has no images to compute them from.
+    """
+    if side.pool is None or options.resolution is None or not isinstance(network, Inception):
+        return side
+    height, width = _given_resolution(options.resolution)
+    if side.images is None:
+        raise UserError(
+            f"--resolution: {side.path} holds statistics alone, which cannot be brought to {height}×{width} pixels; "
+            "leave the option out, or give the images"
+        )
+    return side if side.images.first_size() == (height, width) else replace(side, pool=None, spatial=None)
 
 
 def _refuse_too_few(count: int, what: str, side: ImageSet, options: Evaluate) -> None:
