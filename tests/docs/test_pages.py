@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import reglue
 from reglue import cli
 from reglue.data.images import crop_to
 from reglue.jobs.autoencode import Autoencode
@@ -249,6 +250,25 @@ def test_the_readme(
     found = json.loads((tmp_path / "report.json").read_text())["metrics"]["frechet_distance"]["value"]
     for text in (f"| {found:.6g} |", "samples.sampling.guidance.scale 2.8", "samples.seed 0", "versions.torch"):
         assert text in sent["owner/name"], text
+
+
+def test_the_page_about_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_images: Path, tiny_run: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_images, tmp_path / "photos")
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"square"', '"spaniel"'))
+    page = (ROOT / "docs/python.md").read_text()
+    python = [content for mark, content in blocks(page) if mark == "python"]
+    assert len(python) == 3
+    for content in python:
+        exec(content, {})
+    assert (tmp_path / "shared/README.md").is_file()
+    assert len(list((tmp_path / "new-run/reports").glob("*.json"))) == 1
+    cells = [cell.strip() for line in page.splitlines() if line.startswith("| `") for cell in line.split("|")[1:3]]
+    assert [f"`{name}`" for name in reglue.__all__ if f"`{name}`" not in cells] == [], "every public name has its row"
+    assert "docs/python.md" in (ROOT / "README.md").read_text()
 
 
 def test_every_published_recipe_has_a_page_that_states_its_result() -> None:
