@@ -94,7 +94,9 @@ def network_of(autoencoder: Autoencoder) -> AutoencoderKL:
     """The network of a loaded autoencoder, to be trained further. Raises UserError if it is no AutoencoderKL of RGB."""
     spec = autoencoder.spec
     if not isinstance(autoencoder, KlAutoencoder):
-        raise UserError(f"--from {spec.name} is an {spec.kind}; give an AutoencoderKL, the only kind that is trained here")
+        raise UserError(
+            f"--from {spec.name} is an {spec.kind}; give an AutoencoderKL, the only kind that is trained here"
+        )
     config = autoencoder.network.config
     if (config["in_channels"], config["out_channels"]) != (3, 3):
         raise UserError(
