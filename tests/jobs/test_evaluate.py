@@ -258,6 +258,25 @@ def test_an_adm_reference_batch_gives_its_statistics_and_its_images(tmp_path, ra
     assert bare.absent["precision"] == "the reference has statistics and no images"
 
 
+def test_sfid_has_an_interval_from_its_own_features(tmp_path, random_inception, noise, cheap_distance, monkeypatch):
+    images = write_images(tmp_path / "noise", noise)
+    resampled: list[torch.Tensor] = []
+
+    def influence(features: torch.Tensor, own: Gaussian, reference: Gaussian) -> torch.Tensor:
+        torch.testing.assert_close(features.double().mean(0), own.mean, rtol=1e-4, atol=1e-5)
+        resampled.append(features)
+        return torch.linspace(-1, 1, len(features))
+
+    monkeypatch.setattr(job, "frechet_influence", influence)
+    found = evaluate(settings(images, images, feature_network=str(random_inception), resamples=20, batch_size=3))
+    assert [features.shape for features in resampled] == [(len(noise), 2048), (len(noise), 2023)]
+    for figure in (found.metrics.frechet_distance, found.metrics.spatial_frechet_distance):
+        assert figure is not None
+        assert figure.low is not None
+        assert figure.high is not None
+        assert figure.low < figure.high
+
+
 def test_statistics_of_another_size_are_not_used(tmp_path, random_inception, monkeypatch, cheap_distance):
     """With --resolution both sides are scaled, and a file's statistics are of its images as they are."""
     files = {}

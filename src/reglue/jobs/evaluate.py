@@ -147,7 +147,7 @@ class Metrics:
     frechet_distance: Figure
     """FID, if the network is the Inception."""
     spatial_frechet_distance: Figure | None = None
-    """sFID of ADM. It has no interval, since spatial features are not kept."""
+    """sFID of ADM."""
     inception_score: Figure | None = None
     precision: Figure | None = None
     recall: Figure | None = None
@@ -493,7 +493,9 @@ def describe(
         origin = "computed from the images"
         size = _given_resolution(options.resolution) if options.resolution else network.image_size
         size = size or side.images.first_size()
-        images = _describe_share(network, side, size, name, share, skipped)
+        # Whose influence on sFID resampling asks for: the images', not the reference's.
+        keep_spatial = name == "images" and options.resamples > 0
+        images = _describe_share(network, side, size, name, share, skipped, keep_spatial)
     if images is not None:
         _refuse_too_few(len(images.features), "readable images", side, options)
     if given:
@@ -520,7 +522,13 @@ def _has_features(store: Store, network: EncoderFeatures) -> bool:
 
 
 def _describe_share(
-    network: FeatureNetwork, side: ImageSet, size: tuple[int, int], name: str, share: Share, skipped: list[str]
+    network: FeatureNetwork,
+    side: ImageSet,
+    size: tuple[int, int],
+    name: str,
+    share: Share,
+    skipped: list[str],
+    keep_spatial: bool,
 ) -> FeatureSet:
     """What the network says about a side, in its order, of which each process describes a share.
 
@@ -528,7 +536,8 @@ def _describe_share(
     """
     numbers: list[int] = []
     unreadable: list[tuple[int, str]] = []
-    found = describe_images(network, _batches(side, size, name, share, numbers, unreadable))
+    batches = _batches(side, size, name, share, numbers, unreadable)
+    found = describe_images(network, batches, keep_spatial=keep_spatial)
     if share.processes == 1:
         skipped += [image for _, image in unreadable]
         return found
@@ -541,6 +550,7 @@ def _describe_share(
         features=ranks.all_rows(found.features)[order],
         logits=logits[order] if len(logits) else None,
         spatial=_of_all_processes(found.spatial) if found.spatial else None,
+        spatial_features=None if found.spatial_features is None else ranks.all_rows(found.spatial_features)[order],
     )
 
 
@@ -583,28 +593,35 @@ def _batches(
             progress.update(min(len(batch) * share.processes, count - progress.n))
 
 
+def _distance(own: Gaussian, reference: Gaussian, features: Tensor | None, counts: Tensor) -> Figure:
+    """The Fréchet distance, with an interval if the features (N, D) behind `own` are there to be resampled."""
+    distance = frechet_distance(own, reference)
+    if features is None:
+        return Figure(distance)
+    influence = frechet_influence(features, own, reference)
+    return Figure.of(distance, resampled_means(influence, counts), least=0)
+
+
 def measure(
     network: FeatureNetwork, measured: Described, real: Described, options: Evaluate, device: torch.device
 ) -> tuple[Metrics, dict[str, str]]:
     """The figures, and the reasons for those that are missing."""
-    metrics = Metrics(Figure(frechet_distance(measured.gaussian, real.gaussian)))
+    images, others = measured.images, real.images
+    # Of statistics that came in the file there are no images to resample.
+    resampled = None if measured.given or images is None or not options.resamples else images
+    count = len(images.features) if images else 0
+    counts = resample_counts(count, options.resamples if images else 0, options.seed, "images")
+    metrics = Metrics(_distance(measured.gaussian, real.gaussian, resampled and resampled.features, counts))
     absent: dict[str, str] = {}
     if measured.spatial and real.spatial:
-        spatial = Figure(frechet_distance(measured.spatial, real.spatial))
+        spatial = _distance(measured.spatial, real.spatial, resampled and resampled.spatial_features, counts)
         metrics = replace(metrics, spatial_frechet_distance=spatial)
     else:
         absent["sFID"] = "a file has no mu_s" if network.spatial_width else "defined for the Inception alone"
-
-    images, others = measured.images, real.images
     if images is None:
         return metrics, absent | dict.fromkeys(
             [name for name in NAMES.values() if name != "sFID"], f"{options.images} has statistics and no images"
         )
-    counts = resample_counts(len(images.features), options.resamples, options.seed, "images")
-    if not measured.given and options.resamples:
-        influence = frechet_influence(images.features, measured.gaussian, real.gaussian)
-        distance = metrics.frechet_distance.value
-        metrics = replace(metrics, frechet_distance=Figure.of(distance, resampled_means(influence, counts), least=0))
     if images.logits is None:
         absent["Inception Score"] = network.without_logits
     else:
