@@ -22,7 +22,7 @@ class Hub(BaseHTTPRequestHandler):
     """Serves FILES of owner/model, and says of owner/gated that one must log in first."""
 
     asked: list[str]
-    has_optional = True
+    failing: set[str]
 
     def do_HEAD(self) -> None:
         self._answer(with_content=False)
@@ -31,11 +31,13 @@ class Hub(BaseHTTPRequestHandler):
         self._answer(with_content=True)
 
     def _answer(self, with_content: bool) -> None:
-        repository, _, file = self.path.strip("/").partition("/resolve/main/")
-        if "/resolve/" not in self.path:
-            repository, _, file = self.path.strip("/").partition(f"/resolve/{COMMIT}/")
+        repository, _, rest = self.path.strip("/").partition("/resolve/")
+        _, _, file = rest.partition("/")
         self.server.asked.append(self.path)  # type: ignore[reportAttributeAccessIssue]
         content = FILES.get(file) if repository == "owner/model" else None
+        if with_content and file in self.server.failing:  # type: ignore[reportAttributeAccessIssue]
+            self.send_error(400)
+            return
         self.send_response(200 if content is not None else 401 if repository == "owner/gated" else 404)
         self.send_header("X-Repo-Commit", COMMIT)
         if content is None:
@@ -71,14 +73,26 @@ def go_online(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
 
 
 @pytest.fixture
-def asked(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What a hub on this machine was asked for."""
+def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    """A hub on this machine, which fails to send what is in its `failing`."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.asked = []  # type: ignore[reportAttributeAccessIssue]
+        server.asked, server.failing = [], set()  # type: ignore[reportAttributeAccessIssue]
         go_online(monkeypatch, server.server_port)
         Thread(target=server.serve_forever, daemon=True).start()
-        yield server.asked  # type: ignore[reportAttributeAccessIssue]
+        yield server
         server.shutdown()
+
+
+@pytest.fixture
+def asked(hub: ThreadingHTTPServer) -> list[str]:
+    """What the hub was asked for."""
+    return hub.asked  # type: ignore[reportAttributeAccessIssue]
+
+
+@pytest.fixture
+def failing(hub: ThreadingHTTPServer) -> set[str]:
+    """Files that the hub fails to send."""
+    return hub.failing  # type: ignore[reportAttributeAccessIssue]
 
 
 def refusal(repository: str, gated: bool = False) -> str:
@@ -109,6 +123,52 @@ def test_what_is_optional_may_be_absent(asked: list[str]):
     folder = fetch("mine", "owner/model", list(FILES), instead="", optional="vae/mean_std.json")
     assert {file.name for file in folder.iterdir()} == {"config.json", "weights"}
     assert any("mean_std.json" in path for path in asked)
+
+
+CONFIG, OPTIONAL = "vae/config.json", "vae/weights"
+
+
+def fetch_config(cache: Path, tmp_path: Path) -> Path:
+    """With only the configuration in the cache, as what does not know the optional file leaves it."""
+    (tmp_path / "file").write_text("cached")
+    put_into_hub_cache(cache, "owner/model", {CONFIG: tmp_path / "file"})
+    return fetch("mine", "owner/model", [CONFIG], instead="", optional=OPTIONAL)
+
+
+def test_what_is_optional_is_asked_for_beside_what_is_cached(cache: Path, tmp_path: Path, asked: list[str]):
+    folder = fetch_config(cache, tmp_path)
+    assert (folder / "config.json").read_text() == "cached"
+    assert (folder / "weights").read_bytes() == FILES[OPTIONAL]
+    assert all(COMMIT in path for path in asked), "of the cached commit"
+    asked.clear()
+    assert fetch_config(cache, tmp_path) == folder
+    assert asked == []
+
+
+def test_that_what_is_optional_is_absent_is_asked_once(cache: Path, tmp_path: Path, asked: list[str]):
+    (tmp_path / "file").write_text("cached")
+    put_into_hub_cache(cache, "owner/model", {CONFIG: tmp_path / "file"})
+    for questions in (True, False):
+        asked.clear()
+        fetch("mine", "owner/model", [CONFIG], instead="", optional="vae/mean_std.json")
+        assert bool(asked) == questions
+
+
+def test_without_a_network_the_unknown_optional_file_is_named(cache: Path, tmp_path: Path):
+    with pytest.warns(UserWarning, match=r"mine: whether owner/model has vae/weights is not known"):
+        folder = fetch_config(cache, tmp_path)
+    assert (folder / "config.json").read_text() == "cached"
+
+
+def test_an_optional_file_that_fails_leaves_no_set_that_looks_complete(
+    failing: set[str], monkeypatch: pytest.MonkeyPatch
+):
+    failing.add(OPTIONAL)
+    with pytest.raises(UserError, match="cannot be fetched"):
+        fetch("mine", "owner/model", [CONFIG], instead="", optional=OPTIONAL)
+    failing.clear()
+    folder = fetch("mine", "owner/model", [CONFIG], instead="", optional=OPTIONAL)
+    assert {file.name for file in folder.iterdir()} == {"config.json", "weights"}
 
 
 def test_terms_that_must_be_accepted_are_said(asked: list[str]):

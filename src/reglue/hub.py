@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 
 from reglue.errors import UserError
 
@@ -24,7 +25,8 @@ def fetch(
     """The folder that holds the files of a repository, in the hub's cache.
 
     What is in the cache already is taken from there, without a look at the network: the same name gives the same
-    weights from one day to the next, and works offline.
+    weights from one day to the next, and works offline. Only for an optional file of which the cache does not know
+    whether the repository has it is the network asked; where that fails, the rest is taken with a warning.
 
     Args:
         wanted: what the user asked for, for the message: `encoder dinov2-b`.
@@ -38,15 +40,15 @@ def fetch(
         UserError: the files are neither in the cache nor can they be fetched. It comes at once: nothing is retried.
     """
     cached = [try_to_load_from_cache(repository, file) for file in files]
-    if all(isinstance(path, str) for path in cached):
-        return Path(str(cached[0])).parent
+    found = [Path(path) for path in cached if isinstance(path, str)]
+    if len(found) == len(files):
+        _complete(wanted, repository, optional, commit=found[0].parents[files[0].count("/")].name)
+        return found[0].parent
     try:
-        # One question first, because hf_hub_download asks an unreachable network for half a minute.
-        get_hf_file_metadata(hf_hub_url(repository, files[0]))
+        _ask(repository, files[0])
+        if optional is not None:  # First, so that whatever stops this leaves no set that looks complete.
+            _download_if_there(repository, optional)
         paths = [Path(hf_hub_download(repository, file)) for file in files]
-        if optional is not None:
-            with suppress(EntryNotFoundError):
-                hf_hub_download(repository, optional)
     except Exception as error:  # whatever the hub's client raises: offline, refused, not found
         terms = ""
         if gated or isinstance(error, GatedRepoError):
@@ -56,3 +58,37 @@ def fetch(
             f"{' and '.join(files)} of {repository} from the Hugging Face hub and {instead}"
         ) from error
     return paths[0].parent
+
+
+def _complete(wanted: str, repository: str, optional: str | None, commit: str) -> None:
+    """Fetch the optional file beside files of a commit that are in the cache, unless the cache knows about it.
+
+    The commit is named, so that a newer one on the hub does not take the place of what is cached.
+    """
+    if optional is None or try_to_load_from_cache(repository, optional, revision=commit) is not None:
+        return  # There, or known to be absent.
+    try:
+        _download_if_there(repository, optional, commit)
+    except Exception as error:  # as in `fetch`
+        warnings.warn(
+            f"{wanted}: whether {repository} has {optional} is not known here and cannot be asked "
+            f"({type(error).__name__}); going on without it",
+            stacklevel=3,
+        )
+
+
+def _download_if_there(repository: str, file: str, commit: str | None = None) -> None:
+    """Download a file, or have the cache note that the repository has none."""
+    with suppress(EntryNotFoundError):
+        _ask(repository, file, commit)
+    try:
+        hf_hub_download(repository, file, revision=commit)
+    except LocalEntryNotFoundError:  # The network failed, which is an EntryNotFoundError as well.
+        raise
+    except EntryNotFoundError:
+        pass
+
+
+def _ask(repository: str, file: str, commit: str | None = None) -> None:
+    """Raise what is wrong, at once: `hf_hub_download` asks an unreachable network for half a minute."""
+    get_hf_file_metadata(hf_hub_url(repository, file, revision=commit))

@@ -227,6 +227,29 @@ def test_images_that_cannot_be_read_are_named_wherever_they_lie(rows, tmp_path: 
             assert "0x" not in result.reason, "the reason has an address, which is another one each time"
 
 
+def test_parquet_files_of_one_name_give_images_of_different_names(rows, tmp_path: Path):
+    for folder, part in (("a", rows[:3]), ("b", rows[3:8])):
+        (tmp_path / folder).mkdir()
+        as_dataset(part).to_parquet(tmp_path / folder / "0.parquet")
+    pattern = tmp_path / "[ab]" / "*.parquet"
+    images = open_images(pattern)
+    assert list(images.names) == [f"a/0.parquet/{i}" for i in range(3)] + [f"b/0.parquet/{i}" for i in range(5)]
+    assert list(open_images(tmp_path).names) == list(images.names)
+
+    before = images.fingerprint()
+    (tmp_path / "b").rename(tmp_path / "c")
+    assert open_images(tmp_path / "[ac]" / "*.parquet").fingerprint() != before
+    (tmp_path / "c" / "0.parquet").rename(tmp_path / "c" / "1.parquet")
+    names = list(open_images(tmp_path / "[ac]" / "*.parquet").names)
+    assert names[2:4] == ["0.parquet/2", "1.parquet/0"], "as they were named before, where that tells them apart"
+
+
+def test_a_parquet_file_that_a_pattern_means_twice_is_refused(rows, tmp_path: Path):
+    as_dataset(rows[:3]).to_parquet(tmp_path / "0.parquet")
+    with pytest.raises(UserError, match=r"means 0\.parquet twice"):
+        open_images(tmp_path / "{*,0}.parquet")
+
+
 def test_a_row_without_an_image_is_unreadable(rows, tmp_path: Path):
     pq.write_table(pa.table({"jpg": [rows[0][1], None], "label": [0, 1]}), tmp_path / "a.parquet")
     result = open_images(tmp_path / "a.parquet").load(1, SIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -9,32 +10,64 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import reglue
 from reglue import cli
+from reglue.data.images import crop_to
 from reglue.jobs.autoencode import Autoencode
 from reglue.jobs.compress import Compress
 from reglue.jobs.evaluate import Evaluate
 from reglue.jobs.export_run import ExportRun, export_run
 from reglue.jobs.import_run import ImportRun
+from reglue.jobs.perceive import Perceive
 from reglue.jobs.prepare import Prepare
 from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import Train
+from reglue.jobs.train_head import TrainHead
 from reglue.papers import PAPERS
 from reglue.recipe import SamplerName
-from reglue.runs.generation import ImageModel
+from reglue.runs.official import PUBLISHED_DECODER
 from reglue.runs.record import RunRecord
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs/methods").glob("[a-z]*.md"))
 
 
-def commands(page: Path) -> list[list[str]]:
-    """The arguments of every `reglue` command in the page's code blocks, in order."""
-    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line[line.index("reglue") + 1 :] for line in lines if line]
+ALL_PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+IMAGENET = "On ImageNet with eight GPUs"
+"""The section with the commands that reproduce a method."""
+REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """The code blocks: what each is marked as, and its content."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def section(page: Path, title: str) -> str:
+    """The text beneath a heading, up to the next one."""
+    (found,) = re.findall(
+        rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", page.read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+    return found
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every `reglue` command in blocks marked `sh`, in order; other programs' are left out."""
+    scripts = [content for mark, content in blocks(text) if mark == "sh"]
+    lines = [
+        shlex.split(line, comments=True) for script in scripts for line in script.replace("\\\n", " ").splitlines()
+    ]
+    starts = [
+        (line, i + 1)
+        for line in lines
+        for i, word in enumerate(line)
+        if word == "reglue" and line[:i][-1:] in ([], ["-m"])
+    ]
+    return [line[start:] for line, start in starts]
 
 
 def smaller(options: Any, encoder: str, autoencoder: str) -> Any:
@@ -61,12 +94,32 @@ def smaller(options: Any, encoder: str, autoencoder: str) -> Any:
         alignment = replace(recipe.alignment, hidden=16)
         recipe = replace(recipe, model="2x32x2/2", optimisation=optimisation, alignment=alignment)
         return replace(options, recipe=recipe, preview_every=0, device="cpu")
-    if isinstance(options, Sample):
+    if isinstance(options, Sample) and not isinstance(options, Perceive):
         own = autoencoder if options.autoencoder else None
         return replace(options, count=min(options.count, 6), steps=2, autoencoder=own, device="cpu")
     if isinstance(options, Evaluate):
-        return replace(options, feature_network="store", kernel_subsets=2, resamples=0, device="cpu")
+        published = options.reference is not None and options.reference.name == REFERENCE
+        network = encoder if published else "store"
+        return replace(options, feature_network=network, kernel_subsets=2, resamples=0, device="cpu")
+    if isinstance(options, TrainHead):
+        return replace(options, steps=4, device="cpu")
+    if isinstance(options, Perceive):
+        return replace(options, count=4, device="cpu")
     return options
+
+
+def test_commands_are_found_among_others() -> None:
+    script = "reglue a \\\n  b  # c\nsrun torchrun -m reglue d\npython reglue.py --arms sit reglue e\n"
+    assert commands(f"```sh\n{script}```\n```\nreglue f\n```\n") == [["a", "b"], ["d"]]
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_is_marked_and_parses(page: Path) -> None:
+    text = page.read_text()
+    for mark, content in blocks(text):
+        assert mark in ("sh", "python") or not re.search(r"\breglue\s", content), f"mark this block:\n{content}"
+    for arguments in commands(text):
+        cli.parse(arguments)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -80,13 +133,59 @@ def test_a_page_of_a_method(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_images, tmp_path / "imagenet/train")
+    pixels = [np.asarray(crop_to(Image.open(file), (16, 16))) for file in sorted(tiny_images.rglob("*.png"))]
+    np.savez(REFERENCE, np.stack(pixels), mu=np.zeros(2048), sigma=np.eye(2048))
     done = []
-    for arguments in commands(page):
+    for arguments in commands(section(page, IMAGENET)):
         options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
         cli.job_of(options)(options)
         done.append(arguments[0])
     assert {"prepare", "train", "sample"} <= set(done)
-    assert (tmp_path / "samples.npz").is_file()
+    assert done[-1] == "evaluate"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["reference"], report["reference_count"]) == (REFERENCE, 24)
+    assert report["protocol"]["sampling"]["guidance"]["scale"] == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_of_a_method_are_those_of_its_published_numbers(page: Path) -> None:
+    asked = [cli.parse(arguments) for arguments in commands(section(page, IMAGENET))]
+    drawn = {options.out: options for options in asked if isinstance(options, Sample)}
+    assert drawn.keys() == {options.images for options in asked if isinstance(options, Evaluate)}
+    assert all(options.reference == Path(REFERENCE) for options in asked if isinstance(options, Evaluate))
+    # ReaLS has an autoencoder of its own.
+    assert {options.autoencoder for options in drawn.values()} == {None if page.stem == "reals" else PUBLISHED_DECODER}
+    results = section(page, "Published results")
+    assert (Path("samples-xl.npz") in drawn) == bool(re.search(r"\| XL/2 \| [^|]* \| \d|with guidance \d", results))
+    unguided = drawn[Path("samples.npz")]
+    recipe = next(options.recipe for options in asked if isinstance(options, Train))
+    assert (unguided.sampler or recipe.sampling.sampler, unguided.steps or recipe.sampling.steps) == (
+        "euler-maruyama",
+        250,
+    )
+
+
+def test_what_latents_show(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_images: Path,
+    tiny_encoder: str,
+    tiny_autoencoder: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs/methods/reals.md"
+    for name in ("photos", "imagenette/val", "imagenet/train"):
+        shutil.copytree(tiny_images, tmp_path / name)
+    for file in sorted(tiny_images.rglob("*.png")):
+        mask = tmp_path / "masks" / file.relative_to(tiny_images)
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((np.asarray(Image.open(file).convert("L")) > 127).astype(np.uint8)).save(mask)
+    aligned = smaller(cli.parse(commands(section(page, IMAGENET))[0]), tiny_encoder, tiny_autoencoder)
+    cli.job_of(aligned)(replace(aligned, out=tmp_path / "reals-study/aligned-kl-1e-05"))
+    for arguments in commands(section(page, "What latents show")):
+        options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
+        cli.job_of(options)(options)
+    assert (tmp_path / "seen/perception.json").is_file()
 
 
 def test_the_page_of_resolutions(
@@ -99,7 +198,7 @@ def test_the_page_of_resolutions(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_images, tmp_path / "imagenet/train")
-    for arguments in commands(ROOT / "docs/resolutions.md"):
+    for arguments in commands((ROOT / "docs/resolutions.md").read_text()):
         options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
         cli.job_of(options)(options)
     assert "positions: of 8×8 tokens, counted in 4×4" in capsys.readouterr().out
@@ -111,7 +210,7 @@ def test_the_page_about_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_run, tmp_path / "run")
     page = ROOT / "docs/sampling.md"
-    for arguments in commands(page):
+    for arguments in commands(page.read_text()):
         options = cli.parse(arguments)
         out = sample(replace(options, count=2, steps=2, device="cpu"))
         assert len(list(out.glob("*.png"))) == 2
@@ -128,7 +227,7 @@ def test_the_readme(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_images, tmp_path / "photos")
     (tmp_path / "photos/square").rename(tmp_path / "photos/spaniel")
-    for arguments in commands(ROOT / "README.md"):
+    for arguments in commands((ROOT / "README.md").read_text()):
         options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
         if isinstance(options, ImportRun):
             run = replace(options, heads=2, autoencoder=tiny_autoencoder)
@@ -138,12 +237,38 @@ def test_the_readme(
     assert (tmp_path / "report.json").is_file()
     assert (tmp_path / "weights.safetensors").is_file()
 
-    (python,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    sent = []
-    monkeypatch.setattr(ImageModel, "push_to_hub", lambda _, name: sent.append(name))
+    (python,) = [content for mark, content in blocks((ROOT / "README.md").read_text()) if mark == "python"]
+    sent = {}
+
+    def push(folder: Path, name: str, private: bool) -> None:
+        sent[name] = (folder / "README.md").read_text()
+
+    monkeypatch.setattr("reglue.runs.hub.push", push)
     exec(python)
     assert (tmp_path / "first.png").is_file()
-    assert sent == ["owner/name"]
+    assert sent.keys() == {"owner/name"}
+    found = json.loads((tmp_path / "report.json").read_text())["metrics"]["frechet_distance"]["value"]
+    for text in (f"| {found:.6g} |", "samples.sampling.guidance.scale 2.8", "samples.seed 0", "versions.torch"):
+        assert text in sent["owner/name"], text
+
+
+def test_the_page_about_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_images: Path, tiny_run: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_images, tmp_path / "photos")
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"square"', '"spaniel"'))
+    page = (ROOT / "docs/python.md").read_text()
+    python = [content for mark, content in blocks(page) if mark == "python"]
+    assert len(python) == 3
+    for content in python:
+        exec(content, {})
+    assert (tmp_path / "shared/README.md").is_file()
+    assert len(list((tmp_path / "new-run/reports").glob("*.json"))) == 1
+    cells = [cell.strip() for line in page.splitlines() if line.startswith("| `") for cell in line.split("|")[1:3]]
+    assert [f"`{name}`" for name in reglue.__all__ if f"`{name}`" not in cells] == [], "every public name has its row"
+    assert "docs/python.md" in (ROOT / "README.md").read_text()
 
 
 def test_every_published_recipe_has_a_page_that_states_its_result() -> None:
@@ -157,8 +282,8 @@ def test_every_published_recipe_has_a_page_that_states_its_result() -> None:
 def test_inline_commands_name_options_that_exist() -> None:
     """`reglue …` in running text parses, with what a sentence leaves out put in place."""
     missing = {"train": ["--store", "store", "--out", "run"], "sample": ["run", "--out", "samples"]}
-    for page in PAGES:
-        for text in re.findall(r"`reglue ((?:train|sample) [^`]*)`", page.read_text()):
+    for page in ALL_PAGES:
+        for text in re.findall(r"`reglue ((?:train|sample) (?![^`]*--help)[^`]*)`", page.read_text()):
             arguments = shlex.split(text)
             needed = missing[arguments[0]]
             given = [word for word in needed if word not in arguments] if arguments[0] == "sample" else needed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from sklearn.decomposition import PCA
 
 import reglue.jobs.compress
+from helpers import mistake
 from reglue.data.images import ImageFolder
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.prepare import Prepare, prepare
-from reglue.semantics.compressors import LearnedCompressor, as_map, load_compressor
+from reglue.semantics.compressors import ConvCompressor, LearnedCompressor, as_map, load_compressor
 
 
 @pytest.fixture
@@ -334,3 +337,61 @@ def test_a_compressor_that_was_fitted_elsewhere_is_applied_as_it_is(
     with pytest.raises(UserError, match=r"takes 64 channels, but .* has 16; prepare it with the same encoder"):
         compress(Compress(tmp_path / "one", fitted=fitted, device="cpu"))
     assert not (tmp_path / "one" / "compressors").exists()
+
+
+def published_reglue(folder: Path, channels_in: int) -> tuple[Path, Path, ConvCompressor]:
+    """REGLUE's files of weights and statistics, with what they hold."""
+    torch.manual_seed(0)
+    mean, std = torch.randn(channels_in), torch.rand(channels_in) + 0.5
+    compressor = ConvCompressor(channels_in, 8, 5, mean, std).eval()
+    weights = compressor.state_dict()
+    published = {f"module.{key.replace('coder.', 'coder.model.')}": weights[key] for key in weights if "coder." in key}
+    torch.save(published, folder / "compressor.pth")
+    np.savez(folder / "statistics.npz", mean=mean.numpy(), std=std.numpy())
+    return folder / "compressor.pth", folder / "statistics.npz", compressor
+
+
+def test_a_published_compressor_is_applied_to_ones_own_store(folder: Path, tmp_path: Path):
+    file, statistics, compressor = published_reglue(tmp_path, channels_in=64)
+    options = Compress(folder, fitted=file, statistics=statistics, name="published", device="cpu")
+    store = compress(options)
+    assert store.manifest.compressors["published"] == compressor.spec()
+    rows = torch.arange(len(store))
+    with torch.no_grad():
+        codes = compressor.encode(store.read("features", rows)["features"])
+    torch.testing.assert_close(store.read("local.published", rows)["local"], codes, atol=1e-4, rtol=1e-4)
+    assert compress(options).manifest == store.manifest
+
+    np.savez(statistics, mean=np.zeros(64), std=np.ones(64))
+    with pytest.raises(UserError, match=r"was made with fitted .* choose another --name"):
+        compress(options)
+
+
+def test_published_principal_components_are_applied_to_ones_own_store(folder: Path, tmp_path: Path):
+    rows = torch.arange(24)
+    features = Store.open(folder).read("features", rows)["features"]
+    flat = features.float().movedim(1, -1).flatten(0, -2).numpy()
+    mean, std = flat.mean(0), flat.std(0) + 0.1
+    model = PCA(8).fit((flat - mean) / std)
+    (tmp_path / "pca.pkl").write_bytes(pickle.dumps({"pca_model": model, "mean": mean, "std": std}))
+    store = compress(Compress(folder, fitted=tmp_path / "pca.pkl", channels=6, device="cpu"))
+    codes = store.read("local.pca-6", rows)["local"].movedim(1, -1).flatten(0, -2).numpy()
+    np.testing.assert_allclose(codes, model.transform((flat - mean) / std)[:, :6], atol=1e-3)
+
+
+def test_a_published_compressor_that_does_not_fit_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    file, statistics, _ = published_reglue(tmp_path, channels_in=48)
+    (tmp_path / "page.pth").write_text("<html>")
+    fitted = ["--fitted", file]
+    for says, arguments in {
+        f"--fitted {file} takes 48 channels, but {folder} has 64": [*fitted, "--statistics", statistics],
+        "give their file with --statistics": fitted,
+        "give it too, with --fitted": ["--statistics", statistics],
+        "page.pth: is a web page": ["--fitted", tmp_path / "page.pth"],
+        "nowhere.pth: no such file": ["--fitted", tmp_path / "nowhere.pth"],
+        "is not needed": ["--fitted", folder / "compressors" / "conv-4", "--statistics", statistics],
+    }.items():
+        assert says in mistake(capsys, monkeypatch, "compress", folder, *arguments)
+    assert {path.name for path in (folder / "compressors").iterdir()} == {"conv-4", "pca-4"}

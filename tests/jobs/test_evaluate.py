@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from helpers import mistake, run_reglue
 from reglue.data.store import Store
@@ -20,9 +20,11 @@ from reglue.errors import UserError
 from reglue.jobs import evaluate as job
 from reglue.jobs.evaluate import Evaluate, Figure, evaluate
 from reglue.jobs.prepare import Prepare, prepare
+from reglue.jobs.sample import Sample, sample
 from reglue.metrics.distances import Gaussian, GaussianStatistics, frechet_distance, manifold_scores
 from reglue.metrics.features import DinoV2Features, EncoderFeatures, _dinov2_distance_name, load_encoder_features
 from reglue.metrics.inception import load_inception
+from reglue.runs.generation import load
 from reglue.runs.record import RunRecord
 
 
@@ -256,6 +258,55 @@ def test_an_adm_reference_batch_gives_its_statistics_and_its_images(tmp_path, ra
     assert bare.absent["precision"] == "the reference has statistics and no images"
 
 
+def test_sfid_has_an_interval_from_its_own_features(tmp_path, random_inception, noise, cheap_distance, monkeypatch):
+    images = write_images(tmp_path / "noise", noise)
+    resampled: list[torch.Tensor] = []
+
+    def influence(features: torch.Tensor, own: Gaussian, reference: Gaussian) -> torch.Tensor:
+        torch.testing.assert_close(features.double().mean(0), own.mean, rtol=1e-4, atol=1e-5)
+        resampled.append(features)
+        return torch.linspace(-1, 1, len(features))
+
+    monkeypatch.setattr(job, "frechet_influence", influence)
+    found = evaluate(settings(images, images, feature_network=str(random_inception), resamples=20, batch_size=3))
+    assert [features.shape for features in resampled] == [(len(noise), 2048), (len(noise), 2023)]
+    for figure in (found.metrics.frechet_distance, found.metrics.spatial_frechet_distance):
+        assert figure is not None
+        assert figure.low is not None
+        assert figure.high is not None
+        assert figure.low < figure.high
+
+
+def test_statistics_of_another_size_are_not_used(tmp_path, random_inception, monkeypatch, cheap_distance):
+    """With --resolution both sides are scaled, and a file's statistics are of its images as they are."""
+    files = {}
+    for name, seed in (("images", 0), ("reference", 1)):
+        pixels = np.random.default_rng(seed).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+        files[name] = tmp_path / f"{name}.npz"
+        np.savez(files[name], pixels)
+    other = {"mu": np.ones(2048), "sigma": np.eye(2048), "mu_s": np.ones(2023), "sigma_s": np.eye(2023)}
+    adm, bare = tmp_path / "adm.npz", tmp_path / "bare.npz"
+    np.savez(adm, np.load(files["reference"])["arr_0"], **other)
+    np.savez(bare, **other)
+
+    def measured(reference: Path, resolution: int) -> job.Evaluation:
+        network = str(random_inception)
+        return evaluate(
+            settings(files["images"], reference, feature_network=network, resolution=resolution, resamples=0)
+        )
+
+    scaled, expected, native = measured(adm, 8), measured(files["reference"], 8), measured(adm, 16)
+    assert scaled.metrics == expected.metrics
+    assert scaled.reference_features == "computed from the images"
+    assert scaled.reference_size == (8, 8)
+    assert "statistics in the file" in native.reference_features
+    assert value(native.metrics.frechet_distance) != pytest.approx(value(expected.metrics.frechet_distance), rel=1e-2)
+    monkeypatch.setattr(job, "describe", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(UserError, match=r"^--resolution: .*bare\.npz holds statistics alone") as raised:
+        measured(bare, 16)
+    assert "\n" not in str(raised.value)
+
+
 def test_images_go_into_the_inception_at_their_own_size(tmp_path, random_inception, noise, cheap_distance):
     small, large = noise, noise.repeat(2, 1).repeat(2, 2)
     np.savez(tmp_path / "small.npz", small)
@@ -292,6 +343,129 @@ def test_a_run_draws_its_images_once_and_is_compared_with_its_store(tmp_path, ti
     more = evaluate(Evaluate(run, tiny_store, count=11, **options))
     assert more.image_count == 11
     assert {name: (folder / name).stat().st_mtime_ns for name in files} == files
+
+
+def test_the_report_about_a_runs_images_goes_into_the_run(
+    tmp_path, tiny_run, tiny_store, tiny_images, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    samples = sample(Sample(Path("run"), tmp_path / "samples", count=8, steps=2, device="cpu"))
+    others = sample(Sample(Path("run"), tmp_path / "others", count=8, steps=3, device="cpu"))
+
+    def reports() -> list[str]:
+        return sorted(file.name for file in (run / "reports").glob("*"))
+
+    evaluate(settings(samples, tiny_store, resamples=0))
+    (name,) = reports()
+    assert re.fullmatch(r"step-00000006-encoder\d+-[0-9a-f]{8}\.json", name)
+    evaluation = evaluate(settings(samples, tiny_store, resamples=0, out=tmp_path / "report.json"))
+    assert reports() == [name], "the same again"
+    assert (run / "reports" / name).read_text() == (tmp_path / "report.json").read_text()
+    evaluate(settings(others, tiny_store, resamples=0))
+    evaluate(settings(samples, tiny_store, resamples=0, seed=1))
+    evaluate(settings(run, tiny_store, resamples=0, count=6))
+    assert len(reports()) == 4
+    evaluate(settings(samples, tiny_store, resamples=2, out=run / "reports" / "mine.json"))
+    assert len(reports()) == 5, "not there twice"
+
+    card = model_card_of(load(run, device="cpu").save(tmp_path / "saved"))
+    assert f"{evaluation.metrics.frechet_distance.value:.6g}" in card
+    assert card.count("samples.step 6") == 5
+    (run / "reports" / name).write_text((tmp_path / "report.json").read_text().replace('"step": 6', '"step": 5'))
+    card = model_card_of(load(run, device="cpu").save(tmp_path / "later"))
+    assert card.count("samples.step") == 4, "a report about another step"
+
+    shutil.rmtree(run / "reports")
+    (run / "reports").write_text("no folder can be here")
+    capsys.readouterr()
+    evaluate(settings(samples, tiny_store, resamples=0, out=tmp_path / "again.json"))
+    assert "The report is not in run/reports, so no model card will show it" in capsys.readouterr().err
+    assert (tmp_path / "again.json").is_file()
+
+
+def model_card_of(folder: Path) -> str:
+    return (folder / "README.md").read_text()
+
+
+def test_numbers_are_not_printed_without_their_protocol(tmp_path, tiny_store, noise):
+    evaluation = evaluate(settings(write_images(tmp_path / "noise", noise), tiny_store))
+    for bare in (evaluation.metrics, evaluation.metrics.frechet_distance, [evaluation.metrics.recall]):
+        assert not re.search(r"\d", f"{bare}{bare!r}")
+        assert "Evaluation" in str(bare)
+    assert not re.search(r"\d\.\d", repr(evaluation.metrics))
+    assert "recall" in repr(evaluation.metrics)
+    assert "inception_score" not in repr(evaluation.metrics)
+    distance = f"{evaluation.metrics.frechet_distance.value:.4f}"
+    (row,) = [line for line in str(evaluation).splitlines() if line.startswith(evaluation.distance_name)]
+    assert distance in row
+    assert row.endswith("protocol not recorded")
+
+
+def test_the_user_states_how_images_of_elsewhere_were_made(tmp_path, tiny_store, tiny_run, noise):
+    folder = write_images(tmp_path / "noise", noise)
+    (tmp_path / "how.json").write_text(json.dumps({"sampler": "heun", "guidance": {"scale": 1.5}}))
+    sentence = "drawn by another program,\n50 steps of Heun, " + "with many more words " * 9
+    out = tmp_path / "report.json"
+    said = evaluate(settings(folder, tiny_store, protocol=sentence, out=out))
+    assert json.loads(out.read_text())["protocol"] == {"stated_by_user": " ".join(sentence.split())}
+    assert "stated_by_user drawn by another program, 50 steps of Heun" in str(said)
+    assert "not recorded" not in str(said)
+    saved = load(tiny_run, device="cpu").save(tmp_path / "saved", reports=[out])
+    assert f"samples.stated_by_user {' '.join(sentence.split())}" in model_card_of(saved)
+    assert "stated_by_user.guidance.scale 1.5" in str(
+        evaluate(settings(folder, tiny_store, protocol=str(tmp_path / "how.json")))
+    )
+
+
+def test_the_card_says_that_a_protocol_is_not_recorded(tmp_path, tiny_store, tiny_run, noise):
+    evaluate(settings(write_images(tmp_path / "noise", noise), tiny_store, out=tmp_path / "report.json"))
+    saved = load(tiny_run, device="cpu").save(tmp_path / "saved", reports=[tmp_path / "report.json"])
+    assert "samples protocol not recorded" in model_card_of(saved)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("gone.json", "--protocol .*gone.json: no such file"),
+        ("list.json", "holds no JSON object"),
+        ("cut.json", "is not JSON"),
+        (" ", "--protocol says nothing"),
+        ("empty.json", "--protocol says nothing"),
+    ],
+)
+def test_a_statement_must_say_something(said, message, tmp_path, tiny_store, tiny_images, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("list", "[1]"), ("cut", "{"), ("empty", "{}")):
+        (tmp_path / f"{name}.json").write_text(content)
+    with pytest.raises(UserError, match=message) as raised:
+        evaluate(settings(tiny_images, tiny_store, protocol=said))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_statement_does_not_replace_a_record(tmp_path, tiny_run, tiny_store, noise):
+    folder = write_images(tmp_path / "noise", noise)
+    (folder / "samples.json").write_text(json.dumps({"seed": 3}))
+    for images in (folder, tiny_run):
+        with pytest.raises(UserError, match="is recorded already; leave it out"):
+            evaluate(settings(images, tiny_store, protocol="otherwise"))
+
+
+def test_another_run_at_the_path_gets_no_report(tmp_path, tiny_run, tiny_store):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    samples = sample(Sample(run, tmp_path / "samples", count=8, steps=2, device="cpu"))
+    record = json.loads((run / "run.json").read_text())
+    record["recipe"]["name"] = "another"
+    before = (run / "run.json").read_text()
+    for content in (json.dumps(record), "{"):
+        (run / "run.json").write_text(content)
+        evaluate(settings(samples, tiny_store, resamples=0))
+        assert not (run / "reports").exists()
+    (run / "run.json").write_text(before)
+    weights = run / "checkpoints" / "00000006" / "ema.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    evaluate(settings(samples, tiny_store, resamples=0))
+    assert not (run / "reports").exists()
 
 
 def test_a_run_whose_store_is_gone_or_another_is_named(tmp_path, tiny_run, tiny_images):

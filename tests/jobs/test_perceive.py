@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from helpers import TINY_RECIPE, mistake
 from reglue.cli import parse
 from reglue.data.images import ImageFolder
+from reglue.errors import UserError
 from reglue.files import from_json
 from reglue.jobs import perceive as module
 from reglue.jobs.autoencode import autoencode
@@ -26,10 +27,16 @@ from reglue.jobs.prepare import Prepare, prepare
 from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import train
 from reglue.jobs.train_head import HeadRecord, TrainHead, train_head
-from reglue.latents.alignment import AlignmentNetwork, AlignmentSpec, load_alignment, save_alignment
+from reglue.latents.alignment import (
+    AlignmentNetwork,
+    AlignmentSpec,
+    at_usual_length,
+    load_alignment,
+    save_alignment,
+)
 from reglue.latents.autoencoders import Autoencoder, AutoencoderSpec, Moments
 from reglue.semantics.encoders import load_encoder
-from reglue.semantics.heads import Head, load_head
+from reglue.semantics.heads import Head, HeadSpec, load_head
 
 PATCH, SIDE = 4, 16
 """Image pixels along a side of the tiny encoder's patches, and of its images."""
@@ -38,15 +45,19 @@ PATCH, SIDE = 4, 16
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path, tiny_encoder: str) -> Path:
     """An autoencoder of three steps with an alignment network."""
-    out = tmp_path_factory.mktemp("aligned") / "autoencoder"
-    options = [
-        *("autoencode", str(tiny_images), str(out), "--encoder", tiny_encoder, "--resolution=16", "--device=cpu"),
+    return autoencode(
+        parse(aligned_options(tiny_images, tmp_path_factory.mktemp("aligned") / "autoencoder", tiny_encoder))
+    )
+
+
+def aligned_options(images: Path, out: Path, encoder: str) -> list[str]:
+    return [
+        *("autoencode", str(images), str(out), "--encoder", encoder, "--resolution=16", "--device=cpu"),
         *("--architecture.widths", "4", "8", "--architecture.norm-groups=2", "--architecture.layers-per-block=1"),
         *("--architecture.latent-channels=3", "--architecture.no-attention", "--perceptual.network", "encoder"),
         *("--alignment.hidden=16", "--adversary.weight=0", "--optimisation.steps=3", "--optimisation.batch-size=4"),
         *("--validation=0.25", "--workers=0", "--log-every=3"),
     ]
-    return autoencode(parse(options))
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +256,46 @@ def test_a_depth_head_tells_the_depth_it_was_shown(tiny_encoder: str, tiny_autoe
     assert (scores["relative_error"].value or 1) < 0.5
 
 
+def test_a_published_depth_head_reads_latents_that_were_aligned_before_the_final_norm(
+    tiny_images: Path, tiny_encoder: str, tmp_path: Path
+) -> None:
+    """Such heads read features and class token before the norm; alignment gives both at the encoder's own length."""
+    folder = autoencode(replace(parse(aligned_options(tiny_images, tmp_path / "autoencoder", tiny_encoder)),
+                                final_norm=False))  # fmt: skip
+    encoder = load_encoder(tiny_encoder, SIDE, layers=[4], final_norm=False)
+    alignment = load_alignment(folder)
+    pixels = torch.stack([ImageFolder.open(tiny_images).load(i, (SIDE, SIDE)) for i in range(24)])  # type: ignore[arg-type]
+    seen = encoder.describe(pixels)
+    assert seen.class_tokens is not None
+    assert not torch.allclose(seen.class_tokens, seen.class_token, atol=0.1)
+    for known, features in (
+        (alignment.spec.patch_length, seen.features),
+        (alignment.spec.class_token_length, seen.class_tokens),
+    ):
+        usual = features.square().sum(1).mean().sqrt().item()
+        assert known == pytest.approx(usual, rel=0.2)  # of other images: those held out
+    described = at_usual_length(alignment(torch.randn(2, 3, 8, 8)), alignment.spec)
+    assert described.patches.norm(dim=1).mean().item() == pytest.approx(alignment.spec.patch_length)
+
+    architecture, width = encoder.spec.architecture, encoder.spec.width
+    spec = HeadSpec(
+        "depth", architecture, width, (4,), 16, final_norm=False, class_token=True, depth_range=(0.001, 10.0)
+    )
+    torch.manual_seed(0)
+    (tmp_path / "depth").mkdir()
+    Head(spec).save(tmp_path / "depth")
+    report = perceive(Perceive(folder, tmp_path / "seen", count=6, images=tiny_images, head=(tmp_path / "depth",),
+                               device="cpu"))  # fmt: skip
+    assert {one.view for one in report.agreement} == {"alignment", "original"}
+    assert all("correlation" in one.figures for one in report.agreement)
+
+
+def test_perceiving_is_for_one_process(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.ranks, "join", lambda: (1, 2))
+    with pytest.raises(UserError, match="one process"):
+        perceive(Perceive(run, tmp_path / "seen", head=(tmp_path / "head",), device="cpu"))
+
+
 def edited(head: Path, to: Path, **changes: Any) -> Path:
     """The same head with another spec, and weights that fit that."""
     original = load_head(head)
@@ -258,7 +309,7 @@ def edited(head: Path, to: Path, **changes: Any) -> Path:
     [
         ({"encoder_sha256": "0" * 64}, "the head was made for the encoder"),
         ({"width": 8}, "features of width 8, and the alignment network"),
-        ({"final_norm": False}, "before the encoder's final norm"),
+        ({"final_norm": False}, "take the others with --no-final-norm"),
         ({"layers": (0, 1)}, "layers [0, 1]"),
     ],
 )

@@ -19,13 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from safetensors import SafetensorError
 from webdataset.writer import ShardWriter
 
 import reglue.data.store
 import reglue.jobs.prepare
-from helpers import CLASSES
+from helpers import CLASSES, mistake
 from reglue.cli import parse
 from reglue.data.images import ImageFolder, crop_to
 from reglue.data.sources import Subset
@@ -517,3 +518,34 @@ def test_features_in_eight_bits_take_half_the_disk_and_serve_all_that_read_them(
         probing = {"columns": ("features",), "conv": False, "device": "cpu"}
         assert len(probe(Probe(store.folder, out=tmp_path / f"probes-{len(losses)}", **probing)).results) == 2
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_an_autoencoder_of_grey_images_ends_in_one_line_and_leaves_nothing(
+    tmp_path: Path, tiny_images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    network = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+    network.save_pretrained(tmp_path / "grey")
+    made = ["--resolution", "16", "--encoder", "none", "--device", "cpu"]
+    prepare_grey = ["prepare", tiny_images, tmp_path / "store", "--autoencoder", tmp_path / "grey", *made]
+    assert "takes images of 1 channel and gives 1" in mistake(capsys, monkeypatch, *prepare_grey)
+    assert {path.name for path in tmp_path.iterdir()} == {"grey"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_16_bit_images_that_are_nearly_black_are_counted(
+    options, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, highest in {"twelve-bits": 4095, "also": 300, "sixteen-bits": 65535, "just": 4096, "black": 0}.items():
+        grey = np.linspace(0, highest, 256).reshape(16, 16).astype(np.uint16)
+        Image.fromarray(grey).save(folder / f"{name}.png")
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "colours.png")
+    made = {"images": folder, "encoder": "none", "features": False, "workers": workers, "flips": True}
+    prepare(options(**made))
+    assert "\n2 of the 5 16-bit images use less than a sixteenth of their range" in capsys.readouterr().out
+
+    for name in ("twelve-bits", "also"):
+        (folder / f"{name}.png").unlink()
+    prepare(options(**made, out=tmp_path / "bright"))
+    assert "16-bit" not in capsys.readouterr().out

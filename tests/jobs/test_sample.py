@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from helpers import CLASSES, mistake, reglue_command
 from reglue.diffusion.guidance import Guidance
@@ -155,6 +159,45 @@ def test_samples_of_an_older_version_may_be_continued(tiny_run: Path, tmp_path: 
     assert len(pixels(sample(Sample(tiny_run, out, count=3, device="cpu")))) == 3
 
 
+def test_samples_with_open_precisions_may_be_continued(tiny_run: Path, tmp_path: Path) -> None:
+    """Older files have null where nobody asked for a precision, and no hash of the weights."""
+    out = sample(Sample(tiny_run, tmp_path / "out", count=2, device="cpu"))
+    file = out / "samples.json"
+    protocol = json.loads(file.read_text())
+    del protocol["weights_sha256"], protocol["weaker_weights_sha256"]
+    older = {**protocol, "sampling": protocol["sampling"] | {"state_precision": None, "precision": None}}
+    file.write_text(json.dumps(older))
+    with pytest.raises(UserError, match=r"another protocol \(sampling\)"):
+        sample(Sample(tiny_run, out, count=3, state_precision="float32", device="cpu"))
+    assert len(pixels(sample(Sample(tiny_run, out, count=3, device="cpu")))) == 3
+    after = json.loads(file.read_text())
+    assert after["sampling"] == protocol["sampling"]
+    assert "weights_sha256" not in after, "nobody knows which weights drew the first two"
+
+
+def test_the_protocol_says_which_precisions_and_weights_were_used(tiny_run: Path, tmp_path: Path) -> None:
+    def protocol(name: str, **changes: Any) -> dict[str, Any]:
+        out = sample(Sample(tiny_run, tmp_path / name, count=1, steps=1, device="cpu", **changes))
+        return json.loads((out / "samples.json").read_text())
+
+    plain = protocol("plain")
+    assert (plain["sampling"]["state_precision"], plain["sampling"]["precision"]) == ("float64", "float32")
+    fast = protocol("fast", sampler="adams-bashforth", precision="bfloat16")["sampling"]
+    assert (fast["state_precision"], fast["precision"]) == ("float32", "bfloat16")
+    used = hashlib.sha256((tiny_run / "checkpoints" / "00000006" / "ema.safetensors").read_bytes()).hexdigest()
+    assert (plain["weights_sha256"], plain["weaker_weights_sha256"]) == (used, None)
+    assert protocol("guided", weaker_run=tiny_run)["weaker_weights_sha256"] == used
+
+
+def test_other_weights_are_another_protocol(tiny_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    out = sample(Sample(run, tmp_path / "out", count=1, steps=1, device="cpu"))
+    file = run / "checkpoints" / "00000006" / "ema.safetensors"
+    save_file({name: value + 0.1 for name, value in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=r"another protocol \(weights_sha256\)"):
+        sample(Sample(run, out, count=2, steps=1, device="cpu"))
+
+
 def test_dopri5_without_its_library(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(UserError, match=r"pip install 'reglue\[ode\]'"):
@@ -246,8 +289,6 @@ def test_a_run_without_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> No
 
 
 def test_a_damaged_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> None:
-    import shutil
-
     run = shutil.copytree(tiny_run, tmp_path / "run")
     file = run / "checkpoints" / "00000006" / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:1000])

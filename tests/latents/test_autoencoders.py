@@ -1,4 +1,5 @@
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import resources
@@ -8,15 +9,23 @@ from typing import Any, cast
 import cattrs
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_asym_kl import AsymmetricAutoencoderKL
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.autoencoders.vq_model import VQModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hub_cache import put_into_hub_cache, use_hub_cache
 from reglue.errors import UserError
-from reglue.latents.autoencoders import AutoencoderSpec, Moments, autoencoder_names, load_autoencoder
+from reglue.latents.autoencoders import (
+    DIFFUSERS_KINDS,
+    AutoencoderSpec,
+    Moments,
+    autoencoder_names,
+    load_autoencoder,
+)
 from reglue.latents.taef2 import taef2_decoder, taef2_encoder
 
 
@@ -38,10 +47,47 @@ def write_kl(folder: Path, seed: int = 0, **config: Any) -> AutoencoderKL:
     return network.eval()
 
 
-def write_tiny(folder: Path, latent_channels: int = 5) -> AutoencoderTiny:
+STAGES: dict[str, Any] = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "norm_num_groups": 2,
+}
+
+
+def write_asymmetric(folder: Path, **config: Any) -> AsymmetricAutoencoderKL:
+    """With a decoder wider than its encoder, as the published ones."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"down_block_out_channels": [4, 8], "up_block_out_channels": [8, 16], "latent_channels": 3}
+    network = AsymmetricAutoencoderKL(**(STAGES | sizes | config))
+    network.save_pretrained(folder)
+    return network.eval()
+
+
+def write_vq(folder: Path, **config: Any) -> VQModel:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"block_out_channels": [4, 8], "latent_channels": 3, "num_vq_embeddings": 16}
+    network = VQModel(**(STAGES | sizes | config))
+    network.save_pretrained(folder)
+    return network.eval()
+
+
+def write_flux2(folder: Path, **config: Any) -> Any:
+    """With statistics as training leaves them."""
+    flux2 = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_flux2")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"block_out_channels": [4, 8], "latent_channels": 3}
+    network = flux2.AutoencoderKLFlux2(**(STAGES | sizes | config))
+    network.bn.running_mean.normal_()
+    network.bn.running_var.uniform_(0.1, 4)
+    network.save_pretrained(folder)
+    return network.eval()
+
+
+def write_tiny(folder: Path, latent_channels: int = 5, **config: Any) -> AutoencoderTiny:
     torch.manual_seed(0)
     widths, blocks = (8, 8, 8), (1, 1, 1)
     network = AutoencoderTiny(
+        **config,
         encoder_block_out_channels=widths,
         decoder_block_out_channels=widths,
         num_encoder_blocks=blocks,
@@ -150,6 +196,95 @@ def test_dc_autoencoder_is_deterministic(tmp_path: Path, layers: list[int]) -> N
     assert (spec.kind, spec.latent_channels, spec.scale) == ("AutoencoderDC", 6, (0.4,) * 6)
     assert spec.downsampling == network.spatial_compression_ratio
     assert spec.latent_size((16, 24)) == tuple(moments.mean.shape[-2:])
+
+
+def test_asymmetric_autoencoder_gives_the_moments_and_images_of_diffusers(tmp_path: Path) -> None:
+    network = write_asymmetric(tmp_path, scaling_factor=0.5)
+    autoencoder = load_autoencoder(str(tmp_path))
+    images = random_images(16, 24)
+    moments = autoencoder.encode(images)
+    with torch.no_grad():
+        (posterior,) = network.encode(images, return_dict=False)
+        (decoded,) = network.decode(cast(Any, posterior.mean), return_dict=False)
+    assert moments.std is not None
+    torch.testing.assert_close(moments.mean, posterior.mean)
+    torch.testing.assert_close(moments.std, posterior.std)
+    torch.testing.assert_close(autoencoder.decode(moments.mean), decoded.clamp(-1, 1))
+    spec = autoencoder.spec
+    assert (spec.kind, spec.latent_channels, spec.downsampling) == ("AsymmetricAutoencoderKL", 3, 2)
+    assert (spec.shift, spec.scale) == ((0.0,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize("vq_embed_dim", [None, 5])
+def test_vq_latents_are_those_before_quantisation(tmp_path: Path, vq_embed_dim: int | None) -> None:
+    network = write_vq(tmp_path, scaling_factor=0.6, vq_embed_dim=vq_embed_dim)
+    autoencoder = load_autoencoder(str(tmp_path))
+    images = random_images(16, 24)
+    moments = autoencoder.encode(images)
+    channels = vq_embed_dim or 3
+    with torch.no_grad():
+        latents = network.quant_conv(network.encoder(images))
+        nearest = torch.cdist(latents.movedim(1, -1).reshape(-1, channels), network.quantize.embedding.weight).argmin(1)
+        quantised = network.quantize.embedding(nearest).reshape(2, 8, 12, channels).movedim(-1, 1)
+        decoded = network.decoder(network.post_quant_conv(quantised))
+    assert moments.std is None
+    torch.testing.assert_close(moments.mean, latents)
+    torch.testing.assert_close(autoencoder.decode(latents), decoded.clamp(-1, 1))
+    spec = autoencoder.spec
+    assert (spec.kind, spec.latent_channels, spec.downsampling) == ("VQModel", channels, 2)
+    assert (spec.shift, spec.scale) == ((0.0,) * channels, (0.6,) * channels)
+
+
+def patchified(latents: torch.Tensor) -> torch.Tensor:
+    """Patches of 2×2 as channels, those of one channel side by side: what FLUX.2's transformer is given."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
+    return patches.reshape(batch, 4 * channels, height // 2, width // 2)
+
+
+def test_flux2_latents_are_those_of_its_transformer(tmp_path: Path) -> None:
+    network = write_flux2(tmp_path)
+    autoencoder = load_autoencoder(str(tmp_path))
+    images = random_images(16, 24)
+    moments = autoencoder.encode(images)
+    with torch.no_grad():
+        (posterior,) = network.encode(images, return_dict=False)
+        (decoded,) = network.decode(posterior.mean, return_dict=False)
+    assert moments.std is not None
+    torch.testing.assert_close(moments.std, patchified(posterior.std))
+    spec = autoencoder.spec
+    normalised = spec.normalise(moments.mean)
+    torch.testing.assert_close(normalised, network.bn(patchified(posterior.mean)))
+    torch.testing.assert_close(autoencoder.decode(spec.denormalise(normalised)), decoded.clamp(-1, 1))
+    assert (spec.kind, spec.latent_channels, spec.downsampling) == ("AutoencoderKLFlux2", 12, 4)
+    assert spec.latent_size((16, 24)) == tuple(moments.mean.shape[-2:]) == (4, 6)
+
+
+def test_a_class_that_the_installed_diffusers_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_kl(tmp_path)
+    monkeypatch.setitem(sys.modules, "diffusers.models.autoencoders.autoencoder_kl", None)
+    assert "the installed diffusers has no AutoencoderKL; `pip install -U diffusers`" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("write", "config"),
+    [
+        (write_kl, {"in_channels": 1, "out_channels": 1}),
+        (write_asymmetric, {"in_channels": 1, "out_channels": 1}),
+        (write_vq, {"in_channels": 1, "out_channels": 1}),
+        (write_flux2, {"in_channels": 1, "out_channels": 1}),
+        (write_dc, {"in_channels": 1}),
+        (write_tiny, {"in_channels": 1, "out_channels": 1}),
+    ],
+)
+def test_other_images_than_rgb_are_refused(tmp_path: Path, write: Callable[..., Any], config: dict[str, int]) -> None:
+    write(tmp_path, **config)
+    assert "takes images of 1 channel and gives 1; give one of RGB images" in refusal(tmp_path)
+
+
+def test_an_asymmetric_autoencoder_that_changes_the_size_is_refused(tmp_path: Path) -> None:
+    write_asymmetric(tmp_path, up_block_types=["UpDecoderBlock2D"] * 3, up_block_out_channels=[4, 8, 8])
+    assert "2 stages down and 3 up" in refusal(tmp_path)
 
 
 def test_sixteen_channels_without_quantisation_convolutions(tmp_path: Path) -> None:
@@ -274,7 +409,7 @@ def test_spec_is_plain_data_and_tells_latent_spaces_apart(tmp_path: Path) -> Non
     assert load_autoencoder(str(tmp_path / "b")).spec != spec
 
 
-@pytest.mark.parametrize("write", [write_kl, write_tiny, write_dc])
+@pytest.mark.parametrize("write", [write_kl, write_asymmetric, write_flux2, write_vq, write_tiny, write_dc])
 def test_autoencoder_is_frozen_and_in_float32(tmp_path: Path, write: Callable[[Path], Any]) -> None:
     write(tmp_path).half().save_pretrained(tmp_path)
     autoencoder = load_autoencoder(str(tmp_path)).train()
@@ -331,7 +466,8 @@ def test_hub_name_is_read_from_the_cache(
     files = {folder + file.name: file for file in (tmp_path / "network").iterdir()}
     assert len(files) == 2
     put_into_hub_cache(tmp_path / "cache", repository, files)
-    spec = load_autoencoder(name).spec
+    with pytest.warns(UserWarning, match=r"mean_std\.json is not known here"):
+        spec = load_autoencoder(name).spec
     assert (spec.name, spec.kind) == (name, kind)
     assert spec == load_autoencoder(str(tmp_path / "network")).spec
 
@@ -343,15 +479,12 @@ def test_unfitting_folders_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"latent_channels": 7}))
     assert "does not fit the network" in refusal(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
-    kinds = "AutoencoderKL, AutoencoderTiny, AutoencoderDC"
-    assert f"of the class UNet2DModel; known are {kinds}: give the folder of one of these" in refusal(tmp_path)
-    del config["_class_name"]
-    for content in (json.dumps(config), "[]"):
+    message = refusal(tmp_path)
+    assert "says UNet2DModel" in message
+    assert f"choose a folder of one of {', '.join(DIFFUSERS_KINDS)}" in message
+    for content in ("[]", "{}"):
         (tmp_path / "config.json").write_text(content)
-        assert (
-            f'does not say which network it is of; diffusers writes that as "_class_name", one of {kinds}'
-            in refusal(tmp_path)
-        )
+        assert "lacks _class_name, the autoencoder's class; add it if you know it" in refusal(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "config.json is no JSON" in refusal(tmp_path)
 

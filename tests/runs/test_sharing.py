@@ -170,6 +170,7 @@ def test_a_refused_push_is_one_line(tiny_run: Path, monkeypatch: pytest.MonkeyPa
 REPORT = {
     "metrics": {"frechet_distance": 12.345, "of classes": {"precision": 0.5}, "note": "text"},
     "image_count": 50,
+    "versions": {"torch": "2.9.1"},
     "encoder": "/home/someone/encoders/starter",
     "warnings": [],
     "protocol": {"sampling": {"sampler": "heun", "guidance": {"scale": 2.5}}, "labels": list(range(50)), "seed": 3},
@@ -215,6 +216,7 @@ def test_the_card_says_what_the_model_is_and_how_its_numbers_were_made(tiny_run:
         "samples.seed 3",
         "image_count 50",
         "encoder starter",
+        "versions.torch 2.9.1",
         "reglue train reglue --store store --out RUN --model 2x32x2/2",
     ):
         assert text in card.content, text

@@ -137,6 +137,48 @@ def test_nothing_is_executed(attack: str, writer: str, tmp_path: Path) -> None:
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("writer", ["torch", "torch, old format", "pickle 2", "pickle 4", "joblib"])
+def test_what_a_refused_file_asks_for_is_named(writer: str, tmp_path: Path) -> None:
+    file = tmp_path / "file.pt"
+    WRITERS[writer]({"weights": Executes(os.system, "true")}, file)
+    with pytest.raises(UserError) as caught:
+        read_untrusted(file)
+    asked = "it asks for posix.system, which no published file needs"
+    assert str(caught.value) == f"{file}: holds more than data and was not opened: {asked}"
+
+
+DAMAGED = "damaged, cut short, or no checkpoint; fetch it again"
+
+
+@pytest.mark.parametrize("kept", [0, 10, 100, 0.5, 0.99])
+@pytest.mark.parametrize("writer", ["torch", "torch, old format", "pickle 2", "pickle 4", "joblib, zlib", "gzip"])
+def test_a_file_that_is_cut_short_is_no_suspect(writer: str, kept: float, tmp_path: Path) -> None:
+    file = tmp_path / "file.pt"
+    WRITERS[writer]({"weights": {"a": [torch.zeros(50, 10)] if "torch" in writer else list(range(200))}}, file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
+    with pytest.raises(UserError, match=rf"^{file}: {DAMAGED} \([A-Za-z]+\)$"):
+        read_untrusted(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n",
+            "is a Git LFS pointer.*git lfs pull",
+        ),
+        ("<!DOCTYPE html>\n<html><body>Not found</body></html>", "is a web page and no checkpoint"),
+        ("\n <html>Log in</html>", "is a web page and no checkpoint"),
+        ('{"error": "not found"}', DAMAGED),
+    ],
+)
+def test_what_was_saved_in_place_of_a_checkpoint_is_named(content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "file.pt").write_text(content)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/file\.pt: {says}"):
+        read_untrusted(tmp_path / "file.pt")
+
+
 def test_the_attacks_would_work(tmp_path: Path) -> None:
     """On who reads the same files as Python does by default."""
     pickled(attacks(tmp_path / "canary")["bare"], tmp_path / "file")

@@ -88,7 +88,7 @@ def test_a_published_depth_head_is_a_mean_over_bins(
     scores = F.conv2d(large, weight, bias).relu() + 0.1
     share = scores / scores.sum(1, keepdim=True)
     depth = (share * torch.linspace(0.001, farthest, 256)[:, None, None]).sum(1, keepdim=True)
-    told = head(VisionFeatures(tokens, features), layers, (20, 30))
+    told = head(VisionFeatures(torch.empty(2, 0), features, tokens), layers, (20, 30))
     assert torch.allclose(told, F.interpolate(depth, (20, 30), mode="bilinear"), atol=1e-3)
     assert 0 < told.min() < told.max() < farthest
 

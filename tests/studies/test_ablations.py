@@ -51,10 +51,8 @@ def test_targets_of_every_kind_are_compared(
     tmp_path: Path, tiny_store: Path, tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str
 ) -> None:
     out, eight_bits = tmp_path / "ablations", tmp_path / "int8"
-    names = {"encoder": tiny_encoder, "autoencoder": tiny_autoencoder}
-    prepare(
-        Prepare(tiny_images, eight_bits, 32, **names, features=True, features_dtype="int8", workers=0, device="cpu")
-    )
+    names = (tiny_autoencoder, tiny_encoder)
+    prepare(Prepare(tiny_images, eight_bits, 16, *names, features=True, features_dtype="int8", workers=0, device="cpu"))
     compress(Compress(eight_bits, fitted=tiny_store / "compressors" / "conv-4", device="cpu"))
     arguments = ["--questions", "targets", "--int8-store", str(eight_bits), "--guidance", "1", *SHARED, *OWN]
     ablations.main([str(tiny_store), "--reference", str(tiny_images), "--out", str(out), *arguments])

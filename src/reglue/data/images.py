@@ -7,7 +7,9 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +28,19 @@ EXTENSIONS = frozenset(
     )
 )
 """Files with these endings (in either case) are images; every other file is passed over."""
+
+_peaks: ContextVar[list[int] | None] = ContextVar("peaks", default=None)
+
+
+@contextmanager
+def grey_peaks() -> Iterator[list[int]]:
+    """A list to which the highest grey value (0 to 65535) of every 16-bit image that is decoded in the block comes."""
+    peaks: list[int] = []
+    token = _peaks.set(peaks)
+    try:
+        yield peaks
+    finally:
+        _peaks.reset(token)
 
 
 @dataclass(frozen=True)
@@ -210,6 +225,9 @@ def _eight_bits(grey: np.ndarray, transparent: int | None) -> Image.Image:
     most = 255 if floating else 65535
     if not 0 <= lowest <= highest <= most:  # False for NaN too.
         raise ValueError(f"its values lie between {lowest:g} and {highest:g}, not between 0 and {most}")
+    peaks = _peaks.get()
+    if peaks is not None and not floating:
+        peaks.append(int(highest))
     from_unit = floating and highest <= 1
     scaled = np.round(grey * 255) if from_unit else grey if floating else grey.astype(np.int64) // 257
     return Image.fromarray(np.where(grey == transparent, 255, scaled).astype(np.uint8))

@@ -237,7 +237,7 @@ class TarImages:
         if not names:
             raise UserError(f"{path} holds no images; those in a tar file end in .jpg, .png and the like")
         if len(set(names)) < len(names):
-            raise UserError(f"{path} has two images {_repeated(names)}; give every shard and image its own name")
+            raise UserError(f"{path} has two images {repeated(names)}; give every shard and image its own name")
         self.names, self._places = names, np.array(places)
         self.labels: Sequence[int] = Computed(len(names), lambda _: 0)
         self.class_names: tuple[str, ...] = ()
@@ -394,6 +394,7 @@ def class_names_of(reading: Reading) -> tuple[str, ...] | None:
     return read_class_names(reading.class_names) if reading.class_names else None
 
 
-def _repeated(names: Sequence[str]) -> str:
+def repeated(names: Sequence[str]) -> str:
+    """The first name that occurs twice, of names of which one does."""
     seen: set[str] = set()
     return next(name for name in names if name in seen or seen.add(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from reglue.data.images import ImageSource, UnreadableImage, load_crop
 from reglue.data.labels import ClassIndex, index_labels
-from reglue.data.sources import HUB, Computed, Reading, class_names_of
+from reglue.data.sources import HUB, Computed, Reading, class_names_of, repeated
 from reglue.errors import UserError
 
 ROWS_AT_ONCE = 16
@@ -102,7 +103,7 @@ class _Columns(NamedTuple):
 
 
 class ParquetImages:
-    """The images of parquet files. A row is named FILE/ROW.
+    """The images of parquet files. A row is named FILE/ROW, with the folders of FILE where two files have one name.
 
     Rows are read `ROWS_AT_ONCE` at a time, forwards from the beginning of their row group.
     """
@@ -110,8 +111,11 @@ class ParquetImages:
     sequential = False
 
     def __init__(self, path: Path, files: Sequence[Path], reading: Reading):
-        """Raises UserError for a damaged file, and for columns or labels that cannot be told."""
+        """Raises UserError for a damaged file, one named twice, and for columns or labels that cannot be told."""
         self.path, self._files = path, files
+        self._file_names = _distinct_names(files)
+        if len(set(self._file_names)) < len(files):
+            raise UserError(f"{path} means {repeated(self._file_names)} twice; name every file once")
         self._groups: list[tuple[int, int]] = []  # File and group within the file.
         ends: list[int] = []
         file_starts: list[int] = []
@@ -147,14 +151,14 @@ class ParquetImages:
 
     def fingerprint(self) -> str:
         """SHA-256 of the files' names and sizes, of the columns and of the labels."""
-        sizes = [(file.name, file.stat().st_size) for file in self._files]
+        sizes = [(name, file.stat().st_size) for name, file in zip(self._file_names, self._files, strict=True)]
         digest = hashlib.sha256(repr((self._columns, sizes)).encode())
         digest.update(np.asarray(self.labels, dtype=np.int64).tobytes())
         return digest.hexdigest()
 
     def _name(self, index: int) -> str:
         file = bisect_right(self._file_starts, index) - 1
-        return f"{self._files[file].name}/{index - self._file_starts[file]}"
+        return f"{self._file_names[file]}/{index - self._file_starts[file]}"
 
     def _cell(self, index: int) -> Any:
         group = bisect_right(self._ends, index)
@@ -169,6 +173,15 @@ class ParquetImages:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": _Rows()}  # A process reads its own files.
+
+
+def _distinct_names(files: Sequence[Path]) -> list[str]:
+    """The names of files; where two are equal, all of their paths within the folder that they share."""
+    names = [file.name for file in files]
+    if len(set(names)) == len(names):
+        return names
+    shared = os.path.commonpath([file.absolute().parent for file in files])
+    return [file.absolute().relative_to(shared).as_posix() for file in files]
 
 
 @dataclass

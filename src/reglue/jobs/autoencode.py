@@ -37,6 +37,7 @@ from reglue.jobs.reconstructions import (
     evaluate,
     latent_mean_std,
     load_judges,
+    semantic_lengths,
     warning_of_dead_channels,
 )
 from reglue.jobs.train import ema_decay, learning_rate, part_sizes
@@ -56,6 +57,8 @@ from reglue.semantics.encoders import EncoderSpec, VisionEncoder
 
 RECORD, CONFIG, MEAN_STD = "training.json", "config.json", "mean_std.json"
 FORMAT = 1
+LENGTH_IMAGES = 1000
+"""Held-out images over which the length of the encoder's features is measured, at most."""
 UNLABELLED = Reading(no_labels=True)
 
 
@@ -79,8 +82,11 @@ class Autoencode(TakesPaths):
     """Side of the images in pixels, or height and width. Images are scaled to cover it, then cropped."""
     encoder: str = "dinov2-b-reg"
     """What the latents are aligned with: starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights.
-    The figures encoder_distance and frechet_distance are distances by it too, which the training has brought down;
-    --measure-lpips and --measure-inception are by networks that it has not seen."""
+    DINOv2's published heads read networks without registers, such as dinov2-b. The figures encoder_distance and
+    frechet_distance are distances by it too, which the training has brought down; --measure-lpips and
+    --measure-inception are by networks that it has not seen."""
+    final_norm: bool = True
+    """Align with features after the encoder's final norm. DINOv2's published depth heads read those before it."""
     validation: float | Path = 0.05
     """Share of the images that is held out to measure on, or another folder of images."""
     validation_images: int = 5000
@@ -177,7 +183,9 @@ def autoencode(options: Autoencode) -> Path:
     share, part = part_sizes(optimisation, processes)
     # The first process is the only one that measures.
     lpips, inception = (options.measure_lpips, options.measure_inception) if rank == 0 else ((), None)
-    judges = load_judges(options.encoder, options.size, recipe.perceptual, device, lpips, inception)
+    judges = load_judges(
+        options.encoder, options.size, recipe.perceptual, device, lpips, inception, final_norm=options.final_norm
+    )
     source = load_autoencoder(options.source) if options.source is not None else None
     images = open_images(options.images, UNLABELLED)
     training, held_out = split(options, images)
@@ -331,6 +339,13 @@ def autoencode(options: Autoencode) -> Path:
         chosen = permutation(options.seed, "latent statistics", 0, len(training))[: options.statistics_images]
         measured = ImageSamples(images, training[chosen.sort().values], options.size, shape, options.seed, "statistics")
         mean, std = latent_mean_std(averaged, all_of(measured, part, options.workers, device), optimisation.precision)
+        if averaged.alignment:
+            spread = torch.linspace(0, len(held_out) - 1, min(LENGTH_IMAGES, len(held_out))).long()
+            described = all_of(replace(held_out, rows=held_out.rows[spread]), part, options.workers, device)
+            patch_length, token_length = semantic_lengths(judges.encoder, described)
+            averaged.alignment.spec = replace(
+                averaged.alignment.spec, patch_length=patch_length, class_token_length=token_length
+            )
         figures = next(line["validation"] for line in reversed(read(options.out)) if "validation" in line)
         record = replace(record, steps_done=step, figures=figures, measured_with=measuring_files(options, judges))
         write_result(options.out, averaged, mean, std, record)
@@ -404,8 +419,7 @@ def loss_terms(
     if recipe.kl.present:
         terms["kl"] = restored.kl().mean()
     if seen and restored.semantics:
-        patches = seen.features[:, -judges.encoder.spec.width :]
-        by_patch, by_class = cosine_similarities(restored.semantics, patches, seen.class_token)
+        by_patch, by_class = cosine_similarities(restored.semantics, *judges.encoder.last_layer(seen))
         terms |= {"alignment": 1 - by_patch.mean(), "class_alignment": 1 - by_class.mean()}
     return terms
 

@@ -24,6 +24,7 @@ from reglue.data.pictures import colours_of, image_grid
 from reglue.data.store import Store, codes_column, compressor_of, value_of
 from reglue.errors import UserError
 from reglue.files import TakesPaths, replacing
+from reglue.runs.official_compressors import read_compressor
 from reglue.runs.ranks import resolve_device
 from reglue.seeds import generator, normals, permutation
 from reglue.semantics.compressors import (
@@ -60,7 +61,7 @@ class Compress(TakesPaths):
     """features: the map of patch features; cls: the class token, by pca or mlp. A recipe learns its codes in place of
     the token with --class-token.compressor NAME."""
     channels: int = 16
-    """Channels of the codes."""
+    """Channels of the codes. Of ReDi's file, given as --fitted, so many components are taken, the first ones."""
     hidden: int = 256
     """conv, mlp: channels between."""
     kl_weight: float = 0.0
@@ -85,8 +86,13 @@ class Compress(TakesPaths):
     seed: int = 0
     """Of the weights, the order of images and what is held out."""
     fitted: Path | None = None
-    """Folder of a compressor (RUN/compressor or STORE/compressors/NAME): nothing is fitted, its codes are added. For
-    another resolution of images, which a model is to be fine-tuned on, or other images to compare with."""
+    """Folder of a compressor (RUN/compressor or STORE/compressors/NAME), REGLUE's published .pth or ReDi's PCA file:
+    nothing is fitted, its codes are added. For another resolution of images, which a model is to be fine-tuned on,
+    other images to compare with, or the published codes. The store must have the features that it was fitted to, from
+    the same encoder and layers."""
+    statistics: Path | None = None
+    """With --fitted: mean and std of the features, which REGLUE keeps beside its compressor: .npz, or a dict in .npy,
+    .pt or .pkl."""
     name: str | None = None
     """Of the compressor within the store. Default: KIND-CHANNELS, such as conv-16, and -kl behind it if variational."""
     device: str = "auto"
@@ -109,6 +115,8 @@ class Compress(TakesPaths):
             raise UserError("--kl-weight is for --kind conv or mlp; principal components have no distribution of codes")
         if self.kind == "conv" and self.column == "cls":
             raise UserError("--kind conv needs a map, and --column cls has none; choose --kind pca or mlp")
+        if self.statistics and not self.fitted:
+            raise UserError("--statistics are those of a published compressor: give it too, with --fitted")
         if self.name is not None and not self.name.replace("-", "").replace("_", "").isalnum():
             raise UserError(f"--name {self.name}: use letters, digits, - and _ alone")
 
@@ -122,11 +130,15 @@ class Compress(TakesPaths):
         """The column of the store for the codes."""
         return codes_column(self.compressor_name, self.column)
 
-    def decisive(self) -> dict[str, Any]:
+    def read_fitted(self) -> Compressor | None:
+        """The compressor of --fitted. Raises UserError for a file or folder that is none."""
+        return read_compressor(self.fitted, self.statistics, components=self.channels) if self.fitted else None
+
+    def decisive(self, fitted: Compressor | None) -> dict[str, Any]:
         """The options that decide the result."""
-        without = {"store", "name", "device", "fitted"}
-        if self.fitted:
-            return {"fitted": load_compressor(self.fitted).weights_sha256()}
+        without = {"store", "name", "device", "fitted", "statistics"}
+        if fitted:
+            return {"fitted": fitted.weights_sha256()}
         if self.kind == "pca":
             without |= {"hidden", "epochs", "cosine_epochs", "batch_size", "micro_batch"}
             without |= {"learning_rate", "final_learning_rate"}
@@ -136,7 +148,7 @@ class Compress(TakesPaths):
 
 def compress(options: Compress) -> Store:
     """Fit a compressor and write its codes. Raises UserError for anything that the user can mend."""
-    fitted = load_compressor(options.fitted) if options.fitted else None
+    fitted = options.read_fitted()
     if fitted:
         spec = fitted.spec()
         options = replace(options, kind=spec.kind, channels=spec.channels, column=spec.column)
@@ -154,7 +166,7 @@ def compress(options: Compress) -> Store:
         )
     if len(store.originals) < 2:
         raise UserError(f"{store.folder} has a single image; a compressor needs two at least, one to be measured on")
-    _same_options_as_before(folder, options, begun=name in store.manifest.compressors)
+    _same_options_as_before(folder, options.decisive(fitted), begun=name in store.manifest.compressors)
     if store.is_whole(options.codes):
         print(f"{store.folder} has compressor {name} already")
         return store
@@ -193,10 +205,9 @@ def _split(options: Compress, store: Store) -> tuple[Tensor, Tensor]:
     return (~is_held_out).nonzero().flatten(), is_held_out.nonzero().flatten()
 
 
-def _same_options_as_before(folder: Path, options: Compress, begun: bool) -> None:
+def _same_options_as_before(folder: Path, asked: dict[str, Any], begun: bool) -> None:
     """Refuse to continue, or to take for the same, what was begun with other options."""
     path = folder / "options.json"
-    asked = options.decisive()
     begun = begun or _checkpoint_of(folder).is_file()
     if not (begun and path.is_file()):
         folder.mkdir(parents=True, exist_ok=True)

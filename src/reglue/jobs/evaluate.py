@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -39,8 +41,10 @@ from reglue.metrics.features import (
 )
 from reglue.metrics.inception import INCEPTION, Inception, is_inception, load_inception
 from reglue.metrics.resampling import CONFIDENCE, interval, resample_counts, resampled_means
-from reglue.runs import ranks
+from reglue.runs import checkpoints, ranks
 from reglue.runs.ranks import resolve_device
+from reglue.runs.record import RunRecord
+from reglue.runs.sharing import REPORTS, STATED
 from reglue.seeds import generator
 from reglue.semantics.encoders import EncoderSpec, load_encoder
 
@@ -70,7 +74,11 @@ class Evaluate(TakesPaths):
     reference: Path | None = None
     """The same; ADM's reference batches too, and of a run its training store. Default: that of the run in IMAGES."""
     out: Path | None = None
-    """Where the report goes, a .json file. Only printed if not given."""
+    """Where the report goes, a .json file. That about a run's images is written into the run's reports folder too, from
+    where its model card takes it; that about other images is only printed if not given."""
+    protocol: str | None = None
+    """How the images were made, where no samples.json beside them says so: a sentence, or a .json file with an object.
+    It goes into the report, as stated by you."""
     count: int | None = None
     """Images to draw from a run; 50000 if not given."""
     feature_network: str = INCEPTION
@@ -106,9 +114,12 @@ class Evaluate(TakesPaths):
                 raise UserError(f"--{option.replace('_', '-')} {value}: choose at least {smallest}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Figure:
-    """A figure and, where resampling gives one, the 95 % interval around it."""
+    """A figure and, where resampling gives one, the 95 % interval around it.
+
+    It prints no number, since one without its protocol says little: print the `Evaluation`. `value` is the number.
+    """
 
     value: float
     low: float | None = None
@@ -122,18 +133,21 @@ class Figure:
         low, high = interval(value, resampled)
         return cls(value, max(low, least), min(high, most))
 
+    def __repr__(self) -> str:
+        return "<Figure: print its Evaluation, which says how it was made>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Metrics:
     """The figures; None for those that could not be measured, for reasons in `Evaluation.absent`.
 
-    Distances: smaller is better. All others: larger is better.
+    Distances: smaller is better. All others: larger is better. As those of a `Figure`, the numbers are not printed.
     """
 
     frechet_distance: Figure
     """FID, if the network is the Inception."""
     spatial_frechet_distance: Figure | None = None
-    """sFID of ADM. It has no interval, since spatial features are not kept."""
+    """sFID of ADM."""
     inception_score: Figure | None = None
     precision: Figure | None = None
     recall: Figure | None = None
@@ -144,10 +158,14 @@ class Metrics:
     density: Figure | None = None
     coverage: Figure | None = None
 
+    def __repr__(self) -> str:
+        measured = ", ".join(part.name for part in fields(self) if getattr(self, part.name) is not None)
+        return f"<Metrics {measured}: print their Evaluation, which says how they were made>"
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures and all that they depend on. Figures are printed in no other way than `str(evaluation)`, the table."""
+    """Figures and all that they depend on. Figures are printed in no other way than `print(evaluation)`, the table."""
 
     metrics: Metrics
     absent: dict[str, str]
@@ -180,13 +198,16 @@ class Evaluation:
     confidence: float
     seed: int
     protocol: dict[str, Any] | None
-    """How the images were sampled; None if nothing says so."""
+    """How the images were sampled; None if nothing says so. What the user states in place of a record is under
+    `stated_by_user`."""
     warnings: tuple[str, ...]
     versions: dict[str, str]
 
     def __str__(self) -> str:
         """The report for people: several lines, no newline at the end."""
         rows = {name: _shown(figure) for name, figure in self._figures()}
+        if self.protocol is None:
+            rows[self.distance_name] += ", protocol not recorded"
         if self.metrics.kernel_distance is not None:
             rows["KID"] += f", ± {self.metrics.kernel_distance_std:.6f} between subsets"
         rows |= {name: f"– ({reason})" for name, reason in self.absent.items()}
@@ -246,6 +267,7 @@ class Described:
 def evaluate(options: Evaluate) -> Evaluation:
     """Measure, print a table, and write the report. Raises UserError for input that cannot be compared.
 
+    The report goes to `out`, and into the `reports` folder of the run that the images were drawn from, if it is there.
     Under torchrun the processes share the images, and each returns the same.
     """
     rank, processes = ranks.join(long_waits=True)
@@ -255,12 +277,16 @@ def evaluate(options: Evaluate) -> Evaluation:
         if options.out.is_dir():
             raise UserError(f"--out {options.out} is a folder; name a .json file")
         options.out.parent.mkdir(parents=True, exist_ok=True)
+    stated = _stated_protocol(options.protocol)
     images = open_images(options.images, options.count, options.batch_size, options.device)
+    if stated and (is_run(options.images) or images.protocol()):
+        raise UserError(f"--protocol: how the images of {options.images} are made is recorded already; leave it out")
     reference = open_reference(_reference_path(options))
     for side in (images, reference):
         if side.images is not None:
             _refuse_too_few(len(side.images), "images", side, options)
     network = _load_network(options, images, reference, device)
+    images, reference = (_at_resolution(side, network, options) for side in (images, reference))
 
     skipped: list[str] = []
     measured = describe(network, images, "images", options, skipped, share)
@@ -292,17 +318,87 @@ def evaluate(options: Evaluate) -> Evaluation:
         resamples=options.resamples,
         confidence=CONFIDENCE,
         seed=options.seed,
-        protocol=images.protocol(),
+        protocol=stated or images.protocol(),
         warnings=tuple(_warnings(network, measured, real)),
         versions={name: version(name) for name in ("reglue", "torch", "timm", "torch-fidelity", "numpy", "pillow")},
     )
     if rank == 0:
         print(evaluation)
+        report = json.dumps(asdict(evaluation), indent=1)
         if options.out:
             with replacing(options.out) as beside:
-                beside.write_text(json.dumps(asdict(evaluation), indent=1))
+                beside.write_text(report)
+        run = drawn_from(options.images, images.protocol())
+        if run:
+            _keep(report, run / REPORTS / report_name(evaluation), options.out)
     ranks.wait_for_all()
     return evaluation
+
+
+def drawn_from(images: Path, protocol: dict[str, Any] | None) -> Path | None:
+    """The run that images were drawn from, if it is there: it was given itself, or their protocol names it."""
+    if is_run(images):
+        return images
+    protocol = protocol or {}
+    run, step = Path(str(protocol.get("run"))), protocol.get("step")
+    if not is_run(run) or not isinstance(step, int):
+        return None
+    try:
+        recipe = RunRecord.read(run).recipe
+    except UserError:
+        return None
+    # Another run may be at this path now, or from here.
+    same = (recipe.name, recipe.model) == (protocol.get("recipe"), protocol.get("model"))
+    if same and "weights_sha256" in protocol and step in checkpoints.steps(run):
+        same = checkpoints.weights_sha256(run, step) == protocol["weights_sha256"]
+    return run if same else None
+
+
+def report_name(evaluation: Evaluation) -> str:
+    """The file of a report in its run's `reports`: step, network, and a hash of all that the figures depend on.
+
+    The same evaluation again, perhaps by other versions of libraries, has the same name.
+    """
+    protocol = evaluation.protocol or {}
+    about = {name: value for name, value in asdict(evaluation).items() if name not in ("metrics", "absent", "warnings")}
+    about |= {"versions": None, "protocol": {**protocol, "versions": None}}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+    network = re.sub(r"[^\w.-]+", "-", Path(evaluation.feature_network).name)
+    return f"step-{protocol.get('step', 0):08d}-{network}-{digest}.json"
+
+
+def _keep(report: str, file: Path, out: Path | None) -> None:
+    """Write a report into its run, and say so. A run that cannot be written to is no reason to lose an evaluation."""
+    if out and out.resolve().parent == file.resolve().parent:
+        return
+    try:
+        file.parent.mkdir(exist_ok=True)
+        with replacing(file) as beside:
+            beside.write_text(report)
+    except (OSError, UserError) as error:
+        print(f"The report is not in {file.parent}, so no model card will show it: {error}", file=sys.stderr)
+    else:
+        print(f"The report is in {file}, for the model card.", file=sys.stderr)
+
+
+def _stated_protocol(said: str | None) -> dict[str, Any] | None:
+    """What the user says about images whose making nothing has recorded. Raises UserError if that is nothing."""
+    content: Any = said
+    if said is not None and said.endswith(".json"):
+        file = Path(said)
+        if not file.is_file():
+            raise UserError(f"--protocol {file}: no such file; name one with a JSON object, or say it in a sentence")
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"--protocol {file} is not JSON ({error}); mend it, or say it in a sentence") from error
+        if not isinstance(content, dict):
+            raise UserError(f"--protocol {file} holds no JSON object; write one, or say it in a sentence")
+    elif said is not None:
+        content = " ".join(said.split())
+    if said is not None and not content:
+        raise UserError("--protocol says nothing; give a sentence, or a .json file with an object")
+    return None if said is None else {STATED: content}
 
 
 def _reference_path(options: Evaluate) -> Path:
@@ -347,6 +443,22 @@ def _given_resolution(resolution: int | tuple[int, int]) -> tuple[int, int]:
     return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
+def _at_resolution(side: ImageSet, network: FeatureNetwork, options: Evaluate) -> ImageSet:
+    """A side without the statistics of its file, if they are of images of another size than the one that is asked for.
+
+    Raises UserError if the file has no images to compute them from.
+    """
+    if side.pool is None or options.resolution is None or not isinstance(network, Inception):
+        return side
+    height, width = _given_resolution(options.resolution)
+    if side.images is None:
+        raise UserError(
+            f"--resolution: {side.path} holds statistics alone, which cannot be brought to {height}×{width} pixels; "
+            "leave the option out, or give the images"
+        )
+    return side if side.images.first_size() == (height, width) else replace(side, pool=None, spatial=None)
+
+
 def _refuse_too_few(count: int, what: str, side: ImageSet, options: Evaluate) -> None:
     """Raise UserError where there are fewer images than neighbours to look for."""
     least = max(NEIGHBOURS, DENSITY_NEIGHBOURS) + 1
@@ -381,7 +493,9 @@ def describe(
         origin = "computed from the images"
         size = _given_resolution(options.resolution) if options.resolution else network.image_size
         size = size or side.images.first_size()
-        images = _describe_share(network, side, size, name, share, skipped)
+        # Whose influence on sFID resampling asks for: the images', not the reference's.
+        keep_spatial = name == "images" and options.resamples > 0
+        images = _describe_share(network, side, size, name, share, skipped, keep_spatial)
     if images is not None:
         _refuse_too_few(len(images.features), "readable images", side, options)
     if given:
@@ -408,7 +522,13 @@ def _has_features(store: Store, network: EncoderFeatures) -> bool:
 
 
 def _describe_share(
-    network: FeatureNetwork, side: ImageSet, size: tuple[int, int], name: str, share: Share, skipped: list[str]
+    network: FeatureNetwork,
+    side: ImageSet,
+    size: tuple[int, int],
+    name: str,
+    share: Share,
+    skipped: list[str],
+    keep_spatial: bool,
 ) -> FeatureSet:
     """What the network says about a side, in its order, of which each process describes a share.
 
@@ -416,7 +536,8 @@ def _describe_share(
     """
     numbers: list[int] = []
     unreadable: list[tuple[int, str]] = []
-    found = describe_images(network, _batches(side, size, name, share, numbers, unreadable))
+    batches = _batches(side, size, name, share, numbers, unreadable)
+    found = describe_images(network, batches, keep_spatial=keep_spatial)
     if share.processes == 1:
         skipped += [image for _, image in unreadable]
         return found
@@ -429,6 +550,7 @@ def _describe_share(
         features=ranks.all_rows(found.features)[order],
         logits=logits[order] if len(logits) else None,
         spatial=_of_all_processes(found.spatial) if found.spatial else None,
+        spatial_features=None if found.spatial_features is None else ranks.all_rows(found.spatial_features)[order],
     )
 
 
@@ -471,28 +593,35 @@ def _batches(
             progress.update(min(len(batch) * share.processes, count - progress.n))
 
 
+def _distance(own: Gaussian, reference: Gaussian, features: Tensor | None, counts: Tensor) -> Figure:
+    """The Fréchet distance, with an interval if the features (N, D) behind `own` are there to be resampled."""
+    distance = frechet_distance(own, reference)
+    if features is None:
+        return Figure(distance)
+    influence = frechet_influence(features, own, reference)
+    return Figure.of(distance, resampled_means(influence, counts), least=0)
+
+
 def measure(
     network: FeatureNetwork, measured: Described, real: Described, options: Evaluate, device: torch.device
 ) -> tuple[Metrics, dict[str, str]]:
     """The figures, and the reasons for those that are missing."""
-    metrics = Metrics(Figure(frechet_distance(measured.gaussian, real.gaussian)))
+    images, others = measured.images, real.images
+    # Of statistics that came in the file there are no images to resample.
+    resampled = None if measured.given or images is None or not options.resamples else images
+    count = len(images.features) if images else 0
+    counts = resample_counts(count, options.resamples if images else 0, options.seed, "images")
+    metrics = Metrics(_distance(measured.gaussian, real.gaussian, resampled and resampled.features, counts))
     absent: dict[str, str] = {}
     if measured.spatial and real.spatial:
-        spatial = Figure(frechet_distance(measured.spatial, real.spatial))
+        spatial = _distance(measured.spatial, real.spatial, resampled and resampled.spatial_features, counts)
         metrics = replace(metrics, spatial_frechet_distance=spatial)
     else:
         absent["sFID"] = "a file has no mu_s" if network.spatial_width else "defined for the Inception alone"
-
-    images, others = measured.images, real.images
     if images is None:
         return metrics, absent | dict.fromkeys(
             [name for name in NAMES.values() if name != "sFID"], f"{options.images} has statistics and no images"
         )
-    counts = resample_counts(len(images.features), options.resamples, options.seed, "images")
-    if not measured.given and options.resamples:
-        influence = frechet_influence(images.features, measured.gaussian, real.gaussian)
-        distance = metrics.frechet_distance.value
-        metrics = replace(metrics, frechet_distance=Figure.of(distance, resampled_means(influence, counts), least=0))
     if images.logits is None:
         absent["Inception Score"] = network.without_logits
     else:

@@ -30,11 +30,11 @@ from reglue.errors import UserError
 from reglue.files import new_folder, replacing, structured, to_json
 from reglue.jobs.sample import Drawing, Sample, describe, plan
 from reglue.latents.alignment import FILE as ALIGNMENT_FILE
-from reglue.latents.alignment import AlignmentNetwork, load_alignment
+from reglue.latents.alignment import AlignmentNetwork, at_usual_length, load_alignment
 from reglue.latents.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
 from reglue.metrics.agreement import Agreement, ClassAgreement, DepthAgreement, Figure
+from reglue.runs import ranks
 from reglue.runs.generation import evaluations, load
-from reglue.runs.ranks import resolve_device
 from reglue.runs.record import FILE as RECORD
 from reglue.runs.sharing import find_compressor
 from reglue.seeds import permutation
@@ -112,8 +112,13 @@ class Perception:
 
 
 def perceive(options: Perceive) -> Perception:
-    """Draw or encode images, apply the heads, write maps, picture and report. Raises UserError for user mistakes."""
-    device = resolve_device(options.device)
+    """Draw or encode images, apply the heads, write maps, picture and report.
+
+    Raises UserError for user mistakes, and under torchrun with several processes: one does it all.
+    """
+    if ranks.join()[1] > 1:
+        raise UserError("perceive works in one process; start it without torchrun")
+    device = ranks.resolve_device(options.device)
     heads = load_heads(options.head, device)
     subject = load_subject(options, device)
     views = choose_views(options, heads, subject)
@@ -185,8 +190,8 @@ class Subject:
     def from_latents(self, latents: Tensor) -> VisionFeatures:
         """What the alignment network makes of raw latents (B, C, H, W)."""
         assert self.alignment is not None
-        semantics = self.alignment(latents)
-        return VisionFeatures(semantics.class_token, semantics.patches)
+        semantics = at_usual_length(self.alignment(latents), self.alignment.spec)
+        return VisionFeatures(semantics.class_token, semantics.patches, semantics.class_token)
 
     def from_local(self, code: Tensor) -> VisionFeatures:
         """What the compressor's decoder makes of a raw local map (B, K, H, W), brought to the encoder's grid.
@@ -306,8 +311,8 @@ def choose_views(options: Perceive, heads: dict[str, Head], subject: Subject) ->
         for source, encoder in subject.gives.items():
             try:
                 head.spec.check_fits(encoder, f"{whose[source]} of {options.run}")
-                if head.spec.class_token:
-                    raise UserError("the head was made for the class token before the final norm, which nothing gives")
+                if head.spec.class_token and source == "local":
+                    raise UserError("the head reads the class token too, which a local map does not have")
                 views[source].append(name)
             except UserError as error:
                 refusals.append(error)
@@ -345,6 +350,8 @@ class Scene(NamedTuple):
     """uint8 (B, 3, H, W): the decoded images."""
     seen: dict[View, tuple[VisionFeatures, tuple[int, ...]]]
     """The features, and the encoder's blocks that they are of."""
+    any_length: frozenset[View] = frozenset()
+    """Views whose features are directions alone: how long they are means nothing."""
 
 
 def scenes(
@@ -388,7 +395,7 @@ def _of_images(
             # As a model meets it: compressed, and brought to the grid of the latents.
             code = resize(subject.compressor.encode(torch.cat([each[layer] for layer in layers], dim=1)), grid)
         scene = _scene(subject, encoder, views, pixels, latents, code)
-        yield Scene(pixels, {**scene.seen, "original": (seen, encoder.spec.layers)})
+        yield scene._replace(seen={**scene.seen, "original": (seen, encoder.spec.layers)})
 
 
 def _scene(
@@ -406,7 +413,9 @@ def _scene(
         all_seen["alignment"] = (subject.from_latents(latents), subject.gives["alignment"].layers)
     if "local" in views and code is not None:
         all_seen["local"] = (subject.from_local(code), subject.gives["local"].layers)
-    return Scene(pixels, all_seen)
+    # The alignment network learned cosines, and older ones do not know how long the encoder's features are.
+    unmeasured = subject.alignment is not None and subject.alignment.spec.patch_length is None
+    return Scene(pixels, all_seen, frozenset({"alignment"} if unmeasured else ()))
 
 
 def look(scene: Scene, heads: dict[str, Head], views: dict[View, list[str]]) -> dict[tuple[str, View], Tensor]:
@@ -414,8 +423,7 @@ def look(scene: Scene, heads: dict[str, Head], views: dict[View, list[str]]) -> 
     height, width = scene.pixels.shape[-2:]
     all_views: dict[View, list[str]] = {**views, "encoder": list(heads)}
     return {
-        # The alignment network learned cosines: how long its features are means nothing.
-        (name, view): heads[name].tell(*scene.seen[view], (height, width), any_length=view == "alignment").cpu()
+        (name, view): heads[name].tell(*scene.seen[view], (height, width), any_length=view in scene.any_length).cpu()
         for view, names in all_views.items()
         for name in names
     }

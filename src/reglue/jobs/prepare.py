@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue.data.images import ImageSource, UnreadableImage
+from reglue.data.images import ImageSource, UnreadableImage, grey_peaks
 from reglue.data.sources import Reading, Subset, open_images
 from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits
 from reglue.errors import UserError
@@ -32,6 +32,8 @@ from reglue.semantics.encoders import VisionEncoder, load_encoder
 NO_ENCODER = "none"
 MOST_WORKERS = 16
 """Processes that decode unless more are asked for: each keeps two batches of decoded images in memory."""
+DARK = 4096
+"""16-bit images whose values all lie below this, a sixteenth of the range, are probably of 12 bits or fewer."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Prepare(TakesPaths):
     resolution: int | tuple[int, int] = 256
     """Side of the prepared images in pixels, or height and width. Images are scaled to cover it, then cropped."""
     autoencoder: str = "sd-vae-ft-mse"
-    """starter, a short name, a name on the hub (OWNER/REPOSITORY) or a folder in diffusers' layout."""
+    """starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]) or a folder in diffusers' layout:
+    AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, VQModel, AutoencoderTiny or AutoencoderDC."""
     encoder: str = "dinov2-b-reg"
     """starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights; none stores latents alone."""
     layers: tuple[int, ...] | None = None
@@ -138,8 +141,9 @@ def prepare(options: Prepare) -> Store:
         blocks = _dealt(writer.pending, rank, processes)
         remaining = sum(map(len, writer.pending))
         started = time.perf_counter()
-        fill(writer, blocks, images, autoencoder, encoder, options, device, quiet=rank > 0)
+        peaks = fill(writer, blocks, images, autoencoder, encoder, options, device, quiet=rank > 0)
         ranks.wait_for_all()
+        peaks = ranks.all_rows(torch.tensor(peaks, dtype=torch.int64))
         if rank == 0:
             writer.gather()
             seconds = time.perf_counter() - started
@@ -148,6 +152,11 @@ def prepare(options: Prepare) -> Store:
                 f"{options.out}: {len(store)} images ({len(store.manifest.skipped)} unreadable), "
                 f"{remaining / seconds:.1f} images/s, peak memory {peak_rss_mib():.0f} MiB"
             )
+            if dark := int(((peaks > 0) & (peaks < DARK)).sum()):
+                print(
+                    f"{dark} of the {len(peaks)} 16-bit images use less than a sixteenth of their range and are "
+                    "stored dark; if their values have fewer bits, rescale them and prepare them again"
+                )
         ranks.wait_for_all()
         return Store.open(options.out)
     store = Store.open(options.out)
@@ -165,12 +174,14 @@ def fill(
     options: Prepare,
     device: torch.device,
     quiet: bool = False,
-) -> None:
+) -> list[int]:
     """Encode the images of blocks, and write each block as soon as it is complete.
 
+    Returns the highest grey value of every 16-bit image (`grey_peaks`), since some are darker than they are meant.
     Other processes decode ahead, and a thread writes and hashes behind, so that the networks wait for neither.
     """
     batches = iter(_decoded(images, options, blocks, device))
+    peaks: list[int] = []
     with (
         ThreadPoolExecutor(1) as thread,
         tqdm(total=sum(map(len, blocks)), unit="image", desc="prepare", disable=quiet) as progress,
@@ -184,6 +195,7 @@ def fill(
             for batch in (next(batches) for _ in _split(block, options.batch_size)):
                 if batch.failure:
                     raise batch.failure
+                peaks += batch.peaks
                 for image in batch.unreadable:
                     if options.strict:
                         raise UserError(f"{images.path / image.name}: {image.reason}; mend it, or leave --strict out")
@@ -208,6 +220,7 @@ def fill(
             written = thread.submit(writer.write, block, names, skipped, filled, **measured)
         if written:
             written.result()
+    return peaks
 
 
 def _dealt(blocks: list[range], rank: int, processes: int) -> list[range]:
@@ -227,6 +240,8 @@ class _Crop(NamedTuple):
     name: str
     label: int
     pixels: Tensor
+    peaks: list[int]
+    """Its highest grey value if it has 16 bits and had to be decoded."""
 
 
 class _Batch(NamedTuple):
@@ -235,6 +250,7 @@ class _Batch(NamedTuple):
     names: list[str]
     labels: Tensor
     pixels: Tensor
+    peaks: list[int]
     unreadable: list[UnreadableImage]
     failure: UserError | None
     """Why the source cannot be read at all. It travels as data, since a DataLoader would wrap it in a traceback."""
@@ -248,10 +264,11 @@ class _Crops(Dataset):
 
     def __getitem__(self, index: int) -> _Crop | UnreadableImage | UserError:
         try:
-            pixels = self.images.load(index, self.size)
+            with grey_peaks() as peaks:
+                pixels = self.images.load(index, self.size)
             if isinstance(pixels, UnreadableImage):
                 return pixels
-            return _Crop(self.images.names[index], self.images.labels[index], pixels)
+            return _Crop(self.images.names[index], self.images.labels[index], pixels, peaks)
         except UserError as error:
             return error
 
@@ -284,6 +301,7 @@ def _collate(items: list[_Crop | UnreadableImage | UserError]) -> _Batch:
         [crop.name for crop in crops],
         torch.tensor([crop.label for crop in crops], dtype=torch.int64),
         torch.stack([crop.pixels for crop in crops]) if crops else torch.empty(0, dtype=torch.uint8),
+        [peak for crop in crops for peak in crop.peaks],
         [item for item in items if isinstance(item, UnreadableImage)],
         next((item for item in items if isinstance(item, UserError)), None),
     )

@@ -66,13 +66,15 @@ def load_judges(
     device: torch.device,
     lpips: Sequence[Path] = (),
     inception: str | None = None,
+    *,
+    final_norm: bool = True,
 ) -> Judges:
     """The vision encoder of a name, and the networks of LPIPS and rFID that are asked for.
 
     `lpips` are the files of LPIPS to measure by, those of the loss if there are none; `inception` is a file or the
     name of the network of rFID. Raises UserError for what cannot be loaded.
     """
-    encoder = load_encoder(name, size, device=device)
+    encoder = load_encoder(name, size, device=device, final_norm=final_norm)
     depth = encoder.spec.depth
     layers = tuple(sorted({max(1, depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)}))
     encoder = VisionEncoder(encoder.network, replace(encoder.spec, layers=layers)).to(device)
@@ -130,9 +132,9 @@ def evaluate(
         if judges.lpips:
             found["lpips"] = judges.lpips(originals, to_images(pixels_out))
         if out.semantics:
-            patches = seen.features[:, -spec.width :]
-            found["patch_cosine"], found["class_cosine"] = cosine_similarities(out.semantics, patches, seen.class_token)
-            others, before = _shifted(before, (patches, seen.class_token))
+            targets = judges.encoder.last_layer(seen)
+            found["patch_cosine"], found["class_cosine"] = cosine_similarities(out.semantics, *targets)
+            others, before = _shifted(before, targets)
             rest = LatentSemantics(*(estimates[len(pixels) - len(others[0]) :] for estimates in out.semantics))
             found["patch_cosine_unrelated"], found["class_cosine_unrelated"] = cosine_similarities(rest, *others)
         for name, values in found.items():
@@ -224,6 +226,17 @@ def draw(
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as beside:
         Image.fromarray(image_grid(np.concatenate(pictures), columns=len(rows))).save(beside, format="png")
+
+
+def semantic_lengths(encoder: VisionEncoder, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Root mean square length of an encoder's features at a patch of images, and of their class tokens."""
+    squares, count = torch.zeros(2, dtype=torch.float64), 0
+    for pixels, _ in batches:
+        patches, class_token = encoder.last_layer(encoder.describe(pixels))
+        sums = [patches.double().square().sum(1).mean((1, 2)).sum(), class_token.double().square().sum()]
+        squares, count = squares + torch.stack(sums).cpu(), count + len(pixels)
+    of_patches, of_class_tokens = (squares / count).sqrt().tolist()
+    return of_patches, of_class_tokens
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from reglue.diffusion.modalities import State
 from reglue.errors import UserError
 from reglue.files import TakesPaths, replacing
 from reglue.recipe import Rounding, SamplerName, Sampling, StatePrecision
-from reglue.runs import ranks
+from reglue.runs import checkpoints, hub, ranks
 from reglue.runs.generation import ImageModel, changed_sampling, evaluations, load
 from reglue.runs.pictures import PictureWriter
 from reglue.runs.ranks import Precision
@@ -109,7 +109,7 @@ def sample(options: Sample) -> Path:
     as_npz = options.out.suffix == ".npz"
     folder = options.out.with_suffix(".parts") if as_npz else options.out
     protocol = describe(options, model, sampling, labels)
-    claim(folder, protocol, rank)
+    claim(folder, protocol, model.settled(replace(sampling, precision=None, state_precision=None)), rank)
     # Who draws what must not depend on what the other processes have drawn already.
     mine = [i for i in range(rank, options.count, processes) if not (folder / f"{i:06d}.png").is_file()]
     total = evaluations(sampling, len(mine), options.batch_size)
@@ -202,34 +202,48 @@ def choose_labels(options: Sample, model: ImageModel) -> list[int]:
 
 def describe(options: Sample, model: ImageModel, sampling: Sampling, labels: list[int]) -> dict[str, Any]:
     """Everything that decides the images: goes with them, and into every report about them."""
-    record = model.record
+    record, weaker = model.record, options.weaker_run
     return {
         "run": str(options.run),
         "recipe": record.recipe.name,
         "model": record.recipe.model,
         "step": model.step,
         "weights": "EMA",
-        "sampling": asdict(sampling),
+        "weights_sha256": checkpoints.weights_sha256(model.folder, model.step) if model.folder else None,
+        "sampling": asdict(model.settled(sampling)),
         "label_policy": options.labels,
         "labels": labels,
         "class_names": list(record.class_names),
         "seed": options.seed,
         "decoder": model.autoencoder.spec.name,
         "decoder_sha256": model.autoencoder.spec.weights_sha256,
-        "weaker_run": str(options.weaker_run) if options.weaker_run else None,
+        "weaker_run": str(weaker) if weaker else None,
+        "weaker_weights_sha256": weaker and checkpoints.weights_sha256(hub.find_run(weaker)),
         "versions": {name: version(name) for name in ("reglue", "torch", "numpy")},
     }
 
 
-def claim(folder: Path, protocol: dict[str, Any], rank: int) -> None:
-    """Make the folder, or check that its images are of the same protocol. Raises UserError if they are not."""
+ADDED = ("weights_sha256", "weaker_weights_sha256")
+"""What protocols of older versions lack."""
+
+
+def claim(folder: Path, protocol: dict[str, Any], unless_told: Sampling, rank: int) -> None:
+    """Make the folder, or check that its images are of the same protocol. Raises UserError if they are not.
+
+    `unless_told` has the precisions that are used where nobody asks for one: what older files meant by null.
+    """
     path = folder / PROTOCOL
     protocol = json.loads(json.dumps(protocol))  # as it will be read back
     if path.is_file():
         before = json.loads(path.read_text())
-        # Older files lack the settings that have come since.
-        added = {name: value for name, value in asdict(Sampling()).items() if name not in before["sampling"]}
-        before["sampling"] |= added
+        # Older files lack the settings that have come since, and left open which precisions were used.
+        defaults = asdict(Sampling()) | {
+            "state_precision": unless_told.state_precision,
+            "precision": unless_told.precision,
+        }
+        before["sampling"] |= {name: v for name, v in defaults.items() if before["sampling"].get(name) is None}
+        # Nor do they say which weights drew their images, so nothing can be said about all that will be there.
+        protocol = {name: value for name, value in protocol.items() if name in before or name not in ADDED}
         # More images of the same kind may be added: labels are a function of the index.
         count = min(len(before["labels"]), len(protocol["labels"]))
         shortened = [{**p, "labels": p["labels"][:count]} for p in (before, protocol)]

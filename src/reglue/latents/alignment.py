@@ -35,6 +35,11 @@ class AlignmentSpec:
     """Height and width of the encoder's patches."""
     encoder: dict[str, Any] = field(default_factory=dict)
     """The `EncoderSpec` of the encoder, as JSON has it."""
+    patch_length: float | None = None
+    """Root mean square length of the encoder's features at a patch. The network learns cosines, which say nothing of
+    it. None: not measured."""
+    class_token_length: float | None = None
+    """That of its class token."""
 
 
 class LatentSemantics(NamedTuple):
@@ -80,6 +85,16 @@ class AlignmentNetwork(nn.Module):
             # since torch cannot do it in bfloat16 on a CPU.
             hidden = F.interpolate(hidden.float(), self.spec.grid, mode="bilinear", antialias=True)
         return LatentSemantics(self.to_patches(hidden), class_token)
+
+
+def at_usual_length(semantics: LatentSemantics, spec: AlignmentSpec) -> LatentSemantics:
+    """The same directions with the lengths that the encoder's own have; as they are where those were not measured."""
+    patches, class_token = semantics
+    if spec.patch_length is not None:
+        patches = F.normalize(patches, dim=1) * spec.patch_length
+    if spec.class_token_length is not None:
+        class_token = F.normalize(class_token, dim=1) * spec.class_token_length
+    return LatentSemantics(patches, class_token)
 
 
 def cosine_similarities(semantics: LatentSemantics, patches: Tensor, class_token: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
 """Autoencoders: images to raw latents and back, behind one interface.
 
-Three kinds come from diffusers, `AutoencoderKL`, `AutoencoderTiny` and `AutoencoderDC`; the fourth is TAEF2, which
-diffusers does not have. Nothing downstream assumes one latent space: channels, downsampling and normalisation are in
-the spec.
+All kinds but one come from diffusers (`DIFFUSERS_KINDS`); the other is TAEF2, which diffusers does not have. Nothing
+downstream assumes one latent space: channels, downsampling and normalisation are in the spec.
 
 A diffusers folder may carry its normalisation as `mean_std.json`, which goes before its configuration: `{"mean": …,
 "std": …}`, each one number for all channels (as ReaLS has it, arXiv 2502.00359) or a list with one for each channel, of
@@ -13,7 +12,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -21,15 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reglue.errors import UserError
 from reglue.hub import fetch
 from reglue.latents.taef2 import taef2_decoder, taef2_encoder
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     from diffusers.models.autoencoders.vae import DecoderOutput
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
@@ -78,7 +76,7 @@ class AutoencoderSpec:
     name: str = field(compare=False)
     """What `load_autoencoder` takes to load it again."""
     kind: str
-    """`AutoencoderKL`, `AutoencoderTiny`, `AutoencoderDC` or `TAEF2`."""
+    """One of `DIFFUSERS_KINDS`, or `TAEF2`."""
     weights_sha256: str | None
     """None where the weights were never seen: an imported run names an autoencoder that need not be at hand."""
     latent_channels: int
@@ -130,10 +128,10 @@ class Autoencoder(nn.Module, ABC):
         return super().train(False)
 
 
-class KlAutoencoder(Autoencoder):
-    """diffusers' AutoencoderKL: a normal distribution of latents for every image."""
+class PosteriorAutoencoder(Autoencoder):
+    """diffusers' autoencoders with a normal distribution of latents for every image."""
 
-    def __init__(self, network: "AutoencoderKL", spec: AutoencoderSpec):
+    def __init__(self, network: Any, spec: AutoencoderSpec):
         super().__init__()
         self.network, self.spec = network.eval().requires_grad_(False), spec
 
@@ -146,16 +144,46 @@ class KlAutoencoder(Autoencoder):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See `Autoencoder.decode`."""
-        return cast("DecoderOutput", self.network.decode(cast(Any, latents))).sample.clamp(-1, 1)
+        return cast("DecoderOutput", self.network.decode(latents)).sample.clamp(-1, 1)
+
+
+class KlAutoencoder(PosteriorAutoencoder):
+    """diffusers' AutoencoderKL, the kind that can be trained further."""
+
+    network: "AutoencoderKL"
+
+
+class Flux2Autoencoder(PosteriorAutoencoder):
+    """diffusers' AutoencoderKLFlux2, in the space that FLUX.2's transformer learns.
+
+    There, patches of latent pixels are stacked into channels, which the running statistics of a batch norm normalise.
+    """
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Moments:
+        """See `Autoencoder.encode`."""
+        mean, std = super().encode(images)
+        assert std is not None
+        return Moments(*(F.pixel_unshuffle(part, self._patch) for part in (mean, std)))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Autoencoder.decode`."""
+        return super().decode(F.pixel_shuffle(latents, self._patch))
+
+    @property
+    def _patch(self) -> int:
+        return self.network.config["patch_size"][0]
 
 
 class DeterministicAutoencoder(Autoencoder):
-    """diffusers' AutoencoderTiny (TAESD and its kin) and AutoencoderDC (DC-AE, arXiv 2410.10733): one latent each.
+    """diffusers' autoencoders with one latent for every image.
 
-    Both take and give images in [−1, 1]; AutoencoderTiny changes to its own [0, 1] inside.
+    AutoencoderTiny (TAESD and its kin) changes from [−1, 1] to its own [0, 1] inside. AutoencoderDC is DC-AE (arXiv
+    2410.10733). VQModel's latents (VQGAN, arXiv 2012.09841) are those before quantisation, which decoding begins with.
     """
 
-    def __init__(self, network: "AutoencoderTiny | AutoencoderDC", spec: AutoencoderSpec):
+    def __init__(self, network: Any, spec: AutoencoderSpec):
         super().__init__()
         self.network, self.spec = network.eval().requires_grad_(False), spec
 
@@ -169,6 +197,28 @@ class DeterministicAutoencoder(Autoencoder):
     def decode(self, latents: Tensor) -> Tensor:
         """See `Autoencoder.decode`."""
         return cast("DecoderOutput", self.network.decode(latents)).sample.clamp(-1, 1)
+
+
+class _Kind(NamedTuple):
+    """A class of diffusers' and what it becomes here."""
+
+    module: str
+    """Of diffusers, below `diffusers.models.autoencoders`."""
+    widths: str
+    """What its configuration calls the channels of the encoder's stages, each of which but the first halves the sides.
+    """
+    autoencoder: type[PosteriorAutoencoder | DeterministicAutoencoder]
+
+
+DIFFUSERS_KINDS = {
+    "AutoencoderKL": _Kind("autoencoder_kl", "block_out_channels", KlAutoencoder),
+    "AsymmetricAutoencoderKL": _Kind("autoencoder_asym_kl", "down_block_out_channels", PosteriorAutoencoder),
+    "AutoencoderKLFlux2": _Kind("autoencoder_kl_flux2", "block_out_channels", Flux2Autoencoder),
+    "VQModel": _Kind("vq_model", "block_out_channels", DeterministicAutoencoder),
+    "AutoencoderTiny": _Kind("autoencoder_tiny", "encoder_block_out_channels", DeterministicAutoencoder),
+    "AutoencoderDC": _Kind("autoencoder_dc", "encoder_block_out_channels", DeterministicAutoencoder),
+}
+"""Classes of diffusers that are known, by the name in a folder's configuration."""
 
 
 class Taef2Autoencoder(Autoencoder):
@@ -245,46 +295,79 @@ def _fetch(name: str) -> Path:
     )
 
 
-def _load_diffusers(name: str, folder: Path) -> KlAutoencoder | DeterministicAutoencoder:
-    # Importing diffusers takes seconds, which TAEF2 need not wait for.
-    from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-
+def _load_diffusers(name: str, folder: Path) -> PosteriorAutoencoder | DeterministicAutoencoder:
     config_file, weights = folder / CONFIG, folder / DIFFUSERS_WEIGHTS
     for file in (config_file, weights):
         if not file.is_file():
             raise UserError(f"autoencoder {folder}: {file.name} is missing; a diffusers folder has it beside the rest")
+    class_name = _class_name(config_file)
+    kind = DIFFUSERS_KINDS[class_name]
+    network = _read_network(_class_of_diffusers(class_name, folder), folder)
+    config = dict(network.config)
+    _check_sizes(config, folder)
+    patch = config["patch_size"][0] if kind.autoencoder is Flux2Autoencoder else 1
+    channels = (config.get("vq_embed_dim") or config["latent_channels"]) * patch**2
+    shift, scale = _normalisation(network, channels, folder)
+    spec = AutoencoderSpec(
+        name=name,
+        kind=class_name,
+        weights_sha256=_sha256(weights),
+        latent_channels=channels,
+        downsampling=2 ** (len(config[kind.widths]) - 1) * patch,
+        shift=shift,
+        scale=scale,
+    )
+    return kind.autoencoder(network, spec)
+
+
+def _class_name(config_file: Path) -> str:
+    """Which of `DIFFUSERS_KINDS` a folder's configuration describes."""
+    folder, known = config_file.parent, ", ".join(DIFFUSERS_KINDS)
     try:
         config = json.loads(config_file.read_text())
     except ValueError as error:
         raise UserError(f"autoencoder {folder}: config.json is no JSON ({error}); fetch it again") from error
-    networks = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny, "AutoencoderDC": AutoencoderDC}
-    kind = config.get("_class_name") if isinstance(config, dict) else None
-    if not isinstance(kind, str):
+    class_name = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(class_name, str):
         raise UserError(
-            f"autoencoder {folder}: config.json does not say which network it is of; diffusers writes that as "
-            f'"_class_name", one of {", ".join(networks)}'
+            f"autoencoder {folder}: config.json is not in diffusers' layout: it lacks _class_name, the autoencoder's "
+            f"class; add it if you know it (known are {known}), or fetch the folder again"
         )
-    if kind not in networks:
+    if class_name not in DIFFUSERS_KINDS:
         raise UserError(
-            f"autoencoder {folder}: config.json is of the class {kind}; known are {', '.join(networks)}: give the "
-            "folder of one of these, in a pipeline's folder often vae"
+            f"autoencoder {folder}: config.json says {class_name}, which is no known autoencoder of images; choose a "
+            f"folder of one of {known}"
         )
-    network = _read_network(networks[kind], folder)
-    config = dict(network.config)
-    shift, scale = _normalisation(config, folder)
-    widths = config["block_out_channels"] if kind == "AutoencoderKL" else config["encoder_block_out_channels"]
-    spec = AutoencoderSpec(
-        name=name,
-        kind=kind,
-        weights_sha256=_sha256(weights),
-        latent_channels=config["latent_channels"],
-        downsampling=2 ** (len(widths) - 1),  # Each stage but the first halves the sides.
-        shift=shift,
-        scale=scale,
-    )
-    return KlAutoencoder(network, spec) if kind == "AutoencoderKL" else DeterministicAutoencoder(network, spec)
+    return class_name
+
+
+def _class_of_diffusers(class_name: str, folder: Path) -> Any:
+    # Importing diffusers takes seconds, which TAEF2 need not wait for.
+    try:
+        module = import_module(f"diffusers.models.autoencoders.{DIFFUSERS_KINDS[class_name].module}")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"autoencoder {folder}: the installed diffusers has no {class_name}; `pip install -U diffusers`"
+        ) from error
+    return getattr(module, class_name)
+
+
+def _check_sizes(config: dict[str, Any], folder: Path) -> None:
+    """Raises UserError for what does not take images of RGB and give them back in the same size."""
+    taken, given = config["in_channels"], config.get("out_channels", config["in_channels"])
+    if (taken, given) != (3, 3):
+        raise UserError(
+            f"autoencoder {folder} takes images of {taken} channel{'s' * (taken != 1)} and gives {given}; give one of "
+            "RGB images, 3 and 3"
+        )
+    stages = [config[f"{way}_block_out_channels"] for way in ("down", "up") if f"{way}_block_out_channels" in config]
+    if len(set(map(len, stages))) > 1:
+        raise UserError(
+            f"autoencoder {folder} has {len(stages[0])} stages down and {len(stages[1])} up; give one that restores "
+            "the size of images"
+        )
+    if len(set(config.get("patch_size") or ())) > 1:
+        raise UserError(f"autoencoder {folder} has patches of {config['patch_size']}; give one with square patches")
 
 
 def _read_network(network_class: Any, folder: Path) -> Any:
@@ -320,15 +403,19 @@ def _read_network(network_class: Any, folder: Path) -> Any:
     return network
 
 
-def _normalisation(config: dict[str, Any], folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Shift and scale per channel: from `mean_std.json` where the folder has one, else from diffusers' configuration.
+def _normalisation(network: Any, channels: int, folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shift and scale per channel: from `mean_std.json` where the folder has one, else as diffusers has them.
 
-    diffusers keeps one number each, or the mean and standard deviation of every channel.
+    diffusers keeps one number each, or the mean and standard deviation of every channel; for FLUX.2 the mean and
+    variance of a batch norm among the weights.
     """
-    channels, own = config["latent_channels"], folder / MEAN_STD
+    config, own = dict(network.config), folder / MEAN_STD
     if own.is_file():
         mean, std = _read_mean_std(own, channels)
         return mean, tuple(1 / value for value in std)
+    if "batch_norm_eps" in config:
+        std = (network.bn.running_var.double() + config["batch_norm_eps"]).sqrt()
+        return tuple(network.bn.running_mean.tolist()), tuple((1 / std).tolist())
     factor = float(config["scaling_factor"])
     means, stds = config.get("latents_mean"), config.get("latents_std")
     if means is not None and stds is not None:

@@ -69,15 +69,21 @@ class FeatureSet:
     logits: Tensor | None
     """(N, C) float32 on the CPU."""
     spatial: GaussianStatistics | None
-    """Mean and covariance of the spatial features, which are not kept."""
+    """Mean and covariance of the spatial features."""
+    spatial_features: Tensor | None = None
+    """(N, S) float32 on the CPU: those themselves, if they were to be kept."""
 
 
-def describe_images(network: FeatureNetwork, batches: Iterable[Tensor]) -> FeatureSet:
-    """What a network says about images that come as uint8 batches (B, 3, H, W), of which one at a time is held."""
+def describe_images(network: FeatureNetwork, batches: Iterable[Tensor], *, keep_spatial: bool = False) -> FeatureSet:
+    """What a network says about images that come as uint8 batches (B, 3, H, W), of which one at a time is held.
+
+    Spatial features double the memory; they are kept on request, and otherwise become statistics alone.
+    """
     features = [torch.empty(0, network.width)]
     logits: list[Tensor] = []
     spatial = GaussianStatistics(network.spatial_width) if network.spatial_width else None
     waiting: list[Tensor] = []
+    kept = [torch.empty(0, network.spatial_width)]
 
     def count_waiting() -> None:
         # Some hundred rows at once, since each update touches the whole of a large matrix.
@@ -92,10 +98,16 @@ def describe_images(network: FeatureNetwork, batches: Iterable[Tensor]) -> Featu
             logits.append(found.logits.float().cpu())
         if found.spatial is not None:
             waiting.append(found.spatial.float().cpu())
+            kept += waiting[-1:] if keep_spatial else []
             if sum(map(len, waiting)) >= 512:
                 count_waiting()
     count_waiting()
-    return FeatureSet(torch.cat(features), torch.cat(logits) if logits else None, spatial)
+    return FeatureSet(
+        features=torch.cat(features),
+        logits=torch.cat(logits) if logits else None,
+        spatial=spatial,
+        spatial_features=torch.cat(kept) if keep_spatial and spatial is not None else None,
+    )
 
 
 class EncoderFeatures(FeatureNetwork):

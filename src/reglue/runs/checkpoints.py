@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -181,6 +182,12 @@ def find(run: Path, step: int | None = None) -> Path:
     if step not in available:
         raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, available))}")
     return run / FOLDER / f"{step:08d}"
+
+
+def weights_sha256(run: Path, step: int | None = None) -> str:
+    """SHA-256 of the file of averaged weights that `read_weights` reads, of the last checkpoint if no step is given."""
+    with (find(run, step) / EMA).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

@@ -245,6 +245,14 @@ class ImageModel:
             return sampling
         return replace(sampling, guidance=replace(sampling.guidance, scale=1.0, local_scale=None, cls_scale=None))
 
+    def settled(self, sampling: Sampling) -> Sampling:
+        """The same, with the precisions that are used where it leaves them open."""
+        return replace(
+            sampling,
+            state_precision=sampling.state_precision or ("float64" if sampling.published_sampler else "float32"),
+            precision=sampling.precision or self.record.recipe.optimisation.precision,
+        )
+
     def to(self, device: str | torch.device) -> ImageModel:
         """The same model, moved to a device (`"cuda"`, `"cpu"`, …)."""
         self.denoiser.to(device)
@@ -408,7 +416,9 @@ class ImageModel:
         filled = [*indices, *[indices[-1]] * filling]
         generators = [generator(seed, "sample", i) for i in filled]
         shapes = self.record.denoiser.shape.shapes()
-        dtype = STATE_PRECISIONS[sampling.state_precision or ("float64" if sampling.published_sampler else "float32")]
+        sampling = self.settled(sampling)
+        assert sampling.state_precision is not None
+        dtype = STATE_PRECISIONS[sampling.state_precision]
 
         def noise() -> Iterator[State]:
             while True:
@@ -417,10 +427,10 @@ class ImageModel:
                 yield {name: ranks.send(x.contiguous(), device).to(dtype) for name, x in drawn.items()}
 
         inner = guided_velocity(
-            self._network(self.denoiser, sampling),
+            self._network(self.denoiser, sampling.precision),
             torch.tensor([*labels, *[labels[-1]] * filling], device=device),
             guidance,
-            self._network(weaker, sampling) if weaker else None,
+            self._network(weaker, sampling.precision) if weaker else None,
         )
 
         def velocity(state: State, time: float, step_start: float | None = None) -> State:
@@ -432,8 +442,8 @@ class ImageModel:
         state = follow(velocity, next(draws), draws, sampling, self.record)
         return {name: value[: len(indices)] for name, value in state.items()}
 
-    def _network(self, denoiser: Denoiser, sampling: Sampling) -> SamplingNetwork:
-        precision = sampling.precision or self.record.recipe.optimisation.precision
+    def _network(self, denoiser: Denoiser, precision: Precision | None) -> SamplingNetwork:
+        assert precision is not None
         key = denoiser, precision
         if key not in self._networks:
             self._networks[key] = SamplingNetwork(denoiser, precision, compiled=self.compile)

@@ -22,33 +22,37 @@ from reglue.semantics.compressors import (
 
 
 def read_official_compressor(path: Path, statistics: Path | None, channels: int) -> Compressor:
-    """The compressor of a published model, in eval mode on the CPU.
+    """The compressor of a published model, as `read_compressor` reads it, whose codes have so many channels.
 
-    Args:
-        path: REGLUE's file of weights, ReDi's file {pca_model, mean, std} (of torch, pickle or joblib), or a folder
-            that `Compressor.save` wrote.
-        statistics: {mean, std} of the features in float32, which REGLUE keeps in a file of its own: .npz, or a dict
-            in .npy, .pt or .pkl. The other two have theirs inside.
-        channels: of the codes that the model learns; of more components than that, the first are taken.
-
-    Raises:
-        UserError: a file that is missing or something else, sizes that differ, or statistics missing or superfluous.
+    Raises UserError as that does, and for another number of channels.
     """
-    compressor = _read(path, statistics, channels)
+    compressor = read_compressor(path, statistics, channels)
     found = compressor.spec().channels
     if found != channels:
         raise UserError(f"compressor {path} makes {found} channels, but the model has {channels}: give the model's own")
     return compressor
 
 
-def _read(path: Path, statistics: Path | None, channels: int) -> Compressor:
+def read_compressor(path: Path, statistics: Path | None, components: int) -> Compressor:
+    """A compressor of ours or of the published code bases, in eval mode on the CPU.
+
+    Args:
+        path: REGLUE's file of weights, ReDi's file {pca_model, mean, std} (of torch, pickle or joblib), or a folder
+            that `Compressor.save` wrote.
+        statistics: {mean, std} of the features in float32, which REGLUE keeps in a file of its own: .npz, or a dict
+            in .npy, .pt or .pkl. The other two have theirs inside.
+        components: of more components than that in ReDi's file, the first are taken.
+
+    Raises:
+        UserError: a file that is missing or something else, sizes that differ, or statistics missing or superfluous.
+    """
     if path.is_dir():
         _refuse(statistics, f"{path} has its own")
         return load_compressor(path)
     content = read_untrusted(path)
     if isinstance(content, Mapping) and "pca_model" in content:
         _refuse(statistics, f"{path} has its own")
-        return _pca(content, path, channels)
+        return _pca(content, path, components)
     weights = state_dict_in(content, path)
     if statistics is None:
         raise UserError(f"{path} needs the statistics of its features too: give their file with --statistics")
@@ -76,7 +80,7 @@ def _statistics(content: Mapping[str, Any], file: Path) -> tuple[Tensor, Tensor]
     return mean, std
 
 
-def _pca(content: Mapping[str, Any], file: Path, channels: int) -> PcaCompressor:
+def _pca(content: Mapping[str, Any], file: Path, most: int) -> PcaCompressor:
     model = content["pca_model"]
     if not isinstance(model, Mapping) or not {"components_", "mean_"} <= model.keys():
         raise UserError(f"{file}: pca_model has no components_ and mean_; found {_description(model)}")
@@ -89,7 +93,7 @@ def _pca(content: Mapping[str, Any], file: Path, channels: int) -> PcaCompressor
             f"{file}: components_ {tuple(components.shape)}, mean_ {tuple(centre.shape)} and mean {tuple(mean.shape)} "
             "are not of the same features"
         )
-    return PcaCompressor(mean, std, centre, components[:channels]).eval()
+    return PcaCompressor(mean, std, centre, components[:most]).eval()
 
 
 def _numbers(value: Any, name: str, file: Path) -> Tensor:

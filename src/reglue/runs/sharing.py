@@ -25,7 +25,9 @@ from reglue.semantics.compressors import Compressor, load_compressor
 CARD, PICTURE, REPORTS, PREVIEWS = "README.md", "samples.png", "reports", "previews"
 DISTANCE = "frechet_distance"
 """The metric whose name depends on the features: reports have it as `distance_name`."""
-NO_PROTOCOL = ("metrics", "protocol", "skipped", "versions", "absent", "warnings")
+STATED = "stated_by_user"
+"""Where a report's protocol has what the user said about images whose making nothing has recorded."""
+NO_PROTOCOL = ("metrics", "protocol", "skipped", "absent", "warnings")
 """What a report says of other things than how its metrics were made."""
 
 
@@ -42,10 +44,10 @@ def save(
     """Write a run folder with averaged weights alone, whole or not at all. Returns it.
 
     `run` is the folder that the run is in now, if any: compressor, autoencoder, reports and picture are found from
-    there. `name` is what `reglue.load` will take, the folder's own name if not given. Raises UserError if the folder
-    holds other files, or a report is none.
+    there; of the run's reports those about `step`. `name` is what `reglue.load` will take, the folder's own name if not
+    given. Raises UserError if the folder holds other files, or a report is none.
     """
-    shown = read_reports(run, reports)
+    shown = read_reports(run, reports, step)
     picture = picture or _last_preview(run)
     with new_folder(folder) as beside:
         shared = _with_autoencoder(without_places(record), record, run, beside)
@@ -92,22 +94,27 @@ class Report:
     """Low and high, of the metrics that have them."""
     protocol: dict[str, str]
     warnings: tuple[str, ...]
+    step: int | None
+    """Of training, at which the weights were that drew the images; None if it does not say."""
 
 
-def read_reports(run: Path | None, named: Sequence[Path] = ()) -> list[Report]:
+def read_reports(run: Path | None, named: Sequence[Path] = (), step: int | None = None) -> list[Report]:
     """The reports in a run's `reports` folder, and those that are named.
 
+    With a `step`, those in the folder that say to be about another one are passed over.
     A report is a JSON object with `metrics`, an object of numbers. Raises UserError for a named file that is none;
     other files in the folder are passed over.
     """
     found = sorted((run / REPORTS).glob("*.json")) if run else []
-    reports = [_read_report(file) for file in found if file not in named]
+    known = {file.resolve() for file in named}
+    reports = [_read_report(file) for file in found if file.resolve() not in known]
+    reports = [report for report in reports if report and (step is None or report.step in (None, step))]
     for file in named:
         report = _read_report(file)
         if report is None:
             raise UserError(f"{file} is no report of `reglue evaluate --out`: it has no metrics")
         reports.append(report)
-    return [report for report in reports if report]
+    return reports
 
 
 def train_command(record: RunRecord) -> str | None:
@@ -204,10 +211,18 @@ def _read_report(file: Path) -> Report | None:
     }
     about = {key: value for key, value in content.items() if key not in NO_PROTOCOL}
     how, warnings = content.get("protocol"), content.get("warnings")
-    protocol = dict(_flat(about)) | (dict(_flat({"samples": how})) if isinstance(how, dict) else {})
+    protocol = dict(_flat(about)) | dict(_flat({"samples": how if isinstance(how, dict) else "protocol not recorded"}))
     short = {key: _without_place(str(value)) for key, value in protocol.items() if value not in (None, "")}
-    short = {key: value for key, value in short.items() if len(value) <= 100}
-    return Report(file.stem, metrics, intervals, short, tuple(map(str, warnings)) if isinstance(warnings, list) else ())
+    short = {key: value for key, value in short.items() if len(value) <= 100 or key.startswith(f"samples.{STATED}")}
+    step = how.get("step") if isinstance(how, dict) else None
+    return Report(
+        name=file.stem,
+        metrics=metrics,
+        intervals=intervals,
+        protocol=short,
+        warnings=tuple(map(str, warnings)) if isinstance(warnings, list) else (),
+        step=step if isinstance(step, int) else None,
+    )
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -30,6 +30,26 @@ TORCH_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma, b"\x78": zlib}
 PLAIN_NUMBERS = re.compile(r"[?bBhHiIlLqQefd]|[fiub][1248]")
 """NumPy's codes of numbers of fixed size: no objects, no structures."""
+REFUSED_BY_TORCH = re.compile(r"GLOBAL (\S+)")
+"""The name in PyTorch's message about one that it refuses. The rest of it advises to execute the file."""
+NO_CHECKPOINTS = {
+    "a Git LFS pointer, which stands for the file itself: fetch that with `git lfs pull`": (
+        b"version https://git-lfs",
+    ),
+    "a web page and no checkpoint: fetch the file itself": (b"<!doctype html", b"<html"),
+}
+"""What is often saved in place of a checkpoint, and how it begins."""
+
+
+class MoreThanDataError(pickle.UnpicklingError):
+    """A file asks for a global that no published file needs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"it asks for {name}, which no published file needs")
+
+
+class NotNumbersError(ValueError):
+    """A file has something else where it should have numbers."""
 
 
 class Inert:
@@ -58,12 +78,12 @@ class InertDtype(Inert):
     """`numpy.dtype(code, …)`."""
 
     def to_numpy(self) -> np.dtype:
-        """The type, if it is one of plain numbers. Raises ValueError for any other."""
+        """The type, if it is one of plain numbers. Raises NotNumbersError for any other."""
         code, order = self.arguments[0], "="
         if isinstance(self.state, tuple) and len(self.state) > 1 and self.state[1] in ("<", ">", "|"):
             order = self.state[1]
         if not isinstance(code, str) or not PLAIN_NUMBERS.fullmatch(code):
-            raise ValueError(f"an array of {code!r} where numbers were expected")
+            raise NotNumbersError(f"an array of {code!r} where numbers were expected")
         return np.dtype(code).newbyteorder(order)
 
 
@@ -73,7 +93,7 @@ class InertArray(Inert):
     def parts(self) -> tuple[Any, Any, bool, Any]:
         """Shape, type, Fortran order, and the bytes or list of contents."""
         if not isinstance(self.state, tuple) or len(self.state) != 5:
-            raise ValueError("an array without contents")
+            raise NotNumbersError("an array without contents")
         _, shape, dtype, fortran, contents = self.state
         return shape, dtype, bool(fortran), contents
 
@@ -105,7 +125,7 @@ class StreamedArray(InertArray):
     def parts(self) -> tuple[Any, Any, bool, Any]:
         """See `InertArray.parts`."""
         if not isinstance(self.state, dict) or not isinstance(self.state.get("dtype"), InertDtype):
-            raise ValueError("an array without a type")
+            raise NotNumbersError("an array without a type")
         return self.state["shape"], self.state["dtype"], self.state["order"] == "F", getattr(self, "contents", b"")
 
 
@@ -115,7 +135,7 @@ class Latin1(Inert):
     def __new__(cls, text: str, encoding: str = "latin1") -> Any:
         """The bytes."""
         if encoding != "latin1":
-            raise ValueError(f"text in the encoding {encoding!r}")
+            raise NotNumbersError(f"text in the encoding {encoding!r}")
         return text.encode("latin1")
 
 
@@ -140,12 +160,12 @@ KEPT_AS_STATE = ("numpy.", "sklearn.")
 
 
 def stand_in(name: str) -> type:
-    """What stands for a global `module.name`. Raises UnpicklingError, with the name, for all that no file needs."""
+    """What stands for a global `module.name`. Raises MoreThanDataError for all that no file needs."""
     if name in STAND_INS:
         return STAND_INS[name]
     if name.startswith(KEPT_AS_STATE):
         return Inert
-    raise pickle.UnpicklingError(f"it asks for {name}, which no published file needs")
+    raise MoreThanDataError(name)
 
 
 class InertUnpickler(pickle._Unpickler):
@@ -183,10 +203,26 @@ def read_untrusted(file: Path) -> Any:
         return _contents(_read(file))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{file}: holds more than data and was not opened ({_first_line(error)})") from None
+    except MoreThanDataError as error:
+        raise UserError(f"{file}: holds more than data and was not opened: {_first_line(error)}") from None
+    except NotNumbersError as error:
+        raise UserError(f"{file}: not a file of weights or numbers: {_first_line(error)}") from None
     except Exception as error:  # Bytes that mean nothing can end anywhere in three libraries.
-        raise UserError(f"{file}: not a readable file of weights or numbers ({_first_line(error)})") from None
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+        # Not the libraries' own words, which are for programmers, or advise to execute the file.
+        problem = f"damaged, cut short, or no checkpoint; fetch it again ({type(error).__name__})"
+        raise UserError(f"{file}: {_instead_of_checkpoint(file) or problem}") from None
+
+
+def _instead_of_checkpoint(file: Path) -> str | None:
+    """What a file is that cannot be read, where its beginning tells."""
+    with file.open("rb") as opened:
+        head = opened.read(200).lstrip().lower()
+    for what, beginnings in NO_CHECKPOINTS.items():
+        if head.startswith(beginnings):
+            return f"is {what}"
+    return None
 
 
 def _read(path: Path) -> Any:
@@ -215,8 +251,12 @@ def _read(path: Path) -> Any:
 def _read_torch(path: Path, stand_ins: dict[str, type]) -> Any:
     pairs = [(kind, name) for name, kind in stand_ins.items()]
     with torch.serialization.safe_globals(pairs):  # type: ignore[reportArgumentType], which knows no pairs
-        # A checkpoint of the largest models is 10 GB, of which the averaged weights are a quarter.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        try:
+            # A checkpoint of the largest models is 10 GB, of which the averaged weights are a quarter.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except pickle.UnpicklingError as error:
+            refused = REFUSED_BY_TORCH.search(str(error))
+            raise MoreThanDataError(refused[1]) if refused else error from None
 
 
 def _read_npy(file: IO[bytes]) -> Any:
@@ -257,4 +297,4 @@ def _array(value: InertArray) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200] if str(error) else type(error).__name__
+    return str(error).splitlines()[0][:200]

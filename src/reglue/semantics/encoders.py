@@ -200,6 +200,9 @@ class VisionFeatures(NamedTuple):
     features: Tensor
     """(B, layers·width, grid height, grid width): the chosen blocks in order, the final norm applied to each unless
     `EncoderSpec.final_norm` says otherwise."""
+    class_tokens: Tensor | None = None
+    """(B, layers·width): the class tokens of the chosen blocks, the final norm applied to each as to their features.
+    None where the network has no class token."""
 
 
 class VisionEncoder(nn.Module):
@@ -252,11 +255,29 @@ class VisionEncoder(nn.Module):
                 f"the encoder was loaded for uint8 images of {self.spec.image_size}, "
                 f"these are {pixels.dtype} of {tuple(pixels.shape[-2:])}"
             )
+        has_token = self.network.cls_token is not None
         described = self.network.forward_intermediates(
-            self.preprocess(pixels), indices=list(self.spec.layers), norm=self.spec.final_norm
+            self.preprocess(pixels),
+            indices=list(self.spec.layers),
+            norm=self.spec.final_norm,
+            return_prefix_tokens=has_token,
         )
-        final, layers = cast(tuple[Tensor, list[Tensor]], described)
-        return VisionFeatures(self._pooled(final), torch.cat(layers, dim=1))
+        final, layers = cast(tuple[Tensor, list[Any]], described)
+        if not has_token:
+            return VisionFeatures(self._pooled(final), torch.cat(layers, dim=1))
+        features, prefixes = zip(*layers, strict=True)
+        class_tokens = torch.cat([prefix[:, 0] for prefix in prefixes], dim=1)
+        return VisionFeatures(self._pooled(final), torch.cat(features, dim=1), class_tokens)
+
+    def last_layer(self, seen: VisionFeatures) -> tuple[Tensor, Tensor]:
+        """Of what `describe` gave: features (B, width, h, w) of the last layer, and the vector of the image (B, width).
+
+        Where features are described before the final norm, so is the class token here, if the network has one.
+        """
+        features = seen.features[:, -self.spec.width :]
+        if self.spec.final_norm or seen.class_tokens is None:
+            return features, seen.class_token
+        return features, seen.class_tokens[:, -self.spec.width :]
 
     def _pooled(self, tokens: Tensor) -> Tensor:
         """Tokens (B, prefix + patches, width) after the final norm → (B, width)."""

@@ -90,6 +90,8 @@ class HeadSpec:
         elif self.final_norm != encoder.final_norm:
             sides = ("after", "before") if self.final_norm else ("before", "after")
             reason = f"features {sides[0]} the encoder's final norm, and {what} has them {sides[1]} it"
+            if not self.final_norm:
+                reason += " (`prepare` and `autoencode` take the others with --no-final-norm)"
         elif not set(self.layers) <= set(encoder.layers):
             reason = f"layers {list(self.layers)} of the encoder, and {what} has {list(encoder.layers)}"
         else:
@@ -116,8 +118,8 @@ class Head(nn.Module):
     ) -> Tensor:
         """What is seen of images (B), at the blocks `layers`, to scores (B, classes, *size) or depth (B, 1, *size).
 
-        Results are enlarged bilinearly to `size` (height, width). A head that reads the class token takes the one of
-        each of its layers, side by side: (B, width · number of its layers).
+        Results are enlarged bilinearly to `size` (height, width). A head that reads the class token takes that of each
+        of its layers, from `seen.class_tokens`.
 
         `any_length` is for features whose direction alone means something, as those of an alignment network that
         learned cosines: at every position they are brought to the root mean square length of the head's features.
@@ -156,12 +158,12 @@ class Head(nn.Module):
     def _inputs(self, seen: VisionFeatures, layers: tuple[int, ...]) -> Tensor:
         """The channels (B, spec.channels, h, w) that it reads."""
         each = dict(zip(layers, seen.features.split(self.spec.width, dim=1), strict=True))
-        chosen = [each[layer] for layer in self.spec.layers]
-        if self.spec.class_token:
-            token = seen.class_token.unflatten(1, (-1, self.spec.width))[..., None, None]
-            tokens = token.expand(-1, len(chosen), -1, *seen.features.shape[2:]).unbind(1)
-            chosen = [part for pair in zip(chosen, tokens, strict=True) for part in pair]
-        return torch.cat(chosen, dim=1)
+        if not self.spec.class_token:
+            return torch.cat([each[layer] for layer in self.spec.layers], dim=1)
+        assert seen.class_tokens is not None
+        tokens = dict(zip(layers, seen.class_tokens.split(self.spec.width, dim=1), strict=True))
+        everywhere = {layer: token[..., None, None].expand_as(each[layer]) for layer, token in tokens.items()}
+        return torch.cat([part for layer in self.spec.layers for part in (each[layer], everywhere[layer])], dim=1)
 
 
 def head_layers(channels: int, outputs: int, hidden: int) -> nn.Sequential:
