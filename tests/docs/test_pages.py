@@ -27,6 +27,7 @@ from reglue.jobs.prepare import Prepare
 from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import Train
 from reglue.jobs.train_head import TrainHead
+from reglue.latents.recipe import Perceptual
 from reglue.papers import PAPERS
 from reglue.recipe import SamplerName
 from reglue.runs.official import PUBLISHED_DECODER
@@ -83,7 +84,10 @@ def smaller(options: Any, encoder: str, autoencoder: str) -> Any:
     if isinstance(options, Autoencode):
         optimisation = replace(options.recipe.optimisation, steps=2, batch_size=4, precision="float32")
         alignment = replace(options.recipe.alignment, hidden=16)
-        recipe = replace(options.recipe, optimisation=optimisation, alignment=alignment)
+        # LPIPS's files are not at hand, and a discriminator of three strides is too large for so few pixels.
+        adversary = replace(options.recipe.adversary, start=1, layers=1)
+        parts = {"alignment": alignment, "adversary": adversary, "perceptual": Perceptual()}
+        recipe = replace(options.recipe, optimisation=optimisation, **parts)
         changes = {"recipe": recipe, "source": autoencoder, "encoder": encoder, "resolution": 16}
         return replace(options, **changes, validation=0.2, workers=0, device="cpu")
     if isinstance(options, Compress):
