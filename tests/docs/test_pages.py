@@ -23,9 +23,9 @@ from reglue.jobs.evaluate import Evaluate
 from reglue.jobs.export_run import ExportRun, export_run
 from reglue.jobs.import_run import ImportRun
 from reglue.jobs.perceive import Perceive
-from reglue.jobs.prepare import Prepare
+from reglue.jobs.prepare import Prepare, prepare
 from reglue.jobs.sample import Sample, sample
-from reglue.jobs.train import Train
+from reglue.jobs.train import Train, train
 from reglue.jobs.train_head import TrainHead
 from reglue.latents.recipe import Perceptual
 from reglue.papers import PAPERS
@@ -185,11 +185,15 @@ def test_what_latents_show(
         mask.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((np.asarray(Image.open(file).convert("L")) > 127).astype(np.uint8)).save(mask)
     aligned = smaller(cli.parse(commands(section(page, IMAGENET))[0]), tiny_encoder, tiny_autoencoder)
-    cli.job_of(aligned)(replace(aligned, out=tmp_path / "reals-study/aligned-kl-1e-05"))
+    autoencoder = cli.job_of(aligned)(replace(aligned, out=tmp_path / "reals-study/aligned-kl-1e-05"))
+    prepare(Prepare(Path("photos"), Path("aligned"), 16, str(autoencoder), tiny_encoder, workers=0, device="cpu"))
+    tiny = ["--model=1x32x2/2", "--optimisation.steps=1", "--optimisation.batch-size=4", "--preview-every=0"]
+    train(cli.parse(["train", "sit", "--store", "aligned", "--out", "sit-run", *tiny, "--device=cpu"]))
     for arguments in commands(section(page, "What latents show")):
         options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
         cli.job_of(options)(options)
-    assert (tmp_path / "seen/perception.json").is_file()
+    for out in ("seen", "seen-generated"):
+        assert (tmp_path / out / "perception.json").is_file()
 
 
 def test_the_page_of_resolutions(
