@@ -6,7 +6,7 @@ Draws the same images (seeds, labels, weights) with every sampler at several num
 the Fréchet distance to the reference, the distance of its images to the solution of the equation (a very fine grid;
 deterministic samplers only), and the time. `results.json`, a table and `quality.png` are in the folder. The same
 command again continues where it stopped. The recommendation is the cheapest setting whose Fréchet distance is
-within the interval of the anchor, the most evaluations of the first sampler: what fewer images cannot tell apart.
+within the interval of the anchor, the published 250 steps: what so many images cannot tell apart.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from reglue.recipe import SamplerName
 
 STOCHASTIC: tuple[SamplerName, ...] = ("euler-maruyama",)
 RESULTS = "results.json"
+ADDS_SETTINGS = ("samplers", "evaluations", "time_shifts", "anchor", "anchor_evaluations")
+"""Options that another call may change: they say what is measured, not how."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,15 @@ class Study(TakesPaths):
     """A store, with whose encoder images are compared, or any reference of `reglue evaluate`."""
     out: Path = Path("samplers-study")
     samplers: tuple[SamplerName, ...] = ("euler-maruyama", "euler", "heun", "adams-bashforth")
-    """The first, at the most evaluations, is the anchor. dopri5 may be added: it chooses its evaluations itself."""
-    evaluations: tuple[int, ...] = (10, 25, 50, 100, 250)
+    """dopri5 may be added: it chooses its evaluations itself."""
+    evaluations: tuple[int, ...] = (10, 25, 50, 100)
     """Per image and branch of guidance; Heun's are odd, so it takes one less where this is even."""
+    anchor: SamplerName = "euler-maruyama"
+    """The sampler whose result is to be reached …"""
+    anchor_evaluations: int = 250
+    """… and its evaluations."""
     time_shifts: tuple[float, ...] = (1.0,)
-    """Grids, for each of them; the anchor is of the first."""
+    """Grids, for each of them; the anchor's is the unshifted one."""
     guidance_scale: float | None = None
     """As in the run's recipe if not given."""
     count: int = 1000
@@ -66,10 +72,12 @@ class Study(TakesPaths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.samplers and self.evaluations and self.time_shifts) or self.samplers[0] == "dopri5":
-            raise UserError("--samplers, --evaluations, --time-shifts: name at least one of each, dopri5 not first")
-        if min(self.evaluations) < 2:
-            raise UserError("--evaluations: at least 2")
+        if not (self.samplers and self.evaluations and self.time_shifts):
+            raise UserError("--samplers, --evaluations, --time-shifts: name at least one of each")
+        if self.anchor == "dopri5":
+            raise UserError("--anchor dopri5: choose a sampler whose evaluations can be given")
+        if min(*self.evaluations, self.anchor_evaluations) < 2:
+            raise UserError("--evaluations, --anchor-evaluations: at least 2")
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,8 @@ def study(options: Study) -> Results:
 
 def settings(options: Study) -> Iterator[Setting]:
     """Every setting once, the anchor first."""
+    anchor = anchor_of(options)
+    yield anchor
     for shift in options.time_shifts:
         for sampler in options.samplers:
             if sampler == "dopri5":
@@ -146,7 +156,13 @@ def settings(options: Study) -> Iterator[Setting]:
                     yield Setting(sampler, 0, 1.0)
                 continue
             for evaluations in sorted(options.evaluations, reverse=True):
-                yield Setting(sampler, evaluations, shift)
+                if (setting := Setting(sampler, evaluations, shift)) != anchor:
+                    yield setting
+
+
+def anchor_of(options: Study) -> Setting:
+    """What the others are compared with."""
+    return Setting(options.anchor, options.anchor_evaluations, 1.0)
 
 
 def drawing(options: Study, setting: Setting, out: Path, count: int) -> Sample:
@@ -199,8 +215,7 @@ def pixel_distance(folder: Path, solution: Path) -> float:
 
 def recommendation(options: Study, measured: tuple[Measured, ...]) -> tuple[Measured, Measured]:
     """The anchor, and what has the fewest evaluations of all that lie below the upper end of its interval."""
-    first = Setting(options.samplers[0], max(options.evaluations), options.time_shifts[0])
-    anchor = next(each for each in measured if each.setting == first)
+    anchor = next(each for each in measured if each.setting == anchor_of(options))
     good = [each for each in measured if each.evaluations and each.frechet_distance <= anchor.high]
     return anchor, min(good, key=lambda each: (each.evaluations or 0, each.frechet_distance))
 
@@ -212,7 +227,7 @@ def open_results(options: Study) -> Results:
             {
                 name: str(value) if isinstance(value, Path) else value
                 for name, value in asdict(options).items()
-                if name not in ("samplers", "evaluations", "time_shifts", "out", "batch_size", "device")
+                if name not in ADDS_SETTINGS + ("out", "batch_size", "device")
             }
         )
     )
