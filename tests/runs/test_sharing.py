@@ -125,6 +125,21 @@ def test_a_saved_run_is_a_run_without_what_training_needs(tiny_run: Path, tiny_s
         )  # fmt: skip
 
 
+def test_half_precision_halves_the_file_and_hardly_changes_the_images(tiny_run: Path, tmp_path: Path) -> None:
+    model = reglue.load(tiny_run)
+    whole, half = model.save(tmp_path / "whole"), model.save(tmp_path / "half", half_precision=True)
+    sizes = [(folder / "checkpoints/00000006/ema.safetensors").stat().st_size for folder in (whole, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+    loaded = reglue.load(half)
+    for (name, value), kept in zip(
+        loaded.denoiser.state_dict().items(), model.denoiser.state_dict().values(), strict=True
+    ):
+        assert value.dtype == kept.dtype == torch.float32, name
+        torch.testing.assert_close(value, kept.half().float(), rtol=0, atol=0)
+    images = [each.generate([0, 1], seed=1, **FAST).int() for each in (model, loaded)]
+    assert (images[0] - images[1]).abs().max() <= 2
+
+
 def test_the_compressor_of_an_older_run_comes_from_its_store(tiny_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
     shutil.rmtree(run / "compressor")

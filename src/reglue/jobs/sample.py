@@ -33,7 +33,7 @@ class Sample(TakesPaths):
     """Draw images from a run. Image i depends on the seed and i alone; the same command again draws what is missing."""
 
     run: Positional[Path]
-    """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
+    """Folder of the run, OWNER/NAME of one on the Hugging Face hub, or starter, the small model of this package."""
     out: Path
     """A folder for PNG files, or a file that ends in .npz."""
     count: int = 50

@@ -118,7 +118,8 @@ def load(
     """Load a trained model, with the averaged (EMA) weights.
 
     `run` is a run folder, or `OWNER/NAME` of a model on the Hugging Face hub that `ImageModel.push_to_hub` put there,
-    of which `revision` picks a version; a folder of that name comes first. `step` picks a checkpoint, the last one if
+    of which `revision` picks a version, or `starter`, the small model that this package brings along; a folder of that
+    name comes first. `step` picks a checkpoint, the last one if
     not given; `autoencoder` replaces the one that the run decodes with; `compile` compiles the denoiser when it is
     first used: a minute's wait, and faster from then on. Raises UserError for anything missing or unfitting.
     """
@@ -327,16 +328,22 @@ class ImageModel:
         return [Image.fromarray(image.numpy()) for image in pixels]
 
     def save(
-        self, folder: str | Path, *, reports: Sequence[str | Path] = (), picture: str | Path | None = None
+        self,
+        folder: str | Path,
+        *,
+        reports: Sequence[str | Path] = (),
+        picture: str | Path | None = None,
+        half_precision: bool = False,
     ) -> Path:
         """Write what sampling needs into a new folder: record, averaged weights, compressor, and a model card.
 
         An autoencoder from a local folder goes with them; one from the hub or from this package is named. `reports`
         are files of `reglue evaluate --out`, beside those in the run's own `reports` folder; `picture` is one to show,
-        the run's last preview if not given. `reglue.load` and `reglue sample` take the folder. Returns it; raises
-        UserError if it holds other files.
+        the run's last preview if not given. `half_precision` stores weights as float16, in half the space: images
+        differ by roundings. `reglue.load` and `reglue sample` take the folder. Returns it; raises UserError if it
+        holds other files.
         """
-        return self._save(Path(folder), reports, picture, name=None)
+        return self._save(Path(folder), reports, picture, None, half_precision)
 
     def push_to_hub(
         self,
@@ -345,17 +352,28 @@ class ImageModel:
         private: bool = False,
         reports: Sequence[str | Path] = (),
         picture: str | Path | None = None,
+        half_precision: bool = False,
     ) -> str:
         """Put the model on the Hugging Face hub as `OWNER/NAME`, as `save` writes it. Returns the address.
 
         `reglue.load("OWNER/NAME")` fetches it. Raises UserError if the hub cannot be reached or refuses.
         """
         with TemporaryDirectory() as folder:
-            return hub.push(self._save(Path(folder) / "model", reports, picture, name), name, private)
+            return hub.push(self._save(Path(folder) / "model", reports, picture, name, half_precision), name, private)
 
-    def _save(self, folder: Path, reports: Sequence[str | Path], picture: str | Path | None, name: str | None) -> Path:
+    def _save(
+        self,
+        folder: Path,
+        reports: Sequence[str | Path],
+        picture: str | Path | None,
+        name: str | None,
+        half_precision: bool,
+    ) -> Path:
         files, shown = [Path(report) for report in reports], Path(picture) if picture else None
-        return sharing.save(folder, self.record, self.denoiser.state_dict(), self.step, self.folder, files, shown, name)
+        weights = self.denoiser.state_dict()
+        return sharing.save(
+            folder, self.record, weights, self.step, self.folder, files, shown, name, half_precision=half_precision
+        )
 
     def _labels(self, classes: int | str | Sequence[int | str] | None, count: int | None) -> list[int]:
         if count is not None and count < 0:

@@ -1,8 +1,9 @@
-"""The Hugging Face hub: runs fetched from it and put there."""
+"""Runs by name: the package's own, and those on the Hugging Face hub, fetched from it and put there."""
 
 from __future__ import annotations
 
 import re
+from importlib import resources
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -12,6 +13,8 @@ from reglue.runs import checkpoints
 from reglue.runs.record import COMPRESSOR
 from reglue.runs.record import FILE as RECORD
 
+STARTER = "starter"
+"""The run that the package brings along."""
 AUTOENCODER = "autoencoder"
 """Folder of an autoencoder that a shared run brings along."""
 NEEDED = [
@@ -26,12 +29,14 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find_run(run: str | Path, revision: str | None = None) -> Path:
-    """The folder of a run: a local one, or else the local copy of the repository `OWNER/NAME` on the hub.
+    """The folder of a run: a local one, or else the package's (`starter`) or the local copy of `OWNER/NAME` on the hub.
 
     Raises UserError if the hub is asked and cannot be reached, or has no such repository. Whether the folder holds a
     run is for the caller to see.
     """
     folder = Path(run)
+    if str(run) == STARTER and not folder.exists():
+        return Path(str(resources.files("reglue.starter"))) / "model"
     if folder.exists() or not NAME.fullmatch(str(run)):
         return folder
     try:

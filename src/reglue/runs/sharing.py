@@ -40,13 +40,17 @@ def save(
     reports: Sequence[Path] = (),
     picture: Path | None = None,
     name: str | None = None,
+    half_precision: bool = False,
 ) -> Path:
     """Write a run folder with averaged weights alone, whole or not at all. Returns it.
 
     `run` is the folder that the run is in now, if any: compressor, autoencoder, reports and picture are found from
     there; of the run's reports those about `step`. `name` is what `reglue.load` will take, the folder's own name if not
-    given. Raises UserError if the folder holds other files, or a report is none.
+    given. In half precision weights are stored as float16, in half the space; models compute as before. Raises
+    UserError if the folder holds other files, or a report is none.
     """
+    if half_precision:
+        weights = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
     shown = read_reports(run, reports, step)
     picture = picture or _last_preview(run)
     with new_folder(folder) as beside:
