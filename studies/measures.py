@@ -222,11 +222,11 @@ class Measures:
         to_training, to_held_out = (closeness(features, real, self._neighbours) for real in (training, held_out))
         threshold = self._held_out_closeness.ratio.quantile(CLOSE)
         close, innocent = (side.ratio < threshold for side in (to_training, to_held_out))
-        alone = [float(which.double().mean()) for which in (close & ~innocent, innocent & ~close)]
+        copies, others = (float(which.double().mean()) for which in (close & ~innocent, innocent & ~close))
         return {
             "nearest_training_image": float(to_training.distance.median()),
             "nearest_training_image_of_held_out": float(self._held_out_closeness.distance.median()),
-            "copied": difference_of(*alone, len(features)),
+            "copied": difference_of(copies, others, len(features)),
             "close_to_training_images": float(close.double().mean()),
             "close_to_held_out_images": float(innocent.double().mean()),
             "distinct_nearest_training_images": len(to_training.nearest.unique()),
@@ -287,8 +287,9 @@ class Measures:
 
     @cached_property
     def _held_out_closeness(self) -> Closeness:
-        sides = [(self.options.reference, "held-out"), (self.options.store, "training")]
-        return closeness(*(self._features(self._encoder, path, name) for path, name in sides), self._neighbours)
+        held_out = self._features(self._encoder, self.options.reference, "held-out")
+        training = self._features(self._encoder, self.options.store, "training")
+        return closeness(held_out, training, self._neighbours)
 
     @cached_property
     def _neighbours(self) -> int:
