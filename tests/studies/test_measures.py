@@ -256,6 +256,7 @@ def test_classes_are_judged_for_every_seed(measured: Path) -> None:
     assert one["frechet_distance"] != other["frechet_distance"]
 
 
+@pytest.mark.slow
 def test_fid_can_be_measured_later(
     measured: Path, tmp_path: Path, coloured_store: Path, coloured_images: Path, random_inception: Path
 ) -> None:
