@@ -11,7 +11,8 @@ another machine after the folder was copied there:
     log.jsonl                               each phase with its wall time
     references/                             features of real images, and what is known of them
     ARM-seed-S/run                          the run
-    ARM-seed-S/step-N, ARM-seed-S/guided-N  the samples, and beside each its figures: KIND.json
+    ARM-seed-S/step-N, ARM-seed-S/guided-N  the samples, and beside each its figures: KIND.json, and closest.png: those
+                                            closest to training images, above these images
     grids/                                  the first samples of all arms, side by side
     results.json, table.md, *.png           everything together
 """
@@ -33,6 +34,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tyro.conf import Positional
 
+from circumstances import UNKNOWN, machine
 from measures import Measures, fingerprint
 from reglue.data.pictures import image_grid
 from reglue.data.store import Store
@@ -44,9 +46,10 @@ from reglue.jobs.sample import PROTOCOL, Sample, sample
 from reglue.jobs.train import Train, train
 from reglue.recipe import Compile, Optimisation, Recipe, SamplerName, Sampling
 from reglue.runs import checkpoints
+from reglue.runs.ranks import resolve_device
 from reglue.runs.record import RunRecord, data_hash
 from reglue.runs.tracking import read as read_log
-from summary import summarise
+from summary import MEASURED_BY, refuse_mixtures, summarise
 
 SHOWN = 10
 """Images of each arm in the grids."""
@@ -191,7 +194,12 @@ class Trial:
 
     def samples(self, step: int, guided: bool) -> Path:
         """Where samples are."""
-        return self.folder / f"{'guided' if guided else 'step'}-{step:08d}"
+        return self.folder / samples_folder(step, guided)
+
+
+def samples_folder(step: int, guided: bool) -> str:
+    """The name of a folder of samples."""
+    return f"{'guided' if guided else 'step'}-{step:08d}"
 
 
 def trials_of(options: StudyOptions, arms: Sequence[Arm]) -> list[Trial]:
@@ -225,12 +233,12 @@ def run_study(options: StudyOptions, arms: Sequence[Arm], title: str) -> dict[st
                 train_to(options, trial, step)
             observe(options, measures, trial, step)
             results = gather(options, trials, measures, title)
-        draw_grid(options, trained, step)
+        draw_grid(options, results, step)
     for trial in guided:
         observe(options, measures, trial, options.steps, guided=True)
         results = gather(options, trials, measures, title)
     if guided:
-        draw_grid(options, guided, options.steps, guided=True)
+        draw_grid(options, results, options.steps, guided=True)
     return results
 
 
@@ -300,6 +308,9 @@ def observe(options: StudyOptions, measures: Measures, trial: Trial, step: int, 
         return
     with phase(options, "draw, guided" if guided else "draw", trial, step):
         draw(options, trial, step, guided)
+    if "encoder" in missing:
+        with phase(options, "draw the closest pairs", trial, step):
+            measures.draw_closest(folder, folder.with_name(f"{folder.name}.closest.png"))
     for kind in missing:
         with phase(options, f"measure by {kind}", trial, step):
             write_json(figures_of(folder, kind), measures.of(kind, folder))
@@ -338,34 +349,36 @@ def draw(options: StudyOptions, trial: Trial, step: int, guided: bool) -> None:
     )
 
 
-def draw_grid(options: StudyOptions, trials: Sequence[Trial], step: int, guided: bool = False) -> None:
-    """The first samples of all trials at a step as one picture: a row of each, columns of one seed and class."""
-    rows = []
-    for trial in trials:
-        files = [trial.samples(step, guided) / f"{i:06d}.png" for i in range(min(SHOWN, options.count))]
-        if not all(file.is_file() for file in files):
-            return  # The samples were left behind when the figures were copied; the picture was drawn with them.
-        rows += [np.asarray(Image.open(file)) for file in files]
-    pictures = image_grid(np.stack(rows), columns=min(SHOWN, options.count))
+def draw_grid(options: StudyOptions, results: dict[str, Any], step: int, guided: bool = False) -> None:
+    """The first samples of all arms at a step as one picture: a row of each, columns of one seed and class.
+
+    Arms of earlier commands too, as far as their samples are there: they may have been left behind on another machine.
+    """
+    folder = samples_folder(step, guided)
+    shown = min(SHOWN, options.count)
+    files = {name: [options.out / name / folder / f"{i:06d}.png" for i in range(shown)] for name in results["arms"]}
+    files = {name: paths for name, paths in files.items() if all(path.is_file() for path in paths)}
+    if not files:
+        return
+    pictures = image_grid(np.stack([np.asarray(Image.open(path)) for paths in files.values() for path in paths]), shown)
     heading = 14
     height = pictures.shape[0]
-    names = max(len(trial.folder.name) for trial in trials) * 7 + 8
+    names = max(map(len, files)) * 7 + 8
     page = Image.new("RGB", (pictures.shape[1] + names, height + heading), "white")
     page.paste(Image.fromarray(pictures), (names, heading))
     text = ImageDraw.Draw(page)
     text.text((names, 1), f"{'guided, ' if guided else ''}step {step}", "black")
-    for row, trial in enumerate(trials):
-        text.text((2, heading + row * (height + 2) / len(trials) + 2), trial.folder.name, "black")
-    folder = options.out / "grids"
-    folder.mkdir(exist_ok=True)
-    with replacing(folder / f"{trials[0].samples(step, guided).name}.png") as beside:
+    for row, name in enumerate(files):
+        text.text((2, heading + row * (height + 2) / len(files) + 2), name, "black")
+    (options.out / "grids").mkdir(exist_ok=True)
+    with replacing(options.out / "grids" / f"{folder}.png") as beside:
         page.save(beside, format="png")
 
 
 def gather(options: StudyOptions, trials: Sequence[Trial], measures: Measures, title: str) -> dict[str, Any]:
     """All figures so far as `results.json`, a table and plots."""
     record, path = checked(trials[0]), options.out / "results.json"
-    before = json.loads(path.read_text())["arms"] if path.is_file() else {}
+    before = json.loads(path.read_text()) if path.is_file() else {"arms": {}}
     results = {
         "title": title,
         "options": json.loads(json.dumps(asdict(options), default=str)),
@@ -376,24 +389,33 @@ def gather(options: StudyOptions, trials: Sequence[Trial], measures: Measures, t
         },
         "references": measures.references,
         # Those of an earlier command with other arms stay.
-        "arms": {**before, **{trial.folder.name: report_of(options, trial) for trial in trials}},
+        "controls": {**before.get("controls", {}), **controls_of(trials, measures)},
+        "arms": {**before["arms"], **{trial.folder.name: report_of(options, trial) for trial in trials}},
     }
+    refuse_mixtures({title: results})
     write_json(path, results)
     summarise(options.out, {title: results})
     return results
+
+
+def controls_of(trials: Sequence[Trial], measures: Measures) -> dict[str, Any]:
+    """What autoencoders make of real images, by the names of the autoencoders' folders."""
+    stores = {Path(checked(trial).autoencoder.name).name: trial.arm.store for trial in reversed(trials)}
+    return {name: figures for name, store in stores.items() if (figures := measures.controls(store))}
 
 
 def report_of(options: StudyOptions, trial: Trial) -> dict[str, Any]:
     """What is known of a trial."""
     measured = {}
     for step in options.milestones():
-        found = {kind: figures_of(trial.samples(step, False), kind) for kind in ("encoder", "judge", "inception")}
+        found = {kind: figures_of(trial.samples(step, False), kind) for kind in MEASURED_BY}
         if found["encoder"].is_file():
             measured[str(step)] = {
                 "training_seconds": training_seconds(trial, step),
+                "training_seconds_by_machine": seconds_by_machine(options, trial, step),
                 **{kind: json.loads(file.read_text()) for kind, file in found.items() if file.is_file()},
             }
-    found = {kind: figures_of(trial.samples(options.steps, True), kind) for kind in ("encoder", "judge", "inception")}
+    found = {kind: figures_of(trial.samples(options.steps, True), kind) for kind in MEASURED_BY}
     return {
         "arm": trial.arm.name,
         "seed": trial.seed,
@@ -421,6 +443,22 @@ def training_seconds(trial: Trial, step: int) -> float:
     return seconds
 
 
+def seconds_by_machine(options: StudyOptions, trial: Trial, step: int) -> dict[str, float]:
+    """Seconds of training up to a step on each machine, which must not be added. By the log of the study."""
+    log = options.out / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    lines = [line for line in lines if line["phase"] == "train" and line["arm"] == trial.folder.name]
+    machines = {line["step"]: line.get("machine", UNKNOWN) for line in lines if line["step"] <= step}
+    seconds: dict[str, float] = {}
+    before = 0.0
+    for reached in sorted({*machines, step}):
+        until = training_seconds(trial, reached)
+        machine = machines.get(reached, UNKNOWN)
+        seconds[machine] = seconds.get(machine, 0.0) + until - before
+        before = until
+    return seconds
+
+
 @contextmanager
 def phase(options: StudyOptions, name: str, trial: Trial, step: int) -> Iterator[None]:
     """Log a phase with its wall time to `log.jsonl`; one that had nothing to do is left out."""
@@ -430,6 +468,7 @@ def phase(options: StudyOptions, name: str, trial: Trial, step: int) -> Iterator
     if seconds < 0.05:
         return
     line = {"phase": name, "arm": trial.folder.name, "step": step, "began": round(began), "seconds": seconds}
+    line["machine"] = machine(resolve_device(options.device))
     with (options.out / "log.jsonl").open("a") as log:
         log.write(json.dumps(line) + "\n")
     print(f"{trial.folder.name}, step {step}: {name} took {seconds:.1f} s", file=sys.stderr, flush=True)
