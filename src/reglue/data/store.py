@@ -176,15 +176,17 @@ class Manifest(Contents):
 class Store:
     """A finished store, read through memory maps."""
 
-    def __init__(self, folder: Path, manifest: Manifest):
+    def __init__(self, folder: Path, manifest: Manifest, pinned: bool = False):
+        """`pinned`: rows are read into memory that a GPU can copy from by itself, which PyTorch uses again and again."""
         self.folder = folder
         self.manifest = manifest
+        self.pinned = pinned
         rows = [shard.rows for shard in manifest.columns["label"].shards]
         self._ends = torch.tensor(rows, dtype=torch.int64).cumsum(0)
         self._mapped: dict[tuple[str, int], dict[str, np.ndarray]] = {}
 
     def __reduce__(self):
-        return Store, (self.folder, self.manifest)  # A process maps its own files.
+        return Store, (self.folder, self.manifest, self.pinned)  # A process maps its own files.
 
     @classmethod
     def open(cls, folder: Path | str, to_be_replaced: str | None = None) -> Store:
@@ -224,17 +226,10 @@ class Store:
         """
         return restored(self.read_stored(column, rows, channels))
 
-    def read_stored(
-        self,
-        column: str,
-        rows: Tensor,
-        channels: slice = slice(None),
-        out: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    def read_stored(self, column: str, rows: Tensor, channels: slice = slice(None)) -> dict[str, Tensor]:
         """As `read`, but the tensors as they are stored; `restored` makes of them what `read` gives, on any device.
 
-        With `out`, tensors of these shapes and types on the CPU (pinned ones, say), the rows are written there: every
-        byte is copied once, from the page cache to where it is wanted. ValueError for an `out` that does not fit.
+        Every byte is copied once, from the page cache to where it stays.
         """
         content = self._column(column)
         rows = rows.to("cpu", torch.int64)
@@ -244,9 +239,7 @@ class Store:
         for name, spec in content.tensors.items():
             shape = [len(range(*channels.indices(n))) if axis == 0 else n for axis, n in enumerate(spec.shape)]
             shape, dtype = (len(rows), *shape), getattr(torch, spec.dtype)
-            tensors[name] = torch.empty(shape, dtype=dtype) if out is None else out[name]
-            if (tuple(tensors[name].shape), tensors[name].dtype) != (shape, dtype):
-                raise ValueError(f"out[{name!r}] must be {dtype} of {shape}")
+            tensors[name] = torch.empty(shape, dtype=dtype, pin_memory=self.pinned)
         # NumPy's slices take a fraction of the time of torch's, and with one row of a shard they are most of the work.
         targets = {name: tensor.numpy() for name, tensor in tensors.items()}
         for shard, within, positions in self._runs(rows):
