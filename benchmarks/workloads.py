@@ -165,7 +165,7 @@ class RandomOnline(AlignmentTargets):
 
 
 def autoencoder_of(workload: Workload, device: torch.device) -> Autoencoder:
-    """What decodes a workload's latents: the SD-VAE's sizes with random weights for ImageNet's, or the starter kit's."""
+    """What decodes a workload's latents: for ImageNet the SD-VAE's sizes with random weights, or the starter kit's."""
     if workload.config.shape.grid[0] * DOWNSAMPLING < 256:
         return load_autoencoder("starter", device=device)
     widths = (128, 256, 512, 512)

@@ -33,7 +33,10 @@ def normals(
     All of a sample's modalities come from its generator in the order of `shapes`. With `pinned`, they are drawn into
     memory that a GPU can copy from by itself.
     """
-    noise = {name: torch.empty(len(generators), *shape, dtype=torch.float32, pin_memory=pinned) for name, shape in shapes.items()}
+    noise = {
+        name: torch.empty(len(generators), *shape, dtype=torch.float32, pin_memory=pinned)
+        for name, shape in shapes.items()
+    }
     parts = [part.numpy() for part in noise.values()]
     for row, g in enumerate(generators):
         for part in parts:

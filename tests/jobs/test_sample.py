@@ -152,7 +152,9 @@ def test_a_full_disk_stops_the_job_with_its_message(
     assert len(drawn) < 20, "it went on"
     monkeypatch.setattr(Image.Image, "save", original)
     count = 1 + max(int(name[:6]) for name in drawn | {"000005.png"})
-    assert len(pixels(sample(Sample(tiny_run, tmp_path / "out", count=6, batch_size=2, steps=1, device="cpu")))) == count
+    assert (
+        len(pixels(sample(Sample(tiny_run, tmp_path / "out", count=6, batch_size=2, steps=1, device="cpu")))) == count
+    )
 
 
 def test_samples_with_the_noise_of_an_older_version_are_not_continued(tiny_run: Path, tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ class TrainingData:
         return self.finish(self.read(positions))
 
     def read(self, positions: range) -> Draft:
-        """Read and draw the samples at positions of the run, on the CPU; and have them copied, if the device is a GPU."""
+        """Read and draw the samples at positions of the run, on the CPU. If the device is a GPU, it copies them."""
         rows = self.rows(positions)
         generators = [generator(self.seed, "training sample", position) for position in positions]
         uniform = torch.from_numpy(np.stack([g.random(3) for g in generators]))

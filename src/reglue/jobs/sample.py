@@ -137,7 +137,7 @@ def sample(options: Sample) -> Path:
 
 
 def pack(out: Path, pictures: Sequence[Path], labels: list[int], protocol: dict[str, Any]) -> None:
-    """Write pictures of one size into a NumPy archive, as `numpy.savez` would: `arr_0` (N, H, W, 3) uint8, as ADM has it.
+    """Write pictures of one size into a NumPy archive, as `numpy.savez` would: `arr_0` (N, H, W, 3) uint8, as in ADM's.
 
     Besides, `labels` (N,) and the `protocol` as JSON. A few pictures at a time are in memory. Raises UserError if the
     file cannot be written.

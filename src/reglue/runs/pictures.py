@@ -19,7 +19,7 @@ WAITING = 2
 THREADS = 4
 """How many write at the same time."""
 FASTEST = 1
-"""zlib's level: half the time of its default, for files a tenth larger."""
+"""zlib's level: a quarter of its default's time, for photographs that take 3 % more room."""
 
 
 class PictureWriter:
