@@ -179,7 +179,9 @@ class Draft:
         return [self.latent, self.codes, self.target, self.noise, self.drawn]
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> Draft:
-        return Draft(*({name: move(value) for name, value in part.items()} for part in self._parts()))
+        moved = [{name: move(value) for name, value in part.items()} for part in self._parts()]
+        latent, codes, target, noise, drawn = moved
+        return Draft(latent, codes, target, noise, drawn)
 
 
 class TrainingData:
