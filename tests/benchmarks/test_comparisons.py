@@ -86,7 +86,7 @@ def test_the_sampler_that_is_timed_is_that_of_the_job(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # The real one takes minutes.
     against_official.main(["sample", "--toy", "--device", "cpu", "--repeats", "1", "--compile", "model"])
     assert (called.count("compiled"), called.count("with_products_in")) == (1, 1)
-    assert called.count("normals") == 2 * 5 * 3  # two calls of five steps, for three modalities
+    assert called.count("normals") == 2 * 5 * 3 * 2  # two calls of five steps, for three modalities of two images
 
 
 def test_contestants_take_turns() -> None:

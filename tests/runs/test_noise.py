@@ -51,12 +51,23 @@ def test_the_next_noise_is_drawn_while_the_last_is_used(monkeypatch: pytest.Monk
     original, drawn = noise.normals, [threading.Event() for _ in range(3)]
     waiting = iter(drawn)
     monkeypatch.setattr(noise, "normals", lambda *a, **k: (original(*a, **k), next(waiting).set())[0])
-    with drawn_ahead(0, range(2), SIT, CPU, torch.float32, 3) as ahead:
+    with drawn_ahead(0, range(1), SIT, CPU, torch.float32, 3) as ahead:
         for following in drawn[1:]:
             next(ahead)
             assert following.wait(30), "nothing was drawn meanwhile"
         next(ahead)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("noise")]
+
+
+def test_the_images_are_shared_among_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = [states(REGLUE, range(i, i + 1)) for i in range(7)]
+    original, together = noise.normals, threading.Barrier(noise.THREADS)
+    monkeypatch.setattr(noise, "normals", lambda *a, **k: (together.wait(30), original(*a, **k))[1])
+    shared = states(REGLUE, range(7))
+    for step in range(4):
+        for name, drawn in shared[step].items():
+            assert torch.equal(drawn, torch.cat([one[step][name] for one in alone]))
+            assert drawn.is_contiguous()
 
 
 def test_a_gpu_copies_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +88,7 @@ def test_a_gpu_copies_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(noise, "normals", normals)
     monkeypatch.setattr(Tensor, "to", copied)
-    with drawn_ahead(0, range(2), SIT, torch.device("cuda"), torch.float64, 2) as ahead:
+    with drawn_ahead(0, range(1), SIT, torch.device("cuda"), torch.float64, 2) as ahead:
         assert {x.dtype for state in ahead for x in state.values()} == {torch.float64}
     assert asked == [True, True]
     assert copies == [{"non_blocking": True}] * 2

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from reglue.diffusion.modalities import State
@@ -14,6 +15,8 @@ from reglue.seeds import generator, normals
 STREAMS = "one stream per modality"
 """What protocols of samples say about the noise. Older ones say nothing: all modalities of an image shared a stream,
 so that what a model generated besides latents decided the noise of its latents."""
+THREADS = 4
+"""How many draw a share of the images each. One would take longer for a batch than a fast GPU for a step."""
 
 
 @contextmanager
@@ -28,22 +31,28 @@ def drawn_ahead(
     """`count` standard normal states (B, …) of the images `indices`, one after another, on a device.
 
     The draws of a modality of an image are a function of (seed, modality, image): whatever else a model generates, its
-    latents meet the same noise. Each state is drawn in float32, by a thread while the device works with the last one.
+    latents meet the same noise. Each state is drawn in float32, by threads while the device works with the last one.
     """
-    generators = {name: [generator(seed, f"sample {name}", i) for i in indices] for name in shapes}
+    streams = [{name: generator(seed, f"sample {name}", i) for name in shapes} for i in indices]
+    size = -(-len(streams) // THREADS)
+    shares = [streams[start : start + size] for start in range(0, len(streams), size)]
     pinned = device.type == "cuda"
 
-    def draw() -> State:
-        return {n: normals(generators[n], {n: shape}, pinned=pinned)[n] for n, shape in shapes.items()}
+    def draw(share: list[dict[str, np.random.Generator]]) -> State:
+        return {n: normals([s[n] for s in share], {n: shape}, pinned=pinned)[n] for n, shape in shapes.items()}
+
+    def begin() -> list[Future[State]]:
+        return [threads.submit(draw, share) for share in shares]
 
     def states() -> Iterator[State]:
-        ahead = thread.submit(draw)
+        ahead = begin()
         for left in reversed(range(count)):
-            drawn = ahead.result()
+            drawn = [share.result() for share in ahead]
             if left:
-                ahead = thread.submit(draw)
+                ahead = begin()
             # PyTorch gives pinned memory away again only when the GPU has copied it.
-            yield {name: x.to(device, non_blocking=pinned).to(dtype) for name, x in drawn.items()}
+            parts = {name: [share[name].to(device, non_blocking=pinned) for share in drawn] for name in shapes}
+            yield {name: torch.cat(part).to(dtype) for name, part in parts.items()}
 
-    with ThreadPoolExecutor(1, "noise") as thread:
+    with ThreadPoolExecutor(THREADS, "noise") as threads:
         yield states()
