@@ -99,7 +99,7 @@ FIGURES = (
     ),
     Figure(
         "store-reads",
-        ("store_reads.py", "--rows", "4096", "--processes", "1", "8"),
+        ("store_reads.py", "--rows", "4096", "--processes", "1", "8", "--pinned"),
         150,
         ("--data", "toy", "--rows", "8", "--images", "8", "--batch-sizes", "4", "--processes", "1"),
     ),

@@ -4,8 +4,9 @@
     python benchmarks/store_reads.py --made /tmp/store      # makes one in ImageNet's shapes at 256 pixels, and keeps it
 
 For every column, cache (cold: the kernel is asked to forget the files), batch size and number of processes: GB/s of
-`Store.read_stored` into a buffer that is used again, of `os.preadv` of as many bytes at random offsets, and of reading
-the files from front to back. With rows from the page cache, time on a core is the figure to trust on a busy machine.
+`Store.read_stored`, of `os.preadv` of as many bytes at random offsets, and of reading the files from front to back.
+Then, for every recipe that the store serves, what training reads and draws: `TrainingData.read`, by as many threads as
+`reglue train` has for a GPU. With rows from the page cache, time on a core is the figure to trust on a busy machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,10 @@ import tyro
 
 from common import Conditions, report
 from counting import H200_PRODUCTS, training_flops
-from reglue.data.store import Store
+from reglue.data.batches import TrainingData, denoiser_config
+from reglue.data.store import LOCAL_CODES, Store, compressor_of
+from reglue.errors import UserError
+from reglue.jobs.train import READERS, prefetch
 from reglue.papers import RECIPES
 from reglue.seeds import generator, permutation
 from workloads import Data, Workload, random_store
@@ -56,6 +60,11 @@ class StoreReads:
     """Rows read for a figure, at least one pass over the store if it is smaller; at most one pass when cold."""
     last_layer: bool = True
     """Of the features, read the last layer alone, as alignment does."""
+    pinned: bool = False
+    """Read into pinned memory, as training for a GPU does: PyTorch uses it again, while other memory is new each time.
+    """
+    threads_of_training: int = READERS
+    """That read samples, as --workers of `reglue train`."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ class Work:
     rows: list[int]
     batch_size: int
     last_layer: bool
+    pinned: bool
 
 
 def main(options: StoreReads) -> None:
@@ -89,6 +99,7 @@ def main(options: StoreReads) -> None:
         "open_seconds": opened,
         "shards": len(store.manifest.columns["label"].shards),
         "reads": figures,
+        "training": of_training(options, store),
     }
     needed = needs(figures, min(options.batch_sizes))
     for name, need in needed.items():
@@ -105,10 +116,8 @@ def measured(
     passes = 1 if cache == "cold" else -(-options.images // len(store))
     order = torch.cat([permutation(0, "benchmark", epoch, len(store)) for epoch in range(passes)])[: options.images]
     share = -(-len(order) // processes)
-    work = [
-        Work(folder, column, part.tolist(), batch_size, options.last_layer and column == "features")
-        for part in order.split(share)
-    ]
+    last_layer = options.last_layer and column == "features"
+    work = [Work(folder, column, part.tolist(), batch_size, last_layer, options.pinned) for part in order.split(share)]
     size = bytes_per_row(store, column, work[0].last_layer)
     rates = {}
     for name, way in (("store", through_store), ("preadv", at_random), ("sequential", in_order)):
@@ -122,15 +131,47 @@ def measured(
 
 
 def through_store(work: Work, ready: Callable[[], object]) -> None:
-    """Rows by `Store.read_stored`, into buffers that are used again."""
-    store = Store.open(work.store)
+    """Rows by `Store.read_stored`."""
+    opened = Store.open(work.store)
+    store = Store(opened.folder, opened.manifest, work.pinned)
     width = store.manifest.encoder.width if work.last_layer and store.manifest.encoder else 0
     channels = slice(-width, None) if width else slice(None)
     rows = torch.tensor(work.rows).split(work.batch_size)
-    buffers = {len(part): store.read_stored(work.column, part * 0, channels) for part in (rows[0], rows[-1])}
+    for part in (rows[0], rows[-1]):
+        store.read_stored(work.column, part * 0, channels)
     ready()
     for part in rows:
-        store.read_stored(work.column, part, channels, out=buffers[len(part)])
+        store.read_stored(work.column, part, channels)
+
+
+def of_training(options: StoreReads, store: Store) -> list[dict[str, Any]]:
+    """What `TrainingData.read` gives of rows in the page cache, for every recipe that the store has the columns for."""
+    store = Store(store.folder, store.manifest, options.pinned)
+    figures: list[dict[str, Any]] = []
+    for name, published in RECIPES.items():
+        recipe = replace(published, local=replace(published.local, compressor=compressor_in(store)))
+        try:
+            data = TrainingData(store, recipe, denoiser_config(store, recipe), 0)
+        except UserError:
+            continue  # It lacks a column.
+        for batch_size in options.batch_sizes:
+            images = max(options.images // batch_size, 1) * batch_size
+            positions = [range(first, first + batch_size) for first in range(0, images, batch_size)]
+            for passes in (positions[: -(-len(store) // batch_size)], positions):  # The first brings it into the cache.
+                wall, core = time.perf_counter(), time.process_time()
+                for _ in prefetch(data, passes, options.threads_of_training):
+                    pass
+                wall, core = time.perf_counter() - wall, time.process_time() - core
+            rates = {"images_per_second": images / wall, "images_per_core_second": images / core}
+            figures.append({"recipe": name, "batch_size": batch_size, **rates})
+            print(" ".join(f"{key}={value}" for key, value in figures[-1].items()), flush=True)
+    return figures
+
+
+def compressor_in(store: Store) -> str:
+    """The name of a compressor whose codes of features a store has, or none."""
+    columns = (column for column in store.manifest.columns if column.startswith(LOCAL_CODES))
+    return compressor_of(next(columns, ""))
 
 
 def at_random(work: Work, ready: Callable[[], object]) -> None:

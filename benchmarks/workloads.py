@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import timm
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,7 +23,7 @@ from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL
 from reglue.diffusion.objective import ALIGNMENT
 from reglue.jobs.demo import DEMO_RECIPE
-from reglue.latents.autoencoders import AutoencoderSpec
+from reglue.latents.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
 from reglue.papers import RECIPES
 from reglue.recipe import Recipe
 from reglue.semantics.compressors import ConvCompressor
@@ -161,6 +162,23 @@ class RandomOnline(AlignmentTargets):
         """See `AlignmentTargets.tokens`."""
         described = self.encoder.describe(read["pixels"])
         return Tokens(described.class_token, described.features)
+
+
+def autoencoder_of(workload: Workload, device: torch.device) -> Autoencoder:
+    """What decodes a workload's latents: for ImageNet the SD-VAE's sizes with random weights, or the starter kit's."""
+    if workload.config.shape.grid[0] * DOWNSAMPLING < 256:
+        return load_autoencoder("starter", device=device)
+    widths = (128, 256, 512, 512)
+    network = AutoencoderKL(
+        block_out_channels=widths,  # type: ignore[reportArgumentType], annotated there as tuples of one
+        down_block_types=("DownEncoderBlock2D",) * len(widths),  # type: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * len(widths),  # type: ignore[reportArgumentType]
+        layers_per_block=2,
+        latent_channels=workload.config.shape.latent_channels,
+    )
+    with TemporaryDirectory() as folder:
+        network.save_pretrained(folder)
+        return load_autoencoder(folder, device=device)
 
 
 def loss_weights(recipe: Recipe) -> Mapping[str, float]:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from torch import Tensor, nn
 
-from common import Comparison, alternate, ratio, report
+from common import Comparison, Timing, alternate, ratio, report
 from comparisons.official import Official, official_samples
 from counting import forward_flops
+from reglue import recipe
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.guidance import Guidance, guided_velocity
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State
-from reglue.diffusion.samplers import euler_maruyama, stochastic_times
-from reglue.jobs.train import compile_parts
-from reglue.recipe import Compile
-from reglue.runs import ranks
+from reglue.diffusion.paths import PATHS
+from reglue.runs.generation import follow, from_noise, to_pixels
+from reglue.runs.networks import SamplingNetwork
 from reglue.runs.official import export_official, import_official
+from reglue.runs.pictures import PictureWriter
 from reglue.runs.ranks import Precision
-from workloads import Data, Workload
+from workloads import Data, Workload, autoencoder_of
 
 AGREEMENT = 1e-4
 """Largest difference of a sample, as a share of the largest value, in float32."""
@@ -30,10 +33,11 @@ AGREEMENT = 1e-4
 
 @dataclass(frozen=True)
 class Sampling:
-    """Time Euler–Maruyama sampling in latent space (no decoding), guided on an interval.
+    """Time Euler–Maruyama sampling in latent space, guided on an interval; decoding and writing by themselves.
 
-    Both draw the same samples from the same weights and noise first. Theirs runs as their generate.py: float32 with
-    TF32 on a GPU, attention not fused, the state in float64.
+    Both draw the same samples from the same weights and noise first. Then ours runs as `reglue sample` does, its own
+    noise included, and theirs as their generate.py: float32 with TF32 on a GPU, attention not fused, the state in
+    float64.
     """
 
     conditions: Annotated[Comparison, tyro.conf.arg(name="")] = field(default_factory=Comparison)
@@ -48,14 +52,16 @@ class Sampling:
     interval: tuple[float, float] = (0.0, 0.9)
     precision: tuple[Precision, ...] = ("bfloat16",)
     """Of our matrix products."""
-    compile: tuple[Compile, ...] = ("no",)
-    """Ways to compile our model, each of which is timed: no, blocks, model."""
+    compile: tuple[Literal["no", "model"], ...] = ("no",)
+    """Without and with `reglue sample --compile`, each of which is timed."""
+    pictures: int = 16
+    """Images that are decoded and written, at most a batch."""
 
 
 class Counted(nn.Module):
     """A model that counts how many samples it is asked about: one that is guided counts twice."""
 
-    def __init__(self, inside: nn.Module) -> None:
+    def __init__(self, inside: nn.Module | SamplingNetwork) -> None:
         super().__init__()
         self.inside, self.evaluated = inside, 0
 
@@ -70,20 +76,18 @@ class Counted(nn.Module):
         return self.inside.null_label  # type: ignore[return-value]
 
 
+def of_job(options: Sampling, steps: int) -> recipe.Sampling:
+    """The way to sample, as `reglue sample` has it."""
+    guidance = Guidance(options.scale, interval=options.interval)
+    return recipe.Sampling("euler-maruyama", steps, guidance, state_precision="float64")
+
+
 @torch.no_grad()
-def our_samples(
-    model: Any,
-    start: State,
-    labels: Tensor,
-    options: Sampling,
-    steps: int,
-    precision: Precision,
-    noise: Iterator[State],
-) -> State:
-    """The sampler as `ImageModel.draw` runs it, the state in float64."""
-    velocity = guided_velocity(model, labels, Guidance(options.scale, interval=options.interval))
-    with ranks.autocast(labels.device, precision):
-        return euler_maruyama(velocity, {name: x.double() for name, x in start.items()}, stochastic_times(steps), noise)
+def our_samples(network: Any, workload: Workload, labels: Tensor, how: recipe.Sampling) -> State:
+    """Samples as `ImageModel.draw` makes them: its noise, its loop."""
+    velocity = guided_velocity(network, labels, how.guidance)
+    shapes, path = workload.config.shape.shapes(), PATHS[workload.recipe.path]
+    return from_noise(velocity, 0, range(len(labels)), shapes, how, path, labels.device)
 
 
 def drawn(start: State) -> Iterator[State]:
@@ -121,7 +125,7 @@ def sampling(options: Sampling) -> str:
         theirs = theirs.to(device).eval()
         imported = import_official(theirs.state_dict(), heads=config.heads, alignment_depth=config.alignment_depth)
         ours = imported.denoiser().to(device)
-        figures["sample_difference"] = sample_difference(official, theirs, ours, start, labels, options)
+        figures["sample_difference"] = sample_difference(official, theirs, ours, workload, start, labels, options)
         assert figures["sample_difference"] < AGREEMENT, figures
         counters["theirs"] = counted = Counted(theirs)
 
@@ -134,14 +138,11 @@ def sampling(options: Sampling) -> str:
 
     for precision in options.precision:
         for compile in options.compile:
-            name = f"ours {precision}{'' if compile == 'no' else f' compiled {compile}'}"
-            model = Denoiser(config).to(device).eval()
-            model.load_state_dict(ours.state_dict())
-            compile_parts(model, compile)
-            counters[name] = counted = Counted(model)
+            name = f"ours {precision}{'' if compile == 'no' else ' compiled'}"
+            counters[name] = counted = Counted(SamplingNetwork(ours, precision, compiled=compile == "model"))
 
-            def draw_ours(counted: nn.Module = counted, precision: Precision = precision) -> None:
-                our_samples(counted, start, labels, options, steps, precision, drawn(start))
+            def draw_ours(counted: nn.Module = counted) -> None:
+                our_samples(counted, workload, labels, of_job(options, steps))
 
             contestants[name] = draw_ours
 
@@ -151,6 +152,8 @@ def sampling(options: Sampling) -> str:
         "batch_size": batch,
         "steps": steps,
         "seconds_per_call": timed,
+        "pictures": (pictures := min(options.pictures, batch)),
+        "seconds_of_pictures": finishing(workload, {name: x[:pictures] for name, x in start.items()}, conditions),
         "network_evaluations_per_image": {name: c.evaluated / calls / batch for name, c in counters.items()},
         "flops_per_evaluation": forward_flops(config),
         "times_faster": {
@@ -162,14 +165,47 @@ def sampling(options: Sampling) -> str:
     return report("sample", options, figures, device)
 
 
+def finishing(workload: Workload, state: State, conditions: Comparison) -> dict[str, Timing]:
+    """The time to decode states, and to write their images as `reglue sample` does."""
+    device = state[LATENT].device
+    autoencoder = autoencoder_of(workload, device)
+
+    @torch.no_grad()
+    def decode() -> Tensor:
+        return to_pixels(autoencoder.decode(state[LATENT]), "truncate")
+
+    pixels = decode()
+    with TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.png" for i in range(len(pixels))]
+
+        def write() -> None:
+            with PictureWriter() as writer:
+                writer.write(files, pixels)
+
+        return alternate({"decode": decode, "write": write}, conditions.repeats, device)
+
+
+@torch.no_grad()
 def sample_difference(
-    official: Official, theirs: nn.Module, ours: Denoiser, start: State, labels: Tensor, options: Sampling
+    official: Official,
+    theirs: nn.Module,
+    ours: Denoiser,
+    workload: Workload,
+    start: State,
+    labels: Tensor,
+    options: Sampling,
 ) -> float:
-    """The largest difference of a sample of four steps between ours and theirs, as a share of the largest value."""
+    """The largest difference of a sample of four steps between ours and theirs, as a share of the largest value.
+
+    Both meet the same noise, from PyTorch's generator.
+    """
     first = {name: x[:2] for name, x in start.items()}
     torch.manual_seed(3)
     expected = official_samples(official, theirs, first, labels[:2], 4, options.scale, options.interval)
     torch.manual_seed(3)
-    state = our_samples(ours, first, labels[:2], options, 4, "float32", drawn(first))
+    how = of_job(options, 4)
+    velocity = guided_velocity(SamplingNetwork(ours, "float32"), labels[:2], how.guidance)
+    exact = {name: x.double() for name, x in first.items()}
+    state = follow(velocity, exact, drawn(first), how, PATHS[workload.recipe.path])
     found = torch.cat([state[LATENT], state[LOCAL]], dim=1)
     return float((found - expected).abs().max() / expected.abs().max())

@@ -25,19 +25,23 @@ def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
-def normals(generators: Sequence[np.random.Generator], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+def normals(
+    generators: Sequence[np.random.Generator], shapes: Mapping[str, Sequence[int]], *, pinned: bool = False
+) -> dict[str, Tensor]:
     """Standard normal noise for a batch, one generator per sample: float32 `(B, *shape)` for each name.
 
-    All of a sample's modalities come from one draw of its generator in the order of `shapes`.
+    All of a sample's modalities come from its generator in the order of `shapes`. With `pinned`, they are drawn into
+    memory that a GPU can copy from by itself.
     """
-    sizes = [int(np.prod(shape)) for shape in shapes.values()]
-    drawn = np.empty((len(generators), sum(sizes)), dtype=np.float32)
-    for g, row in zip(generators, drawn, strict=True):
-        g.standard_normal(dtype=np.float32, out=row)
-    parts = torch.from_numpy(drawn).split(sizes, dim=1)
-    return {
-        name: part.reshape(len(generators), *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    noise = {
+        name: torch.empty(len(generators), *shape, dtype=torch.float32, pin_memory=pinned)
+        for name, shape in shapes.items()
     }
+    parts = [part.numpy() for part in noise.values()]
+    for row, g in enumerate(generators):
+        for part in parts:
+            g.standard_normal(dtype=np.float32, out=part[row])
+    return noise
 
 
 def permutation(seed: int, purpose: str, index: int, size: int) -> Tensor:

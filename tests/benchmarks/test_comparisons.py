@@ -9,7 +9,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from evaluate_speed import EvaluateSpeed
 from limits import Limits, Operators, limits
 from prepare_speed import PrepareSpeed
 from reglue.diffusion.denoiser import Denoiser
+from reglue.runs import networks, noise, ranks
 from store_reads import StoreReads
 from train_speed import TrainSpeed
 from workloads import RandomOnline, Workload
@@ -34,7 +37,7 @@ needs_official = pytest.mark.skipif(OFFICIAL is None, reason="REGLUE_OFFICIAL na
 KEYS = {"benchmark", "figures", "options", "toy", "hardware", "versions", "commit", "official_commit", "date"}
 FIGURES = {
     "train": {"seconds_per_call", "flops_per_step", "matrix_flops_per_second", "share_of_matrix_rate", "batch_size"},
-    "sample": {"seconds_per_call", "network_evaluations_per_image", "flops_per_evaluation"},
+    "sample": {"seconds_per_call", "seconds_of_pictures", "network_evaluations_per_image", "flops_per_evaluation"},
     "prepare": {"images", "ours_images_per_second"},
     "compressor": {"ours", "theirs", "bytes_per_image", "published_gigabytes_of_features"},
     "checkpoint": {"save_seconds", "load_seconds", "bytes"},
@@ -68,6 +71,22 @@ def test_guidance_evaluates_twice_within_its_interval_alone() -> None:
     """Five steps at 1, 0.76, 0.52, 0.28, 0.04; guided up to 0.9, so that all but the first count twice."""
     line = json.loads(against_official.main(["sample", "--toy", "--device", "cpu", "--repeats", "1"]))
     assert line["figures"]["network_evaluations_per_image"] == {"ours bfloat16": 9}
+
+
+def test_the_sampler_that_is_timed_is_that_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job's noise, its weights in bfloat16, its way to compile: nothing of them is the benchmark's own."""
+    called: list[str] = []
+
+    def noted(name: str, original: Any, *arguments: Any, **options: Any) -> Any:
+        called.append(name)
+        return original(*arguments, **options)
+
+    for module, name in ((ranks, "compiled"), (noise, "normals"), (networks, "with_products_in")):
+        monkeypatch.setattr(module, name, partial(noted, name, getattr(module, name)))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # The real one takes minutes.
+    against_official.main(["sample", "--toy", "--device", "cpu", "--repeats", "1", "--compile", "model"])
+    assert (called.count("compiled"), called.count("with_products_in")) == (1, 1)
+    assert called.count("normals") == 2 * 5 * 3 * 2  # two calls of five steps, for three modalities of two images
 
 
 def test_contestants_take_turns() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import torch
 from torch.nn import functional as F
 
 import reglue.data.store
-from reglue.data.batches import TrainingData, denoiser_config
+from reglue.data.batches import CPU, Draft, TrainingData, denoiser_config
 from reglue.data.store import Store
+from reglue.data.targets import alignment_targets
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import loss_terms
 from reglue.diffusion.paths import PATHS
@@ -270,3 +273,106 @@ def test_what_decoded_targets_lack_is_named(tiny_store: Path) -> None:
         denoiser_config(Store(store.folder, early), aligned("repa", targets="decoded"))
     with pytest.raises(UserError, match=r"--alignment.compressor conv-4 is for --alignment.targets decoded"):
         aligned("repa", compressor="conv-4")
+
+
+def parts_of(draft: Draft) -> list[dict[str, torch.Tensor]]:
+    return [draft.latent, draft.codes, draft.target, draft.noise, draft.drawn]
+
+
+class Gpu:
+    """Stands for a GPU: a stream that copies, one that computes, and what was asked of them."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pinned, self.copied, self.asked, self.current = set[int](), list[int](), list[Any](), False
+        empty, to = torch.empty, torch.Tensor.to
+
+        def noted_empty(*arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+            made = empty(*arguments, **options)
+            if pin_memory:
+                self.pinned.add(made.data_ptr())
+            return made
+
+        def pin(tensor: torch.Tensor) -> torch.Tensor:
+            """As PyTorch does: pinned memory stays where it is."""
+            return tensor if tensor.data_ptr() in self.pinned else tensor.clone()
+
+        def noted_to(tensor: torch.Tensor, *where: Any, **how: Any) -> torch.Tensor:
+            if how.get("non_blocking"):
+                assert self.current, "copied by the stream that computes"
+                self.copied.append(tensor.data_ptr())
+                return tensor.clone()
+            return to(tensor, *where)
+
+        monkeypatch.setattr(torch, "empty", noted_empty)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+        monkeypatch.setattr(torch.Tensor, "to", noted_to)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.asked.append(tensor.data_ptr()))
+        monkeypatch.setattr(torch.cuda, "stream", self.made_current)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self)
+
+    @contextmanager
+    def made_current(self, stream: Gpu) -> Iterator[None]:
+        assert stream is self
+        self.current = True
+        yield
+        self.current = False
+
+    def record_event(self) -> str:
+        return f"{len(self.copied)} copies"
+
+    def wait_event(self, event: str) -> None:
+        self.asked.append(event)
+
+
+@pytest.mark.parametrize("name", ["reglue", "sit"])
+def test_a_gpu_copies_what_is_read_and_drawn_from_where_it_was_written(
+    name: str, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read and drawn into pinned memory, copied by a stream of its own, for which the computing one waits."""
+    store = Store.open(tiny_store)
+    expected = data(store, tiny(name)).sample(range(5))
+    trained = data(store, tiny(name))
+    with monkeypatch.context() as patched:
+        gpu = Gpu(patched)
+        trained.store = Store(store.folder, store.manifest, pinned=True)
+        trained.targets = alignment_targets(trained.store, tiny(name), CPU) if name == "reglue" else None
+        trained.copies = gpu  # type: ignore[assignment]
+        draft = trained.read(range(5))
+        count = sum(map(len, parts_of(draft)))
+        assert len(gpu.copied) == count
+        small = len(draft.drawn)  # times and labels are pinned afterwards
+        assert len(gpu.pinned.intersection(gpu.copied[: count - small])) == count - small
+        assert not gpu.asked
+        sample = trained.finish(draft)
+    on_gpu = {tensor.data_ptr() for part in parts_of(draft) for tensor in part.values()}
+    assert gpu.asked[0] == f"{count} copies"
+    assert set(gpu.asked[1:]) == on_gpu
+    for kind in ("data", "noise"):
+        for part, value in getattr(expected, kind).items():
+            assert torch.equal(value, getattr(sample, kind)[part]), (kind, part)
+    assert torch.equal(expected.time, sample.time)
+
+
+def test_nothing_is_copied_once_more_where_there_is_no_gpu(tiny_store: Path) -> None:
+    trained = data(Store.open(tiny_store), tiny("reglue"))
+    draft = trained.read(range(4))
+    for part, moved in zip(parts_of(draft), parts_of(draft.to(CPU)), strict=True):
+        assert {n: x.data_ptr() for n, x in part.items()} == {n: x.data_ptr() for n, x in moved.items()}
+    assert all(x.is_contiguous() and not x.is_pinned() for part in parts_of(draft) for x in part.values())
+    assert trained.finish(draft).noise["local"].data_ptr() == draft.noise["local"].data_ptr()
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_the_samples_of_the_cpu(tiny_store: Path) -> None:
+    store, recipe = Store.open(tiny_store), tiny("reglue")
+    expected = data(store, recipe)
+    trained = TrainingData(store, recipe, denoiser_config(store, recipe), 0, torch.device("cuda"))
+    with ThreadPoolExecutor(4) as threads:
+        drafts = list(threads.map(trained.read, [range(n, n + 8) for n in range(0, 160, 8)]))
+    for number, draft in enumerate(drafts):
+        ours, theirs = trained.finish(draft), expected.sample(range(8 * number, 8 * number + 8))
+        for name, noise in theirs.noise.items():
+            assert torch.equal(ours.noise[name].cpu(), noise), name
+            torch.testing.assert_close(ours.data[name].cpu(), theirs.data[name])

@@ -96,21 +96,23 @@ def test_rows_come_in_any_order_and_number(whole: Store, rows: list[int]):
     start=st.none() | st.integers(-4, 4),
     stop=st.none() | st.integers(-4, 4),
 )
-def test_rows_go_straight_to_where_they_are_wanted(whole: Store, rows: list[int], start: int | None, stop: int | None):
-    channels = slice(start, stop)
-    expected = {name: tensor[:, channels] for name, tensor in latents([READABLE[row] for row in rows]).items()}
-    buffers = {name: torch.full_like(tensor, torch.nan) for name, tensor in expected.items()}
-    read = whole.read_stored("latent", torch.tensor(rows, dtype=torch.int64), channels, out=buffers)
-    for name, tensor in expected.items():
-        assert read[name] is buffers[name]
-        assert torch.equal(read[name], tensor)
+def test_rows_are_read_straight_into_pinned_memory(whole: Store, rows: list[int], start: int | None, stop: int | None):
+    channels, wanted = slice(start, stop), torch.tensor(rows, dtype=torch.int64)
+    pinned: list[tuple[int, bool]] = []
+    original = torch.empty
 
+    def empty(*arguments, pin_memory=False, **options):
+        made = original(*arguments, **options)
+        pinned.append((made.data_ptr(), pin_memory))
+        return made
 
-def test_a_buffer_of_another_shape_or_type_is_refused(whole: Store):
-    rows = torch.tensor([0, 1])
-    for fits_not in ({"mean": torch.empty(3, 3, 4, 6)}, {"mean": torch.empty(2, 3, 4, 6, dtype=torch.float16)}):
-        with pytest.raises(ValueError, match=r"out\['mean'\] must be torch.float32 of \(2, 3, 4, 6\)"):
-            whole.read_stored("latent", rows, out=fits_not)
+    store = Store(whole.folder, whole.manifest, pinned=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "empty", empty)
+        read = store.read("latent", wanted, channels)
+    assert [(tensor.data_ptr(), True) for tensor in read.values()] == pinned
+    for name, tensor in latents([READABLE[row] for row in rows]).items():
+        assert torch.equal(read[name], tensor[:, channels])
 
 
 def test_no_more_files_stay_mapped_than_allowed(whole: Store, monkeypatch: pytest.MonkeyPatch):

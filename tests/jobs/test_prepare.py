@@ -149,6 +149,72 @@ def test_the_networks_do_not_wait_for_the_disk(options, monkeypatch: pytest.Monk
     assert len(prepare(options())) == 24
 
 
+def test_a_device_has_the_next_batch_before_it_is_done_with_one(options, monkeypatch: pytest.MonkeyPatch):
+    """And no block is written before its last batch has been copied."""
+    order: list[str] = []
+    describe, put, write_shard = reglue.jobs.prepare.describe, reglue.jobs.prepare.put, reglue.data.store.write_shard
+
+    def noted(*arguments):
+        order.append(f"describe {sum(step.startswith('describe') for step in order)}")
+        return describe(*arguments)
+
+    def marked(device: torch.device) -> Callable[[], object]:
+        described = sum(step.startswith("describe") for step in order)
+        return lambda: order.append(f"wait {described - 1}") if described else None
+
+    def wrote(folder, column, index, *more):
+        order.append(f"write {column} {index}")
+        return write_shard(folder, column, index, *more)
+
+    monkeypatch.setattr(reglue.jobs.prepare, "describe", noted)
+    monkeypatch.setattr(reglue.jobs.prepare, "put", lambda *a, **k: (order.append("put"), put(*a, **k)))
+    monkeypatch.setattr(reglue.jobs.prepare, "mark", marked)
+    monkeypatch.setattr(reglue.data.store, "write_shard", wrote)
+    prepare(options(shard_size=24, batch_size=8))
+    assert order[:8] == ["describe 0", "put", "describe 1", "put", "wait 0", "describe 2", "put", "wait 1"]
+    assert order[8:10] == ["wait 2", "write label 0"]
+
+
+def test_a_gpu_copies_what_it_found_by_itself_into_the_block(monkeypatch: pytest.MonkeyPatch):
+    empty, copy, asked = torch.empty, torch.Tensor.copy_, []
+
+    def noted_empty(*arguments, pin_memory: bool, **more):
+        asked.append(pin_memory)
+        return empty(*arguments, **more)
+
+    def noted_copy(self, source, non_blocking=False):
+        asked.append(("copy", non_blocking))
+        return copy(self, source)
+
+    found = torch.arange(6.0).view(2, 3)
+    columns: dict[str, dict[str, torch.Tensor]] = {}
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", noted_empty)
+        patched.setattr(torch.Tensor, "copy_", noted_copy)
+        patched.setattr(torch.Tensor, "is_cuda", True)
+        for at in (0, 2):
+            reglue.jobs.prepare.put(columns, {"cls": {"cls": found + at}}, at=at, rows=4)
+    assert asked == [True, ("copy", True), ("copy", True)]
+    assert torch.equal(columns["cls"]["cls"], torch.cat([found, found + 2]))
+
+
+def test_several_threads_write_the_store_of_one(options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    alone = prepare(options(shard_size=3))
+    original, together = reglue.data.store.write_shard, threading.Barrier(2)
+
+    def meet(folder, column, index, *more):
+        if column == "label":
+            together.wait(30)
+        return original(folder, column, index, *more)
+
+    assert reglue.jobs.prepare.writers_for(torch.device("cuda")) == 2
+    monkeypatch.setattr(reglue.data.store, "write_shard", meet)
+    monkeypatch.setattr(reglue.jobs.prepare, "writers_for", lambda _: 2)
+    store = prepare(options(shard_size=3, out=tmp_path / "many"))
+    assert shards_of(store.folder) == shards_of(alone.folder)
+    assert len((store.folder / "prepare.jsonl").read_text().splitlines()) == 8
+
+
 def test_every_core_decodes_unless_told_otherwise(options, monkeypatch: pytest.MonkeyPatch):
     cores = len(os.sched_getaffinity(0))
     expected = min(cores, reglue.jobs.prepare.MOST_WORKERS)

@@ -10,6 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import reglue.jobs.sample
 from helpers import CLASSES, mistake, reglue_command
 from reglue.diffusion.guidance import Guidance
 from reglue.errors import UserError
@@ -33,16 +37,17 @@ def pixels(folder: Path) -> np.ndarray:
 
 
 def recorded_noise(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
-    """Every noise that is drawn from now on."""
-    drawn: list[dict[str, torch.Tensor]] = []
-    original = generation.normals
+    """Every noise that a sampler is given from now on."""
+    given: list[dict[str, torch.Tensor]] = []
+    original = generation.drawn_ahead
 
-    def record(*arguments):
-        drawn.append(original(*arguments))
-        return drawn[-1]
+    @contextmanager
+    def recorded(*arguments: Any) -> Iterator[Iterator[dict[str, torch.Tensor]]]:
+        with original(*arguments) as states:
+            yield (given.append(state) or state for state in states)
 
-    monkeypatch.setattr(generation, "normals", record)
-    return drawn
+    monkeypatch.setattr(generation, "drawn_ahead", recorded)
+    return given
 
 
 def test_noise_and_labels_are_the_same_bits_whatever_the_batch(
@@ -132,19 +137,34 @@ def test_pictures_in_the_background_are_those_in_the_foreground(tiny_run: Path, 
 def test_a_full_disk_stops_the_job_with_its_message(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, saved = Image.Image.save, []
+    original = Image.Image.save
 
-    def save(self: Image.Image, *arguments: object, **options: object) -> None:
-        if len(saved) == 3:
+    def save(self: Image.Image, file: Path, **options: Any) -> None:
+        if file.name.startswith("000003"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        saved.append(original(self, *arguments, **options))  # type: ignore[arg-type]
+        original(self, file, **options)
 
     monkeypatch.setattr(Image.Image, "save", save)
     with pytest.raises(UserError, match=r"000003\.png: No space left on device"):
         sample(Sample(tiny_run, tmp_path / "out", count=40, batch_size=2, steps=1, device="cpu"))
-    assert sorted(file.name for file in (tmp_path / "out").glob("*.png*")) == [f"{i:06d}.png" for i in range(3)]
+    drawn = {file.name for file in (tmp_path / "out").glob("*.png*")}
+    assert drawn <= {f"{i:06d}.png" for i in range(40)} - {"000003.png"}
+    assert len(drawn) < 20, "it went on"
     monkeypatch.setattr(Image.Image, "save", original)
-    assert len(pixels(sample(Sample(tiny_run, tmp_path / "out", count=6, batch_size=2, steps=1, device="cpu")))) == 6
+    count = 1 + max(int(name[:6]) for name in drawn | {"000005.png"})
+    assert (
+        len(pixels(sample(Sample(tiny_run, tmp_path / "out", count=6, batch_size=2, steps=1, device="cpu")))) == count
+    )
+
+
+def test_samples_with_the_noise_of_an_older_version_are_not_continued(tiny_run: Path, tmp_path: Path) -> None:
+    out = sample(Sample(tiny_run, tmp_path / "out", count=2, steps=1, device="cpu"))
+    before = json.loads((out / "samples.json").read_text())
+    del before["noise"]
+    (out / "samples.json").write_text(json.dumps(before))
+    with pytest.raises(UserError, match=r"another protocol \(noise\); choose a new --out"):
+        sample(Sample(tiny_run, out, count=3, steps=1, device="cpu"))
+    assert len(pixels(out)) == 2
 
 
 def test_samples_of_an_older_version_may_be_continued(tiny_run: Path, tmp_path: Path) -> None:
@@ -224,13 +244,45 @@ def test_other_settings_are_refused_where_images_are(tiny_run: Path, tmp_path: P
     assert len(list(out.glob("*.png"))) == 2
 
 
-def test_npz_holds_the_same_images(tiny_run: Path, tmp_path: Path) -> None:
+def test_npz_holds_the_same_images(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reglue.jobs.sample, "PACKED_AT_ONCE", 2)
     folder = sample(Sample(tiny_run, tmp_path / "png", count=5, device="cpu"))
     packed = np.load(sample(Sample(tiny_run, tmp_path / "images.npz", count=5, device="cpu")), allow_pickle=False)
     assert np.array_equal(packed["arr_0"], pixels(folder))
     assert packed["arr_0"].dtype == np.uint8
     assert packed["labels"].tolist() == [0, 1, 2, 0, 1]
+    assert json.loads(str(packed["protocol"])) == json.loads((folder / "samples.json").read_text())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npz", "png"]
+
+
+def test_an_archive_takes_the_memory_of_a_few_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, side = 60, 256
+    files = [tmp_path / f"{i:06d}.png" for i in range(count)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (side, side), (i, 0, 0)).save(file)
+    monkeypatch.setattr(reglue.jobs.sample, "PACKED_AT_ONCE", 2)
+    tracemalloc.start()
+    reglue.jobs.sample.pack(tmp_path / "all.npz", files, list(range(count)), {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < count / 3 * side * side * 3
+    assert np.load(tmp_path / "all.npz")["arr_0"][:, 9, 9, 0].tolist() == list(range(count))
+
+
+def test_an_archive_that_cannot_be_written_leaves_the_pictures(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np.lib.format, "write_array", full)
+        with pytest.raises(UserError, match=r"images\.npz: No space left on device"):
+            sample(Sample(tiny_run, tmp_path / "images.npz", count=3, steps=1, device="cpu"))
+    assert [path.name for path in tmp_path.iterdir()] == ["images.parts"]
+    assert len(pixels(tmp_path / "images.parts")) == 3
+    packed = np.load(sample(Sample(tiny_run, tmp_path / "images.npz", count=3, steps=1, device="cpu")))
+    assert len(packed["arr_0"]) == 3
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama", "adams-bashforth", "dopri5"])

@@ -1,4 +1,4 @@
-"""Pictures are written in the background: in order, whole, and not too many at once."""
+"""Pictures are written in the background: whole, several at the same time, and not too many ahead."""
 
 from __future__ import annotations
 
@@ -60,6 +60,21 @@ def test_drawing_goes_on_while_pictures_are_written_but_not_for_ever(
     assert len(list(tmp_path.glob("*.png"))) == 2 * (WAITING + 3)
 
 
+def test_pictures_of_a_batch_are_written_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, together = pictures._write, threading.Barrier(2, timeout=30)
+    monkeypatch.setattr(pictures, "_write", lambda *arguments: (together.wait(), original(*arguments)))
+    with PictureWriter(threads=2) as writer:
+        writer.write(files(tmp_path, 0), batch(0))
+    assert sorted(tmp_path.iterdir()) == files(tmp_path, 0)
+
+
+def test_an_error_with_one_picture_of_a_batch_is_not_lost(tmp_path: Path) -> None:
+    two = [files(tmp_path, 0)[0], tmp_path / "missing" / "1.png"]
+    with pytest.raises(UserError, match=r"cannot write .*missing"), PictureWriter() as writer:
+        writer.write(two, batch(0))
+    assert list(tmp_path.iterdir()) == two[:1]
+
+
 def test_an_error_stops_the_drawing(tmp_path: Path) -> None:
     drawn: list[int] = []
 
@@ -86,7 +101,7 @@ def test_an_interruption_is_told_once_what_is_being_written_is_whole(
     monkeypatch.setattr(pictures, "_write", lambda *arguments: (time.sleep(0.3), original(*arguments)))
 
     def draw() -> None:
-        with PictureWriter() as writer:
+        with PictureWriter(threads=1) as writer:
             for number in range(WAITING):
                 writer.write(files(tmp_path, number), batch(number))
             time.sleep(0.1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -154,17 +154,34 @@ class Draft:
     drawn: dict[str, Tensor]
     """`time`, `label` and, where maps are dropped, `keep_local`: see `TrainingSample`."""
 
-    def to(self, device: torch.device) -> Draft:
-        """The same on a device; copies to a GPU do not wait, if the draft is pinned."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+    copied: torch.cuda.Event | None = None
+    """When a GPU has it, if `sent` is copying it there."""
 
-    def pinned(self) -> Draft:
-        """The same in memory that a GPU can copy from by itself."""
-        return self._each(Tensor.pin_memory)
+    def sent(self, stream: torch.cuda.Stream) -> Draft:
+        """The same on a stream's GPU, which copies it while other streams compute."""
+        with torch.cuda.stream(stream):
+            # What is pinned already stays where it is, until it is copied even if it is not held any more.
+            moved = self._each(lambda tensor: tensor.pin_memory().to(stream.device, non_blocking=True))
+        return replace(moved, copied=stream.record_event())
+
+    def to(self, device: torch.device) -> Draft:
+        """The same on a device. If it has been `sent` there, what is computed from now on waits for the copy."""
+        if self.copied is None:
+            return self._each(lambda tensor: tensor.to(device))
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(self.copied)
+        for part in self._parts():
+            for tensor in part.values():
+                tensor.record_stream(stream)  # Its memory is not given away before this stream has read it.
+        return self
+
+    def _parts(self) -> list[dict[str, Tensor]]:
+        return [self.latent, self.codes, self.target, self.noise, self.drawn]
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> Draft:
-        parts = {part.name: getattr(self, part.name) for part in fields(self)}
-        return Draft(**{part: {name: move(value) for name, value in held.items()} for part, held in parts.items()})
+        moved = [{name: move(value) for name, value in part.items()} for part in self._parts()]
+        latent, codes, target, noise, drawn = moved
+        return Draft(latent, codes, target, noise, drawn)
 
 
 class TrainingData:
@@ -173,8 +190,9 @@ class TrainingData:
     Sample `position` of the run, counted over all steps, is a function of the seed and the position: its image, its
     time, its noise and what is dropped. So a batch can be cut into parts and spread over processes in any way.
 
-    Reading and drawing (`read`) is the CPU's work, for any number of threads. All arithmetic (`finish`) is the
-    device's: it has the time for it, and what is copied to it is as small as on disk.
+    Reading and drawing (`read`) is the CPU's work, for any number of threads, which also have a GPU copy what they have
+    read. All arithmetic (`finish`) is the device's: it has the time for it, and what is copied to it is as small as on
+    disk.
     """
 
     def __init__(
@@ -186,9 +204,12 @@ class TrainingData:
         device: torch.device = CPU,
     ) -> None:
         """Raises UserError if what the alignment's targets are made of is not at hand."""
-        self.store, self.recipe, self.config, self.seed, self.device = store, recipe, config, seed, device
+        gpu = device.type == "cuda"
+        self.store = Store(store.folder, store.manifest, pinned=True) if gpu else store
+        self.recipe, self.config, self.seed, self.device = recipe, config, seed, device
         self.shapes = config.shape.shapes()
-        self.targets = alignment_targets(store, recipe, device) if config.alignment_width else None
+        self.targets = alignment_targets(self.store, recipe, device) if config.alignment_width else None
+        self.copies = torch.cuda.Stream(device) if gpu else None
         # Made once, since to copy them to a GPU in every step would wait for it.
         self.scales = {
             name: scaling.tensors(torch.empty(1, *self.shapes[name], device=device))
@@ -207,11 +228,11 @@ class TrainingData:
         return self.finish(self.read(positions))
 
     def read(self, positions: range) -> Draft:
-        """Read and draw the samples at positions of the run, on the CPU; pinned if the device is a GPU."""
+        """Read and draw the samples at positions of the run, on the CPU. If the device is a GPU, it copies them."""
         rows = self.rows(positions)
         generators = [generator(self.seed, "training sample", position) for position in positions]
         uniform = torch.from_numpy(np.stack([g.random(3) for g in generators]))
-        noise = normals(generators, {"posterior": self.shapes[LATENT], **self.shapes})
+        noise = normals(generators, {"posterior": self.shapes[LATENT], **self.shapes}, pinned=self.store.pinned)
 
         label = self.store.labels[rows]
         if not self.config.classes:
@@ -232,7 +253,7 @@ class TrainingData:
             noise=noise,
             drawn=drawn,
         )
-        return draft.pinned() if self.device.type == "cuda" else draft
+        return draft.sent(self.copies) if self.copies else draft
 
     @torch.no_grad()
     def finish(self, draft: Draft) -> TrainingSample:

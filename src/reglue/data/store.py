@@ -23,6 +23,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -55,8 +56,8 @@ JOURNAL = "prepare.jsonl"
 """Of process 0, and of all processes of earlier runs. Process 3 writes prepare-3.jsonl."""
 METADATA = "reglue"
 """Key of a shard's metadata: JSON with `format`, `column` and `names`, the images of its rows."""
-READ_AT_ONCE = 2**24
-"""Bytes of a file whose hash is taken."""
+READ_AT_ONCE = 2**18
+"""Bytes of a file whose hash is taken: so few stay in a core's own cache."""
 LOCAL_CODES = "local."
 CLASS_TOKEN_CODES = "cls."
 """What the names of columns that hold a compressor's codes begin with, for maps and for class tokens."""
@@ -176,15 +177,17 @@ class Manifest(Contents):
 class Store:
     """A finished store, read through memory maps."""
 
-    def __init__(self, folder: Path, manifest: Manifest):
+    def __init__(self, folder: Path, manifest: Manifest, pinned: bool = False):
+        """`pinned`: rows are read into memory that a GPU can copy from by itself, and that PyTorch uses again."""
         self.folder = folder
         self.manifest = manifest
+        self.pinned = pinned
         rows = [shard.rows for shard in manifest.columns["label"].shards]
         self._ends = torch.tensor(rows, dtype=torch.int64).cumsum(0)
         self._mapped: dict[tuple[str, int], dict[str, np.ndarray]] = {}
 
     def __reduce__(self):
-        return Store, (self.folder, self.manifest)  # A process maps its own files.
+        return Store, (self.folder, self.manifest, self.pinned)  # A process maps its own files.
 
     @classmethod
     def open(cls, folder: Path | str, to_be_replaced: str | None = None) -> Store:
@@ -224,17 +227,10 @@ class Store:
         """
         return restored(self.read_stored(column, rows, channels))
 
-    def read_stored(
-        self,
-        column: str,
-        rows: Tensor,
-        channels: slice = slice(None),
-        out: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    def read_stored(self, column: str, rows: Tensor, channels: slice = slice(None)) -> dict[str, Tensor]:
         """As `read`, but the tensors as they are stored; `restored` makes of them what `read` gives, on any device.
 
-        With `out`, tensors of these shapes and types on the CPU (pinned ones, say), the rows are written there: every
-        byte is copied once, from the page cache to where it is wanted. ValueError for an `out` that does not fit.
+        Every byte is copied once, from the page cache to where it stays.
         """
         content = self._column(column)
         rows = rows.to("cpu", torch.int64)
@@ -244,9 +240,7 @@ class Store:
         for name, spec in content.tensors.items():
             shape = [len(range(*channels.indices(n))) if axis == 0 else n for axis, n in enumerate(spec.shape)]
             shape, dtype = (len(rows), *shape), getattr(torch, spec.dtype)
-            tensors[name] = torch.empty(shape, dtype=dtype) if out is None else out[name]
-            if (tuple(tensors[name].shape), tensors[name].dtype) != (shape, dtype):
-                raise ValueError(f"out[{name!r}] must be {dtype} of {shape}")
+            tensors[name] = torch.empty(shape, dtype=dtype, pin_memory=self.pinned)
         # NumPy's slices take a fraction of the time of torch's, and with one row of a shard they are most of the work.
         targets = {name: tensor.numpy() for name, tensor in tensors.items()}
         for shard, within, positions in self._runs(rows):
@@ -432,6 +426,7 @@ class StoreWriter:
         self.contents = asked
         self._journal = self.folder / (f"prepare-{rank}.jsonl" if rank else JOURNAL)
         self._blocks: dict[int, Block] = {}
+        self._one_line_at_a_time = threading.Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -477,12 +472,12 @@ class StoreWriter:
     ) -> None:
         """Write one pending block: for each column its tensors (len(names), …), in the order of `names`.
 
-        `measured` goes into the journal: figures such as images per second.
+        `measured` goes into the journal: figures such as images per second. Threads may write blocks of their own.
         """
         index = block.start // self.contents.shard_rows
         written = {name: write_shard(self.folder, name, index, names, tensors) for name, tensors in columns.items()}
         done = Block(index, len(names), tuple(skipped), written, measured)
-        with self._journal.open("a") as journal:
+        with self._one_line_at_a_time, self._journal.open("a") as journal:
             journal.write(json.dumps(plain(done)) + "\n")
         self._blocks[index] = done
 
@@ -717,11 +712,11 @@ def _is_whole(folder: Path, shard: Shard) -> bool:
 
 
 def _sha256(path: Path, on_read: Callable[[int], object] = lambda _: None) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(READ_AT_ONCE):
-            digest.update(part)
-            on_read(len(part))
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_AT_ONCE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            on_read(count)
     return digest.hexdigest()
 
 

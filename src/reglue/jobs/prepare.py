@@ -6,7 +6,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ class Prepare(TakesPaths):
     batch_size: int = 16
     """Images encoded at once. Changes speed and memory; results change by rounding alone."""
     shard_size: int = 256
-    """Images per file of the store. A shard is held in memory until it is complete."""
+    """Images per file of the store. A shard is held in memory until it is written."""
     dtype: Literal["float32", "float16"] = "float32"
     """Precision in which latents are stored."""
     precision: ranks.Precision = "float32"
@@ -178,15 +179,17 @@ def fill(
     """Encode the images of blocks, and write each block as soon as it is complete.
 
     Returns the highest grey value of every 16-bit image (`grey_peaks`), since some are darker than they are meant.
-    Other processes decode ahead, and a thread writes and hashes behind, so that the networks wait for neither.
+    Other processes decode ahead, and threads write and hash behind, so that the networks wait for neither. A GPU has
+    the next batch before it is done with one, and copies by itself what it has found.
     """
     batches = iter(_decoded(images, options, blocks, device))
     peaks: list[int] = []
     with (
-        ThreadPoolExecutor(1) as thread,
+        ThreadPoolExecutor(writers := writers_for(device)) as threads,
         tqdm(total=sum(map(len, blocks)), unit="image", desc="prepare", disable=quiet) as progress,
     ):
-        written: Future[None] | None = None
+        written: deque[Future[None]] = deque()
+        wait = mark(device)
         for block in blocks:
             block_started = time.perf_counter()
             columns: dict[str, dict[str, Tensor]] = {}
@@ -202,9 +205,11 @@ def fill(
                     tqdm.write(f"skipped {images.path / image.name}: {image.reason}", file=sys.stderr)
                     skipped.append(image)
                 if batch.names:
-                    described = describe(batch.pixels.to(device), autoencoder, encoder, options)
+                    described = describe(batch.pixels.to(device, non_blocking=True), autoencoder, encoder, options)
                     described["label"] = {"label": batch.labels}
                     put(columns, described, at=len(names), rows=len(block))
+                    wait_for_last, wait = wait, mark(device)
+                    wait_for_last()
                     names += batch.names
                 progress.update(len(batch.names) + len(batch.unreadable))
             filled = {
@@ -215,12 +220,40 @@ def fill(
                 "images_per_second": len(block) / (time.perf_counter() - block_started),
                 "peak_rss_mib": peak_rss_mib(),
             }
-            if written:  # One block at most waits for the disk, since each takes its room in memory.
-                written.result()
-            written = thread.submit(writer.write, block, names, skipped, filled, **measured)
-        if written:
-            written.result()
+            if len(written) == writers:  # No more wait for the disk, since each takes its room in memory.
+                written.popleft().result()
+            written.append(threads.submit(write, writer, wait, block, names, skipped, filled, measured))
+        for block_written in written:
+            block_written.result()
     return peaks
+
+
+def writers_for(device: torch.device) -> int:
+    """Threads that write blocks. For a GPU one hashes while the other one writes; a CPU's networks need just one."""
+    return 2 if device.type == "cuda" else 1
+
+
+def write(
+    writer: StoreWriter,
+    wait: Callable[[], object],
+    block: range,
+    names: list[str],
+    skipped: list[UnreadableImage],
+    columns: dict[str, dict[str, Tensor]],
+    measured: dict[str, float],
+) -> None:
+    """Write a block once its last batch has been copied."""
+    wait()
+    writer.write(block, names, skipped, columns, **measured)
+
+
+def mark(device: torch.device) -> Callable[[], object]:
+    """A function that waits until the device has done what it has been given so far. A CPU always has."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event(blocking=True)  # Asleep meanwhile: the core is wanted for decoding.
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
 
 
 def _dealt(blocks: list[range], rank: int, processes: int) -> list[range]:
@@ -339,13 +372,17 @@ def describe(
 
 
 def put(columns: dict[str, dict[str, Tensor]], batch: dict[str, dict[str, Tensor]], at: int, rows: int) -> None:
-    """Copy a batch into the columns of its block from row `at` on. The first batch shows how much to allocate."""
+    """Copy a batch into the columns of its block from row `at` on. The first batch shows how much to allocate.
+
+    What is on a GPU is there only when the GPU has done all that it has been given so far (`mark`).
+    """
     for column, tensors in batch.items():
         for name, tensor in tensors.items():
             held = columns.setdefault(column, {})
             if name not in held:
-                held[name] = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype)
-            held[name][at : at + len(tensor)] = tensor.cpu()
+                shape = (rows, *tensor.shape[1:])
+                held[name] = torch.empty(shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            held[name][at : at + len(tensor)].copy_(tensor, non_blocking=True)
 
 
 def contents_of(

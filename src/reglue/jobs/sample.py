@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import ZipFile
 
 import numpy as np
 from PIL import Image
@@ -21,11 +23,14 @@ from reglue.files import TakesPaths, replacing
 from reglue.recipe import Rounding, SamplerName, Sampling, StatePrecision
 from reglue.runs import checkpoints, hub, ranks
 from reglue.runs.generation import ImageModel, changed_sampling, evaluations, load
-from reglue.runs.pictures import PictureWriter
+from reglue.runs.noise import STREAMS
+from reglue.runs.pictures import THREADS, PictureWriter
 from reglue.runs.ranks import Precision
 from reglue.seeds import generator
 
 PROTOCOL = "samples.json"
+PACKED_AT_ONCE = 64
+"""Pictures in memory while an archive is written."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +129,36 @@ def sample(options: Sample) -> Path:
             pictures.write([folder / f"{i:06d}.png" for i in indices], model.pixels(state, sampling.rounding))
     ranks.wait_for_all()
     if as_npz and rank == 0:
-        images = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(options.count)])
-        with replacing(options.out) as beside, beside.open("wb") as file:
-            np.savez(file, arr_0=images, labels=np.array(labels), protocol=json.dumps(protocol))
+        pack(options.out, [folder / f"{i:06d}.png" for i in range(options.count)], labels, protocol)
         for file in (*folder.glob("*.png"), folder / PROTOCOL):
             file.unlink()
         folder.rmdir()
     return options.out
+
+
+def pack(out: Path, pictures: Sequence[Path], labels: list[int], protocol: dict[str, Any]) -> None:
+    """Write pictures of one size into a NumPy archive, as `numpy.savez` would: `arr_0` (N, H, W, 3) uint8, as in ADM's.
+
+    Besides, `labels` (N,) and the `protocol` as JSON. A few pictures at a time are in memory. Raises UserError if the
+    file cannot be written.
+    """
+    width, height = Image.open(pictures[0]).size
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(pictures), height, width, 3)}
+    with replacing(out) as beside, ZipFile(beside, "w") as archive, ThreadPoolExecutor(THREADS) as threads:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, len(pictures), PACKED_AT_ONCE):
+                for image in threads.map(_pixels, pictures[start : start + PACKED_AT_ONCE]):
+                    file.write(image.data)
+        for name, value in (("labels", np.array(labels)), ("protocol", np.array(json.dumps(protocol)))):
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, value, allow_pickle=False)
+
+
+def _pixels(file: Path) -> np.ndarray:
+    """A picture as contiguous uint8 (height, width, 3)."""
+    with Image.open(file) as picture:
+        return np.ascontiguousarray(picture)
 
 
 @dataclass(frozen=True)
@@ -215,6 +243,7 @@ def describe(options: Sample, model: ImageModel, sampling: Sampling, labels: lis
         "labels": labels,
         "class_names": list(record.class_names),
         "seed": options.seed,
+        "noise": STREAMS,
         "decoder": model.autoencoder.spec.name,
         "decoder_sha256": model.autoencoder.spec.weights_sha256,
         "weaker_run": str(weaker) if weaker else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.guidance import VelocityFunction, guided_velocity
 from reglue.diffusion.modalities import LATENT, State, concatenate_states
 from reglue.diffusion.paths import PATHS
+from reglue.diffusion.paths import Path as Interpolant
 from reglue.diffusion.samplers import (
     adams_bashforth,
     adaptive_solver,
@@ -33,12 +34,12 @@ from reglue.diffusion.samplers import (
 from reglue.errors import UserError
 from reglue.latents.autoencoders import Autoencoder, load_autoencoder
 from reglue.recipe import Rounding, SamplerName, Sampling, StatePrecision
-from reglue.runs import checkpoints, hub, ranks, sharing
+from reglue.runs import checkpoints, hub, sharing
 from reglue.runs.networks import SamplingNetwork
+from reglue.runs.noise import drawn_ahead
 from reglue.runs.ranks import Precision, resolve_device
 from reglue.runs.record import FILE as RECORD
 from reglue.runs.record import RunRecord
-from reglue.seeds import generator, normals
 
 STATE_PRECISIONS: dict[StatePrecision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
@@ -431,19 +432,7 @@ class ImageModel:
             ]
             return concatenate_states(alone)
         filling = max(room - len(indices), 0) if self.compile and sampling.sampler != "dopri5" else 0
-        filled = [*indices, *[indices[-1]] * filling]
-        generators = [generator(seed, "sample", i) for i in filled]
-        shapes = self.record.denoiser.shape.shapes()
         sampling = self.settled(sampling)
-        assert sampling.state_precision is not None
-        dtype = STATE_PRECISIONS[sampling.state_precision]
-
-        def noise() -> Iterator[State]:
-            while True:
-                drawn = normals(generators, shapes)
-                # Contiguous, as all later states are: a compiled network would take another layout for another input.
-                yield {name: ranks.send(x.contiguous(), device).to(dtype) for name, x in drawn.items()}
-
         inner = guided_velocity(
             self._network(self.denoiser, sampling.precision),
             torch.tensor([*labels, *[labels[-1]] * filling], device=device),
@@ -456,8 +445,9 @@ class ImageModel:
             on_evaluation()
             return result
 
-        draws = noise()
-        state = follow(velocity, next(draws), draws, sampling, self.record)
+        filled = [*indices, *[indices[-1]] * filling]
+        shapes, path = self.record.denoiser.shape.shapes(), PATHS[self.record.recipe.path]
+        state = from_noise(velocity, seed, filled, shapes, sampling, path, device)
         return {name: value[: len(indices)] for name, value in state.items()}
 
     def _network(self, denoiser: Denoiser, precision: Precision | None) -> SamplingNetwork:
@@ -484,13 +474,28 @@ class ImageModel:
         return scaled.denormalise(value) if scaled else value
 
 
+def from_noise(
+    velocity: VelocityFunction,
+    seed: int,
+    indices: Sequence[int],
+    shapes: Mapping[str, Sequence[int]],
+    sampling: Sampling,
+    path: Interpolant,
+    device: torch.device,
+) -> State:
+    """The states of the images `indices` of a seed, from their noise to data, by a way to sample that is `settled`."""
+    assert sampling.state_precision is not None
+    draws = sampling.steps if sampling.sampler == "euler-maruyama" else 1  # Its last step has none, the start has one.
+    with drawn_ahead(seed, indices, shapes, device, STATE_PRECISIONS[sampling.state_precision], draws) as noise:
+        return follow(velocity, next(noise), noise, sampling, path)
+
+
 def follow(
-    velocity: VelocityFunction, start: State, noise: Iterator[State], sampling: Sampling, record: RunRecord
+    velocity: VelocityFunction, start: State, noise: Iterator[State], sampling: Sampling, path: Interpolant
 ) -> State:
     """Run the sampler that was asked for."""
     steps, shift, jumps = sampling.steps, sampling.time_shift, sampling.guidance.jumps
     if sampling.sampler == "euler-maruyama":
-        path = PATHS[record.recipe.path]
         return euler_maruyama(velocity, start, stochastic_times(steps, shift), noise, path)
     if sampling.sampler == "dopri5":
         return dopri5(velocity, start, jumps, sampling.relative_tolerance, sampling.absolute_tolerance)
