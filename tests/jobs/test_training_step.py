@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import reglue.data.batches
 import reglue.jobs.train
 from helpers import TINY_RECIPE
 from reglue.cli import parse
+from reglue.data import images
 from reglue.data.batches import Draft, TrainingData, denoiser_config
 from reglue.data.store import Store
+from reglue.data.targets import AlignmentTargets
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
@@ -27,7 +33,7 @@ from reglue.errors import UserError
 from reglue.files import from_json, to_json
 from reglue.jobs.train import compile_parts, prefetch, train
 from reglue.papers import RECIPES
-from reglue.recipe import Compile, Optimisation
+from reglue.recipe import Compile, Optimisation, Recipe
 from reglue.runs import ranks
 
 RECIPE = replace(
@@ -176,6 +182,52 @@ def test_nothing_waits_for_the_device_between_lines_of_the_log(
     few = waits(2, 100)
     assert waits(8, 100) == few
     assert waits(8, 4) > few, "it counts nothing"
+
+
+@pytest.mark.parametrize(("targets", "network"), [("online", "encoder"), ("decoded", "compressor")])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_network_of_the_targets_computes_in_the_precision_of_training(
+    precision: ranks.Precision,
+    targets: str,
+    network: str,
+    tiny_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: set[torch.dtype] = set()
+    made = reglue.data.batches.alignment_targets
+
+    def watched(store: Store, recipe: Recipe, device: torch.device) -> AlignmentTargets:
+        result = made(store, recipe, device)
+        part = getattr(result, network)
+        for module in getattr(part, "network", part).modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
+        return result
+
+    monkeypatch.setattr(reglue.data.batches, "alignment_targets", watched)
+    command = ["train", "reglue", "--store", str(tiny_store), "--out", str(tmp_path / "run"), *TINY_RECIPE]
+    more = [f"--alignment.targets={targets}", f"--optimisation.precision={precision}", "--optimisation.steps=1"]
+    train(parse([*command, *more]))
+    assert seen == {getattr(torch, precision)}
+
+
+def test_threads_decode_the_images_of_online_targets_side_by_side(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(tiny_store)
+    recipe = replace(RECIPE, alignment=replace(RECIPE.alignment, targets="online"))
+    data = TrainingData(store, recipe, denoiser_config(store, recipe), 0)
+    meeting, decode = threading.Barrier(2), images.decode
+
+    def meet(file: Path | bytes) -> Image.Image:
+        meeting.wait(10)
+        return decode(file)
+
+    monkeypatch.setattr(images, "decode", meet)
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(data.read, (range(1), range(1, 2))))
+    assert all(draft.target["pixels"].shape == (1, 3, 16, 16) for draft in both)
 
 
 @pytest.mark.gpu

@@ -172,10 +172,10 @@ def train(options: Train) -> Path:
             group["lr"] = learning_rate(optimisation, step)
 
         for number in range(optimisation.accumulate):
-            sample = data.finish(next(drafts))
+            draft = next(drafts)
             with parallel.accumulating(losses, last=number == optimisation.accumulate - 1):
                 with ranks.autocast(device, optimisation.precision):
-                    terms = losses(sample)
+                    terms = losses(data.finish(draft))
                 loss = weighted_sum(terms, loss_weights) / optimisation.accumulate
                 loss.backward()
             for name, value in terms.items():
