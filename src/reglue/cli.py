@@ -6,6 +6,7 @@ A job is imported when it is asked for: `reglue --help` need not wait for PyTorc
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
 from functools import reduce
@@ -56,7 +57,10 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run a subcommand. A user's mistake ends with one line and exit code 2, an interruption with 130."""
+    """Run a subcommand. A user's mistake ends with one line and exit code 2, an interruption with 130.
+
+    Anything else that goes wrong shows where, and ends a process among others at once too.
+    """
     try:
         options = parse(sys.argv[1:])
         job_of(options)(options)
@@ -69,6 +73,13 @@ def main() -> None:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
         fail("interrupted; the same command continues where it stopped", 130)
+    except Exception:
+        from reglue.runs import ranks
+
+        if not ranks.are_many():
+            raise
+        traceback.print_exc()
+        ranks.end(1)
 
 
 def fail(message: str, code: int = 2) -> None:

@@ -34,7 +34,7 @@ from reglue.files import from_json, to_json
 from reglue.jobs.train import compile_parts, prefetch, train
 from reglue.papers import RECIPES
 from reglue.recipe import Compile, Optimisation, Recipe
-from reglue.runs import ranks
+from reglue.runs import parallel, ranks
 
 RECIPE = replace(
     RECIPES["reglue"], model="4x32x2/2", local=replace(RECIPES["reglue"].local, compressor="conv-4", dropout=0.2)
@@ -182,6 +182,19 @@ def test_nothing_waits_for_the_device_between_lines_of_the_log(
     few = waits(2, 100)
     assert waits(8, 100) == few
     assert waits(8, 4) > few, "it counts nothing"
+
+
+def test_gradients_that_are_not_clipped_stay_as_they_are() -> None:
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    gradients = [torch.tensor([3.0, torch.inf]), torch.tensor([4.0, 0.0])]
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        parameter.grad = gradient.clone()
+    assert parallel.clip_gradients(parameters, 0.0) == torch.inf
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        assert torch.equal(torch.as_tensor(parameter.grad), gradient)
+    parameters[0].grad = torch.tensor([3.0, 0.0])
+    assert parallel.clip_gradients(parameters, 0.0) == parallel.clip_gradients(parameters, 1.0) == 5
+    torch.testing.assert_close(parallel.clip_gradients(parameters, 0.0), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize(("targets", "network"), [("online", "encoder"), ("decoded", "compressor")])

@@ -165,14 +165,18 @@ def test_four_processes_draw_the_same_images_as_one(two: Path, four: Path, tmp_p
         assert abs(first - second).max() <= 1
 
 
-def start_two(arguments: list[str], prelude: str = "") -> list[subprocess.Popen[str]]:
-    """Two processes as SLURM would start them, without torchrun, which would end both by itself."""
+def start_two(arguments: list[str], *preludes: str) -> list[subprocess.Popen[str]]:
+    """Two processes as SLURM would start them, without torchrun, which would end both by itself.
+
+    Each runs its prelude first, if it has one.
+    """
+    preludes = (*preludes, "", "")[:2]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     return [
         subprocess.Popen(
-            [sys.executable, "-c", f"{prelude if rank == 0 else ''}\nfrom reglue.cli import main; main()", *arguments],
+            [sys.executable, "-c", f"{preludes[rank]}\nfrom reglue.cli import main; main()", *arguments],
             env={
                 **ENVIRONMENT, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
@@ -183,12 +187,17 @@ def start_two(arguments: list[str], prelude: str = "") -> list[subprocess.Popen[
     ]  # fmt: skip
 
 
-def ends(process: subprocess.Popen[str], within: float) -> list[str]:
-    """What a process says in the end. Fails if that takes too long."""
+def last_words(process: subprocess.Popen[str], within: float) -> str:
+    """What a process writes on stderr. Fails if it does not end in time."""
     try:
-        _, text = process.communicate(timeout=within)
+        return process.communicate(timeout=within)[1]
     finally:
         process.kill()
+
+
+def ends(process: subprocess.Popen[str], within: float) -> list[str]:
+    """What a process says in the end. Fails if that takes too long, or for a traceback."""
+    text = last_words(process, within)
     assert "Traceback" not in text
     return re.findall(r"(?<!train )reglue: .*", text)  # and not the progress bar
 
@@ -220,3 +229,33 @@ def test_a_full_disk_of_one_process_ends_all(shards: int, tiny_store: Path, tmp_
     assert len(said[1]) == 1
     assert first.returncode == second.returncode == 2
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_an_error_in_one_process_is_shown_and_ends_all(tiny_store: Path, tmp_path: Path) -> None:
+    prelude = "import reglue.jobs.train as job; job.take_compressor = lambda *_: 1 // 0"
+    first, second = start_two(training(tiny_store, tmp_path / "run", "--optimisation.steps=100000"), prelude)
+    text = last_words(first, within=300)
+    (line,) = ends(second, within=20)
+    assert text.count("Traceback") == 1
+    assert "ZeroDivisionError" in text
+    assert first.returncode == 1
+    assert line.startswith("reglue: process 1 ends, because process 0 has")
+    assert second.returncode == 2
+
+
+STALE = """
+from reglue.runs import checkpoints
+seen, steps = [], checkpoints.steps
+checkpoints.steps = lambda run: steps(run) if seen.append(run) or len(seen) > 1 else []
+"""
+
+
+def test_a_process_that_sees_the_last_checkpoint_late_continues_from_it_too(
+    one: Path, two: Path, tiny_store: Path, tmp_path: Path
+) -> None:
+    run = copy(two / "replicated", tmp_path / "run")
+    subprocess.run(["rm", "-r", str(checkpoints.find(run, 6))], check=True)
+    for process in start_two(training(tiny_store, run, "--optimisation.steps=6"), "", STALE):
+        assert ends(process, within=300) == []
+        assert process.returncode == 0
+    assert_same_training(one, run)

@@ -96,7 +96,7 @@ class Losses(nn.Module):
         return loss_terms(self.denoiser, self.path, sample)
 
 
-@ranks.together()
+@ranks.together
 def train(options: Train) -> Path:
     """Train until the recipe's last step. Returns the run folder.
 
@@ -106,7 +106,7 @@ def train(options: Train) -> Path:
     start = fine_tuning.begin(options.out, options.start, options.start_step, options.start_weights)
     recipe = start.recipe(options.recipe) if start else options.recipe
     optimisation = recipe.optimisation
-    rank, processes = ranks.join()
+    rank, processes = ranks.join(options.device)
     device = ranks.resolve_device(options.device)
     store = Store.open(options.store)
     share, part = part_sizes(optimisation, processes)
@@ -126,7 +126,7 @@ def train(options: Train) -> Path:
         start.take_weights(model, record)
         checkpoints.save_start(options.out, model)  # From here on the other run is not needed.
     model.transformer.recomputed_blocks = round(optimisation.checkpoint_blocks * record.denoiser.depth)
-    compile_parts(model, optimisation.compile)
+    compile_parts(model, ranks.to_compile(optimisation.compile, device))
     losses = Losses(model, PATHS[recipe.path])
     losses = parallel.spread(losses, model.transformer.blocks, options.shards, device, optimisation.precision)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
@@ -140,8 +140,8 @@ def train(options: Train) -> Path:
     )
     step = 0
     ranks.wait_for_all()
-    if checkpoints.steps(options.out):
-        step = checkpoints.restore(checkpoints.find(options.out), model, ema, optimiser)
+    if checkpoint := checkpoints.last_of_all(options.out):
+        step = checkpoints.restore(checkpoint, model, ema, optimiser)
     ranks.wait_for_all()
 
     data = TrainingData(store, recipe, record.denoiser, options.seed, device)
@@ -172,8 +172,8 @@ def train(options: Train) -> Path:
             group["lr"] = learning_rate(optimisation, step)
 
         for number in range(optimisation.accumulate):
-            draft = next(drafts)
-            with parallel.accumulating(losses, last=number == optimisation.accumulate - 1):
+            draft, last_part = next(drafts), number == optimisation.accumulate - 1
+            with ranks.products(device, optimisation.precision), parallel.accumulating(losses, last_part):
                 with ranks.autocast(device, optimisation.precision):
                     terms = losses(data.finish(draft))
                 loss = weighted_sum(terms, loss_weights) / optimisation.accumulate
@@ -181,7 +181,7 @@ def train(options: Train) -> Path:
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach() / optimisation.accumulate
             sums["loss"] = sums.get("loss", 0) + loss.detach()
-        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), optimisation.clip or math.inf))
+        norm = parallel.clip_gradients(model.parameters(), optimisation.clip)
         sums["gradient_norm"] = sums.get("gradient_norm", 0) + norm
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)

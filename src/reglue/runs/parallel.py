@@ -72,6 +72,16 @@ def accumulating(losses: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """Scale the gradients down to a norm of `largest`; 0 leaves them as they are. Returns the norm before, a scalar.
+
+    All processes must ask.
+    """
+    if largest:
+        return whole(nn.utils.clip_grad_norm_(parameters, largest))
+    return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor with every process's rows. All processes must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
