@@ -39,8 +39,9 @@ class TrainingStep:
             self.model.load_state_dict(weights)
         blocks = self.model.transformer.blocks
         self.model.transformer.recomputed_blocks = round(checkpoint_blocks * config.depth)
-        compile_parts(self.model, compile)
-        self.losses = parallel.spread(Losses(self.model, PATHS[recipe.path]), blocks, 1, device, precision)
+        losses = Losses(self.model, PATHS[recipe.path])
+        compile_parts(losses, blocks, compile)
+        self.losses = parallel.spread(losses, blocks, 1, device, precision)
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.weights, self.averages = list(self.model.state_dict().values()), list(self.ema.values())
         self.optimiser = torch.optim.AdamW(

@@ -137,7 +137,7 @@ def sampling(options: Sampling) -> str:
             name = f"ours {precision}{'' if compile == 'no' else f' compiled {compile}'}"
             model = Denoiser(config).to(device).eval()
             model.load_state_dict(ours.state_dict())
-            compile_parts(model, compile)
+            compile_parts(model, model.transformer.blocks, compile)
             counters[name] = counted = Counted(model)
 
             def draw_ours(counted: nn.Module = counted, precision: Precision = precision) -> None:

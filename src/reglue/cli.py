@@ -5,6 +5,7 @@ A job is imported when it is asked for: `reglue --help` need not wait for PyTorc
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 from tyro import MISSING
 
-from reglue.errors import UserError
+from reglue.errors import Stopped, UserError
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
 
@@ -59,7 +60,8 @@ COMMANDS = {
 def main() -> None:
     """Run a subcommand. A user's mistake ends with one line and exit code 2, an interruption with 130.
 
-    Anything else that goes wrong shows where, and ends a process among others at once too.
+    A job that SIGTERM has stopped in good order ends with 143. Anything else that goes wrong shows where, and ends a
+    process among others at once too.
     """
     try:
         options = parse(sys.argv[1:])
@@ -71,6 +73,8 @@ def main() -> None:
         fail(str(error))
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except Stopped as request:
+        fail(str(request), 128 + signal.SIGTERM)
     except KeyboardInterrupt:
         fail("interrupted; the same command continues where it stopped", 130)
     except Exception:

@@ -172,8 +172,8 @@ class Descent:
     """Precision of the matrix products. tf32: float32 whose products a GPU rounds to TF32, and float32 elsewhere."""
     compile: Compile = "no"
     """Compile with torch.compile, slower to start and faster after. blocks: one block of the transformer, which serves
-    for all of them. model: the whole network at once, which takes longest to start. auto: blocks on a GPU, no on a
-    CPU."""
+    for all of them. model: the whole network and its losses at once, which takes longest to start. auto: blocks on a
+    GPU, no on a CPU."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "learning_rate"):

@@ -19,6 +19,7 @@ from reglue.cli import parse
 from reglue.errors import UserError
 from reglue.jobs.train import train
 from reglue.papers import RECIPES
+from reglue.runs import checkpoints
 
 
 def options(recipe: str, store: Path, out: Path, *more: str):
@@ -219,3 +220,26 @@ def test_a_folder_with_other_files_is_left_alone(tiny_store: Path, tmp_path: Pat
     with pytest.raises(UserError, match="holds other files"):
         train(options("sit", tiny_store, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_sigterm_stops_after_the_step_with_a_checkpoint(tiny_store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", "sit", "--store", tiny_store, "--out", run, *TINY_RECIPE, "--optimisation.steps=100000"]
+    process = subprocess.Popen(
+        reglue_command(*arguments, "--log-every=1000000", "--checkpoint-every=1000000"),
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "run.json").is_file():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, text = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    (step,) = checkpoints.steps(run)
+    assert process.returncode == 143
+    assert "Traceback" not in text
+    assert f"reglue: stopped by SIGTERM after step {step}, with a checkpoint; the same command continues" in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -125,10 +127,9 @@ def test_products_are_tf32_on_a_gpu_where_asked_for_and_as_before_afterwards(
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        with pytest.raises(KeyError), ranks.products(GPU, precision):
+        with ranks.products(GPU, precision):
             assert torch.get_float32_matmul_precision() == inside
             assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
-            raise KeyError
         assert torch.get_float32_matmul_precision() == "medium"
         with ranks.products(CPU, precision):
             assert torch.get_float32_matmul_precision() == "medium"
@@ -157,6 +158,23 @@ def test_blocks_are_compiled_on_a_gpu_unless_told_otherwise(
     assert ranks.to_compile(asked, GPU) == on_gpu
     monkeypatch.setattr(ranks, "find_spec", lambda name: None)
     assert ranks.to_compile("auto", GPU) == "no"
+
+
+def test_sigterm_is_deferred_in_the_main_thread_alone_and_for_the_job_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with ranks.sigterm_deferred():
+        assert not ranks.asked_to_stop()
+        signal.raise_signal(signal.SIGTERM)
+        assert ranks.asked_to_stop()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+    @ranks.sigterm_deferred()
+    def handler() -> Any:
+        return signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(handler).result() == before
+    assert handler() != before
 
 
 def test_a_checkpoint_that_stays_invisible_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

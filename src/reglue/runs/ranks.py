@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reglue.errors import UserError
+from reglue.errors import Stopped, UserError
 from reglue.recipe import Compile, Precision
 
 LONG_WAIT = timedelta(days=30)
@@ -30,6 +31,7 @@ DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """What this process's own device says, though RuntimeErrors as those of messages are."""
 
 _T = TypeVar("_T")
+_asked_to_stop = threading.Event()
 _waiting: dist.ProcessGroup | None = None
 """All processes over the CPU, for whatever one may take hours for while the others wait."""
 
@@ -177,6 +179,28 @@ def first_says(value: _T) -> _T:
     return said[0]
 
 
+@contextmanager
+def sigterm_deferred() -> Iterator[None]:
+    """Around a job that looks at `asked_to_stop` in time: SIGTERM does not end the process.
+
+    In other threads than the main one, which Python does not let decide about signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _asked_to_stop.clear()
+    before = signal.signal(signal.SIGTERM, lambda *_: _asked_to_stop.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def asked_to_stop() -> bool:
+    """Whether SIGTERM has come to this process; the others may not have it yet, and have to be told."""
+    return _asked_to_stop.is_set()
+
+
 class RunsOn(Protocol):
     """Options of a job that runs on a device."""
 
@@ -194,7 +218,7 @@ def together(job: Callable[[_Options], _T]) -> Callable[[_Options], _T]:
 
     They say so in one line and exit with code 2, whatever they are waiting for at that moment (NCCL would not notice
     for STEP_WAIT). Each process watches the next one, over a connection of its own, and all leave together. An
-    exception that leaves the job must end the process.
+    exception that leaves the job must end the process; `Stopped` must leave it in all of them.
     """
 
     @wraps(job)
@@ -226,8 +250,12 @@ def _watched(device: str) -> Iterator[None]:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
+    stopped: Stopped | None = None
     try:
-        yield
+        try:
+            yield
+        except Stopped as request:
+            stopped = request
         dist.send(torch.ones(1), before, group)
         watcher.join()
     except DEVICE_ERRORS:
@@ -238,6 +266,8 @@ def _watched(device: str) -> Iterator[None]:
         raise
     finally:
         leaving.set()
+    if stopped:
+        raise stopped
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
