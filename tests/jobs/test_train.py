@@ -20,6 +20,7 @@ from reglue.errors import UserError
 from reglue.jobs.train import train
 from reglue.papers import RECIPES
 from reglue.runs import checkpoints
+from reglue.runs.record import RunRecord
 
 
 def options(recipe: str, store: Path, out: Path, *more: str):
@@ -243,3 +244,30 @@ def test_sigterm_stops_after_the_step_with_a_checkpoint(tiny_store: Path, tmp_pa
     assert process.returncode == 143
     assert "Traceback" not in text
     assert f"reglue: stopped by SIGTERM after step {step}, with a checkpoint; the same command continues" in text
+
+
+def test_what_is_compiled_may_change_and_precision_may_not(tiny_store: Path, tmp_path: Path) -> None:
+    run = train(options("sit", tiny_store, tmp_path / "run", "--optimisation.steps=5", "--optimisation.compile=no"))
+    train(options("sit", tiny_store, run, "--optimisation.steps=10"))
+    assert checkpoints.steps(run) == [5, 10]
+    assert RunRecord.read(run).recipe.optimisation.compile == "auto"
+    with pytest.raises(UserError, match=r"other settings \(recipe\.optimisation\.precision\)"):
+        train(options("sit", tiny_store, run, "--optimisation.precision=tf32"))
+
+
+def test_published_recipes_are_as_precise_as_their_codes() -> None:
+    precisions = {name: recipe.optimisation.precision for name, recipe in RECIPES.items()}
+    halved = dict.fromkeys(("repa", "reg", "reglue"), "bfloat16")
+    assert precisions == {"sit": "tf32", "redi": "tf32", **halved}
+    assert {recipe.optimisation.compile for recipe in RECIPES.values()} == {"auto"}
+
+
+def test_on_a_cpu_tf32_is_float32_to_the_bit(tiny_store: Path, tmp_path: Path) -> None:
+    for precision in ("tf32", "float32"):
+        train(
+            options(
+                "sit", tiny_store, tmp_path / precision, "--optimisation.steps=5",
+                f"--optimisation.precision={precision}",
+            )
+        )  # fmt: skip
+    assert_same_bits(tmp_path / "tf32", tmp_path / "float32", 5)
