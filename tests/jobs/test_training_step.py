@@ -107,7 +107,7 @@ def test_compiled_without_a_break_and_once_for_all_blocks(
 @pytest.fixture
 def group_of_one(tmp_path: Path) -> Iterator[None]:
     """A process group, over gloo, of this process alone."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "group"), 1), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

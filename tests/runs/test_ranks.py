@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from reglue import cli
 from reglue.errors import UserError
 from reglue.recipe import Compile
 from reglue.runs import checkpoints, ranks
@@ -158,6 +159,28 @@ def test_blocks_are_compiled_on_a_gpu_unless_told_otherwise(
     assert ranks.to_compile(asked, GPU) == on_gpu
     monkeypatch.setattr(ranks, "find_spec", lambda name: None)
     assert ranks.to_compile("auto", GPU) == "no"
+
+
+def test_an_unexpected_error_ends_a_process_among_others_at_once_after_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(arguments: list[str]) -> None:
+        raise ZeroDivisionError("a defect")
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli, "parse", broken)
+    monkeypatch.setattr(ranks, "end", end)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.endswith("ZeroDivisionError: a defect\n")
 
 
 def test_sigterm_is_deferred_in_the_main_thread_alone_and_for_the_job_alone() -> None:
