@@ -82,7 +82,9 @@ def measured(options: TrainSpeed, folder: Path, device: torch.device) -> dict[st
     positions = [range(n * batch, (n + 1) * batch) for n in range(WARMUP + repeats)]
 
     def step(draft: Draft) -> None:
-        train(data.finish(draft))
+        with ranks.autocast(device, options.precision):
+            sample = data.finish(draft)
+        train(sample)
 
     def shortest(action: Callable[[], object], times: int = 3, warmup: int = 1) -> float:
         return 1e3 * alternate({"action": action}, times, device, warmup)["action"].minimum

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.objective import TrainingSample, weighted_sum
@@ -39,8 +38,9 @@ class TrainingStep:
             self.model.load_state_dict(weights)
         blocks = self.model.transformer.blocks
         self.model.transformer.recomputed_blocks = round(checkpoint_blocks * config.depth)
-        compile_parts(self.model, compile)
-        self.losses = parallel.spread(Losses(self.model, PATHS[recipe.path]), blocks, 1, device, precision)
+        losses = Losses(self.model, PATHS[recipe.path])
+        compile_parts(losses, blocks, compile)
+        self.losses = parallel.spread(losses, blocks, 1, device, precision)
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.weights, self.averages = list(self.model.state_dict().values()), list(self.ema.values())
         self.optimiser = torch.optim.AdamW(
@@ -56,7 +56,7 @@ class TrainingStep:
     def __call__(self, sample: TrainingSample) -> None:
         """One step."""
         optimisation = self.recipe.optimisation
-        with parallel.accumulating(self.losses, last=True):
+        with ranks.products(self.device, self.precision), parallel.accumulating(self.losses, last=True):
             with ranks.autocast(self.device, self.precision):
                 terms = self.losses(sample)
             loss = weighted_sum(terms, self.recipe.loss_weights(0)) / optimisation.accumulate
@@ -64,7 +64,7 @@ class TrainingStep:
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach() / optimisation.accumulate
         self.sums["loss"] = self.sums.get("loss", 0) + loss.detach()
-        norm = parallel.whole(nn.utils.clip_grad_norm_(self.model.parameters(), optimisation.clip or math.inf))
+        norm = parallel.clip_gradients(self.model.parameters(), optimisation.clip)
         self.sums["gradient_norm"] = self.sums.get("gradient_norm", 0) + norm
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)

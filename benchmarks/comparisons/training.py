@@ -24,6 +24,7 @@ from reglue.diffusion.objective import TrainingSample, loss_terms
 from reglue.diffusion.paths import LINEAR
 from reglue.jobs.train import READERS, prefetch
 from reglue.recipe import Compile
+from reglue.runs import ranks
 from reglue.runs.official import export_official, import_official
 from reglue.runs.ranks import Precision
 from reglue.semantics.encoders import VisionEncoder
@@ -188,7 +189,14 @@ def our_steps(step: TrainingStep, data: TrainingData, workers: int | None) -> Ca
     batch, on_cpu = len(data.store), data.device.type == "cpu"
     positions: Iterable[range] = (range(i * batch, (i + 1) * batch) for i in count())
     drafts = prefetch(data, positions, workers if workers is not None else 0 if on_cpu else READERS)
-    return lambda: step(data.finish(next(drafts)))
+
+    def one() -> None:
+        draft = next(drafts)
+        with ranks.autocast(data.device, step.precision):
+            sample = data.finish(draft)
+        step(sample)
+
+    return one
 
 
 def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:

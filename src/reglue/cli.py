@@ -5,7 +5,9 @@ A job is imported when it is asked for: `reglue --help` need not wait for PyTorc
 
 from __future__ import annotations
 
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
 from functools import reduce
@@ -16,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 from tyro import MISSING
 
-from reglue.errors import UserError
+from reglue.errors import Stopped, UserError
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
 
@@ -56,7 +58,11 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run a subcommand. A user's mistake ends with one line and exit code 2, an interruption with 130."""
+    """Run a subcommand. A user's mistake ends with one line and exit code 2, an interruption with 130.
+
+    A job that SIGTERM has stopped in good order ends with 143. Anything else that goes wrong shows where, and ends a
+    process among others at once too.
+    """
     try:
         options = parse(sys.argv[1:])
         job_of(options)(options)
@@ -67,8 +73,17 @@ def main() -> None:
         fail(str(error))
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except Stopped as request:
+        fail(str(request), 128 + signal.SIGTERM)
     except KeyboardInterrupt:
         fail("interrupted; the same command continues where it stopped", 130)
+    except Exception:
+        from reglue.runs import ranks
+
+        if not ranks.are_many():
+            raise
+        traceback.print_exc()
+        ranks.end(1)
 
 
 def fail(message: str, code: int = 2) -> None:

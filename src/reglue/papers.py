@@ -26,11 +26,14 @@ class Paper:
     """B/2, 400K steps, no guidance."""
 
 
-CLIPPED = Optimisation(clip=1.0, precision="bfloat16")
+PLAIN = Optimisation(precision="tf32", compile="auto")
+"""Of SiT's code, and of ReDi's, which allow TF32."""
+CLIPPED = Optimisation(clip=1.0, precision="bfloat16", compile="auto")
 
 SIT = Recipe(
     name="sit",
     learn_sigma=True,
+    optimisation=PLAIN,
     sampling=Sampling("heun", 125, Guidance(1.5, guided_channels=3), rounding="round"),
 )
 REPA = Recipe(
@@ -42,6 +45,7 @@ REPA = Recipe(
 REDI = Recipe(
     name="redi",
     local=LocalSemantics(1.0, compressor="pca-8", dropout=0.2),
+    optimisation=PLAIN,
     sampling=Sampling(guidance=Guidance(2.4, local_scale=1.0), rounding="round"),
 )
 REG = Recipe(

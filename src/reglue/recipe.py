@@ -18,9 +18,10 @@ from reglue.errors import UserError
 from reglue.files import accept_older
 
 SamplerName = Literal["euler", "heun", "euler-maruyama", "adams-bashforth", "dopri5"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 StatePrecision = Literal["float32", "float64"]
 Rounding = Literal["truncate", "round"]
-Compile = Literal["no", "blocks", "model"]
+Compile = Literal["auto", "no", "blocks", "model"]
 accept_older(Compile, {False: "no", True: "model"})
 
 
@@ -167,11 +168,12 @@ class Descent:
     """Decay of the moving average of the weights, per step."""
     ema_warmup: bool = False
     """Begin with a shorter average, min(decay, (1 + step) / (10 + step)), for short runs."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the matrix products."""
+    precision: Precision = "float32"
+    """Precision of the matrix products. tf32: float32 whose products a GPU rounds to TF32, and float32 elsewhere."""
     compile: Compile = "no"
     """Compile with torch.compile, slower to start and faster after. blocks: one block of the transformer, which serves
-    for all of them. model: the whole network at once, which takes longest to start."""
+    for all of them. model: the whole network and its losses at once, which takes longest to start. auto: blocks on a
+    GPU, no on a CPU."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "learning_rate"):
@@ -219,7 +221,7 @@ class Sampling:
     state_precision: StatePrecision | None = None
     """Precision in which steps add up. If not given: float64 for euler, heun and euler-maruyama, as published, and
     float32 for the others."""
-    precision: Literal["float32", "bfloat16"] | None = None
+    precision: Precision | None = None
     """Precision of the network's matrix products; that of training if not given."""
     relative_tolerance: float = 1e-3
     """Error that dopri5 allows per step, as a share of the values."""

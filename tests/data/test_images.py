@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from reglue.data.images import ImageFolder, UnreadableImage, crop_to, decode, load_crop
 from reglue.errors import UserError
@@ -153,6 +156,34 @@ def test_a_decompression_bomb_is_not_decoded(tmp_path: Path, monkeypatch: pytest
     unreadable = only_image(tmp_path).load(0, (8, 8))
     assert isinstance(unreadable, UnreadableImage)
     assert "bomb" in unreadable.reason
+
+
+def test_threads_that_decode_at_once_refuse_bombs_and_leave_warnings_as_they_were(monkeypatch: pytest.MonkeyPatch):
+    def file(side: int) -> bytes:
+        content = io.BytesIO()
+        noise_image(side, side).save(content, "PNG")
+        return content.getvalue()
+
+    bomb, filters = file(40), list(warnings.filters)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    both_inside, first_outside = threading.Barrier(2), threading.Event()
+    transpose = ImageOps.exif_transpose
+
+    def meet(image: Image.Image) -> Image.Image | None:
+        both_inside.wait(10)
+        if image.width == 21:
+            first_outside.wait(10)
+            with pytest.raises(Image.DecompressionBombWarning):
+                Image.open(io.BytesIO(bomb))
+        return transpose(image)
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", meet)
+    with ThreadPoolExecutor(2) as threads:
+        first, second = (threads.submit(decode, file(side)) for side in (20, 21))
+        first.result()
+        first_outside.set()
+        second.result()
+    assert warnings.filters == filters
 
 
 def encoded(kind: str) -> bytes:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -474,3 +476,21 @@ def test_mirror_images_follow_their_originals_and_are_decoded_once(tiny_images: 
         "circle/000.png#flipped",
     ]
     assert [images.labels[index] for index in range(48)] == [label for label in whole.labels for _ in range(2)]
+
+
+@pytest.mark.parametrize("wrap", [tars_of_numbers, parquet_folder, saved])
+@pytest.mark.parametrize("flips", [False, True])
+def test_threads_may_share_a_source(flips: bool, wrap, rows, tmp_path: Path) -> None:
+    path, reading = wrap(rows, tmp_path)
+    images = open_images(path, reading, flips=flips)
+    order = torch.randint(len(images), (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    alone = [torch.as_tensor(images.load(index, SIZE)) for index in order]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            together = list(threads.map(lambda index: images.load(index, SIZE), order))
+    finally:
+        sys.setswitchinterval(interval)
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, torch.as_tensor(other))

@@ -19,6 +19,8 @@ from reglue.cli import parse
 from reglue.errors import UserError
 from reglue.jobs.train import train
 from reglue.papers import RECIPES
+from reglue.runs import checkpoints
+from reglue.runs.record import RunRecord
 
 
 def options(recipe: str, store: Path, out: Path, *more: str):
@@ -219,3 +221,53 @@ def test_a_folder_with_other_files_is_left_alone(tiny_store: Path, tmp_path: Pat
     with pytest.raises(UserError, match="holds other files"):
         train(options("sit", tiny_store, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_sigterm_stops_after_the_step_with_a_checkpoint(tiny_store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", "sit", "--store", tiny_store, "--out", run, *TINY_RECIPE, "--optimisation.steps=100000"]
+    process = subprocess.Popen(
+        reglue_command(*arguments, "--log-every=1000000", "--checkpoint-every=1000000"),
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "run.json").is_file():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, text = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    (step,) = checkpoints.steps(run)
+    assert process.returncode == 143
+    assert "Traceback" not in text
+    assert f"reglue: stopped by SIGTERM after step {step}, with a checkpoint; the same command continues" in text
+
+
+def test_what_is_compiled_may_change_and_precision_may_not(tiny_store: Path, tmp_path: Path) -> None:
+    run = train(options("sit", tiny_store, tmp_path / "run", "--optimisation.steps=5", "--optimisation.compile=no"))
+    train(options("sit", tiny_store, run, "--optimisation.steps=10"))
+    assert checkpoints.steps(run) == [5, 10]
+    assert RunRecord.read(run).recipe.optimisation.compile == "auto"
+    with pytest.raises(UserError, match=r"other settings \(recipe\.optimisation\.precision\)"):
+        train(options("sit", tiny_store, run, "--optimisation.precision=tf32"))
+
+
+def test_published_recipes_are_as_precise_as_their_codes() -> None:
+    precisions = {name: recipe.optimisation.precision for name, recipe in RECIPES.items()}
+    halved = dict.fromkeys(("repa", "reg", "reglue"), "bfloat16")
+    assert precisions == {"sit": "tf32", "redi": "tf32", **halved}
+    assert {recipe.optimisation.compile for recipe in RECIPES.values()} == {"auto"}
+
+
+def test_on_a_cpu_tf32_is_float32_to_the_bit(tiny_store: Path, tmp_path: Path) -> None:
+    for precision in ("tf32", "float32"):
+        train(
+            options(
+                "sit", tiny_store, tmp_path / precision, "--optimisation.steps=5",
+                f"--optimisation.precision={precision}",
+            )
+        )  # fmt: skip
+    assert_same_bits(tmp_path / "tf32", tmp_path / "float32", 5)

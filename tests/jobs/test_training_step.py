@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import reglue.data.batches
 import reglue.jobs.train
 from helpers import TINY_RECIPE
 from reglue.cli import parse
+from reglue.data import images
 from reglue.data.batches import Draft, TrainingData, denoiser_config
 from reglue.data.store import Store
+from reglue.data.targets import AlignmentTargets
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.errors import UserError
 from reglue.files import from_json, to_json
-from reglue.jobs.train import compile_parts, prefetch, train
+from reglue.jobs.train import Losses, compile_parts, prefetch, train
 from reglue.papers import RECIPES
-from reglue.recipe import Compile, Optimisation
-from reglue.runs import ranks
+from reglue.recipe import Compile, Optimisation, Recipe
+from reglue.runs import parallel, ranks
 
 RECIPE = replace(
     RECIPES["reglue"], model="4x32x2/2", local=replace(RECIPES["reglue"].local, compressor="conv-4", dropout=0.2)
@@ -50,10 +60,15 @@ def awake(data: TrainingData) -> Denoiser:
     return model
 
 
-def loss_and_gradients(model: Denoiser, sample: TrainingSample, precision: ranks.Precision = "float32"):
+def loss_and_gradients(
+    model: Denoiser,
+    sample: TrainingSample,
+    precision: ranks.Precision = "float32",
+    losses: Callable[[TrainingSample], dict[str, torch.Tensor]] | None = None,
+):
     model.zero_grad()
     with ranks.autocast(torch.device("cpu"), precision):
-        terms = loss_terms(model, PATHS[RECIPE.path], sample)
+        terms = (losses or Losses(model, PATHS[RECIPE.path]))(sample)
     loss = weighted_sum(terms, RECIPE.loss_weights(0))
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -75,17 +90,54 @@ def test_compiled_without_a_break_and_once_for_all_blocks(
     )
     sample = data.sample(range(4))
     model, compiled = awake(data), awake(data)
-    compile_parts(compiled, parts)
+    losses = Losses(compiled, PATHS[RECIPE.path])
+    compile_parts(losses, compiled.transformer.blocks, parts)
     compiled.transformer.recomputed_blocks = recomputed
     assert model.state_dict().keys() == compiled.state_dict().keys()
     loss, gradients = loss_and_gradients(model, sample)
-    same, same_gradients = loss_and_gradients(compiled, sample)
+    same, same_gradients = loss_and_gradients(compiled, sample, losses=losses)
     torch.testing.assert_close(same, loss, rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(same_gradients[name], gradient, rtol=1e-3, atol=1e-5)
     # Those of the blocks that are computed again are inside a checkpoint, where dynamo compiles once more.
     assert utils.counters["stats"]["unique_graphs"] <= graphs + (recomputed > 0 and parts == "blocks")
     assert not utils.counters["graph_break"]
+
+
+@pytest.fixture
+def group_of_one(tmp_path: Path) -> Iterator[None]:
+    """A process group, over gloo, of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_compiled_blocks_stay_whole_however_gradients_are_sent(
+    group_of_one: None, data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    compiled: list[torch.fx.GraphModule] = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    of_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: of_module(module, fullgraph=True, backend=counted))
+    # Buckets of a kilobyte, of which a block fills many.
+    monkeypatch.setattr(parallel, "DistributedDataParallel", partial(DistributedDataParallel, bucket_cap_mb=1e-3))
+    sample, model, alone = data.sample(range(4)), awake(data), awake(data)
+    losses = Losses(model, PATHS[RECIPE.path])
+    compile_parts(losses, model.transformer.blocks, "blocks")
+    copies = parallel.spread(losses, model.transformer.blocks, 1, torch.device("cpu"), "float32")
+    loss, gradients = loss_and_gradients(model, sample, losses=copies)
+    same, same_gradients = loss_and_gradients(alone, sample)
+    torch.testing.assert_close(loss, same, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, same_gradients[name], rtol=1e-3, atol=1e-5)
+    assert isinstance(copies, DistributedDataParallel)
+    assert len(compiled) == 1
 
 
 def test_blocks_that_compute_again_keep_less_and_give_the_same_gradients(data: TrainingData) -> None:
@@ -176,6 +228,65 @@ def test_nothing_waits_for_the_device_between_lines_of_the_log(
     few = waits(2, 100)
     assert waits(8, 100) == few
     assert waits(8, 4) > few, "it counts nothing"
+
+
+def test_gradients_that_are_not_clipped_stay_as_they_are() -> None:
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    gradients = [torch.tensor([3.0, torch.inf]), torch.tensor([4.0, 0.0])]
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        parameter.grad = gradient.clone()
+    assert parallel.clip_gradients(parameters, 0.0) == torch.inf
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        assert torch.equal(torch.as_tensor(parameter.grad), gradient)
+    parameters[0].grad = torch.tensor([3.0, 0.0])
+    assert parallel.clip_gradients(parameters, 0.0) == parallel.clip_gradients(parameters, 1.0) == 5
+    torch.testing.assert_close(parallel.clip_gradients(parameters, 0.0), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(("targets", "network"), [("online", "encoder"), ("decoded", "compressor")])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_network_of_the_targets_computes_in_the_precision_of_training(
+    precision: ranks.Precision,
+    targets: str,
+    network: str,
+    tiny_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: set[torch.dtype] = set()
+    made = reglue.data.batches.alignment_targets
+
+    def watched(store: Store, recipe: Recipe, device: torch.device) -> AlignmentTargets:
+        result = made(store, recipe, device)
+        part = getattr(result, network)
+        for module in getattr(part, "network", part).modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
+        return result
+
+    monkeypatch.setattr(reglue.data.batches, "alignment_targets", watched)
+    command = ["train", "reglue", "--store", str(tiny_store), "--out", str(tmp_path / "run"), *TINY_RECIPE]
+    more = [f"--alignment.targets={targets}", f"--optimisation.precision={precision}", "--optimisation.steps=1"]
+    train(parse([*command, *more]))
+    assert seen == {getattr(torch, precision)}
+
+
+def test_threads_decode_the_images_of_online_targets_side_by_side(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(tiny_store)
+    recipe = replace(RECIPE, alignment=replace(RECIPE.alignment, targets="online"))
+    data = TrainingData(store, recipe, denoiser_config(store, recipe), 0)
+    meeting, decode = threading.Barrier(2), images.decode
+
+    def meet(file: Path | bytes) -> Image.Image:
+        meeting.wait(10)
+        return decode(file)
+
+    monkeypatch.setattr(images, "decode", meet)
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(data.read, (range(1), range(1, 2))))
+    assert all(draft.target["pixels"].shape == (1, 3, 16, 16) for draft in both)
 
 
 @pytest.mark.gpu

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partialmethod
+
+import torch
 
 from reglue import cli
 
 
 def main() -> None:
-    """Each argument is a job's command line, as a JSON list; they run one after another in the same processes."""
+    """Each argument is a job's command line, as a JSON list; they run one after another in the same processes.
+
+    What they compile becomes one graph, but no code, which would take minutes.
+    """
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # type: ignore[reportAttributeAccessIssue]
     for text in sys.argv[1:]:
         options = cli.parse(json.loads(text))
         cli.job_of(options)(options)

@@ -58,6 +58,29 @@ def run_on(processes: int, *jobs: list[str]) -> None:
     assert "Warning" not in result.stderr
 
 
+@pytest.mark.slow
+def test_machines_that_meet_at_an_address_train_as_one_process_does(
+    one: Path, tiny_store: Path, tmp_path: Path
+) -> None:
+    """Two torchruns, as on two machines, of one process each."""
+    address = f"localhost:{free_port()}"
+    agents = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+                "--rdzv-backend=c10d", f"--rdzv-endpoint={address}", "--rdzv-id=test", "-m", "reglue",
+                *training(tiny_store, tmp_path / "run", "--optimisation.steps=6"),
+            ],
+            env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for agent in agents:
+        text = last_words(agent, within=600)
+        assert agent.returncode == 0, text[-3000:]
+    assert_same_training(one, tmp_path / "run")
+
+
 def losses(run: Path) -> np.ndarray:
     """(steps, terms)."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -74,15 +97,18 @@ def one(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes did: three sharded steps in `sharded`, six in `replicated`; bfloat16 too."""
+    """What two processes did: three sharded steps in `sharded`, six in `replicated`; bfloat16 and compiled too."""
     folder = tmp_path_factory.mktemp("two")
     half = ["--optimisation.steps=3", "--optimisation.precision=bfloat16"]
+    compiled = ["--optimisation.steps=3", "--optimisation.compile=blocks"]
     run_on(
         2,
         training(tiny_store, folder / "replicated", "--optimisation.steps=6"),
         training(tiny_store, folder / "sharded", "--optimisation.steps=3", "--shards=2", "--preview-every=3"),
         training(tiny_store, folder / "half", *half),
         training(tiny_store, folder / "half-sharded", *half, "--shards=2"),
+        training(tiny_store, folder / "compiled", *compiled),
+        training(tiny_store, folder / "compiled-sharded", *compiled, "--shards=2"),
     )
     return folder
 
@@ -132,6 +158,11 @@ def test_shards_round_to_bfloat16_where_whole_copies_do(two: Path) -> None:
     np.testing.assert_allclose(losses(two / "half-sharded"), losses(two / "half"), rtol=2e-3)
 
 
+@pytest.mark.parametrize("name", ["compiled", "compiled-sharded"])
+def test_compiled_blocks_give_the_same_losses(name: str, one: Path, two: Path) -> None:
+    np.testing.assert_allclose(losses(two / name), losses(one)[:3], rtol=2e-5, atol=1e-6)
+
+
 def test_a_sharded_checkpoint_holds_the_same_files(one: Path, two: Path) -> None:
     ours, theirs = (checkpoints.find(run, 3) for run in (two / "sharded", one))
     assert sorted(file.name for file in ours.iterdir()) == sorted(file.name for file in theirs.iterdir())
@@ -165,14 +196,22 @@ def test_four_processes_draw_the_same_images_as_one(two: Path, four: Path, tmp_p
         assert abs(first - second).max() <= 1
 
 
-def start_two(arguments: list[str], prelude: str = "") -> list[subprocess.Popen[str]]:
-    """Two processes as SLURM would start them, without torchrun, which would end both by itself."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return free.getsockname()[1]
+
+
+def start_two(arguments: list[str], *preludes: str) -> list[subprocess.Popen[str]]:
+    """Two processes as SLURM would start them, without torchrun, which would end both by itself.
+
+    Each runs its prelude first, if it has one.
+    """
+    preludes = (*preludes, "", "")[:2]
+    port = str(free_port())
     return [
         subprocess.Popen(
-            [sys.executable, "-c", f"{prelude if rank == 0 else ''}\nfrom reglue.cli import main; main()", *arguments],
+            [sys.executable, "-c", f"{preludes[rank]}\nfrom reglue.cli import main; main()", *arguments],
             env={
                 **ENVIRONMENT, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
@@ -183,25 +222,48 @@ def start_two(arguments: list[str], prelude: str = "") -> list[subprocess.Popen[
     ]  # fmt: skip
 
 
-def ends(process: subprocess.Popen[str], within: float) -> list[str]:
-    """What a process says in the end. Fails if that takes too long."""
+def last_words(process: subprocess.Popen[str], within: float) -> str:
+    """What a process writes on stderr. Fails if it does not end in time."""
     try:
-        _, text = process.communicate(timeout=within)
+        return process.communicate(timeout=within)[1]
     finally:
         process.kill()
+
+
+def ends(process: subprocess.Popen[str], within: float) -> list[str]:
+    """What a process says in the end. Fails if that takes too long, or for a traceback."""
+    text = last_words(process, within)
     assert "Traceback" not in text
     return re.findall(r"(?<!train )reglue: .*", text)  # and not the progress bar
 
 
-def test_a_killed_process_ends_the_others(tiny_store: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    first, second = start_two(training(tiny_store, run, "--optimisation.steps=100000"))
+def start_training(store: Path, run: Path) -> list[subprocess.Popen[str]]:
+    """Two processes that have trained for three steps, and go on."""
+    processes = start_two(training(store, run, "--optimisation.steps=100000"))
     deadline = time.monotonic() + 300
     while not (run / "checkpoints" / "00000003" / "progress.json").is_file():
-        assert first.poll() is None
-        assert second.poll() is None
+        assert all(process.poll() is None for process in processes)
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    return processes
+
+
+def test_all_stop_at_one_step_with_a_checkpoint_when_one_is_asked_to(tiny_store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    processes = start_training(tiny_store, run)
+    processes[1].send_signal(signal.SIGTERM)
+    said = [ends(process, within=60) for process in processes]
+    assert [process.returncode for process in processes] == [143, 143]
+    last = checkpoints.steps(run)[-1]
+    assert (
+        said == [[f"reglue: stopped by SIGTERM after step {last}, with a checkpoint; the same command continues"]] * 2
+    )
+    assert len(losses(run)) == last
+
+
+def test_a_killed_process_ends_the_others(tiny_store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first, second = start_training(tiny_store, run)
     second.send_signal(signal.SIGKILL)
     (line,) = ends(first, within=20)
     assert line.startswith("reglue: process 0 ends, because process 1 has")
@@ -220,3 +282,33 @@ def test_a_full_disk_of_one_process_ends_all(shards: int, tiny_store: Path, tmp_
     assert len(said[1]) == 1
     assert first.returncode == second.returncode == 2
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_an_error_in_one_process_is_shown_and_ends_all(tiny_store: Path, tmp_path: Path) -> None:
+    prelude = "import reglue.jobs.train as job; job.take_compressor = lambda *_: 1 // 0"
+    first, second = start_two(training(tiny_store, tmp_path / "run", "--optimisation.steps=100000"), prelude)
+    text = last_words(first, within=300)
+    (line,) = ends(second, within=20)
+    assert text.count("Traceback") == 1
+    assert "ZeroDivisionError" in text
+    assert first.returncode == 1
+    assert line.startswith("reglue: process 1 ends, because process 0 has")
+    assert second.returncode == 2
+
+
+STALE = """
+from reglue.runs import checkpoints
+seen, steps = [], checkpoints.steps
+checkpoints.steps = lambda run: steps(run) if seen.append(run) or len(seen) > 1 else []
+"""
+
+
+def test_a_process_that_sees_the_last_checkpoint_late_continues_from_it_too(
+    one: Path, two: Path, tiny_store: Path, tmp_path: Path
+) -> None:
+    run = copy(two / "replicated", tmp_path / "run")
+    subprocess.run(["rm", "-r", str(checkpoints.find(run, 6))], check=True)
+    for process in start_two(training(tiny_store, run, "--optimisation.steps=6"), "", STALE):
+        assert ends(process, within=300) == []
+        assert process.returncode == 0
+    assert_same_training(one, run)

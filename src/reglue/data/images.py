@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,8 +54,24 @@ class UnreadableImage:
     """One line: what the decoder said."""
 
 
+class OneAtATime:
+    """A lock for the threads of one process. A copy in another process has a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[OneAtATime], tuple[()]]:
+        return OneAtATime, ()
+
+
 class ImageSource(Protocol):
-    """Images in a fixed order, each readable by its index, in any process."""
+    """Images in a fixed order, each readable by its index, in any process and, unless `sequential`, any thread."""
 
     @property
     def path(self) -> Path:
@@ -191,6 +208,35 @@ def load_crop(name: str, find: Callable[[], Path | bytes], size: tuple[int, int]
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+class _BombsAreErrors:
+    """While any thread decodes, Pillow's warning of a decompression bomb is an error, and its others are dropped.
+
+    Pillow warns of a bomb before it decodes, and refuses only at twice the size. Python keeps one list of filters for
+    all threads, so the first one that comes in sets them and the last one that goes out restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._outside = threading.Lock(), 0, warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._outside = warnings.catch_warnings()
+                self._outside.__enter__()
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._outside.__exit__(None, None, None)
+
+
+_bombs_are_errors = _BombsAreErrors()
+
+
 def decode(file: Path | bytes) -> Image.Image:
     """An image file, or its content, in RGB, turned upright, transparency laid over white. The first one of several.
 
@@ -200,16 +246,13 @@ def decode(file: Path | bytes) -> Image.Image:
     """
     if isinstance(file, Path) and not file.is_file():
         raise FileNotFoundError("not a file, or a broken link")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # Pillow warns of a bomb before it decodes, and refuses only at twice the size.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as opened:
-            opened.load()
-            try:
-                image = ImageOps.exif_transpose(opened)
-            except Exception:  # Damaged EXIF data does not spoil the pixels.
-                image = opened.copy()
+    content = file if isinstance(file, Path) else io.BytesIO(file)
+    with _bombs_are_errors, Image.open(content) as opened:
+        opened.load()
+        try:
+            image = ImageOps.exif_transpose(opened)
+        except Exception:  # Damaged EXIF data does not spoil the pixels.
+            image = opened.copy()
     if image.mode == "F" or image.mode.startswith("I"):  # convert("RGB") would clip these instead of scaling.
         return _eight_bits(np.asarray(image), image.info.get("transparency")).convert("RGB")
     if image.has_transparency_data:

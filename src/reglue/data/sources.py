@@ -188,9 +188,10 @@ class Mirrored:
     def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
         """As `ImageSource.load`."""
         original, flipped = divmod(index, 2)
-        if self._last is None or self._last[0] != (original, resolution):
-            self._last = (original, resolution), self._images.load(original, resolution)
-        image = self._last[1]
+        last = self._last  # Looked at once: another thread may put another image there.
+        if last is None or last[0] != (original, resolution):
+            last = self._last = (original, resolution), self._images.load(original, resolution)
+        image = last[1]
         if not flipped:
             return image
         return image.flip(-1) if isinstance(image, Tensor) else replace(image, name=image.name + FLIPPED)

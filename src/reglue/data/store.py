@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from reglue.data.sources import FLIPPED, Reading, Subset, open_images
 from reglue.errors import UserError
 from reglue.files import from_json, plain, replacing, structured, to_json
 from reglue.latents.autoencoders import AutoencoderSpec
+from reglue.recipe import Precision
 from reglue.semantics.compressors import CompressedColumn, CompressorSpec
 from reglue.semantics.encoders import EncoderSpec
 
@@ -151,7 +152,7 @@ class Contents:
     statistics_images: int
     """Statistics are taken over so many images, drawn at random (or over all, if there are fewer)."""
     statistics_seed: int
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """Of the networks' matrix products."""
     features_dtype: str = "float16"
     """`float16` or `int8`: how patch features are stored."""

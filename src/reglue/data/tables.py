@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from reglue.data.images import ImageSource, UnreadableImage, load_crop
+from reglue.data.images import ImageSource, OneAtATime, UnreadableImage, load_crop
 from reglue.data.labels import ClassIndex, index_labels
 from reglue.data.sources import HUB, Computed, Reading, class_names_of, repeated
 from reglue.errors import UserError
@@ -140,14 +140,19 @@ class ParquetImages:
         self.class_names: tuple[str, ...] = ()
         if labels:
             self.labels, self.class_names = index_labels(labels, self._name, self._columns.class_names, str(path))
-        self._rows = _Rows()
+        self._rows, self._one_at_a_time = _Rows(), OneAtATime()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
         """As `ImageSource.load`."""
-        return load_crop(self.names[index], lambda: _file_of(self._cell(index)), resolution)
+
+        def read() -> Path | bytes:
+            with self._one_at_a_time:  # Where reading has come to is one place for all threads.
+                return _file_of(self._cell(index))
+
+        return load_crop(self.names[index], read, resolution)
 
     def fingerprint(self) -> str:
         """SHA-256 of the files' names and sizes, of the columns and of the labels."""
@@ -217,7 +222,7 @@ class DatasetImages:
         self.path = path
         columns = _columns(dataset.features, reading, path)
         self._column = columns.image
-        self._dataset = _undecoded(dataset, columns)
+        self._dataset, self._one_at_a_time = _undecoded(dataset, columns), OneAtATime()
         self.names: Sequence[str] = Computed(len(dataset), _row_name)
         self.labels: Sequence[int] = Computed(len(dataset), lambda _: 0)
         self.class_names: tuple[str, ...] = ()
@@ -230,7 +235,12 @@ class DatasetImages:
 
     def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
         """As `ImageSource.load`."""
-        return load_crop(self.names[index], lambda: _file_of(self._dataset[index][self._column]), resolution)
+
+        def read() -> Path | bytes:
+            with self._one_at_a_time:  # `datasets` does not say that threads may share one.
+                return _file_of(self._dataset[index][self._column])
+
+        return load_crop(self.names[index], read, resolution)
 
     def fingerprint(self) -> str:
         """SHA-256 of the labels and of the sizes of the images."""

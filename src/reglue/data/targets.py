@@ -6,7 +6,6 @@ the device where they are used.
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +32,10 @@ class Tokens(NamedTuple):
 
 
 class AlignmentTargets(ABC):
-    """A source of the encoder's tokens for rows of a store."""
+    """A source of the encoder's tokens for rows of a store.
+
+    A network that makes them computes as the caller's autocast says, as the published code's encoder does.
+    """
 
     @abstractmethod
     def read(self, rows: Tensor) -> dict[str, Tensor]:
@@ -132,15 +134,13 @@ class OnlineTargets(AlignmentTargets):
             raise UserError(
                 f"encoder {encoder.name} is not the one that {store.folder} was prepared with: its weights differ"
             )
-        self._one_at_a_time = threading.Lock()  # Files that are read in place have one position for all threads.
 
     def read(self, rows: Tensor) -> dict[str, Tensor]:
         """The images' `pixels` (B, 3, height, width), uint8. Raises UserError for one that is gone or damaged."""
         pixels: list[Tensor] = []
         for name in self.store.names(rows):
-            with self._one_at_a_time:
-                known = name in self.index_of
-                image = self.images.load(self.index_of[name], self.source.resolution) if known else None
+            known = name in self.index_of
+            image = self.images.load(self.index_of[name], self.source.resolution) if known else None
             if image is None or isinstance(image, UnreadableImage):
                 raise UserError(
                     f"{Path(self.source.path) / name} is gone or damaged; online alignment needs the images"

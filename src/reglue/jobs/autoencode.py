@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 import tyro
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from tyro.conf import Positional
@@ -49,7 +49,7 @@ from reglue.latents.recipe import Architecture, AutoencoderRecipe
 from reglue.latents.trainable import AlignedAutoencoder, Reconstruction, Trained, network_of, new_network
 from reglue.metrics.latents import LatentStatistics, LatentSummary
 from reglue.metrics.perceptual import encoder_distance, encoder_features
-from reglue.runs import checkpoints, ranks
+from reglue.runs import checkpoints, parallel, ranks
 from reglue.runs.record import differing
 from reglue.runs.tracking import MetricsLog, read
 from reglue.seeds import generator, permutation
@@ -125,8 +125,11 @@ class Autoencode(TakesPaths):
         for option in ("workers", "seed", "keep"):
             if getattr(self, option) < 0:
                 raise UserError(f"--{option} {getattr(self, option)}: choose 0 or more")
-        if self.recipe.optimisation.compile == "blocks":
-            raise UserError("--optimisation.compile blocks is for transformers; choose model for an autoencoder, or no")
+        if self.recipe.optimisation.compile in ("blocks", "auto"):
+            raise UserError(
+                f"--optimisation.compile {self.recipe.optimisation.compile} is for transformers; choose model for an "
+                "autoencoder, or no"
+            )
         if min(self.size) < 1:
             raise UserError(f"--resolution {self.resolution}: choose a positive number of pixels")
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
@@ -171,6 +174,7 @@ class TrainingRecord:
     """The files of the networks behind the figures lpips and rfid."""
 
 
+@ranks.together
 def autoencode(options: Autoencode) -> Path:
     """Train until the recipe's last step and write the autoencoder. Returns its folder.
 
@@ -178,7 +182,7 @@ def autoencode(options: Autoencode) -> Path:
     finite or the latents collapse or blow up.
     """
     recipe, optimisation = options.recipe, options.recipe.optimisation
-    rank, processes = ranks.join(long_waits=True)  # The others wait while the first one measures.
+    rank, processes = ranks.join(options.device)
     device = ranks.resolve_device(options.device)
     share, part = part_sizes(optimisation, processes)
     # The first process is the only one that measures.
@@ -208,9 +212,10 @@ def autoencode(options: Autoencode) -> Path:
     )
     record = claim(options, images, held_out, source.spec if source else None, judges.encoder.spec, rank)
     step = 0
-    if checkpoints.steps(options.out):
-        step = checkpoints.restore(checkpoints.find(options.out), model, ema, optimiser)
-    if record.steps_done == step == optimisation.steps and (options.out / CONFIG).is_file():
+    if checkpoint := checkpoints.last_of_all(options.out):
+        step = checkpoints.restore(checkpoint, model, ema, optimiser)
+    complete = record.steps_done == step == optimisation.steps and (options.out / CONFIG).is_file()
+    if ranks.first_says(complete):
         if rank == 0:
             print(f"{options.out} is complete already: {step} steps")
         return options.out
@@ -267,37 +272,38 @@ def autoencode(options: Autoencode) -> Path:
         weights = recipe.loss_weights(step)
         adversary = model.discriminator if recipe.adversary_active(step) else None
         last_layer_gradients = torch.zeros(2, *model.autoencoder.last_layer.shape, device=device)
-        for _ in range(optimisation.accumulate):
-            pixels, noise = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-            originals = to_images(pixels)
-            with ranks.autocast(device, optimisation.precision):
-                restored: Reconstruction = model.autoencoder(originals, noise)
-                terms = loss_terms(recipe, judges, pixels, originals, restored)
-            if latents:
-                latents.update(restored.mean, restored.log_variance, restored.latents)
-            loss = weighted_sum(terms, weights)
-            if adversary:
+        with ranks.products(device, optimisation.precision):
+            for _ in range(optimisation.accumulate):
+                pixels, noise = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+                originals = to_images(pixels)
                 with ranks.autocast(device, optimisation.precision):
-                    terms["adversary"] = -adversary.requires_grad_(False)(restored.images).float().mean()
-                visible = {name: terms[name] for name in ("reconstruction", "perceptual") if name in terms}
-                for index, term in enumerate((weighted_sum(visible, weights), terms["adversary"])):
-                    (gradient,) = torch.autograd.grad(term, model.autoencoder.last_layer, retain_graph=True)
-                    last_layer_gradients[index] += gradient / optimisation.accumulate
-                loss = loss + weights["adversary"] * model.adversary_weight * terms["adversary"]
-            (loss / optimisation.accumulate).backward()
-            if adversary:
-                adversary.requires_grad_(True)
-                with ranks.autocast(device, optimisation.precision):
-                    real, fake = adversary(originals).float(), adversary(restored.images.detach()).float()
-                terms["discriminator"] = hinge(real, fake)
-                (terms["discriminator"] / optimisation.accumulate).backward()
-            for name, value in {**terms, "loss": loss}.items():
-                tally.setdefault(name, []).append(value.detach())
+                    restored: Reconstruction = model.autoencoder(originals, noise)
+                    terms = loss_terms(recipe, judges, pixels, originals, restored)
+                if latents:
+                    latents.update(restored.mean, restored.log_variance, restored.latents)
+                loss = weighted_sum(terms, weights)
+                if adversary:
+                    with ranks.autocast(device, optimisation.precision):
+                        terms["adversary"] = -adversary.requires_grad_(False)(restored.images).float().mean()
+                    visible = {name: terms[name] for name in ("reconstruction", "perceptual") if name in terms}
+                    for index, term in enumerate((weighted_sum(visible, weights), terms["adversary"])):
+                        (gradient,) = torch.autograd.grad(term, model.autoencoder.last_layer, retain_graph=True)
+                        last_layer_gradients[index] += gradient / optimisation.accumulate
+                    loss = loss + weights["adversary"] * model.adversary_weight * terms["adversary"]
+                (loss / optimisation.accumulate).backward()
+                if adversary:
+                    adversary.requires_grad_(True)
+                    with ranks.autocast(device, optimisation.precision):
+                        real, fake = adversary(originals).float(), adversary(restored.images.detach()).float()
+                    terms["discriminator"] = hinge(real, fake)
+                    (terms["discriminator"] / optimisation.accumulate).backward()
+                for name, value in {**terms, "loss": loss}.items():
+                    tally.setdefault(name, []).append(value.detach())
         ranks.average_gradients(model.parameters())
-        norm = nn.utils.clip_grad_norm_(model.autoencoder.parameters(), optimisation.clip or math.inf)
+        norm = parallel.clip_gradients(model.autoencoder.parameters(), optimisation.clip)
         tally.setdefault("gradient_norm", []).append(norm)
         if adversary:
-            nn.utils.clip_grad_norm_(adversary.parameters(), optimisation.clip or math.inf)
+            parallel.clip_gradients(adversary.parameters(), optimisation.clip)
             # Of the whole batch, for the next step: a ratio of each part would depend on how the batch is cut.
             model.adversary_weight.copy_(adaptive_weight(*ranks.average(last_layer_gradients)))
             tally.setdefault("adversary_weight", []).append(model.adversary_weight.clone())

@@ -270,7 +270,7 @@ def evaluate(options: Evaluate) -> Evaluation:
     The report goes to `out`, and into the `reports` folder of the run that the images were drawn from, if it is there.
     Under torchrun the processes share the images, and each returns the same.
     """
-    rank, processes = ranks.join(long_waits=True)
+    rank, processes = ranks.join(options.device)
     share = Share(options.batch_size, rank, processes)
     device = resolve_device(options.device)
     if options.out:  # Before the work, which may take hours.

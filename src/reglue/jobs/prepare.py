@@ -123,7 +123,7 @@ class Prepare(TakesPaths):
 
 def prepare(options: Prepare) -> Store:
     """Make a store, or continue one. Raises UserError for anything that the user can mend."""
-    rank, processes = ranks.join(long_waits=True)
+    rank, processes = ranks.join(options.device)
     images = open_images(options.images, options.reading, options.subset, options.flips)
     device = ranks.resolve_device(options.device)
     # Convolutions at full resolution take most of the time, and channels_last makes them 1.6 times as fast on a CPU.
@@ -355,7 +355,7 @@ def describe(
 ) -> dict[str, dict[str, Tensor]]:
     """The columns of uint8 images (B, 3, h, w) on the models' device."""
     images = (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-    with ranks.autocast(pixels.device, options.precision):
+    with ranks.products(pixels.device, options.precision), ranks.autocast(pixels.device, options.precision):
         moments = autoencoder.encode(images)
         described = encoder.describe(pixels) if encoder else None
     latent_dtype = getattr(torch, options.dtype)

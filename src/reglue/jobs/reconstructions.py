@@ -119,7 +119,7 @@ def evaluate(
     per_image: dict[str, list[Tensor]] = {}
     for pixels, noise in batches:
         originals = to_images(pixels)
-        with ranks.autocast(pixels.device, precision):
+        with ranks.products(pixels.device, precision), ranks.autocast(pixels.device, precision):
             out: Reconstruction = model(originals, noise)
         pixels_out = to_pixels(out.images)
         seen, seen_out = judges.encoder.describe(pixels), judges.encoder.describe(pixels_out)
@@ -246,7 +246,7 @@ def latent_mean_std(
     """Mean and standard deviation over all numbers of the latents that images give, in float64."""
     statistics = GaussianStatistics(1)
     for pixels, noise in batches:
-        with ranks.autocast(pixels.device, precision):
+        with ranks.products(pixels.device, precision), ranks.autocast(pixels.device, precision):
             posterior = model.network.encode(to_images(pixels)).latent_dist  # type: ignore[reportAttributeAccessIssue]
         latents = posterior.mean.float() + posterior.std.float() * noise
         statistics.update(latents.reshape(-1, 1))

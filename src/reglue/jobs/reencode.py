@@ -47,7 +47,7 @@ def reencode(options: Reencode) -> Store:
     Raises UserError as `prepare` does; if the images have changed since the first store was made; and if one that could
     be read then cannot now, since rows would no longer belong together.
     """
-    rank, _ = ranks.join(long_waits=True)
+    rank, _ = ranks.join(options.device)
     first = Store.open(options.store)
     manifest = first.manifest
     if _is_finished(options, first):

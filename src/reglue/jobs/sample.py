@@ -90,7 +90,7 @@ class Sample(TakesPaths):
     """auto, cpu or cuda."""
 
 
-@ranks.together()
+@ranks.together
 def sample(options: Sample) -> Path:
     """Draw the images. Returns where they are.
 
@@ -100,7 +100,7 @@ def sample(options: Sample) -> Path:
     """
     if options.count < 1 or options.batch_size < 1:
         raise UserError("--count and --batch-size must be at least 1")
-    rank, processes = ranks.join()
+    rank, processes = ranks.join(options.device)
     model = load(
         options.run,
         step=options.step,

@@ -25,7 +25,7 @@ from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.paths import Path as Interpolant
 from reglue.diffusion.samplers import adaptive_solver
-from reglue.errors import UserError
+from reglue.errors import Stopped, UserError
 from reglue.files import TakesPaths, replacing
 from reglue.recipe import Compile, Descent, Recipe
 from reglue.runs import checkpoints, fine_tuning, parallel, ranks
@@ -96,17 +96,18 @@ class Losses(nn.Module):
         return loss_terms(self.denoiser, self.path, sample)
 
 
-@ranks.together()
+@ranks.together
+@ranks.sigterm_deferred()
 def train(options: Train) -> Path:
     """Train until the recipe's last step. Returns the run folder.
 
     Raises UserError for a store that lacks what the recipe needs, for a run folder of another recipe, store or seed,
-    and when the loss is not finite.
+    and when the loss is not finite; Stopped after SIGTERM, at the next line of the log, with a checkpoint written.
     """
     start = fine_tuning.begin(options.out, options.start, options.start_step, options.start_weights)
     recipe = start.recipe(options.recipe) if start else options.recipe
     optimisation = recipe.optimisation
-    rank, processes = ranks.join()
+    rank, processes = ranks.join(options.device)
     device = ranks.resolve_device(options.device)
     store = Store.open(options.store)
     share, part = part_sizes(optimisation, processes)
@@ -126,8 +127,8 @@ def train(options: Train) -> Path:
         start.take_weights(model, record)
         checkpoints.save_start(options.out, model)  # From here on the other run is not needed.
     model.transformer.recomputed_blocks = round(optimisation.checkpoint_blocks * record.denoiser.depth)
-    compile_parts(model, optimisation.compile)
     losses = Losses(model, PATHS[recipe.path])
+    compile_parts(losses, model.transformer.blocks, ranks.to_compile(optimisation.compile, device))
     losses = parallel.spread(losses, model.transformer.blocks, options.shards, device, optimisation.precision)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
     optimiser = torch.optim.AdamW(
@@ -140,8 +141,8 @@ def train(options: Train) -> Path:
     )
     step = 0
     ranks.wait_for_all()
-    if checkpoints.steps(options.out):
-        step = checkpoints.restore(checkpoints.find(options.out), model, ema, optimiser)
+    if checkpoint := checkpoints.last_of_all(options.out):
+        step = checkpoints.restore(checkpoint, model, ema, optimiser)
     ranks.wait_for_all()
 
     data = TrainingData(store, recipe, record.denoiser, options.seed, device)
@@ -172,16 +173,16 @@ def train(options: Train) -> Path:
             group["lr"] = learning_rate(optimisation, step)
 
         for number in range(optimisation.accumulate):
-            sample = data.finish(next(drafts))
-            with parallel.accumulating(losses, last=number == optimisation.accumulate - 1):
+            draft, last_part = next(drafts), number == optimisation.accumulate - 1
+            with ranks.products(device, optimisation.precision), parallel.accumulating(losses, last_part):
                 with ranks.autocast(device, optimisation.precision):
-                    terms = losses(sample)
+                    terms = losses(data.finish(draft))
                 loss = weighted_sum(terms, loss_weights) / optimisation.accumulate
                 loss.backward()
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach() / optimisation.accumulate
             sums["loss"] = sums.get("loss", 0) + loss.detach()
-        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), optimisation.clip or math.inf))
+        norm = parallel.clip_gradients(model.parameters(), optimisation.clip)
         sums["gradient_norm"] = sums.get("gradient_norm", 0) + norm
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -192,10 +193,14 @@ def train(options: Train) -> Path:
         last = step == optimisation.steps
         checkpoint_due = last or step % options.checkpoint_every == 0
         preview_due = options.preview_every and (last or step % options.preview_every == 0)
-        if step % options.log_every == 0 or checkpoint_due or preview_due:
-            # The only place that waits for the device.
-            stacked = ranks.average(torch.stack(list(sums.values())).double() / (step - logged_step))
-            values = dict(zip(sums, stacked.tolist(), strict=True))
+        stop_due = processes == 1 and ranks.asked_to_stop()
+        if step % options.log_every == 0 or checkpoint_due or preview_due or stop_due:
+            # The only place that waits for the device, and where processes agree to stop if one of them is asked to.
+            means = torch.stack(list(sums.values())).double() / (step - logged_step)
+            asked = means.new_tensor([ranks.asked_to_stop()])
+            *numbers, asking = ranks.average(torch.cat([means, asked])).tolist()
+            stop_due = asking > 0
+            values = dict(zip(sums, numbers, strict=True))
             if not all(map(math.isfinite, values.values())):
                 bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
                 raise UserError(
@@ -210,13 +215,16 @@ def train(options: Train) -> Path:
                 progress.set_postfix(loss=f"{values['loss']:.3f}")
             sums, logged_step, logged_time = {}, step, now
         writer.check()
-        if checkpoint_due:
+        if checkpoint_due or stop_due:
             writer.save(step, model, ema, optimiser)
         if preview_due:
             averaged = parallel.gathered(ema)
             if rank == 0:
                 preview(options, record, averaged, device, step)
             logged_time = time.perf_counter()
+        if stop_due and not last:
+            writer.wait()
+            raise Stopped(f"stopped by SIGTERM after step {step}, with a checkpoint; the same command continues")
     writer.wait()
     progress.close()
     ranks.wait_for_all()
@@ -260,12 +268,18 @@ def take_compressor(store: Store, record: RunRecord, out: Path) -> None:
         load_compressor(store.folder / "compressors" / record.recipe.local.compressor).save(out / COMPRESSOR)
 
 
-def compile_parts(model: Denoiser, parts: Compile) -> None:
-    """Have torch.compile compile a model, or one block for all: their code is the same, and weights are its inputs."""
+def compile_parts(network: nn.Module, blocks: Iterable[nn.Module], parts: Compile) -> None:
+    """Have torch.compile compile a network, or one of its blocks for all: their code is the same, weights are inputs.
+
+    `auto` is resolved before (`ranks.to_compile`).
+    """
     if parts == "model":
-        model.compile()
+        network.compile()
     elif parts == "blocks":
-        for block in model.transformer.blocks:
+        # Or DistributedDataParallel would have every block cut where its buckets end. Their gradients travel while
+        # those of the blocks before them are computed, in any case.
+        torch._dynamo.config.optimize_ddp = False
+        for block in blocks:
             block.compile()
 
 

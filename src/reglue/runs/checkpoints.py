@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from reglue.runs.parallel import own_rows
 Files = dict[str, dict[str, Tensor]]
 
 FOLDER = "checkpoints"
+VISIBLE_WITHIN = 120.0
+"""Seconds: network file systems keep listings for a minute by default."""
 MODEL, EMA, OPTIMISER, PROGRESS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "progress.json"
 
 
@@ -182,6 +185,26 @@ def find(run: Path, step: int | None = None) -> Path:
     if step not in available:
         raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, available))}")
     return run / FOLDER / f"{step:08d}"
+
+
+def last_of_all(run: Path) -> Path | None:
+    """The folder of the last checkpoint that the first process sees, in every process; None if there is none.
+
+    A network file system may show it to the others later, so they look again for as long as VISIBLE_WITHIN. All must
+    ask. Raises UserError that names the folder if it does not appear.
+    """
+    step = ranks.first_says(max(steps(run), default=None))
+    if step is None:
+        return None
+    folder, deadline = run / FOLDER / f"{step:08d}", time.monotonic() + VISIBLE_WITHIN
+    while step not in steps(run):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{folder} is not visible to every process, {VISIBLE_WITHIN:.0f} seconds after the first one saw it; "
+                "--out must be a folder that all machines share"
+            )
+        time.sleep(0.2)
+    return folder
 
 
 def weights_sha256(run: Path, step: int | None = None) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from reglue.diffusion.denoiser import Denoiser
 from reglue.errors import UserError
 from reglue.recipe import Recipe
-from reglue.runs import checkpoints
+from reglue.runs import checkpoints, ranks
 from reglue.runs.record import FILE, RunRecord, Start, Weights
 
 LABELS = "transformer.label_embedding.weight"
@@ -33,7 +33,7 @@ class Beginning:
     position_grid: tuple[int, int] | None
     """In which its positions are counted, unless its recipe says otherwise."""
     source: RunRecord | None
-    """The other run; None if this one has its weights already."""
+    """The other run; None if this one has its weights already, and in all processes but the first."""
     weights: Mapping[str, Tensor]
     """Of the other run; empty likewise."""
 
@@ -82,9 +82,16 @@ class Beginning:
 def begin(out: Path, run: Path | None, step: int | None, weights: Weights) -> Beginning | None:
     """How the run in `out` starts from another: from `run`, or as it once did. None for random weights.
 
-    `step` None is the last checkpoint of `run`. Raises UserError if there is no such checkpoint, and if a run that
+    `step` None is the last checkpoint of `run`. The first process looks, and it alone reads weights, which the others
+    never need; all must ask. Raises UserError, in the first process, if there is no such checkpoint, and if a run that
     is there already started from something else.
     """
+    own = _begin(out, run, step, weights) if ranks.is_first() else None
+    said = ranks.first_says(own and replace(own, source=None, weights={}))
+    return own or said
+
+
+def _begin(out: Path, run: Path | None, step: int | None, weights: Weights) -> Beginning | None:
     if not (out / FILE).is_file():
         return None if run is None else _opened(run, step, weights)
     before = RunRecord.read(out)

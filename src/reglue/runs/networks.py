@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +24,19 @@ class SamplingNetwork:
     def __init__(self, denoiser: Denoiser, precision: Precision, *, compiled: bool = False) -> None:
         self.null_label = denoiser.null_label
         device = denoiser.positions.device
-        network = denoiser if precision == "float32" else with_products_in(denoiser, torch.bfloat16)
+        network = with_products_in(denoiser, torch.bfloat16) if precision == "bfloat16" else denoiser
 
         def velocity(state: State, time: Tensor, label: Tensor) -> State:
             with ranks.autocast(device, precision):
                 return network(state, time, label).velocity
 
+        self._products = partial(ranks.products, device, precision)
         self._velocity = ranks.compiled(velocity, device) if compiled else velocity
 
     def __call__(self, state: State, time: Tensor, label: Tensor) -> Prediction:
         """See `diffusion.denoiser.DenoiserFunction`."""
-        return Prediction(self._velocity(state, time, label), None)
+        with self._products():
+            return Prediction(self._velocity(state, time, label), None)
 
 
 def with_products_in(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:

@@ -29,7 +29,7 @@ def spread(
 ) -> nn.Module:
     """Let all processes work on one step. Returns what to call in place of `losses`, a module from samples to losses.
 
-    Gradients become means over the processes while the backward pass still runs. With one process nothing changes; with
+    Gradients become means over the processes while the backward pass still runs. Without others nothing changes; with
     `shards` 1, every process keeps a whole copy (DistributedDataParallel); with more, that many processes share a copy:
     its weights, gradients and whatever is made of them, an optimiser for example (FSDP2), and whole weights exist for
     one of the `blocks` at a time. Parameters then are DTensors, the same bits as before, on `device`: call this before
@@ -40,7 +40,7 @@ def spread(
         raise UserError(
             f"--shards {shards} does not divide {processes} processes; choose a divisor, or 1 for no shards"
         )
-    if processes == 1:
+    if not dist.is_initialized():
         return losses.to(device)
     if shards == 1:
         with warnings.catch_warnings():
@@ -70,6 +70,16 @@ def accumulating(losses: nn.Module, last: bool) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """Scale the gradients down to a norm of `largest`; 0 leaves them as they are. Returns the norm before, a scalar.
+
+    All processes must ask.
+    """
+    if largest:
+        return whole(nn.utils.clip_grad_norm_(parameters, largest))
+    return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal, NoReturn
+from functools import wraps
+from importlib.util import find_spec
+from typing import NoReturn, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reglue.errors import UserError
-
-Precision = Literal["float32", "bfloat16"]
+from reglue.errors import Stopped, UserError
+from reglue.recipe import Compile, Precision
 
 LONG_WAIT = timedelta(days=30)
 """Until a process that waits for the others gives up. One that has died is noticed at once."""
@@ -24,21 +27,45 @@ LONG_WAIT = timedelta(days=30)
 STEP_WAIT = timedelta(minutes=30)
 """Until a message between GPUs that does not arrive ends its process: longer than the first one draws previews."""
 
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+"""What this process's own device says, though RuntimeErrors as those of messages are."""
+
+_T = TypeVar("_T")
+_asked_to_stop = threading.Event()
+_waiting: dist.ProcessGroup | None = None
+"""All processes over the CPU, for whatever one may take hours for while the others wait."""
+
 
 def resolve_device(name: str = "auto") -> torch.device:
     """The device that a job runs on.
 
-    `auto` is this process's GPU where there is one and the CPU otherwise. Raises UserError if the device is missing.
+    `cuda` is this process's GPU: under torchrun the one of its number on the machine, the current one otherwise. `auto`
+    is that where there is a GPU and the CPU otherwise. Raises UserError if the device is missing, or is not for this
+    process to take.
     """
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name} is not a device; use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise UserError(f"--device {name}: this machine has no NVIDIA GPU that PyTorch can see; use --device cpu")
-    return device
+    count, own = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
+    if _announced() > 1 and own is not None:
+        if int(own) >= count:
+            raise UserError(
+                f"--device {name}: process {own} of this machine has no GPU of its own, there are {count}; start "
+                f"--nproc-per-node {count}, or use --device cpu"
+            )
+        if device.index not in (None, int(own)):
+            raise UserError(f"--device {name} is for one process, not for {_announced()}; use --device cuda")
+        return torch.device("cuda", int(own))
+    if device.index is not None and device.index >= count:
+        raise UserError(f"--device {name}: there are {count} GPUs, counted from cuda:0; use --device cuda")
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def synchronize(device: torch.device) -> None:
@@ -47,29 +74,42 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def join(long_waits: bool = False) -> tuple[int, int]:
+def _announced() -> int:
+    """How many processes torchrun says there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(device: str) -> tuple[int, int]:
     """Join the process group that torchrun announces. Returns (rank, number of processes); (0, 1) without torchrun.
 
-    With `long_waits`, processes that work on their own for hours may wait for each other, over the network alone.
+    `device` is the job's option. On GPUs, tensors travel from GPU to GPU (NCCL, whose connections are made by the first
+    of them) and whatever is on the CPU over the network (gloo); on CPUs there is gloo alone. Messages between GPUs have
+    to arrive within STEP_WAIT; `wait_for_all`, `all_rows` and `first_says` wait for as long as it takes. Raises
+    UserError as `resolve_device`.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    global _waiting
+    if _announced() == 1:
         return 0, 1
     if not dist.is_initialized():
-        if long_waits:
-            dist.init_process_group("gloo", timeout=LONG_WAIT)
-        elif torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("nccl", timeout=STEP_WAIT)
-        else:
-            dist.init_process_group("gloo")
+        place = resolve_device(device)
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=STEP_WAIT)
+        _waiting = private_group(LONG_WAIT)
     return dist.get_rank(), dist.get_world_size()
 
 
 def leave() -> None:
     """Leave the process group, if one was joined."""
+    global _waiting
     if dist.is_initialized():
         dist.destroy_process_group()
+    _waiting = None
+
+
+def are_many() -> bool:
+    """Whether this process has joined others."""
+    return dist.is_initialized()
 
 
 def end(code: int) -> NoReturn:
@@ -85,7 +125,12 @@ def wait_for_all() -> None:
     """Return once every process has come here. Raises UserError if one of them never will, because it has ended."""
     if dist.is_initialized():
         with _others_must_live():
-            dist.barrier()
+            dist.barrier(_waiting)
+
+
+def is_first() -> bool:
+    """Whether this is the first process of all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @contextmanager
@@ -93,17 +138,20 @@ def _others_must_live() -> Iterator[None]:
     """Around what needs every process. Raises UserError if one of them has ended."""
     try:
         yield
+    except DEVICE_ERRORS:
+        raise
     except RuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"process {dist.get_rank()} waited for another one that has stopped; see what that one said, and run the "
-            "same command again"
+            f"process {dist.get_rank()} waited for another one that has stopped ({reason}); see what that one said, "
+            "and run the same command again"
         ) from error
 
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
     """Process 0 runs the block alone, then all others do. None leaves it before all have."""
-    alone = not dist.is_initialized() or dist.get_rank() == 0
+    alone = is_first()
     if not alone:
         wait_for_all()
     yield
@@ -119,15 +167,71 @@ def private_group(timeout: timedelta = STEP_WAIT) -> dist.ProcessGroup:
     return group
 
 
+def first_says(value: _T) -> _T:
+    """What the first process gave, in every process: any value that can be pickled. All must ask.
+
+    Raises UserError if one of them has ended.
+    """
+    said = [value]
+    if dist.is_initialized():
+        with _others_must_live():
+            dist.broadcast_object_list(said, group=_waiting, group_src=0)
+    return said[0]
+
+
 @contextmanager
-def together() -> Iterator[None]:
-    """Around a job: its processes join, and when one of them dies, the others end within seconds.
+def sigterm_deferred() -> Iterator[None]:
+    """Around a job that looks at `asked_to_stop` in time: SIGTERM does not end the process.
+
+    In other threads than the main one, which Python does not let decide about signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _asked_to_stop.clear()
+    before = signal.signal(signal.SIGTERM, lambda *_: _asked_to_stop.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def asked_to_stop() -> bool:
+    """Whether SIGTERM has come to this process; the others may not have it yet, and have to be told."""
+    return _asked_to_stop.is_set()
+
+
+class RunsOn(Protocol):
+    """Options of a job that runs on a device."""
+
+    @property
+    def device(self) -> str:
+        """As `resolve_device` takes it."""
+        ...
+
+
+_Options = TypeVar("_Options", bound=RunsOn)
+
+
+def together(job: Callable[[_Options], _T]) -> Callable[[_Options], _T]:
+    """The job, whose processes join first; and when one of them dies, the others end within seconds.
 
     They say so in one line and exit with code 2, whatever they are waiting for at that moment (NCCL would not notice
     for STEP_WAIT). Each process watches the next one, over a connection of its own, and all leave together. An
-    exception that leaves the block must end the process.
+    exception that leaves the job must end the process; `Stopped` must leave it in all of them.
     """
-    if join()[1] == 1:
+
+    @wraps(job)
+    def watched(options: _Options) -> _T:
+        with _watched(options.device):
+            return job(options)
+
+    return watched
+
+
+@contextmanager
+def _watched(device: str) -> Iterator[None]:
+    if join(device)[1] == 1:
         yield
         return
     rank, count = dist.get_rank(), dist.get_world_size()
@@ -146,16 +250,24 @@ def together() -> Iterator[None]:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
+    stopped: Stopped | None = None
     try:
-        yield
+        try:
+            yield
+        except Stopped as request:
+            stopped = request
         dist.send(torch.ones(1), before, group)
         watcher.join()
+    except DEVICE_ERRORS:
+        raise
     except RuntimeError:
         # A message that failed may have noticed before the watcher did.
         watcher.join(5)
         raise
     finally:
         leaving.set()
+    if stopped:
+        raise stopped
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -174,19 +286,19 @@ def all_rows(rows: Tensor) -> Tensor:
     """The rows (n, …) of every process, in the order of processes, which may have different numbers of them.
 
     Takes and returns tensors on the CPU, of one type and of as many dimensions; the shape of a row counts only where
-    there are any. The processes must have joined with `long_waits`. Raises UserError if one of them has ended.
+    there are any. Raises UserError if one of them has ended.
     """
     if not dist.is_initialized():
         return rows
     with _others_must_live():
         shapes = [torch.zeros(rows.ndim, dtype=torch.int64) for _ in range(dist.get_world_size())]
-        dist.all_gather(shapes, torch.tensor(rows.shape))
+        dist.all_gather(shapes, torch.tensor(rows.shape), _waiting)
         longest = max(shapes, key=lambda shape: int(shape[0])).tolist()
         padded = torch.zeros(longest, dtype=rows.dtype)
         if len(rows):
             padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in shapes]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, _waiting)
     return torch.cat([part[: int(shape[0])] for part, shape in zip(parts, shapes, strict=True)])
 
 
@@ -199,8 +311,40 @@ def average(value: Tensor) -> Tensor:
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The precision of matrix products inside the block. The one place that decides it."""
+    """Matrix products inside the block are in bfloat16 if that is the precision. For forward passes, within `products`.
+
+    `autocast` and `products` are the one place that decides what a precision is.
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@contextmanager
+def products(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Float32 matrix products inside the block are TF32 on a GPU if that is the precision, and float32 otherwise.
+
+    For the whole process, so for gradients too; in no function that is compiled. Convolutions are not meant: cuDNN's
+    may use TF32 unless PyTorch is told otherwise.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def to_compile(asked: Compile, device: torch.device) -> Compile:
+    """What torch.compile compiles of a transformer, where `auto` is resolved. The one place that decides it.
+
+    `auto` is blocks on a GPU, if Triton and the C compiler that it needs are there, and nothing otherwise.
+    """
+    if asked != "auto":
+        return asked
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return "blocks" if device.type == "cuda" and find_spec("triton") and compiler else "no"
 
 
 def compiled(function: Callable[..., dict[str, Tensor]], device: torch.device) -> Callable[..., dict[str, Tensor]]:

@@ -116,7 +116,8 @@ class RunRecord:
     def differences(self, other: RunRecord) -> list[str]:
         """The names of what differs, for a message.
 
-        The number of steps may differ where the learning rate does not depend on it: such a run may be prolonged.
+        The number of steps may differ where the learning rate does not depend on it: such a run may be prolonged. And
+        what is compiled may differ, which changes nothing but rounding.
         """
         names: list[str] = []
         for part in fields(self):
@@ -126,9 +127,10 @@ class RunRecord:
                     names += [f"recipe.{name}" for name in differing(mine, theirs)]
                 else:
                     names.append(part.name)
+        free = {"recipe.optimisation.compile"}
         if self.recipe.optimisation.decay == "constant":
-            names = [name for name in names if name != "recipe.optimisation.steps"]
-        return names
+            free.add("recipe.optimisation.steps")
+        return [name for name in names if name not in free]
 
 
 def versions() -> dict[str, str]:
