@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 CLOSE = 0.01
 """A sample is suspiciously close to a training image if it is closer than all but this share of held-out images."""
+REFERENCES = "references"
+"""Folder of features of real images, in a study's and in a packed store."""
 KERNEL_SUBSETS = 20
 """Fewer than usual, since each has all of the samples: only the real images are drawn anew."""
 
@@ -46,7 +48,7 @@ class Measures:
         self.device = resolve_device(options.device)
         self.store = Store.open(options.store)
         self.resolution = self.store.manifest.source.resolution
-        self.folder = options.out / "references"
+        self.folder = options.out / REFERENCES
 
     @property
     def references(self) -> dict[str, Any]:
@@ -166,8 +168,13 @@ class Measures:
     def _kept(self, name: str, side: ImageSet, said: list[Any], suffix: str) -> Path:
         """The file for what is found out about real images, by a hash of the images and of who says it."""
         digest = hashlib.sha256(json.dumps([*said, self.resolution, fingerprint(side)]).encode()).hexdigest()
+        file = f"{name}-{digest[:16]}{suffix}"
+        # A packed store, whose images were left behind, brings along what was found out about them.
+        packed = side.path / REFERENCES / file
+        if packed.is_file():
+            return packed
         self.folder.mkdir(parents=True, exist_ok=True)
-        return self.folder / f"{name}-{digest[:16]}{suffix}"
+        return self.folder / file
 
     def _batches(self, side: ImageSet) -> Iterator[Tensor]:
         assert side.images is not None
