@@ -106,16 +106,21 @@ def pack(options: Pack, rows: Tensor | None = None) -> Store:
                 tensors = store.read_stored(name, part, slices[name])
                 shards.append(write_shard(beside, name, index, store.names(part), tensors))
             columns[name] = join_columns(shards)
-        codes = {compressor_of(name) for name in names if holds_codes(name)}
+        codes = [compressor_of(name) for name in names if holds_codes(name)]
+        compressors = {}
         for name in codes:
-            load_compressor(options.store / "compressors" / name).save(beside / "compressors" / name)
+            compressor = load_compressor(options.store / "compressors" / name)
+            if compressor.column == "features" and manifest.encoder:
+                # "All layers of the store" would mean others with --last-layer.
+                compressor.layers = compressor.layers or manifest.encoder.layers
+            compressors[name] = compressor.save(beside / "compressors" / name)
         packed = replace(
             manifest,
             encoder=encoder,
             features="features" in names,
             shard_rows=shard_rows,
             columns=columns,
-            compressors={name: spec for name, spec in manifest.compressors.items() if name in codes},
+            compressors=compressors,
             statistics={},
         )
         unfinished = Store(beside, packed)
