@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +55,22 @@ class Measures:
         """What is known of the real images."""
         found = {file.stem: json.loads(file.read_text()) for file in sorted(self.folder.glob("*.json"))}
         return {"training": {"path": str(self.options.store), "images": len(self.store.originals)}, **found}
+
+    def open(self, kinds: Sequence[str]) -> None:
+        """Load the networks of some kinds of figures. Raises UserError if one is missing or does not fit."""
+        for kind in kinds:
+            getattr(self, f"_{kind}")
+        if "judge" in kinds:
+            self._judge.places_of(self.store.manifest.source.class_names)
+
+    def know(self, kinds: Sequence[str]) -> None:
+        """Find out all that some kinds of figures need of real images, and keep it on disk."""
+        if "encoder" in kinds:
+            _ = self._held_out_distances
+        if "inception" in kinds:
+            self._features(self._inception, self.options.reference, "held-out")
+        if "judge" in kinds:
+            self._real_verdict()
 
     def of(self, kind: str, samples: Path) -> dict[str, Any]:
         """The figures of one kind: encoder, inception or judge."""

@@ -164,7 +164,9 @@ def rows_per_shard(store: Store, rows: Tensor, slices: Mapping[str, slice], limi
         tensors = store.read_stored(column, rows[:1], channels)
         bytes_of_row = sum(tensor.nbytes for tensor in tensors.values())
         # Sizes and places of each tensor are in the header, and have more digits where there are more rows.
-        header = len(save(tensors, {METADATA: json.dumps({"column": column})})) - bytes_of_row + 100 * (1 + len(tensors))
+        header = (
+            len(save(tensors, {METADATA: json.dumps({"column": column})})) - bytes_of_row + 100 * (1 + len(tensors))
+        )
         most.append((limit - header) // (bytes_of_row + bytes_of_name))
         if most[-1] < 1:
             raise UserError(f"--megabytes: one image of column {column} takes {bytes_of_row} bytes; choose more")

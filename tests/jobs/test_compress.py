@@ -335,7 +335,9 @@ def test_a_compressor_that_was_fitted_elsewhere_is_applied_as_it_is(
         compress(Compress(tmp_path / "oblong", channels=4, device="cpu"))
 
     prepare(Prepare(tiny_images, tmp_path / "one", encoder=tiny_encoder, features=True, layers=(4,), **made))
-    with pytest.raises(UserError, match=r"takes layers \[1, 2, 3, 4\], but .* holds \[4\]; prepare it with the same encoder"):
+    with pytest.raises(
+        UserError, match=r"takes layers \[1, 2, 3, 4\], but .* holds \[4\]; prepare it with the same encoder"
+    ):
         compress(Compress(tmp_path / "one", fitted=fitted, device="cpu"))
     assert not (tmp_path / "one" / "compressors").exists()
 

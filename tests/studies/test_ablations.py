@@ -28,25 +28,76 @@ SHARED = tuple(
 )
 
 
+def without_codes(store: Path, folder: Path) -> Path:
+    pack(Pack(store, folder, ("latent", "cls", "features")))
+    return folder
+
+
 def test_each_question_gets_a_table_and_shared_arms_are_trained_once(
     tmp_path: Path, tiny_store: Path, tiny_images: Path
 ) -> None:
-    store = Path(shutil.copytree(tiny_store, tmp_path / "store"))
+    store = without_codes(tiny_store, tmp_path / "store")
     out = tmp_path / "ablations"
-    arguments = ["--questions", "kl", "data", "guidance", *SHARED, *OWN]
+    arguments = ["--questions", "kl", "layers", "data", "guidance", "--guidance-scales", "1.5", *SHARED, *OWN]
     ablations.main([str(store), "--reference", str(tiny_images), "--out", str(out), *arguments])
     results = json.loads((out / "results.json").read_text())
-    assert {"reglue-seed-0", "reglue-conv-16-kl-seed-0", "reglue-20-percent-seed-0", "guided-latents-seed-0"} <= set(
-        results["arms"]
-    )
+    assert {
+        *("reglue-seed-0", "local-alignment-seed-0", "local-alignment-last-layer-seed-0", "reglue-20-percent-seed-0"),
+        *("local-alignment-last-layer-kl-seed-0", "guided-latents-seed-0", "guided-all-by-1.5-seed-0"),
+    } <= set(results["arms"])
+    compressors = Store.open(store).manifest.compressors
+    assert {name: spec.layers for name, spec in compressors.items()} == {
+        "conv-4": (1, 2, 3, 4),
+        "conv-4-last": (4,),
+        "conv-4-last-kl": (4,),
+    }
+    assert [spec.variational for spec in compressors.values()] == [False, False, True]
     assert not (out / "guided-latents-seed-0" / "run").exists()
     protocol = json.loads((out / "guided-latents-seed-0" / "guided-00000004" / "samples.json").read_text())
     assert protocol["sampling"]["guidance"]["local_scale"] == protocol["sampling"]["guidance"]["cls_scale"] == 1
     assert "with KL 17.2" in (out / "tables" / "kl.md").read_text()
     guided = (out / "tables" / "guidance.md").read_text()
-    assert guided.count("4, guided") == 4
+    assert guided.count("4, guided") == 8
+    assert guided.count("here scale 2 on [0, 0.9]") == guided.count("here scale 1.5 on [0, 0.9]") == 4
     assert "compare orders and ratios" in guided
+    assert "for 80 epochs" in (out / "tables" / "data.md").read_text()
+    drawn = [
+        json.loads((out / f"guided-all{suffix}-seed-0/guided-00000004/samples.json").read_text())["sampling"][
+            "guidance"
+        ]
+        for suffix in ("-by-1.5",)
+    ]
+    assert drawn[0]["scale"] == 1.5
     assert len(Store.open(out / "data" / "20%")) == 6  # two of each of three classes, rounded up
+
+
+def test_a_plan_makes_nothing_and_counts_the_compressors(
+    tmp_path: Path, tiny_store: Path, tiny_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, out = without_codes(tiny_store, tmp_path / "store"), tmp_path / "ablations"
+    before = files_of(tmp_path)
+    arguments = ["--questions", "data", "layers", "compressors", "--plan", "--minutes", "60", *SHARED, *OWN]
+    ablations.main([str(store), "--reference", str(tiny_images), "--out", str(out), *arguments])
+    assert files_of(tmp_path).keys() - before.keys() == {"ablations-plan.json", "ablations-plan.md"}
+    assert {name: files_of(tmp_path)[name] for name in before} == before
+    planned = json.loads((tmp_path / "ablations-plan.json").read_text())
+    assert {"conv-4", "conv-4-last", "pca-8", "conv-32"} <= planned["compressors"].keys()
+    assert all(seconds > 0 for seconds in planned["compressors"].values())
+    assert "reglue-20-percent-seed-0" in [line["name"] for line in planned["arms"]]
+    assert planned["seconds"] > sum(planned["compressors"].values())
+    assert planned["steps_within_minutes"] > 4
+    assert capsys.readouterr().out.strip() == (tmp_path / "ablations-plan.md").read_text().strip()
+
+
+def test_shares_of_mirror_images_are_refused_before_anything_is_made(
+    tmp_path: Path, tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str
+) -> None:
+    store, names = tmp_path / "store", (tiny_autoencoder, tiny_encoder)
+    prepare(Prepare(tiny_images, store, 16, *names, features=True, flips=True, workers=0, device="cpu"))
+    arguments = ["--reference", str(tiny_images), "--out", str(tmp_path / "out"), "--questions", "data"]
+    with pytest.raises(SystemExit, match="a store without mirror images"):
+        ablations.main([str(store), *arguments])
+    assert not (store / "compressors").exists()
 
 
 def test_targets_of_every_kind_are_compared(
