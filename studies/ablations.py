@@ -36,8 +36,8 @@ NOTES = {
     "layers": "The model learns no class token, as in the published rows.",
     "compressors": "Published is what a probe tells of the codes (`reglue probe`); no FID is.",
     "data": (
-        "Compressors are fitted to all images. Each arm takes equally many steps, so more passes over fewer images; the "
-        "published models were trained for 80 epochs."
+        "Compressors are fitted to all images. Each arm takes equally many steps, so more passes over fewer images; "
+        "the published models were trained for 80 epochs."
     ),
     "guidance": "Ours by the interval of the options; published is one scale, of another size and length of training.",
 }

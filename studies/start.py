@@ -71,8 +71,8 @@ def job_of(options: StudyOptions, name: str) -> Compress:
     known: dict[str, dict[str, Any]] = {"last": {"layers": "last"}, "kl": {"kl_weight": KL_WEIGHT}}
     if kind not in get_args(CompressorKind) or not channels.isdecimal() or any(other not in known for other in others):
         raise UserError(
-            f"{options.store} has no codes {name}, and the name does not tell how they are made, as conv-16, pca-8-last "
-            "or conv-16-kl do; make them with `reglue compress`"
+            f"{options.store} has no codes {name}, and the name does not tell how they are made, as conv-16, "
+            "pca-8-last or conv-16-kl do; make them with `reglue compress`"
         )
     details: dict[str, Any] = {}
     for other in others:

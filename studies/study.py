@@ -261,7 +261,7 @@ def run_study(options: StudyOptions, arms: Sequence[Arm], title: str) -> dict[st
     guided = [trial for trial in trials if trial.arm.guided and options.guidance != 1]
     sets = [SampleSet(trial, step) for step in options.milestones() for trial in trained]
     sets += [SampleSet(trial, options.steps, guided=True) for trial in guided]
-    kinds = [kind for kind in KINDS if any(kind in missing_figures(options, each) for each in sets)]
+    kinds: list[FigureKind] = [kind for kind in KINDS if any(kind in missing_figures(options, each) for each in sets)]
     claim(options, trials, lambda: open_networks(options, measures, sets, kinds))
     measures.know(kinds)
     for step in options.milestones():
@@ -384,8 +384,8 @@ def kinds_of(options: StudyOptions) -> list[FigureKind]:
 def missing_figures(options: StudyOptions, samples: SampleSet) -> list[FigureKind]:
     """The kinds of figures of a set of samples that are asked for and not there yet."""
     kinds = kinds_of(options)
-    if samples.step != options.steps and not options.inception_everywhere:
-        kinds = [kind for kind in kinds if kind != "inception"]
+    if "inception" in kinds and samples.step != options.steps and not options.inception_everywhere:
+        kinds.remove("inception")
     return [kind for kind in kinds if not figures_of(samples.folder, kind).is_file()]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +50,7 @@ def test_each_question_gets_a_table_and_shared_arms_are_trained_once(
         "conv-4-last": (4,),
         "conv-4-last-kl": (4,),
     }
-    assert [spec.variational for spec in compressors.values()] == [False, False, True]
+    assert [name for name, spec in compressors.items() if spec.variational] == ["conv-4-last-kl"]
     assert not (out / "guided-latents-seed-0" / "run").exists()
     protocol = json.loads((out / "guided-latents-seed-0" / "guided-00000004" / "samples.json").read_text())
     assert protocol["sampling"]["guidance"]["local_scale"] == protocol["sampling"]["guidance"]["cls_scale"] == 1
@@ -86,7 +85,7 @@ def test_a_plan_makes_nothing_and_counts_the_compressors(
     assert "reglue-20-percent-seed-0" in [line["name"] for line in planned["arms"]]
     assert planned["seconds"] > sum(planned["compressors"].values())
     assert planned["steps_within_minutes"] > 4
-    assert capsys.readouterr().out.strip() == (tmp_path / "ablations-plan.md").read_text().strip()
+    assert capsys.readouterr().out.endswith((tmp_path / "ablations-plan.md").read_text())
 
 
 def test_shares_of_mirror_images_are_refused_before_anything_is_made(

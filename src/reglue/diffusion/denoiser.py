@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -184,7 +185,8 @@ class Denoiser(nn.Module):
         zero = {self.velocity, transformer.modulation, *(block.modulation for block in transformer.blocks)}
         if self.config.shape.class_token_width:
             zero.add(self.class_token_velocity)
-        for name, layer in self.named_modules():
+        layers: Iterator[tuple[str, nn.Module]] = self.named_modules()
+        for name, layer in layers:
             if not isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding):
                 continue
             if layer.weight.is_meta:
