@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -182,7 +183,8 @@ def test_sizes_that_do_not_fit_are_refused(change: dict[str, int], message: str)
 
 def weights(seed: int = 0, depth: int = 2, **parts: int) -> dict[str, Tensor]:
     """Of a freshly made model, with a class token and a local map if `parts` say how large."""
-    aligned = {"alignment_depth": 1, "alignment_width": 9, "alignment_hidden": 8} if parts.pop("aligned", 0) else {}
+    sizes = {"alignment_depth": 1, "alignment_width": 9, "alignment_hidden": 8}
+    aligned: dict[str, Any] = sizes if parts.pop("aligned", 0) else {}
     shape = StateShape(latent_channels=4, grid=(8, 8), **{"local_channels": 0, "class_token_width": 0, **parts})
     return Denoiser(DenoiserConfig(shape, 10, depth, 64, 4, **aligned), seed).state_dict()
 

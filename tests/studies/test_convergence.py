@@ -198,7 +198,7 @@ def test_seconds_of_an_earlier_version_come_from_its_results(
 
 
 @pytest.mark.parametrize(
-    ("option", "message"), [("--inception", "missing"), ("--judge", "--judge missing"), ("--autoencoder", "missing")]
+    ("option", "message"), [("--inception", "the Inception's weights missing"), ("--judge", "--judge missing"), ("--autoencoder", "missing")]
 )
 def test_a_network_that_is_missing_is_found_before_any_step(
     option: str, message: str, tmp_path: Path, tiny_store: Path, tiny_images: Path
@@ -221,7 +221,7 @@ def test_real_images_stay_where_their_features_were_taken(
     made = {"autoencoder": tiny_autoencoder, "encoder": tiny_encoder, "workers": 0, "device": "cpu"}
     held_out = tmp_path / "held-out"
     prepare(Prepare(images, held_out, 16, **made))
-    more = ["--arms", "sit", "--inception", str(random_inception), "--guidance", "1", "--count", "2"]
+    more = ["--arms", "sit", "--inception", str(random_inception), "--guidance", "1", "--count", "6"]
     options = [*TINY, *more, "--checkpoints", "1"]
     convergence.main(
         [str(tiny_store), "--reference", str(held_out), "--out", str(known), *options, "--references-only"]
