@@ -10,7 +10,7 @@ questions share are trained once. Codes that the store lacks are made first, by 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,14 +173,6 @@ class Questions:
                 arm = replace(self.base, name=f"guided-{name}{suffix}", trained_as="reglue", guidance=scales)
                 yield Row(arm, ours)
 
-    def make_shares(self) -> None:
-        """The smaller stores that the arms learn from. --store has the codes by now."""
-        for folder, share in self.shares.items():
-            if not folder.is_dir():
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                columns = ("latent", "cls", "features", f"local.{self.options.compressor}")
-                pack(Pack(self.options.store, folder, columns, last_layer=True, share=share))
-
     def _arm(self, name: str, recipe: Recipe, store: Path | None = None, guided: bool = False) -> Arm:
         return arm_of(self.options, name, recipe, store, guided=guided)
 
@@ -206,18 +198,27 @@ class Questions:
         return folder
 
 
+def make_shares(options: Ablations, shares: Mapping[Path, float]) -> None:
+    """The smaller stores that arms learn from. --store has the codes by now."""
+    for folder, share in shares.items():
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            columns = ("latent", "cls", "features", f"local.{options.compressor}")
+            pack(Pack(options.store, folder, columns, last_layer=True, share=share))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the study, or plan it."""
     options = tyro.cli(Ablations, description=__doc__, args=arguments)
     try:
         questions = Questions(options)
-        known = [name for name in vars(Questions) if not name.startswith("_") and name != "make_shares"]
+        known = [name for name in vars(Questions) if not name.startswith("_")]
         for name in options.questions:
             if name not in known:
                 raise UserError(f"--questions {name}: choose of {', '.join(known)}")
         rows = {name: list(getattr(questions, name)()) for name in options.questions}
         arms = list({row.arm.name: row.arm for some in rows.values() for row in some}.values())
-        if results := start(options, arms, questions.make_shares):
+        if results := start(options, arms, lambda: make_shares(options, questions.shares)):
             for name, some in rows.items():
                 write_table(options, results, name, some)
     except UserError as error:

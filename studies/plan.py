@@ -43,7 +43,7 @@ class Cost:
     drawing_seconds: float
     """For all samples of one checkpoint, without guidance."""
     measuring_seconds: float
-    """For the networks to look at them, and for the figures."""
+    """For the networks to look at them; the arithmetic of the figures is left out."""
     inception_seconds: float
     """The same of the Inception, which may only look at the last ones."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from measures import Measures
@@ -60,14 +61,15 @@ def missing_codes(options: StudyOptions, arms: Sequence[Arm]) -> list[Compress]:
     return sorted(jobs.values(), key=lambda job: job.store != options.store)
 
 
-def columns_of(store: Any) -> set[str]:
+def columns_of(store: Path) -> set[str]:
     """The columns of a store."""
     return set(Store.open(store).manifest.columns)
 
 
 def job_of(options: StudyOptions, name: str) -> Compress:
     """What makes the codes of a name, KIND-CHANNELS[-last][-kl]. Raises UserError for another one."""
-    kind, channels, *others = [*name.split("-"), "", ""][: max(2, name.count("-") + 1)]
+    kind, _, rest = name.partition("-")
+    channels, *others = rest.split("-")
     known: dict[str, dict[str, Any]] = {"last": {"layers": "last"}, "kl": {"kl_weight": KL_WEIGHT}}
     if kind not in get_args(CompressorKind) or not channels.isdecimal() or any(other not in known for other in others):
         raise UserError(

@@ -60,13 +60,8 @@ def test_each_question_gets_a_table_and_shared_arms_are_trained_once(
     assert guided.count("here scale 2 on [0, 0.9]") == guided.count("here scale 1.5 on [0, 0.9]") == 4
     assert "compare orders and ratios" in guided
     assert "for 80 epochs" in (out / "tables" / "data.md").read_text()
-    drawn = [
-        json.loads((out / f"guided-all{suffix}-seed-0/guided-00000004/samples.json").read_text())["sampling"][
-            "guidance"
-        ]
-        for suffix in ("-by-1.5",)
-    ]
-    assert drawn[0]["scale"] == 1.5
+    protocol = json.loads((out / "guided-all-by-1.5-seed-0" / "guided-00000004" / "samples.json").read_text())
+    assert protocol["sampling"]["guidance"]["scale"] == 1.5
     assert len(Store.open(out / "data" / "20%")) == 6  # two of each of three classes, rounded up
 
 

@@ -198,7 +198,8 @@ def test_seconds_of_an_earlier_version_come_from_its_results(
 
 
 @pytest.mark.parametrize(
-    ("option", "message"), [("--inception", "the Inception's weights missing"), ("--judge", "--judge missing"), ("--autoencoder", "missing")]
+    ("option", "message"),
+    [("--inception", "the Inception's weights missing"), ("--judge", "--judge missing"), ("--autoencoder", "missing")],
 )
 def test_a_network_that_is_missing_is_found_before_any_step(
     option: str, message: str, tmp_path: Path, tiny_store: Path, tiny_images: Path
