@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -185,8 +184,7 @@ class Denoiser(nn.Module):
         zero = {self.velocity, transformer.modulation, *(block.modulation for block in transformer.blocks)}
         if self.config.shape.class_token_width:
             zero.add(self.class_token_velocity)
-        layers: Iterator[tuple[str, nn.Module]] = self.named_modules()
-        for name, layer in layers:
+        for name, layer in self.named_modules():  # type: ignore[reportUnknownVariableType]
             if not isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding):
                 continue
             if layer.weight.is_meta:
