@@ -4,13 +4,13 @@
 
 Every variant is an arm of `studies/study.py`, trained and measured as in `studies/convergence.py`; arms that several
 questions share are trained once. Codes that the store lacks are made first, by `reglue compress`, and smaller sets by
-`studies/pack.py`.
+`studies/pack.py`; with --plan neither.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,30 @@ from typing import Any
 import tyro
 
 from pack import Pack, pack
-from plan import print_plan
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.files import replacing
-from reglue.jobs.compress import Compress, compress
 from reglue.papers import PAPERS, REGLUE
 from reglue.recipe import Alignment, ClassToken, LocalSemantics, Recipe
-from study import Arm, StudyOptions, arm_of, run_study
+from start import start
+from study import Arm, StudyOptions, arm_of
 from summary import table
 
 CAUTION = """
 Published figures are of ImageNet 256×256 (1.3 million images, B/2, 400,000 steps, FID of 50,000 samples without
 guidance, unless it says otherwise), ours of the store's images: compare orders and ratios, not numbers.
 """
-KL_WEIGHT = 1e-6
+NOTES = {
+    "kl": "Both compressors take the last layer alone and the model learns no class token, as in the published row.",
+    "layers": "The model learns no class token, as in the published rows.",
+    "compressors": "Published is what a probe tells of the codes (`reglue probe`); no FID is.",
+    "data": (
+        "Compressors are fitted to all images. Each arm takes equally many steps, so more passes over fewer images; "
+        "the published models were trained for 80 epochs."
+    ),
+    "guidance": "Ours by the interval of the options; published is one scale, of another size and length of training.",
+}
+"""What a table must say beside its figures."""
 LOCAL_WEIGHTS = (0.25, 0.5, 2.0)
 ALIGNMENT_WEIGHTS = (0.1, 0.25, 1.0)
 CHANNELS = (4, 8, 16, 32)
@@ -44,14 +53,11 @@ class Ablations(StudyOptions):
     """Train variants of REGLUE alike and compare them."""
 
     questions: tuple[str, ...] = ("parts", "compressors", "kl", "weights", "data", "guidance")
-    """Of parts, layers, compressors, kl, weights, targets, data, guidance."""
+    """Of parts, layers, compressors, kl, weights, targets, data, guidance. data needs a store without mirror images."""
     compressor: str = "conv-16"
-    """The codes of the base that is varied."""
-    compressor_epochs: int = 25
-    """Passes of the compressors that are made."""
-    compressor_hidden: int = 256
-    last_layer_store: Path | None = None
-    """For the question of layers: the same images prepared with the last layer alone."""
+    """The codes of the base that is varied: KIND-CHANNELS, such as conv-16."""
+    guidance_scales: tuple[float, ...] = (1.5, 2.8)
+    """For the question of guidance: scales beside --guidance. 2.8 is REGLUE's."""
     int8_store: Path | None = None
     """For the question of targets: the same images prepared with --features-dtype int8. Without it that row is left
     out."""
@@ -78,6 +84,8 @@ class Questions:
         self.options = options
         self.recipe = replace(REGLUE, local=replace(REGLUE.local, compressor=options.compressor))
         self.base = self._arm("reglue", self.recipe, guided="guidance" in options.questions)
+        self.shares: dict[Path, float] = {}
+        """Stores of a share of the images that arms learn from."""
 
     def parts(self) -> Iterator[Row]:
         """Local semantics, class token and alignment, each on and off."""
@@ -91,12 +99,8 @@ class Questions:
 
     def layers(self) -> Iterator[Row]:
         """Codes of the last layer against those of the last four, without a class token as in the paper's table."""
-        if self.options.last_layer_store is None:
-            raise UserError("--questions layers needs --last-layer-store: prepare the images again with the last layer")
-        recipe = without(self.recipe, "class_token")
-        last = self._arm("local-alignment-last-layer", recipe, self.options.last_layer_store)
-        yield Row(last, "last layer 14.3")
-        yield Row(self._arm("local-alignment", recipe), "last four 13.3")
+        yield Row(self._last_layer(), "last layer 14.3")
+        yield Row(self._arm("local-alignment", without(self.recipe, "class_token")), "last four 13.3")
 
     def compressors(self) -> Iterator[Row]:
         """Principal components and convolutional codes of several widths."""
@@ -108,9 +112,9 @@ class Questions:
                 yield Row(self._with(name), published)
 
     def kl(self) -> Iterator[Row]:
-        """A KL term in the compressor."""
-        yield Row(self._with("conv-16"), "MSE 14.3")
-        yield Row(self._with("conv-16-kl"), "with KL 17.2")
+        """A KL term in the compressor, on the parts and the layer of the published row."""
+        yield Row(self._last_layer(), "MSE 14.3")
+        yield Row(self._last_layer("-kl"), "with KL 17.2")
 
     def weights(self) -> Iterator[Row]:
         """The weights of the local semantics' and the alignment's terms."""
@@ -136,6 +140,10 @@ class Questions:
 
     def data(self) -> Iterator[Row]:
         """REG and REGLUE on a share of each class, for as many steps."""
+        if Store.open(self.options.store).manifest.source.flips:
+            raise UserError(
+                "--questions data takes shares of a store without mirror images; prepare one without --flips"
+            )
         ahead = {0.2: "5.5", 0.5: "3.4", 1.0: "2.3"}
         reg = without(self.recipe, "local")
         for share in (*SHARES, 1.0):
@@ -146,11 +154,24 @@ class Questions:
             yield Row(arm, f"{ahead[share]} FID ahead of REG (80 epochs)")
 
     def guidance(self) -> Iterator[Row]:
-        """Which modalities are guided; all by the same scale, of the base's model."""
-        yield Row(self.base, "all modalities: 1.61 (XL/2, 80 epochs, scale 2.8 on [0, 0.9])")
-        for name, fixed in (("latents-and-class-token", "local"), ("latents-and-local", "cls"), ("latents", "")):
-            scales = ((f"{fixed}_scale", 1.0),) if fixed else (("local_scale", 1.0), ("cls_scale", 1.0))
-            yield Row(replace(self.base, name=f"guided-{name}", trained_as="reglue", guidance=scales))
+        """Which modalities are guided, and how much: one scale for those that are, of the base's model."""
+        low, high = self.options.guidance_interval
+        which: dict[str, tuple[str, ...]] = {
+            "all": (),
+            "latents-and-class-token": ("local_scale",),
+            "latents-and-local": ("cls_scale",),
+            "latents": ("local_scale", "cls_scale"),
+        }
+        for scale in dict.fromkeys((self.options.guidance, *self.options.guidance_scales)):
+            ours = f"here scale {scale:g} on [{low:g}, {high:g}]"
+            for name, unguided in which.items():
+                if name == "all" and scale == self.options.guidance:
+                    yield Row(self.base, f"{ours}; all modalities: 1.61 (XL/2, 80 epochs, scale 2.8 on [0, 0.9])")
+                    continue
+                suffix = "" if scale == self.options.guidance else f"-by-{scale:g}"
+                scales = (("guidance_scale", scale), *((part, 1.0) for part in unguided))
+                arm = replace(self.base, name=f"guided-{name}{suffix}", trained_as="reglue", guidance=scales)
+                yield Row(arm, ours)
 
     def _arm(self, name: str, recipe: Recipe, store: Path | None = None, guided: bool = False) -> Arm:
         return arm_of(self.options, name, recipe, store, guided=guided)
@@ -161,28 +182,29 @@ class Questions:
         recipe = replace(self.recipe, local=replace(self.recipe.local, compressor=compressor))
         return self._arm(f"reglue-{compressor}", recipe)
 
+    def _last_layer(self, ending: str = "") -> Arm:
+        """Local semantics of the encoder's last layer, without a class token."""
+        recipe = replace(
+            self.recipe, local=replace(self.recipe.local, compressor=f"{self.options.compressor}-last{ending}")
+        )
+        return self._arm(f"local-alignment-last-layer{ending}", without(recipe, "class_token"))
+
     def _share(self, share: float) -> Path:
+        """A store with a share of each class: `make_shares` makes it."""
         if share == 1:
             return self.options.store
         folder = self.options.out / "data" / f"{share:.0%}"
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            columns = ("latent", "cls", "features", f"local.{self.options.compressor}")
-            pack(Pack(self.options.store, folder, columns, last_layer=True, share=share))
+        self.shares[folder] = share
         return folder
 
 
-def make_codes(options: Ablations, arms: list[Arm]) -> None:
-    """The codes that arms learn and their stores lack."""
-    for arm in arms:
-        name = arm.recipe.local.compressor
-        if not arm.recipe.local.present or f"local.{name}" in Store.open(arm.store).manifest.columns:
-            continue
-        kind, channels, *kl = name.split("-")
-        details: dict[str, Any] = {"kl_weight": KL_WEIGHT} if kl else {}
-        if kind != "pca":
-            details |= {"epochs": options.compressor_epochs, "hidden": options.compressor_hidden}
-        compress(Compress(arm.store, kind, channels=int(channels), device=options.device, **details))  # type: ignore[arg-type]
+def make_shares(options: Ablations, shares: Mapping[Path, float]) -> None:
+    """The smaller stores that arms learn from. --store has the codes by now."""
+    for folder, share in shares.items():
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            columns = ("latent", "cls", "features", f"local.{options.compressor}")
+            pack(Pack(options.store, folder, columns, last_layer=True, share=share))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -196,13 +218,9 @@ def main(arguments: list[str] | None = None) -> None:
                 raise UserError(f"--questions {name}: choose of {', '.join(known)}")
         rows = {name: list(getattr(questions, name)()) for name in options.questions}
         arms = list({row.arm.name: row.arm for some in rows.values() for row in some}.values())
-        make_codes(options, arms)
-        if options.plan:
-            print_plan(options, arms)
-            return
-        results = run_study(options, arms, options.out.name)
-        for name, some in rows.items():
-            write_table(options, results, name, some)
+        if results := start(options, arms, lambda: make_shares(options, questions.shares)):
+            for name, some in rows.items():
+                write_table(options, results, name, some)
     except UserError as error:
         sys.exit(f"ablations: {error}")
 
@@ -217,7 +235,8 @@ def write_table(options: Ablations, results: dict[str, Any], question: str, rows
     folder = options.out / "tables"
     folder.mkdir(exist_ok=True)
     with replacing(folder / f"{question}.md") as beside:
-        beside.write_text(table({question: {"arms": arms}}, last=True) + CAUTION)
+        note = f"\n{NOTES[question]}\n" if question in NOTES else ""
+        beside.write_text(table({question: {"arms": arms}}, last=True) + CAUTION + note)
 
 
 if __name__ == "__main__":

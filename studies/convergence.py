@@ -3,9 +3,10 @@
     python studies/convergence.py STORE --reference HELD_OUT --out study --model 6x256x4/2 --plan
     python studies/convergence.py STORE --reference HELD_OUT --out study --model 6x256x4/2 --judge resnet50.safetensors
 
-Seeds, optimiser, size, batch, samples and sampler are equal in all arms; every figure at a checkpoint is of one set of
-samples from the averaged weights, drawn without guidance, with one guided set at the end. The same command continues
-where it stopped. With more --steps, --seeds or --arms it adds them; with --inception or --judge it measures more.
+Seeds, optimiser, size, batch, samples and sampler are equal in all arms; the same seed gives the same order of images,
+noise and initial weights, those that arms share. Every figure at a checkpoint is of one set of samples from the
+averaged weights, drawn without guidance, with one guided set at the end. The same command continues where it stopped.
+With more --steps, --seeds or --arms it adds them; with --inception or --judge it measures more.
 `studies/compare.py` sets several studies side by side, such as those of several latent spaces.
 """
 
@@ -16,10 +17,10 @@ from dataclasses import dataclass, replace
 
 import tyro
 
-from plan import print_plan
 from reglue.errors import UserError
 from reglue.papers import PAPERS
-from study import Arm, StudyOptions, arm_of, run_study
+from start import start
+from study import Arm, StudyOptions, arm_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,13 @@ class Convergence(StudyOptions):
 
     arms: tuple[str, ...] = tuple(PAPERS)
     """Which methods."""
-    redi_compressor: str = "pca-8"
-    """The principal components that ReDi learns."""
+    seeds: int = 2
+    """How many seeds the --repeated-arms are trained with, counted up from --seed."""
+    repeated_arms: tuple[str, ...] = ("sit", "reglue")
+    """Arms that are trained with several seeds, if they are among --arms; the others with the first alone."""
+    redi_compressor: str = "pca-8-last"
+    """The principal components that ReDi learns: of the last layer, as published. Codes KIND-CHANNELS[-last] that the
+    store lacks are made first."""
     reglue_compressor: str = "conv-16"
     """The codes that REGLUE learns."""
 
@@ -52,11 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the study, or plan it."""
     options = tyro.cli(Convergence, description=__doc__, args=arguments)
     try:
-        arms = arms_of(options)
-        if options.plan:
-            print_plan(options, arms)
-        else:
-            run_study(options, arms, options.out.name)
+        start(options, arms_of(options))
     except UserError as error:
         sys.exit(f"convergence: {error}")
 

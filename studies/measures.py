@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,8 @@ NEIGHBOURHOOD = 50
 of the smaller set, if that is less."""
 PAIRS = 10
 """Samples in the picture of the closest pairs."""
+REFERENCES = "references"
+"""Folder of features of real images, in a study's and in a packed store."""
 KERNEL_SUBSETS = 20
 """Fewer than usual, since each has all of the samples: only the real images are drawn anew."""
 
@@ -61,7 +63,7 @@ class Measures:
         self.device = resolve_device(options.device)
         self.store = Store.open(options.store)
         self.resolution = self.store.manifest.source.resolution
-        self.folder = options.out / "references"
+        self.folder = options.out / REFERENCES
         self._last: tuple[Path, FeatureSet] | None = None
         self._last_autoencoder: Autoencoder | None = None
 
@@ -70,6 +72,22 @@ class Measures:
         """What is known of the real images."""
         found = {file.stem: json.loads(file.read_text()) for file in sorted(self.folder.glob("*.json"))}
         return {"training": {"path": str(self.options.store), "images": len(self.store.originals)}, **found}
+
+    def open(self, kinds: Sequence[str]) -> None:
+        """Load the networks of some kinds of figures. Raises UserError if one is missing or does not fit."""
+        for kind in kinds:
+            getattr(self, f"_{kind}")
+        if "judge" in kinds:
+            self._judge.places_of(self.store.manifest.source.class_names)
+
+    def know(self, kinds: Sequence[str]) -> None:
+        """Find out all that some kinds of figures need of real images, and keep it on disk."""
+        if "encoder" in kinds:
+            _ = self._held_out_closeness
+        if "inception" in kinds:
+            self._features(self._inception, self.options.reference, "held-out")
+        if "judge" in kinds:
+            self._real_verdict()
 
     def of(self, kind: str, samples: Path) -> dict[str, Any]:
         """The figures of one kind: encoder, inception or judge.
@@ -322,8 +340,13 @@ class Measures:
     def _kept(self, name: str, side: ImageSet, said: list[Any], suffix: str) -> Path:
         """The file for what is found out about real images, by a hash of the images and of who says it."""
         digest = hashlib.sha256(json.dumps([*said, self.resolution, fingerprint(side)]).encode()).hexdigest()
+        file = f"{name}-{digest[:16]}{suffix}"
+        # A packed store, whose images were left behind, brings along what was found out about them.
+        packed = side.path / REFERENCES / file
+        if packed.is_file():
+            return packed
         self.folder.mkdir(parents=True, exist_ok=True)
-        return self.folder / f"{name}-{digest[:16]}{suffix}"
+        return self.folder / file
 
     def _batches(self, side: ImageSet) -> Iterator[Tensor]:
         assert side.images is not None

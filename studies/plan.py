@@ -1,25 +1,35 @@
-"""How long a study takes here: a few steps of every arm, timed by the jobs themselves."""
+"""How long a study takes here: a few steps of every arm, timed by the jobs themselves. Nothing else is made."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
+import torch
+
 from measures import Measures
+from pack import Pack, pack
+from reglue.data.store import MANIFEST, Store
+from reglue.files import replacing
+from reglue.jobs.compress import Compress, compress
 from reglue.jobs.sample import Sample, sample
 from reglue.jobs.train import Train, train
+from reglue.runs.record import needed_columns
 from reglue.runs.tracking import read as read_log
 from study import Arm, StudyOptions, trials_of
 
-TIMED_STEPS = 8
-FIRST_STEPS = 3
-"""Left out of the timing: memory is allocated, and kernels are chosen or compiled."""
+TIMED_STEPS = 20
+"""Between two waits for the device; as many go before, in which memory is allocated and kernels are chosen."""
 SAMPLING_STEPS = (2, 6)
 """Drawing is timed twice, so that loading and writing cancel out."""
+SAMPLED_IMAGES = (32, 128)
+"""Of the store, for codes that are not there yet: fitting is timed twice, and the difference scaled."""
+TIMED_EPOCHS = 2
 
 
 @dataclass(frozen=True)
@@ -28,66 +38,192 @@ class Cost:
 
     images_per_second: float
     """Of training."""
+    start_seconds: float
+    """Of training to a milestone, beside its steps: the model is made, compiled if asked for, and written."""
     drawing_seconds: float
     """For all samples of one checkpoint, without guidance."""
     measuring_seconds: float
-    """For the networks to look at them."""
+    """For the networks to look at them; the arithmetic of the figures is left out."""
     inception_seconds: float
     """The same of the Inception, which may only look at the last ones."""
 
 
-def print_plan(options: StudyOptions, arms: Sequence[Arm]) -> None:
-    """Time every arm and print the minutes of each and of all."""
-    measures = Measures(options)
-    costs = {arm.name: cost_of(options, arm, measures) for arm in arms}
-    checkpoints = len(options.milestones())
-    total = 0.0
-    print(f"{'arm':<24} {'images/s':>9} {'train, min':>11} {'draw, min':>10} {'measure, min':>13}")
+@dataclass(frozen=True)
+class Line:
+    """What one trial takes, in seconds."""
+
+    name: str
+    images_per_second: float
+    training: float
+    """Of the steps."""
+    starting: float
+    drawing: float
+    measuring: float
+
+    @property
+    def total(self) -> float:
+        """Of all together."""
+        return self.training + self.starting + self.drawing + self.measuring
+
+
+def plan(options: StudyOptions, arms: Sequence[Arm], jobs: Sequence[Compress] = ()) -> None:
+    """Time every arm, and the `jobs` that make codes first; print what they take, and write it beside --out.
+
+    OUT-plan.json has the seconds, OUT-plan.md the table.
+    """
+    with TemporaryDirectory() as folder:
+        fits = {job.compressor_name: seconds_of(job, Path(folder)) for job in jobs if not job.fitted}
+        stand_in = Path(folder) / "store" if fits else None
+        measures = Measures(options)
+        costs = {arm.name: cost_of(options, arm, timed_store(options, arm, stand_in), measures) for arm in arms}
+    lines = list(lines_of(options, arms, costs))
+    text = table(options, lines, fits)
+    print(text)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    written = {
+        "steps": options.steps,
+        "seconds": sum(fits.values()) + sum(line.total for line in lines),
+        "steps_within_minutes": proposed_steps(options, lines, fits),
+        "compressors": fits,
+        "arms": [asdict(line) for line in lines],
+    }
+    for suffix, content in ((".md", text), (".json", json.dumps(written, indent=1))):
+        with replacing(options.out.with_name(f"{options.out.name}-plan{suffix}")) as beside:
+            beside.write_text(content + "\n")
+
+
+def lines_of(options: StudyOptions, arms: Sequence[Arm], costs: Mapping[str, Cost]) -> Iterator[Line]:
+    """What each trial takes."""
+    milestones = len(options.milestones())
     for trial in trials_of(options, arms):
         cost, guided = costs[trial.arm.name], trial.arm.guided and options.guidance != 1
         trained = trial.arm.trained_as is None
-        sets = (checkpoints if trained else 0) + guided
+        sets = (milestones if trained else 0) + guided
         by_inception = sets if options.inception_everywhere else trained + guided
-        minutes = (
-            options.steps * options.batch_size / cost.images_per_second / 60 if trained else 0.0,
-            (sets + guided) * cost.drawing_seconds / 60,  # Guidance evaluates twice.
-            (sets * cost.measuring_seconds + by_inception * cost.inception_seconds) / 60,
+        yield Line(
+            trial.folder.name,
+            cost.images_per_second,
+            training=options.steps * options.batch_size / cost.images_per_second if trained else 0.0,
+            starting=milestones * cost.start_seconds if trained else 0.0,
+            drawing=(sets + guided) * cost.drawing_seconds,  # Guidance evaluates twice.
+            measuring=sets * cost.measuring_seconds + by_inception * cost.inception_seconds,
         )
-        total += sum(minutes)
-        columns = f"{minutes[0]:>11.1f} {minutes[1]:>10.1f} {minutes[2]:>13.1f}"
-        print(f"{trial.folder.name:<24} {cost.images_per_second:>9.1f} {columns}")
-    print(
+
+
+def table(options: StudyOptions, lines: Sequence[Line], fits: Mapping[str, float]) -> str:
+    """The plan in Markdown, in minutes."""
+    heads = ("arm", "images/s", "train", "start", "draw", "measure", "all")
+    rows = [heads, ("---",) * len(heads)]
+    rows += [(f"compressor {name}", "", "", "", "", "", minutes(seconds)) for name, seconds in fits.items()]
+    for line in lines:
+        parts = (line.training, line.starting, line.drawing, line.measuring, line.total)
+        rows.append((line.name, f"{line.images_per_second:.1f}", *map(minutes, parts)))
+    total = sum(fits.values()) + sum(line.total for line in lines)
+    ends = [
         f"{options.steps} steps of {options.batch_size}, measured at {options.milestones()}, {options.count} samples: "
-        f"{total:.1f} minutes in all, and once the features of real images"
-    )
+        f"{minutes(total)} minutes in all, and once the features of real images. Columns are in minutes."
+    ]
+    if options.minutes is not None:
+        steps = proposed_steps(options, lines, fits)
+        ends.append(
+            f"{options.minutes:g} minutes are enough for --steps {steps}."
+            if steps
+            else f"{options.minutes:g} minutes are not enough: codes, drawing and measuring alone take longer. Choose "
+            "fewer --checkpoints, --count or arms."
+        )
+    return "\n".join([*("| " + " | ".join(row) + " |" for row in rows), "", *ends])
 
 
-def cost_of(options: StudyOptions, arm: Arm, measures: Measures) -> Cost:
+def proposed_steps(options: StudyOptions, lines: Sequence[Line], fits: Mapping[str, float]) -> int | None:
+    """The --steps with which the study takes --minutes; 0 if it takes more without any, None if nobody asks.
+
+    All milestones are whole numbers of steps.
+    """
+    if options.minutes is None:
+        return None
+    per_step = sum(line.training for line in lines) / options.steps
+    others = sum(fits.values()) + sum(line.total - line.training for line in lines)
+    whole = 2 ** (options.checkpoints - 1)
+    return max(0, int((options.minutes * 60 - others) / per_step) // whole * whole)
+
+
+def minutes(seconds: float) -> str:
+    """For the table."""
+    return f"{seconds / 60:.1f}"
+
+
+def timed_store(options: StudyOptions, arm: Arm, stand_in: Path | None) -> Path:
+    """A store on which an arm can be timed: its own; the study's where that is yet to be made; or a few images."""
+    for store in (arm.store, options.store):
+        made = (store / MANIFEST).is_file()
+        if made and all(column in Store.open(store).manifest.columns for column in needed_columns(arm.recipe)):
+            return store
+    return stand_in or arm.store
+
+
+def seconds_of(job: Compress, folder: Path) -> float:
+    """How long it takes to fit a compressor and to write the codes. Leaves codes in `folder`/store, of few images."""
+    store, took = Store.open(job.store), []
+    counts = [min(count, len(store) // share) for count, share in zip(SAMPLED_IMAGES, (2, 1), strict=True)]
+    for name, count in zip(("fewer", "store"), counts, strict=True):
+        few = folder / name
+        if not few.is_dir():
+            pack(Pack(job.store, few), torch.linspace(0, len(store) - 1, count).long())
+        with timed() as seconds:
+            compress(replace(job, store=few, epochs=TIMED_EPOCHS))
+        took.append(seconds[0])
+    per_image = max(0.0, (took[1] - took[0]) / (counts[1] - counts[0]))
+    once = max(0.0, took[0] - counts[0] * per_image)
+    passes = 1 if job.kind == "pca" else job.epochs / TIMED_EPOCHS
+    return once + per_image * len(store) * passes
+
+
+def cost_of(options: StudyOptions, arm: Arm, store: Path, measures: Measures) -> Cost:
     """Train and draw a little in a folder that is thrown away."""
-    recipe = replace(arm.recipe, optimisation=replace(arm.recipe.optimisation, steps=TIMED_STEPS))
+    recipe = replace(arm.recipe, optimisation=replace(arm.recipe.optimisation, steps=2 * TIMED_STEPS))
     with TemporaryDirectory() as folder:
-        job = Train(recipe, arm.store, Path(folder) / "run", log_every=1, preview_every=0, device=options.device)
-        run = train(job)
-        speeds = [line["images_per_second"] for line in read_log(run)[FIRST_STEPS:]]
-        count = min(options.sampling_batch, options.count)
-        took = []
-        for steps in SAMPLING_STEPS:
-            began = time.perf_counter()
-            sample(
-                Sample(
-                    run,
-                    Path(folder) / f"{steps}",
-                    count,
-                    sampler=options.sampler,
-                    steps=steps,
-                    autoencoder=options.autoencoder,
-                    batch_size=options.sampling_batch,
+        with timed() as trained:
+            run = train(
+                Train(
+                    recipe,
+                    store,
+                    Path(folder) / "run",
+                    log_every=TIMED_STEPS,
+                    preview_every=0,
+                    workers=options.workers,
                     device=options.device,
                 )
             )
-            took.append(time.perf_counter() - began)
+        speed = read_log(run)[-1]["images_per_second"]
+        count = min(options.sampling_batch, options.count)
+        took = []
+        for steps in SAMPLING_STEPS:
+            with timed() as drawn:
+                sample(
+                    Sample(
+                        run,
+                        Path(folder) / f"{steps}",
+                        count,
+                        sampler=options.sampler,
+                        steps=steps,
+                        autoencoder=arm.autoencoder or options.autoencoder,
+                        batch_size=options.sampling_batch,
+                        device=options.device,
+                    )
+                )
+            took.append(drawn[0])
         looked = measures.seconds(Path(folder) / f"{SAMPLING_STEPS[0]}")
     per_step = max(0.0, (took[1] - took[0]) / (SAMPLING_STEPS[1] - SAMPLING_STEPS[0]))
     fixed = max(0.0, took[0] - SAMPLING_STEPS[0] * per_step)
     drawing = fixed + options.sampling_steps * per_step
-    return Cost(median(speeds), *(seconds * options.count / count for seconds in (drawing, *looked)))
+    start = max(0.0, trained[0] - 2 * TIMED_STEPS * options.batch_size / speed)
+    return Cost(speed, start, *(seconds * options.count / count for seconds in (drawing, *looked)))
+
+
+@contextmanager
+def timed() -> Iterator[list[float]]:
+    """A list that has the seconds of the block, once it has ended."""
+    took: list[float] = []
+    began = time.perf_counter()
+    yield took
+    took.append(time.perf_counter() - began)

@@ -227,7 +227,7 @@ def open_results(options: Study) -> Results:
             {
                 name: str(value) if isinstance(value, Path) else value
                 for name, value in asdict(options).items()
-                if name not in ADDS_SETTINGS + ("out", "batch_size", "device")
+                if name not in (*ADDS_SETTINGS, "out", "batch_size", "device")
             }
         )
     )

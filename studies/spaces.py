@@ -7,7 +7,8 @@ STORE holds what the vision encoder sees in the images, in any latent space; for
 same images is made with `reglue reencode`, and the methods are trained in it. Autoencoders are folders of
 `reglue autoencode`. Beside the table and plots of `studies/study.py` there is `kl-weight.png`: how far generated and
 reconstructed images are from real ones over the weight of the KL term. The same command continues where it stopped;
-with more --autoencoders or --arms it adds them.
+with more --autoencoders or --arms it adds them. On another machine it finds an autoencoder where --autoencoders says.
+With --plan stores are made, and arms are not trained.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ import tyro
 from matplotlib.figure import Figure
 
 from convergence import Convergence, arms_of
-from plan import print_plan
+from reglue.data.store import MANIFEST, Store
 from reglue.errors import UserError
 from reglue.files import replacing
+from reglue.jobs.compress import compress
 from reglue.jobs.reencode import Reencode, reencode
+from reglue.latents.autoencoders import load_autoencoder
 from reglue.runs.tracking import read as read_log
-from study import Arm, run_study
+from start import missing_codes, start
+from study import Arm
 
 TRAINING = "training.json"
 """What `reglue autoencode` writes beside the weights."""
@@ -43,7 +47,11 @@ class Spaces(Convergence):
     """Which methods, in each space."""
     checkpoints: int = 1
     """How often arms are measured: after all steps, half of them, a quarter …"""
-    workers: int = 2
+    seeds: int = 1
+    """How many seeds the --repeated-arms are trained with, counted up from --seed."""
+    repeated_arms: tuple[str, ...] = ()
+    """Arms that are trained with several seeds, METHOD-in-SPACE; the others with the first alone."""
+    decoding_workers: int = 2
     """Processes that decode images for the stores."""
 
 
@@ -81,16 +89,40 @@ class Space:
 
 
 def arms_in(options: Spaces, spaces: list[Space]) -> list[Arm]:
-    """Every method in every space: METHOD-in-SPACE, with stores that are made where they are missing."""
+    """Every method in every space: METHOD-in-SPACE, with the space's own store and autoencoder."""
     arms = []
     for space in spaces:
-        store = options.out / "stores" / space.folder.name
-        details: dict[str, Any] = {"workers": options.workers, "device": options.device}
-        reencode(Reencode(options.store, store, str(space.folder), **details))
+        own: dict[str, Any] = {"store": store_of(options, space), "autoencoder": str(space.folder)}
         for arm in arms_of(options):
             name = f"{arm.name}-in-{space.folder.name}"
-            arms.append(replace(arm, name=name, recipe=replace(arm.recipe, name=name), store=store))
+            arms.append(replace(arm, name=name, recipe=replace(arm.recipe, name=name), **own))
     return arms
+
+
+def store_of(options: Spaces, space: Space) -> Path:
+    """Where the images of the study are in a space."""
+    return options.out / "stores" / space.folder.name
+
+
+def make_stores(options: Spaces, spaces: list[Space]) -> None:
+    """The codes that methods learn, then a store for every space, where they are missing."""
+    for job in missing_codes(options, arms_of(options)):
+        compress(job)
+    for space in spaces:
+        store = store_of(options, space)
+        if is_made(store, space, options.store):
+            continue
+        details: dict[str, Any] = {"workers": options.decoding_workers, "device": options.device}
+        reencode(Reencode(options.store, store, str(space.folder), **details))
+
+
+def is_made(store: Path, space: Space, of: Path) -> bool:
+    """Whether a store has the images of another one in a space: it may have been packed, and its images be gone."""
+    if not (store / MANIFEST).is_file():
+        return False
+    manifest = Store.open(store).manifest
+    same_images = manifest.source == Store.open(of).manifest.source and manifest.encoder is not None
+    return same_images and manifest.autoencoder == load_autoencoder(str(space.folder)).spec
 
 
 def draw_kl_weights(options: Spaces, spaces: list[Space], arms: dict[str, Any]) -> None:
@@ -131,12 +163,10 @@ def main(arguments: list[str] | None = None) -> None:
         names = [space.folder.name for space in spaces]
         if len(set(names)) < len(names):
             raise UserError("--autoencoders: two folders have the same name; rename one of them")
-        arms = arms_in(options, spaces)
-        if options.plan:
-            print_plan(options, arms)
-            return
-        results = run_study(options, arms, options.out.name)
-        draw_kl_weights(options, spaces, results["arms"])
+        if not options.references_only:
+            make_stores(options, spaces)  # Planned with, too: what a step costs depends on the size of the latents.
+        if results := start(options, arms_in(options, spaces)):
+            draw_kl_weights(options, spaces, results["arms"])
     except UserError as error:
         sys.exit(f"spaces: {error}")
 

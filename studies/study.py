@@ -5,14 +5,16 @@ early still compares arms at equal steps. Milestones double: a method that learn
 what another reaches at 2N, and quality changes about as much from N to 2N whatever N is.
 
 Everything is a file in the folder of the study, written whole or not at all, so the same command continues, also on
-another machine after the folder was copied there:
+another machine after the folder was copied there. Runs are large; without them, what has its figures is not trained
+again, and what goes on begins anew:
 
     study.json                              what the study is of; another study is refused
     log.jsonl                               each phase with its wall time
     references/                             features of real images, and what is known of them
     ARM-seed-S/run                          the run
-    ARM-seed-S/step-N, ARM-seed-S/guided-N  the samples, and beside each its figures: KIND.json, and closest.png: those
-                                            closest to training images, above these images
+    ARM-seed-S/step-N, ARM-seed-S/guided-N  the samples, and beside each its figures: KIND.json, of which
+                                            training.json has the seconds of training up to there, and closest.png:
+                                            those closest to training images, above these images
     grids/                                  the first samples of all arms, side by side
     results.json, table.md, *.png           everything together
 """
@@ -23,14 +25,15 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from tyro.conf import Positional
 
@@ -46,6 +49,7 @@ from reglue.jobs.sample import PROTOCOL, Sample, sample
 from reglue.jobs.train import Train, train
 from reglue.recipe import Compile, Optimisation, Recipe, SamplerName, Sampling
 from reglue.runs import checkpoints
+from reglue.runs.generation import decoder
 from reglue.runs.ranks import resolve_device
 from reglue.runs.record import RunRecord, data_hash
 from reglue.runs.tracking import read as read_log
@@ -53,6 +57,12 @@ from summary import MEASURED_BY, refuse_mixtures, summarise
 
 SHOWN = 10
 """Images of each arm in the grids."""
+FigureKind = Literal["encoder", "judge", "inception"]
+"""Who looks at samples."""
+KINDS: tuple[FigureKind, ...] = get_args(FigureKind)
+CHECKPOINT_MINUTES = 5.0
+FIRST_CHECKPOINT = 500
+"""Steps between checkpoints where no speed is known yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +105,11 @@ class StudyOptions(TakesPaths):
     compile: Compile = "no"
     """Compile blocks or models; worth it for runs of many minutes on a GPU."""
 
+    compressor_epochs: int = 25
+    """Passes of the compressors that are made, where the store lacks the codes of an arm."""
+    compressor_hidden: int = 256
+    """Their channels between."""
+
     count: int = 1000
     """Samples per checkpoint."""
     sampler: SamplerName = "euler-maruyama"
@@ -118,10 +133,18 @@ class StudyOptions(TakesPaths):
 
     sampling_batch: int = 100
     """Images drawn and described at once."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints from which an interrupted run continues."""
+    workers: int | None = None
+    """Threads that read training samples ahead of their use. Default: 4 with a GPU, none without."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints from which an interrupted run continues. Default: as many as take five minutes, by the
+    speed so far. Each is four times as large as the model."""
     plan: bool = False
-    """Time a few steps of each arm, say how long the study takes, and stop."""
+    """Time a few steps of each arm, write how long the study takes into OUT-plan.md and OUT-plan.json, and stop."""
+    minutes: float | None = None
+    """With --plan: say which --steps take about so many minutes in all."""
+    references_only: bool = False
+    """Only find out what the figures need of real images, into `references` in the folder, and stop: for a machine that
+    has the images, before `studies/pack.py --references`."""
     device: str = "auto"
 
     def milestones(self) -> list[int]:
@@ -131,8 +154,9 @@ class StudyOptions(TakesPaths):
 
 MAY_CHANGE = {
     *("store", "reference", "out", "seed", "seeds", "repeated_arms", "arms", "questions", "steps", "checkpoints"),
-    *("inception_everywhere", "autoencoder", "autoencoders", "last_layer_store", "int8_store", "compile"),
-    *("sampling_batch", "checkpoint_every", "inception", "judge", "encoder", "plan", "workers", "device"),
+    *("inception_everywhere", "autoencoder", "autoencoders", "int8_store", "compile", "guidance_scales"),
+    *("sampling_batch", "checkpoint_every", "inception", "judge", "encoder", "workers", "decoding_workers", "device"),
+    *("plan", "minutes", "references_only"),
 }
 """Options that do not decide what a figure of an arm is, or that are compared in another way."""
 NETWORKS = ("inception", "judge", "encoder")
@@ -154,6 +178,8 @@ class Arm:
     """Whether guided samples are drawn at the end."""
     trained_as: str | None = None
     """The arm whose last model this one draws guided samples from, without training; None if it trains."""
+    autoencoder: str | None = None
+    """Where the autoencoder of its store is, if not where it was; None for that of the options."""
 
 
 def arm_of(options: StudyOptions, name: str, recipe: Recipe, store: Path | None = None, **details: Any) -> Arm:
@@ -202,10 +228,24 @@ def samples_folder(step: int, guided: bool) -> str:
     return f"{'guided' if guided else 'step'}-{step:08d}"
 
 
+@dataclass(frozen=True)
+class SampleSet:
+    """Samples of a trial at a step."""
+
+    trial: Trial
+    step: int
+    guided: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+        return self.trial.samples(self.step, self.guided)
+
+
 def trials_of(options: StudyOptions, arms: Sequence[Arm]) -> list[Trial]:
-    """Each arm with its seeds. Raises UserError for a repeated arm that is none of them."""
+    """Each arm with its seeds. Raises UserError for a repeated arm that is none of them, unless nobody asked for it."""
     unknown = set(options.repeated_arms) - {arm.name for arm in arms}
-    if unknown:
+    if unknown and options.repeated_arms != type(options).repeated_arms:
         names = ", ".join(arm.name for arm in arms)
         raise UserError(f"--repeated-arms {min(unknown)} is none of the arms; choose of {names}")
     trials = []
@@ -219,33 +259,48 @@ def trials_of(options: StudyOptions, arms: Sequence[Arm]) -> list[Trial]:
 def run_study(options: StudyOptions, arms: Sequence[Arm], title: str) -> dict[str, Any]:
     """Train, draw and measure all arms, writing tables and plots after every milestone. Returns the results.
 
-    Raises UserError for stores that lack what an arm learns, and for a folder that holds another study.
+    Raises UserError for stores that lack what an arm learns, for a folder that holds another study, and for networks
+    that cannot be opened; all of them before anything is trained.
     """
     trials = trials_of(options, arms)
-    claim(options, trials)
     measures = Measures(options)
     results: dict[str, Any] = {}
     trained = [trial for trial in trials if trial.arm.trained_as is None]
     guided = [trial for trial in trials if trial.arm.guided and options.guidance != 1]
+    sets = [SampleSet(trial, step) for step in options.milestones() for trial in trained]
+    sets += [SampleSet(trial, options.steps, guided=True) for trial in guided]
+    kinds: list[FigureKind] = [kind for kind in KINDS if any(kind in missing_figures(options, each) for each in sets)]
+    claim(options, trials, lambda: open_networks(options, measures, sets, kinds))
+    measures.know(kinds)
     for step in options.milestones():
         for trial in trained:
-            with phase(options, "train", trial, step):
-                train_to(options, trial, step)
-            observe(options, measures, trial, step)
+            observe(options, measures, SampleSet(trial, step))
             results = gather(options, trials, measures, title)
         draw_grid(options, results, step)
     for trial in guided:
-        observe(options, measures, trial, options.steps, guided=True)
+        observe(options, measures, SampleSet(trial, options.steps, guided=True))
         results = gather(options, trials, measures, title)
     if guided:
         draw_grid(options, results, options.steps, guided=True)
     return results
 
 
-def claim(options: StudyOptions, trials: Sequence[Trial]) -> None:
+def open_networks(
+    options: StudyOptions, measures: Measures, sets: Sequence[SampleSet], kinds: Sequence[FigureKind]
+) -> None:
+    """Open every network that is still needed, once. Raises UserError for one that is missing or does not fit."""
+    measures.open(kinds)
+    wanted = [each for each in sets if missing_figures(options, each) and not is_drawn(options, each.folder)]
+    undrawn = {each.trial.arm.store: each.trial for each in wanted}
+    for trial in undrawn.values():
+        decoder(checked(trial), torch.device("cpu"), trial.arm.autoencoder or options.autoencoder)
+
+
+def claim(options: StudyOptions, trials: Sequence[Trial], check: Callable[[], None]) -> None:
     """Make the study's folder, or check that it is this study's. Raises UserError, naming what differs.
 
-    Also checks that every store has what its arm learns, before hours are spent on the others.
+    Also checks that every store has what its arm learns, before hours are spent on the others, and calls `check` before
+    anything is written.
     """
     settings = {part.name: getattr(options, part.name) for part in fields(options) if part.name not in MAY_CHANGE}
     # Files may lie elsewhere on another machine, but must not become others.
@@ -259,6 +314,7 @@ def claim(options: StudyOptions, trials: Sequence[Trial]) -> None:
         if what := difference(before, settings, stores):
             raise UserError(f"{options.out} is a study with another {what}; choose another --out, or as it was before")
         settings, stores = {**before["settings"], **settings}, {**before["stores"], **stores}
+    check()
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(path, {"settings": settings, "stores": stores})
 
@@ -289,31 +345,59 @@ def train_to(options: StudyOptions, trial: Trial, step: int) -> None:
             trial.run,
             trial.seed,
             log_every=max(1, min(50, options.milestones()[0] // 4)),
-            checkpoint_every=options.checkpoint_every,
+            checkpoint_every=options.checkpoint_every or steps_between_checkpoints(options, trial),
             keep=2,
             preview_every=0,
+            workers=options.workers,
             device=options.device,
         )
     )
 
 
-def observe(options: StudyOptions, measures: Measures, trial: Trial, step: int, guided: bool = False) -> None:
-    """Draw samples at a step and measure them: one file of figures per kind, of those that are not there yet."""
-    folder = trial.samples(step, guided)
-    kinds = ["encoder"] + (["judge"] if options.judge else [])
-    if options.inception and (options.inception_everywhere or step == options.steps):
-        kinds.append("inception")
-    missing = [kind for kind in kinds if not figures_of(folder, kind).is_file()]
+def steps_between_checkpoints(options: StudyOptions, trial: Trial) -> int:
+    """As many as take `CHECKPOINT_MINUTES`, by the speed of the run so far, or of another one of this study."""
+    logs = (read_log(run) for run in (trial.run, *sorted(options.out.glob("*/run"))))
+    speed = next((log[-1]["images_per_second"] for log in logs if log), None)
+    if speed is None:
+        return FIRST_CHECKPOINT
+    return max(1, round(CHECKPOINT_MINUTES * 60 * speed / options.batch_size))
+
+
+def observe(options: StudyOptions, measures: Measures, samples: SampleSet) -> None:
+    """Measure a set of samples: one file of figures per kind, of those that are not there yet.
+
+    It is drawn if need be, from a model that is trained if need be.
+    """
+    missing = missing_figures(options, samples)
     if not missing:
         return
-    with phase(options, "draw, guided" if guided else "draw", trial, step):
-        draw(options, trial, step, guided)
+    trial, step = samples.trial, samples.step
+    if not is_drawn(options, samples.folder):  # Otherwise an early checkpoint may be gone by now.
+        with phase(options, "train", trial, step):
+            train_to(options, trial, step)
+        if not samples.guided:
+            write_json(figures_of(samples.folder, "training"), {"seconds": logged_seconds(trial, step)})
+        with phase(options, "draw, guided" if samples.guided else "draw", trial, step):
+            draw(options, samples)
     if "encoder" in missing:
         with phase(options, "draw the closest pairs", trial, step):
-            measures.draw_closest(folder, folder.with_name(f"{folder.name}.closest.png"))
+            measures.draw_closest(samples.folder, samples.folder.with_name(f"{samples.folder.name}.closest.png"))
     for kind in missing:
         with phase(options, f"measure by {kind}", trial, step):
-            write_json(figures_of(folder, kind), measures.of(kind, folder))
+            write_json(figures_of(samples.folder, kind), measures.of(kind, samples.folder))
+
+
+def kinds_of(options: StudyOptions) -> list[FigureKind]:
+    """The kinds of figures that are asked for."""
+    return [kind for kind in KINDS if kind == "encoder" or getattr(options, kind)]
+
+
+def missing_figures(options: StudyOptions, samples: SampleSet) -> list[FigureKind]:
+    """The kinds of figures of a set of samples that are asked for and not there yet."""
+    kinds = kinds_of(options)
+    if "inception" in kinds and samples.step != options.steps and not options.inception_everywhere:
+        kinds.remove("inception")
+    return [kind for kind in kinds if not figures_of(samples.folder, kind).is_file()]
 
 
 def figures_of(samples: Path, kind: str) -> Path:
@@ -321,16 +405,19 @@ def figures_of(samples: Path, kind: str) -> Path:
     return samples.with_name(f"{samples.name}.{kind}.json")
 
 
-def draw(options: StudyOptions, trial: Trial, step: int, guided: bool) -> None:
-    """Draw the samples of a trial that are missing: same seeds, labels and sampler for all arms."""
-    out = trial.samples(step, guided)
-    if all((out / f"{i:06d}.png").is_file() for i in range(options.count)):
-        return  # The checkpoint of an early milestone may be gone by now.
+def is_drawn(options: StudyOptions, folder: Path) -> bool:
+    """Whether all samples of a folder are there."""
+    return all((folder / f"{i:06d}.png").is_file() for i in range(options.count))
+
+
+def draw(options: StudyOptions, samples: SampleSet) -> None:
+    """Draw the samples that are missing: same seeds, labels and sampler for all arms."""
+    trial, out = samples.trial, samples.folder
     protocol = out / PROTOCOL
     if protocol.is_file() and json.loads(protocol.read_text())["run"] != str(trial.run):
         shutil.rmtree(out)  # Begun where the study had another path, which the samples' protocol names.
     guidance: dict[str, Any] = {"guidance_scale": 1.0}
-    if guided:
+    if samples.guided:
         guidance = {"guidance_scale": options.guidance, "guidance_interval": options.guidance_interval}
         guidance |= dict(trial.arm.guidance)
     sample(
@@ -338,10 +425,10 @@ def draw(options: StudyOptions, trial: Trial, step: int, guided: bool) -> None:
             trial.run,
             out,
             options.count,
-            step=step,
+            step=samples.step,
             sampler=options.sampler,
             steps=options.sampling_steps,
-            autoencoder=options.autoencoder,
+            autoencoder=trial.arm.autoencoder or options.autoencoder,
             batch_size=options.sampling_batch,
             device=options.device,
             **guidance,
@@ -411,7 +498,7 @@ def report_of(options: StudyOptions, trial: Trial) -> dict[str, Any]:
         found = {kind: figures_of(trial.samples(step, False), kind) for kind in MEASURED_BY}
         if found["encoder"].is_file():
             measured[str(step)] = {
-                "training_seconds": training_seconds(trial, step),
+                "training_seconds": training_seconds(options, trial, step),
                 "training_seconds_by_machine": seconds_by_machine(options, trial, step),
                 **{kind: json.loads(file.read_text()) for kind, file in found.items() if file.is_file()},
             }
@@ -433,7 +520,20 @@ def parameters_of(config: DenoiserConfig) -> int:
     return sum(parameter.numel() for parameter in Denoiser(config).parameters())
 
 
-def training_seconds(trial: Trial, step: int) -> float:
+def training_seconds(options: StudyOptions, trial: Trial, step: int) -> float:
+    """Seconds of training up to a step, of which the figures were taken.
+
+    Studies of earlier versions have them in the run's log, or in the results if the run was left behind.
+    """
+    file, results = figures_of(trial.samples(step, False), "training"), options.out / "results.json"
+    if file.is_file():
+        return json.loads(file.read_text())["seconds"]
+    arms = json.loads(results.read_text())["arms"] if not trial.run.is_dir() and results.is_file() else {}
+    known = arms.get(trial.folder.name, {"steps": {}})["steps"].get(str(step))
+    return known["training_seconds"] if known else logged_seconds(trial, step)
+
+
+def logged_seconds(trial: Trial, step: int) -> float:
     """Seconds of training up to a step, by the run's log: work that was lost and done again does not count."""
     seconds, before = 0.0, 0
     for line in read_log(trial.run):
@@ -452,7 +552,7 @@ def seconds_by_machine(options: StudyOptions, trial: Trial, step: int) -> dict[s
     seconds: dict[str, float] = {}
     before = 0.0
     for reached in sorted({*machines, step}):
-        until = training_seconds(trial, reached)
+        until = training_seconds(options, trial, reached)
         machine = machines.get(reached, UNKNOWN)
         seconds[machine] = seconds.get(machine, 0.0) + until - before
         before = until

@@ -25,6 +25,11 @@ def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
+def torch_generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
+    """The same for what torch draws, on the CPU."""
+    return torch.Generator("cpu").manual_seed(int(generator(seed, purpose, *indices).integers(2**63)))
+
+
 def normals(
     generators: Sequence[np.random.Generator], shapes: Mapping[str, Sequence[int]], *, pinned: bool = False
 ) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -178,3 +179,66 @@ def test_a_hidden_local_map_is_neither_seen_nor_asked_for() -> None:
 def test_sizes_that_do_not_fit_are_refused(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DenoiserConfig(**{"shape": SHAPE, "classes": 3, "depth": 2, "width": 16, "heads": 2, **change})
+
+
+def weights(seed: int = 0, depth: int = 2, **parts: int) -> dict[str, Tensor]:
+    """Of a freshly made model, with a class token and a local map if `parts` say how large."""
+    sizes = {"alignment_depth": 1, "alignment_width": 9, "alignment_hidden": 8}
+    aligned: dict[str, Any] = sizes if parts.pop("aligned", 0) else {}
+    shape = StateShape(latent_channels=4, grid=(8, 8), **{"local_channels": 0, "class_token_width": 0, **parts})
+    return Denoiser(DenoiserConfig(shape, 10, depth, 64, 4, **aligned), seed).state_dict()
+
+
+def test_models_of_one_seed_share_the_initial_weights_of_what_they_share() -> None:
+    sit, repa = weights(), weights(aligned=1)
+    assert sit.keys() < repa.keys()
+    assert all(torch.equal(repa[name], weight) for name, weight in sit.items())
+    reglue = weights(local_channels=5, class_token_width=7, aligned=1)
+    differing = {name for name in sit if sit[name].shape != reglue[name].shape}
+    assert differing == {"patches.weight", "velocity.weight", "velocity.bias"}
+    assert all(torch.equal(reglue[name], sit[name]) for name in sit.keys() - differing)
+    assert torch.equal(repa["projector.0.weight"], reglue["projector.0.weight"])
+
+
+def test_initial_weights_are_a_function_of_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = weights(local_channels=5, class_token_width=7, aligned=1)
+    torch.manual_seed(2)
+    again = weights(local_channels=5, class_token_width=7, aligned=1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = weights(seed=1, local_channels=5, class_token_width=7, aligned=1)
+    drawn = [name for name, weight in first.items() if weight.ndim > 1 and weight.any()]
+    assert len(drawn) == 3 + 1 + 1 + 3 + 2 * 4  # conditions, patches, class token, projector, and four of each block
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
+    # No two layers are alike.
+    assert len({tuple(first[name].flatten()[:8].tolist()) for name in drawn}) == len(drawn)
+
+
+def test_initial_weights_have_the_published_distributions() -> None:
+    found = weights(local_channels=5, class_token_width=7, aligned=1)
+    width, patch_inputs = 64, 4 * (4 + 5)
+    for name in ("transformer.label_embedding", "transformer.time_embedding.0", "transformer.time_embedding.2"):
+        assert found[f"{name}.weight"].std() == pytest.approx(0.02, rel=0.1)
+    sizes = {
+        "patches": patch_inputs + width,  # as if it were Linear
+        "transformer.blocks.1.attention.qkv": 4 * width,
+        "transformer.blocks.0.mlp.2": 5 * width,
+        "projector.4": 8 + 9,
+        "class_token.linear": 7 + width,
+    }
+    for name, fan in sizes.items():
+        bound = (6 / fan) ** 0.5
+        assert found[f"{name}.weight"].abs().max() <= bound
+        assert found[f"{name}.weight"].std() == pytest.approx(bound / 3**0.5, rel=0.15)
+    zero = {name for name, weight in found.items() if not weight.any()}
+    assert {name for name in zero if name.endswith("weight")} == {
+        *("velocity.weight", "class_token_velocity.weight", "transformer.modulation.weight"),
+        *(f"transformer.blocks.{i}.modulation.weight" for i in range(2)),
+    }
+    assert {name for name in found if name.endswith("bias")} - zero == set()
+
+
+def test_names_and_shapes_can_be_had_without_memory() -> None:
+    with torch.device("meta"):
+        model = Denoiser(DenoiserConfig(SHAPE, 10, 1, 64, 4))
+    assert all(weight.is_meta for weight in model.parameters())

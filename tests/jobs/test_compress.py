@@ -21,6 +21,7 @@ import reglue.jobs.compress
 from helpers import mistake
 from reglue.data.images import ImageFolder
 from reglue.data.store import Store
+from reglue.data.targets import DecodedTargets
 from reglue.errors import UserError
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.prepare import Prepare, prepare
@@ -334,7 +335,9 @@ def test_a_compressor_that_was_fitted_elsewhere_is_applied_as_it_is(
         compress(Compress(tmp_path / "oblong", channels=4, device="cpu"))
 
     prepare(Prepare(tiny_images, tmp_path / "one", encoder=tiny_encoder, features=True, layers=(4,), **made))
-    with pytest.raises(UserError, match=r"takes 64 channels, but .* has 16; prepare it with the same encoder"):
+    with pytest.raises(
+        UserError, match=r"takes layers \[1, 2, 3, 4\], but .* holds \[4\]; prepare it with the same encoder"
+    ):
         compress(Compress(tmp_path / "one", fitted=fitted, device="cpu"))
     assert not (tmp_path / "one" / "compressors").exists()
 
@@ -395,3 +398,82 @@ def test_a_published_compressor_that_does_not_fit_is_refused(
     }.items():
         assert says in mistake(capsys, monkeypatch, "compress", folder, *arguments)
     assert {path.name for path in (folder / "compressors").iterdir()} == {"conv-4", "pca-4"}
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("pca", "last"), ("conv", (2, 3))])
+def test_codes_of_some_layers_alone(folder: Path, kind: Literal["conv", "pca"], layers):
+    store = compress(Compress(folder, kind, layers=layers, channels=3, hidden=8, epochs=1, device="cpu"))
+    name, blocks = (f"{kind}-3-last", (4,)) if layers == "last" else (f"{kind}-3-layers-2-3", (2, 3))
+    compressor = load_compressor(folder / "compressors" / name)
+    assert compressor.layers == store.manifest.compressors[name].layers == blocks
+    rows = torch.arange(len(store))
+    features = store.read("features", rows)["features"].unflatten(1, (4, 16))  # of blocks 1 to 4
+    taken = torch.cat([features[:, block - 1] for block in blocks], dim=1)
+    assert taken.shape[1] == compressor.spec().channels_in
+    with torch.no_grad():
+        torch.testing.assert_close(
+            store.read(f"local.{name}", rows)["local"], compressor.encode(taken), atol=1e-4, rtol=1e-4
+        )
+    torch.testing.assert_close(compressor.mean, taken.float().mean((0, 2, 3)), atol=1e-3, rtol=1e-3)
+
+
+def test_codes_of_the_last_layer_are_those_of_a_store_that_has_it_alone(
+    folder: Path, tmp_path: Path, tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str
+):
+    made = {"resolution": 16, "features": True, "workers": 0, "device": "cpu"}
+    alone = tmp_path / "alone"
+    prepare(Prepare(tiny_images, alone, autoencoder=tiny_autoencoder, encoder=tiny_encoder, layers=(4,), **made))
+    compress(Compress(alone, "pca", channels=3, device="cpu"))
+    compress(Compress(folder, "pca", layers="last", channels=3, device="cpu"))
+    compressors = [load_compressor(alone / "compressors/pca-3"), load_compressor(folder / "compressors/pca-3-last")]
+    assert compressors[0].spec() == compressors[1].spec()
+    # And so each can be applied to the other's store.
+    codes = [Store.open(alone).read("local.pca-3", torch.arange(24))["local"]]
+    applied = compress(Compress(folder, fitted=alone / "compressors/pca-3", name="alone", device="cpu"))
+    codes.append(applied.read("local.alone", torch.arange(24))["local"])
+    assert torch.equal(*codes)
+
+
+def test_layers_of_a_compressor_without_any_are_all(folder: Path, tmp_path: Path):
+    """What older versions wrote."""
+    file = folder / "compressors/pca-4/compressor.json"
+    spec = json.loads(file.read_text())
+    assert spec.pop("layers") == [1, 2, 3, 4]
+    file.write_text(json.dumps(spec))
+    before = load_compressor(folder / "compressors/pca-4")
+    assert before.layers is None
+    store = compress(Compress(folder, fitted=folder / "compressors/pca-4", name="again", device="cpu"))
+    assert store.manifest.compressors["again"] == before.spec()
+    assert store.manifest.compressors["again"].layers == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"layers": (0, 1)}, r"--layers: layers \[0, 1\] are not neighbours among \[1, 2, 3, 4\]"),
+        ({"layers": (1, 3)}, r"--layers: layers \[1, 3\] are not neighbours"),
+        ({"layers": "last", "kind": "pca", "column": "cls"}, "--layers is for --column features"),
+    ],
+)
+def test_layers_that_cannot_be_taken_are_refused(folder: Path, changes, says: str):
+    before = (folder / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match=says):
+        compress(Compress(folder, channels=3, device="cpu", **changes))
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_other_layers_than_a_compressor_was_fitted_to_are_refused(folder: Path):
+    with pytest.raises(UserError, match=r"takes layers \[1, 2, 3, 4\]: leave out --layers"):
+        compress(Compress(folder, fitted=folder / "compressors/pca-4", layers="last", name="other", device="cpu"))
+
+
+def test_targets_are_decoded_from_the_last_layer_or_refused(folder: Path, tmp_path: Path):
+    store = compress(Compress(folder, "pca", layers="last", channels=16, device="cpu"))
+    compress(Compress(folder, "pca", layers=(2, 3), channels=4, device="cpu"))
+    encoder, rows = store.manifest.encoder, torch.arange(4)
+    assert encoder is not None
+    targets = DecodedTargets(store, encoder, "pca-16-last", torch.device("cpu"))
+    features = store.read("features", rows)["features"][:, -16:].float()
+    torch.testing.assert_close(targets.tokens(targets.read(rows)).patches, features, atol=1e-2, rtol=1e-2)
+    with pytest.raises(UserError, match=r"pca-4-layers-2-3 has layers \[2, 3\], not the last one \(4\)"):
+        DecodedTargets(Store.open(folder), encoder, "pca-4-layers-2-3", torch.device("cpu"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -372,3 +373,24 @@ def test_an_alignment_network_that_does_not_say_whose_features_it_gives(
         "--images", tiny_images, "--head", heads["foreground"],
     )  # fmt: skip
     assert "does not say whose features" in said
+
+
+def test_a_local_map_of_the_last_layer_is_read_as_that_layer(
+    store: Path, heads: dict[str, Path], tiny_images: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(store, tmp_path / "store"))
+    compress(Compress(copied, "pca", layers="last", channels=16, device="cpu"))
+    run, head = tmp_path / "run", (heads["foreground"],)
+    recipe = [part for part in TINY_RECIPE if "compressor" not in part]
+    train(parse(["train", "redi", "--store", str(copied), "--out", str(run), *recipe,
+                 "--local.compressor=pca-16-last", "--optimisation.steps=1"]))  # fmt: skip
+    options = Perceive(run, tmp_path / "seen", head=head, images=tiny_images, count=4, sources=("local",), device="cpu")
+    perceive(options)
+    # All components of the last layer are that layer, so that the head sees what it sees in the encoder's features.
+    maps = [
+        np.stack(
+            [np.asarray(Image.open(file)) for file in sorted((tmp_path / "seen/maps/foreground" / view).iterdir())]
+        )
+        for view in ("local", "original")
+    ]
+    assert (maps[0] == maps[1]).mean() > 0.9

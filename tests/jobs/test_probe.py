@@ -241,3 +241,12 @@ def test_the_command_prints_a_table(tiny_store: Path, tmp_path: Path):
     )  # fmt: skip
     assert "| cls | linear, pooled |" in result.stdout
     assert "chance" in result.stdout
+
+
+def test_codes_of_one_layer_are_probed_too(store: Path, tmp_path: Path, tiny_store: Path):
+    compress(Compress(store, "pca", layers="last", channels=4, device="cpu"))
+    # On a second store without these codes they are computed, from that layer.
+    report = probe(options(store, tmp_path / "out", columns=("local.pca-4-last",), validation=tiny_store))
+    assert {one.input for one in report.results} == {"local.pca-4-last"}
+    assert {one.compression_ratio for one in report.results} == {16}
+    assert all(one.encoded_per_second for one in report.results)

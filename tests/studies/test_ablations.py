@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,12 @@ import torch
 from test_convergence import TINY
 
 import ablations
-from pack import Pack, pack
+from pack import Pack, pack, split_large
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.prepare import Prepare, prepare
+from unpack import unpack
 
 OWN = ("--compressor", "conv-4", "--compressor-epochs", "1", "--compressor-hidden", "8", "--checkpoints", "1")
 SHARED = tuple(
@@ -26,25 +27,71 @@ SHARED = tuple(
 )
 
 
+def without_codes(store: Path, folder: Path) -> Path:
+    pack(Pack(store, folder, ("latent", "cls", "features")))
+    return folder
+
+
 def test_each_question_gets_a_table_and_shared_arms_are_trained_once(
     tmp_path: Path, tiny_store: Path, tiny_images: Path
 ) -> None:
-    store = Path(shutil.copytree(tiny_store, tmp_path / "store"))
+    store = without_codes(tiny_store, tmp_path / "store")
     out = tmp_path / "ablations"
-    arguments = ["--questions", "kl", "data", "guidance", *SHARED, *OWN]
+    arguments = ["--questions", "kl", "layers", "data", "guidance", "--guidance-scales", "1.5", *SHARED, *OWN]
     ablations.main([str(store), "--reference", str(tiny_images), "--out", str(out), *arguments])
     results = json.loads((out / "results.json").read_text())
-    assert {"reglue-seed-0", "reglue-conv-16-kl-seed-0", "reglue-20-percent-seed-0", "guided-latents-seed-0"} <= set(
-        results["arms"]
-    )
+    assert {
+        *("reglue-seed-0", "local-alignment-seed-0", "local-alignment-last-layer-seed-0", "reglue-20-percent-seed-0"),
+        *("local-alignment-last-layer-kl-seed-0", "guided-latents-seed-0", "guided-all-by-1.5-seed-0"),
+    } <= set(results["arms"])
+    compressors = Store.open(store).manifest.compressors
+    assert {name: spec.layers for name, spec in compressors.items()} == {
+        "conv-4": (1, 2, 3, 4),
+        "conv-4-last": (4,),
+        "conv-4-last-kl": (4,),
+    }
+    assert [name for name, spec in compressors.items() if spec.variational] == ["conv-4-last-kl"]
     assert not (out / "guided-latents-seed-0" / "run").exists()
     protocol = json.loads((out / "guided-latents-seed-0" / "guided-00000004" / "samples.json").read_text())
     assert protocol["sampling"]["guidance"]["local_scale"] == protocol["sampling"]["guidance"]["cls_scale"] == 1
     assert "with KL 17.2" in (out / "tables" / "kl.md").read_text()
     guided = (out / "tables" / "guidance.md").read_text()
-    assert guided.count("4, guided") == 4
+    assert guided.count("4, guided") == 8
+    assert guided.count("here scale 2 on [0, 0.9]") == guided.count("here scale 1.5 on [0, 0.9]") == 4
     assert "compare orders and ratios" in guided
+    assert "for 80 epochs" in (out / "tables" / "data.md").read_text()
+    protocol = json.loads((out / "guided-all-by-1.5-seed-0" / "guided-00000004" / "samples.json").read_text())
+    assert protocol["sampling"]["guidance"]["scale"] == 1.5
     assert len(Store.open(out / "data" / "20%")) == 6  # two of each of three classes, rounded up
+
+
+def test_a_plan_makes_nothing_and_counts_the_compressors(
+    tmp_path: Path, tiny_store: Path, tiny_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, out = without_codes(tiny_store, tmp_path / "store"), tmp_path / "ablations"
+    before = files_of(tmp_path)
+    arguments = ["--questions", "data", "layers", "compressors", "--plan", "--minutes", "60", *SHARED, *OWN]
+    ablations.main([str(store), "--reference", str(tiny_images), "--out", str(out), *arguments])
+    assert files_of(tmp_path).keys() - before.keys() == {"ablations-plan.json", "ablations-plan.md"}
+    assert {name: files_of(tmp_path)[name] for name in before} == before
+    planned = json.loads((tmp_path / "ablations-plan.json").read_text())
+    assert {"conv-4", "conv-4-last", "pca-8", "conv-32"} <= planned["compressors"].keys()
+    assert all(seconds > 0 for seconds in planned["compressors"].values())
+    assert "reglue-20-percent-seed-0" in [line["name"] for line in planned["arms"]]
+    assert planned["seconds"] > sum(planned["compressors"].values())
+    assert planned["steps_within_minutes"] > 4
+    assert capsys.readouterr().out.endswith((tmp_path / "ablations-plan.md").read_text())
+
+
+def test_shares_of_mirror_images_are_refused_before_anything_is_made(
+    tmp_path: Path, tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str
+) -> None:
+    store, names = tmp_path / "store", (tiny_autoencoder, tiny_encoder)
+    prepare(Prepare(tiny_images, store, 16, *names, features=True, flips=True, workers=0, device="cpu"))
+    arguments = ["--reference", str(tiny_images), "--out", str(tmp_path / "out"), "--questions", "data"]
+    with pytest.raises(SystemExit, match="a store without mirror images"):
+        ablations.main([str(store), *arguments])
+    assert not (store / "compressors").exists()
 
 
 def test_targets_of_every_kind_are_compared(
@@ -84,17 +131,76 @@ def test_a_packed_store_holds_the_same_bits_in_smaller_files(tmp_path: Path, tin
     assert "local.pca-4" not in packed.manifest.columns
 
 
-def test_packing_keeps_files_below_the_limit(tmp_path: Path, tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A megabyte is more than all of the tiny store, so repeat its rows.
-    import pack as module
+def files_of(folder: Path) -> dict[str, int]:
+    return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
 
-    many = torch.arange(len(Store.open(tiny_store))).repeat(100)
-    monkeypatch.setattr(module, "rows_of", lambda store, options: many)
-    packed = pack(Pack(tiny_store, tmp_path / "packed", megabytes=1))
-    sizes = [shard.bytes for column in packed.manifest.columns.values() for shard in column.shards]
-    assert max(sizes) <= 1_100_000
-    assert len(packed.manifest.columns["features"].shards) > 1
+
+@pytest.mark.parametrize("columns", [(), ("cls",), ("label",)])
+def test_packing_keeps_files_below_the_limit(columns: tuple[str, ...], tmp_path: Path, tiny_store: Path) -> None:
+    # A megabyte is more than all of the tiny store, so repeat its rows: narrow columns are mostly names of images.
+    many = torch.arange(len(Store.open(tiny_store))).repeat(200 if not columns else 2000)
+    packed = pack(Pack(tiny_store, tmp_path / "packed", columns, megabytes=1), many)
+    sizes = [size for name, size in files_of(tmp_path / "packed").items() if name.endswith(".safetensors")]
+    assert max(sizes) <= 1_000_000
+    assert max(sizes) > 900_000  # Nor are there more files than need be.
+    assert len(packed.manifest.columns["label"].shards) > 1
     assert len(packed) == len(many)
+
+
+def test_an_image_beyond_the_limit_is_refused(tmp_path: Path, tiny_store: Path) -> None:
+    with pytest.raises(UserError, match="one image of column label takes 8 bytes"):
+        pack(Pack(tiny_store, tmp_path / "packed", ("latent",), megabytes=0))
+    assert not (tmp_path / "packed").exists()
+
+
+def test_large_files_travel_in_parts(tmp_path: Path, tiny_store: Path, tiny_encoder: str) -> None:
+    network, references = tmp_path / "judge.safetensors", tmp_path / "references"
+    network.write_bytes(torch.arange(300_000).numpy().tobytes())
+    references.mkdir()
+    (references / "held-out.json").write_text("{}")
+    options = Pack(tiny_store, tmp_path / "packed", ("cls",), networks=(network, Path(tiny_encoder)), megabytes=1)
+    pack(replace(options, references=references))
+    sizes = files_of(tmp_path / "packed")
+    assert max(sizes.values()) <= 1_000_000
+    assert {"references/held-out.json", "networks/judge.safetensors.part-002"} <= sizes.keys()
+    Store.open(tmp_path / "packed")
+    unpack(tmp_path / "packed")
+    sizes = files_of(tmp_path / "packed")
+    assert not [name for name in sizes if "part" in name]
+    assert (tmp_path / "packed/networks/judge.safetensors").read_bytes() == network.read_bytes()
+    assert f"networks/{Path(tiny_encoder).name}/config.json" in sizes
+
+
+@pytest.mark.parametrize(("problem", "message"), [("lost", "part-001 is missing"), ("changed", "were damaged")])
+def test_parts_that_are_not_what_they_were(problem: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "judge.safetensors"
+    file.write_bytes(bytes(10))
+    assert split_large(tmp_path, 4) == ["judge.safetensors"]
+    part = tmp_path / "judge.safetensors.part-001"
+    part.unlink() if problem == "lost" else part.write_bytes(b"1234")
+    with pytest.raises(UserError, match=message):
+        unpack(tmp_path)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"networks": ("nowhere",)}, "nowhere is to be packed, but is not there"),
+        ({"networks": ("a/same", "b/same")}, "have the same name"),
+        ({"references": "a", "share": 0.5}, "--references are of all images"),
+    ],
+)
+def test_what_cannot_come_along_is_refused(
+    changes: dict, message: str, tmp_path: Path, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/same", "b/same"):
+        Path(name).mkdir(parents=True)
+    paths = {**changes, "networks": tuple(map(Path, changes.get("networks", ())))}
+    with pytest.raises(UserError, match=message):
+        pack(Pack(tiny_store, tmp_path / "packed", ("cls",), **paths))
+    assert not (tmp_path / "packed").exists()
 
 
 def test_a_column_that_is_not_there_is_refused(tmp_path: Path, tiny_store: Path) -> None:

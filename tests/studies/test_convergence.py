@@ -7,17 +7,26 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import convergence
 from compare import compare
+from pack import Pack, pack
+from plan import Cost, lines_of, proposed_steps
+from reglue.data.store import Store
+from reglue.jobs.prepare import Prepare, prepare
+from study import steps_between_checkpoints, trials_of
+from unpack import unpack
 
 TINY = (
     *("--model", "1x32x2/2", "--steps", "4", "--checkpoints", "2", "--batch-size", "4", "--warmup", "0"),
     *("--alignment-hidden", "16", "--precision", "float32", "--count", "8", "--sampling-steps", "2"),
     *("--resamples", "10", "--redi-compressor", "pca-4", "--reglue-compressor", "conv-4", "--device", "cpu"),
+    *("--seeds", "1"),
 )
 
 
@@ -124,12 +133,143 @@ def test_compare_sets_studies_side_by_side(finished: Path, tmp_path: Path) -> No
     assert f"| {tmp_path.name} | 2 | sit, seed 0 |" in table
 
 
-def test_a_plan_times_the_arms_and_leaves_nothing(
+def test_a_plan_times_the_arms_and_leaves_nothing_else(
     tmp_path: Path, tiny_store: Path, tiny_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "study"
-    arguments = ["--arms", "sit", "redi", "--plan"]
+    arguments = ["--arms", "sit", "redi", "--plan", "--minutes", "0.5"]
     convergence.main([str(tiny_store), "--reference", str(tiny_images), "--out", str(out), *TINY, *arguments])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:3]] == ["sit-seed-0", "redi-seed-0"]
-    assert not out.exists()
+    assert [line.split()[1] for line in lines[2:4]] == ["sit-seed-0", "redi-seed-0"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["study-plan.json", "study-plan.md"]
+    assert (tmp_path / "study-plan.md").read_text().splitlines() == lines
+    written = json.loads((tmp_path / "study-plan.json").read_text())
+    sit = written["arms"][0]
+    assert sit["training"] == pytest.approx(4 * 4 / sit["images_per_second"])
+    assert all(sit[part] > 0 for part in ("starting", "drawing", "measuring"))
+
+
+def test_the_proposed_steps_take_the_minutes(tiny_store: Path) -> None:
+    def options(**changes: Any) -> convergence.Convergence:
+        given = {"store": tiny_store, "reference": tiny_store, "out": tiny_store, "checkpoints": 3, "guidance": 1.0}
+        return convergence.Convergence(**{**given, "batch_size": 10, "arms": ("sit",), "seeds": 1, **changes})
+
+    cost = Cost(
+        images_per_second=100.0, start_seconds=2.0, drawing_seconds=3.0, measuring_seconds=1.0, inception_seconds=9
+    )
+    arms = convergence.arms_of(options())
+
+    def seconds(steps: int) -> float:
+        changed = options(steps=steps)
+        return 20 + sum(line.total for line in lines_of(changed, arms, {"sit": cost}))
+
+    asked = options(steps=1000, minutes=5.0)
+    steps = proposed_steps(asked, list(lines_of(asked, arms, {"sit": cost})), {"conv-16": 20.0})
+    # 300 seconds less 20 of the compressor, less three times 2 + 3 + 1, less 9 of the Inception.
+    assert steps == 2528
+    assert seconds(steps) <= 300 < seconds(steps + 4)
+    short = options(steps=1000, minutes=0.5)
+    assert proposed_steps(short, list(lines_of(short, arms, {"sit": cost})), {"conv-16": 20.0}) == 0
+
+
+def phases(out: Path) -> list[str]:
+    return [json.loads(line)["phase"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_finished_study_without_its_runs_is_not_trained_again(
+    finished: Path, tmp_path: Path, tiny_store: Path, tiny_images: Path
+) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("run", "*.png", "samples.json", "log.jsonl"))
+    before = json.loads((finished / "results.json").read_text())["arms"]
+    assert run(tiny_store, tiny_images, out, "--arms", "sit", "reglue")["arms"] == before
+    assert not (out / "log.jsonl").exists()
+    # What is new is trained: the longer run from its beginning, whose earlier figures stay.
+    after = run(tiny_store, tiny_images, out, "--arms", "sit", "--steps", "8", "--checkpoints", "3")["arms"]
+    assert phases(out).count("train") == 1
+    assert {step: after["sit-seed-0"]["steps"][step] for step in ("2", "4")} == before["sit-seed-0"]["steps"]
+    assert after["sit-seed-0"]["steps"]["8"]["training_seconds"] > 0
+
+
+def test_seconds_of_an_earlier_version_come_from_its_results(
+    finished: Path, tmp_path: Path, tiny_store: Path, tiny_images: Path
+) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("run", "*.training.json"))
+    before = json.loads((finished / "results.json").read_text())["arms"]
+    assert run(tiny_store, tiny_images, out, "--arms", "sit", "reglue")["arms"] == before
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--inception", "the Inception's weights missing"), ("--judge", "--judge missing"), ("--autoencoder", "missing")],
+)
+def test_a_network_that_is_missing_is_found_before_any_step(
+    option: str, message: str, tmp_path: Path, tiny_store: Path, tiny_images: Path
+) -> None:
+    out = tmp_path / "study"
+    with pytest.raises(SystemExit, match=message):
+        run(tiny_store, tiny_images, out, "--arms", "sit", option, "missing.safetensors")
+    assert not out.exists()  # So that the right name is no other study.
+
+
+def test_real_images_stay_where_their_features_were_taken(
+    tmp_path: Path,
+    tiny_store: Path,
+    tiny_images: Path,
+    tiny_encoder: str,
+    tiny_autoencoder: str,
+    random_inception: Path,
+) -> None:
+    images, known = Path(shutil.copytree(tiny_images, tmp_path / "images")), tmp_path / "known"
+    made = {"autoencoder": tiny_autoencoder, "encoder": tiny_encoder, "workers": 0, "device": "cpu"}
+    held_out = tmp_path / "held-out"
+    prepare(Prepare(images, held_out, 16, **made))
+    more = ["--arms", "sit", "--inception", str(random_inception), "--guidance", "1", "--count", "6"]
+    options = [*TINY, *more, "--checkpoints", "1"]
+    convergence.main(
+        [str(tiny_store), "--reference", str(held_out), "--out", str(known), *options, "--references-only"]
+    )
+    assert [file.name for file in known.iterdir()] == ["references"]
+    packed = tmp_path / "packed"
+    pack(Pack(held_out, packed, ("cls",), references=known / "references", networks=(random_inception,)))
+    unpack(packed)
+    shutil.rmtree(images)
+    network = packed / "networks" / random_inception.name
+    out = tmp_path / "study"
+    options[options.index(str(random_inception))] = str(network)
+    convergence.main([str(tiny_store), "--reference", str(packed), "--out", str(out), *options])
+    arms = json.loads((out / "results.json").read_text())["arms"]
+    assert arms["sit-seed-0"]["steps"]["4"]["inception"]["held_out_images"] == 24
+
+
+def test_redi_learns_the_last_layer_and_its_codes_are_made(tmp_path: Path, tiny_store: Path, tiny_images: Path) -> None:
+    store = Path(shutil.copytree(tiny_store, tmp_path / "store"))
+    assert convergence.Convergence.redi_compressor == "pca-8-last"
+    more = ("--arms", "redi", "--redi-compressor", "pca-3-last", "--checkpoints", "1", "--guidance", "1")
+    run(store, tiny_images, tmp_path / "study", *more)
+    assert Store.open(store).manifest.compressors["pca-3-last"].layers == (4,)
+    with pytest.raises(SystemExit, match="no codes mine, and the name does not tell how they are made"):
+        run(store, tiny_images, tmp_path / "other", "--arms", "redi", "--redi-compressor", "mine")
+
+
+def test_both_ends_are_trained_twice_unless_told_otherwise(tiny_store: Path) -> None:
+    options = convergence.Convergence(store=tiny_store, reference=tiny_store, out=Path("study"))
+    names = [trial.folder.name for trial in trials_of(options, convergence.arms_of(options))]
+    assert [name for name in names if name.endswith("seed-1")] == ["sit-seed-1", "reglue-seed-1"]
+    some = replace(options, arms=("sit", "repa"))
+    names = [trial.folder.name for trial in trials_of(some, convergence.arms_of(some))]
+    assert names == ["sit-seed-0", "sit-seed-1", "repa-seed-0"]
+
+
+def test_checkpoints_are_minutes_apart(finished: Path, tiny_store: Path, tmp_path: Path) -> None:
+    options = convergence.Convergence(store=tiny_store, reference=tiny_store, out=tmp_path, batch_size=4, arms=("sit",))
+    (trial, _) = trials_of(options, convergence.arms_of(options))
+    assert steps_between_checkpoints(options, trial) == 500
+    other = tmp_path / "reglue-seed-0" / "run"  # Another arm tells about how fast this machine is.
+    other.mkdir(parents=True)
+    (other / "metrics.jsonl").write_text('{"step": 5, "images_per_second": 10.0}\n')
+    assert steps_between_checkpoints(options, trial) == 750
+    trial.run.mkdir(parents=True)
+    (trial.run / "metrics.jsonl").write_text('{"step": 5, "images_per_second": 20.0}\n')
+    assert steps_between_checkpoints(options, trial) == 1500

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_each_method_is_trained_in_each_space(
 ) -> None:
     out = tmp_path / "spaces"
     arguments = [str(tiny_store), "--reference", str(tiny_images), "--out", str(out), *TINY, "--guidance", "1"]
-    arguments += ["--checkpoints", "1", "--workers", "0", "--arms", "sit", "reglue", "--autoencoders"]
+    arguments += ["--checkpoints", "1", "--decoding-workers", "0", "--arms", "sit", "reglue", "--autoencoders"]
     spaces.main([*arguments, *autoencoders[:2]])
     spaces.main([*arguments, *autoencoders])  # adds the third
     results = json.loads((out / "results.json").read_text())["arms"]
@@ -51,6 +52,15 @@ def test_each_method_is_trained_in_each_space(
     channels = {Store.open(store).manifest.autoencoder.latent_channels for store in (out / "stores").iterdir()}
     assert channels == {2}
     assert (out / "kl-weight.png").stat().st_size > 10_000
+    # Elsewhere, each space is decoded by its own autoencoder, where it is now.
+    moved = [shutil.copytree(folder, tmp_path / "moved" / Path(folder).name) for folder in autoencoders]
+    for trained in ("sit-in-plain-seed-0", "sit-in-aligned-seed-0"):
+        shutil.rmtree(out / trained / "step-00000004")
+        (out / trained / "step-00000004.encoder.json").unlink()
+    spaces.main([*arguments, *map(str, moved)])
+    for space in ("plain", "aligned"):
+        protocol = json.loads((out / f"sit-in-{space}-seed-0/step-00000004/samples.json").read_text())
+        assert protocol["decoder"] == str(tmp_path / "moved" / space)
 
 
 def test_points_of_the_plot(autoencoders: list[str], tmp_path: Path, tiny_store: Path) -> None:

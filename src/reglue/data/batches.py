@@ -129,8 +129,12 @@ def _compress_command(store: Store, column: str) -> str:
     """What makes a column of codes, as far as the name tells."""
     of_class_token = column.startswith(CLASS_TOKEN_CODES)
     name = compressor_of(column).removeprefix(CLASS_TOKEN_CODES)
-    kind, _, channels = name.partition("-")
-    options = f"--kind {kind} --channels {channels}" if channels.isdecimal() else f"--name {name}"
+    kind, _, sizes = name.partition("-")
+    channels, _, layers = sizes.partition("-")
+    if channels.isdecimal() and layers in ("", "last"):
+        options = f"--kind {kind} --channels {channels}{' --layers last' if layers else ''}"
+    else:
+        options = f"--name {name}"
     return f"`reglue compress {store.folder}{' --column cls' if of_class_token else ''} {options}`"
 
 

@@ -278,11 +278,12 @@ class Store:
         return mapped
 
     def scan(
-        self, column: str, rows: Tensor | None = None, chunk: int = 64
+        self, column: str, rows: Tensor | None = None, chunk: int = 64, channels: slice = slice(None)
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """All rows of a column (or the given ascending ones) in order, at most `chunk` at a time and in bounded memory.
 
-        Yields pairs of row indices (n,) and their tensors (n, …). No chunk straddles two shards.
+        Yields pairs of row indices (n,) and their tensors (n, …), of the first axis of each row only some `channels`.
+        No chunk straddles two shards.
         """
         content = self._column(column)
         for shard, end in enumerate(self._ends.tolist()):
@@ -290,7 +291,10 @@ class Store:
             within = torch.arange(start, end) if rows is None else rows[(rows >= start) & (rows < end)]
             if not len(within):
                 continue
-            mapped = _map(self.folder, content, shard)  # Not kept: resident pages go with the map.
+            mapped = {  # Not kept: resident pages go with the map.
+                name: tensor[:, channels] if tensor.ndim > 1 else tensor
+                for name, tensor in _map(self.folder, content, shard).items()
+            }
             for part in within.split(chunk):
                 yield part, restored({name: tensor[part - start] for name, tensor in mapped.items()})
 

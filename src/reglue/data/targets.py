@@ -104,6 +104,11 @@ class DecodedTargets(AlignmentTargets):
         compressor = load_compressor(folder)
         if compressor.spec() != store.manifest.compressors[name]:
             raise UserError(f"the compressor in {folder} did not make column {self.column}; put back the one that did")
+        if compressor.layers and compressor.layers[-1] != encoder.depth - 1:
+            raise UserError(
+                f"compressor {name} has layers {list(compressor.layers)}, not the last one ({encoder.depth - 1}) that "
+                "alignment needs; name another with --alignment.compressor, or use --alignment.targets cached"
+            )
         self.compressor = compressor.requires_grad_(False).to(device)
 
     def read(self, rows: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State, StateShape
-from reglue.diffusion.transformer import NORM_EPSILON, Transformer, initialise_linears, position_embedding
+from reglue.diffusion.transformer import NORM_EPSILON, Transformer, position_embedding
+from reglue.seeds import torch_generator
 
 
 class Prediction(NamedTuple):
@@ -121,7 +122,8 @@ class Denoiser(nn.Module):
     own in front. Pure: no dropout, of labels or otherwise.
     """
 
-    def __init__(self, config: DenoiserConfig) -> None:
+    def __init__(self, config: DenoiserConfig, seed: int = 0) -> None:
+        """Initial weights are a function of the seed, and of nothing that was drawn before."""
         super().__init__()
         self.config = config
         shape, width = config.shape, config.width
@@ -139,7 +141,7 @@ class Denoiser(nn.Module):
         positions = position_embedding(config.token_grid, width, leading, config.position_grid)
         self.register_buffer("positions", positions, persistent=config.learned_positions)
         self.positions: Tensor
-        self.initialise()
+        self.initialise(seed)
 
     @property
     def null_label(self) -> int:
@@ -171,14 +173,28 @@ class Denoiser(nn.Module):
         image = tokens.reshape(tokens.shape[0], rows, columns, p, p, -1).permute(0, 5, 1, 3, 2, 4)
         return image.reshape(tokens.shape[0], -1, rows * p, columns * p)
 
-    def initialise(self) -> None:
-        """The published initialisation: adaLN-Zero, the patch embedding as if it were Linear, zero output layers."""
-        initialise_linears(self)
-        self.transformer.initialise()
-        nn.init.xavier_uniform_(self.patches.weight.view(self.patches.out_channels, -1))
-        nn.init.zeros_(self.patches.bias)  # type: ignore[arg-type]
-        heads = [self.velocity]
+    def initialise(self, seed: int) -> None:
+        """The published initialisation: adaLN-Zero, the patch embedding as if it were Linear, zero output layers.
+
+        Every layer draws from a stream of its own, told by its name: models of one seed begin with the same weights in
+        whatever they share, other parts or not.
+        """
+        transformer = self.transformer
+        small = {transformer.label_embedding, transformer.time_embedding[0], transformer.time_embedding[2]}
+        zero = {self.velocity, transformer.modulation, *(block.modulation for block in transformer.blocks)}
         if self.config.shape.class_token_width:
-            heads.append(self.class_token_velocity)
-        for head in heads:
-            nn.init.zeros_(head.weight)
+            zero.add(self.class_token_velocity)
+        for name, layer in self.named_modules():  # type: ignore[reportUnknownVariableType]
+            if not isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding):
+                continue
+            if layer.weight.is_meta:
+                return  # Names and shapes are asked for, and nothing can be drawn.
+            drawn = torch_generator(seed, f"initial weights of {name}")
+            if layer in small:
+                nn.init.normal_(layer.weight, std=0.02, generator=drawn)
+            elif layer in zero:
+                nn.init.zeros_(layer.weight)
+            else:
+                nn.init.xavier_uniform_(layer.weight.flatten(1), generator=drawn)
+            if not isinstance(layer, nn.Embedding) and layer.bias is not None:
+                nn.init.zeros_(layer.bias)

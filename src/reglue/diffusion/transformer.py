@@ -109,19 +109,3 @@ class Transformer(nn.Module):
                 tap = x
         shift, scale = self.modulation(condition).chunk(2, dim=1)
         return modulate(self.norm(x), shift, scale), tap
-
-    def initialise(self) -> None:
-        """Xavier-uniform, zero biases, small normal conditions; zero modulations: blocks start as identity."""
-        initialise_linears(self)
-        for layer in (self.label_embedding, self.time_embedding[0], self.time_embedding[2]):
-            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
-        for layer in (self.modulation, *(block.modulation for block in self.blocks)):
-            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
-
-
-def initialise_linears(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for every Linear inside."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)

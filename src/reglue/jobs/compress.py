@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from reglue.semantics.compressors import (
 
 SHOWN = 8
 """Images in the picture of the codes."""
-LATER_OPTIONS = {"column": "features", "kl_weight": 0.0}
+LATER_OPTIONS = {"column": "features", "kl_weight": 0.0, "layers": None}
 """Options that compressors of earlier versions do not know, with what those did."""
 
 
@@ -60,6 +60,9 @@ class Compress(TakesPaths):
     column: CompressedColumn = "features"
     """features: the map of patch features; cls: the class token, by pca or mlp. A recipe learns its codes in place of
     the token with --class-token.compressor NAME."""
+    layers: Literal["last"] | tuple[int, ...] | None = None
+    """last, or blocks of the encoder, 0 is the first: features of these alone are taken, of those that the store has.
+    Several must be neighbours there. Default: all. ReDi takes the last one."""
     channels: int = 16
     """Channels of the codes. Of ReDi's file, given as --fitted, so many components are taken, the first ones."""
     hidden: int = 256
@@ -89,12 +92,13 @@ class Compress(TakesPaths):
     """Folder of a compressor (RUN/compressor or STORE/compressors/NAME), REGLUE's published .pth or ReDi's PCA file:
     nothing is fitted, its codes are added. For another resolution of images, which a model is to be fine-tuned on,
     other images to compare with, or the published codes. The store must have the features that it was fitted to, from
-    the same encoder and layers."""
+    the same encoder and layers; a published file does not say which layers, and is taken to mean --layers."""
     statistics: Path | None = None
     """With --fitted: mean and std of the features, which REGLUE keeps beside its compressor: .npz, or a dict in .npy,
     .pt or .pkl."""
     name: str | None = None
-    """Of the compressor within the store. Default: KIND-CHANNELS, such as conv-16, and -kl behind it if variational."""
+    """Of the compressor within the store. Default: KIND-CHANNELS, such as conv-16, with -last or -layers-10-11 behind
+    it if these alone are taken, and -kl if variational."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 
@@ -115,6 +119,8 @@ class Compress(TakesPaths):
             raise UserError("--kl-weight is for --kind conv or mlp; principal components have no distribution of codes")
         if self.kind == "conv" and self.column == "cls":
             raise UserError("--kind conv needs a map, and --column cls has none; choose --kind pca or mlp")
+        if self.layers is not None and self.column == "cls":
+            raise UserError("--layers is for --column features; a class token is of the last layer")
         if self.statistics and not self.fitted:
             raise UserError("--statistics are those of a published compressor: give it too, with --fitted")
         if self.name is not None and not self.name.replace("-", "").replace("_", "").isalnum():
@@ -123,7 +129,10 @@ class Compress(TakesPaths):
     @property
     def compressor_name(self) -> str:
         """The name under which recipes know this compressor."""
-        return self.name or f"{self.kind}-{self.channels}" + ("-kl" if self.kl_weight else "")
+        if self.name:
+            return self.name
+        layers = "" if self.layers is None else "-last" if self.layers == "last" else f"-layers{_dashed(self.layers)}"
+        return f"{self.kind}-{self.channels}{layers}" + ("-kl" if self.kl_weight else "")
 
     @property
     def codes(self) -> str:
@@ -138,7 +147,8 @@ class Compress(TakesPaths):
         """The options that decide the result."""
         without = {"store", "name", "device", "fitted", "statistics"}
         if fitted:
-            return {"fitted": fitted.weights_sha256()}
+            asked = {} if self.layers is None else {"layers": self.layers}
+            return {"fitted": fitted.weights_sha256(), **asked}
         if self.kind == "pca":
             without |= {"hidden", "epochs", "cosine_epochs", "batch_size", "micro_batch"}
             without |= {"learning_rate", "final_learning_rate"}
@@ -158,10 +168,10 @@ def compress(options: Compress) -> Store:
     if options.column not in store.manifest.columns:
         what, remedy = {"features": ("features", "--features"), "cls": ("class tokens", "--encoder")}[options.column]
         raise UserError(f"{store.folder} has no {what} to compress; prepare a store with {remedy}")
-    channels = store.manifest.columns[options.column].tensors[value_of(options.column)].shape[0]
-    if fitted and len(fitted.mean) != channels:
+    source = Input.of(options, store, fitted)
+    if fitted and len(fitted.mean) != source.width:
         raise UserError(
-            f"--fitted {options.fitted} takes {len(fitted.mean)} channels, but {store.folder} has {channels}; "
+            f"--fitted {options.fitted} takes {len(fitted.mean)} channels, but {store.folder} has {source.width}; "
             "prepare it with the same encoder and --layers"
         )
     if len(store.originals) < 2:
@@ -174,23 +184,76 @@ def compress(options: Compress) -> Store:
     device = resolve_device(options.device)
     training, held_out = _split(options, store)
     statistics = store.manifest.statistics[options.column]
-    mean, std = torch.tensor(statistics.mean, device=device), torch.tensor(statistics.std, device=device)
+    mean, std = (torch.tensor(each[source.channels], device=device) for each in (statistics.mean, statistics.std))
     std = torch.where(std > 1e-6, std, 1.0)  # A channel that never changes stays 0 instead of becoming NaN.
     if name in store.manifest.compressors:  # Its codes were damaged.
         compressor = load_compressor(folder).to(device)
     elif fitted:
         compressor = fitted.to(device)
     elif options.kind == "pca":
-        compressor = _fit_pca(options, store, folder, training, held_out, mean, std)
+        compressor = _fit_pca(options, source, folder, training, held_out, mean, std)
     else:
-        compressor = _train(options, store, folder, training, held_out, mean, std)
-    compressor.column = options.column
+        compressor = _train(options, source, folder, training, held_out, mean, std)
+    compressor.column, compressor.layers = options.column, source.layers
     spec = compressor.save(folder)
-    store = store.add_codes(options.compressor_name, spec, _codes(store, compressor, device))
+    store = store.add_codes(options.compressor_name, spec, _codes(source, compressor, device))
     if options.column == "features":
         _draw_codes(store, options.codes, folder / "codes.png")
     _checkpoint_of(folder).unlink(missing_ok=True)
     return store
+
+
+@dataclass(frozen=True)
+class Input:
+    """What of a store is compressed."""
+
+    store: Store
+    column: CompressedColumn
+    layers: tuple[int, ...] | None
+    """Whose features; None for class tokens."""
+    channels: slice
+    """Where these are in the column."""
+
+    @classmethod
+    def of(cls, options: Compress, store: Store, fitted: Compressor | None) -> Input:
+        """What the options ask for. Raises UserError for layers that are not there, or not those of `fitted`."""
+        encoder = store.manifest.encoder
+        assert encoder is not None
+        if options.column == "cls":
+            return cls(store, "cls", None, slice(0, encoder.width))
+        last = (encoder.depth - 1,)
+        asked = last if options.layers == "last" else options.layers
+        known = fitted.layers if fitted else None
+        if asked and known and asked != known:
+            raise UserError(f"--fitted {options.fitted} takes layers {list(known)}: leave out --layers")
+        layers = asked or known or encoder.layers
+        try:
+            return cls(store, "features", layers, encoder.channels_of(layers))
+        except ValueError as error:
+            if not asked:
+                raise UserError(
+                    f"--fitted {options.fitted} takes layers {list(layers)}, but {store.folder} holds "
+                    f"{list(encoder.layers)}; prepare it with the same encoder and --layers"
+                ) from error
+            raise UserError(f"--layers: {error} of {store.folder}; choose of these, or prepare it anew") from error
+
+    @property
+    def width(self) -> int:
+        """Channels of the values that are compressed."""
+        return self.channels.stop - self.channels.start
+
+    def read(self, rows: Tensor) -> Tensor:
+        """The values of rows (n,) as maps (n, width, h, w)."""
+        return as_map(self.store.read(self.column, rows, self.channels)[self.column])
+
+    def scan(self, rows: Tensor) -> Iterator[Tensor]:
+        """The same of ascending rows, a few images at a time."""
+        for _, tensors in self.store.scan(self.column, rows, channels=self.channels):
+            yield as_map(tensors[self.column])
+
+
+def _dashed(layers: tuple[int, ...]) -> str:
+    return "".join(f"-{layer}" for layer in layers)
 
 
 def _split(options: Compress, store: Store) -> tuple[Tensor, Tensor]:
@@ -224,11 +287,11 @@ def _same_options_as_before(folder: Path, asked: dict[str, Any], begun: bool) ->
 
 
 def _fit_pca(
-    options: Compress, store: Store, folder: Path, training: Tensor, held_out: Tensor, mean: Tensor, std: Tensor
+    options: Compress, source: Input, folder: Path, training: Tensor, held_out: Tensor, mean: Tensor, std: Tensor
 ) -> Compressor:
-    features = _scan(store, options.column, training, "principal components")
+    features = _scan(source, training, "principal components")
     compressor = PcaCompressor.fit(features, mean, std, options.channels)
-    fit, validation = (_measure(compressor, store, options.column, rows) for rows in (training, held_out))
+    fit, validation = (_measure(compressor, source, rows) for rows in (training, held_out))
     record = {"train_mse": fit.mse, "validation_mse": validation.mse, "explained_variance": validation.explained}
     _write_metrics(folder, [record])
     print(f"{options.compressor_name}: {validation.explained:.1%} of the variance of held-out features explained")
@@ -236,7 +299,7 @@ def _fit_pca(
 
 
 def _train(
-    options: Compress, store: Store, folder: Path, training: Tensor, held_out: Tensor, mean: Tensor, std: Tensor
+    options: Compress, source: Input, folder: Path, training: Tensor, held_out: Tensor, mean: Tensor, std: Tensor
 ) -> Compressor:
     """REGLUE's training: MSE on standardised features, Adam, a cosine longer than what is used of it.
 
@@ -261,7 +324,7 @@ def _train(
             order = training[permutation(options.seed, "compressor order", epoch, len(training))]
             batches = order[: steps * batch_size].split(batch_size)
             micro_batches = [part for batch in batches for part in batch.split(options.micro_batch)]
-            parts = _read_ahead(store, options.column, micro_batches)
+            parts = _read_ahead(source, micro_batches)
             squared_error, divergence = torch.zeros((), device=mean.device), torch.zeros((), device=mean.device)
             compressor.train()
             for batch in batches:
@@ -285,7 +348,7 @@ def _train(
             if not math.isfinite(train_mse):
                 raise UserError(f"the loss became {train_mse} in epoch {epoch + 1}; choose a lower --learning-rate")
             compressor.eval()
-            validation = _measure(compressor, store, options.column, held_out)
+            validation = _measure(compressor, source, held_out)
             record = {"epoch": epoch + 1, "train_mse": train_mse, "validation_mse": validation.mse}
             if compressor.variational:
                 record["train_kl"] = divergence.item() / (steps * batch_size)
@@ -306,15 +369,15 @@ def _noise(options: Compress, epoch: int, rows: Tensor, like: Tensor) -> Tensor:
     return normals(generators, {"code": like.shape[1:]})["code"].to(like.device)
 
 
-def _read_ahead(store: Store, column: CompressedColumn, parts: list[Tensor]) -> Iterator[Tensor]:
+def _read_ahead(source: Input, parts: list[Tensor]) -> Iterator[Tensor]:
     """The features of each list of rows as maps; while one is used, a thread reads the next."""
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(store.read, column, parts[0])
+        coming = reader.submit(source.read, parts[0])
         for rows in [*parts[1:], None]:
-            ready = coming.result()[column]
+            ready = coming.result()
             if rows is not None:
-                coming = reader.submit(store.read, column, rows)
-            yield as_map(ready)
+                coming = reader.submit(source.read, rows)
+            yield ready
 
 
 @dataclass(frozen=True)
@@ -327,32 +390,32 @@ class _Fit:
 
 
 @torch.inference_mode()
-def _measure(compressor: Compressor, store: Store, column: CompressedColumn, rows: Tensor) -> _Fit:
+def _measure(compressor: Compressor, source: Input, rows: Tensor) -> _Fit:
     error = torch.zeros((), dtype=torch.float64, device=compressor.mean.device)
     deviation = torch.zeros_like(error)
     count = 0
-    for _, tensors in store.scan(column, rows):
-        features = compressor.standardise(as_map(tensors[column]).to(compressor.mean.device))
+    for values in source.scan(rows):
+        features = compressor.standardise(values.to(compressor.mean.device))
         error += (compressor.expand(compressor.compress(features)) - features).double().square().sum()
         deviation += features.double().square().sum()
         count += features.numel()
     return _Fit((error / count).item(), (1 - error / deviation).item())
 
 
-def _scan(store: Store, column: CompressedColumn, rows: Tensor, what: str) -> Iterator[Tensor]:
-    """The features of ascending rows as maps, a few images at a time."""
+def _scan(source: Input, rows: Tensor, what: str) -> Iterator[Tensor]:
+    """What is compressed of ascending rows as maps, a few images at a time."""
     with tqdm(total=len(rows), desc=what, unit="image") as progress:
-        for part, tensors in store.scan(column, rows):
-            yield as_map(tensors[column])
+        for part in source.scan(rows):
+            yield part
             progress.update(len(part))
 
 
 @torch.inference_mode()
-def _codes(store: Store, compressor: Compressor, device: torch.device) -> Iterator[Tensor]:
+def _codes(source: Input, compressor: Compressor, device: torch.device) -> Iterator[Tensor]:
     """The codes of every shard, in the precision of the store's latents."""
+    store, column = source.store, source.column
     dtype = getattr(torch, store.manifest.latent_dtype)
-    column = compressor.column
-    parts = _scan(store, column, torch.arange(len(store)), "codes")
+    parts = _scan(source, torch.arange(len(store)), "codes")
     for shard in store.manifest.columns[column].shards:
         codes: list[Tensor] = []
         while sum(map(len, codes)) < shard.rows:

@@ -234,11 +234,13 @@ def compressor_of(options: ImportRun, model: OfficialModel, encoder: EncoderSpec
         raise UserError(f"--compressor {options.compressor}: a {model.family} model has no local map; leave it out")
     compressor = read_official_compressor(options.compressor, options.statistics, channels)
     expected = compressor.spec().channels_in
-    if encoder is not None and encoder.feature_channels != expected:
-        raise UserError(
-            f"--compressor {options.compressor} takes {expected} features, but --encoder {options.encoder} gives "
-            f"{encoder.feature_channels}"
-        )
+    if encoder is not None:
+        given = encoder.width * len(compressor.layers or encoder.layers)
+        if given != expected:
+            raise UserError(
+                f"--compressor {options.compressor} takes {expected} features, but --encoder {options.encoder} gives "
+                f"{given}"
+            )
     return compressor
 
 

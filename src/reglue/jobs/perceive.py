@@ -218,7 +218,7 @@ def load_subject(options: Perceive, device: torch.device) -> Subject:
     if alignment:
         gives["alignment"] = _encoder_of(alignment, folder)
     if compressor and record.encoder:
-        gives["local"] = record.encoder
+        gives["local"] = replace(record.encoder, layers=compressor.layers or record.encoder.layers)
     gives = _asked_for(options, gives)
     drawing = plan(options, model) if options.images is None else None
     samples = _samples(options, model.autoencoder.spec, record.resolution)

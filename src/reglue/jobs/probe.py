@@ -226,8 +226,13 @@ class Input:
         if self.compressor is not None:
             same = manifest.compressors.get(compressor_of(self.column)) == self.compressor.spec()
             if not (same and self.column in manifest.columns):
-                source = self.compressor.column
-                return self.compressor.encode(as_map(store.read(source, rows)[source]))
+                column, channels = self.compressor.column, _taken(self.compressor, store)
+                if channels is None:
+                    raise UserError(
+                        f"{store.folder} has neither the codes {self.column} nor the layers "
+                        f"{list(self.compressor.layers or ())} that they are made of; prepare it with these"
+                    )
+                return self.compressor.encode(as_map(store.read(column, rows, channels)[column]))
         return store.read(self.column, rows, self.channels)[value_of(self.column)]
 
 
@@ -310,7 +315,7 @@ def input_of(store: Store, name: str) -> Input:
     if holds_codes(column):
         folder = store.folder / "compressors" / compressor_of(column)
         compressor = load_compressor(folder)
-        ratio = manifest.compressors[compressor_of(column)].channels_in / width
+        ratio = max(compressor.spec().channels_in, _features_width(store, compressor.column)) / width
         fit = _last_line(folder / "metrics.jsonl")
     return Input(
         name=name,
@@ -324,6 +329,25 @@ def input_of(store: Store, name: str) -> Input:
         ratio=ratio,
         fit=fit,
     )
+
+
+def _features_width(store: Store, column: str) -> int:
+    """Channels of what a compressor may have taken a part of: 0 if the store does not have it."""
+    content = store.manifest.columns.get(column)
+    return content.tensors[value_of(column)].shape[0] if content else 0
+
+
+def _taken(compressor: Compressor, store: Store) -> slice | None:
+    """Which channels of a store's column a compressor takes; None if the store does not have them."""
+    encoder = store.manifest.encoder
+    if encoder is None or compressor.column not in store.manifest.columns:
+        return None
+    if compressor.column == "cls":
+        return slice(None)
+    try:
+        return encoder.channels_of(compressor.layers)
+    except ValueError:
+        return None
 
 
 def _last_line(path: Path) -> dict[str, float]:
@@ -495,12 +519,17 @@ def _fit(
 
 @torch.inference_mode()
 def _encoded_per_second(options: Probe, read: Input, split: Split, device: torch.device) -> float | None:
-    """Images per second from features in memory to codes, after one batch to warm up; None without a compressor."""
-    if read.compressor is None:
+    """Images per second from features in memory to codes, after one batch to warm up.
+
+    None without a compressor, and where the store has kept the codes but not the layers that it takes.
+    """
+    store = split.measured.store
+    channels = read.compressor and _taken(read.compressor, store)
+    if read.compressor is None or channels is None:
         return None
     compressor = copy.deepcopy(read.compressor).to(device)
     rows = split.measured.rows[: options.batch_size]
-    features = as_map(split.measured.store.read(compressor.column, rows)[compressor.column]).to(device)
+    features = as_map(store.read(compressor.column, rows, channels)[compressor.column]).to(device)
 
     def encode() -> None:
         compressor.encode(features).sum().item()  # Waits for the device.

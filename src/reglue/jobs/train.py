@@ -32,7 +32,6 @@ from reglue.runs import checkpoints, fine_tuning, parallel, ranks
 from reglue.runs.generation import ImageModel, decoder
 from reglue.runs.record import COMPRESSOR, RunRecord, Weights
 from reglue.runs.tracking import MetricsLog
-from reglue.seeds import generator
 from reglue.semantics.compressors import SPEC_FILE, load_compressor
 
 READERS = 4
@@ -121,8 +120,7 @@ def train(options: Train) -> Path:
     claim(options.out, record, rank)
     if record.compressor and rank == 0:
         take_compressor(store, record, options.out)
-    torch.manual_seed(int(generator(options.seed, "initial weights").integers(2**63)))
-    model = Denoiser(record.denoiser)
+    model = Denoiser(record.denoiser, options.seed)
     if start and start.weights and rank == 0:
         start.take_weights(model, record)
         checkpoints.save_start(options.out, model)  # From here on the other run is not needed.

@@ -127,6 +127,9 @@ def _read(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        reason = error.strerror or "it is not there"
+        raise UserError(f"the Inception's weights {file} cannot be read ({reason}); name a file of them") from error
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(

@@ -11,7 +11,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -53,6 +53,9 @@ class CompressorSpec:
     """Whether the encoder gives a normal distribution of codes, whose mean is the code."""
     column: CompressedColumn = "features"
     """What it was fitted to."""
+    layers: tuple[int, ...] | None = field(default=None, compare=False)
+    """Blocks of the encoder whose features it takes, ascending; None, as in older files and for class tokens: all that
+    its store has. The hash tells compressors apart: it covers the statistics of what they take."""
 
 
 class Compressor(nn.Module, ABC):
@@ -62,6 +65,8 @@ class Compressor(nn.Module, ABC):
     std: Tensor
     column: CompressedColumn = "features"
     """What it is fitted to; goes into the spec."""
+    layers: tuple[int, ...] | None = None
+    """Of which layers; goes into the spec."""
 
     def __init__(self, mean: Tensor, std: Tensor):
         """`mean`, `std`: (channels_in,), of the raw features."""
@@ -184,7 +189,7 @@ class LearnedCompressor(Compressor):
 
     def spec(self) -> CompressorSpec:
         """Kind, sizes and hash of the weights as they are now."""
-        return CompressorSpec(self.kind, *self.sizes, self.weights_sha256(), self.variational, self.column)
+        return CompressorSpec(self.kind, *self.sizes, self.weights_sha256(), self.variational, self.column, self.layers)
 
 
 class ConvCompressor(LearnedCompressor):
@@ -268,7 +273,8 @@ class PcaCompressor(Compressor):
     def spec(self) -> CompressorSpec:
         """Kind, sizes and hash of the weights as they are now."""
         channels, channels_in = self.components.shape
-        return CompressorSpec("pca", channels_in, 0, channels, self.weights_sha256(), column=self.column)
+        hash_ = self.weights_sha256()
+        return CompressorSpec("pca", channels_in, 0, channels, hash_, column=self.column, layers=self.layers)
 
 
 class ResidualBlock(nn.Module):
@@ -343,5 +349,5 @@ def _from_weights(spec: CompressorSpec, weights: dict[str, Tensor]) -> Compresso
     else:
         compressor = LEARNED[spec.kind](spec.channels_in, spec.hidden, spec.channels, variational=spec.variational)
         compressor.load_state_dict(weights)
-    compressor.column = spec.column
+    compressor.column, compressor.layers = spec.column, spec.layers
     return compressor.eval()

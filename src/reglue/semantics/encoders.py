@@ -190,6 +190,18 @@ class EncoderSpec:
         """Channels of `VisionFeatures.features`: one width per layer."""
         return self.width * len(self.layers)
 
+    def channels_of(self, layers: tuple[int, ...] | None) -> slice:
+        """Where some of the layers are among the channels of `VisionFeatures.features`; None stands for all.
+
+        Raises ValueError, naming them, for layers that are not described, or not one after the other.
+        """
+        if layers is None:
+            return slice(0, self.feature_channels)
+        for first in range(len(self.layers)):
+            if layers and self.layers[first : first + len(layers)] == layers:
+                return slice(first * self.width, (first + len(layers)) * self.width)
+        raise ValueError(f"layers {list(layers)} are not neighbours among {list(self.layers)}")
+
 
 class VisionFeatures(NamedTuple):
     """What an encoder says about images. Raw values: nothing is standardised."""
