@@ -376,7 +376,9 @@ def observe(options: StudyOptions, measures: Measures, samples: SampleSet) -> No
         with phase(options, "train", trial, step):
             train_to(options, trial, step)
         if not samples.guided:
-            write_json(figures_of(samples.folder, "training"), {"seconds": logged_seconds(trial, step)})
+            by_machine = seconds_by_machine(options, trial, step)
+            seconds = {"seconds": logged_seconds(trial, step), "by_machine": by_machine}
+            write_json(figures_of(samples.folder, "training"), seconds)
         with phase(options, "draw, guided" if samples.guided else "draw", trial, step):
             draw(options, samples)
     if "encoder" in missing:
@@ -544,7 +546,14 @@ def logged_seconds(trial: Trial, step: int) -> float:
 
 
 def seconds_by_machine(options: StudyOptions, trial: Trial, step: int) -> dict[str, float]:
-    """Seconds of training up to a step on each machine, which must not be added. By the log of the study."""
+    """Seconds of training up to a step on each machine, which must not be added.
+
+    As they were noted beside the samples; while they are not, by the log of the study.
+    """
+    file = figures_of(trial.samples(step, False), "training")
+    noted = json.loads(file.read_text()) if file.is_file() else {}
+    if "by_machine" in noted:
+        return noted["by_machine"]
     log = options.out / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     lines = [line for line in lines if line["phase"] == "train" and line["arm"] == trial.folder.name]
