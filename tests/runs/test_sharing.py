@@ -19,9 +19,13 @@ import reglue
 from helpers import TINY_RECIPE, mistake, run_reglue
 from reglue.cli import parse
 from reglue.errors import UserError
+from reglue.jobs.autoencode import Autoencode, autoencode
 from reglue.jobs.export_run import ExportRun, export_run
 from reglue.jobs.train import train
-from reglue.recipe import Alignment, LocalSemantics, Sampling
+from reglue.latents.alignment import load_alignment
+from reglue.latents.autoencoders import load_autoencoder
+from reglue.latents.recipe import AutoencoderRecipe, LatentAlignment, Perceptual
+from reglue.recipe import Alignment, Descent, LocalSemantics, Sampling
 from reglue.runs.record import RunRecord
 from reglue.runs.sharing import read_reports, train_command
 from reglue.semantics.compressors import load_compressor
@@ -123,6 +127,40 @@ def test_a_saved_run_is_a_run_without_what_training_needs(tiny_run: Path, tiny_s
                 ]
             )
         )  # fmt: skip
+
+
+def test_an_autoencoder_of_ours_travels_without_the_folders_of_this_machine(
+    tiny_images: Path, tiny_run: Path, tiny_encoder: str, tmp_path: Path
+) -> None:
+    made = autoencode(
+        Autoencode(
+            tiny_images,
+            tmp_path / "autoencoder",
+            AutoencoderRecipe(
+                perceptual=Perceptual(0.0),
+                alignment=LatentAlignment(hidden=8),
+                optimisation=Descent(steps=1, batch_size=2),
+            ),
+            source=RunRecord.read(tiny_run).autoencoder.name,
+            resolution=32,
+            encoder=tiny_encoder,
+            validation=tiny_images,
+            workers=0,
+            device="cpu",
+        )
+    )
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    record = RunRecord.read(run)
+    replace(record, autoencoder=load_autoencoder(str(made)).spec).write(run)
+    shared = reglue.load(run).save(tmp_path / "shared")
+    assert load_alignment(shared / "autoencoder").spec.encoder["name"] in (tiny_encoder, Path(tiny_encoder).name)
+    assert not [
+        file
+        for file in shared.rglob("*")
+        if file.is_file() and str(tmp_path.parent.parent).encode() in file.read_bytes()
+    ]
+    expected = reglue.load(run).generate([0], seed=1, **FAST)
+    assert torch.equal(reglue.load(shared).generate([0], seed=1, **FAST), expected)
 
 
 def test_half_precision_halves_the_file_and_hardly_changes_the_images(tiny_run: Path, tmp_path: Path) -> None:

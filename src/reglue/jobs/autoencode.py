@@ -508,6 +508,9 @@ def write_result(out: Path, averaged: AlignedAutoencoder, mean: float, std: floa
     averaged.network.register_to_config(scaling_factor=1 / std, shift_factor=mean, latents_mean=None, latents_std=None)
     try:
         averaged.network.save_pretrained(beside)
+        config = json.loads((beside / CONFIG).read_text())
+        config.pop("_name_or_path", None)  # The folder of --from is in the record.
+        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (beside / MEAN_STD).write_text(json.dumps({"mean": mean, "std": std}))
         if averaged.alignment:
             save_alignment(averaged.alignment, beside / ALIGNMENT_FILE)

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from reglue.errors import UserError
 from reglue.files import new_folder
+from reglue.latents.alignment import FILE as ALIGNMENT
+from reglue.latents.alignment import load_alignment, save_alignment
+from reglue.latents.autoencoders import CONFIG as AUTOENCODER_CONFIG
+from reglue.latents.autoencoders import MEAN_STD
 from reglue.papers import PAPERS
 from reglue.runs import checkpoints
 from reglue.runs.hub import AUTOENCODER
@@ -173,14 +177,29 @@ def model_card(
 
 
 def _with_autoencoder(shared: RunRecord, record: RunRecord, run: Path | None, folder: Path) -> RunRecord:
-    """Copy the autoencoder that decodes, if it is in a local folder, and name it as in the shared folder."""
+    """Copy the autoencoder that decodes, if it is in a local folder, and name it as in the shared folder.
+
+    What it was trained on and from stays here: it names folders of this machine.
+    """
     place = (run or Path()) / (record.decoder or record.autoencoder.name)
     if not place.is_dir():
         return shared
     (folder / AUTOENCODER).mkdir()
     for file in sorted(place.iterdir()):
-        if file.suffix in (".json", ".safetensors"):
-            shutil.copyfile(file, folder / AUTOENCODER / file.name)
+        shared_file = folder / AUTOENCODER / file.name
+        if file.name == ALIGNMENT:
+            network = load_alignment(place)
+            encoder = {**network.spec.encoder}
+            encoder["name"] = _without_place(str(encoder.get("name", "")))
+            network.spec = replace(network.spec, encoder=encoder)
+            save_alignment(network, shared_file)
+        elif file.name == AUTOENCODER_CONFIG:
+            # diffusers notes the folder that a network was loaded from.
+            content = json.loads(file.read_text())
+            content.pop("_name_or_path", None)
+            shared_file.write_text(json.dumps(content, indent=2) + "\n")
+        elif file.suffix == ".safetensors" or file.name == MEAN_STD:
+            shutil.copyfile(file, shared_file)
     if record.decoder:
         return replace(shared, decoder=AUTOENCODER)
     return replace(shared, autoencoder=replace(shared.autoencoder, name=AUTOENCODER))
