@@ -1,0 +1,62 @@
+"""The model that the package brings along: it draws what it is asked for, right after installing."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import reglue
+from helpers import run_reglue
+
+LARGEST_FILE = 5_000_000
+SAMPLES = 4
+
+
+@pytest.fixture(scope="module")
+def model() -> reglue.ImageModel:
+    return reglue.load("starter")
+
+
+def lit(model: reglue.ImageModel, name: str) -> np.ndarray:
+    """Where at least half of some samples of a class are not black, (H, W)."""
+    images = model.generate([name] * SAMPLES, seed=0, output="tensor", steps=15)
+    assert isinstance(images, torch.Tensor)
+    return (images.float().mean(1) > 40).float().mean(0).numpy() >= 0.5
+
+
+def test_what_it_draws_has_the_shape_of_its_class(model: reglue.ImageModel) -> None:
+    trousers, sneaker, shirt = (lit(model, name) for name in ("trousers", "sneaker", "shirt"))
+    rows, columns = trousers.any(1).sum(), trousers.any(0).sum()
+    assert rows > 1.5 * columns  # high and narrow …
+    middle = trousers.shape[1] // 2
+    assert trousers[-6:, middle - 1 : middle + 1].mean() < trousers[6:12, middle - 1 : middle + 1].mean()  # … with legs
+    assert sneaker.any(1).sum() < 0.7 * sneaker.any(0).sum()  # low and wide
+    assert shirt.sum() > 1.5 * max(sneaker.sum(), 1)
+
+
+def test_the_command_needs_no_network_and_no_folder(tmp_path: Path) -> None:
+    finished = run_reglue("sample", "starter", "--out", str(tmp_path / "samples"), "--count", "10", "--steps", "2")
+    assert finished.returncode == 0, finished.stderr
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 10
+    protocol = json.loads((tmp_path / "samples" / "samples.json").read_text())
+    assert protocol["labels"] == list(range(10))
+    assert protocol["run"] == "starter"
+
+
+def test_a_folder_of_that_name_comes_first(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: reglue.ImageModel
+) -> None:
+    (tmp_path / "starter").symlink_to(tiny_run, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    assert reglue.load("starter").record != model.record
+
+
+def test_its_files_are_small_and_name_no_folder() -> None:
+    files = [file for file in Path(str(resources.files("reglue.starter"))).rglob("*") if file.is_file()]
+    assert max(file.stat().st_size for file in files) < LARGEST_FILE
+    assert not [file for file in files if file.suffix == ".json" and '"/' in file.read_text()]
