@@ -19,11 +19,11 @@ import tyro
 
 from pack import Pack, pack
 from reglue.data.store import Store
-from reglue.errors import UserError
+from reglue.errors import Stopped, UserError
 from reglue.files import replacing
 from reglue.papers import PAPERS, REGLUE
 from reglue.recipe import Alignment, ClassToken, LocalSemantics, Recipe
-from start import start
+from start import start, stop
 from study import Arm, StudyOptions, arm_of
 from summary import table
 
@@ -223,6 +223,8 @@ def main(arguments: list[str] | None = None) -> None:
                 write_table(options, results, name, some)
     except UserError as error:
         sys.exit(f"ablations: {error}")
+    except Stopped as request:
+        stop(request)
 
 
 def write_table(options: Ablations, results: dict[str, Any], question: str, rows: list[Row]) -> None:

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 
 import tyro
 
-from reglue.errors import UserError
+from reglue.errors import Stopped, UserError
 from reglue.papers import PAPERS
-from start import start
+from start import start, stop
 from study import Arm, StudyOptions, arm_of
 
 
@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
         start(options, arms_of(options))
     except UserError as error:
         sys.exit(f"convergence: {error}")
+    except Stopped as request:
+        stop(request)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ class Measures:
         self.folder = options.out / REFERENCES
         self._last: tuple[Path, FeatureSet] | None = None
         self._last_autoencoder: Autoencoder | None = None
+        self._without_controls: set[Path] = set()
 
     @property
     def references(self) -> dict[str, Any]:
@@ -110,11 +111,14 @@ class Measures:
         digest = training.manifest.autoencoder.weights_sha256
         said = [self._encoder.sha256, digest, self.options.count, fingerprint(held_out)]
         file = self._kept("controls", side, said, ".json")
+        if file in self._without_controls:
+            return {}
         if not file.is_file():
             try:
                 figures = self._of_reconstructions(training, held_out)
             except UserError as error:
                 print(f"reconstructions are not measured: {error}", file=sys.stderr)
+                self._without_controls.add(file)
                 return {}
             with replacing(file) as beside:
                 beside.write_text(json.dumps(figures))
@@ -187,8 +191,8 @@ class Measures:
         of_held_out = permutation(0, "reconstructed held-out images", 0, len(features))[:count].sort().values
         rest = torch.ones(len(features), dtype=torch.bool)
         rest[of_held_out] = False
+        others = self._reconstructed(held_out, of_held_out, training.manifest.autoencoder)  # Fails first, if one does.
         copies = self._decoded(training, training.originals[of_training])
-        others = self._reconstructed(held_out, of_held_out, training.manifest.autoencoder)
         figures = {}
         for name, images, compared in (("training", copies, features), ("held-out", others, features[rest])):
             described = describe_images(self._encoder, images.split(self.options.sampling_batch))

@@ -6,10 +6,10 @@
 Labels always come along, and so do the compressors of the chosen codes. The figures of the copy are the original's to
 the bit. Files that are larger than the limit (a compressor's, and those of --networks) travel in parts, which the
 second command, on the other machine, puts together to the same bytes. Images do not come along. What a study knows of
-them does: find it out where they are, and bring it, and the networks, with a store.
+them does: find it out where they are, and bring it, and the networks, with a store (REFERENCES is `study/references`).
 
     python studies/convergence.py STORE --reference HELD_OUT --out study --inception FILE --judge FILE --references-only
-    python studies/pack.py HELD_OUT --out packed-held-out --columns cls --references study/references --networks FILE …
+    python studies/pack.py HELD_OUT --out packed-held-out --columns latent cls --references REFERENCES --networks FILE …
 
 A study must begin with the packed stores where it is to be continued with them: other files are other stores to it.
 With --share a store holds a random share of each class, for studies of smaller data.

@@ -75,7 +75,10 @@ def plan(options: StudyOptions, arms: Sequence[Arm], jobs: Sequence[Compress] = 
         fits = {job.compressor_name: seconds_of(job, Path(folder)) for job in jobs if not job.fitted}
         stand_in = Path(folder) / "store" if fits else None
         measures = Measures(options)
-        costs = {arm.name: cost_of(options, arm, timed_store(options, arm, stand_in), measures) for arm in arms}
+        models = {arm.name: arm for arm in arms if arm.trained_as is None}  # The others draw from one of these.
+        costs = {
+            name: cost_of(options, arm, timed_store(options, arm, stand_in), measures) for name, arm in models.items()
+        }
     lines = list(lines_of(options, arms, costs))
     text = table(options, lines, fits)
     print(text)
@@ -96,7 +99,7 @@ def lines_of(options: StudyOptions, arms: Sequence[Arm], costs: Mapping[str, Cos
     """What each trial takes."""
     milestones = len(options.milestones())
     for trial in trials_of(options, arms):
-        cost, guided = costs[trial.arm.name], trial.arm.guided and options.guidance != 1
+        cost, guided = costs[trial.arm.trained_as or trial.arm.name], trial.arm.guided and options.guidance != 1
         trained = trial.arm.trained_as is None
         sets = (milestones if trained else 0) + guided
         by_inception = sets if options.inception_everywhere else trained + guided

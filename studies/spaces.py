@@ -24,13 +24,13 @@ from matplotlib.figure import Figure
 
 from convergence import Convergence, arms_of
 from reglue.data.store import MANIFEST, Store
-from reglue.errors import UserError
+from reglue.errors import Stopped, UserError
 from reglue.files import replacing
 from reglue.jobs.compress import compress
 from reglue.jobs.reencode import Reencode, reencode
 from reglue.latents.autoencoders import load_autoencoder
 from reglue.runs.tracking import read as read_log
-from start import missing_codes, start
+from start import missing_codes, start, stop
 from study import Arm
 
 TRAINING = "training.json"
@@ -114,6 +114,8 @@ def make_stores(options: Spaces, spaces: list[Space]) -> None:
             continue
         details: dict[str, Any] = {"workers": options.decoding_workers, "device": options.device}
         reencode(Reencode(options.store, store, str(space.folder), **details))
+    for job in missing_codes(options, arms_in(options, spaces)):  # Of stores that were made for fewer arms.
+        compress(job)
 
 
 def is_made(store: Path, space: Space, of: Path) -> bool:
@@ -169,6 +171,8 @@ def main(arguments: list[str] | None = None) -> None:
             draw_kl_weights(options, spaces, results["arms"])
     except UserError as error:
         sys.exit(f"spaces: {error}")
+    except Stopped as request:
+        stop(request)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from measures import Measures
 from plan import plan
 from reglue.data.store import MANIFEST, Store, codes_column
-from reglue.errors import UserError
+from reglue.errors import Stopped, UserError
 from reglue.jobs.compress import Compress, compress
 from reglue.semantics.compressors import CompressorKind
 from study import Arm, StudyOptions, kinds_of, run_study
@@ -39,6 +41,12 @@ def start(
         compress(job)
     make_stores()
     return run_study(options, arms, options.out.name)
+
+
+def stop(request: Stopped) -> NoReturn:
+    """End a study whose training was asked to stop, as the command line ends a job."""
+    print(request, file=sys.stderr)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def missing_codes(options: StudyOptions, arms: Sequence[Arm]) -> list[Compress]:

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -47,9 +48,10 @@ from reglue.files import TakesPaths, replacing
 from reglue.jobs.image_sets import open_images
 from reglue.jobs.sample import PROTOCOL, Sample, sample
 from reglue.jobs.train import Train, train
-from reglue.recipe import Compile, Optimisation, Recipe, SamplerName, Sampling
+from reglue.recipe import Compile, Optimisation, Precision, Recipe, SamplerName, Sampling
 from reglue.runs import checkpoints
 from reglue.runs.generation import decoder
+from reglue.runs.noise import STREAMS
 from reglue.runs.ranks import resolve_device
 from reglue.runs.record import RunRecord, data_hash
 from reglue.runs.tracking import read as read_log
@@ -100,7 +102,7 @@ class StudyOptions(TakesPaths):
     """Hidden width of the alignment's projector; a smaller one suits a small model."""
     unit_variance: bool = False
     """Scale each latent channel to unit variance, instead of as the autoencoder says."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Precision = "bfloat16"
     """Of the matrix products."""
     compile: Compile = "no"
     """Compile blocks or models; worth it for runs of many minutes on a GPU."""
@@ -416,8 +418,13 @@ def draw(options: StudyOptions, samples: SampleSet) -> None:
     """Draw the samples that are missing: same seeds, labels and sampler for all arms."""
     trial, out = samples.trial, samples.folder
     protocol = out / PROTOCOL
-    if protocol.is_file() and json.loads(protocol.read_text())["run"] != str(trial.run):
-        shutil.rmtree(out)  # Begun where the study had another path, which the samples' protocol names.
+    if protocol.is_file():
+        before = json.loads(protocol.read_text())
+        weights = checkpoints.weights_sha256(trial.run, samples.step)
+        now = {"run": str(trial.run), "weights_sha256": weights, "noise": STREAMS}
+        now["versions"] = {name: version(name) for name in before.get("versions", {})}
+        if any(before.get(name) != value for name, value in now.items()):
+            shutil.rmtree(out)  # Begun elsewhere, by another model or by an earlier version.
     guidance: dict[str, Any] = {"guidance_scale": 1.0}
     if samples.guided:
         guidance = {"guidance_scale": options.guidance, "guidance_interval": options.guidance_interval}

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from reglue.data.store import Store
     from reglue.diffusion.guidance import Guidance
-    from reglue.errors import UserError
+    from reglue.errors import Stopped, UserError
     from reglue.jobs.autoencode import Autoencode, autoencode
     from reglue.jobs.compress import Compress, compress
     from reglue.jobs.demo import Demo, demo
@@ -81,6 +81,7 @@ _HOMES = {
     "load_autoencoder": "reglue.latents.autoencoders",
     "load_compressor": "reglue.semantics.compressors",
     "load_head": "reglue.semantics.heads",
+    "Stopped": "reglue.errors",
     "UserError": "reglue.errors",
 }
 
@@ -124,6 +125,7 @@ __all__ = [  # noqa: RUF022 in the order of use
     "load_autoencoder",
     "load_compressor",
     "load_head",
+    "Stopped",
     "UserError",
 ]
 

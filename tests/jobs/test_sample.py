@@ -262,7 +262,7 @@ def test_an_archive_takes_the_memory_of_a_few_pictures(tmp_path: Path, monkeypat
         Image.new("RGB", (side, side), (i, 0, 0)).save(file)
     monkeypatch.setattr(reglue.jobs.sample, "PACKED_AT_ONCE", 2)
     tracemalloc.start()
-    reglue.jobs.sample.pack(tmp_path / "all.npz", files, list(range(count)), {})
+    reglue.jobs.sample.write_archive(tmp_path / "all.npz", files, list(range(count)), {})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < count / 3 * side * side * 3

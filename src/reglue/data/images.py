@@ -7,7 +7,6 @@ import io
 import os
 import re
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -208,35 +207,6 @@ def load_crop(name: str, find: Callable[[], Path | bytes], size: tuple[int, int]
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-class _BombsAreErrors:
-    """While any thread decodes, Pillow's warning of a decompression bomb is an error, and its others are dropped.
-
-    Pillow warns of a bomb before it decodes, and refuses only at twice the size. Python keeps one list of filters for
-    all threads, so the first one that comes in sets them and the last one that goes out restores them.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._outside = threading.Lock(), 0, warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._outside = warnings.catch_warnings()
-                self._outside.__enter__()
-                warnings.simplefilter("ignore")
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._outside.__exit__(None, None, None)
-
-
-_bombs_are_errors = _BombsAreErrors()
-
-
 def decode(file: Path | bytes) -> Image.Image:
     """An image file, or its content, in RGB, turned upright, transparency laid over white. The first one of several.
 
@@ -247,7 +217,13 @@ def decode(file: Path | bytes) -> Image.Image:
     if isinstance(file, Path) and not file.is_file():
         raise FileNotFoundError("not a file, or a broken link")
     content = file if isinstance(file, Path) else io.BytesIO(file)
-    with _bombs_are_errors, Image.open(content) as opened:
+    with Image.open(content) as opened:
+        # Pillow warns of a bomb before it decodes, and refuses only at twice the size.
+        if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(
+                f"{opened.width}×{opened.height} pixels exceed the limit of {Image.MAX_IMAGE_PIXELS}, could be a "
+                "decompression bomb"
+            )
         opened.load()
         try:
             image = ImageOps.exif_transpose(opened)

@@ -270,6 +270,7 @@ def _split(options: Compress, store: Store) -> tuple[Tensor, Tensor]:
 
 def _same_options_as_before(folder: Path, asked: dict[str, Any], begun: bool) -> None:
     """Refuse to continue, or to take for the same, what was begun with other options."""
+    asked = json.loads(json.dumps(asked))  # As it will be read back: tuples are lists there.
     path = folder / "options.json"
     begun = begun or _checkpoint_of(folder).is_file()
     if not (begun and path.is_file()):

@@ -315,7 +315,7 @@ def input_of(store: Store, name: str) -> Input:
     if holds_codes(column):
         folder = store.folder / "compressors" / compressor_of(column)
         compressor = load_compressor(folder)
-        ratio = max(compressor.spec().channels_in, _features_width(store, compressor.column)) / width
+        ratio = compressor.spec().channels_in / width
         fit = _last_line(folder / "metrics.jsonl")
     return Input(
         name=name,
@@ -329,12 +329,6 @@ def input_of(store: Store, name: str) -> Input:
         ratio=ratio,
         fit=fit,
     )
-
-
-def _features_width(store: Store, column: str) -> int:
-    """Channels of what a compressor may have taken a part of: 0 if the store does not have it."""
-    content = store.manifest.columns.get(column)
-    return content.tensors[value_of(column)].shape[0] if content else 0
 
 
 def _taken(compressor: Compressor, store: Store) -> slice | None:

@@ -129,20 +129,21 @@ def sample(options: Sample) -> Path:
             pictures.write([folder / f"{i:06d}.png" for i in indices], model.pixels(state, sampling.rounding))
     ranks.wait_for_all()
     if as_npz and rank == 0:
-        pack(options.out, [folder / f"{i:06d}.png" for i in range(options.count)], labels, protocol)
+        write_archive(options.out, [folder / f"{i:06d}.png" for i in range(options.count)], labels, protocol)
         for file in (*folder.glob("*.png"), folder / PROTOCOL):
             file.unlink()
         folder.rmdir()
     return options.out
 
 
-def pack(out: Path, pictures: Sequence[Path], labels: list[int], protocol: dict[str, Any]) -> None:
+def write_archive(out: Path, pictures: Sequence[Path], labels: list[int], protocol: dict[str, Any]) -> None:
     """Write pictures of one size into a NumPy archive, as `numpy.savez` would: `arr_0` (N, H, W, 3) uint8, as in ADM's.
 
     Besides, `labels` (N,) and the `protocol` as JSON. A few pictures at a time are in memory. Raises UserError if the
     file cannot be written.
     """
-    width, height = Image.open(pictures[0]).size
+    with Image.open(pictures[0]) as first:
+        width, height = first.size
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(pictures), height, width, 3)}
     with replacing(out) as beside, ZipFile(beside, "w") as archive, ThreadPoolExecutor(THREADS) as threads:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:

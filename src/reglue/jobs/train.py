@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -271,11 +272,12 @@ def compile_parts(network: nn.Module, blocks: Iterable[nn.Module], parts: Compil
 
     `auto` is resolved before (`ranks.to_compile`).
     """
+    assert parts != "auto"
     if parts == "model":
         network.compile()
     elif parts == "blocks":
         # Or DistributedDataParallel would have every block cut where its buckets end. Their gradients travel while
-        # those of the blocks before them are computed, in any case.
+        # those of the blocks before them are computed, in any case. For the whole process, which trains this network.
         torch._dynamo.config.optimize_ddp = False
         for block in blocks:
             block.compile()
@@ -305,7 +307,9 @@ def prefetch(data: TrainingData, positions: Iterable[range], workers: int) -> Ge
     if not workers:
         yield from map(data.read, positions)
         return
-    reader = ThreadPoolExecutor(workers, "read ahead")
+    # A new thread begins on the first GPU, and would take memory of it that is another process's.
+    own = partial(torch.cuda.set_device, data.device) if data.device.type == "cuda" else None
+    reader = ThreadPoolExecutor(workers, "read ahead", initializer=own)
     ahead: deque[Future[Draft]] = deque()
     try:
         for part in positions:

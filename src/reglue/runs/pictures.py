@@ -39,7 +39,7 @@ class PictureWriter:
 
     def write(self, files: Sequence[Path], pixels: Tensor) -> None:
         """Have uint8 pixels (B, H, W, 3), on any device, written while the caller goes on. Waits if too many wait."""
-        size = -(-len(files) // self._count)
+        size = max(1, -(-len(files) // self._count))
         parts = [(files[start : start + size], pixels[start : start + size]) for start in range(0, len(files), size)]
         self._waiting.append([self._threads.submit(_write, *part) for part in parts])
         while len(self._waiting) > WAITING or (self._waiting and all(part.done() for part in self._waiting[0])):

@@ -359,8 +359,3 @@ def compiled(function: Callable[..., dict[str, Tensor]], device: torch.device) -
         return {name: value.clone() for name, value in fast(*arguments).items()}
 
     return call
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; the copy to a GPU does not wait for what the GPU is doing."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
