@@ -110,7 +110,7 @@ def test_ways_to_ask_for_classes(model: reglue.ImageModel) -> None:
         ({"count": -1}, "count -1"),
         ({"classes": 0, "sampler": "dopri"}, "choose euler, heun, euler-maruyama, adams-bashforth, dopri5"),
         ({"classes": 0, "state_precision": "float16"}, "state-precision float16: choose float32, float64"),
-        ({"classes": 0, "precision": "int8"}, "precision int8: choose float32, bfloat16"),
+        ({"classes": 0, "precision": "int8"}, "precision int8: choose float32, tf32, bfloat16"),
         ({"classes": 0, "time_shift": -1.0}, "time-shift is -1.0; it must be positive"),
         ({"classes": 0, "rounding": "up"}, "choose truncate, round"),
         ({"classes": 0, "steps": 0}, "steps must be at least 1"),

@@ -402,7 +402,9 @@ def test_a_published_compressor_that_does_not_fit_is_refused(
 
 @pytest.mark.parametrize(("kind", "layers"), [("pca", "last"), ("conv", (2, 3))])
 def test_codes_of_some_layers_alone(folder: Path, kind: Literal["conv", "pca"], layers):
-    store = compress(Compress(folder, kind, layers=layers, channels=3, hidden=8, epochs=1, device="cpu"))
+    options = Compress(folder, kind, layers=layers, channels=3, hidden=8, epochs=1, device="cpu")
+    store = compress(options)
+    compress(options)  # Nothing to do, and nothing to complain of.
     name, blocks = (f"{kind}-3-last", (4,)) if layers == "last" else (f"{kind}-3-layers-2-3", (2, 3))
     compressor = load_compressor(folder / "compressors" / name)
     assert compressor.layers == store.manifest.compressors[name].layers == blocks

@@ -248,5 +248,5 @@ def test_codes_of_one_layer_are_probed_too(store: Path, tmp_path: Path, tiny_sto
     # On a second store without these codes they are computed, from that layer.
     report = probe(options(store, tmp_path / "out", columns=("local.pca-4-last",), validation=tiny_store))
     assert {one.input for one in report.results} == {"local.pca-4-last"}
-    assert {one.compression_ratio for one in report.results} == {16}
+    assert {one.compression_ratio for one in report.results} == {4}  # of the one layer, whatever else is stored
     assert all(one.encoded_per_second for one in report.results)

@@ -232,15 +232,17 @@ def test_real_images_stay_where_their_features_were_taken(
     )
     assert [file.name for file in known.iterdir()] == ["references"]
     packed = tmp_path / "packed"
-    pack(Pack(held_out, packed, ("cls",), references=known / "references", networks=(random_inception,)))
+    columns = ("latent", "cls")
+    pack(Pack(held_out, packed, columns, references=known / "references", networks=(random_inception,)))
     unpack(packed)
     shutil.rmtree(images)
     network = packed / "networks" / random_inception.name
     out = tmp_path / "study"
     options[options.index(str(random_inception))] = str(network)
     convergence.main([str(tiny_store), "--reference", str(packed), "--out", str(out), *options])
-    arms = json.loads((out / "results.json").read_text())["arms"]
-    assert arms["sit-seed-0"]["steps"]["4"]["inception"]["held_out_images"] == 24
+    results = json.loads((out / "results.json").read_text())
+    assert results["arms"]["sit-seed-0"]["steps"]["4"]["inception"]["held_out_images"] == 24
+    assert results["controls"]  # Reconstructed from latents.
 
 
 def test_redi_learns_the_last_layer_and_its_codes_are_made(tmp_path: Path, tiny_store: Path, tiny_images: Path) -> None:
