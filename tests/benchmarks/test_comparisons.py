@@ -30,7 +30,7 @@ from comparisons import training
 from comparisons.compressing import features, growth
 from comparisons.compressing import ours as streamed
 from comparisons.training import Training, fitting_timings, our_turn
-from counting import forward_flops, training_flops
+from counting import Traffic, adaln_traffic, forward_flops, training_flops
 from evaluate_speed import EvaluateSpeed
 from gpu_tests import GpuTests
 from limits import Limits, Operators, limits
@@ -247,6 +247,23 @@ def test_operators_and_fetched_numbers_are_counted() -> None:
     with Operators() as seen:
         (x * 2).view(3, 1).sum().item()
     assert (seen.count, seen.fetched) == (3, 1)  # multiply, sum, fetch
+
+
+def test_bytes_are_counted_of_what_is_read_and_written() -> None:
+    x, row = torch.ones(8, 4), torch.ones(4, dtype=torch.bfloat16)
+    with Traffic() as seen:
+        (x.view(4, 8).view(8, 4) * row).to(torch.bfloat16)
+        x + torch.ones(1, 1).expand(8, 4)
+    assert seen.operators == 4  # one makes ones
+    assert seen.bytes == (128 + 8 + 128) + (128 + 64) + 4 + (128 + 4 + 128)
+
+
+def test_adaln_moves_in_proportion_to_its_tokens_and_less_where_it_is_fused() -> None:
+    config = Workload.of("toy").config
+    one, two = (adaln_traffic(config, images) for images in (8, 16))
+    assert one["operators"] == two["operators"] == 14 + 27
+    assert two["bytes"] == pytest.approx(2 * one["bytes"], rel=0.01)
+    assert one["bytes_fused"] < one["bytes"] / 2
 
 
 def test_limits_count_our_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,9 +27,8 @@ from reglue.recipe import Optimisation
 from reglue.runs.checkpoints import find
 from scaling import Scaling
 from scaling import main as scaling
-from train_speed import TrainSpeed
+from train_speed import TrainSpeed, mean_of
 from train_speed import main as train_speed
-from train_speed import mean_of
 from training_step import TrainingStep
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
