@@ -199,7 +199,7 @@ def matrix_rate(device: torch.device, precision: Precision, size: int | None = N
 
     def multiply() -> None:
         for _ in range(PRODUCTS):
-            a @ b
+            torch.mm(a, b)
 
     with products(device, precision):
         timed = alternate({"products": multiply}, 5, device)["products"]

@@ -176,7 +176,8 @@ def test_prepare_makes_the_same_store_as_on_the_cpu(
 def one_process() -> Iterator[None]:
     """A group of this process alone, as `ranks.join` makes it under torchrun."""
     backend = "cpu:gloo,cuda:nccl" if CUDA.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield
     finally:
