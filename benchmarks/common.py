@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import Any
 
 import torch
 
-from reglue.runs.ranks import Precision, resolve_device, synchronize
+from reglue.runs.ranks import Precision, products, resolve_device, synchronize
 
 ROOT = Path(__file__).resolve().parents[1]
+PRODUCTS = 10
+"""Of matrices, in a call that is timed: so a GPU begins each without waiting to be told."""
 PACKAGES = ("torch", "timm", "diffusers", "numpy", "safetensors", "pillow")
 
 
@@ -71,6 +74,11 @@ class Timing:
     cpu_median: float
     repeats: int
 
+    def of_one(self, steps: int) -> Timing:
+        """The same for one of so many steps of a call: their mean."""
+        seconds = {name: value / steps for name, value in asdict(self).items() if name != "repeats"}
+        return replace(self, **seconds)
+
 
 def alternate(
     contestants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warmup: int = 1
@@ -95,6 +103,47 @@ def alternate(
     return {
         name: Timing(min(wall[name]), median(wall[name]), min(cpu[name]), median(cpu[name]), repeats) for name in names
     }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a contestant took."""
+
+    timing: Timing
+    peak_gpu_memory_mib: float | None
+    """From its making on, with nobody else's tensors there; None without a GPU."""
+
+
+def measured(
+    makers: Mapping[str, Callable[[], Callable[[], object]]], repeats: int, device: torch.device
+) -> dict[str, Measured]:
+    """Make the contestants and time them.
+
+    On a CPU they take turns, as in `alternate`. A GPU is nobody else's, and its memory is what they are short of: there
+    one is made, timed and gone before the next. Raises OutOfMemoryError if one does not fit alone; `free` then.
+    """
+    groups = [[name] for name in makers] if device.type == "cuda" else [list(makers)]
+    result: dict[str, Measured] = {}
+    for names in groups:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        contestants = {name: makers[name]() for name in names}
+        timed = alternate(contestants, repeats, device)
+        result |= {name: Measured(timing, peak_gpu_memory_mib(device)) for name, timing in timed.items()}
+        del contestants
+        free(device)
+    return result
+
+
+def free(device: torch.device) -> None:
+    """Give a GPU's memory back that nothing holds any more, what has been compiled included.
+
+    Not inside an `except`: there the traceback still holds all that the functions had which failed.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
 
 
 def seconds_of(timing: Timing, device: torch.device) -> float:
@@ -143,11 +192,18 @@ def peak_gpu_memory_mib(device: torch.device) -> float | None:
 
 
 def matrix_rate(device: torch.device, precision: Precision, size: int | None = None) -> float:
-    """Operations per second of a large square matrix product: what a step could reach at most."""
+    """Operations per second of large square matrix products in a row: what a step could reach at most."""
     size = size or (8192 if device.type == "cuda" else 1024)
-    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, precision)) for _ in range(2))
-    timed = alternate({"product": lambda: a @ b}, 10, device, warmup=3)["product"]
-    return 2 * size**3 / (timed.cpu_minimum if device.type == "cpu" else timed.minimum)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def multiply() -> None:
+        for _ in range(PRODUCTS):
+            torch.mm(a, b)
+
+    with products(device, precision):
+        timed = alternate({"products": multiply}, 5, device)["products"]
+    return PRODUCTS * 2 * size**3 / (timed.cpu_minimum if device.type == "cpu" else timed.minimum)
 
 
 def plain(value: Any) -> Any:

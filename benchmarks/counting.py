@@ -6,14 +6,19 @@ addition are two.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.modalities import State
+from reglue.diffusion.transformer import Block
 from reglue.runs import ranks
 
 H200_PRODUCTS = 790e12
@@ -76,3 +81,76 @@ def kept_bytes(config: DenoiserConfig, precision: ranks.Precision, images: int) 
         with saved_tensors_hooks(keep, lambda tensor: tensor), ranks.autocast(torch.device("cpu"), precision):
             all_outputs(model, images)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operators and the bytes that they read and write: what a device moves where nothing is fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run, then count."""
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in ("detach", "device"):  # They start no kernel.
+            self.operators += 1
+            self.bytes += sum(held(leaf) for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor))
+        return out
+
+
+def held(tensor: Tensor) -> int:
+    """Bytes of a tensor; of what is repeated by a stride of 0, once."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
+
+
+class Cast(nn.Module):
+    """In place of a product under autocast: it brings tokens to bfloat16, and so are its results."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x in bfloat16."""
+        return x.to(torch.bfloat16)
+
+
+class Given(nn.Module):
+    """In place of a product whose result is at hand."""
+
+    def __init__(self, result: Tensor) -> None:
+        super().__init__()
+        self.result = result
+
+    def forward(self, _: Tensor) -> Tensor:
+        """The result."""
+        return self.result
+
+
+FUSED_BYTES = 2 * ((4 + 2) + (4 + 2 + 4)), 2 * ((2 + 4 + 4 + 4) + (4 + 2 + 2))
+"""Per channel of a token and block, forward and backward, of adaLN's two halves in kernels that read and write each of
+their tensors once. Forward: tokens (float32) to modulated ones (bfloat16); tokens and a branch (bfloat16) to tokens.
+Backward: gradient of the modulated ones, tokens and their other gradient to a gradient; gradient and branch to that of
+the branch. What is per image and not per token is left out."""
+
+
+def adaln_traffic(config: DenoiserConfig, images: int) -> dict[str, int]:
+    """Of LayerNorm, modulation, gates and residual sums of one block in bfloat16, forward and backward.
+
+    Operators and bytes as they run eagerly, casts to the products' precision included, and bytes where all is fused.
+    The products themselves do not count.
+    """
+    with FakeTensorMode():
+        block = Block(config.width, config.heads)
+        block.attention, block.mlp = Cast(), Cast()  # type: ignore[reportAttributeAccessIssue]
+        modulation = torch.randn(images, 6 * config.width, dtype=torch.bfloat16, requires_grad=True)
+        block.modulation = Given(modulation)  # type: ignore[reportAttributeAccessIssue]
+        leading = 1 if config.shape.class_token_width else 0
+        tokens = leading + config.token_grid[0] * config.token_grid[1]
+        x = torch.randn(images, tokens, config.width, requires_grad=True)
+        gradient = torch.randn_like(x)
+        with Traffic() as seen:
+            block(x, modulation).backward(gradient)
+    return {
+        "operators": seen.operators,
+        "bytes": seen.bytes,
+        "bytes_fused": sum(FUSED_BYTES) * images * tokens * config.width,
+    }

@@ -1,6 +1,8 @@
 """Every figure of `docs/performance.md` on a GPU, in calls of less than ten minutes: run it again and it goes on.
 
-    python benchmarks/gpu_session.py --official PATH --out results
+    python benchmarks/gpu_session.py --official PATH --official-sit PATH --out results
+
+The tests that need a GPU come first: what they find wrong, no figure makes right.
 
 Each benchmark writes one file of JSON into the folder; what is there is not measured again. A benchmark that fails or
 takes too long leaves NAME.error with the end of what it said, and the next one begins.
@@ -18,7 +20,7 @@ from pathlib import Path
 import tyro
 
 HERE = Path(__file__).resolve().parent
-TELLING = ("times_faster", "images_per_second", "share_of_matrix_rate")
+TELLING = ("passed", "failed", "skipped", "times_faster", "images_per_second", "share_of_matrix_rate")
 """Figures that are shown when a benchmark ends; the rest is in its file."""
 
 
@@ -30,6 +32,8 @@ class Session:
     """Folder for the files of JSON."""
     official: Path | None = None
     """A checkout of the published REGLUE code; ours alone if not given."""
+    official_sit: Path | None = None
+    """A checkout of SiT's own code; its step is not timed if not given."""
     images: Path | None = None
     """Photographs to prepare; random ones if not given."""
     autoencoder: str = "starter"
@@ -55,10 +59,14 @@ class Figure:
     """Arguments, behind the script, at toy size. None: the script has `--toy` itself."""
 
 
-def train(model: str, *more: str) -> tuple[str, ...]:
-    """A comparison of training steps: theirs as in their train.sh, ours in every way of compilation."""
-    ways = ("--compile", "no", "blocks", "model")
-    return (OFFICIAL, "train", "--model", model, "--official-precision", "fp16", *ways, "--repeats", "10", *more)
+WAYS = ("no", "blocks", "model")
+"""Of compilation."""
+
+
+def train(model: str, *more: str, ways: tuple[str, ...] = WAYS) -> tuple[str, ...]:
+    """A comparison of training steps: theirs as in their train.sh, ours in some ways of compilation."""
+    turns = ("--steps", "20", "--repeats", "3")
+    return (OFFICIAL, "train", "--model", model, "--official-precision", "fp16", "--compile", *ways, *turns, *more)
 
 
 def sample(model: str, *more: str) -> tuple[str, ...]:
@@ -73,10 +81,14 @@ def step(name: str, *more: str, seconds: float = 60) -> Figure:
 
 
 OFFICIAL = "against_official.py"
+WITHOUT_DEVICE = ("store_reads.py", "gpu_tests.py")
+"""Scripts without `--device`."""
 FIGURES = (
+    Figure("tests", ("gpu_tests.py",), 240, ("--folders", str(HERE.parent / "tests" / "gpu"))),
     # The most telling first, should the time not suffice.
     Figure("train-b2", train("B/2"), 180),
-    Figure("train-xl2", train("XL/2"), 260),
+    Figure("train-xl2", train("XL/2"), 360),
+    Figure("train-sit-xl2", train("XL/2", "--recipe", "sit", ways=("blocks",)), 180),
     step("b2-compiled-blocks", "--compile", "blocks"),
     step("b2-int8", "--compile", "blocks", "--targets", "int8"),
     step("b2-decoded", "--compile", "blocks", "--targets", "decoded"),
@@ -87,9 +99,9 @@ FIGURES = (
     step("xl2-compiled-blocks", "--model", "XL/2", "--compile", "blocks", seconds=90),
     step("xl2-recomputed", "--model", "XL/2", "--compile", "blocks", "--checkpoint-blocks", "0.5", seconds=90),
     Figure("sample-b2", sample("B/2"), 150),
-    Figure("train-b2-encoder-in-step", train("B/2", "--encoder-in-step"), 240),
+    Figure("train-b2-encoder-in-step", train("B/2", "--encoder-in-step", ways=("blocks",)), 180),
     Figure("sample-xl2", sample("XL/2", "--batch-size", "32"), 330),
-    Figure("train-xl2-encoder-in-step", train("XL/2", "--encoder-in-step"), 330),
+    Figure("train-xl2-encoder-in-step", train("XL/2", "--encoder-in-step", ways=("blocks",)), 300),
     Figure("prepare", (OFFICIAL, "prepare", "--count", "512", "--repeats", "1"), 90),
     Figure(
         "prepare-speed",
@@ -153,10 +165,11 @@ def command_of(figure: Figure, options: Session) -> list[str]:
     script, *arguments = figure.arguments
     if options.toy:
         arguments = at_toy_size(arguments) if figure.toy is None else list(figure.toy)
-    if script != "store_reads.py":
+    if script not in WITHOUT_DEVICE:
         arguments += ["--device", options.device]
-    if script == OFFICIAL and options.official:
-        arguments += ["--official", str(options.official)]
+    official = options.official_sit if "sit" in arguments else options.official
+    if script == OFFICIAL and official:
+        arguments += ["--official", str(official)]
     if script == "store_reads.py":
         arguments += ["--made", str(options.out / "made-store")]
     if script == "prepare_speed.py":
@@ -169,6 +182,7 @@ def at_toy_size(arguments: list[str]) -> list[str]:
     """Arguments for `against_official.py`: no compilation, one repeat, and a precision that a CPU has."""
     command, *rest = arguments
     kept = ["--encoder-in-step"] if "--encoder-in-step" in rest else []
+    kept += ["--recipe", "sit"] if "sit" in rest else []
     return [command, *kept, "--toy", "--repeats", "1"]
 
 

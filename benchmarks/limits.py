@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import Comparison, report
 from comparisons.official import MODULES, Official, OfficialTraining
-from counting import H200_PRODUCTS, forward_flops, parameters, training_flops
+from counting import H200_PRODUCTS, adaln_traffic, forward_flops, parameters, training_flops
 from reglue.data.batches import TrainingData
 from reglue.diffusion.modalities import CLS, LOCAL
 from reglue.runs.official import export_official
@@ -87,6 +87,10 @@ def of_model(model: str, options: Limits) -> dict[str, Any]:
         "matrix_milliseconds_at_peak": 1e3 * flops / options.peak_flops,
         "optimiser_gigabytes": {name: value / 1e9 for name, value in moved.items()},
         "optimiser_milliseconds": 1e3 * sum(moved.values()) / options.bandwidth,
+        "adaln_per_block": (adaln := adaln_traffic(workload.config, options.batch_size)),
+        "adaln_milliseconds": {
+            name: 1e3 * workload.config.depth * adaln[name] / options.bandwidth for name in ("bytes", "bytes_fused")
+        },
     }
 
 

@@ -2,15 +2,19 @@
 
     python benchmarks/train_speed.py --model B/2 --compile blocks --targets int8
 
-Weights, images and features are random; sizes, arithmetic and files are those of training. Times are the shortest of
-`--repeats`, since other programs on a machine only make a step longer.
+Weights, images and features are random; sizes, arithmetic and files are those of training. `images_per_second` and
+`ms_per_step` are the mean over `--repeats` steps in a row, waiting for data included, and nothing waits for the device
+between them. The parts (`ms_read`, `ms_finish`, `ms_without_reading`) are the shortest of a few, each by itself, since
+other programs on a machine only make them longer.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -39,7 +43,6 @@ class TrainSpeed:
 
     conditions: Annotated[Timed, tyro.conf.arg(name="")] = field(default_factory=lambda: Timed(repeats=20))
     recipe: Literal["sit", "repa", "redi", "reg", "reglue"] = "reglue"
-    """With the demo's or a toy's sizes REGLUE alone."""
     data: Data = "imagenet"
     """Sizes: ImageNet at 256 px (SD-VAE, DINOv2-B), those of `reglue demo`, or a toy's."""
     model: str | None = None
@@ -67,6 +70,7 @@ def measured(options: TrainSpeed, folder: Path, device: torch.device) -> dict[st
     """The figures of a training step."""
     workload = Workload.of(options.data, options.model, options.recipe)
     batch = options.batch_size
+    toy = options.data == "toy"
     store = random_store(folder, workload, 2 * batch, "int8" if options.targets == "int8" else "float16")
     targets = "decoded" if options.targets == "decoded" else "cached"
     recipe = replace(workload.recipe, alignment=replace(workload.recipe.alignment, targets=targets))
@@ -79,17 +83,17 @@ def measured(options: TrainSpeed, folder: Path, device: torch.device) -> dict[st
         checkpoint_blocks=options.checkpoint_blocks,
     )  # fmt: skip
     repeats = options.conditions.repeats
-    positions = [range(n * batch, (n + 1) * batch) for n in range(WARMUP + repeats)]
+    positions = (range(n * batch, (n + 1) * batch) for n in count())
 
     def step(draft: Draft) -> None:
         with ranks.autocast(device, options.precision):
             sample = data.finish(draft)
         train(sample)
 
-    def shortest(action: Callable[[], object], times: int = 3, warmup: int = 1) -> float:
-        return 1e3 * alternate({"action": action}, times, device, warmup)["action"].minimum
+    def shortest(action: Callable[[], object]) -> float:
+        return 1e3 * alternate({"action": action}, 3, device)["action"].minimum
 
-    draft = data.read(positions[0])
+    draft = data.read(range(batch))
     with FlopCounterMode(display=False) as target_flops, sdpa_kernel(SDPBackend.MATH):
         data.finish(draft)
     started = time.perf_counter()
@@ -98,17 +102,18 @@ def measured(options: TrainSpeed, folder: Path, device: torch.device) -> dict[st
     first_step = time.perf_counter() - started
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    drafts = prefetch(data, positions, options.workers)
-    milliseconds = shortest(lambda: step(next(drafts)), repeats, WARMUP)
+    # The data has no end, so that the threads read as far ahead after the steps as before them, if they can.
+    with closing(prefetch(data, positions, options.workers)) as drafts:
+        milliseconds = 1e3 * mean_of(lambda: step(next(drafts)), repeats, device)
     peak_memory, peak_gpu_memory = peak_memory_mib(), peak_gpu_memory_mib(device)
-    rate = matrix_rate(device, options.precision)
+    rate = matrix_rate(device, options.precision, 256 if toy else None)
     flops = training_flops(workload.config) * batch
     features = store.manifest.columns["features"] if options.targets in ("cached", "int8") else None
     return {
         "images_per_second": 1e3 * batch / milliseconds,
         "ms_per_step": milliseconds,
         "ms_first_step": 1e3 * first_step,
-        "ms_read": shortest(lambda: data.read(positions[0])),
+        "ms_read": shortest(lambda: data.read(range(batch))),
         "ms_finish": shortest(lambda: data.finish(draft)),
         "ms_without_reading": shortest(lambda: step(draft)),
         # What has to be computed, not what is: without recomputation.
@@ -120,6 +125,18 @@ def measured(options: TrainSpeed, folder: Path, device: torch.device) -> dict[st
         "peak_memory_mib": peak_memory,
         "peak_gpu_memory_mib": peak_gpu_memory,
     }
+
+
+def mean_of(step: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Seconds of one of many steps in a row, after WARMUP others."""
+    for _ in range(WARMUP):
+        step()
+    ranks.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    ranks.synchronize(device)
+    return (time.perf_counter() - started) / repeats
 
 
 if __name__ == "__main__":

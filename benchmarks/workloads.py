@@ -48,10 +48,11 @@ class Workload:
 
     @staticmethod
     def of(data: Data, model: str | None = None, recipe: str = "reglue") -> Workload:
-        """A published recipe on ImageNet's sizes at 256 px (SD-VAE, DINOv2-B), or REGLUE on the demo's or a toy's."""
+        """A published recipe on ImageNet's sizes at 256 px (SD-VAE, DINOv2-B), or on the demo's or a toy's."""
         if data == "imagenet":
             return imagenet(recipe, model or "B/2")
-        small = DEMO_RECIPE if model is None else replace(DEMO_RECIPE, model=model)
+        base = DEMO_RECIPE if recipe == "reglue" else replace(RECIPES[recipe], model=DEMO_RECIPE.model)
+        small = base if model is None else replace(base, model=model)
         if data == "demo":
             return sized(small, grid=(8, 8), local_channels=8, token_width=128)
         return sized(replace(small, model=model or "2x32x2/2"), grid=(8, 8), local_channels=4, token_width=32)

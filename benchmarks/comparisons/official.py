@@ -1,7 +1,8 @@
-"""The published REGLUE code, imported from where it was checked out: our calls of its classes, and no line of it.
+"""Published code, imported from where it was checked out: our calls of its classes, and no line of it.
 
-It is a folder of scripts (`train.py`, `loss.py`, `samplers.py`, `compressor.py`, `models/sit.py`), so that it is put on
-the module path for as long as it is imported. `train.py` needs `accelerate`.
+It is a folder of scripts, so that it is put on the module path for as long as it is imported, one of them in a process:
+REGLUE's (`train.py`, `loss.py`, `samplers.py`, `compressor.py`, `models/sit.py`), whose `train.py` needs `accelerate`,
+or SiT's (`train.py`, `models.py`, `transport/`), which needs `torchdiffeq`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -24,6 +26,7 @@ from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State
 from reglue.errors import UserError
 
 MODULES = ("models.sit", "loss", "samplers", "compressor", "train")
+SIT_MODULES = ("models", "transport", "train")
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
 
@@ -41,9 +44,34 @@ class Official:
         try:
             return Official(folder, {name: importlib.import_module(name) for name in modules})
         except ImportError as error:
-            raise UserError(f"--official {folder}: {error}; check out the published REGLUE code there") from None
+            raise UserError(f"--official {folder}: {error}; check out the published code there") from None
         finally:
             sys.path.remove(str(folder))
+
+    @staticmethod
+    def load_sit(folder: Path) -> Official:
+        """Import SiT's own code, as `load`; it allows TF32 for the whole process, as its train.py does."""
+        # Their train.py imports what shows curves in a browser, none of which is called here.
+        without = find_spec("wandb") is None
+        if without:
+            sys.modules["wandb"] = ModuleType("wandb")
+        try:
+            return Official.load(folder, *SIT_MODULES)
+        finally:
+            if without:
+                del sys.modules["wandb"]
+
+    def sit_model(self, config: DenoiserConfig) -> nn.Module:
+        """SiT's own model of our sizes."""
+        return self.modules["models"].SiT(
+            input_size=config.shape.grid[0],
+            patch_size=config.patch,
+            in_channels=config.shape.latent_channels,
+            hidden_size=config.width,
+            depth=config.depth,
+            num_heads=config.heads,
+            num_classes=config.classes,
+        )
 
     def model(self, config: DenoiserConfig, fused_attention: bool = True) -> nn.Module:
         """Their model of our sizes. By default their train.py fuses attention, and their generate.py does not."""
@@ -114,6 +142,37 @@ class OfficialTraining:
             name: self.accelerator.gather(value).mean().detach().item()
             for name, value in {"loss": loss, **weighted, "gradient_norm": norm}.items()
         }
+
+
+class OfficialSiT:
+    """The step of SiT's own loop on one process: float32, which may be TF32 on a GPU, AdamW as they make it, their
+    transport's loss and their loop over the averaged weights. Without DistributedDataParallel, and on latents."""
+
+    def __init__(self, official: Official, model: nn.Module, device: torch.device) -> None:
+        self.official = official
+        self.model = model.to(device).train()
+        self.ema = deepcopy(self.model).requires_grad_(False).eval()
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0)
+        self.running_loss = 0.0
+
+    def step(self, latents: Tensor, labels: Tensor) -> None:
+        """One step on latents (B, C, H, W) as the model sees them, and labels (B,)."""
+        loss = official_sit_loss(self.official, self.model, latents, labels)
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        self.official.modules["train"].update_ema(self.ema, self.model)
+        self.running_loss += loss.item()  # One number is fetched from the device in every step.
+
+
+def official_sit_loss(official: Official, model: nn.Module, latents: Tensor, labels: Tensor) -> Tensor:
+    """The loss of SiT's own code, a scalar.
+
+    Noise like `latents` (B, C, H, W) comes from PyTorch's generator, then times (B,), on the CPU, which are 1 at the
+    data. In training mode their model drops labels after that.
+    """
+    transport = official.modules["transport"].create_transport()
+    return transport.training_losses(model, latents, {"y": labels})["loss"].mean()
 
 
 def official_losses(

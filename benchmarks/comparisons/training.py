@@ -1,27 +1,37 @@
-"""The training step: ours and the published one, on the same tensors, from the same weights."""
+"""The training step: ours and the published ones, on the same tensors, from the same weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import Comparison, alternate, matrix_rate, peak_gpu_memory_mib, ratio, report, seconds_of
-from comparisons.official import MODULES, MixedPrecision, Official, OfficialTraining, official_losses
+from common import Comparison, alternate, free, matrix_rate, measured, ratio, report, seconds_of
+from comparisons.official import (
+    MODULES,
+    MixedPrecision,
+    Official,
+    OfficialSiT,
+    OfficialTraining,
+    official_losses,
+    official_sit_loss,
+)
 from counting import parameters, training_flops
 from reglue.data.batches import TrainingData
 from reglue.data.store import Store
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL
 from reglue.diffusion.objective import TrainingSample, loss_terms
 from reglue.diffusion.paths import LINEAR
+from reglue.errors import UserError
 from reglue.jobs.train import READERS, prefetch
 from reglue.recipe import Compile
 from reglue.runs import ranks
@@ -33,6 +43,8 @@ from workloads import LAYERS, Data, RandomOnline, Workload, loss_weights, random
 
 AGREEMENT = 1e-4
 """Largest relative difference of a term of the loss, ours against theirs, in float32."""
+SCALE = 0.18215
+"""By which SiT's own train.py multiplies the SD-VAE's latents."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +54,14 @@ class Training:
     Ours is the step of `reglue train` on a store of random rows: read and drawn ahead, fused AdamW, the average in one
     operation. Theirs is the loop of their train.py on one process: accelerate, their loss, AdamW and average as they
     write them, six numbers fetched per step; it has its tensors in memory and draws noise on the device.
+
+    A timing is a turn of `--steps` steps, within which our threads begin to read, and end; figures are of a step, the
+    turn's mean.
     """
 
     conditions: Annotated[Comparison, tyro.conf.arg(name="")] = field(default_factory=Comparison)
+    recipe: Literal["sit", "reglue"] = "reglue"
+    """Whose step: with sit, `--official` names a checkout of SiT's own code."""
     data: Data = "imagenet"
     """Sizes: ImageNet at 256 px (SD-VAE, DINOv2-B, 16 channels), or those of `reglue demo`."""
     model: str | None = None
@@ -52,7 +69,7 @@ class Training:
     batch_size: int = 256
     """Halved until it fits where the GPU's memory does not suffice."""
     steps: int = 1
-    """Steps per timing."""
+    """Steps per turn: many on a GPU, where the first of a turn waits for its data and no other should."""
     precision: tuple[Precision, ...] = ("bfloat16",)
     """Of our matrix products."""
     compile: tuple[Compile, ...] = ("no",)
@@ -60,7 +77,7 @@ class Training:
     workers: int | None = None
     """Threads that read ahead for ours. Default: as `reglue train` chooses."""
     official_precision: MixedPrecision = "no"
-    """Of theirs, as accelerate calls it: their train.sh has fp16, which needs a GPU."""
+    """Of theirs, as accelerate calls it: their train.sh has fp16, which needs a GPU. SiT's own has none."""
     encoder_in_step: bool = False
     """The vision encoder (DINOv2-B, random weights) and the compressor run in each of their steps, as published; ours
     is timed with online targets, too. Otherwise both read its tokens, which theirs cannot."""
@@ -69,24 +86,52 @@ class Training:
 def training(options: Training) -> str:
     """Check that both compute the same loss, then time both."""
     conditions = options.conditions
+    if options.recipe == "sit" and options.encoder_in_step:
+        raise UserError("--encoder-in-step: SiT has no vision encoder; choose --recipe reglue")
     device = conditions.begin()
-    workload = Workload.of("toy" if conditions.toy else options.data, None if conditions.toy else options.model)
-    official = Official.load(conditions.official, *MODULES) if conditions.official else None
+    data, model = ("toy", None) if conditions.toy else (options.data, options.model)
+    workload = Workload.of(data, model, options.recipe)
+    official = None
     figures: dict[str, Any] = {"parameters": parameters(workload.config)}
-    if official:
-        figures["loss_difference"] = loss_difference(official, workload)
+    if conditions.official:
+        of_sit = options.recipe == "sit"
+        official = Official.load_sit(conditions.official) if of_sit else Official.load(conditions.official, *MODULES)
+        difference = sit_loss_difference if of_sit else loss_difference
+        figures["loss_difference"] = difference(official, workload)
         assert figures["loss_difference"] < AGREEMENT, figures
-    batch = 4 if conditions.toy else options.batch_size
-    while True:
-        try:
-            with TemporaryDirectory() as folder:
-                store = random_store(Path(folder) / "store", workload, batch)
-                figures |= timings(options, workload, store, official, device)
-            break
-        except torch.OutOfMemoryError:
-            batch //= 2
-            torch.cuda.empty_cache()
+    figures |= fitting_timings(options, workload, official, device)
     return report("train", options, figures, device)
+
+
+def fitting_timings(
+    options: Training, workload: Workload, official: Official | None, device: torch.device
+) -> dict[str, Any]:
+    """The `timings` of the largest batch that everybody can make a step of, by halving."""
+    batch = 4 if options.conditions.toy else options.batch_size
+    while batch:
+        with suppress(torch.OutOfMemoryError), TemporaryDirectory() as folder:
+            store = random_store(Path(folder) / "store", workload, batch)
+            return timings(options, workload, store, official, device)
+        free(device)  # Here no traceback holds any more what has failed.
+        batch //= 2
+    raise UserError("--model: the GPU has no memory for a step of one image; choose a smaller one")
+
+
+def sit_loss_difference(official: Official, workload: Workload) -> float:
+    """The relative difference of the loss between ours and SiT's own, on the same draws, in float32."""
+    config = workload.config
+    model = workload.random_model()
+    theirs = official.sit_model(config)
+    theirs.load_state_dict(export_official("sit", config, model.state_dict()))
+    latents, labels = torch.randn(2, *config.shape.shapes()[LATENT]), torch.arange(2)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        expected = official_sit_loss(official, theirs.eval(), latents, labels)
+        torch.manual_seed(1)
+        noise, times = torch.randn_like(latents), torch.rand(2)
+        sample = TrainingSample({LATENT: latents}, {LATENT: noise}, 1 - times, labels)
+        found = loss_terms(model, LINEAR, sample)[LATENT]
+    return ((found - expected).abs() / expected.abs()).item()
 
 
 def loss_difference(official: Official, workload: Workload) -> float:
@@ -120,83 +165,119 @@ def timings(
 ) -> dict[str, Any]:
     """Seconds per step of every contestant, all rows of the store at once, and what follows from them."""
     conditions, config, batch = options.conditions, workload.config, len(store)
-    weights = workload.random_model().state_dict()
-    contestants: dict[str, Callable[[], object]] = {}
-    cached = TrainingData(store, workload.recipe, config, 0, device)
-    kinds = {"": cached}
-    if options.encoder_in_step:
-        online = TrainingData(store, workload.recipe, config, 0, device)
-        online.targets = RandomOnline(random_encoder(workload, LAYERS[-1:], device))
-        kinds[", encoder in step"] = online
-    for precision in options.precision:
-        for compile in options.compile:
-            for kind, data in kinds.items():
-                name = f"ours {precision}{'' if compile == 'no' else f' compiled {compile}'}{kind}"
-                step = TrainingStep(workload.recipe, config, device, precision, compile, weights)
-                contestants[name] = repeated(our_steps(step, data, options.workers), options.steps)
-    if official:
-        model = official.model(config)
-        model.load_state_dict(export_official("reglue", config, weights))
-        precision, published = options.official_precision, loss_weights(workload.recipe)
-        theirs = OfficialTraining(official, model, published, precision, device.type == "cpu")
-        rows = torch.arange(batch)
-        moments = torch.cat(list(store.read("latent", rows).values()), dim=1)
-        sample = cached.finish(cached.read(range(batch)))
-        assert sample.alignment_target is not None
-        in_memory = sample.data[LOCAL], sample.data[CLS], sample.alignment_target
-        semantics = (
-            OfficialEncoder.make(official, workload, batch, device) if options.encoder_in_step else lambda: in_memory
-        )
-
-        def their_step() -> None:
-            theirs.step(moments.to(device), store.labels.to(device), semantics)
-
-        name = f"theirs {precision}{', encoder in step' * options.encoder_in_step}"
-        contestants[name] = repeated(their_step, options.steps)
-
-    timed = alternate(contestants, conditions.repeats, device)
-    reading = alternate({"read": lambda: cached.read(range(batch))}, conditions.repeats, device)["read"]
+    # Theirs first: it needs the most memory, so that what does not fit is known soon.
+    makers = {**theirs(options, workload, store, official, device), **ours(options, workload, store, device)}
+    found = measured(makers, conditions.repeats, device)
+    timed = {name: one.timing.of_one(options.steps) for name, one in found.items()}
+    data = TrainingData(store, workload.recipe, config, 0, device)
+    reading = alternate({"read": lambda: data.read(range(batch))}, conditions.repeats, device)["read"]
     flops = training_flops(config) * batch
-    figures: dict[str, Any] = {
-        "batch_size": batch,
-        "seconds_per_call": timed,
-        "steps_per_call": options.steps,
-        "reading_seconds_per_step": reading,
-        "flops_per_step": flops,
-    }
     rates = {
         precision: matrix_rate(device, precision, 256 if conditions.toy else None) for precision in options.precision
     }
-    figures["matrix_flops_per_second"] = rates
-    figures["share_of_matrix_rate"] = {
-        name: flops * options.steps / seconds_of(timing, device) / rates[name.split()[1].rstrip(",")]  # type: ignore[index]
-        for name, timing in timed.items()
-        if name.startswith("ours")
+    return {
+        "batch_size": batch,
+        "seconds_per_step": timed,
+        "steps_per_turn": options.steps,
+        "images_per_second": {name: batch / seconds_of(timing, device) for name, timing in timed.items()},
+        "reading_seconds_per_step": reading,
+        "flops_per_step": flops,
+        "matrix_flops_per_second": rates,
+        "share_of_matrix_rate": {
+            name: flops / seconds_of(timing, device) / rates[name.split()[1].rstrip(",")]  # type: ignore[index]
+            for name, timing in timed.items()
+            if name.startswith("ours")
+        },
+        "times_faster": {
+            mine: ratio(timed[name], timed[mine], device)
+            for name in timed
+            if name.startswith("theirs")
+            for mine in timed
+            if mine.startswith("ours")
+        },
+        "peak_gpu_memory_mib": {name: one.peak_gpu_memory_mib for name, one in found.items()},
     }
-    figures["times_faster"] = {
-        ours: ratio(timed[name], timed[ours], device)
-        for name in timed
-        if name.startswith("theirs")
-        for ours in timed
-        if ours.startswith("ours")
-    }
-    figures["peak_gpu_memory_mib"] = peak_gpu_memory_mib(device)
-    return figures
 
 
-def our_steps(step: TrainingStep, data: TrainingData, workers: int | None) -> Callable[[], None]:
-    """A function that makes one step, on samples read ahead as in `jobs/train.py`."""
+Maker = Callable[[], Callable[[], object]]
+"""Makes a contestant, with all that it keeps on the device."""
+
+
+def ours(options: Training, workload: Workload, store: Store, device: torch.device) -> dict[str, Maker]:
+    """Ours in every precision and way of compilation."""
+    weights = workload.random_model().state_dict()
+
+    def make(precision: Precision, compile: Compile, online: bool) -> Callable[[], object]:
+        data = TrainingData(store, workload.recipe, workload.config, 0, device)
+        if online:
+            data.targets = RandomOnline(random_encoder(workload, LAYERS[-1:], device))
+        step = TrainingStep(workload.recipe, workload.config, device, precision, compile, weights)
+        return our_turn(step, data, options.steps, options.workers)
+
+    return {
+        f"ours {precision}{'' if compile == 'no' else f' compiled {compile}'}{', encoder in step' * online}": partial(
+            make, precision, compile, online
+        )
+        for precision in options.precision
+        for compile in options.compile
+        for online in (False, True)[: 1 + options.encoder_in_step]
+    }
+
+
+def our_turn(step: TrainingStep, data: TrainingData, steps: int, workers: int | None) -> Callable[[], None]:
+    """A turn of steps on samples read ahead as in `jobs/train.py`: by threads that the turn begins and ends."""
     batch, on_cpu = len(data.store), data.device.type == "cpu"
-    positions: Iterable[range] = (range(i * batch, (i + 1) * batch) for i in count())
-    drafts = prefetch(data, positions, workers if workers is not None else 0 if on_cpu else READERS)
+    threads = workers if workers is not None else 0 if on_cpu else READERS
 
-    def one() -> None:
-        draft = next(drafts)
-        with ranks.autocast(data.device, step.precision):
-            sample = data.finish(draft)
-        step(sample)
+    def turn() -> None:
+        for draft in prefetch(data, (range(i * batch, (i + 1) * batch) for i in range(steps)), threads):
+            with ranks.autocast(data.device, step.precision):
+                sample = data.finish(draft)
+            step(sample)
 
-    return one
+    return turn
+
+
+def theirs(
+    options: Training, workload: Workload, store: Store, official: Official | None, device: torch.device
+) -> dict[str, Maker]:
+    """The published step, where there is its code."""
+    if official is None:
+        return {}
+    published, batch = official, len(store)
+    weights = workload.random_model().state_dict()
+    latent = store.read("latent", torch.arange(batch))
+
+    def make_sit() -> Callable[[], object]:
+        model = published.sit_model(workload.config)
+        model.load_state_dict(export_official("sit", workload.config, weights))
+        sit = OfficialSiT(published, model, device)
+
+        def step() -> None:
+            mean, std = latent["mean"].to(device), latent["std"].to(device)
+            sit.step((mean + std * torch.randn_like(mean)) * SCALE, store.labels.to(device))
+
+        return repeated(step, options.steps)
+
+    def make() -> Callable[[], object]:
+        model = published.model(workload.config)
+        model.load_state_dict(export_official("reglue", workload.config, weights))
+        on_cpu, of_losses = device.type == "cpu", loss_weights(workload.recipe)
+        training = OfficialTraining(published, model, of_losses, options.official_precision, on_cpu)
+        moments = torch.cat(list(latent.values()), dim=1)
+        sample = TrainingData(store, workload.recipe, workload.config, 0, device).sample(range(batch))
+        assert sample.alignment_target is not None
+        in_memory = sample.data[LOCAL], sample.data[CLS], sample.alignment_target
+        encoder = OfficialEncoder.make(published, workload, batch, device) if options.encoder_in_step else None
+
+        def step() -> None:
+            training.step(moments.to(device), store.labels.to(device), encoder or (lambda: in_memory))
+
+        return repeated(step, options.steps)
+
+    if options.recipe == "sit":
+        return {"theirs SiT": make_sit}
+    return {f"theirs {options.official_precision}{', encoder in step' * options.encoder_in_step}": make}
 
 
 def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:

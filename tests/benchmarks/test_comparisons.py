@@ -1,6 +1,7 @@
 """The benchmarks at toy size: what they say is complete, and what they count is right.
 
-With REGLUE_OFFICIAL naming a checkout of the published code (and accelerate importable), ours is compared with it.
+With REGLUE_OFFICIAL naming a checkout of the published code (and accelerate importable), ours is compared with it; with
+REGLUE_OFFICIAL_SIT, with SiT's own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,25 +23,42 @@ import torch
 import tyro
 
 import against_official
+import common
 import gpu_session
-from common import Comparison, alternate, ratio
+from common import Comparison, Timing, alternate, matrix_rate, measured, ratio
+from comparisons import training
 from comparisons.compressing import features, growth
 from comparisons.compressing import ours as streamed
-from counting import forward_flops, training_flops
+from comparisons.training import Training, fitting_timings, our_turn
+from counting import Traffic, adaln_traffic, forward_flops, training_flops
 from evaluate_speed import EvaluateSpeed
+from gpu_tests import GpuTests
 from limits import Limits, Operators, limits
 from prepare_speed import PrepareSpeed
+from reglue.data.batches import TrainingData, denoiser_config
+from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
+from reglue.errors import UserError
+from reglue.papers import RECIPES
 from reglue.runs import networks, noise, ranks
+from reglue.runs.official import export_official
 from store_reads import StoreReads
 from train_speed import TrainSpeed
 from workloads import RandomOnline, Workload
 
 OFFICIAL = os.environ.get("REGLUE_OFFICIAL")
+OFFICIAL_SIT = os.environ.get("REGLUE_OFFICIAL_SIT")
 needs_official = pytest.mark.skipif(OFFICIAL is None, reason="REGLUE_OFFICIAL names no checkout of the published code")
 KEYS = {"benchmark", "figures", "options", "toy", "hardware", "versions", "commit", "official_commit", "date"}
 FIGURES = {
-    "train": {"seconds_per_call", "flops_per_step", "matrix_flops_per_second", "share_of_matrix_rate", "batch_size"},
+    "train": {
+        "seconds_per_step",
+        "images_per_second",
+        "flops_per_step",
+        "matrix_flops_per_second",
+        "share_of_matrix_rate",
+        "batch_size",
+    },
     "sample": {"seconds_per_call", "seconds_of_pictures", "network_evaluations_per_image", "flops_per_evaluation"},
     "prepare": {"images", "ours_images_per_second"},
     "compressor": {"ours", "theirs", "bytes_per_image", "published_gigabytes_of_features"},
@@ -89,6 +111,108 @@ def test_the_sampler_that_is_timed_is_that_of_the_job(monkeypatch: pytest.Monkey
     assert called.count("normals") == 2 * 5 * 3 * 2  # two calls of five steps, for three modalities of two images
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_turn_reads_for_itself_and_leaves_no_thread(threads: int, tiny_store: Path) -> None:
+    recipe, store, cpu = replace(RECIPES["sit"], model="2x32x2/2"), Store.open(tiny_store), torch.device("cpu")
+    data = TrainingData(store, recipe, denoiser_config(store, recipe), 0, cpu)
+    read, steps = [], []
+    one = data.read
+    data.read = lambda positions: (read.append(positions.start), one(positions))[1]
+    step: Any = Step(lambda: steps.append(len(readers())))
+    turn = our_turn(step, data, 3, threads)
+    for _ in range(2):
+        turn()
+        assert not readers()
+    batch = len(store)
+    assert sorted(read) == [0, 0, batch, batch, 2 * batch, 2 * batch]  # None is left over, of none the reading is free.
+    assert [count > 0 for count in steps] == [threads > 0] * 6
+
+
+def readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("read ahead")]
+
+
+class Step:
+    """A training step that does something else."""
+
+    precision = "float32"
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def __call__(self, sample: Any) -> None:
+        self.action()
+
+
+class Memory:
+    """A GPU that has some memory, of which every contestant that lives takes a piece."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.alive: weakref.WeakSet[Contestant] = weakref.WeakSet()
+        self.freed: list[int] = []
+        for name in ("reset_peak_memory_stats", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: len(self.alive) * 2**20)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: self.freed.append(len(self.alive)))
+        monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+        monkeypatch.setattr(common, "synchronize", lambda _: None)
+
+
+class Contestant:
+    """In a cycle, as models are, and taking a piece of the memory."""
+
+    def __init__(self, memory: Memory, fits: bool = True) -> None:
+        self.itself = self
+        memory.alive.add(self)
+        if not fits:
+            raise torch.OutOfMemoryError
+
+    def __call__(self) -> None:
+        return
+
+
+def test_on_a_gpu_a_contestant_has_the_memory_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(monkeypatch)
+    makers = {name: partial(Contestant, memory) for name in ("a", "b", "c")}
+    on_gpu = measured(makers, 2, torch.device("cuda"))
+    assert [one.peak_gpu_memory_mib for one in on_gpu.values()] == [1, 1, 1]
+    assert memory.freed == [0, 0, 0]
+    on_cpu = measured(makers, 2, torch.device("cpu"))
+    assert [one.peak_gpu_memory_mib for one in on_cpu.values()] == [None] * 3
+    assert on_gpu.keys() == on_cpu.keys() == makers.keys()
+
+
+def test_what_did_not_fit_is_gone_before_the_next_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(monkeypatch)
+    tried = []
+
+    def timings(options: Training, workload: Workload, store: Store, *_: Any) -> dict[str, int]:
+        tried.append((len(store), len(memory.alive)))
+        contestant = Contestant(memory, fits=len(store) == 1)
+        contestant()
+        return {"batch_size": len(store)}
+
+    monkeypatch.setattr(training, "timings", timings)
+    options = Training(Comparison(toy=True))
+    assert fitting_timings(options, Workload.of("toy"), None, torch.device("cuda")) == {"batch_size": 1}
+    assert tried == [(4, 0), (2, 0), (1, 0)]
+    assert memory.freed == [0, 0]
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_the_rate_of_products_is_that_of_many_in_a_row(
+    precision: ranks.Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = Timing(1.0, 1.0, 2.0, 2.0, 5)
+    monkeypatch.setattr(
+        common, "alternate", lambda contestants, *_: (contestants["products"](), {"products": times})[1]
+    )
+    with Operators() as seen:
+        rate = matrix_rate(torch.device("cpu"), precision, 8)
+    assert rate == common.PRODUCTS * 2 * 8**3 / 2.0
+    assert seen.count >= common.PRODUCTS
+
+
 def test_contestants_take_turns() -> None:
     calls: list[str] = []
     timed = alternate(
@@ -123,6 +247,23 @@ def test_operators_and_fetched_numbers_are_counted() -> None:
     with Operators() as seen:
         (x * 2).view(3, 1).sum().item()
     assert (seen.count, seen.fetched) == (3, 1)  # multiply, sum, fetch
+
+
+def test_bytes_are_counted_of_what_is_read_and_written() -> None:
+    x, row = torch.ones(8, 4), torch.ones(4, dtype=torch.bfloat16)
+    with Traffic() as seen:
+        torch.mul(x.view(4, 8).view(8, 4), row).to(torch.bfloat16)
+        torch.add(x, torch.ones(1, 1).expand(8, 4))
+    assert seen.operators == 4  # one makes ones
+    assert seen.bytes == (128 + 8 + 128) + (128 + 64) + 4 + (128 + 4 + 128)
+
+
+def test_adaln_moves_in_proportion_to_its_tokens_and_less_where_it_is_fused() -> None:
+    config = Workload.of("toy").config
+    one, two = (adaln_traffic(config, images) for images in (8, 16))
+    assert one["operators"] == two["operators"] == 14 + 27
+    assert two["bytes"] == pytest.approx(2 * one["bytes"], rel=0.01)
+    assert one["bytes_fused"] < one["bytes"] / 2
 
 
 def test_limits_count_our_step(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +302,25 @@ def test_a_failed_figure_leaves_its_words(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "broken.error").read_text().startswith("exit code 2\n")
 
 
+def test_a_session_begins_with_the_tests_that_need_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_session.FIGURES[0].name == "tests"
+    (tmp_path / "test_three.py").write_text(
+        "import pytest\n\npytestmark = pytest.mark.gpu\n\n\ndef test_right(): pass\n\n\n"
+        "def test_wrong(): assert 1 == 2\n\n\n@pytest.mark.skip\ndef test_left_out(): pass\n"
+    )
+    figure = replace(gpu_session.FIGURES[0], toy=("--folders", str(tmp_path)))
+    monkeypatch.setattr(gpu_session, "FIGURES", [figure])
+    assert gpu_session.session(gpu_session.Session(tmp_path, device="cpu", toy=True)) == 0
+    figures = json.loads((tmp_path / "tests.json").read_text())["figures"]
+    assert (figures["passed"], figures["failed"], figures["skipped"]) == (1, 1, 1)
+    assert [(name.split("::")[1], why) for name, why in figures["failures"].items()] == [
+        ("test_wrong", "assert 1 == 2")
+    ]
+    assert '"failed": 1' in capsys.readouterr().out
+
+
 def test_every_figure_of_a_session_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed = []
     replaced = {name: (kind, lambda o: parsed.append(o) or "") for name, (kind, _) in against_official.COMMANDS.items()}
@@ -170,6 +330,7 @@ def test_every_figure_of_a_session_parses(tmp_path: Path, monkeypatch: pytest.Mo
         "prepare_speed.py": PrepareSpeed,
         "store_reads.py": StoreReads,
         "evaluate_speed.py": EvaluateSpeed,
+        "gpu_tests.py": GpuTests,
     }
     for options in (gpu_session.Session(tmp_path, images=tmp_path), gpu_session.Session(tmp_path, toy=True)):
         for figure in gpu_session.FIGURES:
@@ -199,3 +360,21 @@ def test_ours_and_theirs_compute_the_same(benchmark: str, figure: str) -> None:
     figures = json.loads(against_official.main(arguments))["figures"]
     assert figures[figure] < 1e-5
     assert figures["times_faster"]
+
+
+@pytest.mark.skipif(OFFICIAL_SIT is None, reason="REGLUE_OFFICIAL_SIT names no checkout of SiT's own code")
+def test_ours_and_sit_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where one half of the exchange is left out, time that runs the other way, it is noticed."""
+    arguments = ["train", "--recipe", "sit", "--toy", "--device", "cpu", "--repeats", "1", "--official"]
+    figures = json.loads(against_official.main([*arguments, str(OFFICIAL_SIT)]))["figures"]
+    assert figures["loss_difference"] < 1e-5
+    assert figures["times_faster"].keys() == {"ours bfloat16"}
+    assert "theirs SiT" in figures["images_per_second"]
+    monkeypatch.setattr(training, "export_official", lambda _, *model: export_official("repa", *model))
+    with pytest.raises(AssertionError, match="loss_difference"):
+        against_official.main([*arguments, str(OFFICIAL_SIT)])
+
+
+def test_sit_has_no_encoder_in_its_step() -> None:
+    with pytest.raises(UserError, match="--encoder-in-step"):
+        against_official.main(["train", "--toy", "--device", "cpu", "--recipe", "sit", "--encoder-in-step"])

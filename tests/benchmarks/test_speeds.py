@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from reglue.recipe import Optimisation
 from reglue.runs.checkpoints import find
 from scaling import Scaling
 from scaling import main as scaling
-from train_speed import TrainSpeed
+from train_speed import TrainSpeed, mean_of
 from train_speed import main as train_speed
 from training_step import TrainingStep
 
@@ -95,6 +97,12 @@ def test_the_speed_of_the_training_step(targets: str, capsys: pytest.CaptureFixt
     # One layer of four holds 32 channels on 4×4; in 8 bits there are scales (float16) besides.
     bytes_of_features = {"cached": 4 * 32 * 16 * 2, "int8": 4 * 32 * (16 + 2)}
     assert figures["bytes_of_features_per_image"] == pytest.approx(bytes_of_features.get(targets, 0), rel=0.1)
+
+
+def test_a_mean_tells_of_a_step_that_waited() -> None:
+    """Every other step waits for its data, which the shortest step does not show."""
+    waits = itertools.cycle([0.0, 0.1])
+    assert mean_of(lambda: time.sleep(next(waits)), 4, torch.device("cpu")) >= 0.05
 
 
 def test_a_step_is_that_of_the_job(tiny_store: Path, tmp_path: Path) -> None:
