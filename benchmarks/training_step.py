@@ -39,7 +39,7 @@ class TrainingStep:
         blocks = self.model.transformer.blocks
         self.model.transformer.recomputed_blocks = round(checkpoint_blocks * config.depth)
         losses = Losses(self.model, PATHS[recipe.path])
-        compile_parts(losses, blocks, compile)
+        compile_parts(losses, blocks, ranks.to_compile(compile, device))
         self.losses = parallel.spread(losses, blocks, 1, device, precision)
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.weights, self.averages = list(self.model.state_dict().values()), list(self.ema.values())

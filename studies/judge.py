@@ -63,7 +63,8 @@ class Judge:
 
     def to(self, device: torch.device) -> Judge:
         """Itself, on a device."""
-        self.network, self.mean, self.std = (part.to(device) for part in (self.network, self.mean, self.std))
+        self.network = self.network.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
 
     @torch.inference_mode()

@@ -219,7 +219,7 @@ def ours(options: Training, workload: Workload, store: Store, device: torch.devi
             make, precision, compile, online
         )
         for precision in options.precision
-        for compile in options.compile
+        for compile in dict.fromkeys(ranks.to_compile(asked, device) for asked in options.compile)
         for online in (False, True)[: 1 + options.encoder_in_step]
     }
 

@@ -48,7 +48,8 @@ def write_clothes(options: WriteClothes) -> None:
         for part, images in parts.items():
             for name in NAMES:
                 (beside / part / name).mkdir(parents=True)
-            for i, (image, label) in enumerate(tqdm(images, desc=f"write {part}", unit="image")):
+            for i in tqdm(range(len(images)), desc=f"write {part}", unit="image"):
+                image, label = images[i]
                 image.save(beside / part / NAMES[label] / f"{i:05d}.png")
 
 
