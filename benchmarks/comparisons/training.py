@@ -206,6 +206,7 @@ Maker = Callable[[], Callable[[], object]]
 def ours(options: Training, workload: Workload, store: Store, device: torch.device) -> dict[str, Maker]:
     """Ours in every precision and way of compilation."""
     weights = workload.random_model().state_dict()
+    ways: list[Compile] = [ranks.to_compile(asked, device) for asked in options.compile]
 
     def make(precision: Precision, compile: Compile, online: bool) -> Callable[[], object]:
         data = TrainingData(store, workload.recipe, workload.config, 0, device)
@@ -219,7 +220,7 @@ def ours(options: Training, workload: Workload, store: Store, device: torch.devi
             make, precision, compile, online
         )
         for precision in options.precision
-        for compile in dict.fromkeys(ranks.to_compile(asked, device) for asked in options.compile)
+        for compile in ways
         for online in (False, True)[: 1 + options.encoder_in_step]
     }
 
