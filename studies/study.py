@@ -335,10 +335,13 @@ def checked(trial: Trial) -> RunRecord:
     return RunRecord.of(Store.open(trial.arm.store), trial.arm.recipe, trial.seed)
 
 
+def is_trained(trial: Trial, step: int) -> bool:
+    """Whether the run of a trial has come to a step."""
+    return any(done >= step for done in checkpoints.steps(trial.run))
+
+
 def train_to(options: StudyOptions, trial: Trial, step: int) -> None:
     """Train, or prolong, the run of a trial. With a constant learning rate that gives the bits of one long run."""
-    if any(done >= step for done in checkpoints.steps(trial.run)):
-        return
     optimisation = replace(trial.arm.recipe.optimisation, steps=step)
     train(
         Train(
@@ -375,8 +378,9 @@ def observe(options: StudyOptions, measures: Measures, samples: SampleSet) -> No
         return
     trial, step = samples.trial, samples.step
     if not is_drawn(options, samples.folder):  # Otherwise an early checkpoint may be gone by now.
-        with phase(options, "train", trial, step):
-            train_to(options, trial, step)
+        if not is_trained(trial, step):
+            with phase(options, "train", trial, step):
+                train_to(options, trial, step)
         if not samples.guided:
             by_machine = seconds_by_machine(options, trial, step)
             seconds = {"seconds": logged_seconds(trial, step), "by_machine": by_machine}
@@ -564,7 +568,10 @@ def seconds_by_machine(options: StudyOptions, trial: Trial, step: int) -> dict[s
     log = options.out / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     lines = [line for line in lines if line["phase"] == "train" and line["arm"] == trial.folder.name]
-    machines = {line["step"]: line.get("machine", UNKNOWN) for line in lines if line["step"] <= step}
+    machines: dict[int, str] = {}
+    for line in lines:
+        if line["step"] <= step:  # The first to reach a step did the work; others only found it done.
+            machines.setdefault(line["step"], line.get("machine", UNKNOWN))
     seconds: dict[str, float] = {}
     before = 0.0
     for reached in sorted({*machines, step}):
@@ -577,11 +584,11 @@ def seconds_by_machine(options: StudyOptions, trial: Trial, step: int) -> dict[s
 
 @contextmanager
 def phase(options: StudyOptions, name: str, trial: Trial, step: int) -> Iterator[None]:
-    """Log a phase with its wall time to `log.jsonl`; one that had nothing to do is left out."""
+    """Log a phase with its wall time to `log.jsonl`; one that had nothing to do is left out, unless it is training."""
     began = time.time()
     yield
     seconds = time.time() - began
-    if seconds < 0.05:
+    if seconds < 0.05 and name != "train":
         return
     line = {"phase": name, "arm": trial.folder.name, "step": step, "began": round(began), "seconds": seconds}
     line["machine"] = machine(resolve_device(options.device))

@@ -292,7 +292,7 @@ def test_a_published_depth_head_reads_latents_that_were_aligned_before_the_final
 
 
 def test_perceiving_is_for_one_process(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.ranks, "join", lambda: (1, 2))
+    monkeypatch.setattr(module.ranks, "join", lambda *_: (1, 2))
     with pytest.raises(UserError, match="one process"):
         perceive(Perceive(run, tmp_path / "seen", head=(tmp_path / "head",), device="cpu"))
 
