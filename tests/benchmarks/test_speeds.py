@@ -53,7 +53,9 @@ def test_reads_of_a_store(tiny_store: Path) -> None:
         ("latent", "cold"), ("latent", "warm"), ("features", "cold"), ("features", "warm"),
     ]  # fmt: skip
     assert [read["bytes_per_image"] for read in figures["reads"]] == [2 * 4 * 3 * 8 * 8] * 2 + [2 * 16 * 4 * 4] * 2
-    assert [read["recipe"] for read in figures["training"]] == ["sit", "repa", "redi", "reg", "reglue"]
+    recipes = ("sit", "repa", "redi", "reg", "reglue")
+    reads = [(read["recipe"], read["cache"]) for read in figures["training"]]
+    assert reads == [(recipe, cache) for recipe in recipes for cache in ("cold", "warm")]
     assert all(read["images_per_core_second"] > 0 for read in figures["training"])
     # DiT's paper counts 23.0 G multiplications and additions for B/2; training takes six times as many operations.
     assert figures["needs"]["sit"]["training_gflop_per_image"] == pytest.approx(6 * 23.0, rel=0.01)

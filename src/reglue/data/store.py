@@ -40,6 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reglue.data.images import ImageSource, UnreadableImage
+from reglue.data.read_ahead import expect
 from reglue.data.sources import FLIPPED, Reading, Subset, open_images
 from reglue.errors import UserError
 from reglue.files import from_json, plain, replacing, structured, to_json
@@ -244,10 +245,15 @@ class Store:
             tensors[name] = torch.empty(shape, dtype=dtype, pin_memory=self.pinned)
         # NumPy's slices take a fraction of the time of torch's, and with one row of a shard they are most of the work.
         targets = {name: tensor.numpy() for name, tensor in tensors.items()}
+        copies: list[tuple[np.ndarray, np.ndarray]] = []
         for shard, within, positions in self._runs(rows):
             for name, mapped in self._map(column, shard).items():
                 picked = mapped[within]
-                targets[name][positions] = picked[:, channels] if picked.ndim > 1 else picked
+                copies.append((targets[name][positions], picked[:, channels] if picked.ndim > 1 else picked))
+        for _, picked in copies:
+            expect(picked)
+        for target, picked in copies:
+            target[...] = picked
         return tensors
 
     def _runs(self, rows: Tensor) -> Iterator[tuple[int, slice, slice]]:
