@@ -39,6 +39,7 @@ from reglue.latents.trainable import AlignedAutoencoder, Trained, new_network
 from reglue.metrics.inception import load_inception
 from reglue.metrics.latents import LatentSummary
 from reglue.metrics.perceptual import encoder_features, load_lpips
+from reglue.runs import checkpoints
 from reglue.runs.tracking import read
 from reglue.semantics.encoders import load_encoder
 
@@ -335,6 +336,30 @@ def comparable(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "images_per_second"} for line in read(out)]
 
 
+def begun(until: Path, *given: str) -> subprocess.Popen[str]:
+    """A process of its own, as soon as a file is there that it writes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(reglue_command(*given), env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not until.is_file():
+        assert process.poll() is None, "it has ended already"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return process
+
+
+def test_sigterm_stops_after_the_step_with_a_checkpoint(tiny_images: Path, tiny_encoder: str, tmp_path: Path) -> None:
+    out, seldom = tmp_path / "out", [f"--{what}-every=1000000" for what in ("log", "checkpoint", "evaluate")]
+    given = arguments(tiny_images, out, tiny_encoder, "--optimisation.steps=100000", *seldom)
+    process = begun(out / "training.json", *given)
+    process.send_signal(signal.SIGTERM)
+    _, text = process.communicate(timeout=60)
+    (step,) = checkpoints.steps(out)
+    assert process.returncode == 143
+    assert "Traceback" not in text
+    assert f"reglue: stopped by SIGTERM after step {step}, with a checkpoint; the same command continues" in text
+
+
 def test_killed_and_resumed_training_gives_the_same_bits(tiny_images: Path, tiny_encoder: str, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more = [
@@ -343,19 +368,12 @@ def test_killed_and_resumed_training_gives_the_same_bits(tiny_images: Path, tiny
     run_reglue(*arguments(tiny_images, whole, tiny_encoder, *more))
 
     # A process that dies at step 10 or a little after, in the middle of a step.
-    process = subprocess.Popen(
-        reglue_command(*arguments(tiny_images, broken, tiny_encoder, *more)),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+    process = begun(
+        broken / "checkpoints" / "00000010" / "progress.json", *arguments(tiny_images, broken, tiny_encoder, *more)
     )
-    deadline = time.monotonic() + 240
-    while not (broken / "checkpoints" / "00000010" / "progress.json").is_file():
-        assert process.poll() is None, "finished before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert not (broken / "checkpoints" / "00000020").exists(), "it was killed too late to test anything"
     assert not (broken / "config.json").exists()
 

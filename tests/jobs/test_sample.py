@@ -13,6 +13,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ import reglue.jobs.sample
 from helpers import CLASSES, mistake, reglue_command
 from reglue.diffusion.guidance import Guidance
 from reglue.errors import UserError
-from reglue.jobs.sample import Sample, sample
+from reglue.jobs.sample import Sample, plan, sample
 from reglue.recipe import Sampling
 from reglue.runs import generation
 from reglue.runs.generation import load
+from reglue.runs.record import RunRecord
 
 
 def pixels(folder: Path) -> np.ndarray:
@@ -207,6 +209,36 @@ def test_the_protocol_says_which_precisions_and_weights_were_used(tiny_run: Path
     used = hashlib.sha256((tiny_run / "checkpoints" / "00000006" / "ema.safetensors").read_bytes()).hexdigest()
     assert (plain["weights_sha256"], plain["weaker_weights_sha256"]) == (used, None)
     assert protocol("guided", weaker_run=tiny_run)["weaker_weights_sha256"] == used
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda record: replace(record, class_names=("circle", "stripes", "square")), "classes"),
+        (lambda record: replace(record, recipe=replace(record.recipe, path="cosine")), "path"),
+        (lambda record: replace(record, normalisation={}), "scale of latent"),
+    ],
+)
+def test_a_weaker_run_speaks_of_the_same_in_the_same_terms(
+    change: Any, what: str, tiny_run: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(tiny_run, tmp_path / "other"))
+    change(RunRecord.read(other)).write(other)
+    with pytest.raises(UserError, match=f"was trained with another {what} than"):
+        plan(Sample(tiny_run, tmp_path / "out", weaker_run=other, device="cpu"), load(tiny_run, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: replace(record, class_names=("0", "1", "2")),
+        lambda record: replace(record, autoencoder=replace(record.autoencoder, weights_sha256=None)),
+    ],
+)
+def test_a_weaker_run_may_be_imported(change: Any, tiny_run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny_run, tmp_path / "other"))
+    change(RunRecord.read(other)).write(other)
+    assert plan(Sample(tiny_run, tmp_path / "out", weaker_run=other, device="cpu"), load(tiny_run, device="cpu")).weaker
 
 
 def test_other_weights_are_another_protocol(tiny_run: Path, tmp_path: Path) -> None:

@@ -209,6 +209,13 @@ def test_a_finished_run_can_be_prolonged(tiny_store: Path, tmp_path: Path) -> No
     assert_same_bits(tmp_path / "run", tmp_path / "once", 10)
 
 
+def test_a_run_cannot_be_shortened(tiny_store: Path, tmp_path: Path) -> None:
+    run = train(options("sit", tiny_store, tmp_path / "run", "--optimisation.steps=5"))
+    with pytest.raises(UserError, match=r"has 5 steps already, more than --optimisation\.steps 4; choose 5 or more"):
+        train(options("sit", tiny_store, run, "--optimisation.steps=4"))
+    assert RunRecord.read(run).recipe.optimisation.steps == 5
+
+
 def test_a_run_whose_learning_rate_knows_its_end_cannot_be_prolonged(tiny_store: Path, tmp_path: Path) -> None:
     more = ["--optimisation.decay=cosine"]
     train(options("sit", tiny_store, tmp_path / "run", "--optimisation.steps=5", *more))

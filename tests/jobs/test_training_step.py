@@ -86,7 +86,7 @@ def test_compiled_without_a_break_and_once_for_all_blocks(
     of_module = torch.nn.Module.compile
     # Everything but the code that it generates, which takes minutes: any break in the graph is an error.
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda module: of_module(module, fullgraph=True, backend="aot_eager")
+        torch.nn.Module, "compile", lambda module, **how: of_module(module, fullgraph=True, backend="aot_eager", **how)
     )
     sample = data.sample(range(4))
     model, compiled = awake(data), awake(data)
@@ -102,6 +102,31 @@ def test_compiled_without_a_break_and_once_for_all_blocks(
     # Those of the blocks that are computed again are inside a checkpoint, where dynamo compiles once more.
     assert utils.counters["stats"]["unique_graphs"] <= graphs + (recomputed > 0 and parts == "blocks")
     assert not utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("parts", ["blocks", "model"])
+def test_a_network_of_other_sizes_in_the_same_process_is_compiled_for_its_own(
+    parts: Compile, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a run that is continued, alone in its process, would compute otherwise than the one that began it."""
+    symbols: list[torch.SymInt] = []
+
+    def watched(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        symbols.extend(value for value in inputs if isinstance(value, torch.SymInt))
+        return graph.forward
+
+    of_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: of_module(module, backend=watched, **how))
+    tokens = set()
+    for recipe in (RECIPE, replace(RECIPE, class_token=replace(RECIPE.class_token, weight=0.0))):
+        store = Store.open(tiny_store)
+        data = TrainingData(store, recipe, denoiser_config(store, recipe), 0)
+        losses = Losses(awake(data), PATHS[recipe.path])
+        compile_parts(losses, losses.denoiser.transformer.blocks, parts)
+        losses(data.sample(range(4)))
+        tokens.add(losses.denoiser.positions.shape[1])
+    assert len(tokens) == 2
+    assert not symbols
 
 
 @pytest.fixture
@@ -124,7 +149,8 @@ def test_compiled_blocks_stay_whole_however_gradients_are_sent(
         return aot_eager(graph, inputs)
 
     of_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: of_module(module, fullgraph=True, backend=counted))
+    compile = lambda module, **how: of_module(module, fullgraph=True, backend=counted, **how)  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
     # Buckets of a kilobyte, of which a block fills many.
     monkeypatch.setattr(parallel, "DistributedDataParallel", partial(DistributedDataParallel, bucket_cap_mb=1e-3))
     sample, model, alone = data.sample(range(4)), awake(data), awake(data)

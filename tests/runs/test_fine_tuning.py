@@ -132,6 +132,23 @@ def test_what_means_something_else_is_said(
     assert "has to be learned anew: compressor" in capsys.readouterr().out
 
 
+def test_another_scale_is_another_meaning(
+    tiny_run: Path, tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(options("reglue", tiny_store, tmp_path / "run", "--from", tiny_run, "--latent.unit-variance"))
+    assert "has to be learned anew: scale of latent\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", ["--from-step=1", "--from-weights=model"])
+def test_a_run_that_began_with_others_is_not_continued(
+    other: str, tiny_run: Path, tiny_store: Path, tmp_path: Path
+) -> None:
+    train(options("reglue", tiny_store, tmp_path / "run", "--from", tiny_run, "--optimisation.steps=1"))
+    train(options("reglue", tiny_store, tmp_path / "run", "--from", tiny_run, "--from-step=6"))
+    with pytest.raises(UserError, match="started with the ema weights of step 6 of"):
+        train(options("reglue", tiny_store, tmp_path / "run", "--from", tiny_run, other))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
+from reglue.diffusion.modalities import StateShape
 from reglue.errors import UserError
-from reglue.runs.official import import_official, read_official, reverse_time
+from reglue.runs.official import export_official, family_of, import_official, read_official, reverse_time
 
 GOLDEN = Path(__file__).parent.parent / "parity" / "golden"
 
@@ -131,3 +133,13 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"not a checkpoint at all")
         with pytest.raises(UserError, match=name):
             read_official(tmp_path / name)
+
+
+def test_positions_counted_in_the_grid_of_another_run_are_published_as_they_are() -> None:
+    """A model that was fine-tuned to another resolution."""
+    config = DenoiserConfig(StateShape(4, (8, 8)), classes=3, depth=2, width=32, heads=2, patch=2, position_grid=(2, 2))
+    denoiser = Denoiser(config)
+    published = export_official(family_of(config), config, denoiser.state_dict())
+    assert torch.equal(published["pos_embed"], denoiser.positions)
+    back = import_official(published, heads=2).denoiser()
+    assert torch.equal(back.positions, denoiser.positions)

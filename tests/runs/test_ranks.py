@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,3 +208,22 @@ def test_a_checkpoint_that_stays_invisible_is_named(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(checkpoints, "VISIBLE_WITHIN", 0.0)
     with pytest.raises(UserError, match=r"00000005 is not visible to every process"):
         checkpoints.last_of_all(tmp_path)
+
+
+def test_a_gpu_computes_the_same_bits_each_time_if_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for device, wanted, steady in ((cuda, True, True), (cuda, False, False), (cpu, True, False)):
+        with ranks.deterministic(device, wanted):
+            assert torch.are_deterministic_algorithms_enabled() == steady
+        assert not torch.are_deterministic_algorithms_enabled()
+    with ranks.deterministic(cuda, True):
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+
+def test_a_job_is_repeatable_as_its_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "resolve_device", torch.device)
+    steady = ranks.repeatable(lambda options: torch.are_deterministic_algorithms_enabled())
+    assert steady(SimpleNamespace(device="cuda", deterministic=True))
+    assert not steady(SimpleNamespace(device="cuda", deterministic=False))

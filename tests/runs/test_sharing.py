@@ -26,7 +26,7 @@ from reglue.latents.alignment import load_alignment
 from reglue.latents.autoencoders import load_autoencoder
 from reglue.latents.recipe import AutoencoderRecipe, LatentAlignment, Perceptual
 from reglue.recipe import Alignment, Descent, LocalSemantics, Sampling
-from reglue.runs.record import RunRecord
+from reglue.runs.record import RunRecord, Start
 from reglue.runs.sharing import read_reports, train_command
 from reglue.semantics.compressors import load_compressor
 
@@ -275,6 +275,27 @@ def test_the_card_says_what_the_model_is_and_how_its_numbers_were_made(tiny_run:
         assert text in card.content, text
     for text in ("/home/someone", str(tmp_path), "unrelated", "broken", "[0, 1, 2, 3"):
         assert text not in card.content, text
+
+
+def test_the_card_of_a_fine_tuned_run_says_what_it_began_with(tiny_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    start = Start(str(tmp_path / "elsewhere" / "first"), 400, "model", "0123456789abcdef" * 4)
+    replace(RunRecord.read(run), start=start).write(run)
+    folder = reglue.load(run, device="cpu").save(tmp_path / "shared")
+    card = ModelCard.load(folder / "README.md").content
+    assert "Begun with the trained weights of the run `first` at step 400 (SHA-256 0123456789abcdef…)" in card
+    assert "--from first --from-step 400 --from-weights model" in card
+    assert str(tmp_path) not in card + (folder / "run.json").read_text()
+
+
+def test_a_model_is_not_shown_by_the_pictures_of_another_step(tiny_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    shutil.rmtree(run / "previews", ignore_errors=True)
+    (run / "previews").mkdir()
+    Image.new("RGB", (4, 4)).save(run / "previews" / "00000009.png")
+    folder = reglue.load(run, device="cpu").save(tmp_path / "shared")
+    assert not (folder / "samples.png").exists()
+    assert "![Samples]" not in (folder / "README.md").read_text()
 
 
 def test_the_card_shows_intervals_and_warnings_of_an_evaluation(tiny_run: Path, tmp_path: Path) -> None:

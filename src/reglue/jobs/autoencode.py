@@ -28,7 +28,7 @@ from reglue.data.images import ImageSource
 from reglue.data.samples import ImageSamples, all_of, loader, to_images
 from reglue.data.sources import Reading, open_images
 from reglue.diffusion.objective import weighted_sum
-from reglue.errors import UserError
+from reglue.errors import Stopped, UserError
 from reglue.files import TakesPaths, from_json, replacing, to_json
 from reglue.jobs.reconstructions import (
     Judges,
@@ -113,6 +113,8 @@ class Autoencode(TakesPaths):
     """Processes that decode images, for each of torchrun's; 0 decodes in the same one."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    deterministic: bool = True
+    """On a GPU too, the same command gives the same bits, as far as PyTorch can; it warns where it cannot."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,11 +177,13 @@ class TrainingRecord:
 
 
 @ranks.together
+@ranks.sigterm_deferred()
+@ranks.repeatable
 def autoencode(options: Autoencode) -> Path:
     """Train until the recipe's last step and write the autoencoder. Returns its folder.
 
     Raises UserError for options that do not fit together, for a folder of another training, and when the loss is not
-    finite or the latents collapse or blow up.
+    finite or the latents collapse or blow up; Stopped after SIGTERM, with a checkpoint written.
     """
     recipe, optimisation = options.recipe, options.recipe.optimisation
     rank, processes = ranks.join(options.device)
@@ -267,7 +271,8 @@ def autoencode(options: Autoencode) -> Path:
         last = step + 1 == optimisation.steps
         checkpoint_due = last or (step + 1) % options.checkpoint_every == 0
         evaluation_due = last or (step + 1) % evaluate_every == 0
-        log_due = checkpoint_due or evaluation_due or (step + 1) % options.log_every == 0
+        stop_due = processes == 1 and ranks.asked_to_stop()
+        log_due = checkpoint_due or evaluation_due or stop_due or (step + 1) % options.log_every == 0
         latents = LatentStatistics(shape, device) if log_due else None
         weights = recipe.loss_weights(step)
         adversary = model.discriminator if recipe.adversary_active(step) else None
@@ -315,10 +320,13 @@ def autoencode(options: Autoencode) -> Path:
 
         if latents:
             means = torch.stack([torch.stack(values).double().mean() for values in tally.values()])
-            means, sums = ranks.average(torch.cat([means, latents.sums])).split((len(means), len(latents.sums)))
+            asked = means.new_tensor([ranks.asked_to_stop()])
+            averages_of_all = ranks.average(torch.cat([means, latents.sums, asked]))
+            means, sums, asking = averages_of_all.split((len(means), len(latents.sums), 1))
             latents.sums, latents.images = sums * processes, optimisation.batch_size
-            # The only place that waits for the device.
-            numbers = torch.cat([means, latents.values()]).tolist()
+            # The only place that waits for the device, and where processes agree to stop if one of them is asked to.
+            *numbers, any_asked = torch.cat([means, latents.values(), asking]).tolist()
+            stop_due = any_asked > 0
             values = dict(zip(tally, numbers, strict=False))
             summary = LatentSummary.of(optimisation.batch_size, numbers[len(tally) :])
             check_finite(values, logged_step, step)
@@ -333,13 +341,13 @@ def autoencode(options: Autoencode) -> Path:
             check_latents(summary, step, last_checkpoint())
             tally, logged_step, logged_time = {}, step, now
         if evaluation_due:
-            measure(
-                step
-            )  # before the checkpoint: a process killed in between does it again, and the log misses nothing
+            measure(step)  # Before the checkpoint: a process killed in between does it again, and no figure is missing.
             logged_time = time.perf_counter()
-        if checkpoint_due and rank == 0:
+        if (checkpoint_due or stop_due) and rank == 0:
             checkpoints.save(options.out, step, model, ema, optimiser)
             checkpoints.forget_all_but(options.out, options.keep)
+        if stop_due and not last:
+            raise Stopped(f"stopped by SIGTERM after step {step}, with a checkpoint; the same command continues")
     progress.close()
     if rank == 0:
         chosen = permutation(options.seed, "latent statistics", 0, len(training))[: options.statistics_images]

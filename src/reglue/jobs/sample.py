@@ -21,7 +21,7 @@ from reglue.diffusion.modalities import State
 from reglue.errors import UserError
 from reglue.files import TakesPaths, replacing
 from reglue.recipe import Rounding, SamplerName, Sampling, StatePrecision
-from reglue.runs import checkpoints, hub, ranks
+from reglue.runs import checkpoints, fine_tuning, hub, ranks
 from reglue.runs.generation import ImageModel, changed_sampling, evaluations, load
 from reglue.runs.noise import STREAMS
 from reglue.runs.pictures import THREADS, PictureWriter
@@ -191,11 +191,7 @@ class Drawing:
 
 def plan(options: Sample, model: ImageModel) -> Drawing:
     """What the options ask of a model. Raises UserError for what it cannot do."""
-    weaker = load(options.weaker_run, device=options.device).denoiser if options.weaker_run else None
-    if weaker and weaker.config.shape != model.denoiser.config.shape:
-        raise UserError(
-            f"--weaker-run {options.weaker_run} was trained on other modalities or sizes than {options.run}"
-        )
+    weaker = weaker_model(options, model) if options.weaker_run else None
     sampling = changed_sampling(
         model.default_sampling,
         sampler=options.sampler,
@@ -214,6 +210,28 @@ def plan(options: Sample, model: ImageModel) -> Drawing:
         auto_scale=options.auto_scale if options.weaker_run else None,
     )
     return Drawing(model, weaker, sampling, choose_labels(options, model), options.seed)
+
+
+def weaker_model(options: Sample, model: ImageModel) -> Denoiser:
+    """The second model of autoguidance. Raises UserError unless both speak of the same images, in the same terms."""
+    assert options.weaker_run
+    weaker = load(options.weaker_run, device=options.device)
+    shape = weaker.denoiser.config.shape
+    if shape != model.denoiser.config.shape:
+        raise UserError(
+            f"--weaker-run {options.weaker_run} was trained on other modalities or sizes than {options.run}"
+        )
+    different = fine_tuning.changed_meanings(weaker.record, model.record)
+    if not shape.class_token_width:
+        different = [name for name in different if name != "encoder"]  # It was only aligned with.
+    if not fine_tuning.same_classes(weaker.record.class_names, model.record.class_names):
+        different.append("classes")
+    if different:
+        raise UserError(
+            f"--weaker-run {options.weaker_run} was trained with another {', another '.join(different)} than "
+            f"{options.run}; choose a run that differs in its model or its training alone"
+        )
+    return weaker.denoiser
 
 
 def choose_labels(options: Sample, model: ImageModel) -> list[int]:

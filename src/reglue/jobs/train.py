@@ -73,6 +73,9 @@ class Train(TakesPaths):
     """Threads that read samples ahead of their use. Default: 4 with a GPU, none without."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    deterministic: bool = True
+    """On a GPU too, the same command gives the same bits, continued or not, on the same kind of GPU with the same
+    versions. Without it attention's backward pass is a little faster."""
     shards: int = 1
     """Under torchrun: how many processes share one copy of the model. With 1 each has its own; more are for models that
     outgrow one device."""
@@ -98,6 +101,7 @@ class Losses(nn.Module):
 
 @ranks.together
 @ranks.sigterm_deferred()
+@ranks.repeatable
 def train(options: Train) -> Path:
     """Train until the recipe's last step. Returns the run folder.
 
@@ -253,6 +257,11 @@ def claim(out: Path, record: RunRecord, rank: int) -> None:
             raise UserError(
                 f"{out} is a run with other settings ({', '.join(different)}); choose a new --out, or the old settings"
             )
+        done, asked = max(checkpoints.steps(out), default=0), record.recipe.optimisation.steps
+        if done > asked:
+            raise UserError(
+                f"{out} has {done} steps already, more than --optimisation.steps {asked}; choose {done} or more"
+            )
     elif out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} holds other files; choose a new or an empty folder for --out")
     ranks.wait_for_all()
@@ -273,14 +282,19 @@ def compile_parts(network: nn.Module, blocks: Iterable[nn.Module], parts: Compil
     `auto` is resolved before (`ranks.to_compile`).
     """
     assert parts != "auto"
+    if parts == "no":
+        return
+    # Sizes are known, and stay. Kernels of a network before, in the same process, would make these ones take any
+    # size, and so compute otherwise than those of a process that continues the training.
+    torch.compiler.reset()
     if parts == "model":
-        network.compile()
-    elif parts == "blocks":
+        network.compile(dynamic=False)
+    else:
         # Or DistributedDataParallel would have every block cut where its buckets end. Their gradients travel while
         # those of the blocks before them are computed, in any case. For the whole process, which trains this network.
         torch._dynamo.config.optimize_ddp = False
         for block in blocks:
-            block.compile()
+            block.compile(dynamic=False)
 
 
 def learning_rate(optimisation: Descent, step: int) -> float:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from reglue.diffusion.denoiser import Denoiser
+from reglue.diffusion.modalities import CLS, LOCAL
 from reglue.errors import UserError
+from reglue.latents.autoencoders import AutoencoderSpec
 from reglue.recipe import Recipe
 from reglue.runs import checkpoints, ranks
 from reglue.runs.record import FILE, RunRecord, Start, Weights
@@ -73,8 +75,7 @@ class Beginning:
         if self.position_grid != record.denoiser.token_grid:
             grid = record.denoiser.position_grid or record.denoiser.token_grid
             yield "positions: of {}×{} tokens, counted in {}×{}".format(*record.denoiser.token_grid, *grid)
-        then, now = meanings(self.source), meanings(record)
-        changed = [name for name in then if then[name] != now[name]]
+        changed = changed_meanings(self.source, record)
         if changed:
             yield f"not what it was there, so that it has to be learned anew: {', '.join(changed)}"
 
@@ -99,6 +100,9 @@ def _begin(out: Path, run: Path | None, step: int | None, weights: Weights) -> B
     if run and (started is None or Path(started.run).resolve() != run.resolve()):
         what = f"from {started.run}" if started else "with random weights"
         raise UserError(f"{out} is a run that started {what}, not from {run}; leave --from out, or choose a new --out")
+    if run and started and (step or started.step, weights) != (started.step, started.weights):
+        what = f"with the {started.weights} weights of step {started.step}"
+        raise UserError(f"{out} is a run that started {what} of {run}; leave --from out, or choose a new --out")
     if started is None:
         return None
     if checkpoints.steps(out):
@@ -159,24 +163,53 @@ def rows_of_labels(there: tuple[str, ...], here: tuple[str, ...]) -> dict[int, i
 
     Imported runs whose classes have numbers for names stand for as many classes in the same order.
     """
-    if len(there) == len(here) and there == tuple(map(str, range(len(there)))):
+    if same_classes(there, here):
         there = here
     known = {name: row for row, name in enumerate(there)}
     rows = {row: known[name] for row, name in enumerate(here) if name in known}
     return {**rows, len(here): len(there)}
 
 
-def meanings(record: RunRecord) -> dict[str, object]:
-    """What gives a model's inputs and outputs their meaning, as far as a run's record tells it."""
-    encoder = record.encoder
-    semantic = encoder and (record.recipe.class_token.present or record.recipe.alignment.present)
-    return {
-        "autoencoder": record.autoencoder,
-        "path": record.recipe.path,
-        "compressor": record.compressor,
-        "class token's compressor": record.class_token_compressor,
-        "encoder": encoder.weights_sha256 if encoder and semantic else None,
+def same_classes(there: tuple[str, ...], here: tuple[str, ...]) -> bool:
+    """Whether labels mean the same. Numbers for names, as imported runs have them, stand for any classes in order."""
+    numbers = tuple(map(str, range(len(here))))
+    return there == here or (len(there) == len(here) and numbers in (there, here))
+
+
+def same_latents(there: AutoencoderSpec, here: AutoencoderSpec) -> bool:
+    """Whether latents mean the same, as far as it is known: imported runs have not seen the autoencoder's weights."""
+    if None in (there.weights_sha256, here.weights_sha256):
+        there, here = replace(there, weights_sha256=None), replace(here, weights_sha256=None)
+    return there == here
+
+
+def changed_meanings(there: RunRecord, here: RunRecord) -> list[str]:
+    """The names of what gives a model's inputs and outputs another meaning in one run than in the other.
+
+    As far as the records tell it, and of the parts that both have.
+    """
+
+    def differ(part: str) -> bool:
+        return getattr(there, part) != getattr(here, part)
+
+    modalities = there.denoiser.shape.shapes().keys() & here.denoiser.shape.shapes().keys()
+    encoders = [
+        record.encoder.weights_sha256
+        for record in (there, here)
+        if record.encoder and (record.recipe.class_token.present or record.recipe.alignment.present)
+    ]
+    changed = {
+        "autoencoder": not same_latents(there.autoencoder, here.autoencoder),
+        "path": there.recipe.path != here.recipe.path,
+        "compressor": LOCAL in modalities and differ("compressor"),
+        "class token's compressor": CLS in modalities and differ("class_token_compressor"),
+        "encoder": len(set(encoders)) == 2,
+        **{
+            f"scale of {name}": there.normalisation.get(name) != here.normalisation.get(name)
+            for name in sorted(modalities)
+        },
     }
+    return [name for name, is_other in changed.items() if is_other]
 
 
 def parts(tensors: Iterable[str]) -> set[str]:

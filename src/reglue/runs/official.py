@@ -209,7 +209,8 @@ def export_official(family: Family, config: DenoiserConfig, weights: Mapping[str
         weights = reverse_time(weights)
     theirs_by_ours = {ours: theirs for theirs, ours in KEYS.items() if theirs != "projector" or family == "redi"}
     leading = 1 if config.shape.class_token_width else 0
-    published = {"pos_embed": position_embedding(config.token_grid, config.width, leading)}
+    positions = position_embedding(config.token_grid, config.width, leading, config.position_grid)
+    published = {"pos_embed": positions}
     for name, value in weights.items():
         if name == "positions":
             published["pos_embed"] = value

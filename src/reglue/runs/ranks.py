@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
 from importlib.util import find_spec
-from typing import NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -227,6 +227,52 @@ def together(job: Callable[[_Options], _T]) -> Callable[[_Options], _T]:
             return job(options)
 
     return watched
+
+
+class Repeatable(RunsOn, Protocol):
+    """Options of a job whose results can be asked for to the bit."""
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the same command is to give the same bits."""
+        ...
+
+
+_Repeatable = TypeVar("_Repeatable", bound=Repeatable)
+
+
+def repeatable(job: Callable[[_Repeatable], _T]) -> Callable[[_Repeatable], _T]:
+    """The job, within `deterministic` as its options say."""
+
+    @wraps(job)
+    def repeated(options: _Repeatable) -> _T:
+        with deterministic(resolve_device(options.device), options.deterministic):
+            return job(options)
+
+    return repeated
+
+
+@contextmanager
+def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
+    """A GPU uses algorithms inside the block that give the same bits each time; the CPU's do so in any case.
+
+    Without it, gradients of attention are added in whatever order they are ready. Where PyTorch has only such an
+    algorithm, it warns. For the whole process.
+    """
+    if not wanted or device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as large as it is on new GPUs in any case
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False  # Nobody reads it, and it is as much work as a copy.
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = filling
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def save(
     if half_precision:
         weights = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
     shown = read_reports(run, reports, step)
-    picture = picture or _last_preview(run)
+    picture = picture or _preview(run, step)
     with new_folder(folder) as beside:
         shared = _with_autoencoder(without_places(record), record, run, beside)
         shared.write(beside)
@@ -74,9 +74,11 @@ def save(
 
 def without_places(record: RunRecord) -> RunRecord:
     """The record without the folders of this machine: names of files alone are left."""
+    start = record.start and replace(record.start, run=Path(record.start.run).name)
     encoder = record.encoder and replace(record.encoder, name=_without_place(record.encoder.name))
     autoencoder = replace(record.autoencoder, name=_without_place(record.autoencoder.name))
-    return replace(record, encoder=encoder, autoencoder=autoencoder, store=record.store and Path(record.store).name)
+    store = record.store and Path(record.store).name
+    return replace(record, encoder=encoder, autoencoder=autoencoder, store=store, start=start)
 
 
 def find_compressor(record: RunRecord, run: Path | None) -> Compressor | None:
@@ -133,6 +135,8 @@ def train_command(record: RunRecord) -> str | None:
     words += _changes(PAPERS[record.recipe.name].recipe, record.recipe)
     if record.seed:
         words += ["--seed", str(record.seed)]
+    if start := record.start:
+        words += ["--from", start.run, "--from-step", str(start.step), "--from-weights", start.weights]
     return shlex.join(words)
 
 
@@ -210,8 +214,9 @@ def _without_place(name: str) -> str:
     return architecture + at + Path(file).name if Path(file).is_absolute() else name
 
 
-def _last_preview(run: Path | None) -> Path | None:
-    return max((run / PREVIEWS).glob("*.png"), default=None) if run else None
+def _preview(run: Path | None, step: int) -> Path | None:
+    preview = run / PREVIEWS / f"{step:08d}.png" if run else None
+    return preview if preview and preview.is_file() else None
 
 
 def _read_report(file: Path) -> Report | None:
