@@ -34,9 +34,10 @@ def test_an_adaptive_sampler_is_measured_at_each_tolerance(tmp_path: Path, tiny_
     results = study(both)  # Continues what was measured without them.
     assert results.settings[: len(before.settings)] == before.settings
     loose, strict = results.settings[-2:]
-    assert loose.evaluations and strict.evaluations
+    assert loose.evaluations is not None
+    assert strict.evaluations is not None
     assert 6 < loose.evaluations < strict.evaluations  # A step takes six, and two come before the first one.
-    assert loose.pixel_distance is not None and strict.pixel_distance is not None
+    assert strict.pixel_distance is not None
     sampling = json.loads((both.out / strict.setting.name / PROTOCOL).read_text())["sampling"]
     assert sampling["relative_tolerance"] == 1e-4
     assert sampling["absolute_tolerance"] == pytest.approx(1e-7)
