@@ -59,8 +59,8 @@ STEP, EVALUATION = 0.02, 0.01
 DRAWING = 3.0
 """Of a set of samples beside the networks: models are loaded, pictures written."""
 FIGURES, INCEPTION_FIGURES = 5.0, 15.0
-"""Of the figures' arithmetic, in a few hundred dimensions and in the Inception's 2,048: one core took 5 and 35 for 2,000
-samples and 200 resamples, and a GPU's host has many."""
+"""Of the figures' arithmetic, in a few hundred dimensions and in the Inception's 2,048. One core took 5 and 35 for
+2,000 samples and 200 resamples, and the host of a GPU has many."""
 
 
 def counted_cost(options: StudyOptions, arm: Arm, measures: Measures) -> Cost:
@@ -105,7 +105,7 @@ class Parcel:
 
 
 def parcels(options: StudyOptions, arms: Sequence[Arm]) -> Iterator[Parcel]:
-    """What the study reads: columns of stores, with the encoder's last layer alone where that suffices, and networks.
+    """What the study reads: columns of stores, of features the last layer alone, and networks that are single files.
 
     Of the held-out images the latents and class tokens, beside which `studies/pack.py` puts what is known of them.
     """
@@ -116,7 +116,8 @@ def parcels(options: StudyOptions, arms: Sequence[Arm]) -> Iterator[Parcel]:
         yield packed(Store.open(store), sorted(names))
     if (options.reference / MANIFEST).is_file():
         yield packed(Store.open(options.reference), ["label", "latent", "cls"])
-    for network in (options.inception, options.judge, options.encoder):
+    spec = Store.open(options.store).manifest.encoder
+    for network in (options.inception, options.judge, options.encoder or (spec and spec.name)):
         if network and (file := Path(network)).is_file():
             size = file.stat().st_size / MEGABYTE
             yield Parcel(file.name, size, math.ceil(size / Pack.megabytes))
