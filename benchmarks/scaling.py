@@ -1,8 +1,8 @@
 """Memory, operations and messages of a training step on many GPUs, on paper: `python benchmarks/scaling.py`.
 
-Weights are counted on the real Denoiser and operations by PyTorch's counter, both on the meta device, which computes
-nothing. Activations follow a formula that `--check` compares with what autograd keeps for a small model. Times are
-counts divided by assumed rates, all of which are options. Prints markdown tables and one line of JSON.
+Weights are counted on the real Denoiser, operations by PyTorch's counter, and activations are what autograd keeps; all
+of it without computing anything. Times are counts divided by assumed rates, all of which are options. Prints markdown
+tables and one line of JSON.
 """
 
 from __future__ import annotations
@@ -52,8 +52,6 @@ class Scaling:
     token_width: int = 768
     """Width of the vision encoder's tokens."""
     classes: int = 1000
-    check: bool = False
-    """Also compare the formula for activations with what autograd keeps of a small model on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Count:
     operations: int
     """Of forward and backward for one image; a multiplication and an addition are two."""
     activations: int
-    """Bytes that the backward pass keeps for one image."""
+    """Bytes that autograd keeps of one image in bfloat16, without activation checkpointing."""
 
 
 def config_of(size: ModelSize, options: Scaling) -> DenoiserConfig:
@@ -88,20 +86,6 @@ def config_of(size: ModelSize, options: Scaling) -> DenoiserConfig:
     )
 
 
-def activation_formula(config: DenoiserConfig) -> int:
-    """Bytes that the backward pass keeps for one image under autocast to bfloat16, without activation checkpointing.
-
-    Per block and token, in widths: seven of float32 (the inputs of the norms, their results before they are modulated,
-    the products with the gates, a sum) and fifteen of bfloat16 (the inputs of qkv, q, k, v, attention's output twice,
-    four each before and after GELU, the network's output). Outside of the blocks only the projector is counted.
-    """
-    rows, columns = config.token_grid
-    tokens = rows * columns + 1
-    per_block = tokens * config.width * (4 * 7 + 2 * 15)
-    projector = tokens * 2 * (config.width + 4 * config.alignment_hidden)
-    return config.depth * per_block + projector
-
-
 def count(name: str, options: Scaling) -> Count:
     """Count one size."""
     config = config_of(SIZES[name], options)
@@ -109,7 +93,8 @@ def count(name: str, options: Scaling) -> Count:
         model = Denoiser(config)
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.transformer.blocks]
     weights = sum(p.numel() for p in model.parameters())
-    return Count(name, weights, sum(blocks), max(blocks), counting.training_flops(config), activation_formula(config))
+    operations, activations = counting.training_flops(config), counting.activation_bytes(config, "bfloat16")
+    return Count(name, weights, sum(blocks), max(blocks), operations, activations)
 
 
 def resident_bytes(model: Count, shards: int) -> float:
@@ -218,13 +203,7 @@ def main(options: Scaling) -> None:
         print(f"### {gpus} GPUs, {gpus * options.per_gpu:,} images per step\n")
         header = ["model", "shards", "held per GPU, GiB", "sent per GPU, GB", "computing, ms", "sending, ms"]
         print(table([*header, "computing, of a step"], rows))
-    checked = None
-    if options.check:
-        small = config_of(ModelSize(4, 192, 3, 2, 2), options)
-        checked = {"formula": activation_formula(small), "autograd": counting.activation_bytes(small, "bfloat16")}
-        formula, autograd = checked["formula"], checked["autograd"]
-        print(f"Activations of 4x192x3/2 per image: formula {formula:,} bytes, autograd {autograd:,}.\n")
-    figures = {"models": [asdict(c) for c in counts], "steps": steps, "check": checked}
+    figures = {"models": [asdict(c) for c in counts], "steps": steps}
     report("scaling", options, figures, torch.device("cpu"))
 
 

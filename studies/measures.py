@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from circumstances import circumstances
 from judge import Judge, load_judge
@@ -160,6 +161,21 @@ class Measures:
                 self._judge.scores(batch).cpu()
             took[0] += time.perf_counter() - began
         return took[0], sum(took[1:])
+
+    def operations(self) -> tuple[int, int]:
+        """Of one image: those of the networks that look at every checkpoint, and the Inception's."""
+        pixels = torch.zeros(1, 3, *self.resolution, dtype=torch.uint8)
+        counted = []
+        for networks in ([self._encoder], [self._inception] if self.options.inception else []):
+            with FlopCounterMode(display=False) as counter:
+                for network in networks:
+                    network.describe(pixels.to(self.device))
+            counted.append(counter.get_total_flops())
+        if self.options.judge:
+            with FlopCounterMode(display=False) as counter:
+                self._judge.scores(pixels)
+            counted[0] += counter.get_total_flops()
+        return counted[0], counted[1]
 
     def _by_encoder(self, samples: Path) -> dict[str, Any]:
         drawn, held_out = self._described(samples), self._features(self._encoder, self.options.reference, "held-out")

@@ -1,4 +1,7 @@
-"""How long a study takes here: a few steps of every arm, timed by the jobs themselves. Nothing else is made."""
+"""How long a study takes: a few steps of every arm are timed here, or its operations counted for a GPU elsewhere.
+
+Nothing else is made.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from costs import GPUS, Cost, Parcel, counted_cost, parcels
 from measures import Measures
 from pack import Pack, pack
 from reglue.data.store import MANIFEST, Store
+from reglue.errors import UserError
 from reglue.files import replacing
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.sample import Sample, sample
@@ -30,22 +35,6 @@ SAMPLING_STEPS = (2, 6)
 SAMPLED_IMAGES = (32, 128)
 """Of the store, for codes that are not there yet: fitting is timed twice, and the difference scaled."""
 TIMED_EPOCHS = 2
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one arm costs."""
-
-    images_per_second: float
-    """Of training."""
-    start_seconds: float
-    """Of training to a milestone, beside its steps: the model is made, compiled if asked for, and written."""
-    drawing_seconds: float
-    """For all samples of one checkpoint, without guidance."""
-    measuring_seconds: float
-    """For the networks to look at them; the arithmetic of the figures is left out."""
-    inception_seconds: float
-    """The same of the Inception, which may only look at the last ones."""
 
 
 @dataclass(frozen=True)
@@ -67,32 +56,65 @@ class Line:
 
 
 def plan(options: StudyOptions, arms: Sequence[Arm], jobs: Sequence[Compress] = ()) -> None:
-    """Time every arm, and the `jobs` that make codes first; print what they take, and write it beside --out.
+    """Say what every arm takes, and the `jobs` that make codes first; print it, and write it beside --out.
 
-    OUT-plan.json has the seconds, OUT-plan.md the table.
+    OUT-plan.json has the seconds, OUT-plan.md the table. Both are timed here, or counted with --counted-on; then
+    UserError is raised for codes that are yet to be made, since nobody knows their size.
     """
-    with TemporaryDirectory() as folder:
-        fits = {job.compressor_name: seconds_of(job, Path(folder)) for job in jobs if not job.fitted}
-        stand_in = Path(folder) / "store" if fits else None
-        measures = Measures(options)
-        models = {arm.name: arm for arm in arms if arm.trained_as is None}  # The others draw from one of these.
-        costs = {
-            name: cost_of(options, arm, timed_store(options, arm, stand_in), measures) for name, arm in models.items()
-        }
+    models = {arm.name: arm for arm in arms if arm.trained_as is None}  # The others draw from one of these.
+    carried: list[Parcel] = []
+    if options.counted_on:
+        for job in jobs:
+            raise UserError(
+                f"--counted-on counts what is there, and {job.store} has no codes {job.compressor_name}; make them "
+                "with `reglue compress`, or choose others"
+            )
+        fits, carried, measures = {}, list(parcels(options, arms)), Measures(options)
+        costs = {name: counted_cost(options, arm, measures) for name, arm in models.items()}
+    else:
+        fits, costs = timed_costs(options, models, jobs)
     lines = list(lines_of(options, arms, costs))
-    text = table(options, lines, fits)
+    text = "\n\n".join([table(options, lines, fits), *([assumptions(options, carried)] if options.counted_on else [])])
     print(text)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     written = {
         "steps": options.steps,
+        "counted_on": options.counted_on,
         "seconds": sum(fits.values()) + sum(line.total for line in lines),
         "steps_within_minutes": proposed_steps(options, lines, fits),
         "compressors": fits,
         "arms": [asdict(line) for line in lines],
+        "to_bring": [asdict(parcel) for parcel in carried],
     }
     for suffix, content in ((".md", text), (".json", json.dumps(written, indent=1))):
         with replacing(options.out.with_name(f"{options.out.name}-plan{suffix}")) as beside:
             beside.write_text(content + "\n")
+
+
+def timed_costs(
+    options: StudyOptions, models: Mapping[str, Arm], jobs: Sequence[Compress]
+) -> tuple[dict[str, float], dict[str, Cost]]:
+    """Seconds of each job that makes codes, and what each arm costs, timed here."""
+    with TemporaryDirectory() as folder:
+        fits = {job.compressor_name: seconds_of(job, Path(folder)) for job in jobs if not job.fitted}
+        stand_in = Path(folder) / "store" if fits else None
+        measures = Measures(options)
+        return fits, {
+            name: cost_of(options, arm, timed_store(options, arm, stand_in), measures) for name, arm in models.items()
+        }
+
+
+def assumptions(options: StudyOptions, carried: Sequence[Parcel]) -> str:
+    """What a counted plan rests on, and what has to be brought to that machine."""
+    assert options.counted_on is not None
+    rates, share = GPUS[options.counted_on], options.assumed_share
+    brought = "; ".join(f"{each.name}, {each.megabytes:,.0f} MB in {each.files} files" for each in carried)
+    files = sum(each.files for each in carried)
+    return (
+        f"Counted, not timed: {share:.0%} of {rates.bfloat16 / 1e12:.0f} TFLOP/s in bfloat16 and of "
+        f"{rates.float32 / 1e12:.0f} in float32 are assumed, and seconds that no operations tell (`studies/costs.py`). "
+        f"To bring: {brought}; {files} files in all."
+    )
 
 
 def lines_of(options: StudyOptions, arms: Sequence[Arm], costs: Mapping[str, Cost]) -> Iterator[Line]:

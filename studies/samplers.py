@@ -27,12 +27,13 @@ from tyro.conf import Positional
 from reglue.errors import UserError
 from reglue.files import TakesPaths, from_json, replacing, to_json
 from reglue.jobs.evaluate import Evaluate, evaluate
-from reglue.jobs.sample import Sample, sample
+from reglue.jobs.sample import Sample, plan, sample
 from reglue.recipe import SamplerName
+from reglue.runs.generation import load
 
 STOCHASTIC: tuple[SamplerName, ...] = ("euler-maruyama",)
 RESULTS = "results.json"
-ADDS_SETTINGS = ("samplers", "evaluations", "time_shifts", "anchor", "anchor_evaluations")
+ADDS_SETTINGS = ("samplers", "evaluations", "time_shifts", "relative_tolerances", "anchor", "anchor_evaluations")
 """Options that another call may change: they say what is measured, not how."""
 
 
@@ -45,7 +46,7 @@ class Study(TakesPaths):
     """A store, with whose encoder images are compared, or any reference of `reglue evaluate`."""
     out: Path = Path("samplers-study")
     samplers: tuple[SamplerName, ...] = ("euler-maruyama", "euler", "heun", "adams-bashforth")
-    """dopri5 may be added: it chooses its evaluations itself."""
+    """dopri5 may be added: it chooses its evaluations itself, by --relative-tolerances."""
     evaluations: tuple[int, ...] = (10, 25, 50, 100)
     """Per image and branch of guidance; Heun's are odd, so it takes one less where this is even."""
     anchor: SamplerName = "euler-maruyama"
@@ -54,6 +55,9 @@ class Study(TakesPaths):
     """… and its evaluations."""
     time_shifts: tuple[float, ...] = (1.0,)
     """Grids, for each of them; the anchor's is the unshifted one."""
+    relative_tolerances: tuple[float, ...] = (1e-3,)
+    """Errors that dopri5 allows per step, as shares of the values. Its absolute ones are a thousandth of each, as in
+    SiT's 1e-3 and 1e-6."""
     guidance_scale: float | None = None
     """As in the run's recipe if not given."""
     count: int = 1000
@@ -61,7 +65,7 @@ class Study(TakesPaths):
     solution_evaluations: int = 1000
     """Of the solution that deterministic samplers are compared with, by Adams and Bashforth's method."""
     solution_count: int = 32
-    """Images of that solution, the first ones."""
+    """Images of that solution, the first ones; dopri5's evaluations are counted on as many."""
     feature_network: str = "store"
     """As in `reglue evaluate`; store is the encoder of the reference."""
     inception: Path | None = None
@@ -72,8 +76,10 @@ class Study(TakesPaths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.samplers and self.evaluations and self.time_shifts):
-            raise UserError("--samplers, --evaluations, --time-shifts: name at least one of each")
+        if not (self.samplers and self.evaluations and self.time_shifts and self.relative_tolerances):
+            raise UserError(
+                "--samplers, --evaluations, --time-shifts, --relative-tolerances: name at least one of each"
+            )
         if self.anchor == "dopri5":
             raise UserError("--anchor dopri5: choose a sampler whose evaluations can be given")
         if min(*self.evaluations, self.anchor_evaluations) < 2:
@@ -88,12 +94,21 @@ class Setting:
     evaluations: int
     """0 where the sampler chooses."""
     time_shift: float
+    relative_tolerance: float | None = None
+    """Of a sampler that chooses; None for that of the run's recipe."""
 
     @property
     def name(self) -> str:
         """Also of its folder."""
+        evaluations = f"-{self.evaluations}" if self.evaluations else ""
         shift = "" if self.time_shift == 1 else f"-shift-{self.time_shift:g}"
-        return f"{self.sampler}{f'-{self.evaluations}' if self.evaluations else ''}{shift}"
+        tolerance = "" if self.relative_tolerance is None else f"-tolerance-{self.relative_tolerance:g}"
+        return f"{self.sampler}{evaluations}{shift}{tolerance}"
+
+    @property
+    def absolute_tolerance(self) -> float | None:
+        """Beside the relative one."""
+        return None if self.relative_tolerance is None else self.relative_tolerance / 1000
 
     @property
     def steps(self) -> int:
@@ -107,7 +122,7 @@ class Measured:
 
     setting: Setting
     evaluations: int | None
-    """That were made per image; None where nobody counted."""
+    """That were made per image, on average where the sampler chose; None where nobody counted."""
     frechet_distance: float
     low: float
     """Of the 95 % interval …"""
@@ -153,7 +168,8 @@ def settings(options: Study) -> Iterator[Setting]:
         for sampler in options.samplers:
             if sampler == "dopri5":
                 if shift == options.time_shifts[0]:
-                    yield Setting(sampler, 0, 1.0)
+                    for tolerance in options.relative_tolerances:
+                        yield Setting(sampler, 0, 1.0, tolerance)
                 continue
             for evaluations in sorted(options.evaluations, reverse=True):
                 if (setting := Setting(sampler, evaluations, shift)) != anchor:
@@ -175,6 +191,8 @@ def drawing(options: Study, setting: Setting, out: Path, count: int) -> Sample:
         sampler=setting.sampler,
         steps=setting.steps,
         time_shift=setting.time_shift,
+        relative_tolerance=setting.relative_tolerance,
+        absolute_tolerance=setting.absolute_tolerance,
         guidance_scale=options.guidance_scale,
         batch_size=options.batch_size,
         device=options.device,
@@ -193,7 +211,7 @@ def measure(options: Study, setting: Setting, solution: Path) -> Measured:
     fid = None
     if options.inception:
         fid = evaluate(replace(comparison, feature_network=str(options.inception))).metrics.frechet_distance.value
-    made = 2 * setting.steps - 1 if setting.sampler == "heun" else setting.evaluations or None
+    made = 2 * setting.steps - 1 if setting.sampler == "heun" else setting.evaluations or counted(options, setting)
     return Measured(
         setting,
         made,
@@ -204,6 +222,19 @@ def measure(options: Study, setting: Setting, solution: Path) -> Measured:
         None if setting.sampler in STOCHASTIC else pixel_distance(folder, solution),
         seconds if fresh else None,
     )
+
+
+def counted(options: Study, setting: Setting) -> int:
+    """Evaluations per image that a sampler chose, on average: the first images are drawn again, and thrown away."""
+    first = drawing(options, setting, options.out, min(options.count, options.solution_count))
+    total = 0
+
+    def count() -> None:
+        nonlocal total
+        total += 1
+
+    plan(first, load(first.run, device=first.device)).draw(range(first.count), count)
+    return round(total / first.count)
 
 
 def pixel_distance(folder: Path, solution: Path) -> float:
@@ -251,13 +282,14 @@ def write(options: Study, results: Results) -> None:
 def table(results: Results) -> str:
     """The results as Markdown."""
     lines = [
-        "| sampler | shift | evaluations | Fréchet distance | FID | pixels from the solution | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| sampler | shift | tolerance | evaluations | Fréchet distance | FID | pixels from the solution | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for each in results.settings:
         cells = (
             each.setting.sampler,
             f"{each.setting.time_shift:g}",
+            "–" if each.setting.relative_tolerance is None else f"{each.setting.relative_tolerance:g}",
             each.evaluations or "–",
             f"{each.frechet_distance:.2f} [{each.low:.2f}, {each.high:.2f}]",
             "–" if each.fid is None else f"{each.fid:.2f}",

@@ -104,8 +104,8 @@ class StudyOptions(TakesPaths):
     """Scale each latent channel to unit variance, instead of as the autoencoder says."""
     precision: Precision = "bfloat16"
     """Of the matrix products."""
-    compile: Compile = "no"
-    """Compile blocks or models; worth it for runs of many minutes on a GPU."""
+    compile: Compile = "auto"
+    """Compile blocks or models. auto is blocks on a GPU, whose minutes are dear, and nothing on a CPU."""
 
     compressor_epochs: int = 25
     """Passes of the compressors that are made, where the store lacks the codes of an arm."""
@@ -142,6 +142,10 @@ class StudyOptions(TakesPaths):
     speed so far. Each is four times as large as the model."""
     plan: bool = False
     """Time a few steps of each arm, write how long the study takes into OUT-plan.md and OUT-plan.json, and stop."""
+    counted_on: Literal["h200"] | None = None
+    """With --plan: time nothing, but count operations for this GPU, which may be elsewhere."""
+    assumed_share: float = 0.25
+    """With --counted-on: the share of its rates that is reached."""
     minutes: float | None = None
     """With --plan: say which --steps take about so many minutes in all."""
     references_only: bool = False
@@ -158,7 +162,7 @@ MAY_CHANGE = {
     *("store", "reference", "out", "seed", "seeds", "repeated_arms", "arms", "questions", "steps", "checkpoints"),
     *("inception_everywhere", "autoencoder", "autoencoders", "int8_store", "compile", "guidance_scales"),
     *("sampling_batch", "checkpoint_every", "inception", "judge", "encoder", "workers", "decoding_workers", "device"),
-    *("plan", "minutes", "references_only"),
+    *("plan", "counted_on", "assumed_share", "minutes", "references_only"),
 }
 """Options that do not decide what a figure of an arm is, or that are compared in another way."""
 NETWORKS = ("inception", "judge", "encoder")

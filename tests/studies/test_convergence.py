@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 import convergence
 from compare import compare
+from costs import STEP, Cost, packed
+from counting import H200_PRODUCTS, training_flops
 from pack import Pack, pack
-from plan import Cost, lines_of, proposed_steps
+from plan import lines_of, proposed_steps
 from reglue.data.store import Store
 from reglue.jobs.prepare import Prepare, prepare
+from reglue.papers import RECIPES
+from reglue.runs.record import RunRecord
 from study import steps_between_checkpoints, trials_of
 from unpack import unpack
 
@@ -147,6 +152,54 @@ def test_a_plan_times_the_arms_and_leaves_nothing_else(
     sit = written["arms"][0]
     assert sit["training"] == pytest.approx(4 * 4 / sit["images_per_second"])
     assert all(sit[part] >= 0 for part in ("starting", "drawing", "measuring"))
+
+
+def test_a_plan_is_counted_without_the_gpu_that_it_is_for(
+    tmp_path: Path, tiny_store: Path, tiny_images: Path, random_inception: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = tmp_path / "held-out"
+    pack(Pack(tiny_store, held_out, ("latent", "cls")))
+    arguments = [str(tiny_store), "--reference", str(held_out), "--out", str(tmp_path / "study"), *TINY]
+    arguments += ["--arms", "sit", "reglue", "--inception", str(random_inception), "--precision", "bfloat16"]
+    arguments += ["--plan", "--counted-on", "h200", "--minutes", "30"]
+
+    def counted(*more: str) -> dict[str, Any]:
+        convergence.main([*arguments, *more])
+        return json.loads((tmp_path / "study-plan.json").read_text())
+
+    # So small a model is as fast as a host can start its kernels.
+    assert [arm["images_per_second"] for arm in counted()["arms"]] == [4 / STEP, 4 / STEP]
+    large = ("--model", "B/2", "--batch-size", "4096", "--alignment-hidden", "2048")
+    written = counted(*large)
+    sit, reglue = written["arms"]
+    config = RunRecord.of(Store.open(tiny_store), RECIPES["sit"], 0).denoiser
+    operations = training_flops(replace(config, learn_sigma=False))
+    assert sit["images_per_second"] == pytest.approx(0.25 * H200_PRODUCTS / operations)
+    assert sit["images_per_second"] > reglue["images_per_second"]  # It has a class token and a projector.
+    twice = counted(*large, "--assumed-share", "0.5")["arms"][0]
+    assert twice["images_per_second"] == pytest.approx(2 * sit["images_per_second"])
+    assert twice["measuring"] < sit["measuring"]  # Frozen networks are counted too.
+    assert written["steps_within_minutes"] % 2 == 0
+    columns, names = Store.open(tiny_store).manifest.columns, ("label", "latent", "cls", "features", "local.conv-4")
+    stored, kept_elsewhere, network = written["to_bring"]
+    assert stored["files"] == len(names)
+    assert set(names) <= set(columns)
+    assert kept_elsewhere["files"] == 3
+    assert network["megabytes"] == random_inception.stat().st_size / 1e6
+    assert "Counted, not timed: 25% of 790 TFLOP/s" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="has no codes pca-3-last; make them"):
+        counted("--arms", "redi", "--redi-compressor", "pca-3-last")
+
+
+def test_the_size_of_what_is_brought_is_that_of_the_packed_store(tmp_path: Path, tiny_store: Path) -> None:
+    names = ["features", "label", "latent"]
+    store = pack(Pack(tiny_store, tmp_path / "packed", tuple(names), last_layer=True))
+    files = list((tmp_path / "packed").glob("*.safetensors"))
+    parcel = packed(Store.open(tiny_store), names)
+    assert parcel.files == len(files)
+    tensors = [tensor for file in files for tensor in load_file(file).values()]
+    assert parcel.megabytes == pytest.approx(sum(tensor.nbytes for tensor in tensors) / 1e6)
+    assert len(store) > 0
 
 
 def test_the_proposed_steps_take_the_minutes(tiny_store: Path) -> None:
