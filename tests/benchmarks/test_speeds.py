@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,15 @@ from evaluate_speed import EvaluateSpeed
 from evaluate_speed import main as evaluate_speed
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
+from reglue.errors import UserError
 from reglue.jobs.train import Train, train
 from reglue.papers import RECIPES
 from reglue.recipe import Optimisation
 from reglue.runs.checkpoints import find
 from scaling import Scaling
 from scaling import main as scaling
+from store_reads import Readers, StoreReads, Work
+from store_reads import main as store_reads
 from train_speed import TrainSpeed, mean_of
 from train_speed import main as train_speed
 from training_step import TrainingStep
@@ -57,6 +62,43 @@ def test_reads_of_a_store(tiny_store: Path) -> None:
     assert all(read["images_per_core_second"] > 0 for read in figures["training"])
     # DiT's paper counts 23.0 G multiplications and additions for B/2; training takes six times as many operations.
     assert figures["needs"]["sit"]["training_gflop_per_image"] == pytest.approx(6 * 23.0, rel=0.01)
+
+
+def pins(work: Work, ready: Callable[[], object]) -> None:
+    """Fails where a process cannot give pinned memory though its machine could."""
+    ready()
+    assert not torch.cuda._is_in_bad_fork()
+
+
+def fails(work: Work, ready: Callable[[], object]) -> None:
+    """The second of two fails while the first one waits for it."""
+    if work.rows == [1]:
+        raise OSError("no more memory")
+    ready()
+
+
+def dies(work: Work, ready: Callable[[], object]) -> None:
+    """The last of three dies while the others wait for it."""
+    if work.rows == [2]:
+        os._exit(1)
+    ready()
+
+
+def test_processes_that_read_can_pin_memory_and_do_not_wait_for_one_that_failed(tiny_store: Path) -> None:
+    torch._C._cuda_getDeviceCount()  # As imports do. A copy of this process could not pin memory any more.
+    work = [Work(tiny_store, "latent", [row], 1, False, False) for row in range(3)]
+    with Readers(3, 1) as readers:
+        assert readers.together(pins, work[:1])[0] >= 0
+        with pytest.raises(OSError, match="no more memory"):
+            readers.together(fails, work[:2])
+        with pytest.raises(BrokenProcessPool):
+            readers.together(dies, work)
+
+
+def test_memory_is_not_pinned_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--pinned"):
+        store_reads(StoreReads(made=tmp_path / "store", pinned=True))
 
 
 def test_the_speed_of_prepare(tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str) -> None:
