@@ -17,9 +17,8 @@ from PIL import Image
 from common import ROOT, Comparison, report, seconds_of_process
 from reglue.data.images import UnreadableImage
 from reglue.data.sources import open_images
-from reglue.errors import UserError
 from reglue.jobs.prepare import Prepare
-from workloads import random_images
+from workloads import random_images, spread
 
 
 @dataclass(frozen=True)
@@ -115,29 +114,15 @@ def theirs(options: Preparing, images: Path, out: Path, resolution: int, device:
     return {"theirs: convert": convert, **({"theirs: encode": encode} if device.type == "cuda" else {})}
 
 
-def spread(images: Path, out: Path, count: int) -> int:
-    """Links to so many images of a folder, in folders of the same names. Returns how many there are.
-
-    Raises UserError if it is no folder, which is all that theirs reads.
-    """
-    if not images.is_dir():
-        raise UserError(f"--images {images}: name a folder of images")
-    every = sorted(file for file in images.resolve().rglob("*") if file.is_file())
-    chosen = every[:: max(1, len(every) // count)][:count]
-    for file in chosen:
-        link = out / file.relative_to(images.resolve())
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(file)
-    return len(chosen)
-
-
 def pixel_difference(images: Path, converted: Path, resolution: int) -> int:
-    """The largest difference between ours and theirs of the first few images, in 8 bits: both sort by name."""
+    """The largest difference between ours and theirs of the first few images, in 8 bits. Theirs are sorted by path."""
     source = open_images(images, Prepare.reading, None)
+    places = {name: index for index, name in enumerate(source.names)}
+    files = sorted(str(file) for file in images.rglob("*") if file.is_file())
     differences = [0]
-    for index, file in list(enumerate(sorted(converted.rglob("*.png"))))[:8]:
-        crop = source.load(index, (resolution, resolution))
+    for file, png in list(zip(files, sorted(converted.rglob("*.png")), strict=True))[:8]:
+        crop = source.load(places[Path(file).relative_to(images).as_posix()], (resolution, resolution))
         if not isinstance(crop, UnreadableImage):
-            expected = np.asarray(Image.open(file), dtype=np.int16).transpose(2, 0, 1)
+            expected = np.asarray(Image.open(png), dtype=np.int16).transpose(2, 0, 1)
             differences.append(int(np.abs(crop.numpy() - expected).max()))
     return max(differences)

@@ -26,8 +26,9 @@ import tyro
 import against_official
 import common
 import gpu_session
+import workloads
 from common import Comparison, Timing, alternate, matrix_rate, measured, ratio
-from comparisons import training
+from comparisons import preparing, training
 from comparisons.compressing import features, growth
 from comparisons.compressing import ours as streamed
 from comparisons.preparing import Preparing
@@ -37,10 +38,12 @@ from evaluate_speed import EvaluateSpeed
 from gpu_tests import GpuTests
 from limits import Limits, Operators, limits
 from prepare_speed import PrepareSpeed
+from reglue.cli import parse
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
 from reglue.errors import UserError
+from reglue.jobs.prepare import Prepare
 from reglue.papers import RECIPES
 from reglue.runs import networks, noise, ranks
 from reglue.runs.official import export_official
@@ -62,7 +65,7 @@ FIGURES = {
         "batch_size",
     },
     "sample": {"seconds_per_call", "seconds_of_pictures", "network_evaluations_per_image", "flops_per_evaluation"},
-    "prepare": {"images", "ours_images_per_second"},
+    "prepare": {"images", "seconds", "seconds_of_cores", "ours_images_per_second", "times_faster"},
     "compressor": {"ours", "theirs", "bytes_per_image", "published_gigabytes_of_features"},
     "checkpoint": {"save_seconds", "load_seconds", "bytes"},
     "startup": {"seconds"},
@@ -445,6 +448,49 @@ def test_a_folder_without_the_published_code_is_named(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.startswith(f"against_official: --official {tmp_path}: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_preparing_is_judged_by_cores_on_a_cpu_and_by_the_clock_on_a_gpu() -> None:
+    """By the shortest of the turns, of everything that each side has to do."""
+    ours = {"ours: prepare": (4.0, 8.0), "ours: decode and crop": (1.0, 2.0)}
+    convert, encode = {"theirs: convert": (6.0, 3.0)}, {"theirs: encode": (18.0, 18.0)}
+    slower = {name: (wall + 1, core + 1) for name, (wall, core) in {**ours, **convert, **encode}.items()}
+    on_gpu = preparing.figures_of([slower, {**ours, **convert, **encode}], 8, torch.device("cuda"))
+    assert on_gpu["times_faster"] == {"decode and crop": 6, "images to moments": 6}
+    assert on_gpu["ours_images_per_second"] == 2
+    on_cpu = preparing.figures_of([{**ours, **convert}], 8, torch.device("cpu"))
+    assert on_cpu["times_faster"] == {"decode and crop": 1.5}
+    assert preparing.figures_of([ours], 8, torch.device("cpu"))["times_faster"] == {}
+
+
+def test_ours_prepares_as_by_default() -> None:
+    options = Preparing(Comparison(device="cpu"), autoencoder="folder")
+    commands = preparing.ours(options, Path("images"), Path("out"), 64)
+    assert parse(commands["ours: prepare"][3:]) == Prepare(
+        Path("images"), Path("out/store"), 64, "folder", "none", device="cpu"
+    )
+
+
+def test_images_are_spread_over_a_folder_or_made_once(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert workloads.spread(tiny_images, tmp_path / "some", 6) == 6
+    links = sorted(file for file in (tmp_path / "some").rglob("*") if file.is_symlink())
+    assert [link.parent.name for link in links] == ["circle"] * 2 + ["square"] * 2 + ["stripes"] * 2
+    assert links[0].resolve() == (tiny_images / "circle/000.png").resolve()
+    with pytest.raises(UserError, match="--images"):
+        workloads.spread(tmp_path / "missing", tmp_path / "none", 6)
+    monkeypatch.setattr(workloads, "DIFFERENT", 2)
+    files = list(workloads.random_images(tmp_path / "made", 5, 16).rglob("*.jpg"))
+    assert (len(files), len({file.stat().st_ino for file in files})) == (5, 2)
+
+
+@needs_official
+def test_ours_and_theirs_crop_the_same() -> None:
+    arguments = ["prepare", "--toy", "--device", "cpu", "--repeats", "1", "--official", str(OFFICIAL)]
+    figures = json.loads(against_official.main(arguments))["figures"]
+    assert figures["pixel_difference"] == 0
+    assert figures["times_faster"].keys() == {"decode and crop"}
 
 
 @needs_official

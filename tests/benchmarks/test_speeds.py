@@ -18,9 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import Timed
+import prepare_speed
+from common import Timed, Timing
 from evaluate_speed import EvaluateSpeed
 from evaluate_speed import main as evaluate_speed
+from prepare_speed import PrepareSpeed
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.errors import UserError
@@ -118,6 +120,28 @@ def test_the_speed_of_prepare(tiny_images: Path, tiny_encoder: str, tiny_autoenc
         "cpu",
     )
     assert 0 < figures["per_batch_size"]["16"]["share_of_bare_by_core"] <= 1.5
+
+
+def test_what_prepare_runs_for_long_is_compared_with_networks_that_run_for_short(
+    tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job on eight images, the bare networks on every other one of them."""
+    seconds = {"autoencoder": 1.0, "encoder": 1.0, "describe": 1.0, "job": 8.0}
+
+    def timings(contestants: dict[str, Callable[[], object]], *_: Any) -> dict[str, Timing]:
+        return {name: (call(), Timing(*[seconds[name]] * 4, repeats=1))[1] for name, call in contestants.items()}
+
+    monkeypatch.setattr(prepare_speed, "BARE", 4)
+    monkeypatch.setattr(prepare_speed, "alternate", timings)
+    encoded = []
+    describe = prepare_speed.job.describe
+    noted = lambda pixels, *rest: (encoded.append(len(pixels)), describe(pixels, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(prepare_speed.job, "describe", noted)
+    options = PrepareSpeed(tiny_images, 16, tiny_autoencoder, tiny_encoder, workers=0, count=8)
+    figures = prepare_speed.measured(options, tiny_images, 4, torch.device("cpu"))
+    assert encoded == [4, 4, 4, 4]  # describe; the job's two batches; the one that is written
+    assert (figures["images_per_second"], figures["bare_images_per_second"]) == (1, 2)
+    assert figures["share_of_bare_by_clock"] == 0.5
 
 
 def test_the_cost_of_resolutions() -> None:
