@@ -62,7 +62,7 @@ def preparing(options: Preparing) -> str:
             turns.append({name: seconds_of_process(command, PYTHONPATH=path()) for name, command in commands.items()})
         figures = figures_of(turns, count, device)
         if conditions.official:
-            figures["pixel_difference"] = pixel_difference(images, out / "images", resolution)
+            figures["pixel_difference"] = pixel_difference(images, folder / "0/images", resolution)
             assert figures["pixel_difference"] <= 1, figures
     return report("prepare", options, figures, device)
 

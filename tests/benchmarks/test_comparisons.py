@@ -207,7 +207,7 @@ def test_on_a_gpu_a_contestant_has_the_memory_to_itself(monkeypatch: pytest.Monk
     def make() -> dict[str, Contestant]:
         return {"": (contestant := Contestant(memory)), " again": contestant}
 
-    makers = dict.fromkeys(("a", "b", "c"), make)
+    makers: dict[str, common.Maker] = dict.fromkeys(("a", "b", "c"), make)
     on_gpu = measured(makers, 2, torch.device("cuda"))
     assert [one.peak_gpu_memory_mib for one in on_gpu.values()] == [1] * 6
     assert memory.freed == [0, 0, 0]
