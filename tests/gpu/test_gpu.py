@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -165,7 +166,8 @@ def test_processes_read_a_store_into_pinned_memory(tiny_store: Path, tmp_path: P
     out = tmp_path / "reads.json"
     sizes = ["--columns", "latent", "--images", "8", "--batch-sizes", "4", "--processes", "1", "2"]
     command = [sys.executable, store_reads.__file__, "--store", tiny_store, "--pinned", *sizes, "--out", out]
-    subprocess.run(command, capture_output=True, check=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=300)
     reads = json.loads(out.read_text())["figures"]["reads"]
     assert [read["processes"] for read in reads] == [1, 2, 1, 2]
 
