@@ -108,7 +108,7 @@ FIGURES = (
     Figure("sample-b2", sample("B/2"), 150),
     Figure("sample-xl2", sample("XL/2", "--batch-size", "32"), 330),
     Figure("train-sit-xl2", train("XL/2", "--recipe", "sit"), 240),
-    Figure("train-b2-encoder-in-step", train("B/2", "--encoder-in-step"), 240),
+    Figure("train-b2-encoder-in-step", train("B/2", "--encoder-in-step"), 300),
     step("b2-compiled-blocks", "--compile", "blocks"),
     step("b2-int8", "--compile", "blocks", "--targets", "int8"),
     step("b2-decoded", "--compile", "blocks", "--targets", "decoded"),
