@@ -9,7 +9,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -114,10 +114,12 @@ class Measured:
     """From its making on, with nobody else's tensors there; None without a GPU."""
 
 
-def measured(
-    makers: Mapping[str, Callable[[], Callable[[], object]]], repeats: int, device: torch.device
-) -> dict[str, Measured]:
-    """Make the contestants and time them.
+Maker = Callable[[], Mapping[str, Callable[[], object]]]
+"""Makes a contestant, with all that it keeps on the device: its calls, by what to add to its name for each."""
+
+
+def measured(makers: Mapping[str, Maker], repeats: int, device: torch.device) -> dict[str, Measured]:
+    """Make the contestants and time their calls.
 
     On a CPU they take turns, as in `alternate`. A GPU is nobody else's, and its memory is what they are short of: there
     one is made, timed and gone before the next. Raises OutOfMemoryError if one does not fit alone; `free` then.
@@ -127,12 +129,20 @@ def measured(
     for names in groups:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        contestants = {name: makers[name]() for name in names}
+        contestants = {f"{name}{way}": call for name in names for way, call in makers[name]().items()}
         timed = alternate(contestants, repeats, device)
         result |= {name: Measured(timing, peak_gpu_memory_mib(device)) for name, timing in timed.items()}
         del contestants
         free(device)
     return result
+
+
+def seconds_of_process(command: Sequence[str | Path], **environment: str) -> tuple[float, float]:
+    """Seconds by the clock, and of cores, of a new process with all that it starts. Raises CalledProcessError."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=True)
+    after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - started
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def free(device: torch.device) -> None:

@@ -22,7 +22,9 @@ from reglue.diffusion.transformer import Block
 from reglue.runs import ranks
 
 H200_PRODUCTS = 790e12
-"""Operations per second that an H200 reaches in bfloat16 products of large matrices."""
+"""Operations per second of bfloat16 products of large matrices on an H200. Assumed, not measured by us: four fifths of
+the 989e12 of its data sheet, about what such a GPU reaches on random numbers, whose switching costs it power and hence
+clock. `matrix_rate` measures it, and figures of a GPU are shares of what that gives."""
 
 
 def random_inputs(config: DenoiserConfig, images: int) -> tuple[State, Tensor, Tensor]:

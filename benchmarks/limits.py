@@ -42,7 +42,7 @@ class Limits:
     models: tuple[str, ...] = ("B/2", "XL/2")
     batch_size: int = 256
     peak_flops: float = H200_PRODUCTS
-    """Matrix operations per second of the GPU in bfloat16: of an H200, as measured."""
+    """Matrix operations per second of the GPU in bfloat16: of an H200, assumed (`counting.H200_PRODUCTS`)."""
     bandwidth: float = 4.0e12
     """Bytes per second of its memory, of an H200: what can be reached of 4.8e12."""
 
@@ -119,18 +119,18 @@ def operators(options: Limits, device: torch.device) -> dict[str, dict[str, int]
     toy = options.conditions.toy
     workload = Workload.of("toy", None if toy else "12x32x2/2")
     batch = 4 if toy else options.batch_size
-    weights = workload.random_model().state_dict()
+    start = workload.random_model()
     with TemporaryDirectory() as folder:
         store = random_store(Path(folder) / "store", workload, batch)
         data = TrainingData(store, workload.recipe, workload.config, 0, device)
         draft = data.read(range(batch))
         latent = store.read("latent", torch.arange(batch))
-    ours = TrainingStep(workload.recipe, workload.config, device, "float32", weights=weights)
+    ours = TrainingStep(workload.recipe, workload.config, device, "float32", start=start)
     counted = {"ours": count(lambda: ours(data.finish(draft)))}
     if options.conditions.official:
         official = Official.load(options.conditions.official, *MODULES)
         model = official.model(workload.config)
-        model.load_state_dict(export_official("reglue", workload.config, weights))
+        model.load_state_dict(export_official("reglue", workload.config, start.state_dict()))
         theirs = OfficialTraining(official, model, loss_weights(workload.recipe), "no", cpu=True)
         moments = torch.cat(list(latent.values()), dim=1)
         sample = data.finish(draft)

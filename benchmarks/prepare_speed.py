@@ -6,6 +6,9 @@ The job and the networks' bare forward passes on ready tensors take turns. Ratio
 and of the time on a core of the process that encodes, which on a busy machine is the one to trust. The other stages are
 timed by themselves, per image: what runs in other processes or threads (decoding, writing) costs the networks nothing
 where there are cores to spare.
+
+The job begins with starting processes that decode and ends with writing the last shards, while the networks wait: take
+so many images that this does not matter, thousands on a GPU.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ from reglue.runs import ranks
 from reglue.semantics.encoders import load_encoder
 from workloads import random_images
 
+BARE = 1024
+"""Images for what is timed by itself, at most: they lie in memory, and the job's are more where they should be."""
+
 
 @dataclass(frozen=True)
 class PrepareSpeed:
@@ -46,7 +52,7 @@ class PrepareSpeed:
     workers: int | None = None
     """Processes that decode. Default: as `prepare` chooses."""
     count: int = 64
-    """Images."""
+    """Images: the first of those in --images."""
     conditions: Annotated[Timed, tyro.conf.arg(name="")] = field(default_factory=Timed)
 
 
@@ -63,7 +69,7 @@ def measured(options: PrepareSpeed, images: Path, batch_size: int, device: torch
     """Images per second of the job and of the bare networks, their ratio, and milliseconds per image of each stage."""
     every = open_images(images, Prepare.reading, None)
     size = (options.resolution, options.resolution)
-    step = max(1, len(every) // options.count)
+    count = min(options.count, len(every))
     asked = Prepare(
         images, Path("unused"), options.resolution, options.autoencoder, options.encoder, features=True,
         batch_size=batch_size, shard_size=64, precision=options.precision, workers=options.workers,
@@ -73,7 +79,7 @@ def measured(options: PrepareSpeed, images: Path, batch_size: int, device: torch
     encoder = load_encoder(asked.encoder, size, device=device)
 
     loading = time.process_time()
-    crops = [every.load(index * step, size) for index in range(min(options.count, len(every)))]
+    crops = [every.load(index, size) for index in range(0, count, -(-count // BARE))]
     decode = (time.process_time() - loading) / len(crops)
     pixels = torch.stack([crop for crop in crops if not isinstance(crop, UnreadableImage)]).to(device)
     batches = pixels.split(batch_size)
@@ -97,7 +103,7 @@ def measured(options: PrepareSpeed, images: Path, batch_size: int, device: torch
             job.describe(part, autoencoder, encoder, asked)
 
     contents = job.contents_of(replace(asked, share=1.0), every, autoencoder, encoder)
-    contents = replace(contents, source=replace(contents.source, count=len(pixels)))
+    contents = replace(contents, source=replace(contents.source, count=count))
 
     def whole() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -106,18 +112,19 @@ def measured(options: PrepareSpeed, images: Path, batch_size: int, device: torch
 
     contestants = {"autoencoder": autoencode, "encoder": see, "describe": describe, "job": whole}
     timed = alternate(contestants, options.conditions.repeats, device)
-    clock = {name: timing.median for name, timing in timed.items()}
-    core = {name: timing.cpu_median for name, timing in timed.items()}
+    images_of = {name: count if name == "job" else len(pixels) for name in timed}
+    clock = {name: timing.median / images_of[name] for name, timing in timed.items()}
+    core = {name: timing.cpu_median / images_of[name] for name, timing in timed.items()}
     described = job.describe(batches[0], autoencoder, encoder, asked)
     stages = {
         "decode_and_crop": decode,
         "copy_to_block": core_seconds(lambda: job.put({}, described, at=0, rows=len(batches[0]))) / len(batches[0]),
         "write_and_hash": writing(described) / len(batches[0]),
-        **{f"{name}_in_all" if name == "job" else name: seconds / len(pixels) for name, seconds in core.items()},
+        **{f"{name}_in_all" if name == "job" else name: seconds for name, seconds in core.items()},
     }
     figures = {
-        "images_per_second": len(pixels) / clock["job"],
-        "bare_images_per_second": len(pixels) / (clock["autoencoder"] + clock["encoder"]),
+        "images_per_second": 1 / clock["job"],
+        "bare_images_per_second": 1 / (clock["autoencoder"] + clock["encoder"]),
         "share_of_bare_by_clock": (clock["autoencoder"] + clock["encoder"]) / clock["job"],
         "share_of_bare_by_core": (core["autoencoder"] + core["encoder"]) / core["job"],
         "milliseconds_per_image_on_a_core": {name: 1e3 * seconds for name, seconds in stages.items()},

@@ -11,13 +11,16 @@ Then, for every recipe that the store serves, what training reads and draws: `Tr
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import prod
+from multiprocessing import get_context
 from pathlib import Path
+from threading import BrokenBarrierError
 from typing import Annotated, Any
 
 import torch
@@ -36,6 +39,8 @@ from workloads import Data, Workload, random_store
 
 BLOCK = 2**22
 """Bytes that a sequential read asks for at once."""
+PATIENCE = 300
+"""Seconds that a process waits for the others to have begun too: they import PyTorch, and may begin with a GPU."""
 REACHED, GPUS = 0.5, 8
 """Share of an H200's matrix rate that training is to reach, and how many of them read."""
 
@@ -62,8 +67,8 @@ class StoreReads:
     last_layer: bool = True
     """Of the features, read the last layer alone, as alignment does."""
     pinned: bool = False
-    """Read into pinned memory, as training for a GPU does: PyTorch uses it again, while other memory is new each time.
-    """
+    """Read into pinned memory, as training for a GPU does, which it needs: PyTorch uses it again, while other memory is
+    new each time."""
     threads_of_training: int = READERS
     """That read samples, as --workers of `reglue train`."""
 
@@ -81,7 +86,9 @@ class Work:
 
 
 def main(options: StoreReads) -> None:
-    """Measure and print."""
+    """Measure and print. Raises UserError if memory is to be pinned and there is no GPU."""
+    if options.pinned and not torch.cuda.is_available():
+        raise UserError("--pinned: this machine has no NVIDIA GPU that PyTorch can see; leave it out")
     torch.set_num_threads(options.conditions.threads)
     folder = options.store or made(options)
     started = time.perf_counter()
@@ -89,13 +96,14 @@ def main(options: StoreReads) -> None:
     opened = time.perf_counter() - started
     columns = [column for column in options.columns if column in store.manifest.columns]
     figures: list[dict[str, Any]] = []
-    for column in columns:
-        for cache in ("cold", "warm"):
-            for batch_size in options.batch_sizes:
-                for processes in options.processes:
-                    figure = measured(options, folder, column, cache, batch_size, processes)
-                    figures.append({"column": column, "cache": cache, **figure})
-                    print(" ".join(f"{key}={value}" for key, value in figures[-1].items()), flush=True)
+    with Readers(max(options.processes), options.conditions.threads) as readers:
+        for column in columns:
+            for cache in ("cold", "warm"):
+                for batch_size in options.batch_sizes:
+                    for processes in options.processes:
+                        figure = measured(options, folder, column, cache, batch_size, processes, readers)
+                        figures.append({"column": column, "cache": cache, **figure})
+                        print(" ".join(f"{key}={value}" for key, value in figures[-1].items()), flush=True)
     figures_of: dict[str, Any] = {
         "open_seconds": opened,
         "shards": len(store.manifest.columns["label"].shards),
@@ -110,7 +118,7 @@ def main(options: StoreReads) -> None:
 
 
 def measured(
-    options: StoreReads, folder: Path, column: str, cache: str, batch_size: int, processes: int
+    options: StoreReads, folder: Path, column: str, cache: str, batch_size: int, processes: int, readers: Readers
 ) -> dict[str, Any]:
     """GB/s of the three ways to read, and bytes per image."""
     store = Store.open(folder)
@@ -124,7 +132,7 @@ def measured(
     for name, way in (("store", through_store), ("preadv", at_random), ("sequential", in_order)):
         for shard in store.manifest.columns[column].shards:
             set_cache(folder / shard.file, cache)
-        wall, core = together(way, work)
+        wall, core = readers.together(way, work[:1] if way is in_order else work)
         total = sum(s.bytes for s in store.manifest.columns[column].shards) if way is in_order else len(order) * size
         rates[name] = round(total / wall / 1e9, 2)
         rates[f"{name}_per_core_second"] = round(total / core / 1e9, 2)
@@ -210,7 +218,7 @@ def at_random(work: Work, ready: Callable[[], object]) -> None:
 
 
 def in_order(work: Work, ready: Callable[[], object]) -> None:
-    """All files from front to back. Every process reads all of them, but only one is asked to."""
+    """All files from front to back, which one process is asked to."""
     buffer = bytearray(BLOCK)
     ready()
     for shard in Store.open(work.store).manifest.columns[work.column].shards:
@@ -219,29 +227,67 @@ def in_order(work: Work, ready: Callable[[], object]) -> None:
                 pass
 
 
-def together(way: Callable[[Work, Callable[[], object]], None], work: list[Work]) -> tuple[float, float]:
-    """Seconds until all of the work is done at the same time, and seconds of cores. Starting is not counted."""
-    work = work[:1] if way is in_order else work
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(len(work)), context.SimpleQueue()
+Way = Callable[[Work, Callable[[], object]], None]
+"""A way to read: it does its work after it has called a function that returns when all others are ready too."""
 
-    def run(part: Work) -> None:
-        began: list[float] = []
 
-        def ready() -> None:
-            barrier.wait()
-            began.extend((time.perf_counter(), time.process_time()))
+class Readers:
+    """Processes that read at the same time, the same ones for every figure: they begin with PyTorch and a GPU once.
 
-        way(part, ready)
-        results.put((began[0], time.perf_counter(), time.process_time() - began[1]))
+    They are new ones and no copies of this process (`spawn`, not `fork`), as one that has looked for a GPU cannot give
+    its copies pinned memory.
+    """
 
-    processes = [context.Process(target=run, args=(part,)) for part in work]
-    for process in processes:
-        process.start()
-    times = [results.get() for _ in processes]
-    for process in processes:
-        process.join()
-    return max(end for _, end, _ in times) - min(begin for begin, _, _ in times), sum(core for _, _, core in times)
+    def __init__(self, most: int, threads: int) -> None:
+        """`most`: how many may be asked to read together."""
+        context = get_context("spawn")
+        barriers = {count: context.Barrier(count) for count in range(1, most + 1)}
+        self.pool = ProcessPoolExecutor(most, context, begin, (barriers, threads))
+
+    def __enter__(self) -> Readers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def together(self, way: Way, work: list[Work]) -> tuple[float, float]:
+        """Seconds until all of the work is done at the same time, and seconds of cores. Starting is not counted.
+
+        Raises what one of the processes has raised, and BrokenProcessPool if one has died.
+        """
+        # Each waits for the others before it reads, so that none can take the work of two.
+        asked = [self.pool.submit(timed, way, part, len(work)) for part in work]
+        errors = [error for future in asked if (error := future.exception())]
+        if errors:  # Of one that failed and those that waited for it, the one that failed.
+            raise min(errors, key=lambda error: isinstance(error, BrokenBarrierError))
+        began, ended, cores = zip(*(future.result() for future in asked), strict=True)
+        return max(ended) - min(began), sum(cores)
+
+
+_barriers: dict[int, Any] = {}
+"""Of a process that reads: where it waits for the others, by how many they are."""
+
+
+def begin(barriers: dict[int, Any], threads: int) -> None:
+    """What a process that reads does first."""
+    torch.set_num_threads(threads)
+    _barriers.update(barriers)
+
+
+def timed(way: Way, work: Work, count: int) -> tuple[float, float, float]:
+    """When one of so many processes began and ended its work, and its seconds of a core."""
+    began: list[float] = []
+
+    def ready() -> None:
+        _barriers[count].wait(PATIENCE)
+        began.extend((time.perf_counter(), time.process_time()))
+
+    try:
+        way(work, ready)
+    except BaseException:
+        _barriers[count].abort()  # The others do not wait for it.
+        raise
+    return began[0], time.perf_counter(), time.process_time() - began[1]
 
 
 def set_cache(file: Path, cache: str) -> None:
@@ -317,4 +363,8 @@ def made(options: StoreReads) -> Path:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(StoreReads, description=__doc__))
+    try:
+        main(tyro.cli(StoreReads, description=__doc__))
+    except UserError as error:
+        print(f"store_reads: {error}", file=sys.stderr)
+        sys.exit(2)

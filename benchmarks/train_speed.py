@@ -54,6 +54,8 @@ class TrainSpeed:
     compile: Compile = "no"
     checkpoint_blocks: float = 0.0
     """Share of the blocks that are computed again in the backward pass."""
+    deterministic: bool = True
+    """As `reglue train --deterministic`: what it costs is what the other way saves."""
     workers: int = 4
     """Threads that read ahead; 0: the step waits for its data."""
 
@@ -80,7 +82,7 @@ def measured(options: TrainSpeed, folder: Path, device: torch.device) -> dict[st
     torch.manual_seed(0)
     train = TrainingStep(
         recipe, workload.config, device, options.precision, options.compile,
-        checkpoint_blocks=options.checkpoint_blocks,
+        checkpoint_blocks=options.checkpoint_blocks, deterministic=options.deterministic,
     )  # fmt: skip
     repeats = options.conditions.repeats
     positions = (range(n * batch, (n + 1) * batch) for n in count())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.objective import TrainingSample, weighted_sum
@@ -27,15 +26,16 @@ class TrainingStep:
         device: torch.device,
         precision: Precision,
         compile: Compile = "no",
-        weights: Mapping[str, Tensor] | None = None,
+        start: Denoiser | None = None,
         checkpoint_blocks: float = 0.0,
+        deterministic: bool = True,
     ) -> None:
+        """`start`: a model to copy, which is quicker than to draw initial weights."""
         optimisation = recipe.optimisation
         self.recipe, self.device = recipe, device
         self.precision: Precision = precision
-        self.model = Denoiser(config)
-        if weights is not None:
-            self.model.load_state_dict(weights)
+        self.deterministic = deterministic
+        self.model = Denoiser(config) if start is None else deepcopy(start)
         blocks = self.model.transformer.blocks
         self.model.transformer.recomputed_blocks = round(checkpoint_blocks * config.depth)
         losses = Losses(self.model, PATHS[recipe.path])
@@ -55,6 +55,10 @@ class TrainingStep:
 
     def __call__(self, sample: TrainingSample) -> None:
         """One step."""
+        with ranks.deterministic(self.device, self.deterministic):
+            self._step(sample)
+
+    def _step(self, sample: TrainingSample) -> None:
         optimisation = self.recipe.optimisation
         with ranks.products(self.device, self.precision), parallel.accumulating(self.losses, last=True):
             with ranks.autocast(self.device, self.precision):

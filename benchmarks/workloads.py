@@ -22,6 +22,7 @@ from reglue.data.targets import AlignmentTargets, Tokens
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL
 from reglue.diffusion.objective import ALIGNMENT
+from reglue.errors import UserError
 from reglue.jobs.demo import DEMO_RECIPE
 from reglue.latents.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
 from reglue.papers import RECIPES
@@ -86,15 +87,38 @@ def sized(recipe: Recipe, grid: tuple[int, int], local_channels: int, token_widt
     return Workload(recipe, config, local_channels, token_width)
 
 
+DIFFERENT = 512
+"""Random images that are made; more have other names for the same files, which are decoded all the same."""
+
+
 def random_images(folder: Path, count: int, resolution: int) -> Path:
     """Smooth random images a little larger than the resolution, two classes."""
     random = np.random.default_rng(0)
-    for i in range(count):
-        file = folder / f"class-{i % 2}" / f"{i:05d}.jpg"
+    files = [folder / f"class-{i % 2}" / f"{i:05d}.jpg" for i in range(count)]
+    for i, file in enumerate(files):
         file.parent.mkdir(parents=True, exist_ok=True)
+        if i >= DIFFERENT:
+            file.hardlink_to(files[i % DIFFERENT])
+            continue
         coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         coarse.resize((resolution + 64, resolution + 32), Image.Resampling.BICUBIC).save(file)
     return folder
+
+
+def spread(images: Path, out: Path, count: int) -> int:
+    """Links to so many images of a folder, in folders of the same names. Returns how many there are.
+
+    Raises UserError if it is no folder, which is all that theirs reads.
+    """
+    if not images.is_dir():
+        raise UserError(f"--images {images}: name a folder of images")
+    every = sorted(file for file in images.resolve().rglob("*") if file.is_file())
+    chosen = every[:: max(1, len(every) // count)][:count]
+    for file in chosen:
+        link = out / file.relative_to(images.resolve())
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    return len(chosen)
 
 
 def random_store(

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import tyro
+from PIL import Image
 
-from common import Comparison, report
-from reglue.jobs.prepare import Prepare, prepare
-from workloads import random_images
+from common import ROOT, Comparison, report, seconds_of_process
+from reglue.data.images import UnreadableImage
+from reglue.data.sources import open_images
+from reglue.jobs.prepare import Prepare
+from workloads import random_images, spread
 
 
 @dataclass(frozen=True)
 class Preparing:
-    """Time images to latent moments with the same autoencoder, from the start of the process that does it.
+    """Time images to latent moments with the same autoencoder, from the start of the processes that do it.
 
-    Theirs is two commands: `dataset_tools.py convert` crops into uncompressed PNGs, `encode` makes moments one image at
-    a time, on a GPU alone: without one only `convert` is timed. Ours is `reglue prepare`. Features are not
-    compared: theirs computes them anew in every training step.
+    Theirs is two commands: `dataset_tools.py convert` decodes and crops into uncompressed PNGs, `encode` makes moments
+    one image at a time, on a GPU alone: without one only `convert` is timed, beside the part of ours that decodes and
+    crops. Ours is `reglue prepare` with its own choice of processes that decode. Features are left out on both sides:
+    theirs cannot store them, since their encoder runs in every training step, where `train --encoder-in-step` times it.
+
+    Interpreters start in fractions of a minute: take thousands of images.
     """
 
-    conditions: Annotated[Comparison, tyro.conf.arg(name="")] = field(default_factory=Comparison)
+    conditions: Annotated[Comparison, tyro.conf.arg(name="")] = field(default_factory=lambda: Comparison(repeats=2))
     images: Path | None = None
     """A folder of images; random ones if not given."""
-    count: int = 64
-    """How many random images."""
-    autoencoder: str | None = None
-    """A folder in diffusers' layout (KL autoencoder), for both; that of the starter kit if not given."""
+    count: int = 512
+    """Images: so many random ones, or evenly spread over the folder."""
+    autoencoder: str = "starter"
+    """starter, or a folder in diffusers' layout (KL autoencoder), for both."""
     resolution: int = 256
 
 
@@ -44,41 +50,79 @@ def preparing(options: Preparing) -> str:
     resolution, count = (32, 4) if conditions.toy else (options.resolution, options.count)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        images = options.images or random_images(folder / "images", count, resolution)
-        count = sum(1 for file in images.rglob("*") if file.is_file())
-        ours, theirs = [], []
+        images = folder / "images"
+        if options.images:
+            count = spread(options.images, images, count)
+        else:
+            random_images(images, count, resolution)
+        turns = []
         for turn in range(conditions.repeats):
-            started = time.perf_counter()
-            prepare(
-                Prepare(
-                    images, folder / f"store-{turn}", resolution, options.autoencoder or "starter", "none",
-                    workers=0 if conditions.toy else 2, device=conditions.device,
-                )
-            )  # fmt: skip
-            ours.append(time.perf_counter() - started)
-            if conditions.official:
-                out = folder / f"theirs-{turn}"
-                theirs.append(published(conditions.official, options, images, out, resolution, device))
-    figures: dict[str, Any] = {"images": count, "ours_seconds": ours, "ours_images_per_second": count / min(ours)}
-    if theirs and device.type == "cuda":
-        figures |= {"theirs_seconds": theirs, "theirs_images_per_second": count / min(theirs)}
-        figures["times_faster"] = min(theirs) / min(ours)
-    elif theirs:
-        figures["theirs_seconds_of_convert_alone"] = theirs
+            out = folder / str(turn)
+            commands = {**ours(options, images, out, resolution), **theirs(options, images, out, resolution, device)}
+            turns.append({name: seconds_of_process(command, PYTHONPATH=path()) for name, command in commands.items()})
+        figures = figures_of(turns, count, device)
+        if conditions.official:
+            figures["pixel_difference"] = pixel_difference(images, folder / "0/images", resolution)
+            assert figures["pixel_difference"] <= 1, figures
     return report("prepare", options, figures, device)
 
 
-def published(
-    official: Path, options: Preparing, images: Path, out: Path, resolution: int, device: torch.device
-) -> float:
-    """Seconds of their two commands; of the first alone without a GPU, which the second asks for."""
-    autoencoder = options.autoencoder or str(Path(sys.modules["reglue"].__path__[0]) / "starter/autoencoder")
+def figures_of(turns: list[dict[str, tuple[float, float]]], count: int, device: torch.device) -> dict[str, Any]:
+    """Seconds of every command, and how many times faster ours is: of cores where the device is the CPU."""
+    by_clock, of_cores = ({name: min(turn[name][kind] for turn in turns) for name in turns[0]} for kind in (0, 1))
+    judged = of_cores if device.type == "cpu" else by_clock
+    faster = {}
+    if "theirs: convert" in judged:
+        faster["decode and crop"] = judged["theirs: convert"] / judged["ours: decode and crop"]
+    if "theirs: encode" in judged:
+        faster["images to moments"] = (judged["theirs: convert"] + judged["theirs: encode"]) / judged["ours: prepare"]
+    return {
+        "images": count,
+        "seconds": by_clock,
+        "seconds_of_cores": of_cores,
+        "ours_images_per_second": count / by_clock["ours: prepare"],
+        "times_faster": faster,
+    }
+
+
+def path() -> str:
+    """Where a new process finds what this one has imported."""
+    return os.pathsep.join(filter(None, sys.path))
+
+
+def ours(options: Preparing, images: Path, out: Path, resolution: int) -> dict[str, list[str]]:
+    """The job, and the part of it that needs no network."""
+    python, size = sys.executable, ["--resolution", str(resolution)]
+    networks = ["--autoencoder", options.autoencoder, "--encoder", "none", "--device", options.conditions.device]
+    return {
+        "ours: prepare": [python, "-m", "reglue", "prepare", str(images), str(out / "store"), *size, *networks],
+        "ours: decode and crop": [python, str(ROOT / "benchmarks/decode_images.py"), str(images), *size],
+    }
+
+
+def theirs(options: Preparing, images: Path, out: Path, resolution: int, device: torch.device) -> dict[str, list[str]]:
+    """Their two commands, where there is their code; the first alone without a GPU, which the second asks for."""
+    official = options.conditions.official
+    if official is None:
+        return {}
+    starter = Path(sys.modules["reglue"].__path__[0]) / "starter/autoencoder"
+    autoencoder = starter if options.autoencoder == "starter" else options.autoencoder
     tool = [sys.executable, str(official / "preprocessing/dataset_tools.py")]
-    size = f"{resolution}x{resolution}"
-    convert = ["convert", f"--source={images}", f"--dest={out / 'images'}", "--transform=center-crop-dhariwal"]
-    encode = ["encode", f"--model-url={autoencoder}", f"--source={out / 'images'}", f"--dest={out / 'vae-sd'}"]
-    started = time.perf_counter()
-    commands = [[*tool, *convert, f"--resolution={size}"], [*tool, *encode]]
-    for command in commands if device.type == "cuda" else commands[:1]:
-        subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - started
+    crop = ["--transform=center-crop-dhariwal", f"--resolution={resolution}x{resolution}"]
+    convert = [*tool, "convert", f"--source={images}", f"--dest={out / 'images'}", *crop]
+    encode = [*tool, "encode", f"--model-url={autoencoder}", f"--source={out / 'images'}", f"--dest={out / 'moments'}"]
+    return {"theirs: convert": convert, **({"theirs: encode": encode} if device.type == "cuda" else {})}
+
+
+def pixel_difference(images: Path, converted: Path, resolution: int) -> int:
+    """The largest difference between ours and theirs of the first few images, in 8 bits. Theirs are sorted by path."""
+    source = open_images(images, Prepare.reading, None)
+    places = {name: index for index, name in enumerate(source.names)}
+    files = sorted(str(file) for file in images.rglob("*") if file.is_file())
+    differences = [0]
+    for file, png in list(zip(files, sorted(converted.rglob("*.png")), strict=True))[:8]:
+        crop = source.load(places[Path(file).relative_to(images).as_posix()], (resolution, resolution))
+        if not isinstance(crop, UnreadableImage):
+            expected = np.asarray(Image.open(png), dtype=np.int16).transpose(2, 0, 1)
+            differences.append(int(np.abs(crop.numpy() - expected).max()))
+    return max(differences)

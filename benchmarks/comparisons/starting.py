@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -17,7 +13,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from common import Comparison, report
+from common import Comparison, report, seconds_of_process
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.prepare import Prepare, prepare
 from reglue.runs import ranks
@@ -60,14 +56,11 @@ def starting(options: Starting) -> str:
 def seconds(command: list[str], repeats: int) -> dict[str, Any]:
     """Wall and processor seconds of a command; `%d` in its last word becomes the number of the repeat."""
     wall, cpu = [], []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for number in range(repeats + 1):
-        before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         numbered = [*command[:-1], command[-1].replace("%d", str(number))]
-        subprocess.run(numbered, env=environment, capture_output=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        wall.append(time.perf_counter() - started)
-        cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        by_clock, of_cores = seconds_of_process(numbered, OMP_NUM_THREADS="1")
+        wall.append(by_clock)
+        cpu.append(of_cores)
     # The first one warms the caches: byte code, and files in memory.
     return {"minimum": min(wall[1:]), "median": median(wall[1:]), "cpu_median": median(cpu[1:])}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import Comparison, alternate, free, matrix_rate, measured, ratio, report, seconds_of
+from common import Comparison, Maker, alternate, free, matrix_rate, measured, ratio, report, seconds_of
 from comparisons.official import (
     MODULES,
     MixedPrecision,
@@ -26,8 +27,9 @@ from comparisons.official import (
     official_sit_loss,
 )
 from counting import parameters, training_flops
-from reglue.data.batches import TrainingData
+from reglue.data.batches import Draft, TrainingData
 from reglue.data.store import Store
+from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL
 from reglue.diffusion.objective import TrainingSample, loss_terms
 from reglue.diffusion.paths import LINEAR
@@ -56,7 +58,7 @@ class Training:
     write them, six numbers fetched per step; it has its tensors in memory and draws noise on the device.
 
     A timing is a turn of `--steps` steps, within which our threads begin to read, and end; figures are of a step, the
-    turn's mean.
+    turn's mean. Ours is timed without reading too, on one sample again and again, as theirs always is.
     """
 
     conditions: Annotated[Comparison, tyro.conf.arg(name="")] = field(default_factory=Comparison)
@@ -69,7 +71,8 @@ class Training:
     batch_size: int = 256
     """Halved until it fits where the GPU's memory does not suffice."""
     steps: int = 1
-    """Steps per turn: many on a GPU, where the first of a turn waits for its data and no other should."""
+    """Steps per turn: many on a GPU, where the first of a turn waits for its data and no other should. That takes 0.2 s
+    for a batch of 256, so with steps of 0.1 s it is 2 % of a turn of 100."""
     precision: tuple[Precision, ...] = ("bfloat16",)
     """Of our matrix products."""
     compile: tuple[Compile, ...] = ("no",)
@@ -91,36 +94,35 @@ def training(options: Training) -> str:
     device = conditions.begin()
     data, model = ("toy", None) if conditions.toy else (options.data, options.model)
     workload = Workload.of(data, model, options.recipe)
-    official = None
+    start, official = workload.random_model(), None  # Made once: of XL/2's size that takes a quarter of a minute.
     figures: dict[str, Any] = {"parameters": parameters(workload.config)}
     if conditions.official:
         of_sit = options.recipe == "sit"
         official = Official.load_sit(conditions.official) if of_sit else Official.load(conditions.official, *MODULES)
         difference = sit_loss_difference if of_sit else loss_difference
-        figures["loss_difference"] = difference(official, workload)
+        figures["loss_difference"] = difference(official, workload, start)
         assert figures["loss_difference"] < AGREEMENT, figures
-    figures |= fitting_timings(options, workload, official, device)
+    figures |= fitting_timings(options, workload, start, official, device)
     return report("train", options, figures, device)
 
 
 def fitting_timings(
-    options: Training, workload: Workload, official: Official | None, device: torch.device
+    options: Training, workload: Workload, start: Denoiser, official: Official | None, device: torch.device
 ) -> dict[str, Any]:
     """The `timings` of the largest batch that everybody can make a step of, by halving."""
     batch = 4 if options.conditions.toy else options.batch_size
     while batch:
         with suppress(torch.OutOfMemoryError), TemporaryDirectory() as folder:
             store = random_store(Path(folder) / "store", workload, batch)
-            return timings(options, workload, store, official, device)
+            return timings(options, workload, start, store, official, device)
         free(device)  # Here no traceback holds any more what has failed.
         batch //= 2
     raise UserError("--model: the GPU has no memory for a step of one image; choose a smaller one")
 
 
-def sit_loss_difference(official: Official, workload: Workload) -> float:
+def sit_loss_difference(official: Official, workload: Workload, model: Denoiser) -> float:
     """The relative difference of the loss between ours and SiT's own, on the same draws, in float32."""
     config = workload.config
-    model = workload.random_model()
     theirs = official.sit_model(config)
     theirs.load_state_dict(export_official("sit", config, model.state_dict()))
     latents, labels = torch.randn(2, *config.shape.shapes()[LATENT]), torch.arange(2)
@@ -134,10 +136,9 @@ def sit_loss_difference(official: Official, workload: Workload) -> float:
     return ((found - expected).abs() / expected.abs()).item()
 
 
-def loss_difference(official: Official, workload: Workload) -> float:
+def loss_difference(official: Official, workload: Workload, model: Denoiser) -> float:
     """The largest relative difference of a term of the loss between ours and theirs, on the same draws, in float32."""
     config = workload.config
-    model = workload.random_model()
     theirs = official.model(config)
     theirs.load_state_dict(export_official("reglue", config, model.state_dict()))
     ours = import_official(theirs.state_dict(), heads=config.heads, alignment_depth=config.alignment_depth).denoiser()
@@ -161,12 +162,20 @@ def loss_difference(official: Official, workload: Workload) -> float:
 
 
 def timings(
-    options: Training, workload: Workload, store: Store, official: Official | None, device: torch.device
+    options: Training,
+    workload: Workload,
+    start: Denoiser,
+    store: Store,
+    official: Official | None,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Seconds per step of every contestant, all rows of the store at once, and what follows from them."""
     conditions, config, batch = options.conditions, workload.config, len(store)
     # Theirs first: it needs the most memory, so that what does not fit is known soon.
-    makers = {**theirs(options, workload, store, official, device), **ours(options, workload, store, device)}
+    makers = {
+        **theirs(options, workload, start, store, official, device),
+        **ours(options, workload, start, store, device),
+    }
     found = measured(makers, conditions.repeats, device)
     timed = {name: one.timing.of_one(options.steps) for name, one in found.items()}
     data = TrainingData(store, workload.recipe, config, 0, device)
@@ -199,21 +208,18 @@ def timings(
     }
 
 
-Maker = Callable[[], Callable[[], object]]
-"""Makes a contestant, with all that it keeps on the device."""
-
-
-def ours(options: Training, workload: Workload, store: Store, device: torch.device) -> dict[str, Maker]:
+def ours(
+    options: Training, workload: Workload, start: Denoiser, store: Store, device: torch.device
+) -> dict[str, Maker]:
     """Ours in every precision and way of compilation."""
-    weights = workload.random_model().state_dict()
     ways: list[Compile] = [ranks.to_compile(asked, device) for asked in options.compile]
 
-    def make(precision: Precision, compile: Compile, online: bool) -> Callable[[], object]:
+    def make(precision: Precision, compile: Compile, online: bool) -> dict[str, Callable[[], object]]:
         data = TrainingData(store, workload.recipe, workload.config, 0, device)
         if online:
             data.targets = RandomOnline(random_encoder(workload, LAYERS[-1:], device))
-        step = TrainingStep(workload.recipe, workload.config, device, precision, compile, weights)
-        return our_turn(step, data, options.steps, options.workers)
+        step = TrainingStep(workload.recipe, workload.config, device, precision, compile, start)
+        return our_turns(step, data, options.steps, options.workers)
 
     return {
         f"ours {precision}{'' if compile == 'no' else f' compiled {compile}'}{', encoder in step' * online}": partial(
@@ -225,56 +231,76 @@ def ours(options: Training, workload: Workload, store: Store, device: torch.devi
     }
 
 
-def our_turn(step: TrainingStep, data: TrainingData, steps: int, workers: int | None) -> Callable[[], None]:
-    """A turn of steps on samples read ahead as in `jobs/train.py`: by threads that the turn begins and ends."""
+def our_turns(
+    step: TrainingStep, data: TrainingData, steps: int, workers: int | None
+) -> dict[str, Callable[[], object]]:
+    """A turn of steps on samples read ahead as in `jobs/train.py`, by threads that the turn begins and ends.
+
+    And one on a sample that has been read, as theirs have.
+    """
     batch, on_cpu = len(data.store), data.device.type == "cpu"
     threads = workers if workers is not None else 0 if on_cpu else READERS
+    at_hand = data.read(range(batch))
 
-    def turn() -> None:
-        for draft in prefetch(data, (range(i * batch, (i + 1) * batch) for i in range(steps)), threads):
+    def turn(drafts: Iterable[Draft]) -> None:
+        for draft in drafts:
             with ranks.autocast(data.device, step.precision):
                 sample = data.finish(draft)
             step(sample)
 
-    return turn
+    return {
+        "": lambda: turn(prefetch(data, (range(i * batch, (i + 1) * batch) for i in range(steps)), threads)),
+        ", without reading": lambda: turn(repeat(at_hand, steps)),
+    }
+
+
+def as_loaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor as their DataLoader hands it over: in pinned memory where there is a GPU to copy it."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def theirs(
-    options: Training, workload: Workload, store: Store, official: Official | None, device: torch.device
+    options: Training,
+    workload: Workload,
+    start: Denoiser,
+    store: Store,
+    official: Official | None,
+    device: torch.device,
 ) -> dict[str, Maker]:
     """The published step, where there is its code."""
     if official is None:
         return {}
     published, batch = official, len(store)
-    weights = workload.random_model().state_dict()
-    latent = store.read("latent", torch.arange(batch))
+    weights = start.state_dict()
+    latent = {name: as_loaded(value, device) for name, value in store.read("latent", torch.arange(batch)).items()}
+    labels = as_loaded(store.labels, device)
 
-    def make_sit() -> Callable[[], object]:
+    def make_sit() -> dict[str, Callable[[], object]]:
         model = published.sit_model(workload.config)
         model.load_state_dict(export_official("sit", workload.config, weights))
         sit = OfficialSiT(published, model, device)
 
         def step() -> None:
             mean, std = latent["mean"].to(device), latent["std"].to(device)
-            sit.step((mean + std * torch.randn_like(mean)) * SCALE, store.labels.to(device))
+            sit.step((mean + std * torch.randn_like(mean)) * SCALE, labels.to(device))
 
-        return repeated(step, options.steps)
+        return {"": repeated(step, options.steps)}
 
-    def make() -> Callable[[], object]:
+    def make() -> dict[str, Callable[[], object]]:
         model = published.model(workload.config)
         model.load_state_dict(export_official("reglue", workload.config, weights))
         on_cpu, of_losses = device.type == "cpu", loss_weights(workload.recipe)
         training = OfficialTraining(published, model, of_losses, options.official_precision, on_cpu)
-        moments = torch.cat(list(latent.values()), dim=1)
+        moments = as_loaded(torch.cat(list(latent.values()), dim=1), device)
         sample = TrainingData(store, workload.recipe, workload.config, 0, device).sample(range(batch))
         assert sample.alignment_target is not None
         in_memory = sample.data[LOCAL], sample.data[CLS], sample.alignment_target
         encoder = OfficialEncoder.make(published, workload, batch, device) if options.encoder_in_step else None
 
         def step() -> None:
-            training.step(moments.to(device), store.labels.to(device), encoder or (lambda: in_memory))
+            training.step(moments.to(device), labels.to(device), encoder or (lambda: in_memory))
 
-        return repeated(step, options.steps)
+        return {"": repeated(step, options.steps)}
 
     if options.recipe == "sit":
         return {"theirs SiT": make_sit}
@@ -308,7 +334,7 @@ class OfficialEncoder:
         module = Official.load(official.folder, "compressor").modules["compressor"]
         compressor = module.EncoderDecoder(channels).encoder.to(device).eval()
         pixels = torch.randint(256, (batch, 3, *encoder.spec.image_size), dtype=torch.uint8)
-        return OfficialEncoder(encoder, compressor, pixels, workload.config.shape.grid)
+        return OfficialEncoder(encoder, compressor, as_loaded(pixels, device), workload.config.shape.grid)
 
     def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, class token and tokens, in the order of their loop; autocast is on around it.

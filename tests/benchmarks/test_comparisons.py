@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,20 +26,24 @@ import tyro
 import against_official
 import common
 import gpu_session
+import workloads
 from common import Comparison, Timing, alternate, matrix_rate, measured, ratio
-from comparisons import training
+from comparisons import preparing, training
 from comparisons.compressing import features, growth
 from comparisons.compressing import ours as streamed
-from comparisons.training import Training, fitting_timings, our_turn
+from comparisons.preparing import Preparing
+from comparisons.training import Training, as_loaded, fitting_timings, our_turns
 from counting import Traffic, adaln_traffic, forward_flops, training_flops
 from evaluate_speed import EvaluateSpeed
 from gpu_tests import GpuTests
 from limits import Limits, Operators, limits
 from prepare_speed import PrepareSpeed
+from reglue.cli import parse
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
 from reglue.errors import UserError
+from reglue.jobs.prepare import Prepare
 from reglue.papers import RECIPES
 from reglue.runs import networks, noise, ranks
 from reglue.runs.official import export_official
@@ -60,7 +65,7 @@ FIGURES = {
         "batch_size",
     },
     "sample": {"seconds_per_call", "seconds_of_pictures", "network_evaluations_per_image", "flops_per_evaluation"},
-    "prepare": {"images", "ours_images_per_second"},
+    "prepare": {"images", "seconds", "seconds_of_cores", "ours_images_per_second", "times_faster"},
     "compressor": {"ours", "theirs", "bytes_per_image", "published_gigabytes_of_features"},
     "checkpoint": {"save_seconds", "load_seconds", "bytes"},
     "startup": {"seconds"},
@@ -86,7 +91,7 @@ def test_an_encoder_in_the_step_is_run_in_every_step(monkeypatch: pytest.MonkeyP
     tokens = RandomOnline.tokens
     monkeypatch.setattr(RandomOnline, "tokens", lambda self, read: (calls.append(1), tokens(self, read))[1])
     against_official.main(["train", "--toy", "--device", "cpu", "--repeats", "3", "--encoder-in-step"])
-    assert len(calls) == 4  # one step to warm up
+    assert len(calls) == 2 * 4  # with and without reading, one step to warm up
 
 
 def test_guidance_evaluates_twice_within_its_interval_alone() -> None:
@@ -119,13 +124,38 @@ def test_a_turn_reads_for_itself_and_leaves_no_thread(threads: int, tiny_store: 
     one = data.read
     data.read = lambda positions: (read.append(positions.start), one(positions))[1]
     step: Any = Step(lambda: steps.append(len(readers())))
-    turn = our_turn(step, data, 3, threads)
-    for _ in range(2):
-        turn()
-        assert not readers()
+    turns = our_turns(step, data, 3, threads)
     batch = len(store)
+    assert read == [0]
+    turns[", without reading"]()
+    assert (read, steps) == ([0], [0, 0, 0])
+    read.clear()
+    steps.clear()
+    for _ in range(2):
+        turns[""]()
+        assert not readers()
     assert sorted(read) == [0, 0, batch, batch, 2 * batch, 2 * batch]  # None is left over, of none the reading is free.
     assert [count > 0 for count in steps] == [threads > 0] * 6
+
+
+def test_theirs_has_its_batches_in_pinned_memory_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by their DataLoader's `pin_memory`."""
+    pinned, batch = torch.ones(1), torch.zeros(1)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _: pinned)
+    assert as_loaded(batch, torch.device("cuda")) is pinned
+    assert as_loaded(batch, torch.device("cpu")) is batch
+
+
+@needs_official
+@pytest.mark.parametrize("inside", [(), ("--encoder-in-step",)])
+def test_all_that_theirs_copies_in_a_step_is_as_its_loader_has_it(
+    inside: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[int, ...]] = []
+    monkeypatch.setattr(training, "as_loaded", lambda tensor, _: (loaded.append(tuple(tensor.shape)), tensor)[1])
+    against_official.main(["train", "--toy", "--device", "cpu", "--repeats", "1", "--official", str(OFFICIAL), *inside])
+    pixels = [(4, 3, 64, 64)] if inside else []
+    assert loaded == [(4, 4, 8, 8), (4, 4, 8, 8), (4,), (4, 8, 8, 8), *pixels]
 
 
 def readers() -> list[str]:
@@ -173,20 +203,24 @@ class Contestant:
 
 def test_on_a_gpu_a_contestant_has_the_memory_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = Memory(monkeypatch)
-    makers = {name: partial(Contestant, memory) for name in ("a", "b", "c")}
+
+    def make() -> dict[str, Contestant]:
+        return {"": (contestant := Contestant(memory)), " again": contestant}
+
+    makers: dict[str, common.Maker] = dict.fromkeys(("a", "b", "c"), make)
     on_gpu = measured(makers, 2, torch.device("cuda"))
-    assert [one.peak_gpu_memory_mib for one in on_gpu.values()] == [1, 1, 1]
+    assert [one.peak_gpu_memory_mib for one in on_gpu.values()] == [1] * 6
     assert memory.freed == [0, 0, 0]
     on_cpu = measured(makers, 2, torch.device("cpu"))
-    assert [one.peak_gpu_memory_mib for one in on_cpu.values()] == [None] * 3
-    assert on_gpu.keys() == on_cpu.keys() == makers.keys()
+    assert [one.peak_gpu_memory_mib for one in on_cpu.values()] == [None] * 6
+    assert list(on_gpu) == list(on_cpu) == ["a", "a again", "b", "b again", "c", "c again"]
 
 
 def test_what_did_not_fit_is_gone_before_the_next_try(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = Memory(monkeypatch)
     tried = []
 
-    def timings(options: Training, workload: Workload, store: Store, *_: Any) -> dict[str, int]:
+    def timings(options: Training, workload: Workload, start: Any, store: Store, *_: Any) -> dict[str, int]:
         tried.append((len(store), len(memory.alive)))
         contestant = Contestant(memory, fits=len(store) == 1)
         contestant()
@@ -194,7 +228,8 @@ def test_what_did_not_fit_is_gone_before_the_next_try(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(training, "timings", timings)
     options = Training(Comparison(toy=True))
-    assert fitting_timings(options, Workload.of("toy"), None, torch.device("cuda")) == {"batch_size": 1}
+    start: Any = None
+    assert fitting_timings(options, Workload.of("toy"), start, None, torch.device("cuda")) == {"batch_size": 1}
     assert tried == [(4, 0), (2, 0), (1, 0)]
     assert memory.freed == [0, 0]
 
@@ -299,26 +334,85 @@ def test_a_failed_figure_leaves_its_words(tmp_path: Path, monkeypatch: pytest.Mo
     figure = gpu_session.Figure("broken", (gpu_session.OFFICIAL, "no-such-benchmark"), 1)
     monkeypatch.setattr(gpu_session, "FIGURES", [figure])
     assert gpu_session.session(gpu_session.Session(tmp_path, device="cpu", toy=True)) == 1
-    assert (tmp_path / "broken.error").read_text().startswith("exit code 2\n")
+    assert (
+        (tmp_path / "broken.error").read_text().startswith(f"at commit {common.commit_of(common.ROOT)}: exit code 2\n")
+    )
+
+
+def test_what_failed_at_this_commit_comes_after_all_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "benchmark.py"
+    script.write_text(
+        "import json, sys\nfrom pathlib import Path\n\n"
+        "out = Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "assert out.stem != 'wrong', 'never right'\n"
+        "out.write_text(json.dumps({'figures': {}}))\n"
+    )
+    figures = [gpu_session.Figure(name, (str(script),), 1, ()) for name in ("wrong", "mended", "new")]
+    monkeypatch.setattr(gpu_session, "FIGURES", figures)
+    monkeypatch.setattr(gpu_session, "commit_of", lambda _: "second")
+    (tmp_path / "wrong.error").write_text("at commit second: took longer than 540 s")
+    (tmp_path / "mended.error").write_text("at commit first: exit code 1")
+    assert gpu_session.session(gpu_session.Session(tmp_path, device="cpu", toy=True)) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line.removeprefix("── ") for line in said if line.startswith("──")] == ["mended", "new", "wrong"]
+    assert said[-2:] == ["AssertionError: never right", "left: wrong"]
+    assert not (tmp_path / "mended.error").exists()
+
+
+@pytest.mark.parametrize(
+    ("passed", "failed", "commit", "device", "accepted"),
+    [
+        (3, 0, "now", "auto", True),
+        (3, 1, "now", "auto", False),
+        (0, 0, "now", "auto", False),  # All were skipped: it saw no GPU.
+        (0, 0, "now", "cpu", True),
+        (3, 0, "before", "auto", False),
+    ],
+)
+def test_tests_count_as_done_if_they_passed_at_this_commit(
+    passed: int, failed: int, commit: str, device: str, accepted: bool, tmp_path: Path
+) -> None:
+    line = {"figures": {"passed": passed, "failed": failed}, "commit": commit}
+    (tmp_path / "tests.json").write_text(json.dumps(line))
+    options = gpu_session.Session(tmp_path, device=device)
+    assert gpu_session.is_measured(gpu_session.FIGURES[0], options, "now") == accepted
+
+
+@pytest.mark.parametrize(("waits", "how"), [(True, "took longer than 1 s"), (False, "exit code 0")])
+def test_nothing_that_a_benchmark_started_is_left(waits: bool, how: str, tmp_path: Path) -> None:
+    file = tmp_path / "worker"
+    script = f"sleep 600 & echo $! > {file}; echo begun >&2; {'wait' * waits}"
+    assert gpu_session.run(["sh", "-c", script], 1) == f"{how}\nbegun"
+    status = Path(f"/proc/{int(file.read_text())}/status")
+    deadline = time.monotonic() + 10
+    while status.is_file() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < deadline, "the worker lives"
+        time.sleep(0.01)
 
 
 def test_a_session_begins_with_the_tests_that_need_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert gpu_session.FIGURES[0].name == "tests"
+    """Then come training and sampling, and one that failed is not done."""
+    most_telling = [figure.name for figure in gpu_session.FIGURES[:5]]
+    assert most_telling == ["tests", "train-b2", "train-xl2", "sample-b2", "sample-xl2"]
     (tmp_path / "test_three.py").write_text(
         "import pytest\n\npytestmark = pytest.mark.gpu\n\n\ndef test_right(): pass\n\n\n"
         "def test_wrong(): assert 1 == 2\n\n\n@pytest.mark.skip\ndef test_left_out(): pass\n"
     )
+    (tmp_path / "test_other.py").write_text("import a_package_that_is_not_there\n")
     figure = replace(gpu_session.FIGURES[0], toy=("--folders", str(tmp_path)))
     monkeypatch.setattr(gpu_session, "FIGURES", [figure])
-    assert gpu_session.session(gpu_session.Session(tmp_path, device="cpu", toy=True)) == 0
+    assert gpu_session.session(gpu_session.Session(tmp_path, device="cpu", toy=True)) == 1
     figures = json.loads((tmp_path / "tests.json").read_text())["figures"]
     assert (figures["passed"], figures["failed"], figures["skipped"]) == (1, 1, 1)
     assert [(name.split("::")[1], why) for name, why in figures["failures"].items()] == [
         ("test_wrong", "assert 1 == 2")
     ]
     assert '"failed": 1' in capsys.readouterr().out
+    assert "test_wrong" in (tmp_path / "tests.error").read_text()
 
 
 def test_every_figure_of_a_session_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +426,8 @@ def test_every_figure_of_a_session_parses(tmp_path: Path, monkeypatch: pytest.Mo
         "evaluate_speed.py": EvaluateSpeed,
         "gpu_tests.py": GpuTests,
     }
-    for options in (gpu_session.Session(tmp_path, images=tmp_path), gpu_session.Session(tmp_path, toy=True)):
+    first = gpu_session.Session(tmp_path, images=tmp_path, autoencoder="folder", threads=3)
+    for options in (first, gpu_session.Session(tmp_path, toy=True)):
         for figure in gpu_session.FIGURES:
             script, *arguments = gpu_session.command_of(figure, options)
             if Path(script).name == gpu_session.OFFICIAL:
@@ -341,7 +436,9 @@ def test_every_figure_of_a_session_parses(tmp_path: Path, monkeypatch: pytest.Mo
                 tyro.cli(others[Path(script).name], args=[*arguments, "--out", str(tmp_path)])
     assert len(parsed) == 2 * sum(figure.arguments[0] == gpu_session.OFFICIAL for figure in gpu_session.FIGURES)
     assert parsed[0].official_precision == "fp16"
-    assert parsed[0].compile == ("no", "blocks", "model")
+    assert (parsed[0].compile, parsed[0].steps, parsed[0].conditions.threads) == (("blocks",), 100, 3)
+    prepared = [options for options in parsed if isinstance(options, Preparing)]
+    assert [(options.images, options.autoencoder) for options in prepared] == [(tmp_path, "folder"), (None, "starter")]
 
 
 def test_a_folder_without_the_published_code_is_named(tmp_path: Path) -> None:
@@ -351,6 +448,49 @@ def test_a_folder_without_the_published_code_is_named(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.startswith(f"against_official: --official {tmp_path}: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_preparing_is_judged_by_cores_on_a_cpu_and_by_the_clock_on_a_gpu() -> None:
+    """By the shortest of the turns, of everything that each side has to do."""
+    ours = {"ours: prepare": (4.0, 8.0), "ours: decode and crop": (1.0, 2.0)}
+    convert, encode = {"theirs: convert": (6.0, 3.0)}, {"theirs: encode": (18.0, 18.0)}
+    slower = {name: (wall + 1, core + 1) for name, (wall, core) in {**ours, **convert, **encode}.items()}
+    on_gpu = preparing.figures_of([slower, {**ours, **convert, **encode}], 8, torch.device("cuda"))
+    assert on_gpu["times_faster"] == {"decode and crop": 6, "images to moments": 6}
+    assert on_gpu["ours_images_per_second"] == 2
+    on_cpu = preparing.figures_of([{**ours, **convert}], 8, torch.device("cpu"))
+    assert on_cpu["times_faster"] == {"decode and crop": 1.5}
+    assert preparing.figures_of([ours], 8, torch.device("cpu"))["times_faster"] == {}
+
+
+def test_ours_prepares_as_by_default() -> None:
+    options = Preparing(Comparison(device="cpu"), autoencoder="folder")
+    commands = preparing.ours(options, Path("images"), Path("out"), 64)
+    assert parse(commands["ours: prepare"][3:]) == Prepare(
+        Path("images"), Path("out/store"), 64, "folder", "none", device="cpu"
+    )
+
+
+def test_images_are_spread_over_a_folder_or_made_once(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert workloads.spread(tiny_images, tmp_path / "some", 6) == 6
+    links = sorted(file for file in (tmp_path / "some").rglob("*") if file.is_symlink())
+    assert [link.parent.name for link in links] == ["circle"] * 2 + ["square"] * 2 + ["stripes"] * 2
+    assert links[0].resolve() == (tiny_images / "circle/000.png").resolve()
+    with pytest.raises(UserError, match="--images"):
+        workloads.spread(tmp_path / "missing", tmp_path / "none", 6)
+    monkeypatch.setattr(workloads, "DIFFERENT", 2)
+    files = list(workloads.random_images(tmp_path / "made", 5, 16).rglob("*.jpg"))
+    assert (len(files), len({file.stat().st_ino for file in files})) == (5, 2)
+
+
+@needs_official
+def test_ours_and_theirs_crop_the_same() -> None:
+    arguments = ["prepare", "--toy", "--device", "cpu", "--repeats", "1", "--official", str(OFFICIAL)]
+    figures = json.loads(against_official.main(arguments))["figures"]
+    assert figures["pixel_difference"] == 0
+    assert figures["times_faster"].keys() == {"decode and crop"}
 
 
 @needs_official
@@ -368,7 +508,7 @@ def test_ours_and_sit_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["train", "--recipe", "sit", "--toy", "--device", "cpu", "--repeats", "1", "--official"]
     figures = json.loads(against_official.main([*arguments, str(OFFICIAL_SIT)]))["figures"]
     assert figures["loss_difference"] < 1e-5
-    assert figures["times_faster"].keys() == {"ours bfloat16"}
+    assert figures["times_faster"].keys() == {"ours bfloat16", "ours bfloat16, without reading"}
     assert "theirs SiT" in figures["images_per_second"]
     monkeypatch.setattr(training, "export_official", lambda _, *model: export_official("repa", *model))
     with pytest.raises(AssertionError, match="loss_difference"):

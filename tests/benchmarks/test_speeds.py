@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import Timed
+import prepare_speed
+from common import Timed, Timing
 from counting import activation_bytes
 from evaluate_speed import EvaluateSpeed
 from evaluate_speed import main as evaluate_speed
+from prepare_speed import PrepareSpeed
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
+from reglue.errors import UserError
 from reglue.jobs.train import Train, train
 from reglue.papers import RECIPES
 from reglue.recipe import Optimisation
@@ -29,6 +34,8 @@ from reglue.runs.checkpoints import find
 from resolutions import Resolutions, config_at
 from scaling import Scaling
 from scaling import main as scaling
+from store_reads import Readers, StoreReads, Work
+from store_reads import main as store_reads
 from train_speed import TrainSpeed, mean_of
 from train_speed import main as train_speed
 from training_step import TrainingStep
@@ -63,6 +70,43 @@ def test_reads_of_a_store(tiny_store: Path) -> None:
     assert figures["needs"]["sit"]["training_gflop_per_image"] == pytest.approx(6 * 23.0, rel=0.01)
 
 
+def pins(work: Work, ready: Callable[[], object]) -> None:
+    """Fails where a process cannot give pinned memory though its machine could."""
+    ready()
+    assert not torch.cuda._is_in_bad_fork()
+
+
+def fails(work: Work, ready: Callable[[], object]) -> None:
+    """The second of two fails while the first one waits for it."""
+    if work.rows == [1]:
+        raise OSError("no more memory")
+    ready()
+
+
+def dies(work: Work, ready: Callable[[], object]) -> None:
+    """The last of three dies while the others wait for it."""
+    if work.rows == [2]:
+        os._exit(1)
+    ready()
+
+
+def test_processes_that_read_can_pin_memory_and_do_not_wait_for_one_that_failed(tiny_store: Path) -> None:
+    torch._C._cuda_getDeviceCount()  # As imports do. A copy of this process could not pin memory any more.
+    work = [Work(tiny_store, "latent", [row], 1, False, False) for row in range(3)]
+    with Readers(3, 1) as readers:
+        assert readers.together(pins, work[:1])[0] >= 0
+        with pytest.raises(OSError, match="no more memory"):
+            readers.together(fails, work[:2])
+        with pytest.raises(BrokenProcessPool):
+            readers.together(dies, work)
+
+
+def test_memory_is_not_pinned_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--pinned"):
+        store_reads(StoreReads(made=tmp_path / "store", pinned=True))
+
+
 def test_the_speed_of_prepare(tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str) -> None:
     networks = ["--autoencoder", tiny_autoencoder, "--encoder", tiny_encoder, "--resolution", "16"]
     figures = figures_of(
@@ -80,6 +124,28 @@ def test_the_speed_of_prepare(tiny_images: Path, tiny_encoder: str, tiny_autoenc
         "cpu",
     )
     assert 0 < figures["per_batch_size"]["16"]["share_of_bare_by_core"] <= 1.5
+
+
+def test_what_prepare_runs_for_long_is_compared_with_networks_that_run_for_short(
+    tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job on eight images, the bare networks on every other one of them."""
+    seconds = {"autoencoder": 1.0, "encoder": 1.0, "describe": 1.0, "job": 8.0}
+
+    def timings(contestants: dict[str, Callable[[], object]], *_: Any) -> dict[str, Timing]:
+        return {name: (call(), Timing(*[seconds[name]] * 4, repeats=1))[1] for name, call in contestants.items()}
+
+    monkeypatch.setattr(prepare_speed, "BARE", 4)
+    monkeypatch.setattr(prepare_speed, "alternate", timings)
+    encoded = []
+    describe = prepare_speed.job.describe
+    noted = lambda pixels, *rest: (encoded.append(len(pixels)), describe(pixels, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(prepare_speed.job, "describe", noted)
+    options = PrepareSpeed(tiny_images, 16, tiny_autoencoder, tiny_encoder, workers=0, count=8)
+    figures = prepare_speed.measured(options, tiny_images, 4, torch.device("cpu"))
+    assert encoded == [4, 4, 4, 4]  # describe; the job's two batches; the one that is written
+    assert (figures["images_per_second"], figures["bare_images_per_second"]) == (1, 2)
+    assert figures["share_of_bare_by_clock"] == 0.5
 
 
 def test_the_cost_of_resolutions() -> None:

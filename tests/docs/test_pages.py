@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import runpy
 import shlex
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 
 import reglue
@@ -40,6 +46,7 @@ PAGES = sorted((ROOT / "docs/methods").glob("[a-z]*.md"))
 ALL_PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 IMAGENET = "On ImageNet with eight GPUs"
 """The section with the commands that reproduce a method."""
+PARSED = "parsed"
 REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
 
 
@@ -69,6 +76,22 @@ def commands(text: str) -> list[list[str]]:
         if word == "reglue" and line[:i][-1:] in ([], ["-m"])
     ]
     return [line[start:] for line, start in starts]
+
+
+def scripts(text: str) -> list[list[str]]:
+    """Every `python FOLDER/SCRIPT …` of ours, in blocks and in sentences, in words; those with a gap are left out."""
+    found = re.findall(r"python ((?:benchmarks|studies|scripts)/[^`\n]*)", text.replace("\\\n", " "))
+    return [shlex.split(words, comments=True) for words in found if "…" not in words]
+
+
+def parsed_only(cli: Callable[..., Any], options: Any, **more: Any) -> Any:
+    """`tyro.cli` of a script, which exits with PARSED: also in place of the function that it would call."""
+
+    def called(*_: Any, **__: Any) -> NoReturn:
+        sys.exit(PARSED)
+
+    cli(wraps(options)(called) if inspect.isfunction(options) else options, **more)
+    sys.exit(PARSED)
 
 
 def smaller(options: Any, encoder: str, autoencoder: str) -> Any:
@@ -124,6 +147,22 @@ def test_every_command_is_marked_and_parses(page: Path) -> None:
         assert mark in ("sh", "python") or not re.search(r"\breglue\s", content), f"mark this block:\n{content}"
     for arguments in commands(text):
         cli.parse(arguments)
+
+
+def test_scripts_are_found_in_blocks_and_sentences() -> None:
+    sentence = "`python studies/a.py B` or `python studies/a.py … --c`, not `python x.py`"
+    text = f"{sentence}\n```\npython scripts/d/e.py \\\n  f  # g\n```\n"
+    assert scripts(text) == [["studies/a.py", "B"], ["scripts/d/e.py", "f"]]
+
+
+@pytest.mark.parametrize("page", [page for page in ALL_PAGES if scripts(page.read_text())], ids=lambda page: page.stem)
+def test_every_command_of_a_script_parses(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tyro, "cli", partial(parsed_only, tyro.cli))
+    for script, *arguments in scripts(page.read_text()):
+        monkeypatch.syspath_prepend((ROOT / script).parent)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit, match=PARSED):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

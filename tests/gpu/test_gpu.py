@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +21,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import convergence
 import reglue.jobs.train
+import store_reads
+from common import Comparison, Measured, measured
+from comparisons import training
+from comparisons.training import Training
 from helpers import TINY_RECIPE
 from reglue.cli import parse
 from reglue.data.batches import Draft, TrainingData, denoiser_config
@@ -31,10 +40,12 @@ from reglue.diffusion.transformer import Attention
 from reglue.jobs.prepare import Prepare, prepare
 from reglue.jobs.train import Losses, train
 from reglue.papers import RECIPES
-from reglue.recipe import Sampling
+from reglue.recipe import Compile, Sampling
 from reglue.runs import checkpoints, parallel, ranks
 from reglue.runs.generation import from_noise
 from reglue.runs.networks import SamplingNetwork
+from training_step import TrainingStep
+from workloads import Workload
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -56,7 +67,7 @@ def awake(data: TrainingData, seed: int = 0) -> Denoiser:
     return model.to(CUDA)
 
 
-@pytest.mark.parametrize("compile", ["no", "blocks"])
+@pytest.mark.parametrize("compile", ["no", "blocks", "model"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_no_iteration_of_training_waits_for_the_gpu(
     compile: str, precision: str, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -106,15 +117,34 @@ def test_flash_attention_takes_what_our_attention_gives_it(width_of_head: int) -
         assert (flash - plain).norm() < 0.02 * plain.norm()
 
 
-def test_a_compiled_sampler_draws_what_the_eager_one_does(data: TrainingData) -> None:
-    """Two batches of a sampler that is guided in an interval, so in batches of two sizes, and by a weaker model."""
+@pytest.mark.parametrize("compile", ["blocks", "model"])
+def test_a_compiled_step_is_the_eager_one(compile: Compile, data: TrainingData) -> None:
+    """The losses and the gradient's norm of two steps, so of weights that a compiled step has left."""
+
+    def sums(compile: Compile) -> dict[str, float]:
+        torch.compiler.reset()
+        step = TrainingStep(RECIPE, data.config, CUDA, "float32", compile, awake(data))
+        for first in (0, 4):
+            step(data.sample(range(first, first + 4)))
+        return {name: value.item() for name, value in step.sums.items()}
+
+    assert sums(compile) == pytest.approx(sums("no"), rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_compiled_sampler_draws_what_the_eager_one_does(precision: ranks.Precision, data: TrainingData) -> None:
+    """Two batches of a sampler that is guided in an interval, so in batches of two sizes, and by a weaker model.
+
+    In bfloat16 they round in different places: compiled it is as near to float32 as the eager one.
+    """
     torch.set_float32_matmul_precision("highest")
+    torch.compiler.reset()
     strong, weak = awake(data), awake(data, seed=1)
     guidance = Guidance(2.0, interval=(0.2, 0.8), auto_scale=1.5)
     how = Sampling(steps=8, guidance=guidance, state_precision="float64")
 
-    def batches(compiled: bool) -> list[State]:
-        network, weaker = (SamplingNetwork(model, "float32", compiled=compiled) for model in (strong, weak))
+    def batches(precision: ranks.Precision, compiled: bool) -> list[State]:
+        network, weaker = (SamplingNetwork(model, precision, compiled=compiled) for model in (strong, weak))
         drawn = []
         for first in (0, 4):
             labels = torch.arange(4, device=CUDA) % data.config.classes
@@ -124,9 +154,58 @@ def test_a_compiled_sampler_draws_what_the_eager_one_does(data: TrainingData) ->
         return drawn
 
     with torch.no_grad():
-        for compiled, eager in zip(batches(True), batches(False), strict=True):
-            for name, expected in eager.items():
-                torch.testing.assert_close(compiled[name], expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+        drawn = batches("float32", False), batches(precision, False), batches(precision, True)
+    for exact, eager, compiled in zip(*drawn, strict=True):
+        for name, expected in exact.items():
+            rounding = (eager[name] - expected).norm()
+            assert (compiled[name] - expected).norm() <= 1.5 * rounding + 1e-3 * expected.norm(), name
+
+
+def test_processes_read_a_store_into_pinned_memory(tiny_store: Path, tmp_path: Path) -> None:
+    """As a benchmark does it, each in one that has looked for a GPU before it started them."""
+    out = tmp_path / "reads.json"
+    sizes = ["--columns", "latent", "--images", "8", "--batch-sizes", "4", "--processes", "1", "2"]
+    command = [sys.executable, store_reads.__file__, "--store", tiny_store, "--pinned", *sizes, "--out", out]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=300)
+    reads = json.loads(out.read_text())["figures"]["reads"]
+    assert [read["processes"] for read in reads] == [1, 2, 1, 2]
+
+
+def test_what_does_not_fit_is_gone_before_half_of_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contestants of the benchmark that take six tenths of the memory per image, one after the other."""
+    torch.cuda.empty_cache()
+    size, tried = int(0.6 * torch.cuda.mem_get_info(CUDA)[0]), []
+
+    def timings(options: Training, workload: Workload, start: Any, store: Store, *_: Any) -> dict[str, Measured]:
+        tried.append(len(store))
+
+        def make() -> dict[str, Callable[[], object]]:
+            return {"": torch.empty(size * len(store), dtype=torch.uint8, device=CUDA).zero_}
+
+        return measured({"first": make, "second": make}, 1, CUDA)
+
+    monkeypatch.setattr(training, "timings", timings)
+    start: Any = None
+    found = training.fitting_timings(Training(Comparison(toy=True)), Workload.of("toy"), start, None, CUDA)
+    assert tried == [4, 2, 1]
+    for name in ("first", "second"):
+        assert found[name].peak_gpu_memory_mib == pytest.approx(size / 2**20, rel=0.05)
+
+
+def test_a_study_runs_on_a_gpu(tiny_store: Path, tiny_images: Path, tmp_path: Path) -> None:
+    sizes = (
+        *("--model", "1x32x2/2", "--steps", "4", "--checkpoints", "2", "--batch-size", "4", "--warmup", "0"),
+        *("--alignment-hidden", "16", "--count", "8", "--sampling-steps", "2", "--resamples", "10", "--seeds", "1"),
+        *("--arms", "sit", "reglue", "--reglue-compressor", "conv-4"),
+    )
+    where = ("--out", str(tmp_path / "study"), "--device", str(CUDA))
+    convergence.main([str(tiny_store), "--reference", str(tiny_images), *where, *sizes])
+    results = json.loads((tmp_path / "study/results.json").read_text())
+    assert list(results["arms"]) == ["sit-seed-0", "reglue-seed-0"]
+    for trial in results["arms"].values():
+        for figures in (*trial["steps"].values(), trial["guided"]):
+            assert 0 < figures["encoder"]["frechet_distance"]["value"] < float("inf")
 
 
 def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(data: TrainingData, tmp_path: Path) -> None:
@@ -232,3 +311,18 @@ def spread(kind: str, losses: Losses, model: Denoiser) -> torch.nn.Module:
                 lambda device, _, mesh_dim_names: init_device_mesh(device, (1,), mesh_dim_names=mesh_dim_names[1:]),
             )
         return parallel.spread(losses, model.transformer.blocks, 2 if kind == "shards" else 1, CUDA, "float32")
+
+
+@pytest.mark.parametrize("compile", ["no", "blocks"])
+def test_training_gives_the_same_bits_whole_again_and_continued(compile: str, tiny_store: Path, tmp_path: Path) -> None:
+    def trained(name: str, *steps: int) -> dict[str, Tensor]:
+        for count in steps:
+            torch.compiler.reset()
+            more = ["--optimisation.precision=bfloat16", f"--optimisation.compile={compile}", "--device=cuda"]
+            given = [*TINY_RECIPE, *more, f"--optimisation.steps={count}"]
+            run = train(parse(["train", "reglue", "--store", str(tiny_store), "--out", str(tmp_path / name), *given]))
+        return load_file(checkpoints.find(run, steps[-1]) / checkpoints.MODEL)
+
+    whole = trained("whole", 6)
+    for other in (trained("again", 6), trained("continued", 3, 6)):
+        assert all(torch.equal(whole[name], value) for name, value in other.items())

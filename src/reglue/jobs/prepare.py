@@ -182,7 +182,7 @@ def fill(
     Other processes decode ahead, and threads write and hash behind, so that the networks wait for neither. A GPU has
     the next batch before it is done with one, and copies by itself what it has found.
     """
-    batches = iter(_decoded(images, options, blocks, device))
+    batches = iter(decoded(images, options, blocks, device))
     peaks: list[int] = []
     with (
         ThreadPoolExecutor(writers := writers_for(device)) as threads,
@@ -306,7 +306,7 @@ class _Crops(Dataset):
             return error
 
 
-def _decoded(images: ImageSource, options: Prepare, blocks: list[range], device: torch.device) -> Iterator[_Batch]:
+def decoded(images: ImageSource, options: Prepare, blocks: list[range], device: torch.device) -> Iterator[_Batch]:
     """The batches of all blocks in order, decoded by other processes ahead of their use. None straddles two blocks."""
     batches = [list(part) for block in blocks for part in _split(block, options.batch_size)]
     return iter(

@@ -1,0 +1,38 @@
+"""What `reglue prepare` does before its networks, by itself: images decoded and cropped, by as many processes.
+
+python benchmarks/decode_images.py PHOTOS --resolution 256
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tyro.conf import Positional
+
+from reglue.data.sources import open_images
+from reglue.jobs.prepare import Prepare, decoded
+
+
+@dataclass(frozen=True)
+class DecodeImages:
+    """The first part of `reglue prepare`."""
+
+    images: Positional[Path]
+    """As `reglue prepare` takes them."""
+    resolution: int = 256
+    workers: int | None = None
+    """Processes that decode. Default: as `prepare` chooses."""
+
+
+def main(options: DecodeImages) -> int:
+    """Decode all images, and keep none. Returns how many there were."""
+    asked = Prepare(options.images, Path("unused"), options.resolution, workers=options.workers)
+    images = open_images(asked.images, asked.reading, asked.subset)
+    return sum(len(batch.names) for batch in decoded(images, asked, [range(len(images))], torch.device("cpu")))
+
+
+if __name__ == "__main__":
+    print(main(tyro.cli(DecodeImages, description=__doc__)))
