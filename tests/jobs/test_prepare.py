@@ -313,6 +313,18 @@ def test_a_store_made_otherwise_is_refused_and_unharmed(options, changes, says: 
     assert everything_in(out) == before
 
 
+@pytest.mark.parametrize("within", ["store", "circle/store", "."])
+def test_a_store_among_its_images_is_refused(
+    options, own_images: Path, within: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = everything_in(own_images)
+    monkeypatch.chdir(own_images)
+    with pytest.raises(UserError, match=r"lies within .*images, where a store would be taken for a class"):
+        options(images=own_images, out=Path(within))
+    assert everything_in(own_images) == before
+    options(images=own_images, out=Path("../images-store"))
+
+
 def test_images_that_changed_since_are_refused(options, own_images: Path):
     prepare(options(images=own_images))
     (own_images / "circle" / "000.png").unlink()

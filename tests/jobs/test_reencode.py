@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from helpers import TINY_RECIPE
 from reglue.cli import parse
 from reglue.data.store import Store
 from reglue.errors import UserError
+from reglue.jobs.compress import Compress, compress
 from reglue.jobs.prepare import Prepare, prepare
 from reglue.jobs.reencode import Reencode, reencode
 from reglue.jobs.train import train
@@ -127,3 +129,60 @@ def test_a_store_without_an_encoder_gets_latents_alone(
     for _ in range(2):
         assert set(reencode(options).manifest.columns) == {"label", "latent"}
     assert json.loads((tmp_path / "second" / "manifest.json").read_text())["encoder"] is None
+
+
+def test_a_store_of_lower_precision_is_reencoded_once(
+    tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str, another_autoencoder: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    prepare(
+        Prepare(tiny_images, tmp_path / "first", 16, tiny_autoencoder, tiny_encoder, precision="bfloat16", workers=0)
+    )
+    options = Reencode(tmp_path / "first", tmp_path / "second", another_autoencoder, workers=0)
+    before = reencode(options).manifest
+    assert (before.precision, "cls" in before.columns) == ("float32", True)
+    capsys.readouterr()
+    assert reencode(options).manifest == before
+    assert "second is complete already: 24 images" in capsys.readouterr().out
+
+
+def contents_of(store: Path) -> dict[str, bytes]:
+    """Shards and manifest."""
+    return {file.name: file.read_bytes() for file in store.iterdir() if file.suffix in (".safetensors", ".json")}
+
+
+def test_what_a_reencoded_store_has_lost_is_made_again(
+    tiny_store: Path, another_autoencoder: str, tmp_path: Path
+) -> None:
+    options = Reencode(tiny_store, tmp_path / "second", another_autoencoder, workers=0)
+    second = reencode(options)
+    compress(Compress(second.folder, "pca", channels=3, device="cpu"))  # What it has itself stays.
+    before = contents_of(second.folder)
+    times = {path.name: path.stat().st_mtime_ns for path in second.folder.iterdir()}
+    lost = ("latent-00001.safetensors", "cls-00000.safetensors", "label-00002.safetensors")
+    for name in (*lost, "local.conv-4-00000.safetensors"):
+        (second.folder / name).unlink()  # It may be another name for the first store's file.
+    with (second.folder / "latent-00000.safetensors").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(UserError, match=r"missing or cut short; run the same `reglue prepare` or `reglue reencode` ag"):
+        Store.open(second.folder)
+    reencode(options)
+    assert contents_of(second.folder) == before
+    kept = (second.folder / "latent-00002.safetensors").stat().st_mtime_ns
+    assert kept == times["latent-00002.safetensors"], "it was whole"
+    verify(Verify(second.folder))
+
+
+def test_class_tokens_that_the_first_store_has_no_more_are_named(
+    tiny_store: Path, another_autoencoder: str, tmp_path: Path
+) -> None:
+    first = Path(shutil.copytree(tiny_store, tmp_path / "first"))
+    options = Reencode(first, tmp_path / "second", another_autoencoder, workers=0)
+    reencode(options)
+    manifest = Store.open(first).manifest
+    cls = manifest.columns["cls"]
+    others = replace(cls, shards=tuple(replace(shard, sha256="0" * 64) for shard in cls.shards))
+    Store(first, replace(manifest, columns={**manifest.columns, "cls": others})).finish()
+    (options.out / "cls-00001.safetensors").unlink()
+    with pytest.raises(UserError, match=r"second/cls-00001\.safetensors is missing .* has another one now"):
+        reencode(options)

@@ -202,8 +202,8 @@ class Store:
         for column, content in manifest.columns.items():
             for shard in content.shards:
                 if column != to_be_replaced and not _is_whole(folder, shard):
-                    job = "compress" if holds_codes(column) else "prepare"
-                    raise UserError(f"{folder / shard.file} is missing or cut short; run the same `reglue {job}` again")
+                    jobs = "`reglue compress`" if holds_codes(column) else "`reglue prepare` or `reglue reencode`"
+                    raise UserError(f"{folder / shard.file} is missing or cut short; run the same {jobs} again")
         return cls(folder, manifest)
 
     def __len__(self) -> int:
@@ -407,6 +407,25 @@ class Store:
             compressors=other.manifest.compressors,
         )
         return Store(self.folder, _write_manifest(self.folder, manifest))
+
+    def restore(self, other: Store) -> None:
+        """Take files that are missing here or cut short from the store whose semantics this one has.
+
+        What only this one has is left to the commands that make it. Raises UserError if the other one's class tokens or
+        features are not the same any more.
+        """
+        there = {shard for column in other.manifest.columns.values() for shard in column.shards}
+        for name, column in self.manifest.columns.items():
+            for shard in column.shards:
+                if _is_whole(self.folder, shard):
+                    continue
+                if shard in there:
+                    _link(other.folder / shard.file, self.folder / shard.file)
+                elif name in ("cls", "features"):
+                    raise UserError(
+                        f"{self.folder / shard.file} is missing or cut short, and {other.folder} has another one now; "
+                        "choose a new folder"
+                    )
 
     def _column(self, column: str) -> Column:
         columns = self.manifest.columns

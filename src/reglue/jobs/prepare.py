@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -109,6 +109,10 @@ class Prepare(TakesPaths):
             raise UserError(f"--features-dtype {self.features_dtype} is about patch features: add --features")
         if not 0 < self.share <= 1:
             raise UserError(f"--share {self.share}: choose more than 0 and at most 1")
+        if self.images.is_dir() and self.out.resolve().is_relative_to(self.images.resolve()):
+            raise UserError(
+                f"{self.out} lies within {self.images}, where a store would be taken for a class; choose another folder"
+            )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -121,8 +125,11 @@ class Prepare(TakesPaths):
         return None if self.share == 1 and self.per_class is None else Subset(self.share, self.per_class, self.seed)
 
 
-def prepare(options: Prepare) -> Store:
-    """Make a store, or continue one. Raises UserError for anything that the user can mend."""
+def prepare(options: Prepare, *, semantics_of: Contents | None = None) -> Store:
+    """Make a store, or continue one. Raises UserError for anything that the user can mend.
+
+    `semantics_of`: a store whose class tokens and features this one has been given. They stay as they are.
+    """
     rank, processes = ranks.join(options.device)
     images = open_images(options.images, options.reading, options.subset, options.flips)
     device = ranks.resolve_device(options.device)
@@ -136,6 +143,9 @@ def prepare(options: Prepare) -> Store:
         raise UserError("--features needs an encoder; name one with --encoder, or leave --features out")
 
     contents = contents_of(options, images, autoencoder, encoder)
+    if semantics_of:
+        given = {name: getattr(semantics_of, name) for name in ("encoder", "features", "features_dtype")}
+        contents = replace(contents, **given)
     with ranks.first_process_first():
         writer = StoreWriter(options.out, contents, rank)
     if not writer.complete:
