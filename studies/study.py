@@ -429,10 +429,10 @@ def draw(options: StudyOptions, samples: SampleSet) -> None:
     if protocol.is_file():
         before = json.loads(protocol.read_text())
         weights = checkpoints.weights_sha256(trial.run, samples.step)
-        now: dict[str, Any] = {"run": str(trial.run), "weights_sha256": weights, "noise": STREAMS}
+        now: dict[str, Any] = {"weights_sha256": weights, "noise": STREAMS}
         now["versions"] = {name: version(name) for name in before.get("versions", {})}
         if any(before.get(name) != value for name, value in now.items()):
-            shutil.rmtree(out)  # Begun elsewhere, by another model or by an earlier version.
+            shutil.rmtree(out)  # Begun by another model, or by an earlier version.
     guidance: dict[str, Any] = {"guidance_scale": 1.0}
     if samples.guided:
         guidance = {"guidance_scale": options.guidance, "guidance_interval": options.guidance_interval}

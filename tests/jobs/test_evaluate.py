@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
 from helpers import mistake, run_reglue
@@ -345,6 +345,55 @@ def test_a_run_draws_its_images_once_and_is_compared_with_its_store(tmp_path, ti
     assert {name: (folder / name).stat().st_mtime_ns for name in files} == files
 
 
+def test_a_run_that_has_moved_keeps_its_images(tmp_path, tiny_run, monkeypatch):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    options = {"count": 8, "feature_network": "store", "device": "cpu", "resamples": 0, "kernel_subsets": 2}
+    evaluate(Evaluate(run, **options))
+    moved = run.rename(tmp_path / "moved")
+    drawn = {file: file.stat().st_mtime_ns for file in (moved / "evaluated").rglob("*.png")}
+    assert len(drawn) == 8
+    monkeypatch.chdir(tmp_path)
+    evaluation = evaluate(Evaluate(Path("moved"), **options))
+    assert evaluation.protocol is not None
+    assert evaluation.protocol["run"] == str(moved)
+    assert {file: file.stat().st_mtime_ns for file in drawn} == drawn
+    weights = moved / "checkpoints" / "00000006" / "ema.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(UserError, match=r"another protocol \(weights_sha256\)"):
+        evaluate(Evaluate(moved, **options))
+
+
+def test_samples_of_a_run_at_a_relative_path_are_evaluated_from_elsewhere(tmp_path, tiny_run, tiny_store, monkeypatch):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    sample(Sample(Path("run"), Path("samples"), count=8, steps=1, device="cpu"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    evaluate(settings(tmp_path / "samples", tiny_store, resamples=0))
+    assert len(list((run / "reports").glob("*.json"))) == 1
+
+
+def test_the_size_is_that_of_the_first_image_that_can_be_read_upright(tmp_path, tiny_encoder, monkeypatch):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # A camera held upright stores rows as columns.
+    for i in range(2, 10):
+        lying = Image.fromarray(rng.integers(0, 256, (16, 32, 3), np.uint8))
+        lying.save(folder / f"{i}.png", exif=exif)
+    Image.new("RGB", (64, 64)).save(folder / "0.png")
+    (folder / "1.png").write_bytes(b"no image")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 40)  # The first is a bomb, at more than twice that.
+    evaluation = evaluate(settings(folder, folder, feature_network=tiny_encoder, resamples=0))
+    assert evaluation.image_size == (32, 16)
+    assert set(evaluation.skipped) == {"0.png", "1.png"}
+    for file in folder.glob("*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"no image in .*photographs can be read; the first, 0\.png: cannot identify"):
+        evaluate(settings(folder, folder, feature_network=tiny_encoder))
+
+
 def test_the_report_about_a_runs_images_goes_into_the_run(
     tmp_path, tiny_run, tiny_store, tiny_images, monkeypatch, capsys
 ):
@@ -380,7 +429,7 @@ def test_the_report_about_a_runs_images_goes_into_the_run(
     (run / "reports").write_text("no folder can be here")
     capsys.readouterr()
     evaluate(settings(samples, tiny_store, resamples=0, out=tmp_path / "again.json"))
-    assert "The report is not in run/reports, so no model card will show it" in capsys.readouterr().err
+    assert f"The report is not in {run}/reports, so no model card will show it" in capsys.readouterr().err
     assert (tmp_path / "again.json").is_file()
 
 

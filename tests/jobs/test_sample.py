@@ -250,6 +250,41 @@ def test_other_weights_are_another_protocol(tiny_run: Path, tmp_path: Path) -> N
         sample(Sample(run, out, count=2, steps=1, device="cpu"))
 
 
+def test_a_run_that_has_moved_draws_more_of_the_same(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, "run")
+    options = Sample(Path("run"), Path("out"), count=2, steps=1, weaker_run=Path("run"), device="cpu")
+    out = sample(options)
+    before = json.loads((out / "samples.json").read_text())
+    assert before["run"] == before["weaker_run"] == str(tmp_path / "run"), "found from elsewhere too"
+    Path("run").rename("moved")
+    sample(replace(options, run=Path("moved"), count=1, weaker_run=tmp_path / "moved"))
+    after = json.loads((out / "samples.json").read_text())
+    assert (after["run"], after["weaker_run"]) == (str(tmp_path / "moved"),) * 2
+    assert {**after, "run": 0, "weaker_run": 0} == {**before, "run": 0, "weaker_run": 0}
+    with pytest.raises(UserError, match=r"another protocol .*weaker_weights_sha256"):
+        sample(replace(options, run=Path("moved"), weaker_run=None))
+
+
+def test_without_a_hash_the_place_tells_the_run(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, "run")
+    shutil.copytree(tiny_run, "another")
+    options = Sample(Path("run"), Path("out"), count=1, steps=1, device="cpu")
+    file = sample(options) / "samples.json"
+    older = json.loads(file.read_text())
+    del older["weights_sha256"], older["weaker_weights_sha256"]
+    file.write_text(json.dumps({**older, "run": "run"}))
+    sample(replace(options, run=tmp_path / "run"))
+    assert json.loads(file.read_text())["run"] == str(tmp_path / "run")
+    with pytest.raises(UserError, match=r"another protocol \(run\)"):
+        sample(replace(options, run=Path("another")))
+
+
 def test_dopri5_without_its_library(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(UserError, match=r"pip install 'reglue\[ode\]'"):
@@ -285,6 +320,51 @@ def test_npz_holds_the_same_images(tiny_run: Path, tmp_path: Path, monkeypatch: 
     assert packed["labels"].tolist() == [0, 1, 2, 0, 1]
     assert json.loads(str(packed["protocol"])) == json.loads((folder / "samples.json").read_text())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npz", "png"]
+
+
+def test_a_finished_archive_is_not_drawn_again(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Sample(tiny_run, tmp_path / "images.npz", count=3, steps=1, device="cpu")
+    out = sample(options)
+    before = out.read_bytes()
+    sample(replace(options, out=tmp_path / "images.parts"))  # As if killed before they were removed.
+    with monkeypatch.context() as patched:
+        patched.setattr(reglue.jobs.sample.Drawing, "draw", lambda *_: pytest.fail("drawn again"))
+        capsys.readouterr()
+        sample(options)
+        assert "images.npz is complete already: 3 images" in capsys.readouterr().out
+        for changes, message in (
+            ({"seed": 1}, r"images\.npz holds samples of another protocol \(seed\); choose a new --out"),
+            ({"count": 4}, r"images\.npz holds 3 images, not 4, .*choose a new --out"),
+            ({"count": 2}, r"images\.npz holds 3 images, not 2"),
+        ):
+            with pytest.raises(UserError, match=message):
+                sample(replace(options, **changes))
+    assert out.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["images.npz"]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (None, r"the protocol cannot be read \(it is no archive\)"),
+        ({"arr_0": np.zeros((3, 16, 16, 3), np.uint8)}, "does not say how its images were drawn; choose a new --out"),
+        ({"protocol": np.array('{"labels": []}')}, "does not say how its images were drawn"),
+        ({"protocol": np.array("[]")}, "is not a JSON object"),
+        ({"protocol": np.array([{}], dtype=object)}, "the protocol cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_archive_of_ours_is_not_overwritten(
+    tiny_run: Path, tmp_path: Path, arrays: dict[str, np.ndarray] | None, message: str
+) -> None:
+    out = tmp_path / "images.npz"
+    out.write_text("precious") if arrays is None else np.savez(out, allow_pickle=True, **arrays)
+    before = out.read_bytes()
+    with pytest.raises(UserError, match=message) as raised:
+        sample(Sample(tiny_run, out, count=3, steps=1, device="cpu"))
+    assert "\n" not in str(raised.value)
+    assert out.read_bytes() == before
 
 
 def test_an_archive_takes_the_memory_of_a_few_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from reglue.data.images import ImageFolder, ImageSource, UnreadableImage, crop_to
+from reglue.data.images import ImageFolder, ImageSource, UnreadableImage, crop_to, decode
 from reglue.data.store import MANIFEST, PARTIAL, Store
 from reglue.errors import UserError
-from reglue.jobs.sample import PROTOCOL, Sample, sample
+from reglue.jobs.sample import PROTOCOL, Sample, archived_protocol, protocol_in, sample
 from reglue.metrics.distances import Gaussian
 from reglue.runs import record as runs
 from reglue.runs.checkpoints import find
@@ -128,7 +127,7 @@ class ReadableImages(Protocol):
     def __len__(self) -> int: ...
 
     def first_size(self) -> tuple[int, int]:
-        """Height and width of the first image."""
+        """Height and width of the first image that can be read, upright."""
         ...
 
     def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
@@ -150,19 +149,21 @@ class _FolderImages:
         return len(self.folder) if self.limit is None else min(self.limit, len(self.folder))
 
     def first_size(self) -> tuple[int, int]:
-        path = self.folder.path / self.folder.names[0]
-        try:
-            with Image.open(path) as image:
+        first_reason = ""
+        for name in self.folder.names:  # One that cannot be read is skipped later, too.
+            try:
+                image = decode(self.folder.path / name)
                 return image.height, image.width
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error}); mend it, or set --resolution") from error
+            except Exception as error:  # Decoders raise nearly anything on malformed bytes.
+                first_reason = first_reason or f"{name}: {' '.join(str(error).split())}"
+        raise UserError(f"no image in {self.folder.path} can be read; the first, {first_reason}")
 
     def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
         return _in_batches(self.folder, range(len(self)), resolution, share)
 
     def protocol(self) -> dict[str, Any] | None:
         path = self.folder.path / PROTOCOL
-        protocol = _read_protocol(path.read_text(), path) if path.is_file() else None
+        protocol = protocol_in(path.read_text(), path) if path.is_file() else None
         if protocol and self.limit is not None:  # Of as many images as are taken.
             protocol["labels"] = protocol["labels"][: self.limit]
         return protocol
@@ -193,8 +194,7 @@ class _DrawnImages:
     def _drawn(self) -> _FolderImages:
         step = find(self.run).name
         folder = self.run / DRAWN / f"step-{step}"
-        # The absolute path, since the protocol that guards the folder holds it.
-        drawing = Sample(self.run.resolve(), folder, self.count, batch_size=self.batch_size, device=self.device)
+        drawing = Sample(self.run, folder, self.count, batch_size=self.batch_size, device=self.device)
         return _FolderImages(ImageFolder.open(sample(drawing)), self.count)
 
 
@@ -284,14 +284,7 @@ class _NpzImages:
                 yield [_to_size(image, resolution) for image in pixels]
 
     def protocol(self) -> dict[str, Any] | None:
-        with np.load(self.path, allow_pickle=False) as arrays:
-            if "protocol" not in arrays.files:
-                return None
-            try:
-                text = str(arrays["protocol"])
-            except ValueError as error:
-                raise UserError(f"{self.path}: protocol is not text: {error}") from error
-        return _read_protocol(text, self.path)
+        return archived_protocol(self.path)
 
 
 def _to_size(image: np.ndarray, resolution: tuple[int, int]) -> Tensor:
@@ -339,13 +332,3 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     version_read = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version_read == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)
-
-
-def _read_protocol(text: str, path: Path) -> dict[str, Any]:
-    try:
-        protocol = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: the protocol is not JSON ({error}); mend or remove it") from error
-    if not isinstance(protocol, dict):
-        raise UserError(f"{path}: the protocol is not a JSON object; mend or remove it")
-    return protocol

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import ZipFile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 from PIL import Image
@@ -96,7 +96,7 @@ def sample(options: Sample) -> Path:
 
     The folder gets `000000.png` … and `samples.json` with the protocol and every label, those of more images that are
     there already included. Raises UserError for a class
-    outside the range, guidance without classes, or a folder with images of another protocol.
+    outside the range, guidance without classes, or a folder or file with images of another protocol.
     """
     if options.count < 1 or options.batch_size < 1:
         raise UserError("--count and --batch-size must be at least 1")
@@ -114,7 +114,13 @@ def sample(options: Sample) -> Path:
     as_npz = options.out.suffix == ".npz"
     folder = options.out.with_suffix(".parts") if as_npz else options.out
     protocol = describe(options, model, sampling, labels)
-    claim(folder, protocol, model.settled(replace(sampling, precision=None, state_precision=None)), rank)
+    unless_told = model.settled(replace(sampling, precision=None, state_precision=None))
+    if as_npz and is_finished(options.out, protocol, unless_told):
+        if rank == 0:
+            _remove(folder)  # Left over, if the process died before it could.
+            print(f"{options.out} is complete already: {options.count} images")
+        return options.out
+    claim(folder, protocol, unless_told, rank)
     # Who draws what must not depend on what the other processes have drawn already.
     mine = [i for i in range(rank, options.count, processes) if not (folder / f"{i:06d}.png").is_file()]
     total = evaluations(sampling, len(mine), options.batch_size)
@@ -130,10 +136,16 @@ def sample(options: Sample) -> Path:
     ranks.wait_for_all()
     if as_npz and rank == 0:
         write_archive(options.out, [folder / f"{i:06d}.png" for i in range(options.count)], labels, protocol)
-        for file in (*folder.glob("*.png"), folder / PROTOCOL):
-            file.unlink()
-        folder.rmdir()
+        _remove(folder)
     return options.out
+
+
+def _remove(folder: Path) -> None:
+    """Remove pictures that are in an archive by now, with their protocol and their folder, if they are there."""
+    if folder.is_dir():
+        for file in (*folder.glob("*.png"), folder / PROTOCOL):
+            file.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def write_archive(out: Path, pictures: Sequence[Path], labels: list[int], protocol: dict[str, Any]) -> None:
@@ -154,6 +166,29 @@ def write_archive(out: Path, pictures: Sequence[Path], labels: list[int], protoc
         for name, value in (("labels", np.array(labels)), ("protocol", np.array(json.dumps(protocol)))):
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, value, allow_pickle=False)
+
+
+def archived_protocol(archive: Path) -> dict[str, Any] | None:
+    """The protocol in an .npz file, if it has one. Raises UserError for a damaged file."""
+    try:
+        if not is_zipfile(archive):
+            raise ValueError("it is no archive")
+        with np.load(archive, allow_pickle=False) as arrays:
+            text = str(arrays["protocol"]) if "protocol" in arrays.files else None
+    except (ValueError, OSError, BadZipFile) as error:
+        raise UserError(f"{archive}: the protocol cannot be read ({error}); mend or remove the file") from error
+    return None if text is None else protocol_in(text, archive)
+
+
+def protocol_in(text: str, path: Path) -> dict[str, Any]:
+    """A protocol from JSON that was read in `path`. Raises UserError if it is none."""
+    try:
+        protocol = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: the protocol is not JSON ({error}); mend or remove it") from error
+    if not isinstance(protocol, dict):
+        raise UserError(f"{path}: the protocol is not a JSON object; mend or remove it")
+    return protocol
 
 
 def _pixels(file: Path) -> np.ndarray:
@@ -251,7 +286,7 @@ def describe(options: Sample, model: ImageModel, sampling: Sampling, labels: lis
     """Everything that decides the images: goes with them, and into every report about them."""
     record, weaker = model.record, options.weaker_run
     return {
-        "run": str(options.run),
+        "run": _found(options.run),
         "recipe": record.recipe.name,
         "model": record.recipe.model,
         "step": model.step,
@@ -265,7 +300,7 @@ def describe(options: Sample, model: ImageModel, sampling: Sampling, labels: lis
         "noise": STREAMS,
         "decoder": model.autoencoder.spec.name,
         "decoder_sha256": model.autoencoder.spec.weights_sha256,
-        "weaker_run": str(weaker) if weaker else None,
+        "weaker_run": _found(weaker) if weaker else None,
         "weaker_weights_sha256": weaker and checkpoints.weights_sha256(hub.find_run(weaker)),
         "versions": {name: version(name) for name in ("reglue", "torch", "numpy")},
     }
@@ -273,6 +308,8 @@ def describe(options: Sample, model: ImageModel, sampling: Sampling, labels: lis
 
 ADDED = ("weights_sha256", "weaker_weights_sha256")
 """What protocols of older versions lack."""
+PLACES = {"run": "weights_sha256", "weaker_run": "weaker_weights_sha256", "decoder": "decoder_sha256"}
+"""Where models were found, and the hash that says which ones they are, wherever they have been moved or copied to."""
 
 
 def claim(folder: Path, protocol: dict[str, Any], unless_told: Sampling, rank: int) -> None:
@@ -281,25 +318,8 @@ def claim(folder: Path, protocol: dict[str, Any], unless_told: Sampling, rank: i
     `unless_told` has the precisions that are used where nobody asks for one: what older files meant by null.
     """
     path = folder / PROTOCOL
-    protocol = json.loads(json.dumps(protocol))  # as it will be read back
     if path.is_file():
-        before = json.loads(path.read_text())
-        # Older files lack the settings that have come since, and left open which precisions were used.
-        defaults = asdict(Sampling()) | {
-            "state_precision": unless_told.state_precision,
-            "precision": unless_told.precision,
-        }
-        before["sampling"] |= {name: v for name, v in defaults.items() if before["sampling"].get(name) is None}
-        # Nor do they say which weights drew their images, so nothing can be said about all that will be there.
-        protocol = {name: value for name, value in protocol.items() if name in before or name not in ADDED}
-        # More images of the same kind may be added: labels are a function of the index.
-        count = min(len(before["labels"]), len(protocol["labels"]))
-        shortened = [{**p, "labels": p["labels"][:count]} for p in (before, protocol)]
-        different = sorted(key for key in protocol if shortened[0].get(key) != shortened[1][key])
-        if different:
-            raise UserError(f"{folder} holds samples of another protocol ({', '.join(different)}); choose a new --out")
-        # Fewer images take none away, and the file describes all that are there.
-        protocol = max(before, protocol, key=lambda p: len(p["labels"]))
+        protocol = joined(folder, json.loads(path.read_text()), protocol, unless_told)
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds other files; choose a new or an empty folder for --out")
     ranks.wait_for_all()
@@ -308,3 +328,46 @@ def claim(folder: Path, protocol: dict[str, Any], unless_told: Sampling, rank: i
         with replacing(path) as beside:
             beside.write_text(json.dumps(protocol, indent=1))
     ranks.wait_for_all()
+
+
+def is_finished(archive: Path, protocol: dict[str, Any], unless_told: Sampling) -> bool:
+    """Whether an .npz file is there. Raises UserError if it holds anything but the images of this very protocol."""
+    if not archive.exists():
+        return False
+    before = archived_protocol(archive) or {}
+    if not {"labels", "sampling"} <= before.keys():
+        raise UserError(f"{archive} is there, and does not say how its images were drawn; choose a new --out")
+    joined(archive, before, protocol, unless_told)
+    has, asked = len(before["labels"]), len(protocol["labels"])
+    if has != asked:
+        raise UserError(f"{archive} holds {has} images, not {asked}, and takes no more; choose a new --out")
+    return True
+
+
+def joined(place: Path, before: dict[str, Any], protocol: dict[str, Any], unless_told: Sampling) -> dict[str, Any]:
+    """The protocol of the images that lie at a place and of those to come. Raises UserError if they are of two."""
+    protocol = json.loads(json.dumps(protocol))  # as it will be read back
+    # Older files lack the settings that have come since, and left open which precisions were used.
+    defaults = asdict(Sampling()) | {
+        "state_precision": unless_told.state_precision,
+        "precision": unless_told.precision,
+    }
+    before["sampling"] |= {name: v for name, v in defaults.items() if before["sampling"].get(name) is None}
+    # They have paths as they were typed, too.
+    before |= {name: _found(before[name]) for name in ("run", "weaker_run") if before.get(name)}
+    before |= {name: protocol[name] for name, digest in PLACES.items() if before.get(digest)}
+    # Nor do they say which weights drew their images, so nothing can be said about all that will be there.
+    protocol = {name: value for name, value in protocol.items() if name in before or name not in ADDED}
+    # More images of the same kind may be added: labels are a function of the index.
+    count = min(len(before["labels"]), len(protocol["labels"]))
+    shortened = [{**p, "labels": p["labels"][:count]} for p in (before, protocol)]
+    different = sorted(key for key in protocol if shortened[0].get(key) != shortened[1][key])
+    if different:
+        raise UserError(f"{place} holds samples of another protocol ({', '.join(different)}); choose a new --out")
+    # Fewer images take none away, and the protocol describes all that are there.
+    return max(before, protocol, key=lambda p: len(p["labels"]))
+
+
+def _found(run: str | Path) -> str:
+    """The absolute path of a run's folder, so that it is found from elsewhere too; any other run's name."""
+    return str(Path(run).resolve() if Path(run).exists() else run)
