@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,47 @@ def test_what_cannot_be_perceived_is_said(
     said = mistake(capsys, monkeypatch, "perceive", run, *common, "--encoder", "starter")
     assert "encoder starter is not the one" in said
     assert not (tmp_path / "seen").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--step", "3"], ["--weaker-run", "nowhere"], ["--classes", "nope"], ["--sampler", "dopri5"], ["--compile"],
+     ["--cls-scale", "2"]],
+)  # fmt: skip
+def test_options_of_drawing_are_refused_where_images_are_encoded(
+    given: list[str], tiny_images: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    common = ("perceive", tmp_path, "--out", tmp_path / "seen", "--head", tmp_path, "--images", tiny_images)
+    said = mistake(capsys, monkeypatch, *common, *given)
+    assert f"{given[0]} is about drawing, and with --images nothing is drawn" in said
+
+
+def test_an_autoencoder_by_itself_takes_no_other(
+    aligned: Path, heads: dict[str, Path], tiny_images: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    common = ("perceive", aligned, "--out", tmp_path / "seen", "--head", heads["foreground"], "--images", tiny_images)
+    said = mistake(capsys, monkeypatch, *common, "--device=cpu", "--autoencoder", "starter")
+    assert "--autoencoder replaces that of a run" in said
+
+
+def test_the_network_is_compiled_for_one_shape(
+    run: Path, heads: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def compiled(function: Callable[..., dict[str, Tensor]], _: torch.device) -> Callable[..., dict[str, Tensor]]:
+        def recorded(state: dict[str, Tensor], time: Tensor, label: Tensor) -> dict[str, Tensor]:
+            shapes.append(tuple(label.shape))
+            return function(state, time, label)
+
+        return recorded
+
+    monkeypatch.setattr(module.ranks, "compiled", compiled)
+    options = Perceive(run, tmp_path / "seen", count=3, head=(heads["foreground"],), batch_size=2, device="cpu")
+    perceive(replace(options, compile=True, steps=2, guidance_scale=1.0))
+    assert set(shapes) == {(2,)}, "the last batch is filled up"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -46,6 +46,8 @@ Source = Literal["alignment", "local"]
 View = Literal["alignment", "local", "original", "encoder"]
 """Whose features a head reads: one of the sources, or the encoder's, of the original or of the decoded image."""
 REPORT, PICTURE, IMAGES, MAPS = "perception.json", "picture.png", "images", "maps"
+OF_IMAGES_TOO = frozenset(("run", "out", "count", "seed", "autoencoder", "batch_size", "device"))
+"""Options of `Sample` that mean something where images are encoded; all others are about drawing."""
 SHOWN = 8
 """Images in the picture …"""
 CELL, DOTS = 120, 100
@@ -74,7 +76,7 @@ class Perceive(Sample):
     images: Path | None = None
     """Encode images of this folder (or of whatever `reglue prepare` takes) in place of drawing: the control that tells
     the generator's errors from those of the features. The run may then be the folder of an autoencoder that
-    `reglue autoencode` aligned."""
+    `reglue autoencode` aligned. Options that are about drawing are refused then."""
     sources: Annotated[tuple[Source, ...], tyro.conf.arg(name="from")] = ()
     """What gives features without the image: alignment (the alignment network of the run's autoencoder, on latents) or
     local (the decoder of the run's compressor, on the local map). Default: what the run has and the heads can read."""
@@ -85,6 +87,12 @@ class Perceive(Sample):
         super().__post_init__()
         if self.count < 1 or self.batch_size < 1:
             raise UserError("--count and --batch-size must be at least 1")
+        of_drawing = (part for part in fields(Sample) if part.name not in OF_IMAGES_TOO)
+        given = next((part.name for part in of_drawing if getattr(self, part.name) != part.default), None)
+        if self.images is not None and given:
+            raise UserError(
+                f"--{given.replace('_', '-')} is about drawing, and with --images nothing is drawn; leave either out"
+            )
 
 
 @dataclass(frozen=True)
@@ -207,7 +215,13 @@ def load_subject(options: Perceive, device: torch.device) -> Subject:
     """Load the run, or the aligned autoencoder. Raises UserError if neither, or if it has no semantics to look into."""
     if (options.run / ALIGNMENT_FILE).is_file() and not (options.run / RECORD).is_file():
         return _aligned_autoencoder(options, device)
-    model = load(options.run, step=options.step, device=str(device), autoencoder=options.autoencoder)
+    model = load(
+        options.run,
+        step=options.step,
+        device=str(device),
+        autoencoder=options.autoencoder,
+        compile=options.compile,
+    )
     folder = Path(model.autoencoder.spec.name)
     if not (folder / ALIGNMENT_FILE).is_file() and model.folder:
         folder = model.folder / folder  # A shared run brings its autoencoder along.
@@ -237,6 +251,8 @@ def load_subject(options: Perceive, device: torch.device) -> Subject:
 def _aligned_autoencoder(options: Perceive, device: torch.device) -> Subject:
     if options.images is None:
         raise UserError(f"{options.run} is an autoencoder, which draws no images; give a run, or --images too")
+    if options.autoencoder is not None:
+        raise UserError(f"--autoencoder replaces that of a run, and {options.run} is an autoencoder; leave it out")
     alignment = load_alignment(options.run, device)
     encoder = _encoder_of(alignment, options.run)
     gives = _asked_for(options, {"alignment": encoder})
@@ -369,10 +385,11 @@ def _drawn(
     options: Perceive, drawing: Drawing, subject: Subject, encoder: VisionEncoder, views: dict[View, list[str]]
 ) -> Iterator[Scene]:
     model, size = drawing.model, options.batch_size
+    room = min(size, options.count)
     steps = evaluations(drawing.sampling, options.count, size)
     with tqdm(total=steps, unit="evaluation", desc="perceive") as progress:
         for start in range(0, options.count, size):
-            state = drawing.draw(range(start, min(start + size, options.count)), progress.update)
+            state = drawing.draw(range(start, min(start + size, options.count)), progress.update, room)
             decoded = model.decode(state, drawing.sampling.rounding)
             pixels = torch.from_numpy(decoded).permute(0, 3, 1, 2).contiguous().to(model.device)
             code = model.raw(state, LOCAL) if LOCAL in state else None
