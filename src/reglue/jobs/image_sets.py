@@ -99,10 +99,7 @@ def _training_store(run: Path) -> Store:
     if not (Path(record.store) / MANIFEST).is_file():
         raise UserError(f"{run} was trained on the store {record.store}, which is not there any more; {remedy}")
     store = Store.open(record.store)
-    needed = runs.needed_columns(record.recipe)
-    if any(name not in store.manifest.columns for name in needed) or (
-        runs.data_hash(store, record.recipe) != record.store_hash
-    ):
+    if not record.trained_on(store):
         raise UserError(f"{record.store} is not the store that {run} was trained on; {remedy}")
     return store
 

@@ -113,6 +113,16 @@ class RunRecord:
         with replacing(folder / FILE) as beside:
             beside.write_text(to_json(self))
 
+    def trained_on(self, store: Store) -> bool:
+        """Whether a store holds, to the bit, what this run was trained on."""
+        manifest = store.manifest
+        compressor = {target_compressor(self.recipe)} if decoded(self.recipe) else set[str]()
+        if not (
+            manifest.columns.keys() >= {*needed_columns(self.recipe)} and manifest.compressors.keys() >= compressor
+        ):
+            return False
+        return data_hash(store, self.recipe) == self.store_hash
+
     def differences(self, other: RunRecord) -> list[str]:
         """The names of what differs, for a message.
 
