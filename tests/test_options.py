@@ -52,7 +52,7 @@ def test_all_numbers_must_be_finite_and_in_bounds(numbers: list[float], bounds: 
         if all(map(fits, value if isinstance(value, tuple) else (value,))):
             require(Holder(value), "some_number", **bounds)
         else:
-            with pytest.raises(UserError, match="^--some-number .*: choose "):
+            with pytest.raises(UserError, match=r"^--some-number .*: choose "):
                 require(Holder(value), "some_number", **bounds)
 
 
