@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -38,7 +39,7 @@ class Holder:
     numbers=st.lists(st.floats() | st.integers(-5, 5), max_size=3),
     bounds=st.dictionaries(st.sampled_from(["at_least", "more_than", "at_most", "less_than"]), st.integers(-3, 3)),
 )
-def test_all_numbers_must_be_finite_and_in_bounds(numbers: list[float], bounds: dict[str, int]) -> None:
+def test_all_numbers_must_be_finite_and_in_bounds(numbers: list[float], bounds: dict[str, Any]) -> None:
     def fits(number: float) -> bool:
         return math.isfinite(number) and not (
             ("at_least" in bounds and number < bounds["at_least"])
