@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,18 @@ def test_ways_to_ask_for_classes(model: reglue.ImageModel) -> None:
     assert torch.equal(model.generate(classes=1, count=3, **options), expected)
     assert torch.equal(model.generate(np.array([1, 1, 1]), **options), expected)  # type: ignore[arg-type]
     assert torch.equal(model.generate(1, **options), expected[:1])
+    assert torch.equal(model.generate(np.int64(1), **options), expected[:1])  # type: ignore[arg-type]
     assert model.generate(count=2, **options).shape == (2, 3, 16, 16)
     assert model.generate([], **options).shape == (0, 3, 16, 16)
     assert model.generate([]) == []
+
+
+def test_numbers_are_indices_and_text_is_a_name_first(model: reglue.ImageModel) -> None:
+    digits = replace(model, record=replace(model.record, class_names=("0", "1", "10", "2")))
+    assert [digits.label(name) for name in ("2", 2, np.int64(2), torch.tensor(2))] == [3, 2, 2, 2]  # type: ignore[arg-type]
+    assert digits.label("3") == 3
+    with pytest.raises(UserError, match="class 10: choose 0 to 3"):
+        digits.label(np.int64(10))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -111,10 +121,14 @@ def test_ways_to_ask_for_classes(model: reglue.ImageModel) -> None:
         ({"classes": 0, "sampler": "dopri"}, "choose euler, heun, euler-maruyama, adams-bashforth, dopri5"),
         ({"classes": 0, "state_precision": "float16"}, "state-precision float16: choose float32, float64"),
         ({"classes": 0, "precision": "int8"}, "precision int8: choose float32, tf32, bfloat16"),
-        ({"classes": 0, "time_shift": -1.0}, "time-shift is -1.0; it must be positive"),
+        ({"classes": 0, "time_shift": -1.0}, "time-shift -1.0: choose more than 0"),
         ({"classes": 0, "rounding": "up"}, "choose truncate, round"),
-        ({"classes": 0, "steps": 0}, "steps must be at least 1"),
+        ({"classes": 0, "steps": 0}, "steps 0: choose at least 1"),
         ({"classes": 0, "batch_size": 0}, "batch_size must be at least 1"),
+        ({"classes": 0, "seed": -1}, "seed -1: choose 0 or more"),
+        ({"classes": [1.5]}, "class 1.5: choose 0 to 2"),
+        ({"classes": 0, "guidance_scale": float("inf")}, "guidance-scale inf: choose a finite number"),
+        ({"classes": 0, "guided_channels": 0}, "guided-channels 0: choose at least 1"),
         ({"classes": 0, "guidance_interval": (0.5, 0.1)}, "guidance-interval"),
         ({"classes": 0, "output": "jpeg"}, "choose 'pil' or 'tensor'"),
     ],

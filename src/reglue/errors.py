@@ -1,5 +1,9 @@
 """What ends a job without being a defect: the user's mistakes, and a request to stop."""
 
+from __future__ import annotations
+
+from math import inf, isfinite
+
 
 class UserError(Exception):
     """A mistake that the user can mend.
@@ -14,3 +18,28 @@ class Stopped(Exception):  # noqa: N818, since it is no error
 
     All of its processes raise it. The command line prints the message and exits with code 143.
     """
+
+
+def require(
+    options: object,
+    *names: str,
+    prefix: str = "--",
+    at_least: float = -inf,
+    more_than: float = -inf,
+    at_most: float = inf,
+    less_than: float = inf,
+) -> None:
+    """Raise UserError unless these fields of a dataclass of options hold finite numbers within the bounds.
+
+    A field may be a number or a tuple of them; None passes. `prefix` is what stands before the field's name on the
+    command line.
+    """
+    for name in names:
+        value = getattr(options, name)
+        numbers = value if isinstance(value, tuple | list) else () if value is None else (value,)
+        # Comparisons with NaN are false, so that it is in no bounds.
+        if not all(at_least <= number <= at_most and more_than < number < less_than for number in numbers):
+            bounds = {"at least": at_least, "more than": more_than, "at most": at_most, "less than": less_than}
+            wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if isfinite(bound))
+            given = " ".join(map(str, numbers))
+            raise UserError(f"{prefix}{name.replace('_', '-')} {given}: choose {wanted or 'a finite number'}")

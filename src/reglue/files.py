@@ -60,20 +60,31 @@ def replacing(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to fill, which becomes `path` when the block ends well; otherwise nothing is left of it.
 
-    Raises UserError if `path` is there and not an empty folder.
+    Raises UserError as `refuse_filled`.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} holds other files; choose a new or an empty folder for --out")
-    beside = path.with_name(path.name + ".tmp")
+    refuse_filled(path)
+    place = path.resolve()  # "." has no name.
+    beside = place.with_name(place.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         yield beside
-        if path.is_dir():
-            path.rmdir()
-        beside.rename(path)
+        if place == Path.cwd():
+            # Whoever works in this folder would be left in one that is gone.
+            for part in beside.iterdir():
+                part.rename(place / part.name)
+        else:
+            if place.is_dir():
+                place.rmdir()
+            beside.rename(place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def refuse_filled(path: Path) -> None:
+    """Raise UserError if `path` is there and not an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} holds other files; choose a new or an empty folder for --out")
 
 
 def accept_older(kind: Any, values: Mapping[Any, Any]) -> None:

@@ -6,15 +6,16 @@ A part whose weight is 0 is not there: the model has no such channels, token or 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.guidance import Guidance
 from reglue.diffusion.modalities import StateShape
 from reglue.diffusion.paths import PathName
-from reglue.errors import UserError
+from reglue.errors import UserError, require
 from reglue.files import accept_older
 
 SamplerName = Literal["euler", "heun", "euler-maruyama", "adams-bashforth", "dopri5"]
@@ -63,12 +64,18 @@ def model_size(name: str) -> ModelSize:
 class Part:
     """A term of the loss with its weight."""
 
+    prefix: ClassVar[str] = "--"
+    """What stands before its options on the command line."""
     weight: float = 0.0
     """Weight of this term in the loss; 0 leaves the part out of the model."""
     schedule: tuple[tuple[int, float], ...] = ()
     """Changes of the weight: pairs of a step and the weight from then on."""
 
     def __post_init__(self) -> None:
+        require(self, "weight", prefix=self.prefix, at_least=0)
+        for _, weight in self.schedule:
+            if not 0 <= weight < math.inf:
+                raise UserError(f"{self.prefix}schedule {weight}: choose weights of at least 0")
         steps = [step for step, _ in self.schedule]
         if steps != sorted(steps):
             raise UserError(f"weight schedule {self.schedule}: the steps must ascend")
@@ -87,6 +94,7 @@ class Part:
 class Latent(Part):
     """The autoencoder's latents: always there."""
 
+    prefix = "--latent."
     weight: float = 1.0
     unit_variance: bool = False
     """Scale each channel to mean 0 and standard deviation 1 on the store's images, in place of the autoencoder's own
@@ -106,6 +114,7 @@ class Latent(Part):
 class LocalSemantics(Part):
     """The compressed map of the vision encoder's features, as channels beside the latents (ReDi, REGLUE)."""
 
+    prefix = "--local."
     compressor: str = "conv-16"
     """Name of the compressor in the store: what `reglue compress` made."""
     dropout: float = 0.0
@@ -113,11 +122,16 @@ class LocalSemantics(Part):
     unit_variance: bool = False
     """Divide the map by its standard deviation, per channel (the published methods do not)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "dropout", prefix=self.prefix, at_least=0, less_than=1)
+
 
 @dataclass(frozen=True)
 class ClassToken(Part):
     """The vision encoder's class token, as a token of its own in front (REG, REGLUE)."""
 
+    prefix = "--class-token."
     compressor: str | None = None
     """Name of a compressor in the store (`reglue compress --column cls`), whose codes are learned in place of the token
     itself, as published. The alignment's target is the token itself in any case."""
@@ -129,6 +143,7 @@ class ClassToken(Part):
 class Alignment(Part):
     """Hidden tokens aligned with the vision encoder's, class token included where the model has one (REPA)."""
 
+    prefix = "--alignment."
     after_block: int | None = None
     """After which block, counted from 1; the published depth for the model's size if not given."""
     hidden: int = 2048
@@ -141,6 +156,7 @@ class Alignment(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self, "after_block", "hidden", prefix=self.prefix, at_least=1)
         if self.compressor is not None and self.targets != "decoded":
             raise UserError(f"--alignment.compressor {self.compressor} is for --alignment.targets decoded alone")
 
@@ -176,11 +192,11 @@ class Descent:
     GPU, no on a CPU."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
-        if not 0 <= self.ema < 1:
-            raise UserError(f"ema is {self.ema}; it must be in [0, 1)")
+        prefix = "--optimisation."
+        require(self, "steps", "batch_size", "accumulate", prefix=prefix, at_least=1)
+        require(self, "learning_rate", prefix=prefix, more_than=0)
+        require(self, "warmup", "weight_decay", "epsilon", "clip", prefix=prefix, at_least=0)
+        require(self, "betas", "ema", prefix=prefix, at_least=0, less_than=1)
 
 
 @dataclass(frozen=True)
@@ -197,12 +213,10 @@ class Optimisation(Descent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.time_shift <= 0:
-            raise UserError(f"time-shift is {self.time_shift}; it must be positive")
-        if not 0 <= self.checkpoint_blocks <= 1:
-            raise UserError(f"checkpoint-blocks is {self.checkpoint_blocks}; it must be in [0, 1]")
-        if not 0 <= self.label_dropout < 1:
-            raise UserError(f"label-dropout is {self.label_dropout}; it must be in [0, 1)")
+        prefix = "--optimisation."
+        require(self, "time_shift", prefix=prefix, more_than=0)
+        require(self, "checkpoint_blocks", prefix=prefix, at_least=0, at_most=1)
+        require(self, "label_dropout", prefix=prefix, at_least=0, less_than=1)
 
 
 @dataclass(frozen=True)
@@ -229,9 +243,9 @@ class Sampling:
     """Error that dopri5 allows per step in any case."""
 
     def __post_init__(self) -> None:
-        for name in ("time_shift", "relative_tolerance", "absolute_tolerance"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
+        # Named as for `sample` and in Python; for `train` there is more in front.
+        require(self, "steps", prefix="", at_least=1)
+        require(self, "time_shift", "relative_tolerance", "absolute_tolerance", prefix="", more_than=0)
 
     @property
     def published_sampler(self) -> bool:
@@ -287,7 +301,7 @@ class Recipe:
         learned class token, the encoder's if not given. Raises UserError where they do not fit together.
         """
         size = model_size(self.model)
-        aligned = self.alignment.present
+        aligned, after_block = self.alignment.present, self.alignment.after_block
         learned_width = token_width if class_token_width is None else class_token_width
         try:
             return DenoiserConfig(
@@ -303,7 +317,7 @@ class Recipe:
                 heads=size.heads,
                 patch=size.patch,
                 learn_sigma=self.learn_sigma,
-                alignment_depth=(self.alignment.after_block or size.alignment_depth) if aligned else 0,
+                alignment_depth=(size.alignment_depth if after_block is None else after_block) if aligned else 0,
                 alignment_width=token_width if aligned else 0,
                 alignment_hidden=self.alignment.hidden,
                 position_grid=self.position_grid,

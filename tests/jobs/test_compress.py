@@ -108,6 +108,10 @@ def test_again_does_nothing_and_other_options_are_refused(folder: Path, capsys: 
         compress(Compress(folder, channels=4, hidden=9, epochs=1, device="cpu"))
     assert (folder / "manifest.json").read_bytes() == manifest
     assert Store.open(folder).manifest == first.manifest
+    for damaged in ("{", "[]"):
+        (folder / "compressors" / "conv-4" / "options.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"options\.json is damaged.*; delete .*conv-4 and compress again"):
+            compress(Compress(folder, channels=4, hidden=8, epochs=1, device="cpu"))
 
 
 def test_interrupted_training_continues_to_the_same_bits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

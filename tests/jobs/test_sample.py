@@ -23,8 +23,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import reglue
 import reglue.jobs.sample
-from helpers import CLASSES, mistake, reglue_command
+from helpers import CLASSES, TINY_RECIPE, mistake, reglue_command
+from reglue.cli import parse
 from reglue.diffusion.guidance import Guidance
 from reglue.errors import UserError
 from reglue.jobs.sample import Sample, plan, sample
@@ -421,10 +423,10 @@ def test_every_sampler_and_guidance_draws_images(tiny_run: Path, tmp_path: Path,
         (["--classes", "triangle"], "class triangle"),
         (["--step", "7"], "no checkpoint of step 7; it has 6"),
         (["--count", "0"], "--count"),
-        (["--guidance-interval", "0.9", "0.1"], "--guidance-interval"),
+        (["--guidance-interval", "0.9", "0.1"], "guidance-interval 0.9 0.1: choose 0 ≤ lowest"),
         (["--autoencoder", "no-such-autoencoder"], "no-such-autoencoder"),
-        (["--time-shift", "0"], "time-shift is 0.0; it must be positive"),
-        (["--relative-tolerance", "-1"], "relative-tolerance is -1.0"),
+        (["--time-shift", "0"], "time-shift 0.0: choose more than 0"),
+        (["--relative-tolerance", "-1"], "relative-tolerance -1.0"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
@@ -437,6 +439,73 @@ def test_mistakes_are_one_line_and_exit_2(
 ) -> None:
     assert message in mistake(capsys, monkeypatch, "sample", tiny_run, "--out", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def sit_run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path:
+    """A run of two steps without local map and class token, though its recipe would guide them, previews too."""
+    run = tmp_path_factory.mktemp("sit") / "run"
+    previews = ["--preview-every=2", "--preview-count=1", "--preview-steps=1", "--sampling.guidance.cls-scale=2"]
+    guided = ["--sampling.guidance.representation-scale=1.5", "--sampling.guidance.local-scale=2"]
+    train = ["train", "sit", "--store", str(tiny_store), "--out", str(run), *TINY_RECIPE, *previews, *guided]
+    reglue.train(parse([*train, "--optimisation.steps=2", "--sampling.guidance.scale=1"]))
+    return run
+
+
+def test_a_recipe_guides_nothing_that_its_model_lacks(sit_run: Path) -> None:
+    assert (sit_run / "previews" / "00000002.png").is_file()
+    assert load(sit_run, device="cpu").default_sampling.guidance.jumps == ()
+    assert not load(sit_run, device="cpu").default_sampling.guidance.uses_labels
+
+
+@pytest.mark.parametrize(
+    ("option", "lacking"),
+    [("--representation-scale", "local map"), ("--local-scale", "local map"), ("--cls-scale", "class token")],
+)
+def test_guidance_of_what_a_model_lacks_is_refused(
+    sit_run: Path,
+    tmp_path: Path,
+    option: str,
+    lacking: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ("sample", sit_run, "--out", tmp_path / "out", "--count=1", "--device=cpu", option)
+    told = mistake(capsys, monkeypatch, *arguments, "1.5")
+    assert f"{option.removeprefix('--')} 1.5: this model has no {lacking}" in told
+    assert not (tmp_path / "out").exists()
+    assert len(pixels(sample(parse([*map(str, arguments), "1", "--steps=1"])))) == 1, "1 is no guidance"
+
+
+@pytest.mark.parametrize(("asked", "guided"), [(None, 3), ("all", None), ("1", 1)])
+def test_guided_channels_are_chosen_when_sampling(
+    sit_run: Path, tmp_path: Path, asked: str | None, guided: int | None
+) -> None:
+    chosen = ["--guided-channels", asked] if asked else []
+    common = ["sample", str(sit_run), "--out", str(tmp_path / "out"), "--count=1", "--device=cpu", "--sampler=euler"]
+    options = parse([*common, "--steps=1", "--guidance-scale=2", *chosen])
+    protocol = json.loads((sample(options) / "samples.json").read_text())
+    assert protocol["sampling"]["guidance"]["guided_channels"] == guided
+
+    model = load(sit_run, device="cpu")
+    for number, weights in enumerate(model.denoiser.parameters()):  # After two steps, labels hardly matter yet.
+        weights.copy_(torch.randn(weights.shape, generator=torch.Generator().manual_seed(number)) / 10)
+    drawing = plan(options, model)
+    latents = [
+        replace(drawing, sampling=sampling).draw([0], lambda: None)["latent"]
+        for sampling in (drawing.sampling, generation.changed_sampling(drawing.sampling, guidance_scale=1.0))
+    ]
+    moved = (latents[0] - latents[1]).abs().amax(dim=(0, 2, 3)) > 1e-3
+    assert moved.tolist() == [channel < (guided or 3) for channel in range(3)]
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"sampling": {}, "labels": 3}'])
+def test_a_damaged_protocol_is_named(tiny_run: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "samples.json").write_text(content)
+    with pytest.raises(UserError, match=r"samples\.json is damaged.*; choose a new --out, or") as raised:
+        sample(Sample(tiny_run, tmp_path, count=1, steps=1, device="cpu"))
+    assert len(str(raised.value).splitlines()) == 1
+    assert (tmp_path / "samples.json").read_text() == content
 
 
 def test_a_run_without_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> None:

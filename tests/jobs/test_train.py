@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,14 @@ def test_a_run_whose_learning_rate_knows_its_end_cannot_be_prolonged(tiny_store:
     train(options("sit", tiny_store, tmp_path / "run", "--optimisation.steps=5", *more))
     with pytest.raises(UserError, match=r"recipe\.optimisation\.steps"):
         train(options("sit", tiny_store, tmp_path / "run", "--optimisation.steps=10", *more))
+
+
+@pytest.mark.parametrize("content", ["{", "{}"])
+def test_a_damaged_checkpoint_is_named(tiny_run: Path, tiny_store: Path, tmp_path: Path, content: str) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    (run / "checkpoints" / "00000006" / "progress.json").write_text(content)
+    with pytest.raises(UserError, match=r"progress\.json is damaged.*; delete its folder to go on from the one before"):
+        train(options("reglue", tiny_store, run, "--optimisation.steps=7"))
 
 
 def test_a_folder_with_other_files_is_left_alone(tiny_store: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from helpers import run_reglue
 from reglue.errors import UserError
+from reglue.jobs.prepare import Prepare, prepare
 from reglue.jobs.verify import Verify, verify
 
 
@@ -49,7 +50,12 @@ def test_a_damaged_compressor_is_named(store: Path) -> None:
 
 
 def test_a_run_is_read_and_its_store_verified(
-    tiny_run: Path, tiny_store: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: Path,
+    store: Path,
+    tiny_images: Path,
+    tiny_autoencoder: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     record = json.loads((run / "run.json").read_text())
@@ -64,6 +70,10 @@ def test_a_run_is_read_and_its_store_verified(
     assert f"{store}: " in shown
     with pytest.raises(UserError, match="not the store that"):
         verify(Verify(of_store(store=str(store), store_hash="0" * 64)))
+    another = tmp_path / "another"
+    prepare(Prepare(tiny_images, another, 16, tiny_autoencoder, "none", workers=0, device="cpu"))
+    with pytest.raises(UserError, match="another is whole, but not the store that"):
+        verify(Verify(of_store(store=str(another))))
     flip_last_byte(store / "latent-00000.safetensors")
     with pytest.raises(UserError, match="parts are missing or damaged"):
         verify(Verify(of_store(store=str(store))))

@@ -82,6 +82,12 @@ def test_without_torchrun_there_is_no_group_and_any_gpu_may_be_named(machine: di
     assert ranks.resolve_device("cuda:1") == torch.device("cuda", 1)
 
 
+@pytest.mark.parametrize("device", ["meta", "mps", "xpu:0"])
+def test_devices_that_no_job_runs_on_are_refused(device: str) -> None:
+    with pytest.raises(UserError, match=f"^--device {device}: jobs run on auto, cpu or cuda alone$"):
+        ranks.resolve_device(device)
+
+
 @pytest.mark.parametrize(
     ("device", "local_rank", "processes", "says"),
     [

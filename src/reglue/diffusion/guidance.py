@@ -26,6 +26,7 @@ from reglue.diffusion.modalities import (
     concatenate_states,
     split_state,
 )
+from reglue.errors import UserError, require
 
 
 class VelocityFunction(Protocol):
@@ -60,9 +61,13 @@ class Guidance:
     """Guide only the first so many latent channels with `scale` (SiT's published samples: 3); all if not given."""
 
     def __post_init__(self) -> None:
+        # Named as for `sample` and in Python; for `train` there is more in front.
+        require(self, "scale", prefix="guidance-")
+        require(self, "local_scale", "cls_scale", "representation_scale", "auto_scale", prefix="")
+        require(self, "guided_channels", prefix="", at_least=1)
         lowest, highest = self.interval
         if not 0 <= lowest <= highest <= 1:
-            raise ValueError(f"guidance interval {self.interval}: need 0 ≤ lowest ≤ highest ≤ 1")
+            raise UserError(f"guidance-interval {lowest} {highest}: choose 0 ≤ lowest ≤ highest ≤ 1")
 
     def label_scales(self, state: State) -> dict[str, float | Tensor]:
         """The classifier-free scale of each modality of a state."""

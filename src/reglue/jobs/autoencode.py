@@ -28,7 +28,7 @@ from reglue.data.images import ImageSource
 from reglue.data.samples import ImageSamples, all_of, loader, to_images
 from reglue.data.sources import Reading, open_images
 from reglue.diffusion.objective import weighted_sum
-from reglue.errors import Stopped, UserError
+from reglue.errors import Stopped, UserError, require
 from reglue.files import TakesPaths, from_json, replacing, to_json
 from reglue.jobs.reconstructions import (
     Judges,
@@ -118,22 +118,14 @@ class Autoencode(TakesPaths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("validation_images", "statistics_images"):
-            if getattr(self, option) < 2:
-                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: choose at least 2")
-        for option in ("evaluate_every", "log_every", "checkpoint_every"):
-            if getattr(self, option) is not None and getattr(self, option) < 1:
-                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: choose at least 1")
-        for option in ("workers", "seed", "keep"):
-            if getattr(self, option) < 0:
-                raise UserError(f"--{option} {getattr(self, option)}: choose 0 or more")
+        require(self, "validation_images", "statistics_images", at_least=2)
+        require(self, "resolution", "evaluate_every", "log_every", "checkpoint_every", at_least=1)
+        require(self, "workers", "seed", "keep", at_least=0)
         if self.recipe.optimisation.compile in ("blocks", "auto"):
             raise UserError(
                 f"--optimisation.compile {self.recipe.optimisation.compile} is for transformers; choose model for an "
                 "autoencoder, or no"
             )
-        if min(self.size) < 1:
-            raise UserError(f"--resolution {self.resolution}: choose a positive number of pixels")
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
             raise UserError(
                 f"--validation {self.validation}: choose a share between 0 and 1, such as 0.05, or a folder"

@@ -22,8 +22,8 @@ from tyro.conf import Positional
 
 from reglue.data.pictures import colours_of, image_grid
 from reglue.data.store import Store, codes_column, compressor_of, value_of
-from reglue.errors import UserError
-from reglue.files import TakesPaths, replacing
+from reglue.errors import UserError, require
+from reglue.files import TakesPaths, from_json, replacing
 from reglue.runs.official_compressors import read_compressor
 from reglue.runs.ranks import resolve_device
 from reglue.seeds import generator, normals, permutation
@@ -104,17 +104,10 @@ class Compress(TakesPaths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("channels", "hidden", "epochs", "cosine_epochs", "micro_batch"):
-            if getattr(self, option) < 1:
-                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: choose at least 1")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"--batch-size {self.batch_size}: choose at least 1")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: choose 0 or more")
-        if not 0 < self.validation < 1:
-            raise UserError(f"--validation {self.validation}: choose a share between 0 and 1, such as 0.05")
-        if not 0 <= self.kl_weight < math.inf:
-            raise UserError(f"--kl-weight {self.kl_weight}: choose 0 or more, such as 1e-6")
+        require(self, "channels", "hidden", "epochs", "cosine_epochs", "batch_size", "micro_batch", at_least=1)
+        require(self, "seed", "kl_weight", at_least=0)
+        require(self, "learning_rate", "final_learning_rate", more_than=0)
+        require(self, "validation", more_than=0, less_than=1)
         if self.kind == "pca" and self.kl_weight:
             raise UserError("--kl-weight is for --kind conv or mlp; principal components have no distribution of codes")
         if self.kind == "conv" and self.column == "cls":
@@ -278,7 +271,7 @@ def _same_options_as_before(folder: Path, asked: dict[str, Any], begun: bool) ->
         with replacing(path) as beside:
             beside.write_text(json.dumps(asked, indent=1))
         return
-    before = json.loads(path.read_text())
+    before = from_json(path, dict[str, Any], f"delete {folder} and compress again")
     for option in sorted(before.keys() | asked.keys()):
         if before.get(option) != asked.get(option):
             raise UserError(

@@ -27,7 +27,7 @@ from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.guidance import Guidance
 from reglue.diffusion.modalities import LOCAL
-from reglue.errors import UserError
+from reglue.errors import UserError, require
 from reglue.files import TakesPaths
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.evaluate import Evaluate, evaluate
@@ -93,6 +93,11 @@ class Demo(TakesPaths):
     steps: int = SMALL.steps
     """Training steps."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "samples_per_class", "steps", at_least=1)
+        require(self, "seed", at_least=0)
 
 
 def demo(options: Demo) -> Path:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from reglue.data.store import Store
-from reglue.errors import UserError
+from reglue.errors import UserError, require
 from reglue.files import TakesPaths, replacing
 from reglue.jobs.image_sets import ImageSet, Share, is_run, open_images, open_reference
 from reglue.metrics.distances import (
@@ -107,11 +107,9 @@ class Evaluate(TakesPaths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"batch_size": 1, "kernel_subsets": 1, "kernel_subset_size": 2, "resamples": 0, "count": 1}
-        for option, smallest in least.items():
-            value = getattr(self, option)
-            if value is not None and value < smallest:
-                raise UserError(f"--{option.replace('_', '-')} {value}: choose at least {smallest}")
+        require(self, "count", "resolution", "kernel_subsets", "batch_size", at_least=1)
+        require(self, "kernel_subset_size", at_least=2)
+        require(self, "resamples", "seed", at_least=0)
 
 
 @dataclass(frozen=True, repr=False)

@@ -98,10 +98,7 @@ def _training_store(run: Path) -> Store:
     if not (Path(record.store) / MANIFEST).is_file():
         raise UserError(f"{run} was trained on the store {record.store}, which is not there any more; {remedy}")
     store = Store.open(record.store)
-    needed = runs.needed_columns(record.recipe)
-    if any(name not in store.manifest.columns for name in needed) or (
-        runs.data_hash(store, record.recipe) != record.store_hash
-    ):
+    if not record.trained_on(store):
         raise UserError(f"{record.store} is not the store that {run} was trained on; {remedy}")
     return store
 
@@ -164,7 +161,7 @@ class _FolderImages:
     def protocol(self) -> dict[str, Any] | None:
         path = self.folder.path / PROTOCOL
         protocol = protocol_in(path.read_text(), path) if path.is_file() else None
-        if protocol and self.limit is not None:  # Of as many images as are taken.
+        if protocol and "labels" in protocol and self.limit is not None:  # Of as many images as are taken.
             protocol["labels"] = protocol["labels"][: self.limit]
         return protocol
 

@@ -85,8 +85,6 @@ class Perceive(Sample):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.count < 1 or self.batch_size < 1:
-            raise UserError("--count and --batch-size must be at least 1")
         of_drawing = (part for part in fields(Sample) if part.name not in OF_IMAGES_TOO)
         given = next((part.name for part in of_drawing if getattr(self, part.name) != part.default), None)
         if self.images is not None and given:

@@ -23,7 +23,7 @@ from tyro.conf import Positional
 from reglue.data.images import ImageSource, UnreadableImage, grey_peaks
 from reglue.data.sources import Reading, Subset, open_images
 from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits
-from reglue.errors import UserError
+from reglue.errors import UserError, require
 from reglue.files import TakesPaths
 from reglue.latents.autoencoders import Autoencoder, load_autoencoder
 from reglue.runs import ranks
@@ -96,19 +96,11 @@ class Prepare(TakesPaths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("batch_size", "shard_size", "statistics_images", "per_class"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise UserError(f"--{option.replace('_', '-')} {value}: choose at least 1")
-        for option in ("workers", "seed"):
-            if (getattr(self, option) or 0) < 0:
-                raise UserError(f"--{option} {getattr(self, option)}: choose 0 or more")
-        if min(self.size) < 1:
-            raise UserError(f"--resolution {self.resolution}: choose a positive number of pixels")
+        require(self, "resolution", "batch_size", "shard_size", "statistics_images", "per_class", at_least=1)
+        require(self, "workers", "seed", at_least=0)
+        require(self, "share", more_than=0, at_most=1)
         if self.features_dtype != "float16" and not self.features:
             raise UserError(f"--features-dtype {self.features_dtype} is about patch features: add --features")
-        if not 0 < self.share <= 1:
-            raise UserError(f"--share {self.share}: choose more than 0 and at most 1")
         if self.images.is_dir() and self.out.resolve().is_relative_to(self.images.resolve()):
             raise UserError(
                 f"{self.out} lies within {self.images}, where a store would be taken for a class; choose another folder"

@@ -23,7 +23,7 @@ from tyro.conf import Positional
 
 from reglue.data.masks import load_masks
 from reglue.data.store import CLASS_TOKEN_CODES, LOCAL_CODES, Store, compressor_of, holds_codes, value_of
-from reglue.errors import UserError
+from reglue.errors import UserError, require
 from reglue.files import TakesPaths, from_json, replacing, to_json
 from reglue.metrics.probes import IGNORE, Constant, Examples, Fitted, Training, fit_linear, fit_map, measure
 from reglue.runs.ranks import resolve_device
@@ -38,6 +38,8 @@ TIMED_SECONDS = 1.0
 
 ProbeKind = Literal["linear, pooled", "linear, flat", "linear", "conv"]
 PROBES: tuple[ProbeKind, ...] = get_args(ProbeKind)
+LEAST_IMAGES = 4
+"""Two to fit a probe to, one to choose its regularisation by and one to measure it on."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,11 @@ class Probe(TakesPaths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("hidden", "steps", "batch_size"):
-            if getattr(self, option) < 1:
-                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: choose at least 1")
-        for option in ("held_out", "selection"):
-            if not 0 < getattr(self, option) < 1:
-                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: choose between 0 and 1")
-        if self.images is not None and self.images < 4:
-            raise UserError(f"--images {self.images}: choose at least 4")
-        if self.flat_limit < 0 or self.seed < 0:
-            raise UserError(f"--flat-limit {self.flat_limit}, --seed {self.seed}: neither may be negative")
+        require(self, "hidden", "steps", "batch_size", at_least=1)
+        require(self, "held_out", "selection", more_than=0, less_than=1)
+        require(self, "images", at_least=LEAST_IMAGES)
+        require(self, "flat_limit", "seed", at_least=0)
+        require(self, "learning_rate", more_than=0)
         if self.validation_masks is not None and (self.masks is None or self.validation is None):
             raise UserError("--validation-masks belongs to --masks and --validation; give these too")
 

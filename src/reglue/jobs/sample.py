@@ -18,8 +18,8 @@ from tyro.conf import Positional
 
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import State
-from reglue.errors import UserError
-from reglue.files import TakesPaths, replacing
+from reglue.errors import UserError, require
+from reglue.files import TakesPaths, from_json, replacing
 from reglue.recipe import Rounding, SamplerName, Sampling, StatePrecision
 from reglue.runs import checkpoints, fine_tuning, hub, ranks
 from reglue.runs.generation import ImageModel, changed_sampling, evaluations, load
@@ -66,6 +66,9 @@ class Sample(TakesPaths):
     """Guided only between these times; 0 is data, 1 is noise."""
     representation_scale: float | None = None
     """Representation guidance, for models trained with --local.dropout."""
+    guided_channels: int | Literal["all"] | None = None
+    """Classifier-free guidance moves so many latent channels, the first ones, or all. SiT's recipe says 3, as published
+    for the four channels of its autoencoder; in spaces of more channels, all is the better choice."""
     weaker_run: Path | None = None
     """A run on the same store whose model guides by being worse (autoguidance)."""
     auto_scale: float = 2.0
@@ -89,6 +92,11 @@ class Sample(TakesPaths):
     device: str = "auto"
     """auto, cpu or cuda."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "count", "batch_size", at_least=1)
+        require(self, "seed", at_least=0)
+
 
 @ranks.together
 def sample(options: Sample) -> Path:
@@ -98,8 +106,6 @@ def sample(options: Sample) -> Path:
     there already included. Raises UserError for a class
     outside the range, guidance without classes, or a folder or file with images of another protocol.
     """
-    if options.count < 1 or options.batch_size < 1:
-        raise UserError("--count and --batch-size must be at least 1")
     rank, processes = ranks.join(options.device)
     model = load(
         options.run,
@@ -242,6 +248,7 @@ def plan(options: Sample, model: ImageModel) -> Drawing:
         local_scale=options.local_scale,
         cls_scale=options.cls_scale,
         representation_scale=options.representation_scale,
+        guided_channels=options.guided_channels,
         auto_scale=options.auto_scale if options.weaker_run else None,
     )
     return Drawing(model, weaker, sampling, choose_labels(options, model), options.seed)
@@ -306,6 +313,15 @@ def describe(options: Sample, model: ImageModel, sampling: Sampling, labels: lis
     }
 
 
+def read_protocol(path: Path) -> dict[str, Any]:
+    """The protocol of images that are to be continued. Raises UserError if the file does not hold it (any more)."""
+    remedy = "choose a new --out, or delete the folder and draw anew"
+    protocol = from_json(path, dict[str, Any], remedy)
+    if not (isinstance(protocol.get("sampling"), dict) and isinstance(protocol.get("labels"), list)):
+        raise UserError(f"{path} is damaged (it holds no protocol of samples); {remedy}")
+    return protocol
+
+
 ADDED = ("weights_sha256", "weaker_weights_sha256")
 """What protocols of older versions lack."""
 PLACES = {"run": "weights_sha256", "weaker_run": "weaker_weights_sha256", "decoder": "decoder_sha256"}
@@ -319,7 +335,7 @@ def claim(folder: Path, protocol: dict[str, Any], unless_told: Sampling, rank: i
     """
     path = folder / PROTOCOL
     if path.is_file():
-        protocol = joined(folder, json.loads(path.read_text()), protocol, unless_told)
+        protocol = joined(folder, read_protocol(path), protocol, unless_told)
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds other files; choose a new or an empty folder for --out")
     ranks.wait_for_all()

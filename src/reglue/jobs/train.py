@@ -26,7 +26,7 @@ from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.paths import Path as Interpolant
 from reglue.diffusion.samplers import adaptive_solver
-from reglue.errors import Stopped, UserError
+from reglue.errors import Stopped, UserError, require
 from reglue.files import TakesPaths, replacing
 from reglue.recipe import Compile, Descent, Recipe
 from reglue.runs import checkpoints, fine_tuning, parallel, ranks
@@ -82,8 +82,8 @@ class Train(TakesPaths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workers is not None and self.workers < 0:
-            raise UserError(f"--workers {self.workers}: choose 0 or more")
+        require(self, "log_every", "checkpoint_every", "preview_count", "preview_steps", "shards", at_least=1)
+        require(self, "seed", "keep", "preview_every", "workers", at_least=0)
 
 
 class Losses(nn.Module):

@@ -13,9 +13,9 @@ from tyro.conf import Positional
 
 from reglue.data.masks import load_depths
 from reglue.data.store import Store
-from reglue.errors import UserError
-from reglue.files import TakesPaths, new_folder, replacing, to_json
-from reglue.jobs.probe import LAST_LAYER, Input, Part, divided, input_of, with_classes
+from reglue.errors import UserError, require
+from reglue.files import TakesPaths, new_folder, refuse_filled, replacing, to_json
+from reglue.jobs.probe import LAST_LAYER, LEAST_IMAGES, Input, Part, divided, input_of, with_classes
 from reglue.metrics.agreement import Agreement, ClassAgreement, DepthAgreement, Figure
 from reglue.metrics.probes import (
     IGNORE,
@@ -85,14 +85,11 @@ class TrainHead(TakesPaths):
             raise UserError("--masks and --depth: a head tells one of them; train two heads")
         if self.masks is None and (self.hidden or self.class_names):
             raise UserError("--hidden and --class-names belong to --masks; give it too, or leave them out")
-        for option in ("steps", "batch_size"):
-            if getattr(self, option) < 1:
-                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: choose at least 1")
-        for option in ("held_out", "selection"):
-            if not 0 < getattr(self, option) < 1:
-                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: choose between 0 and 1")
-        if self.hidden < 0 or self.seed < 0:
-            raise UserError(f"--hidden {self.hidden}, --seed {self.seed}: neither may be negative")
+        require(self, "steps", "batch_size", at_least=1)
+        require(self, "held_out", "selection", more_than=0, less_than=1)
+        require(self, "images", at_least=LEAST_IMAGES)
+        require(self, "hidden", "seed", at_least=0)
+        require(self, "learning_rate", more_than=0)
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,7 @@ class HeadRecord:
 
 def train_head(options: TrainHead) -> Head:
     """Train and measure a head and write it. Raises UserError for anything that the user can mend."""
+    refuse_filled(options.out)  # Before the training rather than after it.
     device = resolve_device(options.device)
     store = Store.open(options.store)
     read = features_of(options, store)

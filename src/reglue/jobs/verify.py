@@ -14,7 +14,7 @@ from reglue.data.store import Store, is_intact, read_manifest
 from reglue.errors import UserError
 from reglue.files import TakesPaths
 from reglue.runs import checkpoints
-from reglue.runs.record import COMPRESSOR, RunRecord, data_hash
+from reglue.runs.record import COMPRESSOR, RunRecord
 from reglue.runs.record import FILE as RECORD
 from reglue.semantics.compressors import CompressorSpec, load_compressor
 
@@ -93,6 +93,6 @@ def verify_run(folder: Path) -> Path:
         print(f"Its training store {store} is not there (any more), and was not verified.")
         return folder
     verify_store(store)
-    if data_hash(Store.open(store), record.recipe) != record.store_hash:
+    if not record.trained_on(Store.open(store)):
         raise UserError(f"{store} is whole, but not the store that {folder} was trained on; put that one back")
     return folder

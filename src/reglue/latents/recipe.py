@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from reglue.errors import UserError
+from reglue.errors import UserError, require
 from reglue.recipe import Descent, Part
 
 
@@ -28,11 +28,10 @@ class Architecture:
     """Attention in the middle, at the latents' size."""
 
     def __post_init__(self) -> None:
-        for name in ("latent_channels", "layers_per_block", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--architecture.{name.replace('_', '-')} {getattr(self, name)}: choose at least 1")
+        prefix = "--architecture."
+        require(self, "latent_channels", "layers_per_block", "norm_groups", "widths", prefix=prefix, at_least=1)
         for width in self.widths:
-            if width < 1 or width % self.norm_groups:
+            if width % self.norm_groups:
                 raise UserError(
                     f"--architecture.widths {' '.join(map(str, self.widths))}: {width} is no multiple of "
                     f"--architecture.norm-groups {self.norm_groups}"
@@ -50,6 +49,7 @@ class Architecture:
 class Perceptual(Part):
     """Reconstructions that look the same to a network, not only pixel by pixel."""
 
+    prefix = "--perceptual."
     weight: float = 0.1
     """Weight of this term; 0 leaves it out. With LPIPS, SD-VAE's weight is 1."""
     network: tuple[str, ...] = ("encoder",)
@@ -71,6 +71,7 @@ class Perceptual(Part):
 class Kl(Part):
     """Kullback-Leibler divergence of the posterior from a standard normal distribution, in nats per latent number."""
 
+    prefix = "--kl."
     weight: float = 1e-6
     """The knob to turn: too little leaves a space that is hard to learn, too much blurs (ReaLS, Fig. 5). SD-VAE's
     published 1e-6 is of another unit: it is 2e-8 here."""
@@ -80,6 +81,7 @@ class Kl(Part):
 class LatentAlignment(Part):
     """Latents from which a small network can tell what the vision encoder sees; the rest of ReaLS is an SD-VAE."""
 
+    prefix = "--alignment."
     weight: float = 0.5
     """Of the patches: 1 − cosine of the encoder's patch features and what each latent position says of them."""
     class_weight: float = 0.5
@@ -89,8 +91,8 @@ class LatentAlignment(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hidden < 1:
-            raise UserError(f"--alignment.hidden {self.hidden}: choose at least 1")
+        require(self, "class_weight", prefix=self.prefix, at_least=0)
+        require(self, "hidden", prefix=self.prefix, at_least=1)
 
     @property
     def present(self) -> bool:
@@ -102,6 +104,7 @@ class LatentAlignment(Part):
 class Adversary(Part):
     """A patch discriminator (PatchGAN, hinge loss), as in VQGAN and the SD-VAE."""
 
+    prefix = "--adversary."
     weight: float = 0.0
     """Weight of this term, times the ratio of gradient norms at the decoder's last layer; 0 leaves it out. VQGAN and
     SD-VAE: 0.5. The ratio is that of the step before, where VQGAN takes the current one: 0 in the first step."""
@@ -114,9 +117,8 @@ class Adversary(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("start", 0), ("width", 1), ("layers", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"--adversary.{name} {getattr(self, name)}: choose at least {least}")
+        require(self, "start", prefix=self.prefix, at_least=0)
+        require(self, "width", "layers", prefix=self.prefix, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -133,17 +135,6 @@ class AutoencoderRecipe:
     )
     flips: bool = True
     """Half of the images are shown mirrored. Not for digits and letters."""
-
-    def __post_init__(self) -> None:
-        for name in ("perceptual", "kl", "alignment", "adversary"):
-            part = getattr(self, name)
-            scheduled = min((weight for _, weight in part.schedule), default=0.0)
-            given = {"weight": part.weight, "schedule": scheduled}
-            if isinstance(part, LatentAlignment):
-                given["class-weight"] = part.class_weight
-            for option, weight in given.items():
-                if weight < 0:
-                    raise UserError(f"--{name}.{option} {weight}: a weight is 0 or more")
 
     def loss_weights(self, step: int) -> dict[str, float]:
         """The weight of each term of the loss at a step, under the names of the terms; absent parts have none.

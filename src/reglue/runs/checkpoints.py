@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from torch.distributed.tensor import DTensor
 
 from reglue.errors import UserError
+from reglue.files import from_json, to_json
 from reglue.runs import ranks
 from reglue.runs.parallel import own_rows
 
@@ -33,6 +34,13 @@ FOLDER = "checkpoints"
 VISIBLE_WITHIN = 120.0
 """Seconds: network file systems keep listings for a minute by default."""
 MODEL, EMA, OPTIMISER, PROGRESS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`progress.json`, the last file of a checkpoint that is written."""
+
+    step: int
 
 
 class Writer:
@@ -160,7 +168,7 @@ def _beside(folder: Path) -> Iterator[Path]:
 
 
 def _finish(folder: Path, beside: Path, step: int) -> None:
-    (beside / PROGRESS).write_text(json.dumps({"step": step}))
+    (beside / PROGRESS).write_text(to_json(Progress(step)))
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
 
@@ -239,7 +247,7 @@ def restore(folder: Path, model: nn.Module, ema: dict[str, Tensor], optimiser: t
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     _fill(_optimiser_tensors(model, optimiser), folder / OPTIMISER)
-    return int(json.loads((folder / PROGRESS).read_text())["step"])
+    return from_json(folder / PROGRESS, Progress, "delete its folder to go on from the one before").step
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from tqdm import tqdm
 
 from reglue.data.batches import Normalisation
 from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.guidance import VelocityFunction, guided_velocity
-from reglue.diffusion.modalities import LATENT, State, concatenate_states
+from reglue.diffusion.guidance import Guidance, VelocityFunction, guided_velocity
+from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State, concatenate_states
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.paths import Path as Interpolant
 from reglue.diffusion.samplers import (
@@ -73,6 +74,8 @@ class GenerateOptions(TypedDict, total=False):
     """Guidance scale of the class token."""
     representation_scale: float
     """Representation guidance, for models trained with dropped local maps."""
+    guided_channels: int | Literal["all"]
+    """Classifier-free guidance moves so many latent channels, the first ones, or all."""
     rounding: Rounding
     """How pixels become 8-bit numbers."""
     state_precision: StatePrecision
@@ -187,6 +190,7 @@ def changed_sampling(
     cls_scale: float | None = None,
     representation_scale: float | None = None,
     auto_scale: float | None = None,
+    guided_channels: int | Literal["all"] | None = None,
     **sampling: Unpack[SamplingOptions],
 ) -> Sampling:
     """A way to sample with what is given (not None) in place of the default's. Raises UserError for what cannot be."""
@@ -197,18 +201,16 @@ def changed_sampling(
         "cls_scale": cls_scale,
         "representation_scale": representation_scale,
         "auto_scale": auto_scale,
+        "guided_channels": guided_channels,
     }
     changes = {name: value for name, value in sampling.items() if value is not None}
-    if changes.get("steps", 1) < 1:  # type: ignore[operator]
-        raise UserError("--steps must be at least 1")
     for name, known in CHOICES.items():
         if name in changes and changes[name] not in get_args(known):
             raise UserError(f"{name.replace('_', '-')} {changes[name]}: choose {', '.join(get_args(known))}")
-    try:
-        changed = replace(default.guidance, **{k: v for k, v in guidance.items() if v is not None})
-    except ValueError as error:
-        raise UserError(f"--guidance-interval: {error}") from None
-    result = replace(default, guidance=changed, **changes)  # type: ignore[arg-type]
+    given = {name: value for name, value in guidance.items() if value is not None}
+    if guided_channels == "all":
+        given["guided_channels"] = None
+    result = replace(default, guidance=replace(default.guidance, **given), **changes)  # type: ignore[arg-type]
     if result.sampler == "dopri5":
         adaptive_solver()  # It says at once if it is missing.
     return result
@@ -241,19 +243,40 @@ class ImageModel:
 
     @property
     def default_sampling(self) -> Sampling:
-        """What the recipe says; without classes there is nothing for classifier-free guidance to compare with."""
+        """What the recipe says, but for guidance that this model cannot have: it lacks classes or the modality."""
         sampling = self.record.recipe.sampling
-        if self.record.class_names:
-            return sampling
-        return replace(sampling, guidance=replace(sampling.guidance, scale=1.0, local_scale=None, cls_scale=None))
+        guidance = sampling.guidance
+        if not self.record.class_names:
+            guidance = replace(guidance, scale=1.0, local_scale=None, cls_scale=None)
+        without = dict.fromkeys(self._unfitting_scales(guidance), 1.0)
+        return replace(sampling, guidance=replace(guidance, **without))
 
     def settled(self, sampling: Sampling) -> Sampling:
-        """The same, with the precisions that are used where it leaves them open."""
+        """The same, with the precisions that are used where it leaves them open.
+
+        Raises UserError for guidance of, or by, what the model lacks.
+        """
+        for name, lacking in self._unfitting_scales(sampling.guidance).items():
+            option = "guidance-scale" if name == "scale" else name.replace("_", "-")
+            raise UserError(
+                f"{option} {getattr(sampling.guidance, name)}: this model has no {lacking} to guide with; choose 1"
+            )
         return replace(
             sampling,
             state_precision=sampling.state_precision or ("float64" if sampling.published_sampler else "float32"),
             precision=sampling.precision or self.record.recipe.optimisation.precision,
         )
+
+    def _unfitting_scales(self, guidance: Guidance) -> dict[str, str]:
+        """The names of the scales that ask for what this model lacks, and what that is."""
+        modalities, lacking = self.record.denoiser.shape.shapes(), dict[str, str]()
+        if LOCAL not in modalities:
+            lacking |= dict.fromkeys(("local_scale", "representation_scale"), "local map")
+        if CLS not in modalities:
+            lacking["cls_scale"] = "class token"
+        if not self.record.class_names:
+            lacking |= dict.fromkeys(("scale", "local_scale", "cls_scale"), "classes")
+        return {name: what for name, what in lacking.items() if getattr(guidance, name) not in (None, 1)}
 
     def to(self, device: str | torch.device) -> ImageModel:
         """The same model, moved to a device (`"cuda"`, `"cpu"`, …)."""
@@ -307,6 +330,8 @@ class ImageModel:
         seed, batch_size = options.pop("seed", 0), options.pop("batch_size", 32)
         if batch_size < 1:
             raise UserError("batch_size must be at least 1")
+        if seed < 0:
+            raise UserError(f"seed {seed}: choose 0 or more")
         default = options.pop("sampling", None) or self.default_sampling
         show_progress = options.pop("progress", False)
         sampling = changed_sampling(default, **options)  # type: ignore[reportArgumentType], the rest are its own
@@ -381,7 +406,7 @@ class ImageModel:
             raise UserError(f"count {count}: choose 0 or more")
         if classes is None:
             return [self.denoiser.null_label] * (1 if count is None else count)
-        if isinstance(classes, int | str):
+        if isinstance(classes, int | str | np.integer):
             return [self.label(classes)] * (1 if count is None else count)
         if count not in (None, len(classes)):
             raise UserError(f"count {count}, but {len(classes)} classes: give one class for several images of it")
@@ -390,10 +415,17 @@ class ImageModel:
     def label(self, name: int | str) -> int:
         """The label of a class index or name. Raises UserError if there is no such class."""
         names = self.record.class_names
-        if str(name) in names and not isinstance(name, int):
-            return names.index(str(name))
-        if str(name).isdecimal() and int(name) < len(names):
-            return int(name)
+        if isinstance(name, str):
+            if name in names:
+                return names.index(name)
+            index = int(name) if name.isdecimal() else -1
+        else:
+            try:
+                index = operator.index(name)  # NumPy's integers are not `int`.
+            except TypeError:
+                index = -1
+        if 0 <= index < len(names):
+            return index
         shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
         raise UserError(
             f"class {name}: choose 0 to {len(names) - 1} or a name ({shown})"
@@ -421,10 +453,7 @@ class ImageModel:
         `on_evaluation` is called after each evaluation, for progress.
         """
         guidance, device = sampling.guidance, self.device
-        if guidance.uses_labels and not self.record.class_names:
-            raise UserError(
-                "classifier-free guidance needs classes, and this model has none; use a guidance scale of 1"
-            )
+        sampling = self.settled(sampling)
         if sampling.sampler == "dopri5" and len(indices) > 1:
             alone = [
                 self.draw([i], [label], seed, sampling, weaker=weaker, on_evaluation=on_evaluation)
@@ -432,7 +461,6 @@ class ImageModel:
             ]
             return concatenate_states(alone)
         filling = max(room - len(indices), 0) if self.compile and sampling.sampler != "dopri5" else 0
-        sampling = self.settled(sampling)
         inner = guided_velocity(
             self._network(self.denoiser, sampling.precision),
             torch.tensor([*labels, *[labels[-1]] * filling], device=device),

@@ -49,8 +49,10 @@ def resolve_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name} is not a device; use auto, cpu or cuda") from None
-    if device.type != "cuda":
+    if device.type == "cpu":
         return device
+    if device.type != "cuda":
+        raise UserError(f"--device {name}: jobs run on auto, cpu or cuda alone")
     if not torch.cuda.is_available():
         raise UserError(f"--device {name}: this machine has no NVIDIA GPU that PyTorch can see; use --device cpu")
     count, own = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")

@@ -113,6 +113,11 @@ class RunRecord:
         with replacing(folder / FILE) as beside:
             beside.write_text(to_json(self))
 
+    def trained_on(self, store: Store) -> bool:
+        """Whether a store holds, to the bit, what this run was trained on."""
+        there = {*needed_columns(self.recipe)} <= store.manifest.columns.keys()
+        return there and data_hash(store, self.recipe) == self.store_hash
+
     def differences(self, other: RunRecord) -> list[str]:
         """The names of what differs, for a message.
 
