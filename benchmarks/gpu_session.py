@@ -23,7 +23,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 
 import tyro
 
@@ -224,7 +224,8 @@ def command_of(figure: Figure, options: Session) -> list[str]:
     if script == OFFICIAL and official:
         arguments += ["--official", str(official)]
     if script == "store_reads.py":
-        arguments += ["--made", str(options.out / "made-store")]
+        # Gigabytes, which are no result, and which a later call finds again. The toy's is another one.
+        arguments += ["--made", str(Path(gettempdir()) / f"reglue-store-reads{'-toy' if options.toy else ''}")]
     if script == "prepare_speed.py":
         arguments += ["--encoder", options.encoder]
     if script == "prepare_speed.py" or "prepare" in arguments:
