@@ -22,13 +22,17 @@ from reglue.papers import PAPERS
 from start import start, stop
 from study import Arm, StudyOptions, arm_of
 
+SCALED = "redi-unit-variance"
+"""An arm besides the published ones."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Convergence(StudyOptions):
     """Train published methods alike and compare them at equal steps."""
 
     arms: tuple[str, ...] = tuple(PAPERS)
-    """Which methods."""
+    """Which methods. Besides the published five redi-unit-variance, whose components have one scale: of an encoder with
+    a few strong directions, the published ReDi learns little else."""
     seeds: int = 2
     """How many seeds the --repeated-arms are trained with, counted up from --seed."""
     repeated_arms: tuple[str, ...] = ("sit", "reglue")
@@ -45,11 +49,13 @@ def arms_of(options: Convergence) -> list[Arm]:
     compressors = {"redi": options.redi_compressor, "reglue": options.reglue_compressor}
     arms = []
     for name in options.arms:
-        if name not in PAPERS:
-            raise UserError(f"--arms {name}: choose of {', '.join(PAPERS)}")
-        recipe = PAPERS[name].recipe
-        if name in compressors:
-            recipe = replace(recipe, local=replace(recipe.local, compressor=compressors[name]))
+        paper = "redi" if name == SCALED else name
+        if paper not in PAPERS:
+            raise UserError(f"--arms {name}: choose of {', '.join((*PAPERS, SCALED))}")
+        recipe = PAPERS[paper].recipe
+        if paper in compressors:
+            local = replace(recipe.local, compressor=compressors[paper], unit_variance=name == SCALED)
+            recipe = replace(recipe, local=local)
         arms.append(arm_of(options, name, recipe))
     return arms
 

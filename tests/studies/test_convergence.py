@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 from safetensors.torch import load_file
 
 import convergence
 from compare import compare
+from convergence import Convergence, arms_of
 from costs import STEP, Cost, packed
 from counting import H200_PRODUCTS, training_flops
 from pack import Pack, pack
@@ -121,6 +123,15 @@ def test_another_study_in_the_same_folder_is_refused(finished: Path, tiny_store:
         run(tiny_store, tiny_images, finished, "--arms", "sit", "--sampling-steps", "3")
     with pytest.raises(SystemExit, match="another --reference"):
         run(tiny_store, tiny_images / "circle", finished, "--arms", "sit")
+
+
+def test_redis_components_may_have_one_scale(tiny_store: Path, tiny_images: Path) -> None:
+    given = [str(tiny_store), "--reference", str(tiny_images), "--out", "study", "--arms", "redi", "redi-unit-variance"]
+    published, scaled = arms_of(tyro.cli(Convergence, args=given))
+    assert not published.recipe.local.unit_variance
+    assert scaled.recipe == replace(
+        published.recipe, name="redi-unit-variance", local=replace(published.recipe.local, unit_variance=True)
+    )
 
 
 def test_unknown_arms_are_refused(tmp_path: Path, tiny_store: Path, tiny_images: Path) -> None:
