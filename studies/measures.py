@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +28,7 @@ from reglue.data.samples import to_images, to_pixels
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.files import replacing
-from reglue.jobs.evaluate import DENSITY_NEIGHBOURS, Described, Evaluate, Figure, describe, measure
+from reglue.jobs.evaluate import DENSITY_NEIGHBOURS, Described, Evaluate, describe, measure
 from reglue.jobs.image_sets import ImageSet, Share, open_images
 from reglue.jobs.sample import PROTOCOL
 from reglue.latents.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
@@ -280,8 +280,6 @@ class Measures:
         )
         sides = (_with_gaussian(drawn), _with_gaussian(FeatureSet(held_out, None, None)))
         metrics, _ = measure(network, *sides, options, self.device)
-        # Their intervals resample held-out images alone, but they rest on few samples that lie far from all others.
-        metrics = replace(metrics, **{name: _alone(getattr(metrics, name)) for name in ("recall", "coverage")})
         figures = {name: figure for name, figure in asdict(metrics).items() if figure is not None}
         described = {
             "distance_name": network.distance_name,
@@ -431,10 +429,6 @@ def difference_of(first: float, second: float, count: int) -> dict[str, float]:
     below = math.hypot(one["value"] - one["low"], other["high"] - other["value"])
     above = math.hypot(one["high"] - one["value"], other["value"] - other["low"])
     return {"value": first - second, "low": max(-1.0, first - second - below), "high": min(1.0, first - second + above)}
-
-
-def _alone(figure: Figure | None) -> Figure | None:
-    return figure and Figure(figure.value)
 
 
 def _with_gaussian(drawn: FeatureSet) -> Described:

@@ -645,20 +645,21 @@ def measure(
         neighbours=NEIGHBOURS,
         density_neighbours=DENSITY_NEIGHBOURS,
     )
-    reference_counts = resample_counts(len(others.features), options.resamples, options.seed, "reference")
 
-    def mean(values: Tensor, of: Tensor, most: float = 1.0) -> Figure:
-        resampled = resampled_means(values.cpu(), of) if len(of) else torch.empty(0)
+    def mean(values: Tensor, most: float = 1.0) -> Figure:
+        resampled = resampled_means(values.cpu(), counts) if len(counts) else torch.empty(0)
         return Figure.of(float(values.mean()), resampled, least=0, most=most)
 
     return replace(
         metrics,
-        precision=mean(scores.precision, counts),
-        recall=mean(scores.recall, reference_counts),
+        precision=mean(scores.precision),
+        # Recall and coverage have no intervals: they rest on few images that lie far from all others, and resamples do
+        # not tell by how much they would move had others been drawn.
+        recall=Figure(float(scores.recall.mean())),
         kernel_distance=Figure.of(kernel.mean, kernel.resampled),
         kernel_distance_std=kernel.std,
-        density=mean(scores.density, counts, most=math.inf),
-        coverage=mean(scores.coverage, reference_counts),
+        density=mean(scores.density, most=math.inf),
+        coverage=Figure(float(scores.coverage.mean())),
     ), absent
 
 
