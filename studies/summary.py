@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -244,7 +244,7 @@ def plot_spaces(spaces: Mapping[str, list[dict[str, Any]]]) -> Figure:
     columns = min(3, len(spaces))
     rows = -(-len(spaces) // columns)
     figure = Figure(figsize=(4 * columns, 3.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     names = list(dict.fromkeys(trial["arm"] for trials in spaces.values() for trial in trials))
     name = "Fréchet distance (encoder)"
     for index, (panel, (space, trials)) in enumerate(zip(panels, spaces.items(), strict=False)):
@@ -255,18 +255,23 @@ def plot_spaces(spaces: Mapping[str, list[dict[str, Any]]]) -> Figure:
                 label = None if arm in labelled else arm
                 panel.plot(*zip(*points, strict=True), "o-", linewidth=1, markersize=3, color=colour, label=label)
                 labelled.add(arm)
-        ticks = sorted({int(step) for trials in spaces.values() for trial in trials for step in trial["steps"]})
         panel.set(title=space, xscale="log", yscale="log")
-        panel.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
-        panel.set_xticks([], minor=True)
+        _mark_steps(panel, (trial for trials in spaces.values() for trial in trials))
         _plain_numbers(panel)
         panel.set_xlabel("steps" if index + columns >= len(spaces) else "")
         panel.set_ylabel(name if index % columns == 0 else "")
         panel.legend(fontsize="small")
         panel.grid(alpha=0.3, which="both")
-    for panel in panels:  # Those that are left.
+    for panel in panels[len(spaces) :]:
         panel.set_axis_off()
     return figure
+
+
+def _mark_steps(panel: Axes, trials: Iterable[dict[str, Any]]) -> None:
+    """The steps at which anything was measured, by their numbers."""
+    ticks = sorted({int(step) for trial in trials for step in trial["steps"]})
+    panel.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    panel.set_xticks([], minor=True)
 
 
 def _plain_numbers(panel: Axes) -> None:
@@ -294,9 +299,13 @@ def plot(studies: Mapping[str, dict[str, Any]], axis: str) -> Figure:
                 panel.plot(*zip(*points, strict=True), kind, marker="o", markersize=3, color=colour, label=entry)
                 labelled.add(label)
         panel.set(xlabel=axis, ylabel=name, xscale="log")
+        if axis == "steps":
+            _mark_steps(panel, (trial for _, trial in _lines(studies)))
         if "distance" in name or name == "FID":
             panel.set_yscale("log")
-        panel.legend(fontsize="small")
+            _plain_numbers(panel)
+        if labelled:
+            panel.legend(fontsize="small")
         panel.grid(alpha=0.3)
     if axis != "steps":
         figure.suptitle("time on a shared machine is an upper bound", fontsize="small")
