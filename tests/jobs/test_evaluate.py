@@ -28,6 +28,10 @@ from reglue.runs.generation import load
 from reglue.runs.record import RunRecord
 
 
+EVALUATED = shutil.ignore_patterns("reports", "evaluated")
+"""What other tests may have left in a run that they share."""
+
+
 def write_images(folder: Path, images: np.ndarray) -> Path:
     folder.mkdir(parents=True)
     for i, pixels in enumerate(images):
@@ -84,7 +88,8 @@ def test_the_figures_are_those_of_the_features_and_the_sides_are_not_exchanged(
     for name in ("precision", "recall", "density", "coverage"):
         figure = getattr(evaluation.metrics, name)
         assert figure.value == pytest.approx(float(getattr(scores, name).mean()))
-        assert figure.low <= figure.value <= figure.high
+        if name in ("precision", "density"):  # Means over the images, which are resampled.
+            assert figure.low <= figure.value <= figure.high
     distance = evaluation.metrics.frechet_distance
     assert distance.low is not None
     assert distance.high is not None
@@ -325,7 +330,7 @@ def test_images_go_into_the_inception_at_their_own_size(tmp_path, random_incepti
 
 
 def test_a_run_draws_its_images_once_and_is_compared_with_its_store(tmp_path, tiny_run, tiny_store):
-    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
     options = {"feature_network": "store", "device": "cpu", "resamples": 5, "kernel_subsets": 2, "batch_size": 4}
     first = evaluate(Evaluate(run, count=9, **options))
     folder = run / "evaluated" / "step-00000006"
@@ -349,7 +354,7 @@ def test_a_run_draws_its_images_once_and_is_compared_with_its_store(tmp_path, ti
 
 
 def test_a_run_that_has_moved_keeps_its_images(tmp_path, tiny_run, monkeypatch):
-    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
     options = {"count": 8, "feature_network": "store", "device": "cpu", "resamples": 0, "kernel_subsets": 2}
     evaluate(Evaluate(run, **options))
     moved = run.rename(tmp_path / "moved")
@@ -367,7 +372,7 @@ def test_a_run_that_has_moved_keeps_its_images(tmp_path, tiny_run, monkeypatch):
 
 
 def test_samples_of_a_run_at_a_relative_path_are_evaluated_from_elsewhere(tmp_path, tiny_run, tiny_store, monkeypatch):
-    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
     monkeypatch.chdir(tmp_path)
     sample(Sample(Path("run"), Path("samples"), count=8, steps=1, device="cpu"))
     (tmp_path / "elsewhere").mkdir()
@@ -401,7 +406,7 @@ def test_the_report_about_a_runs_images_goes_into_the_run(
     tmp_path, tiny_run, tiny_store, tiny_images, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
     samples = sample(Sample(Path("run"), tmp_path / "samples", count=8, steps=2, device="cpu"))
     others = sample(Sample(Path("run"), tmp_path / "others", count=8, steps=3, device="cpu"))
 
@@ -504,7 +509,7 @@ def test_a_statement_does_not_replace_a_record(tmp_path, tiny_run, tiny_store, n
 
 
 def test_another_run_at_the_path_gets_no_report(tmp_path, tiny_run, tiny_store):
-    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
     samples = sample(Sample(run, tmp_path / "samples", count=8, steps=2, device="cpu"))
     record = json.loads((run / "run.json").read_text())
     record["recipe"]["name"] = "another"
@@ -521,7 +526,7 @@ def test_another_run_at_the_path_gets_no_report(tmp_path, tiny_run, tiny_store):
 
 
 def test_a_run_whose_store_is_gone_or_another_is_named(tmp_path, tiny_run, tiny_images):
-    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
     record = json.loads((run / "run.json").read_text())
     for changes, message in (
         ({"store": str(tmp_path / "gone")}, r"gone, which is not there any more; give its training store"),
@@ -607,7 +612,7 @@ def test_two_processes_share_the_images(kind, tmp_path, tiny_run, tiny_images, t
         images = tmp_path / "noise.npz"
         np.savez(images, noise)
     else:
-        images = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+        images = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
     common = ["--feature-network", tiny_encoder, "--resamples=5", "--device=cpu", "--batch-size=2"]
     common += ["--count=7"] if kind == "run" else []
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "reglue"]
@@ -627,7 +632,10 @@ def test_two_processes_share_the_images(kind, tmp_path, tiny_run, tiny_images, t
     assert one["skipped"] == (["000002.png", "000007.png"] if kind == "folder" else [])
     for name, figure in metrics[0].items():
         expected, found = (
-            (x or {}) if isinstance(x, dict | None) else {"value": x} for x in (figure, metrics[1][name])
+            {part: number for part, number in (x or {}).items() if number is not None}
+            if isinstance(x, dict | None)
+            else {"value": x}
+            for x in (figure, metrics[1][name])
         )
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), name
 
