@@ -27,7 +27,6 @@ from reglue.metrics.inception import load_inception
 from reglue.runs.generation import load
 from reglue.runs.record import RunRecord
 
-
 EVALUATED = shutil.ignore_patterns("reports", "evaluated")
 """What other tests may have left in a run that they share."""
 
