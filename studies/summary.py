@@ -260,7 +260,8 @@ def plot_spaces(spaces: Mapping[str, list[dict[str, Any]]]) -> Figure:
         _plain_numbers(panel)
         panel.set_xlabel("steps" if index + columns >= len(spaces) else "")
         panel.set_ylabel(name if index % columns == 0 else "")
-        panel.legend(fontsize="small")
+        if labelled:
+            panel.legend(fontsize="small")
         panel.grid(alpha=0.3, which="both")
     for panel in panels[len(spaces) :]:
         panel.set_axis_off()
