@@ -35,6 +35,10 @@ NOTES = {
     "kl": "Both compressors take the last layer alone and the model learns no class token, as in the published row.",
     "layers": "The model learns no class token, as in the published rows.",
     "compressors": "Published is what a probe tells of the codes (`reglue probe`); no FID is.",
+    "scale": (
+        "Squared errors weigh as the square of the codes' scale. Here the same codes with a standard deviation of 1 in "
+        "every channel; compare with the rows of layers and compressors."
+    ),
     "data": (
         "Compressors are fitted to all images. Each arm takes equally many steps, so more passes over fewer images; "
         "the published models were trained for 80 epochs."
@@ -53,7 +57,8 @@ class Ablations(StudyOptions):
     """Train variants of REGLUE alike and compare them."""
 
     questions: tuple[str, ...] = ("parts", "compressors", "kl", "weights", "data", "guidance")
-    """Of parts, layers, compressors, kl, weights, targets, data, guidance. data needs a store without mirror images."""
+    """Of parts, layers, compressors, scale, kl, weights, targets, data, guidance. data needs a store without mirror
+    images."""
     compressor: str = "conv-16"
     """The codes of the base that is varied: KIND-CHANNELS, such as conv-16."""
     guidance_scales: tuple[float, ...] = (1.5, 2.8)
@@ -110,6 +115,17 @@ class Questions:
                 name = f"{kind}-{channels}"
                 published = f"mIoU of a probe, Cityscapes: {mean_iou[name]}" if name in mean_iou else "–"
                 yield Row(self._with(name), published)
+
+    def scale(self) -> Iterator[Row]:
+        """Codes of unit variance, which tells what codes are from how much they weigh."""
+        codes, components = self.options.compressor, self.options.compressor.replace("conv", "pca")
+        yield Row(self.base)
+        yield Row(self._scaled("reglue-unit-variance", self.recipe))
+        if components != codes:
+            recipe = replace(self.recipe, local=replace(self.recipe.local, compressor=components))
+            yield Row(self._scaled(f"reglue-{components}-unit-variance", recipe))
+        for arm in (self._last_layer(), self._arm("local-alignment", without(self.recipe, "class_token"))):
+            yield Row(self._scaled(f"{arm.name}-unit-variance", arm.recipe))
 
     def kl(self) -> Iterator[Row]:
         """A KL term in the compressor, on the parts and the layer of the published row."""
@@ -181,6 +197,9 @@ class Questions:
             return self.base
         recipe = replace(self.recipe, local=replace(self.recipe.local, compressor=compressor))
         return self._arm(f"reglue-{compressor}", recipe)
+
+    def _scaled(self, name: str, recipe: Recipe) -> Arm:
+        return self._arm(name, replace(recipe, local=replace(recipe.local, unit_variance=True)))
 
     def _last_layer(self, ending: str = "") -> Arm:
         """Local semantics of the encoder's last layer, without a class token."""

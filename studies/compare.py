@@ -2,6 +2,9 @@
 
     python studies/compare.py study-taef2 study-kl study-reals --out compared
 
+Where studies ran beside other work their seconds do not compare. With --plans, made on an idle machine with --plan,
+training takes the plan's time in the plot of quality against time.
+
 Latent spaces differ in what their decoders can show, so read each study's own distance between arms first. Studies with
 the same title are one: seeds, or arms, that were trained in several folders.
 """
@@ -27,6 +30,7 @@ def compare(
     titles: tuple[str, ...] = (),
     without: tuple[str, ...] = (),
     last: bool = False,
+    plans: tuple[Path, ...] = (),
 ) -> None:
     """Write the table and the plots of several studies into a folder.
 
@@ -36,9 +40,12 @@ def compare(
         titles: Of the studies, in the order of the folders; their folders' names if not given.
         without: Arms to leave out, such as `*-in-aligned-*`.
         last: Only the last figures of each arm in the table.
+        plans: OUT-plan.json of each folder, by which its arms take their time.
     """
     if titles and len(titles) != len(folders):
         raise UserError(f"--titles: {len(titles)} for {len(folders)} studies; give one of each")
+    if plans and len(plans) != len(folders):
+        raise UserError(f"--plans: {len(plans)} for {len(folders)} studies; give one of each")
     studies: dict[str, dict[str, Any]] = {}
     for index, folder in enumerate(folders):
         file = folder / "results.json"
@@ -46,6 +53,8 @@ def compare(
             raise UserError(f"{folder} has no results.json; run a study with --out {folder}")
         results = json.loads(file.read_text())
         arms = {name: arm for name, arm in results["arms"].items() if not any(fnmatch(arm["arm"], w) for w in without)}
+        if plans:
+            arms = timed_by(plans[index], arms)
         title = titles[index] if titles else folder.name if folder.name not in studies else str(folder)
         before = studies.get(title, {"arms": {}})
         if twice := before["arms"].keys() & arms.keys():
@@ -54,8 +63,34 @@ def compare(
         studies[title] = {**results, "controls": controls, "arms": {**before["arms"], **arms}}
     refuse_mixtures(studies)
     out.mkdir(parents=True, exist_ok=True)
-    summarise(out, studies, last)
+    if plans:
+        summarise(out, studies, last, on_time="training at the speed of a plan, timed by itself")
+    else:
+        summarise(out, studies, last)
     print(table(studies, last))
+
+
+def timed_by(plan: Path, trials: dict[str, Any]) -> dict[str, Any]:
+    """Trials with the seconds that training takes by a plan, which knows one seed of each arm at least.
+
+    Raises UserError for a plan that is not there, was counted and not timed, or does not know an arm.
+    """
+    if not plan.is_file():
+        raise UserError(f"--plans {plan}: not there; make it with --plan")
+    planned = json.loads(plan.read_text())
+    if planned["counted_on"]:
+        raise UserError(f"--plans {plan}: counted, not timed; make it with --plan alone, on an idle machine")
+    per_step = {line["name"].partition("-seed-")[0]: line["training"] / planned["steps"] for line in planned["arms"]}
+    timed = {}
+    for folder, trial in trials.items():
+        if trial["arm"] not in per_step:
+            raise UserError(f"--plans {plan}: does not know {trial['arm']}; plan it too, or leave it out by --without")
+        steps = {
+            step: {**figures, "training_seconds": int(step) * per_step[trial["arm"]], "training_seconds_by_machine": {}}
+            for step, figures in trial["steps"].items()
+        }
+        timed[folder] = {**trial, "steps": steps}
+    return timed
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from measures import Measures
-from pack import MEGABYTE, Pack, rows_per_shard
+from pack import MEGABYTE, Pack, rows_per_shard, take_of
 from reglue.data.store import MANIFEST, Store
 from reglue.runs.generation import decoder
 from reglue.runs.record import RunRecord, needed_columns
@@ -129,10 +129,7 @@ def packed(store: Store, names: Sequence[str]) -> Parcel:
     last = encoder is not None and encoder.layers[-1] == encoder.depth - 1
     width = encoder.width if encoder else 0
     slices = {name: slice(-width, None) if name == "features" and last else slice(None) for name in names}
-    sizes = [
-        tensor.nbytes
-        for name, channels in slices.items()
-        for tensor in store.read_stored(name, rows[:1], channels).values()
-    ]
-    shards = math.ceil(len(rows) / rows_per_shard(store, rows, slices, Pack.megabytes * MEGABYTE))
+    takes = {name: take_of(store, name, channels, eight_bits=False) for name, channels in slices.items()}
+    sizes = [tensor.nbytes for take in takes.values() for tensor in take(rows[:1]).values()]
+    shards = math.ceil(len(rows) / rows_per_shard(store, rows, takes, Pack.megabytes * MEGABYTE))
     return Parcel(store.folder.name, len(rows) * sum(sizes) / MEGABYTE, len(names) * shards)

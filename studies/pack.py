@@ -4,9 +4,10 @@
     python studies/unpack.py packed
 
 Labels always come along, and so do the compressors of the chosen codes. The figures of the copy are the original's to
-the bit. Files that are larger than the limit (a compressor's, and those of --networks) travel in parts, which the
-second command, on the other machine, puts together to the same bytes. Images do not come along. What a study knows of
-them does: find it out where they are, and bring it, and the networks, with a store (REFERENCES is `study/references`).
+the bit (but of features with --eight-bits, which halves what they take). Files that are larger than the limit (a
+compressor's, and those of --networks) travel in parts, which the second command, on the other machine, puts together to
+the same bytes. Images do not come along. What a study knows of them does: find it out where they are, and bring it, and
+the networks, with a store (REFERENCES is `study/references`).
 
     python studies/convergence.py STORE --reference HELD_OUT --out study --inception FILE --judge FILE --references-only
     python studies/pack.py HELD_OUT --out packed-held-out --columns latent cls --references REFERENCES --networks FILE …
@@ -21,7 +22,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -34,7 +35,16 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from measures import REFERENCES
-from reglue.data.store import METADATA, Statistics, Store, compressor_of, holds_codes, join_columns, write_shard
+from reglue.data.store import (
+    METADATA,
+    Statistics,
+    Store,
+    compressor_of,
+    holds_codes,
+    in_8_bits,
+    join_columns,
+    write_shard,
+)
 from reglue.errors import UserError
 from reglue.files import TakesPaths, new_folder, replacing
 from reglue.seeds import permutation
@@ -60,6 +70,9 @@ class Pack(TakesPaths):
     """What to take besides labels; everything if not given."""
     last_layer: bool = False
     """Of features, only the encoder's last layer: all that alignment needs."""
+    eight_bits: bool = False
+    """Features as integers of 8 bits with a scale for every channel of an image, as `reglue prepare --features-dtype
+    int8` stores them."""
     share: float = 1.0
     """Share of the images of each class, drawn by --seed. Not of a store with mirror images (--flips)."""
     seed: int = 0
@@ -95,7 +108,8 @@ def pack(options: Pack, rows: Tensor | None = None) -> Store:
         encoder, layer = replace(encoder, layers=(encoder.depth - 1,)), slice(-encoder.width, None)
     slices = {name: layer if name == "features" else slice(None) for name in names}
     rows = rows_of(store, options) if rows is None else rows
-    shard_rows = rows_per_shard(store, rows, slices, options.megabytes * MEGABYTE)
+    takes = {name: take_of(store, name, slices[name], options.eight_bits) for name in names}
+    shard_rows = rows_per_shard(store, rows, takes, options.megabytes * MEGABYTE)
     parts = rows.split(shard_rows)
 
     with new_folder(options.out) as beside:
@@ -103,8 +117,7 @@ def pack(options: Pack, rows: Tensor | None = None) -> Store:
         for name in tqdm(names, desc="pack", unit="column"):
             shards = []
             for index, part in enumerate(parts):
-                tensors = store.read_stored(name, part, slices[name])
-                shards.append(write_shard(beside, name, index, store.names(part), tensors))
+                shards.append(write_shard(beside, name, index, store.names(part), takes[name](part)))
             columns[name] = join_columns(shards)
         codes = [compressor_of(name) for name in names if holds_codes(name)]
         compressors = {}
@@ -127,7 +140,7 @@ def pack(options: Pack, rows: Tensor | None = None) -> Store:
         statistics = {
             # Of all images the old figures hold, to the bit: models are normalised by them.
             name: _part(manifest.statistics[name], slices[name])
-            if len(rows) == len(store)
+            if len(rows) == len(store) and not (name == "features" and options.eight_bits)
             else unfinished.statistics(name, torch.arange(len(rows)))
             for name in names
             if name != "label"
@@ -155,13 +168,22 @@ def refuse_missing(options: Pack) -> None:
         raise UserError("--references are of all images, and with --share not all of them are taken; leave one out")
 
 
-def rows_per_shard(store: Store, rows: Tensor, slices: Mapping[str, slice], limit: int) -> int:
+def take_of(store: Store, column: str, channels: slice, eight_bits: bool) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What gives the tensors of a column that are to be written, for some rows."""
+    if column == "features" and eight_bits:
+        return lambda rows: in_8_bits(store.read(column, rows, channels)["features"])
+    return lambda rows: store.read_stored(column, rows, channels)
+
+
+def rows_per_shard(
+    store: Store, rows: Tensor, takes: Mapping[str, Callable[[Tensor], dict[str, Tensor]]], limit: int
+) -> int:
     """How many rows fit into `limit` bytes, whatever their column. Every file has the names of its images too."""
     # A shard's metadata is JSON within JSON, and a comma and a space follow each name.
     bytes_of_name = max(len(json.dumps(json.dumps(name))) for name in store.names(rows)) + 2
     most = []
-    for column, channels in slices.items():
-        tensors = store.read_stored(column, rows[:1], channels)
+    for column, take in takes.items():
+        tensors = take(rows[:1])
         bytes_of_row = sum(tensor.nbytes for tensor in tensors.values())
         # Sizes and places of each tensor are in the header, and have more digits where there are more rows.
         header = (

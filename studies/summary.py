@@ -36,6 +36,7 @@ LINES = ("-", "--", ":", "-.")
 """One kind of line per study."""
 MEASURED_BY = {"encoder": "network_sha256", "inception": "network_sha256", "judge": "judge_sha256"}
 """Kinds of figures, and where they name the network that they are by."""
+UPPER_BOUND = "time on a shared machine is an upper bound"
 IN_SPACE = "-in-"
 """Between the method and the latent space in the names of arms of `studies/spaces.py`."""
 REMARKS = """
@@ -86,15 +87,16 @@ def refuse_mixtures(studies: Mapping[str, dict[str, Any]]) -> None:
             )
 
 
-def summarise(out: Path, studies: Mapping[str, dict[str, Any]], last: bool = False) -> None:
+def summarise(out: Path, studies: Mapping[str, dict[str, Any]], last: bool = False, on_time: str = UPPER_BOUND) -> None:
     """Write `table.md`, `quality-by-steps.png`, `quality-by-time.png` and, of several spaces, `quality-by-space.png`.
 
-    `studies` maps a title to its results. The table has all figures, or the `last` of each arm.
+    `studies` maps a title to its results. The table has all figures, or the `last` of each arm. `on_time` stands above
+    the plot by time.
     """
     with replacing(out / "table.md") as beside:
         beside.write_text(table(studies, last))
     axes = {"quality-by-steps.png": "steps", "quality-by-time.png": "minutes of training"}
-    figures = {file: plot(studies, axis) for file, axis in axes.items()}
+    figures = {file: plot(studies, axis, on_time) for file, axis in axes.items()}
     spaces = spaces_of(studies)
     if len(spaces) > 1:
         figures["quality-by-space.png"] = plot_spaces(spaces)
@@ -282,7 +284,7 @@ def _plain_numbers(panel: Axes) -> None:
     panel.yaxis.set_minor_locator(NullLocator())
 
 
-def plot(studies: Mapping[str, dict[str, Any]], axis: str) -> Figure:
+def plot(studies: Mapping[str, dict[str, Any]], axis: str, on_time: str = UPPER_BOUND) -> Figure:
     """Quality against steps or time: one colour per arm, one line per seed, one kind of line per study."""
     panels = [name for name in PLOTTED if any(len(list(_curve(*line, name, axis))) for line in _lines(studies))]
     figure = Figure(figsize=(5.5 * max(1, len(panels)), 4.5), layout="constrained")
@@ -309,7 +311,7 @@ def plot(studies: Mapping[str, dict[str, Any]], axis: str) -> Figure:
             panel.legend(fontsize="small")
         panel.grid(alpha=0.3)
     if axis != "steps":
-        figure.suptitle("time on a shared machine is an upper bound", fontsize="small")
+        figure.suptitle(on_time, fontsize="small")
     return figure
 
 

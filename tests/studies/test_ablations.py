@@ -16,6 +16,8 @@ from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.prepare import Prepare, prepare
+from reglue.recipe import LocalSemantics
+from reglue.runs.record import RunRecord
 from unpack import unpack
 
 OWN = ("--compressor", "conv-4", "--compressor-epochs", "1", "--compressor-hidden", "8", "--checkpoints", "1")
@@ -25,6 +27,16 @@ SHARED = tuple(
     for argument in pair
     if not pair[0].startswith(("--redi", "--reglue", "--checkpoints"))
 )
+
+
+SCALES = {
+    "reglue": ("conv-4", False),
+    "reglue-unit-variance": ("conv-4", True),
+    "reglue-pca-4-unit-variance": ("pca-4", True),
+    "local-alignment-last-layer-unit-variance": ("conv-4-last", True),
+    "local-alignment-unit-variance": ("conv-4", True),
+}
+"""Arms of a question: their codes, and whether these get one scale."""
 
 
 def without_codes(store: Path, folder: Path) -> Path:
@@ -94,6 +106,20 @@ def test_shares_of_mirror_images_are_refused_before_anything_is_made(
     assert not (store / "compressors").exists()
 
 
+def test_codes_of_one_scale_are_told_from_those_as_they_are(
+    tmp_path: Path, tiny_store: Path, tiny_images: Path
+) -> None:
+    out = tmp_path / "ablations"
+    arguments = ["--questions", "scale", *SHARED, *OWN]
+    ablations.main([str(tiny_store), "--reference", str(tiny_images), "--out", str(out), *arguments])
+    trained = {arm: RunRecord.read(out / f"{arm}-seed-0" / "run").recipe.local for arm in SCALES}
+    assert trained == {
+        arm: LocalSemantics(weight=1.0, compressor=codes, unit_variance=scaled)
+        for arm, (codes, scaled) in SCALES.items()
+    }
+    assert "a standard deviation of 1" in (out / "tables" / "scale.md").read_text()
+
+
 def test_targets_of_every_kind_are_compared(
     tmp_path: Path, tiny_store: Path, tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str
 ) -> None:
@@ -129,6 +155,18 @@ def test_a_packed_store_holds_the_same_bits_in_smaller_files(tmp_path: Path, tin
     assert packed.names(rows) == whole.names(rows)
     assert list(packed.manifest.compressors) == ["conv-4"]
     assert "local.pca-4" not in packed.manifest.columns
+
+
+def test_features_travel_in_8_bits(tmp_path: Path, tiny_store: Path) -> None:
+    packed = pack(Pack(tiny_store, tmp_path / "packed", ("features", "local.conv-4"), eight_bits=True))
+    whole, rows = Store.open(tiny_store), torch.arange(len(packed))
+    original, read = (store.read("features", rows)["features"].float() for store in (whole, packed))
+    assert packed.read_stored("features", rows)["features"].dtype == torch.int8
+    assert not torch.equal(original, read)
+    # Half a step of 127 to the largest value of each channel of an image, and float16's rounding of that step.
+    assert bool(((original - read).abs() <= original.abs().amax((2, 3), keepdim=True) * (0.5 / 127 + 1e-3)).all())
+    assert packed.manifest.statistics["features"].mean != whole.manifest.statistics["features"].mean
+    assert packed.manifest.statistics["features"].mean == pytest.approx(read.mean((0, 2, 3)).tolist(), abs=1e-4)
 
 
 def files_of(folder: Path) -> dict[str, int]:

@@ -65,6 +65,24 @@ def test_spaces_have_panels_of_their_own(tmp_path: Path) -> None:
     assert len(spaces["plain"]) == 3
 
 
+def test_time_by_a_plan_is_that_of_an_idle_machine(tmp_path: Path) -> None:
+    study, plan = write(tmp_path / "study", trial("sit", 0, 2.0), trial("sit", 1, 4.0)), tmp_path / "study-plan.json"
+    planned = {"steps": 100, "counted_on": None, "arms": [{"name": "sit-seed-0", "training": 50.0}]}
+    plan.write_text(json.dumps(planned))
+    compare((study,), tmp_path / "out", plans=(plan,))
+    assert "| 4 | sit, seed 1 | 0.0 M | 2 | 4.0" in (tmp_path / "out" / "table.md").read_text()  # 4 steps of 0.5 s
+    with pytest.raises(UserError, match="--plans: 1 for 2 studies"):
+        compare((study, study), tmp_path / "out", plans=(plan,))
+    with pytest.raises(UserError, match="--plans nowhere: not there"):
+        compare((study,), tmp_path / "out", plans=(Path("nowhere"),))
+    plan.write_text(json.dumps({**planned, "arms": [{"name": "reg-seed-0", "training": 50.0}]}))
+    with pytest.raises(UserError, match="does not know sit"):
+        compare((study,), tmp_path / "out", plans=(plan,))
+    plan.write_text(json.dumps({**planned, "counted_on": "h200"}))
+    with pytest.raises(UserError, match="counted, not timed"):
+        compare((study,), tmp_path / "out", plans=(plan,))
+
+
 def test_studies_by_two_networks_are_not_set_side_by_side(tmp_path: Path) -> None:
     one = write(tmp_path / "one", trial("sit", 0, 2.0))
     other = write(tmp_path / "other", trial("sit", 0, 2.0, network="b"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -73,7 +74,16 @@ def loader(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # which leaves PyTorch's global random state alone
+        worker_init_fn=_ignore_sigterm,
     )
+
+
+def _ignore_sigterm(_: int) -> None:
+    """In a process that reads: the job itself stops in good order, and needs its next batch for that.
+
+    SLURM and `timeout` send the signal to all processes at once.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def all_of(
