@@ -117,6 +117,23 @@ def test_flash_attention_takes_what_our_attention_gives_it(width_of_head: int) -
         assert (flash - plain).norm() < 0.02 * plain.norm()
 
 
+@pytest.mark.parametrize("tokens", [257, 1024])
+def test_gradients_of_attention_are_the_same_bits_each_time(tokens: int) -> None:
+    """Of so many tokens that several parts of the GPU add to the same numbers, in an order that nobody knows."""
+    torch.manual_seed(0)
+    attention, x = Attention(768, 12).to(CUDA), torch.randn(32, tokens, 768, device=CUDA)
+
+    def gradient() -> Tensor:
+        attention.zero_grad()
+        with ranks.deterministic(CUDA, True), ranks.autocast(CUDA, "bfloat16"):
+            attention(x).float().square().sum().backward()
+        assert attention.qkv.weight.grad is not None
+        return attention.qkv.weight.grad.clone()
+
+    first = gradient()
+    assert all(torch.equal(gradient(), first) for _ in range(5))
+
+
 @pytest.mark.parametrize("compile", ["blocks", "model"])
 def test_a_compiled_step_is_the_eager_one(compile: Compile, data: TrainingData) -> None:
     """The losses and the gradient's norm of two steps, so of weights that a compiled step has left."""

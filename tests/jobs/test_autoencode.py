@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
 
 from helpers import reglue_command, run_reglue
@@ -300,6 +301,17 @@ def test_a_step_is_that_of_its_definitions(
 def cosine(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Of the vectors along the second dimension, on average."""
     return (F.normalize(first, dim=1) * F.normalize(second, dim=1)).sum(1).mean()
+
+
+def test_a_compiled_autoencoder_meets_its_discriminator_later(
+    tiny_images: Path, tiny_encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps before it are compiled for one backward pass over the graph, those with it need several."""
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile(module, backend="aot_eager"))
+    more = ["--optimisation.steps=4", "--adversary.start=2", "--optimisation.compile=model"]
+    out = run(tiny_images, tmp_path / "out", tiny_encoder, *more, "--log-every=1")
+    assert ["adversary" in line for line in training_lines(out)] == [False, False, True, True]
 
 
 def test_the_discriminator_waits_for_its_start(tiny_images: Path, tiny_encoder: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -76,8 +77,9 @@ def test_processes_on_the_cpu_of_a_machine_with_gpus_do_not_use_them(
 
 
 def test_without_torchrun_there_is_no_group_and_any_gpu_may_be_named(machine: dict[str, Any]) -> None:
-    assert ranks.join("cuda") == (0, 1)
-    assert not machine
+    for name, index in (("cuda", 0), ("cuda:1", 1)):
+        assert ranks.join(name) == (0, 1)
+        assert machine == {"current": torch.device("cuda", index)}
     assert ranks.resolve_device("auto") == ranks.resolve_device("cuda") == torch.device("cuda", 0)
     assert ranks.resolve_device("cuda:1") == torch.device("cuda", 1)
 
@@ -91,7 +93,7 @@ def test_devices_that_no_job_runs_on_are_refused(device: str) -> None:
 @pytest.mark.parametrize(
     ("device", "local_rank", "processes", "says"),
     [
-        ("auto", 2, 4, "process 2 of this machine has no GPU of its own, there are 2; start --nproc-per-node 2"),
+        ("auto", 2, 4, "process 2 of this machine has no GPU of its own, it sees 2; start --nproc-per-node 2"),
         ("cuda", 2, 4, "--device cuda: process 2 of this machine has no GPU of its own"),
         ("cuda:0", 1, 2, "--device cuda:0 is for one process, not for 2; use --device cuda"),
         ("cuda:2", 0, 1, "--device cuda:2: there are 2 GPUs"),
@@ -216,20 +218,53 @@ def test_a_checkpoint_that_stays_invisible_is_named(tmp_path: Path, monkeypatch:
         checkpoints.last_of_all(tmp_path)
 
 
-def test_a_gpu_computes_the_same_bits_each_time_if_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_may_open_as_many_files_as_the_machine_lets_them() -> None:
+    """Each group keeps a connection to every other process, and a limit of 1,024 is usual."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = 256
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+        ranks._open_many_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("job", ["compress", "head", "perceive", "probe"])
+def test_jobs_of_one_process_do_not_write_the_same_files_from_several(
+    job: str, tiny_store: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {
+        "compress": [tiny_store, "--channels=3"],
+        "head": [tiny_store, "--out", tmp_path / "head", "--masks", tmp_path],
+        "perceive": [tiny_run, "--head", tmp_path, "--out", tmp_path / "seen"],
+        "probe": [tiny_store, "--out", tmp_path / "probe"],
+    }
+    options = cli.parse([job, *map(str, given[job])])
+    under_torchrun(monkeypatch, local_rank=1)
+    with pytest.raises(UserError, match=f"^{job} works in one process; start it without torchrun$"):
+        cli.job_of(options)(options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_computes_the_same_bits_each_time_if_asked_to(
+    machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    ranks.resolve_device("cuda")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     for device, wanted, steady in ((cuda, True, True), (cuda, False, False), (cpu, True, False)):
         with ranks.deterministic(device, wanted):
             assert torch.are_deterministic_algorithms_enabled() == steady
         assert not torch.are_deterministic_algorithms_enabled()
-    with ranks.deterministic(cuda, True):
-        assert torch.is_deterministic_algorithms_warn_only_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    for strict in (True, False):  # Where it only warns, PyTorch lets attention differ.
+        with ranks.deterministic(cuda, True, strict=strict):
+            assert torch.is_deterministic_algorithms_warn_only_enabled() == (not strict)
 
 
 def test_a_job_is_repeatable_as_its_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "resolve_device", torch.device)
-    steady = ranks.repeatable(lambda options: torch.are_deterministic_algorithms_enabled())
+    steady = ranks.repeatable(strict=True)(lambda options: torch.are_deterministic_algorithms_enabled())
     assert steady(SimpleNamespace(device="cuda", deterministic=True))
     assert not steady(SimpleNamespace(device="cuda", deterministic=False))

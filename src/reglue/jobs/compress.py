@@ -24,8 +24,8 @@ from reglue.data.pictures import colours_of, image_grid
 from reglue.data.store import Store, codes_column, compressor_of, value_of
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths, from_json, replacing
+from reglue.runs import ranks
 from reglue.runs.official_compressors import read_compressor
-from reglue.runs.ranks import resolve_device
 from reglue.seeds import generator, normals, permutation
 from reglue.semantics.compressors import (
     LEARNED,
@@ -151,6 +151,7 @@ class Compress(TakesPaths):
 
 def compress(options: Compress) -> Store:
     """Fit a compressor and write its codes. Raises UserError for anything that the user can mend."""
+    device = ranks.alone("compress", options.device)
     fitted = options.read_fitted()
     if fitted:
         spec = fitted.spec()
@@ -174,7 +175,6 @@ def compress(options: Compress) -> Store:
         print(f"{store.folder} has compressor {name} already")
         return store
 
-    device = resolve_device(options.device)
     training, held_out = _split(options, store)
     statistics = store.manifest.statistics[options.column]
     mean, std = (torch.tensor(each[source.channels], device=device) for each in (statistics.mean, statistics.std))

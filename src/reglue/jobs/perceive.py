@@ -122,9 +122,7 @@ def perceive(options: Perceive) -> Perception:
 
     Raises UserError for user mistakes, and under torchrun with several processes: one does it all.
     """
-    if ranks.join(options.device)[1] > 1:
-        raise UserError("perceive works in one process; start it without torchrun")
-    device = ranks.resolve_device(options.device)
+    device = ranks.alone("perceive", options.device)
     heads = load_heads(options.head, device)
     subject = load_subject(options, device)
     views = choose_views(options, heads, subject)

@@ -26,7 +26,7 @@ from reglue.data.store import CLASS_TOKEN_CODES, LOCAL_CODES, Store, compressor_
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths, from_json, replacing, to_json
 from reglue.metrics.probes import IGNORE, Constant, Examples, Fitted, Training, fit_linear, fit_map, measure
-from reglue.runs.ranks import resolve_device
+from reglue.runs import ranks
 from reglue.seeds import permutation
 from reglue.semantics.compressors import Compressor, as_map, load_compressor
 
@@ -164,7 +164,7 @@ class Report:
 
 def probe(options: Probe) -> Report:
     """Fit and measure all probes, print a table and write it. Raises UserError for anything that the user can mend."""
-    device = resolve_device(options.device)
+    device = ranks.alone("probe", options.device)
     store = Store.open(options.store)
     validation = None if options.validation is None else _second_store(options.validation, store)
     inputs = _inputs(options, store)

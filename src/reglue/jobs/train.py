@@ -101,7 +101,7 @@ class Losses(nn.Module):
 
 @ranks.together
 @ranks.sigterm_deferred()
-@ranks.repeatable
+@ranks.repeatable(strict=True)
 def train(options: Train) -> Path:
     """Train until the recipe's last step. Returns the run folder.
 

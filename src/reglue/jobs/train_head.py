@@ -28,7 +28,7 @@ from reglue.metrics.probes import (
     fit_map,
     measure,
 )
-from reglue.runs.ranks import resolve_device
+from reglue.runs import ranks
 from reglue.semantics.encoders import VisionFeatures
 from reglue.semantics.heads import Head, HeadSpec
 
@@ -113,7 +113,7 @@ class HeadRecord:
 def train_head(options: TrainHead) -> Head:
     """Train and measure a head and write it. Raises UserError for anything that the user can mend."""
     refuse_filled(options.out)  # Before the training rather than after it.
-    device = resolve_device(options.device)
+    device = ranks.alone("head", options.device)
     store = Store.open(options.store)
     read = features_of(options, store)
     part = with_depths(store, options.depth) if options.depth else with_classes(store, options.masks)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ class Writer:
                 use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
             )
         )
-        self.thread = ThreadPoolExecutor(1)
+        # A new thread begins on the first GPU, and would take memory of it that is another process's.
+        own = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+        self.thread = ThreadPoolExecutor(1, initializer=own)
         self.pending: Future[None] | None = None
 
     def save(self, step: int, model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> None:

@@ -21,6 +21,11 @@ from torch import Tensor
 from reglue.errors import Stopped, UserError
 from reglue.recipe import Compile, Precision
 
+try:
+    import resource
+except ImportError:  # On Windows.
+    resource = None
+
 LONG_WAIT = timedelta(days=30)
 """Until a process that waits for the others gives up. One that has died is noticed at once."""
 
@@ -55,12 +60,14 @@ def resolve_device(name: str = "auto") -> torch.device:
         raise UserError(f"--device {name}: jobs run on auto, cpu or cuda alone")
     if not torch.cuda.is_available():
         raise UserError(f"--device {name}: this machine has no NVIDIA GPU that PyTorch can see; use --device cpu")
+    # What `deterministic` needs, read once, at the first matrix product; as large as it is on new GPUs in any case.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     count, own = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
     if _announced() > 1 and own is not None:
         if int(own) >= count:
             raise UserError(
-                f"--device {name}: process {own} of this machine has no GPU of its own, there are {count}; start "
-                f"--nproc-per-node {count}, or use --device cpu"
+                f"--device {name}: process {own} of this machine has no GPU of its own, it sees {count}; start "
+                f"--nproc-per-node {count}, let every process see all GPUs of its machine, or use --device cpu"
             )
         if device.index not in (None, int(own)):
             raise UserError(f"--device {name} is for one process, not for {_announced()}; use --device cuda")
@@ -90,15 +97,34 @@ def join(device: str) -> tuple[int, int]:
     UserError as `resolve_device`.
     """
     global _waiting
+    place = resolve_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # PyTorch waits for the current one in places that do not know another.
     if _announced() == 1:
         return 0, 1
     if not dist.is_initialized():
-        place = resolve_device(device)
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
+        _open_many_files()
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=STEP_WAIT)
         _waiting = private_group(LONG_WAIT)
     return dist.get_rank(), dist.get_world_size()
+
+
+def _open_many_files() -> None:
+    """As many as this process may: every group of processes keeps a connection to each of the others open."""
+    if resource is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def alone(job: str, device: str) -> torch.device:
+    """The device of a job that works in one process.
+
+    Raises UserError as `resolve_device`, and where torchrun has started several processes, which would write the same
+    files.
+    """
+    if _announced() > 1:
+        raise UserError(f"{job} works in one process; start it without torchrun")
+    return resolve_device(device)
 
 
 def leave() -> None:
@@ -243,32 +269,35 @@ class Repeatable(RunsOn, Protocol):
 _Repeatable = TypeVar("_Repeatable", bound=Repeatable)
 
 
-def repeatable(job: Callable[[_Repeatable], _T]) -> Callable[[_Repeatable], _T]:
-    """The job, within `deterministic` as its options say."""
+def repeatable(*, strict: bool) -> Callable[[Callable[[_Repeatable], _T]], Callable[[_Repeatable], _T]]:
+    """Has a job run within `deterministic` as its options say."""
 
-    @wraps(job)
-    def repeated(options: _Repeatable) -> _T:
-        with deterministic(resolve_device(options.device), options.deterministic):
-            return job(options)
+    def decorate(job: Callable[[_Repeatable], _T]) -> Callable[[_Repeatable], _T]:
+        @wraps(job)
+        def repeated(options: _Repeatable) -> _T:
+            with deterministic(resolve_device(options.device), options.deterministic, strict=strict):
+                return job(options)
 
-    return repeated
+        return repeated
+
+    return decorate
 
 
 @contextmanager
-def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
+def deterministic(device: torch.device, wanted: bool, *, strict: bool = True) -> Iterator[None]:
     """A GPU uses algorithms inside the block that give the same bits each time; the CPU's do so in any case.
 
-    Without it, gradients of attention are added in whatever order they are ready. Where PyTorch has only such an
-    algorithm, it warns. For the whole process.
+    Without it, gradients of attention are added in whatever order they are ready. `strict`, PyTorch raises RuntimeError
+    where it has no such algorithm. Otherwise it warns, and also takes the faster one for attention, though it has both.
+    For the whole process.
     """
     if not wanted or device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as large as it is on new GPUs in any case
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filling = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
     settings.fill_uninitialized_memory = False  # Nobody reads it, and it is as much work as a copy.
     try:
         yield
