@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,18 @@ def tiny_store(
     compress(Compress(folder, "conv", channels=4, hidden=8, epochs=1, device="cpu"))
     compress(Compress(folder, "pca", channels=4, device="cpu"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def dropping_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
+    """The same, as if it had been trained with some local maps dropped."""
+    from reglue.runs.record import RunRecord
+
+    run = Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("dropping") / "run"))
+    record = RunRecord.read(run)
+    recipe = replace(record.recipe, local=replace(record.recipe.local, dropout=0.2))
+    replace(record, recipe=recipe).write(run)
+    return run
 
 
 @pytest.fixture(scope="session")

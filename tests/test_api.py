@@ -57,7 +57,8 @@ def model(tiny_run: Path) -> reglue.ImageModel:
     return reglue.load(tiny_run, device="cpu")
 
 
-def test_single_options_change_the_models_own_sampling(model: reglue.ImageModel) -> None:
+def test_single_options_change_the_models_own_sampling(dropping_run: Path) -> None:
+    model = reglue.load(dropping_run, device="cpu")
     guidance = Guidance(1.5, local_scale=1.2, cls_scale=1.1, interval=(0.1, 0.8), representation_scale=1.3)
     at_once = model.generate([1, 2], seed=4, sampling=Sampling("heun", 3, guidance, "round"), output="tensor")
     one_by_one = model.generate(
@@ -106,7 +107,8 @@ def test_ways_to_ask_for_classes(model: reglue.ImageModel) -> None:
 def test_numbers_are_indices_and_text_is_a_name_first(model: reglue.ImageModel) -> None:
     digits = replace(model, record=replace(model.record, class_names=("0", "1", "10", "2")))
     assert [digits.label(name) for name in ("2", 2, np.int64(2), torch.tensor(2))] == [3, 2, 2, 2]  # type: ignore[arg-type]
-    assert digits.label("3") == 3
+    with pytest.raises(UserError, match=r"class 3: choose a name \(0, 1, 10, 2\)"):
+        digits.label("3")  # Among numbers for names another number is a mistake.
     with pytest.raises(UserError, match="class 10: choose 0 to 3"):
         digits.label(np.int64(10))  # type: ignore[arg-type]
 

@@ -60,8 +60,8 @@ COMMANDS = {
 def main() -> None:
     """Run a subcommand. A user's mistake ends with one line and exit code 2, an interruption with 130.
 
-    A job that SIGTERM has stopped in good order ends with 143. Anything else that goes wrong shows where, and ends a
-    process among others at once too.
+    A job that was asked to stop, and has in good order, ends with 143. Anything else that goes wrong shows where, and
+    ends a process among others at once too.
     """
     try:
         options = parse(sys.argv[1:])
@@ -76,7 +76,7 @@ def main() -> None:
     except Stopped as request:
         fail(str(request), 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        fail("interrupted; the same command continues where it stopped", 130)
+        fail("interrupted; run the same command again, which keeps what was finished", 130)
     except Exception:
         from reglue.runs import ranks
 

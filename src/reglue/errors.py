@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 class Stopped(Exception):  # noqa: N818, since it is no error
-    """A job was asked to stop (SIGTERM) and has: what it had done is saved, and the same command continues.
+    """A job was asked to stop (SIGTERM, SIGINT) and has: what it had done is saved, and the same command continues.
 
     All of its processes raise it. The command line prints the message and exits with code 143.
     """

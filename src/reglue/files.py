@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 
 from reglue.errors import UserError
 
+BESIDE = ".reglue-tmp"
+"""What the name of a file or folder ends with that is being written, before it takes its place. Nobody else's."""
 _T = TypeVar("_T")
 _converter = make_converter(forbid_extra_keys=True)
 
@@ -39,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
     When the block raises, or the process dies, whatever was at `path` is still there, whole. Raises UserError when the
     file cannot be written, a full disk for example.
     """
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(path.name + BESIDE)
     try:
         beside.touch()
         mode = beside.stat().st_mode
@@ -64,7 +66,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     refuse_filled(path)
     place = path.resolve()  # "." has no name.
-    beside = place.with_name(place.name + ".tmp")
+    beside = place.with_name(place.name + BESIDE)
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)

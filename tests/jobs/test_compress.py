@@ -25,7 +25,7 @@ from reglue.data.targets import DecodedTargets
 from reglue.errors import UserError
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.prepare import Prepare, prepare
-from reglue.semantics.compressors import ConvCompressor, LearnedCompressor, as_map, load_compressor
+from reglue.semantics.compressors import ConvCompressor, LearnedCompressor, PcaCompressor, as_map, load_compressor
 
 
 @pytest.fixture
@@ -148,6 +148,31 @@ def test_lost_codes_are_made_again_from_the_saved_compressor(folder: Path):
     shard.unlink()
     assert compress(Compress(folder, channels=4, hidden=8, epochs=1, device="cpu")).manifest == before
     assert shard.read_bytes() == codes
+
+
+def test_a_lost_compressor_is_fitted_again(folder: Path, capsys: pytest.CaptureFixture[str]):
+    options = Compress(folder, "pca", channels=3, device="cpu")
+    before = compress(options).manifest
+    shutil.rmtree(folder / "compressors" / "pca-3")
+    (folder / "compressors" / "pca-3").mkdir()
+    capsys.readouterr()
+    assert compress(options).manifest == before
+    assert "already" not in capsys.readouterr().out
+    assert load_compressor(folder / "compressors" / "pca-3").spec() == before.compressors["pca-3"]
+
+
+def test_codes_that_two_processes_make_at_once_are_both_kept(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    fit = PcaCompressor.fit.__func__
+
+    def slowly(kind, batches, mean, std, channels):
+        if channels == 3:  # Meanwhile another process begins and ends.
+            compress(Compress(folder, "pca", channels=2, device="cpu"))
+        return fit(kind, batches, mean, std, channels)
+
+    monkeypatch.setattr(PcaCompressor, "fit", classmethod(slowly))
+    made = compress(Compress(folder, "pca", channels=3, device="cpu"))
+    assert {"pca-2", "pca-3"} <= made.manifest.compressors.keys()
+    assert {"local.pca-2", "local.pca-3"} <= Store.open(folder).manifest.columns.keys()
 
 
 def test_micro_batches_are_parts_of_a_batch(folder: Path):

@@ -33,7 +33,7 @@ from reglue.jobs.sample import Sample, plan, sample
 from reglue.recipe import Sampling
 from reglue.runs import generation
 from reglue.runs.generation import load
-from reglue.runs.record import RunRecord
+from reglue.runs.record import RunRecord, Start
 
 
 def pixels(folder: Path) -> np.ndarray:
@@ -217,6 +217,7 @@ def test_the_protocol_says_which_precisions_and_weights_were_used(tiny_run: Path
     ("change", "what"),
     [
         (lambda record: replace(record, class_names=("circle", "stripes", "square")), "classes"),
+        (lambda record: replace(record, class_names=("0", "1", "2")), "classes"),
         (lambda record: replace(record, recipe=replace(record.recipe, path="cosine")), "path"),
         (lambda record: replace(record, normalisation={}), "scale of latent"),
     ],
@@ -230,10 +231,52 @@ def test_a_weaker_run_speaks_of_the_same_in_the_same_terms(
         plan(Sample(tiny_run, tmp_path / "out", weaker_run=other, device="cpu"), load(tiny_run, device="cpu"))
 
 
+def test_what_was_never_trained_does_not_guide(tiny_run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    record = RunRecord.read(folder)
+    recipe = replace(record.recipe, optimisation=replace(record.recipe.optimisation, label_dropout=0.0))
+    replace(record, recipe=recipe).write(folder)
+    model = load(folder, device="cpu")
+    assert model.default_sampling.guidance.scale == 1
+    for name, says in (
+        ("scale", "has no branch without labels \\(trained with --optimisation.label-dropout 0"),
+        ("cls_scale", "has no branch without labels"),
+        ("representation_scale", "has no branch without its map \\(trained with --local.dropout 0"),
+    ):
+        with pytest.raises(UserError, match=says):
+            model.generate(0, sampling=replace(model.default_sampling, guidance=Guidance(**{name: 2.0})))
+    # A run that began as another one may have learned it there.
+    start = Start("elsewhere", 5, "ema", "")
+    replace(record, recipe=recipe, start=start).write(folder)
+    load(folder, device="cpu").generate(0, steps=1, guidance_scale=2.0, representation_scale=2.0)
+
+
+def test_where_all_names_are_numbers_text_is_a_name(tiny_run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    replace(RunRecord.read(folder), class_names=("1", "10", "2")).write(folder)
+    model = load(folder, device="cpu")
+    assert [model.label(name) for name in ("1", "10", "2", 0, 2)] == [0, 1, 2, 0, 2]
+    with pytest.raises(UserError, match=r"class 0: choose a name \(1, 10, 2\)"):
+        model.label("0")
+
+
+def test_complete_samples_stay_those_of_the_versions_that_drew_them(tiny_run: Path, tmp_path: Path) -> None:
+    options = Sample(tiny_run, tmp_path / "out", count=2, steps=1, device="cpu")
+    sample(options)
+    file = tmp_path / "out" / "samples.json"
+    older = json.loads(file.read_text())
+    older["versions"]["torch"] = "1.0"
+    file.write_text(json.dumps(older))
+    sample(options)
+    assert json.loads(file.read_text())["versions"]["torch"] == "1.0"
+    with pytest.raises(UserError, match=r"another protocol \(versions\)"):
+        sample(replace(options, count=3))
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        lambda record: replace(record, class_names=("0", "1", "2")),
+        lambda record: replace(record, class_names=("0", "1", "2"), origin="published.pt"),
         lambda record: replace(record, autoencoder=replace(record.autoencoder, weights_sha256=None)),
     ],
 )
@@ -400,10 +443,13 @@ def test_an_archive_that_cannot_be_written_leaves_the_pictures(
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama", "adams-bashforth", "dopri5"])
-def test_every_sampler_and_guidance_draws_images(tiny_run: Path, tmp_path: Path, sampler: str) -> None:
+def test_every_sampler_and_guidance_draws_images(
+    tiny_run: Path, dropping_run: Path, tmp_path: Path, sampler: str
+) -> None:
     out = sample(
         Sample(
-            tiny_run, tmp_path / "out", count=3, sampler=sampler, guidance_scale=2.0, local_scale=1.5, cls_scale=1.0,  # type: ignore[arg-type]
+            dropping_run, tmp_path / "out", count=3, sampler=sampler,  # type: ignore[arg-type]
+            guidance_scale=2.0, local_scale=1.5, cls_scale=1.0,
             guidance_interval=(0.1, 0.8), representation_scale=1.2, weaker_run=tiny_run, steps=3, device="cpu",
         )
     )  # fmt: skip

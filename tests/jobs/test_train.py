@@ -239,7 +239,10 @@ def test_a_folder_with_other_files_is_left_alone(tiny_store: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_sigterm_stops_after_the_step_with_a_checkpoint(tiny_store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_does_after_the_step_with_a_checkpoint(
+    number: signal.Signals, tiny_store: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     arguments = ["train", "sit", "--store", tiny_store, "--out", run, *TINY_RECIPE, "--optimisation.steps=100000"]
     process = subprocess.Popen(
@@ -252,14 +255,14 @@ def test_sigterm_stops_after_the_step_with_a_checkpoint(tiny_store: Path, tmp_pa
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         _, text = process.communicate(timeout=60)
     finally:
         process.kill()
     (step,) = checkpoints.steps(run)
     assert process.returncode == 143
     assert "Traceback" not in text
-    assert f"reglue: stopped by SIGTERM after step {step}, with a checkpoint; the same command continues" in text
+    assert f"reglue: stopped after step {step}, with a checkpoint; the same command continues" in text
 
 
 def test_what_is_compiled_may_change_and_precision_may_not(tiny_store: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import reglue
 from helpers import TINY_RECIPE, mistake
 from reglue.cli import parse
+from reglue.data.store import Store
 from reglue.diffusion.transformer import position_embedding
 from reglue.errors import UserError
 from reglue.jobs.compress import Compress, compress
@@ -184,9 +185,38 @@ def test_weights_that_are_not_there(tiny_run: Path, tiny_store: Path, tmp_path: 
     assert "has no model.safetensors; use --from-weights ema" in said
 
 
+def test_options_about_another_run_need_one(
+    tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--store", tiny_store, "--out", tmp_path / "run", *TINY_RECIPE]
+    for option in ("--from-step=5", "--from-weights=model"):
+        assert "give --from too" in mistake(capsys, monkeypatch, "train", "reglue", *arguments, option)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_known_from_any_folder(
+    tiny_store: Path, tiny_run: Path, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths are kept whole, however they were given."""
+    monkeypatch.chdir(tmp_path)
+    for name, place in (("store", tiny_store), ("run", tiny_run), ("images", tiny_images)):
+        Path(name).symlink_to(place)
+    options = [*TINY_RECIPE, "--optimisation.steps=1", "--from", "run"]
+    new = train(parse(["train", "reglue", "--store", "store", "--out", "new", *options]))
+    record = RunRecord.read(new)
+    assert record.store == str(tmp_path / "store")
+    assert record.start
+    assert record.start.run == str(tiny_run)
+    prepare(Prepare(Path("images"), Path("prepared"), 16, "starter", "none", workers=0, device="cpu"))
+    assert Store.open("prepared").manifest.source.path == str(tmp_path / "images")
+
+
 def test_rows_of_labels() -> None:
     assert rows_of_labels(("ape", "bee"), ("bee", "cat")) == {0: 1, 2: 2}
-    assert rows_of_labels(("0", "1"), ("bee", "cat")) == {0: 0, 1: 1, 2: 2}, "as many numbers, in the same order"
+    assert rows_of_labels(2, ("bee", "cat")) == {0: 0, 1: 1, 2: 2}, "as many without names, in the same order"
+    assert rows_of_labels(("bee", "cat"), 2) == {0: 0, 1: 1, 2: 2}
+    assert rows_of_labels(("0", "1"), ("bee", "cat")) == {2: 2}, "numbers may be names as well"
+    assert rows_of_labels(3, ("1", "bee")) == {0: 1, 2: 3}
     assert rows_of_labels((), ("ape",)) == {1: 0}
     assert rows_of_labels(("ape",), ()) == {0: 1}
 

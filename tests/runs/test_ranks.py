@@ -195,13 +195,18 @@ def test_an_unexpected_error_ends_a_process_among_others_at_once_after_its_trace
 
 def test_sigterm_is_deferred_in_the_main_thread_alone_and_for_the_job_alone() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with ranks.sigterm_deferred():
+    with ranks.stopping_deferred():
         assert not ranks.asked_to_stop()
         signal.raise_signal(signal.SIGTERM)
         assert ranks.asked_to_stop()
     assert signal.getsignal(signal.SIGTERM) == before
+    with ranks.stopping_deferred():
+        signal.raise_signal(signal.SIGINT)
+        assert ranks.asked_to_stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)  # The user insists.
 
-    @ranks.sigterm_deferred()
+    @ranks.stopping_deferred()
     def handler() -> Any:
         return signal.getsignal(signal.SIGTERM)
 

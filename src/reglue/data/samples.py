@@ -74,16 +74,17 @@ def loader(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # which leaves PyTorch's global random state alone
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=_go_on,
     )
 
 
-def _ignore_sigterm(_: int) -> None:
+def _go_on(_: int) -> None:
     """In a process that reads: the job itself stops in good order, and needs its next batch for that.
 
-    SLURM and `timeout` send the signal to all processes at once.
+    SLURM, `timeout` and Ctrl-C send their signals to all processes at once.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def all_of(

@@ -68,6 +68,11 @@ class Reading(TakesPaths):
         if self.count is not None and (self.count < 1 or not self.streaming):
             raise UserError(f"--count {self.count}: choose at least 1, with --streaming")
 
+    def found_from_anywhere(self) -> Reading:
+        """The same with absolute paths, to be kept."""
+        labels, names = (path and path.absolute() for path in (self.labels, self.class_names))
+        return replace(self, labels=labels, class_names=names)
+
 
 @dataclass(frozen=True)
 class Subset:
@@ -78,6 +83,11 @@ class Subset:
     per_class: int | None = None
     """At most so many of each class."""
     seed: int = 0
+
+
+def is_on_hub(path: Path) -> bool:
+    """Whether images are `hf:OWNER/NAME`, and no files here."""
+    return str(path).startswith(HUB)
 
 
 def open_images(
@@ -329,8 +339,8 @@ def _read(file: Any, member: _Member) -> bytes:
 
 
 def _open_whole(path: Path, reading: Reading) -> ImageSource:
-    if str(path).startswith(HUB) or reading.streaming:
-        local_files = not str(path).startswith(HUB) and not path.is_dir()
+    if is_on_hub(path) or reading.streaming:
+        local_files = not is_on_hub(path) and not path.is_dir()
         return _tables().load(path, _files(path, reading) if local_files else (), reading)
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _tables().load_saved(path, reading)

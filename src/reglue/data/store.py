@@ -43,7 +43,7 @@ from reglue.data.images import ImageSource, UnreadableImage
 from reglue.data.read_ahead import expect
 from reglue.data.sources import FLIPPED, Reading, Subset, open_images
 from reglue.errors import UserError
-from reglue.files import from_json, plain, replacing, structured, to_json
+from reglue.files import BESIDE, from_json, plain, replacing, structured, to_json
 from reglue.latents.autoencoders import AutoencoderSpec
 from reglue.recipe import Precision
 from reglue.semantics.compressors import CompressedColumn, CompressorSpec
@@ -371,12 +371,14 @@ class Store:
             names = self._names[start : start + shard.rows]
             written.append(write_shard(self.folder, column, index, names, {value_of(column): codes}))
         content = join_columns(written)
-        before = self.manifest
-        added = Store(self.folder, replace(before, columns={**before.columns, column: content}))
+        added = Store(self.folder, replace(self.manifest, columns={**self.manifest.columns, column: content}))
+        statistics = added.statistics(column, torch.arange(len(self)))
+        before = read_manifest(self.folder)  # Another process may have added other codes meanwhile.
         manifest = replace(
-            added.manifest,
+            before,
+            columns={**before.columns, column: content},
             compressors={**before.compressors, compressor_of(column): compressor},
-            statistics={**before.statistics, column: added.statistics(column, torch.arange(len(self)))},
+            statistics={**before.statistics, column: statistics},
         )
         return Store(self.folder, _write_manifest(self.folder, manifest))
 
@@ -469,7 +471,7 @@ class StoreWriter:
         elif (self.folder / PARTIAL).is_file():
             has = from_json(self.folder / PARTIAL, Contents, "prepare the store anew")
         else:
-            strangers = [entry.name for entry in self.folder.iterdir() if entry.suffix != ".tmp"]
+            strangers = [entry.name for entry in self.folder.iterdir() if entry.suffix not in (BESIDE, ".tmp")]
             if strangers:
                 raise UserError(f"{self.folder} is no store but holds {strangers[0]}; choose a new or an empty folder")
             has = asked
@@ -724,7 +726,7 @@ def _hash(content: dict[str, Any]) -> str:
 
 def _link(source: Path, target: Path) -> None:
     """A second name for a file of a store, or a copy on another disk. Files of stores are replaced, never changed."""
-    beside = target.with_name(target.name + ".tmp")
+    beside = target.with_name(target.name + BESIDE)
     beside.unlink(missing_ok=True)
     try:
         os.link(source, beside)

@@ -171,7 +171,7 @@ class TrainingRecord:
 
 
 @ranks.together
-@ranks.sigterm_deferred()
+@ranks.stopping_deferred()
 @ranks.repeatable(strict=False)
 def autoencode(options: Autoencode) -> Path:
     """Train until the recipe's last step and write the autoencoder. Returns its folder.
@@ -343,7 +343,7 @@ def autoencode(options: Autoencode) -> Path:
             checkpoints.save(options.out, step, model, ema, optimiser)
             checkpoints.forget_all_but(options.out, options.keep)
         if stop_due and not last:
-            raise Stopped(f"stopped by SIGTERM after step {step}, with a checkpoint; the same command continues")
+            raise Stopped(f"stopped after step {step}, with a checkpoint; the same command continues")
     progress.close()
     if rank == 0:
         chosen = permutation(options.seed, "latent statistics", 0, len(training))[: options.statistics_images]

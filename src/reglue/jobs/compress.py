@@ -32,6 +32,7 @@ from reglue.semantics.compressors import (
     CompressedColumn,
     Compressor,
     CompressorKind,
+    CompressorSpec,
     LearnedCompressor,
     PcaCompressor,
     as_map,
@@ -170,8 +171,9 @@ def compress(options: Compress) -> Store:
         )
     if len(store.originals) < 2:
         raise UserError(f"{store.folder} has a single image; a compressor needs two at least, one to be measured on")
-    _same_options_as_before(folder, options.decisive(fitted), begun=name in store.manifest.compressors)
-    if store.is_whole(options.codes):
+    fits = _is_the_one(folder, store.manifest.compressors.get(name))
+    _same_options_as_before(folder, options.decisive(fitted), begun=fits)
+    if fits and store.is_whole(options.codes):
         print(f"{store.folder} has compressor {name} already")
         return store
 
@@ -179,7 +181,7 @@ def compress(options: Compress) -> Store:
     statistics = store.manifest.statistics[options.column]
     mean, std = (torch.tensor(each[source.channels], device=device) for each in (statistics.mean, statistics.std))
     std = torch.where(std > 1e-6, std, 1.0)  # A channel that never changes stays 0 instead of becoming NaN.
-    if name in store.manifest.compressors:  # Its codes were damaged.
+    if fits:  # Its codes were damaged.
         compressor = load_compressor(folder).to(device)
     elif fitted:
         compressor = fitted.to(device)
@@ -194,6 +196,14 @@ def compress(options: Compress) -> Store:
         _draw_codes(store, options.codes, folder / "codes.png")
     _checkpoint_of(folder).unlink(missing_ok=True)
     return store
+
+
+def _is_the_one(folder: Path, made: CompressorSpec | None) -> bool:
+    """Whether the compressor that made a store's codes is still in its folder."""
+    try:
+        return made is not None and load_compressor(folder).spec() == made
+    except UserError:
+        return False
 
 
 @dataclass(frozen=True)

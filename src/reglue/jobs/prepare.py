@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from reglue.data.images import ImageSource, UnreadableImage, grey_peaks
-from reglue.data.sources import Reading, Subset, open_images
+from reglue.data.sources import Reading, Subset, is_on_hub, open_images
 from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
@@ -392,12 +392,12 @@ def contents_of(
 ) -> Contents:
     """What the store is to hold, as the options and what they name have it."""
     source = Source(
-        path=str(options.images),
+        path=str(options.images if is_on_hub(options.images) else options.images.absolute()),
         fingerprint=images.fingerprint(),
         resolution=options.size,
         class_names=images.class_names,
         count=len(images),
-        reading=options.reading,
+        reading=options.reading.found_from_anywhere(),
         subset=options.subset,
         flips=options.flips,
     )

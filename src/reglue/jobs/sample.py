@@ -266,7 +266,7 @@ def weaker_model(options: Sample, model: ImageModel) -> Denoiser:
     different = fine_tuning.changed_meanings(weaker.record, model.record)
     if not shape.class_token_width:
         different = [name for name in different if name != "encoder"]  # It was only aligned with.
-    if not fine_tuning.same_classes(weaker.record.class_names, model.record.class_names):
+    if not fine_tuning.same_classes(fine_tuning.names_of(weaker.record), fine_tuning.names_of(model.record)):
         different.append("classes")
     if different:
         raise UserError(
@@ -335,7 +335,7 @@ def claim(folder: Path, protocol: dict[str, Any], unless_told: Sampling, rank: i
     """
     path = folder / PROTOCOL
     if path.is_file():
-        protocol = joined(folder, read_protocol(path), protocol, unless_told)
+        protocol = joined(folder, read_protocol(path), protocol, unless_told, complete=is_drawn(folder, protocol))
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds other files; choose a new or an empty folder for --out")
     ranks.wait_for_all()
@@ -346,6 +346,11 @@ def claim(folder: Path, protocol: dict[str, Any], unless_told: Sampling, rank: i
     ranks.wait_for_all()
 
 
+def is_drawn(folder: Path, protocol: dict[str, Any]) -> bool:
+    """Whether all images of a protocol are there."""
+    return all((folder / f"{i:06d}.png").is_file() for i in range(len(protocol["labels"])))
+
+
 def is_finished(archive: Path, protocol: dict[str, Any], unless_told: Sampling) -> bool:
     """Whether an .npz file is there. Raises UserError if it holds anything but the images of this very protocol."""
     if not archive.exists():
@@ -353,15 +358,20 @@ def is_finished(archive: Path, protocol: dict[str, Any], unless_told: Sampling) 
     before = archived_protocol(archive) or {}
     if not {"labels", "sampling"} <= before.keys():
         raise UserError(f"{archive} is there, and does not say how its images were drawn; choose a new --out")
-    joined(archive, before, protocol, unless_told)
+    joined(archive, before, protocol, unless_told, complete=True)
     has, asked = len(before["labels"]), len(protocol["labels"])
     if has != asked:
         raise UserError(f"{archive} holds {has} images, not {asked}, and takes no more; choose a new --out")
     return True
 
 
-def joined(place: Path, before: dict[str, Any], protocol: dict[str, Any], unless_told: Sampling) -> dict[str, Any]:
-    """The protocol of the images that lie at a place and of those to come. Raises UserError if they are of two."""
+def joined(
+    place: Path, before: dict[str, Any], protocol: dict[str, Any], unless_told: Sampling, *, complete: bool
+) -> dict[str, Any]:
+    """The protocol of the images that lie at a place and of those to come. Raises UserError if they are of two.
+
+    `complete`, none are to come: then it does not matter which versions of libraries would draw them.
+    """
     protocol = json.loads(json.dumps(protocol))  # as it will be read back
     # Older files lack the settings that have come since, and left open which precisions were used.
     defaults = asdict(Sampling()) | {
@@ -377,7 +387,8 @@ def joined(place: Path, before: dict[str, Any], protocol: dict[str, Any], unless
     # More images of the same kind may be added: labels are a function of the index.
     count = min(len(before["labels"]), len(protocol["labels"]))
     shortened = [{**p, "labels": p["labels"][:count]} for p in (before, protocol)]
-    different = sorted(key for key in protocol if shortened[0].get(key) != shortened[1][key])
+    free = ("versions",) if complete else ()
+    different = sorted(key for key in protocol if key not in free and shortened[0].get(key) != shortened[1][key])
     if different:
         raise UserError(f"{place} holds samples of another protocol ({', '.join(different)}); choose a new --out")
     # Fewer images take none away, and the protocol describes all that are there.

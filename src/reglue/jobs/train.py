@@ -84,6 +84,8 @@ class Train(TakesPaths):
         super().__post_init__()
         require(self, "log_every", "checkpoint_every", "preview_count", "preview_steps", "shards", at_least=1)
         require(self, "seed", "keep", "preview_every", "workers", at_least=0)
+        if self.start is None and (self.start_step is not None or self.start_weights != "ema"):
+            raise UserError("--from-step and --from-weights say what to take of another run; give --from too")
 
 
 class Losses(nn.Module):
@@ -100,7 +102,7 @@ class Losses(nn.Module):
 
 
 @ranks.together
-@ranks.sigterm_deferred()
+@ranks.stopping_deferred()
 @ranks.repeatable(strict=True)
 def train(options: Train) -> Path:
     """Train until the recipe's last step. Returns the run folder.
@@ -227,7 +229,7 @@ def train(options: Train) -> Path:
             logged_time = time.perf_counter()
         if stop_due and not last:
             writer.wait()
-            raise Stopped(f"stopped by SIGTERM after step {step}, with a checkpoint; the same command continues")
+            raise Stopped(f"stopped after step {step}, with a checkpoint; the same command continues")
     writer.wait()
     progress.close()
     ranks.wait_for_all()

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from torch.distributed.tensor import DTensor
 
 from reglue.errors import UserError
-from reglue.files import from_json, to_json
+from reglue.files import BESIDE, from_json, to_json
 from reglue.runs import ranks
 from reglue.runs.parallel import own_rows
 
@@ -158,7 +158,7 @@ def _first_does(group: dist.ProcessGroup, action: Callable[[], None]) -> None:
 @contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
     """Where to write what will become `folder`. Raises UserError, and leaves nothing there, if writing fails."""
-    beside = folder.with_name(folder.name + ".tmp")
+    beside = folder.with_name(folder.name + BESIDE)
     try:
         shutil.rmtree(beside, ignore_errors=True)
         yield beside

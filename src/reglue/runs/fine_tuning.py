@@ -56,7 +56,7 @@ class Beginning:
         state = model.state_dict()  # Its tensors are the model's own.
         for name in state.keys() & self.weights.keys() - {LABELS}:
             state[name].copy_(self.weights[name])
-        rows = rows_of_labels(self.source.class_names, record.class_names)
+        rows = rows_of_labels(names_of(self.source), names_of(record))
         for row, row_there in rows.items():
             state[LABELS][row].copy_(self.weights[LABELS][row_there])
         print("\n  ".join(self._report(record, parts(state), classes_taken=len(rows) - 1)))
@@ -125,7 +125,7 @@ def _opened(run: Path, step: int | None, weights: Weights) -> Beginning:
     with file.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     return Beginning(
-        Start(str(run), int(checkpoint.name), weights, sha256),
+        Start(str(run.resolve()), int(checkpoint.name), weights, sha256),
         source.denoiser.position_grid or source.denoiser.token_grid,
         source,
         tensors,
@@ -158,22 +158,30 @@ def refuse_unfitting(run: str, there: Mapping[str, Tensor], here: Mapping[str, T
         )
 
 
-def rows_of_labels(there: tuple[str, ...], here: tuple[str, ...]) -> dict[int, int]:
+def names_of(record: RunRecord) -> tuple[str, ...] | int:
+    """The names of a run's classes or, where they are the numbers of a published model that was imported, how many."""
+    names = record.class_names
+    return len(names) if record.origin and names == tuple(map(str, range(len(names)))) else names
+
+
+def rows_of_labels(there: tuple[str, ...] | int, here: tuple[str, ...] | int) -> dict[int, int]:
     """Rows of this run's label table → rows of the other's: classes by name, and the null label, which comes last.
 
-    Imported runs whose classes have numbers for names stand for as many classes in the same order.
+    Classes without names, of which only the number is known, stand for as many others in the same order.
     """
     if same_classes(there, here):
         there = here
+    there, here = (tuple(map(str, range(names))) if isinstance(names, int) else names for names in (there, here))
     known = {name: row for row, name in enumerate(there)}
     rows = {row: known[name] for row, name in enumerate(here) if name in known}
     return {**rows, len(here): len(there)}
 
 
-def same_classes(there: tuple[str, ...], here: tuple[str, ...]) -> bool:
-    """Whether labels mean the same. Numbers for names, as imported runs have them, stand for any classes in order."""
-    numbers = tuple(map(str, range(len(here))))
-    return there == here or (len(there) == len(here) and numbers in (there, here))
+def same_classes(there: tuple[str, ...] | int, here: tuple[str, ...] | int) -> bool:
+    """Whether labels mean the same, as far as it is known: of a number, how many there are."""
+    if isinstance(there, int) or isinstance(here, int):
+        there, here = (names if isinstance(names, int) else len(names) for names in (there, here))
+    return there == here
 
 
 def same_latents(there: AutoencoderSpec, here: AutoencoderSpec) -> bool:

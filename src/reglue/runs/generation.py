@@ -274,6 +274,12 @@ class ImageModel:
             lacking |= dict.fromkeys(("local_scale", "representation_scale"), "local map")
         if CLS not in modalities:
             lacking["cls_scale"] = "class token"
+        recipe, begun_elsewhere = self.record.recipe, self.record.start is not None
+        if LOCAL in modalities and not recipe.local.dropout and not begun_elsewhere:
+            lacking["representation_scale"] = "branch without its map (trained with --local.dropout 0)"
+        if not recipe.optimisation.label_dropout and not begun_elsewhere:
+            unconditional = "branch without labels (trained with --optimisation.label-dropout 0)"
+            lacking |= dict.fromkeys(("scale", "local_scale", "cls_scale"), unconditional)
         if not self.record.class_names:
             lacking |= dict.fromkeys(("scale", "local_scale", "cls_scale"), "classes")
         return {name: what for name, what in lacking.items() if getattr(guidance, name) not in (None, 1)}
@@ -413,12 +419,16 @@ class ImageModel:
         return [self.label(name) for name in classes]
 
     def label(self, name: int | str) -> int:
-        """The label of a class index or name. Raises UserError if there is no such class."""
+        """The label of a class index or name. Raises UserError if there is no such class.
+
+        Text is a name first, and then a number; where all names are numbers, it is a name alone.
+        """
         names = self.record.class_names
+        by_name = isinstance(name, str) and all(map(str.isdecimal, names))
         if isinstance(name, str):
             if name in names:
                 return names.index(name)
-            index = int(name) if name.isdecimal() else -1
+            index = int(name) if name.isdecimal() and not by_name else -1
         else:
             try:
                 index = operator.index(name)  # NumPy's integers are not `int`.
@@ -427,11 +437,10 @@ class ImageModel:
         if 0 <= index < len(names):
             return index
         shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-        raise UserError(
-            f"class {name}: choose 0 to {len(names) - 1} or a name ({shown})"
-            if names
-            else f"class {name}: this model was trained without classes"
-        )
+        if not names:
+            raise UserError(f"class {name}: this model was trained without classes")
+        choice = f"a name ({shown})" if by_name else f"0 to {len(names) - 1} or a name ({shown})"
+        raise UserError(f"class {name}: choose {choice}")
 
     @torch.no_grad()
     def draw(

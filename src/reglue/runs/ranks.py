@@ -208,24 +208,35 @@ def first_says(value: _T) -> _T:
 
 
 @contextmanager
-def sigterm_deferred() -> Iterator[None]:
-    """Around a job that looks at `asked_to_stop` in time: SIGTERM does not end the process.
+def stopping_deferred() -> Iterator[None]:
+    """Around a job that looks at `asked_to_stop` in time: SIGTERM does not end the process, nor does Ctrl-C (SIGINT),
+    but for the second one, which interrupts at once.
 
     In other threads than the main one, which Python does not let decide about signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
+    def interrupt(*_: object) -> None:
+        if _asked_to_stop.is_set():
+            raise KeyboardInterrupt
+        _asked_to_stop.set()
+        # Whatever is being printed may not be printed to in between.
+        os.write(2, b"\nreglue: stops with a checkpoint; Ctrl-C again stops at once, without one\n")
+
     _asked_to_stop.clear()
-    before = signal.signal(signal.SIGTERM, lambda *_: _asked_to_stop.set())
+    handlers = {signal.SIGTERM: lambda *_: _asked_to_stop.set(), signal.SIGINT: interrupt}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def asked_to_stop() -> bool:
-    """Whether SIGTERM has come to this process; the others may not have it yet, and have to be told."""
+    """Whether SIGTERM or SIGINT has come to this process; the others may not have it yet, and have to be told."""
     return _asked_to_stop.is_set()
 
 

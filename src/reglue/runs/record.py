@@ -95,7 +95,7 @@ class RunRecord:
             class_token_compressor=manifest.compressors[compressor_of(token)] if compressed else None,
             normalisation=normalisations(store, recipe),
             seed=seed,
-            store=str(store.folder),
+            store=str(store.folder.absolute()),
             store_hash=data_hash(store, recipe),
             versions=versions(),
         )
