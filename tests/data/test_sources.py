@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import io
 import json
 import sys
@@ -308,6 +309,25 @@ def test_tables_of_labels(nested: Path, tmp_path: Path, name: str, text: str, la
     assert list(images.labels) == labels
     assert images.class_names == class_names
     assert images.fingerprint() != ImageFolder.unlabelled(nested).fingerprint()
+
+
+def test_whatever_names_csv_can_hold_are_read_back(rows, tmp_path: Path):
+    names = ["a\u2028b.png", "a\x85b.png", 'new\nline, "quoted".png', "plain.png"]
+    (tmp_path / "images").mkdir()
+    for name, (_, content, _) in zip(names, rows, strict=False):
+        (tmp_path / "images" / name).write_bytes(content)
+    table = tmp_path / "labels.csv"
+    for ends in ("\r\n", "\n", "\r"):
+        with table.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator=ends)
+            writer.writerows([("file", "label"), *zip(names, "abca", strict=True)])
+        images = open_images(tmp_path / "images", Reading(labels=table))
+        labels = {name: images.class_names[label] for name, label in zip(images.names, images.labels, strict=True)}
+        assert labels == dict(zip(names, "abca", strict=True))
+    with table.open("a", newline="") as file:
+        file.write("lonely.png\n")
+    with pytest.raises(UserError, match=r"labels\.csv, line 7: it has 1 column"):
+        open_images(tmp_path / "images", Reading(labels=table))
 
 
 def test_a_table_labels_tar_shards_and_class_names_order_the_labels(rows, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -110,15 +111,16 @@ def look_up(table: dict[str, Label], names: Collection[str], file: Path, path: P
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, str]]:
+    reader = csv.reader(io.StringIO(_text(file), newline=""))
     try:
-        rows = list(csv.reader(_text(file).splitlines()))
+        rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise UserError(f"{file} is not CSV: {error}") from error
-    first = [cell.strip() for cell in rows[0]] if rows else []
+    first = [cell.strip() for cell in rows[0][1]] if rows else []
     columns = (first.index("file"), first.index("label")) if {"file", "label"} <= set(first) else (0, 1)
     has_heading = bool(first) and not is_image(first[columns[0]])
-    for line, row in enumerate(rows, start=1):
-        if not row or (has_heading and line == 1):
+    for line, row in rows[1:] if has_heading else rows:
+        if not row:
             continue
         if len(row) <= max(columns):
             raise UserError(f"{file}, line {line}: it has {len(row)} column(s); give the image's file and its label")
@@ -138,8 +140,9 @@ def _json_rows(file: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _text(file: Path) -> str:
+    """The text of a file, with its line ends as they are."""
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not text in UTF-8 ({error}); save it as such") from error
     except OSError as error:
