@@ -439,9 +439,30 @@ def test_labels_outside_the_classes_are_refused(rows, tmp_path: Path):
     with pytest.raises(UserError, match=r"label 2, but .* has 2 classes"):
         open_images(tars, Reading(class_names=tmp_path / "classes.txt"))
     as_dataset([(key, content, -1) for key, content, _ in rows[:3]]).to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(UserError, match="label -1"):
+    with pytest.raises(UserError, match=r"test\.parquet/0 has no label \(-1\); remove it"):
         open_images(tmp_path / "test.parquet")
     assert open_images(tmp_path / "test.parquet", Reading(no_labels=True)).class_names == ()
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_negative_numbers_are_no_labels(names: bool, rows, nested: Path, tmp_path: Path):
+    class_names = tmp_path / "classes.txt" if names else None
+    (tmp_path / "classes.txt").write_text("one\ntwo\nthree\n")
+    tars = write_tars(rows, tmp_path / "tars", cls=lambda label: label or -1)
+    (tmp_path / "a.csv").write_text("2.png,-1\na/0.png,0\na/b/1.png,1\n")
+    (tmp_path / "a.json").write_text('{"2.png": 0, "a/0.png": -1, "a/b/1.png": 1}')
+    unlabelled = [(key, content, label or -1) for key, content, label in rows]
+    as_dataset(unlabelled, None).rename_column("kind", "label").to_parquet(tmp_path / "a.parquet")
+    as_dataset(unlabelled, None).rename_column("kind", "label").save_to_disk(tmp_path / "saved")
+    for path, table, image in (
+        (tars, None, r"shard-00\.tar/circle-000\.png"),
+        (nested, tmp_path / "a.csv", r"2\.png"),
+        (nested, tmp_path / "a.json", r"a/0\.png"),
+        (tmp_path / "a.parquet", None, r"a\.parquet/0"),
+        (tmp_path / "saved", None, "row-0"),
+    ):
+        with pytest.raises(UserError, match=rf"{image} .*has no label \('?-1'?\); .*--no-labels"):
+            open_images(path, Reading(labels=table, class_names=class_names))
 
 
 def test_a_stream_shorter_than_its_count_says_so(rows, tmp_path: Path):

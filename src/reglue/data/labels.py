@@ -36,8 +36,8 @@ class ClassIndex:
         number = int(label) if _is_number(label) else label
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(self.names):
             return number
-        if label is None:
-            raise UserError(f"{image} has no label; remove it, or take no labels with --no-labels")
+        if _is_missing(label):
+            raise UserError(f"{image} has no label ({label!r}); remove it, or take no labels with --no-labels")
         raise UserError(
             f"{image} has label {label!r}, but {self.owner} has {len(self.names)} classes, such as "
             f"{', '.join(self.names[:2])}; mend the label, or take no labels with --no-labels"
@@ -57,8 +57,9 @@ def index_labels(
         index = ClassIndex(names, owner)
         return tuple(index(label, name_of(i)) for i, label in enumerate(labels)), index.names
     for i, label in enumerate(labels):
-        if isinstance(label, bool) or not isinstance(label, Label) or label == "":
-            what = "no label" if label is None or label == "" else f"label {label!r}, neither a name nor a whole number"
+        missing = _is_missing(label)
+        if missing or isinstance(label, bool) or not isinstance(label, Label):
+            what = f"no label ({label!r})" if missing else f"label {label!r}, neither a name nor a whole number"
             raise UserError(f"{name_of(i)} of {owner} has {what}; mend it, or take no labels with --no-labels")
     kinds = set(labels)
     numbers = {label: int(label) for label in kinds if isinstance(label, int) or _is_number(label)}
@@ -157,6 +158,13 @@ def _is_number(label: Any) -> bool:
     """Whether text is a number as it would be printed: 7, but not 07."""
     short = isinstance(label, str) and len(label) < 19 and label.isascii() and label.isdecimal()
     return short and str(int(label)) == label
+
+
+def _is_missing(label: Any) -> bool:
+    """Whether a label stands for none: nothing, or a negative number, as data sets without labels have on the hub."""
+    if isinstance(label, str):
+        return label == "" or (label.startswith("-") and _is_number(label[1:]))
+    return label is None or (isinstance(label, int) and label < 0)
 
 
 def _some(names: list[str]) -> str:
