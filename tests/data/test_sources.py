@@ -465,6 +465,17 @@ def test_negative_numbers_are_no_labels(names: bool, rows, nested: Path, tmp_pat
             open_images(path, Reading(labels=table, class_names=class_names))
 
 
+def test_a_blank_line_between_names_of_classes_is_refused(rows, tmp_path: Path):
+    tars = write_tars(rows, tmp_path / "tars", cls=lambda label: label)
+    file = tmp_path / "classes.txt"
+    file.write_bytes("one\r\ntw\u2028o\r\n three\r\n \r\n\r\n".encode())
+    assert open_images(tars, Reading(class_names=file)).class_names == ("one", "tw\u2028o", "three")
+    for text, line in (("one\n\ntwo\nthree\n", 2), ("\none\ntwo\nthree", 1)):
+        file.write_text(text)
+        with pytest.raises(UserError, match=rf"classes\.txt, line {line} is blank"):
+            open_images(tars, Reading(class_names=file))
+
+
 def test_a_stream_shorter_than_its_count_says_so(rows, tmp_path: Path):
     path, _ = bare_parquet(rows, tmp_path)
     images = open_images(path, Reading(streaming=True, no_labels=True, count=30))

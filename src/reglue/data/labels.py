@@ -71,10 +71,16 @@ def index_labels(
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
-    """Names of classes in the order of their numbers: one per line. Raises UserError if there are none."""
-    names = tuple(line.strip() for line in _text(file).splitlines() if line.strip())
+    """Names of classes in the order of their numbers: one per line.
+
+    Blank lines may follow. Raises UserError if there are no names, and for a blank line before one: leaving it out
+    would give the classes after it other numbers.
+    """
+    names = tuple(line.strip() for line in io.StringIO(_text(file).rstrip(), newline=None))
     if not names:
         raise UserError(f"{file} holds no names of classes; write one per line, in the order of the labels")
+    if "" in names:
+        raise UserError(f"{file}, line {names.index('') + 1} is blank; name its class, or remove the line")
     return names
 
 
