@@ -341,6 +341,23 @@ def test_a_table_labels_tar_shards_and_class_names_order_the_labels(rows, tmp_pa
     assert images.class_names == ("round", "angular", "striped", "spare")
 
 
+def test_a_table_may_name_images_of_tar_shards_as_they_are_called_there(rows, tmp_path: Path):
+    files = ["im0.PNG", "folder.of/Im1.Png", "im2.png"]
+    with tarfile.open(tmp_path / "u.tar", "w") as archive:
+        for file, (_, content, _) in zip(files, rows, strict=False):
+            member = tarfile.TarInfo(file)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    names = ["u.tar/im0.png", "u.tar/folder.of/Im1.png", "u.tar/im2.png"]
+    for spelled in ([f"u.tar/{file}" for file in files], names):
+        reading = write_csv(tmp_path, [f"{name},{label}" for name, label in zip(spelled, "aba", strict=True)])
+        images = open_images(tmp_path / "u.tar", reading)
+        assert list(images.names) == names
+        assert list(images.labels) == [0, 1, 0]
+    with pytest.raises(UserError, match=r"has u\.tar/im0\.png twice"):
+        open_images(tmp_path / "u.tar", write_csv(tmp_path, ["u.tar/im0.PNG,a", "u.tar/im0.png,b"]))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [

@@ -84,8 +84,8 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     return names
 
 
-def read_table(file: Path) -> dict[str, Label]:
-    """A label for each image, by its name, from a file.
+def read_table(file: Path, named: Callable[[str], str] = str) -> dict[str, Label]:
+    """A label for each image, by its name, from a file. `named` says what an image of the table is called here.
 
     `.csv`: the columns `file` and `label`, or the first two. `.json`: {"name": label, …}, or the dataset.json of ADM
     and EDM, {"labels": [["name", number], …]}. Raises UserError, naming the line or image, for anything else.
@@ -97,7 +97,7 @@ def read_table(file: Path) -> dict[str, Label]:
     for name, label in kinds[file.suffix.lower()](file):
         if not isinstance(name, str) or isinstance(label, bool) or not isinstance(label, Label) or label == "":
             raise UserError(f"{file}: {name!r} has label {label!r}; give every image a name or a whole number")
-        name = PurePosixPath(name).as_posix()  # ./a.png is a.png
+        name = named(PurePosixPath(name).as_posix())  # ./a.png is a.png
         if name in table:
             raise UserError(f"{file} has {name} twice; keep one of its lines")
         table[name] = label
