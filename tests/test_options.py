@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import subprocess
+import sys
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import mistake
 from reglue.cli import parse
 from reglue.errors import UserError, require
+from reglue.jobs.autoencode import Autoencode
+from reglue.jobs.compress import Compress
+from reglue.jobs.prepare import Prepare
+from reglue.jobs.sample import Sample
 from reglue.jobs.train_head import TrainHead, train_head
 
 TRAIN = ("train", "reglue", "--store=s", "--out=r")
@@ -126,6 +133,52 @@ def test_a_value_that_cannot_be_is_refused(job: str, option: str, value: str) ->
     name = option.replace(".guidance.interval", ".guidance-interval").removeprefix("--sampling.guidance.")
     assert told.startswith(f"{name.removeprefix('--sampling.')} {value}: choose ")
     assert len(told.splitlines()) == 1
+
+
+def test_values_given_in_python_become_those_of_the_command_line() -> None:
+    prepared: dict[str, Any] = {"resolution": [32, 64], "layers": [1, 2], "device": "cpu"}
+    assert Prepare("images", "out", **prepared) == parse(  # type: ignore[reportArgumentType]
+        ["prepare", "images", "out", "--resolution", "32", "64", "--layers", "1", "2", "--device", "cpu"]
+    )
+    assert Compress(Path("s"), layers=[5]).layers == (5,)  # type: ignore[reportArgumentType]
+    assert Compress(Path("s"), layers="last").layers == "last"
+    assert Sample(Path("r"), Path("o"), classes=["church"]).classes == ("church",)  # type: ignore[reportArgumentType]
+    assert Sample(Path("r"), Path("o"), guided_channels=3).guided_channels == 3
+    assert Sample(Path("r"), Path("o"), precision=None).precision is None
+    files: Any = ["a.safetensors", Path("b")]
+    assert Autoencode(Path("i"), Path("o"), measure_lpips=files).measure_lpips == (Path("a.safetensors"), Path("b"))
+    assert Autoencode(Path("i"), Path("o"), validation="others").validation == Path("others")  # type: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "value", "choose"),
+    [
+        (Sample, "labels", "foo", "'balanced' or 'random'"),
+        (Sample, "labels", None, "'balanced' or 'random'"),
+        (Sample, "classes", "church", "a list"),
+        (Sample, "guided_channels", "some", "'all' or a number"),
+        (Sample, "state_precision", "bfloat16", "'float32' or 'float64'"),
+        (Prepare, "dtype", "bfloat16", "'float32' or 'float16'"),
+        (Prepare, "dtype", torch.float16, "'float32' or 'float16'"),
+        (Prepare, "resolution", "256", "a number or a list"),
+        (Compress, "kind", "foo", "'conv' or 'pca' or 'mlp'"),
+        (Compress, "layers", "first", "'last' or a list"),
+    ],
+)
+def test_what_is_no_choice_is_refused_in_python(options: Any, field: str, value: Any, choose: str) -> None:
+    places = {part.name: part.name for part in fields(options) if part.default is part.default_factory is MISSING}
+    with pytest.raises(UserError) as raised:
+        options(**{**places, field: value})
+    assert str(raised.value) == f"{options.__name__}({field}={value!r}): give {choose}"
+
+
+def test_types_of_options_are_not_looked_up_on_import() -> None:
+    program = (
+        "from reglue.cli import COMMANDS; import reglue.files; [command.load() for command in COMMANDS.values()];"
+        "print(reglue.files._kinds.cache_info().misses)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "0"
 
 
 def test_schedules_hold_weights(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

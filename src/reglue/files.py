@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from cattrs import transform_error
 from cattrs.errors import BaseValidationError
@@ -25,13 +26,44 @@ _converter = make_converter(forbid_extra_keys=True)
 
 
 class TakesPaths:
-    """For a frozen dataclass of options: text becomes a `Path` wherever a field is one, as on the command line."""
+    """For a frozen dataclass of options: values given in Python become what the command line makes of them.
+
+    Text becomes a `Path`, and a list a tuple, wherever a field is one. Raises UserError, naming the field, for text
+    where a field is a tuple, and for values that are not among the choices of a field.
+    """
 
     def __post_init__(self) -> None:
         for part in fields(cast(Any, self)):
             value = getattr(self, part.name)
-            if isinstance(value, str) and re.search(r"\bPath\b", str(part.type)):
-                object.__setattr__(self, part.name, Path(value))
+            # Types take time to look up: only for values that need it, which no job has when it is imported.
+            if value is not part.default and not isinstance(value, bool):
+                kinds = _kinds(type(self))[part.name]
+                object.__setattr__(self, part.name, _as_typed(value, kinds, f"{type(self).__name__}({part.name}"))
+
+
+@cache
+def _kinds(options: type) -> dict[str, tuple[Any, ...]]:
+    """The types that each field may have: those of a union one by one."""
+    hints = get_type_hints(options).items()
+    return {name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,) for name, hint in hints}
+
+
+def _as_typed(value: Any, kinds: tuple[Any, ...], field: str) -> Any:
+    """What a value stands for in a field of one of these types. `field` begins the messages."""
+    if isinstance(value, str) and Path in kinds:
+        return Path(value)
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    items = [get_args(kind)[:1] for kind in kinds if get_origin(kind) is tuple]
+    others = {kind for kind in kinds if get_origin(kind) is not Literal}
+    if isinstance(value, list | tuple) and items:
+        return tuple(_as_typed(item, items[0], field) for item in value)
+    is_text = isinstance(value, str) and str not in kinds and (choices or items)
+    is_none = value is None and NoneType in kinds
+    if (is_text or others <= {NoneType}) and value not in choices and not is_none:
+        numbers = ["a number"] if {int, float} & others else []
+        wanted = " or ".join([*map(repr, choices), *numbers, *(["a list"] if items else [])])
+        raise UserError(f"{field}={value!r}): give {wanted}")
+    return value
 
 
 @contextmanager

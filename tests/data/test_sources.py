@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import io
 import json
 import sys
@@ -310,6 +311,25 @@ def test_tables_of_labels(nested: Path, tmp_path: Path, name: str, text: str, la
     assert images.fingerprint() != ImageFolder.unlabelled(nested).fingerprint()
 
 
+def test_whatever_names_csv_can_hold_are_read_back(rows, tmp_path: Path):
+    names = ["a\u2028b.png", "a\x85b.png", 'new\nline, "quoted".png', "plain.png"]
+    (tmp_path / "images").mkdir()
+    for name, (_, content, _) in zip(names, rows, strict=False):
+        (tmp_path / "images" / name).write_bytes(content)
+    table = tmp_path / "labels.csv"
+    for ends in ("\r\n", "\n", "\r"):
+        with table.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator=ends)
+            writer.writerows([("file", "label"), *zip(names, "abca", strict=True)])
+        images = open_images(tmp_path / "images", Reading(labels=table))
+        labels = {name: images.class_names[label] for name, label in zip(images.names, images.labels, strict=True)}
+        assert labels == dict(zip(names, "abca", strict=True))
+    with table.open("a", newline="") as file:
+        file.write("lonely.png\n")
+    with pytest.raises(UserError, match=r"labels\.csv, line 7: it has 1 column"):
+        open_images(tmp_path / "images", Reading(labels=table))
+
+
 def test_a_table_labels_tar_shards_and_class_names_order_the_labels(rows, tmp_path: Path):
     tars = write_tars(rows, tmp_path / "tars")
     names = list(open_images(tars, Reading(no_labels=True)).names)
@@ -319,6 +339,23 @@ def test_a_table_labels_tar_shards_and_class_names_order_the_labels(rows, tmp_pa
     images = open_images(tars, Reading(labels=reading.labels, class_names=tmp_path / "classes.txt"))
     assert list(images.labels) == [label for *_, label in rows]
     assert images.class_names == ("round", "angular", "striped", "spare")
+
+
+def test_a_table_may_name_images_of_tar_shards_as_they_are_called_there(rows, tmp_path: Path):
+    files = ["im0.PNG", "folder.of/Im1.Png", "im2.png"]
+    with tarfile.open(tmp_path / "u.tar", "w") as archive:
+        for file, (_, content, _) in zip(files, rows, strict=False):
+            member = tarfile.TarInfo(file)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    names = ["u.tar/im0.png", "u.tar/folder.of/Im1.png", "u.tar/im2.png"]
+    for spelled in ([f"u.tar/{file}" for file in files], names):
+        reading = write_csv(tmp_path, [f"{name},{label}" for name, label in zip(spelled, "aba", strict=True)])
+        images = open_images(tmp_path / "u.tar", reading)
+        assert list(images.names) == names
+        assert list(images.labels) == [0, 1, 0]
+    with pytest.raises(UserError, match=r"has u\.tar/im0\.png twice"):
+        open_images(tmp_path / "u.tar", write_csv(tmp_path, ["u.tar/im0.PNG,a", "u.tar/im0.png,b"]))
 
 
 @pytest.mark.parametrize(
@@ -419,9 +456,41 @@ def test_labels_outside_the_classes_are_refused(rows, tmp_path: Path):
     with pytest.raises(UserError, match=r"label 2, but .* has 2 classes"):
         open_images(tars, Reading(class_names=tmp_path / "classes.txt"))
     as_dataset([(key, content, -1) for key, content, _ in rows[:3]]).to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(UserError, match="label -1"):
+    with pytest.raises(UserError, match=r"test\.parquet/0 has no label \(-1\); remove it"):
         open_images(tmp_path / "test.parquet")
     assert open_images(tmp_path / "test.parquet", Reading(no_labels=True)).class_names == ()
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_negative_numbers_are_no_labels(names: bool, rows, nested: Path, tmp_path: Path):
+    class_names = tmp_path / "classes.txt" if names else None
+    (tmp_path / "classes.txt").write_text("one\ntwo\nthree\n")
+    tars = write_tars(rows, tmp_path / "tars", cls=lambda label: label or -1)
+    (tmp_path / "a.csv").write_text("2.png,-1\na/0.png,0\na/b/1.png,1\n")
+    (tmp_path / "a.json").write_text('{"2.png": 0, "a/0.png": -1, "a/b/1.png": 1}')
+    unlabelled = [(key, content, label or -1) for key, content, label in rows]
+    as_dataset(unlabelled, None).rename_column("kind", "label").to_parquet(tmp_path / "a.parquet")
+    as_dataset(unlabelled, None).rename_column("kind", "label").save_to_disk(tmp_path / "saved")
+    for path, table, image in (
+        (tars, None, r"shard-00\.tar/circle-000\.png"),
+        (nested, tmp_path / "a.csv", r"2\.png"),
+        (nested, tmp_path / "a.json", r"a/0\.png"),
+        (tmp_path / "a.parquet", None, r"a\.parquet/0"),
+        (tmp_path / "saved", None, "row-0"),
+    ):
+        with pytest.raises(UserError, match=rf"{image} .*has no label \('?-1'?\); .*--no-labels"):
+            open_images(path, Reading(labels=table, class_names=class_names))
+
+
+def test_a_blank_line_between_names_of_classes_is_refused(rows, tmp_path: Path):
+    tars = write_tars(rows, tmp_path / "tars", cls=lambda label: label)
+    file = tmp_path / "classes.txt"
+    file.write_bytes("one\r\ntw\u2028o\r\n three\r\n \r\n\r\n".encode())
+    assert open_images(tars, Reading(class_names=file)).class_names == ("one", "tw\u2028o", "three")
+    for text, line in (("one\n\ntwo\nthree\n", 2), ("\none\ntwo\nthree", 1)):
+        file.write_text(text)
+        with pytest.raises(UserError, match=rf"classes\.txt, line {line} is blank"):
+            open_images(tars, Reading(class_names=file))
 
 
 def test_a_stream_shorter_than_its_count_says_so(rows, tmp_path: Path):

@@ -221,6 +221,8 @@ def test_again_does_nothing_and_more_steps_prolong(
     before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
     again("--optimisation.steps=120")
     assert "complete already: 120 steps" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"has 120 steps already, more than --optimisation\.steps 119; choose 120 or"):
+        again("--optimisation.steps=119")
     assert {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
     again("--optimisation.steps=125")
     assert training_lines(trained)[-1]["step"] == 125

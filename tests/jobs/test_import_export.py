@@ -350,6 +350,9 @@ def test_class_names_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("\n".join(f"class {i}" for i in range(1000)) + "\n")
     options = ImportRun(tmp_path / "in.pt", tmp_path / "run", class_names=tmp_path / "names.txt", heads=HEADS)
     assert RunRecord.read(import_run(options)).class_names[207] == "class 207"
+    (tmp_path / "names.txt").write_text("class 0\n\n" + "\n".join(f"class {i}" for i in range(1, 1000)))
+    with pytest.raises(UserError, match=r"names\.txt, line 2 is blank"):
+        import_run(replace(options, out=tmp_path / "other"))
 
 
 def test_the_path_that_a_model_was_trained_on(tmp_path: Path) -> None:

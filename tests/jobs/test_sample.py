@@ -29,6 +29,7 @@ from helpers import CLASSES, TINY_RECIPE, mistake, reglue_command
 from reglue.cli import parse
 from reglue.diffusion.guidance import Guidance
 from reglue.errors import UserError
+from reglue.jobs.image_sets import open_images
 from reglue.jobs.sample import Sample, plan, sample
 from reglue.recipe import Sampling
 from reglue.runs import generation
@@ -365,6 +366,23 @@ def test_npz_holds_the_same_images(tiny_run: Path, tmp_path: Path, monkeypatch: 
     assert packed["labels"].tolist() == [0, 1, 2, 0, 1]
     assert json.loads(str(packed["protocol"])) == json.loads((folder / "samples.json").read_text())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npz", "png"]
+
+
+def test_endings_of_archives_may_be_capitals(tiny_run: Path, tmp_path: Path) -> None:
+    out = sample(Sample(tiny_run, tmp_path / "images.NPZ", count=2, steps=1, device="cpu"))
+    assert len(np.load(out)["arr_0"]) == 2
+    measured = open_images(out, None, 2, "cpu").images
+    assert measured
+    assert len(measured) == 2
+
+
+def test_a_strange_file_among_the_pictures_of_an_archive_stays(tiny_run: Path, tmp_path: Path) -> None:
+    options = Sample(tiny_run, tmp_path / "images.npz", count=2, steps=1, device="cpu")
+    parts = sample(replace(options, out=tmp_path / "images.parts"))
+    (parts / ".DS_Store").touch()
+    for _ in range(2):
+        assert len(np.load(sample(options))["arr_0"]) == 2
+        assert [path.name for path in parts.iterdir()] == [".DS_Store"]
 
 
 def test_a_finished_archive_is_not_drawn_again(

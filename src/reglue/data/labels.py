@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -35,8 +36,8 @@ class ClassIndex:
         number = int(label) if _is_number(label) else label
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(self.names):
             return number
-        if label is None:
-            raise UserError(f"{image} has no label; remove it, or take no labels with --no-labels")
+        if _is_missing(label):
+            raise UserError(f"{image} has no label ({label!r}); remove it, or take no labels with --no-labels")
         raise UserError(
             f"{image} has label {label!r}, but {self.owner} has {len(self.names)} classes, such as "
             f"{', '.join(self.names[:2])}; mend the label, or take no labels with --no-labels"
@@ -56,8 +57,9 @@ def index_labels(
         index = ClassIndex(names, owner)
         return tuple(index(label, name_of(i)) for i, label in enumerate(labels)), index.names
     for i, label in enumerate(labels):
-        if isinstance(label, bool) or not isinstance(label, Label) or label == "":
-            what = "no label" if label is None or label == "" else f"label {label!r}, neither a name nor a whole number"
+        missing = _is_missing(label)
+        if missing or isinstance(label, bool) or not isinstance(label, Label):
+            what = f"no label ({label!r})" if missing else f"label {label!r}, neither a name nor a whole number"
             raise UserError(f"{name_of(i)} of {owner} has {what}; mend it, or take no labels with --no-labels")
     kinds = set(labels)
     numbers = {label: int(label) for label in kinds if isinstance(label, int) or _is_number(label)}
@@ -69,15 +71,21 @@ def index_labels(
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
-    """Names of classes in the order of their numbers: one per line. Raises UserError if there are none."""
-    names = tuple(line.strip() for line in _text(file).splitlines() if line.strip())
+    """Names of classes in the order of their numbers: one per line.
+
+    Blank lines may follow. Raises UserError if there are no names, and for a blank line before one: leaving it out
+    would give the classes after it other numbers.
+    """
+    names = tuple(line.strip() for line in io.StringIO(_text(file).rstrip(), newline=None))
     if not names:
         raise UserError(f"{file} holds no names of classes; write one per line, in the order of the labels")
+    if "" in names:
+        raise UserError(f"{file}, line {names.index('') + 1} is blank; name its class, or remove the line")
     return names
 
 
-def read_table(file: Path) -> dict[str, Label]:
-    """A label for each image, by its name, from a file.
+def read_table(file: Path, named: Callable[[str], str] = str) -> dict[str, Label]:
+    """A label for each image, by its name, from a file. `named` says what an image of the table is called here.
 
     `.csv`: the columns `file` and `label`, or the first two. `.json`: {"name": label, …}, or the dataset.json of ADM
     and EDM, {"labels": [["name", number], …]}. Raises UserError, naming the line or image, for anything else.
@@ -89,7 +97,7 @@ def read_table(file: Path) -> dict[str, Label]:
     for name, label in kinds[file.suffix.lower()](file):
         if not isinstance(name, str) or isinstance(label, bool) or not isinstance(label, Label) or label == "":
             raise UserError(f"{file}: {name!r} has label {label!r}; give every image a name or a whole number")
-        name = PurePosixPath(name).as_posix()  # ./a.png is a.png
+        name = named(PurePosixPath(name).as_posix())  # ./a.png is a.png
         if name in table:
             raise UserError(f"{file} has {name} twice; keep one of its lines")
         table[name] = label
@@ -110,15 +118,16 @@ def look_up(table: dict[str, Label], names: Collection[str], file: Path, path: P
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, str]]:
+    reader = csv.reader(io.StringIO(_text(file), newline=""))
     try:
-        rows = list(csv.reader(_text(file).splitlines()))
+        rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise UserError(f"{file} is not CSV: {error}") from error
-    first = [cell.strip() for cell in rows[0]] if rows else []
+    first = [cell.strip() for cell in rows[0][1]] if rows else []
     columns = (first.index("file"), first.index("label")) if {"file", "label"} <= set(first) else (0, 1)
     has_heading = bool(first) and not is_image(first[columns[0]])
-    for line, row in enumerate(rows, start=1):
-        if not row or (has_heading and line == 1):
+    for line, row in rows[1:] if has_heading else rows:
+        if not row:
             continue
         if len(row) <= max(columns):
             raise UserError(f"{file}, line {line}: it has {len(row)} column(s); give the image's file and its label")
@@ -138,8 +147,9 @@ def _json_rows(file: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _text(file: Path) -> str:
+    """The text of a file, with its line ends as they are."""
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not text in UTF-8 ({error}); save it as such") from error
     except OSError as error:
@@ -154,6 +164,13 @@ def _is_number(label: Any) -> bool:
     """Whether text is a number as it would be printed: 7, but not 07."""
     short = isinstance(label, str) and len(label) < 19 and label.isascii() and label.isdecimal()
     return short and str(int(label)) == label
+
+
+def _is_missing(label: Any) -> bool:
+    """Whether a label stands for none: nothing, or a negative number, as data sets without labels have on the hub."""
+    if isinstance(label, str):
+        return label == "" or (label.startswith("-") and _is_number(label[1:]))
+    return label is None or (isinstance(label, int) and label < 0)
 
 
 def _some(names: list[str]) -> str:

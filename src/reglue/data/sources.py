@@ -126,15 +126,19 @@ class Computed(Sequence):
 
 
 class Relabelled:
-    """Images with labels from a table (`labels.read_table`)."""
+    """Images with labels from a table (`labels.read_table`).
+
+    It may name images of tar shards as they are called there: a.JPG is a.jpg here.
+    """
 
     sequential = False
 
-    def __init__(self, images: ImageSource, reading: Reading):
+    def __init__(self, images: ImageFolder | TarImages, reading: Reading):
         assert reading.labels is not None
         self._images = images
         self.path, self.names = images.path, images.names
-        labels = look_up(read_table(reading.labels), images.names, reading.labels, images.path)
+        named = _name_in_tar if isinstance(images, TarImages) else str
+        labels = look_up(read_table(reading.labels, named), images.names, reading.labels, images.path)
         self.labels, self.class_names = index_labels(
             labels, images.names.__getitem__, class_names_of(reading), str(reading.labels)
         )
@@ -283,10 +287,9 @@ def _samples(file: Path) -> Iterator[tuple[str, dict[str, _Member]]]:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
                 archive.members = []  # type: ignore[reportAttributeAccessIssue], which keeps them all otherwise
-                folder, slash, name = member.name.rpartition("/")
-                key, _, ending = name.partition(".")
-                if member.isfile() and key:
-                    yield folder + slash + key, ending.lower(), _Member(member.offset_data, member.size)
+                key, ending = _key_and_ending(member.name)
+                if member.isfile() and key and not key.endswith("/"):
+                    yield key, ending, _Member(member.offset_data, member.size)
 
     with file.open("rb") as content:
         content.seek(-min(tarfile.BLOCKSIZE, file.stat().st_size), 2)
@@ -297,6 +300,18 @@ def _samples(file: Path) -> Iterator[tuple[str, dict[str, _Member]]]:
             yield key, {ending: member for _, ending, member in group}
     except tarfile.TarError as error:
         raise UserError(f"{file} is no whole tar file ({error}); fetch it again, or unpack it first") from error
+
+
+def _key_and_ending(name: str) -> tuple[str, str]:
+    """What the files of one sample share, and the ending of one of them in lower case."""
+    folder, slash, file = name.rpartition("/")
+    key, _, ending = file.partition(".")
+    return folder + slash + key, ending.lower()
+
+
+def _name_in_tar(name: str) -> str:
+    """What an image of a tar file is called here, by its name there."""
+    return ".".join(_key_and_ending(name))
 
 
 def _image_of(members: dict[str, _Member], sample: str, reading: Reading) -> str | None:

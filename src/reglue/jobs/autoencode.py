@@ -476,6 +476,7 @@ def claim(
                 f"{options.out} is of a training with other settings ({', '.join(different)}); choose a new folder, "
                 "or the old settings"
             )
+        checkpoints.refuse_fewer_steps(options.out, options.recipe.optimisation.steps)
         record = replace(
             record, steps_done=before.steps_done, figures=before.figures, measured_with=before.measured_with
         )

@@ -75,7 +75,7 @@ def is_run(path: Path) -> bool:
 
 
 def _open(path: Path) -> ImageSet:
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         if not path.is_file():
             raise UserError(f"{path}: no such file; give a folder of images, or an .npz file")
         gaussians = [_read_gaussian(path, *names) for names in (("mu", "sigma"), ("mu_s", "sigma_s"))]

@@ -9,6 +9,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from reglue.data.batches import Normalisation
+from reglue.data.labels import read_class_names
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.modalities import LATENT
 from reglue.diffusion.paths import PathName
@@ -248,10 +249,7 @@ def class_names(file: Path | None, count: int) -> tuple[str, ...]:
     """One name per class. Raises UserError if the file has another number of them."""
     if file is None:
         return tuple(map(str, range(count)))
-    try:
-        names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--class-names {file} cannot be read: {error}") from None
+    names = read_class_names(file)
     if len(names) != count:
         raise UserError(f"--class-names {file} has {len(names)} names, but the model has {count} classes")
     return names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -117,7 +118,7 @@ def sample(options: Sample) -> Path:
     drawing = plan(options, model)
     labels, sampling = drawing.labels, drawing.sampling
 
-    as_npz = options.out.suffix == ".npz"
+    as_npz = options.out.suffix.lower() == ".npz"
     folder = options.out.with_suffix(".parts") if as_npz else options.out
     protocol = describe(options, model, sampling, labels)
     unless_told = model.settled(replace(sampling, precision=None, state_precision=None))
@@ -147,11 +148,15 @@ def sample(options: Sample) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    """Remove pictures that are in an archive by now, with their protocol and their folder, if they are there."""
+    """Remove pictures that are in an archive by now, with their protocol and their folder, if they are there.
+
+    A folder that holds other files, such as those of a file manager, stays.
+    """
     if folder.is_dir():
         for file in (*folder.glob("*.png"), folder / PROTOCOL):
             file.unlink(missing_ok=True)
-        folder.rmdir()
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def write_archive(out: Path, pictures: Sequence[Path], labels: list[int], protocol: dict[str, Any]) -> None:

@@ -181,6 +181,15 @@ def steps(run: Path) -> list[int]:
     return sorted(int(folder.name) for folder in (run / FOLDER).glob("[0-9]" * 8) if (folder / PROGRESS).is_file())
 
 
+def refuse_fewer_steps(run: Path, asked: int) -> None:
+    """Raise UserError if a run has been trained for more steps than are asked for."""
+    done = max(steps(run), default=0)
+    if done > asked:
+        raise UserError(
+            f"{run} has {done} steps already, more than --optimisation.steps {asked}; choose {done} or more"
+        )
+
+
 def forget_all_but(run: Path, keep: int) -> None:
     """Delete the oldest checkpoints; `keep` 0 keeps all."""
     for step in steps(run)[:-keep] if keep else []:
