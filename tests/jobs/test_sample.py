@@ -244,8 +244,9 @@ def test_what_was_never_trained_does_not_guide(tiny_run: Path, tmp_path: Path) -
         ("cls_scale", "has no branch without labels"),
         ("representation_scale", "has no branch without its map \\(trained with --local.dropout 0"),
     ):
+        guidance = Guidance(**{name: 2.0})  # type: ignore[arg-type]
         with pytest.raises(UserError, match=says):
-            model.generate(0, sampling=replace(model.default_sampling, guidance=Guidance(**{name: 2.0})))
+            model.generate(0, sampling=replace(model.default_sampling, guidance=guidance))
     # A run that began as another one may have learned it there.
     start = Start("elsewhere", 5, "ema", "")
     replace(record, recipe=recipe, start=start).write(folder)

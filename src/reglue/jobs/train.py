@@ -259,11 +259,7 @@ def claim(out: Path, record: RunRecord, rank: int) -> None:
             raise UserError(
                 f"{out} is a run with other settings ({', '.join(different)}); choose a new --out, or the old settings"
             )
-        done, asked = max(checkpoints.steps(out), default=0), record.recipe.optimisation.steps
-        if done > asked:
-            raise UserError(
-                f"{out} has {done} steps already, more than --optimisation.steps {asked}; choose {done} or more"
-            )
+        checkpoints.refuse_fewer_steps(out, record.recipe.optimisation.steps)
     elif out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} holds other files; choose a new or an empty folder for --out")
     ranks.wait_for_all()
