@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from reglue.diffusion.transformer import position_embedding
 from reglue.errors import UserError
 from reglue.jobs.compress import Compress, compress
 from reglue.jobs.prepare import Prepare, prepare
-from reglue.jobs.train import train
-from reglue.runs import checkpoints
+from reglue.jobs.train import Train, train
+from reglue.runs import checkpoints, hub
 from reglue.runs.fine_tuning import rows_of_labels
 from reglue.runs.record import RunRecord
 
@@ -209,6 +210,24 @@ def test_a_run_is_known_from_any_folder(
     assert record.start.run == str(tiny_run)
     prepare(Prepare(Path("images"), Path("prepared"), 16, "starter", "none", workers=0, device="cpu"))
     assert Store.open("prepared").manifest.source.path == str(tmp_path / "images")
+
+
+def test_the_model_of_the_package_is_a_start_too(tiny_images: Path, tmp_path: Path) -> None:
+    place = hub.find_run("starter")
+    store = tmp_path / "store"
+    prepare(
+        Prepare(tiny_images, store, 32, str(place / "autoencoder"), "starter", features=True, workers=0, device="cpu")
+    )
+    compress(Compress(store, fitted=place / "compressor", device="cpu"))
+    recipe = RunRecord.read(place).recipe
+    recipe = replace(recipe, optimisation=replace(recipe.optimisation, steps=1, batch_size=4, compile="no"))
+    run = train(Train(recipe, store, tmp_path / "run", start=Path("starter"), preview_every=0, device="cpu"))
+    start = RunRecord.read(run).start
+    assert start
+    assert (start.run, start.step) == ("starter", checkpoints.steps(place)[-1])
+    name = "transformer.blocks.0.attention.qkv.weight"
+    theirs, ours = (load_file(checkpoints.find(each) / checkpoints.EMA)[name].float() for each in (place, run))
+    assert (theirs - ours).abs().max() < 0.1 * theirs.std()
 
 
 def test_rows_of_labels() -> None:

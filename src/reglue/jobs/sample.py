@@ -298,7 +298,7 @@ def describe(options: Sample, model: ImageModel, sampling: Sampling, labels: lis
     """Everything that decides the images: goes with them, and into every report about them."""
     record, weaker = model.record, options.weaker_run
     return {
-        "run": _found(options.run),
+        "run": hub.known_as(options.run),
         "recipe": record.recipe.name,
         "model": record.recipe.model,
         "step": model.step,
@@ -312,7 +312,7 @@ def describe(options: Sample, model: ImageModel, sampling: Sampling, labels: lis
         "noise": STREAMS,
         "decoder": model.autoencoder.spec.name,
         "decoder_sha256": model.autoencoder.spec.weights_sha256,
-        "weaker_run": _found(weaker) if weaker else None,
+        "weaker_run": hub.known_as(weaker) if weaker else None,
         "weaker_weights_sha256": weaker and checkpoints.weights_sha256(hub.find_run(weaker)),
         "versions": {name: version(name) for name in ("reglue", "torch", "numpy")},
     }
@@ -385,7 +385,7 @@ def joined(
     }
     before["sampling"] |= {name: v for name, v in defaults.items() if before["sampling"].get(name) is None}
     # They have paths as they were typed, too.
-    before |= {name: _found(before[name]) for name in ("run", "weaker_run") if before.get(name)}
+    before |= {name: hub.known_as(before[name]) for name in ("run", "weaker_run") if before.get(name)}
     before |= {name: protocol[name] for name, digest in PLACES.items() if before.get(digest)}
     # Nor do they say which weights drew their images, so nothing can be said about all that will be there.
     protocol = {name: value for name, value in protocol.items() if name in before or name not in ADDED}
@@ -398,8 +398,3 @@ def joined(
         raise UserError(f"{place} holds samples of another protocol ({', '.join(different)}); choose a new --out")
     # Fewer images take none away, and the protocol describes all that are there.
     return max(before, protocol, key=lambda p: len(p["labels"]))
-
-
-def _found(run: str | Path) -> str:
-    """The absolute path of a run's folder, so that it is found from elsewhere too; any other run's name."""
-    return str(Path(run).resolve() if Path(run).exists() else run)

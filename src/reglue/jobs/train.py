@@ -51,8 +51,9 @@ class Train(TakesPaths):
     seed: int = 0
     """Decides the initial weights, the order of images and every draw."""
     start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Folder of a run whose weights are the start (fine-tuning). Resolution, classes and parts may differ; what both
-    have must be equal in size. To continue, it is not needed any more."""
+    """Folder of a run whose weights are the start (fine-tuning), OWNER/NAME of one on the Hugging Face hub, or starter,
+    the small model of this package. Resolution, classes and parts may differ; what both have must be equal in size. To
+    continue, it is not needed any more."""
     start_step: Annotated[int | None, tyro.conf.arg(name="from-step")] = None
     """Which checkpoint of that run. Default: its last."""
     start_weights: Annotated[Weights, tyro.conf.arg(name="from-weights")] = "ema"

@@ -15,7 +15,7 @@ from reglue.diffusion.modalities import CLS, LOCAL
 from reglue.errors import UserError
 from reglue.latents.autoencoders import AutoencoderSpec
 from reglue.recipe import Recipe
-from reglue.runs import checkpoints, ranks
+from reglue.runs import checkpoints, hub, ranks
 from reglue.runs.record import FILE, RunRecord, Start, Weights
 
 LABELS = "transformer.label_embedding.weight"
@@ -83,9 +83,9 @@ class Beginning:
 def begin(out: Path, run: Path | None, step: int | None, weights: Weights) -> Beginning | None:
     """How the run in `out` starts from another: from `run`, or as it once did. None for random weights.
 
-    `step` None is the last checkpoint of `run`. The first process looks, and it alone reads weights, which the others
-    never need; all must ask. Raises UserError, in the first process, if there is no such checkpoint, and if a run that
-    is there already started from something else.
+    `run` is as for `hub.find_run`, `step` None its last checkpoint. The first process looks, and it alone reads
+    weights, which the others never need; all must ask. Raises UserError, in the first process, if there is no such
+    checkpoint, and if a run that is there already started from something else.
     """
     own = _begin(out, run, step, weights) if ranks.is_first() else None
     said = ranks.first_says(own and replace(own, source=None, weights={}))
@@ -114,8 +114,9 @@ def _begin(out: Path, run: Path | None, step: int | None, weights: Weights) -> B
 
 
 def _opened(run: Path, step: int | None, weights: Weights) -> Beginning:
-    source = RunRecord.read(run)
-    checkpoint = checkpoints.find(run, step)
+    folder = hub.find_run(run)
+    source = RunRecord.read(folder)
+    checkpoint = checkpoints.find(folder, step)
     file = checkpoint / FILES[weights]
     if not file.is_file():
         raise UserError(
@@ -125,7 +126,7 @@ def _opened(run: Path, step: int | None, weights: Weights) -> Beginning:
     with file.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     return Beginning(
-        Start(str(run.resolve()), int(checkpoint.name), weights, sha256),
+        Start(hub.known_as(run), int(checkpoint.name), weights, sha256),
         source.denoiser.position_grid or source.denoiser.token_grid,
         source,
         tensors,

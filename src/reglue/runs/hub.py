@@ -48,6 +48,11 @@ def find_run(run: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
+def known_as(run: str | Path) -> str:
+    """The absolute path of a run's folder, so that it is found from elsewhere too; any other run's name."""
+    return str(Path(run).resolve() if Path(run).exists() else run)
+
+
 def push(folder: Path, name: str, private: bool) -> str:
     """Make the repository `OWNER/NAME` hold what a folder holds. Returns its address. Raises UserError."""
     if not NAME.fullmatch(name):

@@ -74,7 +74,7 @@ def save(
 
 def without_places(record: RunRecord) -> RunRecord:
     """The record without the folders of this machine: names of files alone are left."""
-    start = record.start and replace(record.start, run=Path(record.start.run).name)
+    start = record.start and replace(record.start, run=_without_place(record.start.run))
     encoder = record.encoder and replace(record.encoder, name=_without_place(record.encoder.name))
     autoencoder = replace(record.autoencoder, name=_without_place(record.autoencoder.name))
     store = record.store and Path(record.store).name
