@@ -2,8 +2,8 @@
 
     python studies/compare.py study-taef2 study-kl study-reals --out compared
 
-Where studies ran beside other work their seconds do not compare. With --plans, made on an idle machine with --plan,
-training takes the plan's time in the plot of quality against time.
+Where studies ran beside other work their seconds do not compare. With --plans, made on an idle machine with --plan, or
+counted with --counted-on, training takes the plan's time in the plot of quality against time.
 
 Latent spaces differ in what their decoders can show, so read each study's own distance between arms first. Studies with
 the same title are one: seeds, or arms, that were trained in several folders.
@@ -64,22 +64,26 @@ def compare(
     refuse_mixtures(studies)
     out.mkdir(parents=True, exist_ok=True)
     if plans:
-        summarise(out, studies, last, on_time="training at the speed of a plan, timed by itself")
+        summarise(out, studies, last, on_time=f"training takes {' and '.join(speeds(plans))}")
     else:
         summarise(out, studies, last)
     print(table(studies, last))
 
 
+def speeds(plans: tuple[Path, ...]) -> dict[str, None]:
+    """How the times of plans were found, each once."""
+    counted = [json.loads(plan.read_text())["counted_on"] for plan in plans]
+    return dict.fromkeys(f"what was counted for {gpu}" if gpu else "what was timed by itself" for gpu in counted)
+
+
 def timed_by(plan: Path, trials: dict[str, Any]) -> dict[str, Any]:
     """Trials with the seconds that training takes by a plan, which knows one seed of each arm at least.
 
-    Raises UserError for a plan that is not there, was counted and not timed, or does not know an arm.
+    Raises UserError for a plan that is not there, or does not know an arm.
     """
     if not plan.is_file():
         raise UserError(f"--plans {plan}: not there; make it with --plan")
     planned = json.loads(plan.read_text())
-    if planned["counted_on"]:
-        raise UserError(f"--plans {plan}: counted, not timed; make it with --plan alone, on an idle machine")
     per_step = {line["name"].partition("-seed-")[0]: line["training"] / planned["steps"] for line in planned["arms"]}
     timed = {}
     for folder, trial in trials.items():

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
@@ -29,7 +30,9 @@ from reglue.runs.tracking import read as read_log
 from study import Arm, StudyOptions, trials_of
 
 TIMED_STEPS = 20
-"""Between two waits for the device; as many go before, in which memory is allocated and kernels are chosen."""
+"""As many go before, in which memory is allocated and kernels are chosen."""
+TIMED_PARTS = 5
+"""Of the timed steps, each between two waits for the device. Their median is taken, as other work comes in bursts."""
 SAMPLING_STEPS = (2, 6)
 """Drawing is timed twice, so that loading and writing cancel out."""
 SAMPLED_IMAGES = (32, 128)
@@ -213,13 +216,13 @@ def cost_of(options: StudyOptions, arm: Arm, store: Path, measures: Measures) ->
                     recipe,
                     store,
                     Path(folder) / "run",
-                    log_every=TIMED_STEPS,
+                    log_every=TIMED_STEPS // TIMED_PARTS,
                     preview_every=0,
                     workers=options.workers,
                     device=options.device,
                 )
             )
-        speed = read_log(run)[-1]["images_per_second"]
+        speed = median(line["images_per_second"] for line in read_log(run) if line["step"] > TIMED_STEPS)
         count = min(options.sampling_batch, options.count)
         took = []
         for steps in SAMPLING_STEPS:

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from helpers import TINY_RECIPE, mistake
 from reglue.cli import parse
 from reglue.data.images import ImageFolder
-from reglue.errors import UserError
 from reglue.files import from_json
 from reglue.jobs import perceive as module
 from reglue.jobs.autoencode import autoencode
@@ -290,12 +289,6 @@ def test_a_published_depth_head_reads_latents_that_were_aligned_before_the_final
                                device="cpu"))  # fmt: skip
     assert {one.view for one in report.agreement} == {"alignment", "original"}
     assert all("correlation" in one.figures for one in report.agreement)
-
-
-def test_perceiving_is_for_one_process(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.ranks, "join", lambda *_: (1, 2))
-    with pytest.raises(UserError, match="one process"):
-        perceive(Perceive(run, tmp_path / "seen", head=(tmp_path / "head",), device="cpu"))
 
 
 def edited(head: Path, to: Path, **changes: Any) -> Path:
