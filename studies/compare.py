@@ -15,6 +15,7 @@ import json
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import tyro
@@ -40,12 +41,14 @@ def compare(
         titles: Of the studies, in the order of the folders; their folders' names if not given.
         without: Arms to leave out, such as `*-in-aligned-*`.
         last: Only the last figures of each arm in the table.
-        plans: OUT-plan.json of each folder, by which its arms take their time.
+        plans: OUT-plan.json of each folder, or several of each in the order of the folders, by whose medians its arms
+            take their time.
     """
     if titles and len(titles) != len(folders):
         raise UserError(f"--titles: {len(titles)} for {len(folders)} studies; give one of each")
-    if plans and len(plans) != len(folders):
-        raise UserError(f"--plans: {len(plans)} for {len(folders)} studies; give one of each")
+    if len(plans) % len(folders):
+        raise UserError(f"--plans: {len(plans)} for {len(folders)} studies; give as many of each")
+    plans_of_each = len(plans) // len(folders)
     studies: dict[str, dict[str, Any]] = {}
     for index, folder in enumerate(folders):
         file = folder / "results.json"
@@ -54,7 +57,7 @@ def compare(
         results = json.loads(file.read_text())
         arms = {name: arm for name, arm in results["arms"].items() if not any(fnmatch(arm["arm"], w) for w in without)}
         if plans:
-            arms = timed_by(plans[index], arms)
+            arms = timed_by(plans[index * plans_of_each : (index + 1) * plans_of_each], arms)
         title = titles[index] if titles else folder.name if folder.name not in studies else str(folder)
         before = studies.get(title, {"arms": {}})
         if twice := before["arms"].keys() & arms.keys():
@@ -76,21 +79,26 @@ def speeds(plans: tuple[Path, ...]) -> dict[str, None]:
     return dict.fromkeys(f"what was counted for {gpu}" if gpu else "what was timed by itself" for gpu in counted)
 
 
-def timed_by(plan: Path, trials: dict[str, Any]) -> dict[str, Any]:
-    """Trials with the seconds that training takes by a plan, which knows one seed of each arm at least.
+def timed_by(plans: tuple[Path, ...], trials: dict[str, Any]) -> dict[str, Any]:
+    """Trials with the seconds that training takes by the median of plans, which know one seed of each arm at least.
 
     Raises UserError for a plan that is not there, or does not know an arm.
     """
-    if not plan.is_file():
-        raise UserError(f"--plans {plan}: not there; make it with --plan")
-    planned = json.loads(plan.read_text())
-    per_step = {line["name"].partition("-seed-")[0]: line["training"] / planned["steps"] for line in planned["arms"]}
+    seconds: dict[str, list[float]] = {}
+    for plan in plans:
+        if not plan.is_file():
+            raise UserError(f"--plans {plan}: not there; make it with --plan")
+        planned = json.loads(plan.read_text())
+        for line in planned["arms"]:
+            seconds.setdefault(line["name"].partition("-seed-")[0], []).append(line["training"] / planned["steps"])
     timed = {}
     for folder, trial in trials.items():
-        if trial["arm"] not in per_step:
-            raise UserError(f"--plans {plan}: does not know {trial['arm']}; plan it too, or leave it out by --without")
+        if len(known := seconds.get(trial["arm"], [])) < len(plans):
+            raise UserError(
+                f"--plans {plans[0]}: does not know {trial['arm']}; plan it too, or leave it out by --without"
+            )
         steps = {
-            step: {**figures, "training_seconds": int(step) * per_step[trial["arm"]], "training_seconds_by_machine": {}}
+            step: {**figures, "training_seconds": int(step) * median(known), "training_seconds_by_machine": {}}
             for step, figures in trial["steps"].items()
         }
         timed[folder] = {**trial, "steps": steps}

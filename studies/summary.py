@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
@@ -259,7 +260,7 @@ def plot_spaces(spaces: Mapping[str, list[dict[str, Any]]]) -> Figure:
                 labelled.add(arm)
         panel.set(title=space, xscale="log", yscale="log")
         _mark_steps(panel, (trial for trials in spaces.values() for trial in trials))
-        _plain_numbers(panel)
+        _plain_numbers(panel.yaxis)
         panel.set_xlabel("steps" if index + columns >= len(spaces) else "")
         panel.set_ylabel(name if index % columns == 0 else "")
         if labelled:
@@ -277,11 +278,11 @@ def _mark_steps(panel: Axes, trials: Iterable[dict[str, Any]]) -> None:
     panel.set_xticks([], minor=True)
 
 
-def _plain_numbers(panel: Axes) -> None:
+def _plain_numbers(axis: Axis) -> None:
     """Numbers instead of powers of ten, and enough of them on less than a decade."""
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
-    panel.yaxis.set_major_formatter(ScalarFormatter())
-    panel.yaxis.set_minor_locator(NullLocator())
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def plot(studies: Mapping[str, dict[str, Any]], axis: str, on_time: str = UPPER_BOUND) -> Figure:
@@ -304,9 +305,11 @@ def plot(studies: Mapping[str, dict[str, Any]], axis: str, on_time: str = UPPER_
         panel.set(xlabel=axis, ylabel=name, xscale="log")
         if axis == "steps":
             _mark_steps(panel, (trial for _, trial in _lines(studies)))
+        else:
+            _plain_numbers(panel.xaxis)
         if "distance" in name or name == "FID":
             panel.set_yscale("log")
-            _plain_numbers(panel)
+            _plain_numbers(panel.yaxis)
         if labelled:
             panel.legend(fontsize="small")
         panel.grid(alpha=0.3)

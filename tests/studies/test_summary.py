@@ -71,6 +71,11 @@ def test_time_by_a_plan_is_that_of_an_idle_machine(tmp_path: Path) -> None:
     plan.write_text(json.dumps(planned))
     compare((study,), tmp_path / "out", plans=(plan,))
     assert "| 4 | sit, seed 1 | 0.0 M | 2 | 4.0" in (tmp_path / "out" / "table.md").read_text()  # 4 steps of 0.5 s
+    slower, slowest = tmp_path / "slower-plan.json", tmp_path / "slowest-plan.json"
+    for file, seconds in ((slower, 75.0), (slowest, 1000.0)):
+        file.write_text(json.dumps({**planned, "arms": [{"name": "sit-seed-0", "training": seconds}]}))
+    compare((study,), tmp_path / "out", plans=(slowest, plan, slower))
+    assert "| 4 | sit, seed 1 | 0.0 M | 3 | 4.0" in (tmp_path / "out" / "table.md").read_text()  # 4 steps of 0.75 s
     with pytest.raises(UserError, match="--plans: 1 for 2 studies"):
         compare((study, study), tmp_path / "out", plans=(plan,))
     with pytest.raises(UserError, match="--plans nowhere: not there"):
