@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-from reglue.runs.ranks import Precision, products, resolve_device, synchronize
+from reglue.config import Precision
+from reglue.training.distributed import resolve_device, synchronize
+from reglue.training.precision import matmul_precision
 
 ROOT = Path(__file__).resolve().parents[1]
 PRODUCTS = 10
@@ -211,7 +213,7 @@ def matrix_rate(device: torch.device, precision: Precision, size: int | None = N
         for _ in range(PRODUCTS):
             torch.mm(a, b)
 
-    with products(device, precision):
+    with matmul_precision(device, precision):
         timed = alternate({"products": multiply}, 5, device)["products"]
     return PRODUCTS * 2 * size**3 / (timed.cpu_minimum if device.type == "cpu" else timed.minimum)
 

@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from reglue.config import Precision
+from reglue.diffusion.backbones.sit import Block
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.modalities import State
-from reglue.diffusion.transformer import Block
-from reglue.runs import ranks
+from reglue.training.precision import autocast
 
 H200_PRODUCTS = 790e12
 """Operations per second of bfloat16 products of large matrices on an H200. Assumed, not measured by us: four fifths of
@@ -63,13 +64,13 @@ def parameters(config: DenoiserConfig) -> int:
         return sum(parameter.numel() for parameter in Denoiser(config).parameters())
 
 
-def activation_bytes(config: DenoiserConfig, precision: ranks.Precision) -> int:
+def activation_bytes(config: DenoiserConfig, precision: Precision) -> int:
     """Bytes that autograd keeps of each image for the backward pass on a CPU, without recomputation."""
     # The difference, since weights in lower precision are kept too, once for all images.
     return kept_bytes(config, precision, 2) - kept_bytes(config, precision, 1)
 
 
-def kept_bytes(config: DenoiserConfig, precision: ranks.Precision, images: int) -> int:
+def kept_bytes(config: DenoiserConfig, precision: Precision, images: int) -> int:
     """Bytes of what autograd keeps of a forward pass, every storage counted once."""
     kept: dict[int, torch.UntypedStorage] = {}  # They stay alive, or another one could get the same address.
 
@@ -80,7 +81,7 @@ def kept_bytes(config: DenoiserConfig, precision: ranks.Precision, images: int) 
 
     with FakeTensorMode():  # Tensors without content, which take the same way through the operators as real ones.
         model = Denoiser(config)
-        with saved_tensors_hooks(keep, lambda tensor: tensor), ranks.autocast(torch.device("cpu"), precision):
+        with saved_tensors_hooks(keep, lambda tensor: tensor), autocast(torch.device("cpu"), precision):
             all_outputs(model, images)
     return sum(storage.nbytes() for storage in kept.values())
 

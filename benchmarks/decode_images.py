@@ -12,8 +12,8 @@ import torch
 import tyro
 from tyro.conf import Positional
 
+from reglue.commands.prepare import Prepare, decoded
 from reglue.data.sources import open_images
-from reglue.jobs.prepare import Prepare, decoded
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from reglue.metrics.distances import (
     manifold_scores,
 )
 from reglue.metrics.resampling import resample_counts, resampled_means
-from reglue.runs.ranks import resolve_device, synchronize
 from reglue.seeds import generator
+from reglue.training.distributed import resolve_device, synchronize
 
 T = TypeVar("T")
 

@@ -28,7 +28,7 @@ from tempfile import TemporaryFile, gettempdir
 import tyro
 
 from common import ROOT, commit_of
-from reglue.recipe import Compile
+from reglue.config import Compile
 
 HERE = Path(__file__).resolve().parent
 TELLING = ("passed", "failed", "skipped", "times_faster", "images_per_second", "share_of_matrix_rate")

@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from common import ROOT, Conditions, report
-from reglue.runs.ranks import resolve_device
+from reglue.training.distributed import resolve_device
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from comparisons.official import MODULES, Official, OfficialTraining
 from counting import H200_PRODUCTS, adaln_traffic, forward_flops, parameters, training_flops
 from reglue.data.batches import TrainingData
 from reglue.diffusion.modalities import CLS, LOCAL
-from reglue.runs.official import export_official
+from reglue.published.weights import export_official
 from training_step import TrainingStep
 from workloads import Workload, loss_weights, random_store
 

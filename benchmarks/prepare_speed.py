@@ -24,14 +24,15 @@ import torch
 import tyro
 
 from common import Timed, alternate, report
+from reglue.commands import prepare as job
+from reglue.commands.prepare import Prepare, peak_rss_mib
+from reglue.config import Precision
 from reglue.data.images import UnreadableImage
 from reglue.data.sources import open_images
 from reglue.data.store import StoreWriter, write_shard
-from reglue.jobs import prepare as job
-from reglue.jobs.prepare import Prepare, peak_rss_mib
-from reglue.latents.autoencoders import load_autoencoder
-from reglue.runs import ranks
-from reglue.semantics.encoders import load_encoder
+from reglue.encoders.autoencoders import load_autoencoder
+from reglue.encoders.vision import load_encoder
+from reglue.training.precision import autocast
 from workloads import random_images
 
 BARE = 1024
@@ -48,7 +49,7 @@ class PrepareSpeed:
     autoencoder: str = "starter"
     encoder: str = "starter"
     batch_sizes: tuple[int, ...] = (16,)
-    precision: ranks.Precision = "float32"
+    precision: Precision = "float32"
     workers: int | None = None
     """Processes that decode. Default: as `prepare` chooses."""
     count: int = 64
@@ -89,12 +90,12 @@ def measured(options: PrepareSpeed, images: Path, batch_size: int, device: torch
     ]
 
     def autoencode() -> None:
-        with torch.inference_mode(), ranks.autocast(device, options.precision):
+        with torch.inference_mode(), autocast(device, options.precision):
             for part, _ in ready:
                 autoencoder.encode(part)
 
     def see() -> None:
-        with torch.inference_mode(), ranks.autocast(device, options.precision):
+        with torch.inference_mode(), autocast(device, options.precision):
             for _, part in ready:
                 encoder.network.forward_intermediates(part, indices=list(encoder.spec.layers), norm=True)
 

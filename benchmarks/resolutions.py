@@ -18,9 +18,9 @@ import tyro
 
 from common import Conditions, report
 from counting import H200_PRODUCTS, activation_bytes, all_outputs, forward_flops, training_flops
+from reglue.config import Precision
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.papers import RECIPES
-from reglue.runs import ranks
 
 REACHED = 0.5
 """Share of an H200's matrix rate that training is to reach."""
@@ -41,7 +41,7 @@ class Resolutions:
     local_channels: int = 16
     token_width: int = 768
     """Of the vision encoder."""
-    precision: ranks.Precision = "bfloat16"
+    precision: Precision = "bfloat16"
     """In which the memory is counted."""
     timed: str = "S/2"
     """The model that is timed."""

@@ -15,10 +15,10 @@ import tyro
 
 import counting
 from common import Conditions, report
+from reglue.config import MODEL_SIZES, ModelSize
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.modalities import StateShape
 from reglue.papers import RECIPES
-from reglue.recipe import MODEL_SIZES, ModelSize
 
 GIB, GIGA = 2**30, 1e9
 SIZES = {**MODEL_SIZES, "3B/2": ModelSize(32, 2304, 18, 2, 11)}

@@ -28,12 +28,12 @@ import tyro
 
 from common import Conditions, report
 from counting import H200_PRODUCTS, training_flops
+from reglue.commands.train import READERS, prefetch
+from reglue.config import Recipe
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import LOCAL_CODES, Store, compressor_of
 from reglue.errors import UserError
-from reglue.jobs.train import READERS, prefetch
 from reglue.papers import RECIPES
-from reglue.recipe import Recipe
 from reglue.seeds import generator, permutation
 from workloads import Data, Workload, random_store
 
@@ -250,7 +250,7 @@ class Readers:
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def together(self, way: Way, work: list[Work]) -> tuple[float, float]:
+    def watchdog(self, way: Way, work: list[Work]) -> tuple[float, float]:
         """Seconds until all of the work is done at the same time, and seconds of cores. Starting is not counted.
 
         Raises what one of the processes has raised, and BrokenProcessPool if one has died.

@@ -26,10 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import Timed, alternate, matrix_rate, peak_gpu_memory_mib, peak_memory_mib, report
 from counting import training_flops
-from reglue.data.batches import Draft, TrainingData
-from reglue.jobs.train import prefetch
-from reglue.recipe import Compile
-from reglue.runs import ranks
+from reglue.commands.train import prefetch
+from reglue.config import Compile, Precision
+from reglue.data.batches import HostBatch, TrainingData
+from reglue.training import distributed
+from reglue.training.precision import autocast
 from training_step import TrainingStep
 from workloads import LAYERS, Data, RandomOnline, Workload, random_encoder, random_store
 
@@ -50,7 +51,7 @@ class TrainSpeed:
     batch_size: int = 256
     targets: Literal["cached", "int8", "decoded", "online"] = "cached"
     """int8: cached in 8 bits. online: a DINOv2-B with registers and random weights, on random pixels."""
-    precision: ranks.Precision = "bfloat16"
+    precision: Precision = "bfloat16"
     compile: Compile = "no"
     checkpoint_blocks: float = 0.0
     """Share of the blocks that are computed again in the backward pass."""
@@ -87,8 +88,8 @@ def measured(options: TrainSpeed, folder: Path, device: torch.device) -> dict[st
     repeats = options.conditions.repeats
     positions = (range(n * batch, (n + 1) * batch) for n in count())
 
-    def step(draft: Draft) -> None:
-        with ranks.autocast(device, options.precision):
+    def step(draft: HostBatch) -> None:
+        with autocast(device, options.precision):
             sample = data.finish(draft)
         train(sample)
 
@@ -100,7 +101,7 @@ def measured(options: TrainSpeed, folder: Path, device: torch.device) -> dict[st
         data.finish(draft)
     started = time.perf_counter()
     step(draft)
-    ranks.synchronize(device)
+    distributed.synchronize(device)
     first_step = time.perf_counter() - started
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -133,11 +134,11 @@ def mean_of(step: Callable[[], object], repeats: int, device: torch.device) -> f
     """Seconds of one of many steps in a row, after WARMUP others."""
     for _ in range(WARMUP):
         step()
-    ranks.synchronize(device)
+    distributed.synchronize(device)
     started = time.perf_counter()
     for _ in range(repeats):
         step()
-    ranks.synchronize(device)
+    distributed.synchronize(device)
     return (time.perf_counter() - started) / repeats
 
 

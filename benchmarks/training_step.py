@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from reglue.commands.train import Losses, ema_decay
+from reglue.config import Compile, Precision, Recipe
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.objective import TrainingSample, weighted_sum
 from reglue.diffusion.paths import PATHS
-from reglue.jobs.train import Losses, compile_parts, ema_decay
-from reglue.recipe import Compile, Recipe
-from reglue.runs import parallel, ranks
-from reglue.runs.ranks import Precision
+from reglue.training import distributed, parallel
+from reglue.training.precision import autocast, compile_parts, matmul_precision, to_compile
 
 
 class TrainingStep:
@@ -39,8 +39,8 @@ class TrainingStep:
         blocks = self.model.transformer.blocks
         self.model.transformer.recomputed_blocks = round(checkpoint_blocks * config.depth)
         losses = Losses(self.model, PATHS[recipe.path])
-        compile_parts(losses, blocks, ranks.to_compile(compile, device))
-        self.losses = parallel.spread(losses, blocks, 1, device, precision)
+        compile_parts(losses, blocks, to_compile(compile, device))
+        self.losses = parallel.parallelise(losses, blocks, 1, device, precision)
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.weights, self.averages = list(self.model.state_dict().values()), list(self.ema.values())
         self.optimiser = torch.optim.AdamW(
@@ -55,13 +55,13 @@ class TrainingStep:
 
     def __call__(self, sample: TrainingSample) -> None:
         """One step."""
-        with ranks.deterministic(self.device, self.deterministic):
+        with distributed.deterministic(self.device, self.deterministic):
             self._step(sample)
 
     def _step(self, sample: TrainingSample) -> None:
         optimisation = self.recipe.optimisation
-        with ranks.products(self.device, self.precision), parallel.accumulating(self.losses, last=True):
-            with ranks.autocast(self.device, self.precision):
+        with matmul_precision(self.device, self.precision), parallel.accumulating(self.losses, last=True):
+            with autocast(self.device, self.precision):
                 terms = self.losses(sample)
             loss = weighted_sum(terms, self.recipe.loss_weights(0)) / optimisation.accumulate
             loss.backward()

@@ -17,18 +17,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reglue.commands.demo import DEMO_RECIPE
+from reglue.config import Recipe
 from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits
 from reglue.data.targets import AlignmentTargets, Tokens
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL
 from reglue.diffusion.objective import ALIGNMENT
+from reglue.encoders.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
+from reglue.encoders.compressors import ConvCompressor
+from reglue.encoders.vision import EncoderSpec, VisionEncoder, load_encoder
 from reglue.errors import UserError
-from reglue.jobs.demo import DEMO_RECIPE
-from reglue.latents.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
 from reglue.papers import RECIPES
-from reglue.recipe import Recipe
-from reglue.semantics.compressors import ConvCompressor
-from reglue.semantics.encoders import EncoderSpec, VisionEncoder, load_encoder
 
 DOWNSAMPLING = 8
 """Of the SD-VAE."""
@@ -105,7 +105,7 @@ def random_images(folder: Path, count: int, resolution: int) -> Path:
     return folder
 
 
-def spread(images: Path, out: Path, count: int) -> int:
+def parallelise(images: Path, out: Path, count: int) -> int:
     """Links to so many images of a folder, in folders of the same names. Returns how many there are.
 
     Raises UserError if it is no folder, which is all that theirs reads.

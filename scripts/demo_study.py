@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 import tyro
 
+from reglue.commands.demo import DEMO_RECIPE, read_images
+from reglue.commands.sample import Sample, sample
+from reglue.commands.train import Train, train
+from reglue.config import Alignment, ClassToken, LocalSemantics, Recipe, SamplerName
 from reglue.data.images import ImageFolder
-from reglue.jobs.demo import DEMO_RECIPE, read_images
-from reglue.jobs.sample import Sample, sample
-from reglue.jobs.train import Train, train
 from reglue.metrics.classifier import train_classifier
-from reglue.recipe import Alignment, ClassToken, LocalSemantics, Recipe, SamplerName
 
 SIT = replace(DEMO_RECIPE, name="sit", local=LocalSemantics(), class_token=ClassToken(), alignment=Alignment())
 

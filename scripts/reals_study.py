@@ -28,19 +28,19 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tyro.conf import Positional
 
+from reglue.commands.autoencode import Autoencode, autoencode
+from reglue.config import OptimiserConfig
 from reglue.data.images import ImageFolder
 from reglue.data.pictures import enlarge, heat_of, image_grid
-from reglue.data.samples import ImageSamples, all_of, to_images, to_pixels
+from reglue.encoders.alignment import similarity_maps
+from reglue.encoders.autoencoders import Autoencoder, load_autoencoder
+from reglue.encoders.vision import VisionEncoder, load_encoder
 from reglue.files import replacing
-from reglue.jobs.autoencode import Autoencode, autoencode
-from reglue.latents.alignment import similarity_maps
-from reglue.latents.autoencoders import Autoencoder, load_autoencoder
-from reglue.latents.recipe import Architecture, AutoencoderRecipe, Kl, LatentAlignment, Perceptual
-from reglue.recipe import Descent
-from reglue.runs.ranks import resolve_device
-from reglue.runs.tracking import read
+from reglue.reals.config import Architecture, AutoencoderRecipe, Kl, LatentAlignment, Perceptual
+from reglue.reals.samples import ImageSamples, all_of, to_images, to_pixels
 from reglue.seeds import permutation
-from reglue.semantics.encoders import VisionEncoder, load_encoder
+from reglue.training.distributed import resolve_device
+from reglue.training.tracking import read
 
 SHOWN = 8
 """Images in the pictures."""
@@ -133,7 +133,7 @@ def training_of(options: Study, arm: Arm) -> Autoencode:
         perceptual=Perceptual(options.perceptual),
         kl=Kl(arm.kl_weight),
         alignment=LatentAlignment(arm.alignment, class_weight=arm.alignment, hidden=options.hidden),
-        optimisation=Descent(
+        optimisation=OptimiserConfig(
             steps=options.steps,
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,

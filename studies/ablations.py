@@ -18,11 +18,11 @@ from typing import Any
 import tyro
 
 from pack import Pack, pack
+from reglue.config import Alignment, ClassToken, LocalSemantics, Recipe
 from reglue.data.store import Store
 from reglue.errors import Stopped, UserError
 from reglue.files import replacing
 from reglue.papers import PAPERS, REGLUE
-from reglue.recipe import Alignment, ClassToken, LocalSemantics, Recipe
 from start import start, stop
 from study import Arm, StudyOptions, arm_of
 from summary import table

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from measures import Measures
 from pack import MEGABYTE, Pack, rows_per_shard, take_of
 from reglue.data.store import MANIFEST, Store
-from reglue.runs.generation import decoder
-from reglue.runs.record import RunRecord, needed_columns
+from reglue.pipeline import decoder
+from reglue.run import RunRecord, needed_columns
 from study import Arm, StudyOptions
 
 # Operations are counted as the benchmarks count them.

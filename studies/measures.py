@@ -22,22 +22,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from circumstances import circumstances
 from judge import Judge, load_judge
+from reglue.commands.evaluate import DENSITY_NEIGHBOURS, Described, Evaluate, describe, measure
+from reglue.commands.sample import PROTOCOL
 from reglue.data.images import ImageFolder
 from reglue.data.pictures import image_grid
-from reglue.data.samples import to_images, to_pixels
 from reglue.data.store import Store
+from reglue.encoders.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
 from reglue.errors import UserError
 from reglue.files import replacing
-from reglue.jobs.evaluate import DENSITY_NEIGHBOURS, Described, Evaluate, describe, measure
-from reglue.jobs.image_sets import ImageSet, Share, open_images
-from reglue.jobs.sample import PROTOCOL
-from reglue.latents.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
+from reglue.image_sets import ImageSet, Share, open_images
 from reglue.metrics.distances import GaussianStatistics, nearest
 from reglue.metrics.features import FeatureNetwork, FeatureSet, describe_images, load_encoder_features
 from reglue.metrics.inception import INCEPTION, load_inception
 from reglue.metrics.resampling import CONFIDENCE
-from reglue.runs.ranks import resolve_device
+from reglue.reals.samples import to_images, to_pixels
 from reglue.seeds import permutation
+from reglue.training.distributed import resolve_device
 from summary import MEASURED_BY
 
 if TYPE_CHECKING:

@@ -45,10 +45,10 @@ from reglue.data.store import (
     join_columns,
     write_shard,
 )
+from reglue.encoders.compressors import load_compressor
 from reglue.errors import UserError
 from reglue.files import TakesPaths, new_folder, replacing
 from reglue.seeds import permutation
-from reglue.semantics.compressors import load_compressor
 
 MEGABYTE = 1_000_000
 NETWORKS = "networks"

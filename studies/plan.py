@@ -19,14 +19,14 @@ import torch
 from costs import GPUS, Cost, Parcel, counted_cost, parcels
 from measures import Measures
 from pack import Pack, pack
+from reglue.commands.compress import Compress, compress
+from reglue.commands.sample import Sample, sample
+from reglue.commands.train import Train, train
 from reglue.data.store import MANIFEST, Store
 from reglue.errors import UserError
 from reglue.files import replacing
-from reglue.jobs.compress import Compress, compress
-from reglue.jobs.sample import Sample, sample
-from reglue.jobs.train import Train, train
-from reglue.runs.record import needed_columns
-from reglue.runs.tracking import read as read_log
+from reglue.run import needed_columns
+from reglue.training.tracking import read as read_log
 from study import Arm, StudyOptions, trials_of
 
 TIMED_STEPS = 20

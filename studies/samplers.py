@@ -24,12 +24,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tyro.conf import Positional
 
+from reglue.commands.evaluate import Evaluate, evaluate
+from reglue.commands.sample import Sample, plan, sample
+from reglue.config import SamplerName
 from reglue.errors import UserError
 from reglue.files import TakesPaths, from_json, replacing, to_json
-from reglue.jobs.evaluate import Evaluate, evaluate
-from reglue.jobs.sample import Sample, plan, sample
-from reglue.recipe import SamplerName
-from reglue.runs.generation import load
+from reglue.pipeline import load
 
 STOCHASTIC: tuple[SamplerName, ...] = ("euler-maruyama",)
 RESULTS = "results.json"

@@ -23,13 +23,13 @@ import tyro
 from matplotlib.figure import Figure
 
 from convergence import Convergence, arms_of
+from reglue.commands.compress import compress
+from reglue.commands.reencode import Reencode, reencode
 from reglue.data.store import MANIFEST, Store
+from reglue.encoders.autoencoders import load_autoencoder
 from reglue.errors import Stopped, UserError
 from reglue.files import replacing
-from reglue.jobs.compress import compress
-from reglue.jobs.reencode import Reencode, reencode
-from reglue.latents.autoencoders import load_autoencoder
-from reglue.runs.tracking import read as read_log
+from reglue.training.tracking import read as read_log
 from start import missing_codes, start, stop
 from study import Arm
 

@@ -10,10 +10,10 @@ from typing import Any, Literal, NoReturn, get_args
 
 from measures import Measures
 from plan import plan
+from reglue.commands.compress import Compress, compress
 from reglue.data.store import MANIFEST, Store, codes_column
+from reglue.encoders.compressors import CompressorKind
 from reglue.errors import Stopped, UserError
-from reglue.jobs.compress import Compress, compress
-from reglue.semantics.compressors import CompressorKind
 from study import Arm, StudyOptions, kinds_of, run_study
 
 KL_WEIGHT = 1e-6

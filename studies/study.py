@@ -40,21 +40,21 @@ from tyro.conf import Positional
 
 from circumstances import UNKNOWN, machine
 from measures import Measures, fingerprint
+from reglue.commands.sample import PROTOCOL, Sample, sample
+from reglue.commands.train import Train, train
+from reglue.config import Compile, Optimisation, Precision, Recipe, SamplerName, Sampling
 from reglue.data.pictures import image_grid
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
+from reglue.diffusion.noise import STREAMS
 from reglue.errors import UserError
 from reglue.files import TakesPaths, replacing
-from reglue.jobs.image_sets import open_images
-from reglue.jobs.sample import PROTOCOL, Sample, sample
-from reglue.jobs.train import Train, train
-from reglue.recipe import Compile, Optimisation, Precision, Recipe, SamplerName, Sampling
-from reglue.runs import checkpoints
-from reglue.runs.generation import decoder
-from reglue.runs.noise import STREAMS
-from reglue.runs.ranks import resolve_device
-from reglue.runs.record import RunRecord, data_hash
-from reglue.runs.tracking import read as read_log
+from reglue.image_sets import open_images
+from reglue.pipeline import decoder
+from reglue.run import RunRecord, data_hash
+from reglue.training import checkpoints
+from reglue.training.distributed import resolve_device
+from reglue.training.tracking import read as read_log
 from summary import MEASURED_BY, refuse_mixtures, summarise
 
 SHOWN = 10
@@ -276,7 +276,7 @@ def run_study(options: StudyOptions, arms: Sequence[Arm], title: str) -> dict[st
     sets = [SampleSet(trial, step) for step in options.milestones() for trial in trained]
     sets += [SampleSet(trial, options.steps, guided=True) for trial in guided]
     kinds: list[FigureKind] = [kind for kind in KINDS if any(kind in missing_figures(options, each) for each in sets)]
-    claim(options, trials, lambda: open_networks(options, measures, sets, kinds))
+    create_or_resume(options, trials, lambda: open_networks(options, measures, sets, kinds))
     measures.know(kinds)
     for step in options.milestones():
         for trial in trained:
@@ -302,7 +302,7 @@ def open_networks(
         decoder(checked(trial), torch.device("cpu"), trial.arm.autoencoder or options.autoencoder)
 
 
-def claim(options: StudyOptions, trials: Sequence[Trial], check: Callable[[], None]) -> None:
+def create_or_resume(options: StudyOptions, trials: Sequence[Trial], check: Callable[[], None]) -> None:
     """Make the study's folder, or check that it is this study's. Raises UserError, naming what differs.
 
     Also checks that every store has what its arm learns, before hours are spent on the others, and calls `check` before

@@ -16,8 +16,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import save_file
 
 from helpers import TINY_RECIPE, draw_images
-from reglue.jobs.compress import Compress, compress
-from reglue.jobs.prepare import Prepare, prepare
+from reglue.commands.compress import Compress, compress
+from reglue.commands.prepare import Prepare, prepare
 
 # The tests run side by side, one thread each: more of them would only wait for each other. So do the processes that
 # tests start, which may keep their byte code, since compiling takes most of their time.
@@ -127,7 +127,7 @@ def tiny_store(
 @pytest.fixture(scope="session")
 def dropping_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
     """The same, as if it had been trained with some local maps dropped."""
-    from reglue.runs.record import RunRecord
+    from reglue.run import RunRecord
 
     run = Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("dropping") / "run"))
     record = RunRecord.read(run)
@@ -140,7 +140,7 @@ def dropping_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Pa
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path:
     """A REGLUE run of six steps."""
     from reglue.cli import parse
-    from reglue.jobs.train import train
+    from reglue.commands.train import train
 
     run = tmp_path_factory.mktemp("run") / "run"
     arguments = ["--store", str(tiny_store), "--out", str(run), *TINY_RECIPE, "--optimisation.steps=6"]

@@ -15,9 +15,9 @@ from PIL import Image
 
 import reglue
 from reglue.cli import COMMANDS
+from reglue.config import Sampling
 from reglue.diffusion.guidance import Guidance
 from reglue.errors import UserError
-from reglue.recipe import Sampling
 
 
 def test_every_job_is_a_function_away() -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from helpers import TINY_RECIPE, mistake, reglue_command, run_reglue
 from reglue.cli import COMMANDS, job_of, parse
-from reglue.jobs.sample import Sample
-from reglue.jobs.train import Train
+from reglue.commands.sample import Sample
+from reglue.commands.train import Train
 from reglue.papers import RECIPES
 
 JOBS = (

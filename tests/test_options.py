@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from helpers import mistake
 from reglue.cli import parse
+from reglue.commands.autoencode import Autoencode
+from reglue.commands.compress import Compress
+from reglue.commands.prepare import Prepare
+from reglue.commands.sample import Sample
+from reglue.commands.train_head import TrainHead, train_head
 from reglue.errors import UserError, require
-from reglue.jobs.autoencode import Autoencode
-from reglue.jobs.compress import Compress
-from reglue.jobs.prepare import Prepare
-from reglue.jobs.sample import Sample
-from reglue.jobs.train_head import TrainHead, train_head
 
 TRAIN = ("train", "reglue", "--store=s", "--out=r")
 JOBS = {

@@ -16,8 +16,8 @@ from torch import nn
 from common import Comparison, alternate, ratio, report
 from comparisons.official import Official
 from reglue.diffusion.denoiser import Denoiser
-from reglue.runs import checkpoints
-from reglue.runs.official import export_official
+from reglue.published.weights import export_official
+from reglue.training import checkpoints
 from workloads import Data, Workload
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from common import Comparison, peak_memory_mib, report
 from reglue.data.store import Contents, Source, StoreWriter
-from reglue.latents.autoencoders import load_autoencoder
-from reglue.runs import ranks
+from reglue.encoders.autoencoders import load_autoencoder
+from reglue.training import distributed
 
 PUBLISHED_BATCHES = 301
 """Batches of 256 images that calc_norm_stats.py looks at by default."""
@@ -59,7 +59,7 @@ def compressing(options: Compressing) -> str:
         }
     figures["published_images"] = PUBLISHED_BATCHES * 256
     figures["published_gigabytes_of_features"] = PUBLISHED_BATCHES * 256 * 3072 * 16**2 * 4 / 1e9
-    return report("compressor", options, figures, ranks.resolve_device("cpu"))
+    return report("compressor", options, figures, distributed.resolve_device("cpu"))
 
 
 def growth(run: Callable[[int, int, int], None], *sizes: int) -> float:

@@ -15,9 +15,9 @@ import tyro
 from PIL import Image
 
 from common import ROOT, Comparison, report, seconds_of_process
+from reglue.commands.prepare import Prepare
 from reglue.data.images import UnreadableImage
 from reglue.data.sources import open_images
-from reglue.jobs.prepare import Prepare
 from workloads import random_images, spread
 
 

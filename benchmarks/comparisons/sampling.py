@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from common import Comparison, Timing, alternate, ratio, report
 from comparisons.official import Official, official_samples
 from counting import forward_flops
-from reglue import recipe
+from reglue import config
+from reglue.config import Precision
+from reglue.data.picture_writer import PictureWriter
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.guidance import Guidance, guided_velocity
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State
 from reglue.diffusion.paths import PATHS
-from reglue.runs.generation import follow, from_noise, to_pixels
-from reglue.runs.networks import SamplingNetwork
-from reglue.runs.official import export_official, import_official
-from reglue.runs.pictures import PictureWriter
-from reglue.runs.ranks import Precision
+from reglue.pipeline import follow, from_noise, to_pixels
+from reglue.published.weights import export_official, import_official
+from reglue.training.precision import SamplingNetwork
 from workloads import Data, Workload, autoencoder_of
 
 AGREEMENT = 1e-4
@@ -76,14 +76,14 @@ class Counted(nn.Module):
         return self.inside.null_label  # type: ignore[return-value]
 
 
-def of_job(options: Sampling, steps: int) -> recipe.Sampling:
+def of_job(options: Sampling, steps: int) -> config.Sampling:
     """The way to sample, as `reglue sample` has it."""
     guidance = Guidance(options.scale, interval=options.interval)
-    return recipe.Sampling("euler-maruyama", steps, guidance, state_precision="float64")
+    return config.Sampling("euler-maruyama", steps, guidance, state_precision="float64")
 
 
 @torch.no_grad()
-def our_samples(network: Any, workload: Workload, labels: Tensor, how: recipe.Sampling) -> State:
+def our_samples(network: Any, workload: Workload, labels: Tensor, how: config.Sampling) -> State:
     """Samples as `ImageModel.draw` makes them: its noise, its loop."""
     velocity = guided_velocity(network, labels, how.guidance)
     shapes, path = workload.config.shape.shapes(), PATHS[workload.recipe.path]

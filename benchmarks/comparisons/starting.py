@@ -14,9 +14,9 @@ import tyro
 from PIL import Image
 
 from common import Comparison, report, seconds_of_process
-from reglue.jobs.compress import Compress, compress
-from reglue.jobs.prepare import Prepare, prepare
-from reglue.runs import ranks
+from reglue.commands.compress import Compress, compress
+from reglue.commands.prepare import Prepare, prepare
+from reglue.training import distributed
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def starting(options: Starting) -> str:
             first = ["-m", "reglue", "train", "reglue", *arguments, "--optimisation.steps", "1"]
             commands["reglue train, one step"] = [*python, *first, "--store", str(store), "--out", f"{folder}/run-%d"]
         figures = {name: seconds(command, conditions.repeats) for name, command in commands.items()}
-    return report("startup", options, {"seconds": figures}, ranks.resolve_device("cpu"))
+    return report("startup", options, {"seconds": figures}, distributed.resolve_device("cpu"))
 
 
 def seconds(command: list[str], repeats: int) -> dict[str, Any]:

@@ -27,19 +27,18 @@ from comparisons.official import (
     official_sit_loss,
 )
 from counting import parameters, training_flops
-from reglue.data.batches import Draft, TrainingData
+from reglue.commands.train import READERS, prefetch
+from reglue.config import Compile, Precision
+from reglue.data.batches import HostBatch, TrainingData
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL
 from reglue.diffusion.objective import TrainingSample, loss_terms
 from reglue.diffusion.paths import LINEAR
+from reglue.encoders.vision import VisionEncoder
 from reglue.errors import UserError
-from reglue.jobs.train import READERS, prefetch
-from reglue.recipe import Compile
-from reglue.runs import ranks
-from reglue.runs.official import export_official, import_official
-from reglue.runs.ranks import Precision
-from reglue.semantics.encoders import VisionEncoder
+from reglue.published.weights import export_official, import_official
+from reglue.training.precision import autocast, to_compile
 from training_step import TrainingStep
 from workloads import LAYERS, Data, RandomOnline, Workload, loss_weights, random_encoder, random_store
 
@@ -212,7 +211,7 @@ def ours(
     options: Training, workload: Workload, start: Denoiser, store: Store, device: torch.device
 ) -> dict[str, Maker]:
     """Ours in every precision and way of compilation."""
-    ways: list[Compile] = [ranks.to_compile(asked, device) for asked in options.compile]
+    ways: list[Compile] = [to_compile(asked, device) for asked in options.compile]
 
     def make(precision: Precision, compile: Compile, online: bool) -> dict[str, Callable[[], object]]:
         data = TrainingData(store, workload.recipe, workload.config, 0, device)
@@ -242,9 +241,9 @@ def our_turns(
     threads = workers if workers is not None else 0 if on_cpu else READERS
     at_hand = data.read(range(batch))
 
-    def turn(drafts: Iterable[Draft]) -> None:
+    def turn(drafts: Iterable[HostBatch]) -> None:
         for draft in drafts:
-            with ranks.autocast(data.device, step.precision):
+            with autocast(data.device, step.precision):
                 sample = data.finish(draft)
             step(sample)
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from views import random_view, read_images, to_array
 
-from reglue.semantics.encoders import VisionEncoder, load_encoder
+from reglue.encoders.vision import VisionEncoder, load_encoder
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from views import read_images, to_array
 
-from reglue.latents.autoencoders import Autoencoder, load_autoencoder
-from reglue.semantics.encoders import VisionEncoder, VisionFeatures, load_encoder
+from reglue.encoders.autoencoders import Autoencoder, load_autoencoder
+from reglue.encoders.vision import VisionEncoder, VisionFeatures, load_encoder
 
 
 @dataclass(frozen=True)

@@ -12,75 +12,75 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from reglue.commands.autoencode import Autoencode, autoencode
+    from reglue.commands.compress import Compress, compress
+    from reglue.commands.demo import Demo, demo
+    from reglue.commands.evaluate import Evaluate, evaluate
+    from reglue.commands.export_run import ExportRun, export_run
+    from reglue.commands.import_run import ImportRun, import_run
+    from reglue.commands.perceive import Perceive, perceive
+    from reglue.commands.prepare import Prepare, prepare
+    from reglue.commands.probe import Probe, probe
+    from reglue.commands.reencode import Reencode, reencode
+    from reglue.commands.sample import Sample, sample
+    from reglue.commands.train import Train, train
+    from reglue.commands.train_head import TrainHead, train_head
+    from reglue.commands.verify import Verify, verify
+    from reglue.config import Recipe, Sampling
     from reglue.data.store import Store
     from reglue.diffusion.guidance import Guidance
+    from reglue.encoders.autoencoders import load_autoencoder
+    from reglue.encoders.compressors import load_compressor
+    from reglue.encoders.vision import load_encoder
     from reglue.errors import Stopped, UserError
-    from reglue.jobs.autoencode import Autoencode, autoencode
-    from reglue.jobs.compress import Compress, compress
-    from reglue.jobs.demo import Demo, demo
-    from reglue.jobs.evaluate import Evaluate, evaluate
-    from reglue.jobs.export_run import ExportRun, export_run
-    from reglue.jobs.import_run import ImportRun, import_run
-    from reglue.jobs.perceive import Perceive, perceive
-    from reglue.jobs.prepare import Prepare, prepare
-    from reglue.jobs.probe import Probe, probe
-    from reglue.jobs.reencode import Reencode, reencode
-    from reglue.jobs.sample import Sample, sample
-    from reglue.jobs.train import Train, train
-    from reglue.jobs.train_head import TrainHead, train_head
-    from reglue.jobs.verify import Verify, verify
-    from reglue.latents.autoencoders import load_autoencoder
     from reglue.papers import RECIPES as recipes  # noqa: N811 a module's public names are its attributes
-    from reglue.recipe import Recipe, Sampling
-    from reglue.runs.generation import ImageModel, load
-    from reglue.semantics.compressors import load_compressor
-    from reglue.semantics.encoders import load_encoder
-    from reglue.semantics.heads import load_head
+    from reglue.perception.heads import load_head
+    from reglue.pipeline import ImageModel, load
 
 # Name → module, or module and the name there. Imported when first used: `import reglue` need not wait for PyTorch.
 _HOMES = {
     # using models
-    "load": "reglue.runs.generation",
-    "ImageModel": "reglue.runs.generation",
-    "Sampling": "reglue.recipe",
+    "load": "reglue.pipeline",
+    "ImageModel": "reglue.pipeline",
+    "Sampling": "reglue.config",
     "Guidance": "reglue.diffusion.guidance",
     # the commands
-    "Prepare": "reglue.jobs.prepare",
-    "prepare": "reglue.jobs.prepare",
-    "Reencode": "reglue.jobs.reencode",
-    "reencode": "reglue.jobs.reencode",
-    "Compress": "reglue.jobs.compress",
-    "compress": "reglue.jobs.compress",
-    "Autoencode": "reglue.jobs.autoencode",
-    "autoencode": "reglue.jobs.autoencode",
-    "Train": "reglue.jobs.train",
-    "train": "reglue.jobs.train",
-    "Sample": "reglue.jobs.sample",
-    "sample": "reglue.jobs.sample",
-    "Evaluate": "reglue.jobs.evaluate",
-    "evaluate": "reglue.jobs.evaluate",
-    "Probe": "reglue.jobs.probe",
-    "probe": "reglue.jobs.probe",
-    "TrainHead": "reglue.jobs.train_head",
-    "train_head": "reglue.jobs.train_head",
-    "Perceive": "reglue.jobs.perceive",
-    "perceive": "reglue.jobs.perceive",
-    "ImportRun": "reglue.jobs.import_run",
-    "import_run": "reglue.jobs.import_run",
-    "ExportRun": "reglue.jobs.export_run",
-    "export_run": "reglue.jobs.export_run",
-    "Verify": "reglue.jobs.verify",
-    "verify": "reglue.jobs.verify",
-    "Demo": "reglue.jobs.demo",
-    "demo": "reglue.jobs.demo",
+    "Prepare": "reglue.commands.prepare",
+    "prepare": "reglue.commands.prepare",
+    "Reencode": "reglue.commands.reencode",
+    "reencode": "reglue.commands.reencode",
+    "Compress": "reglue.commands.compress",
+    "compress": "reglue.commands.compress",
+    "Autoencode": "reglue.commands.autoencode",
+    "autoencode": "reglue.commands.autoencode",
+    "Train": "reglue.commands.train",
+    "train": "reglue.commands.train",
+    "Sample": "reglue.commands.sample",
+    "sample": "reglue.commands.sample",
+    "Evaluate": "reglue.commands.evaluate",
+    "evaluate": "reglue.commands.evaluate",
+    "Probe": "reglue.commands.probe",
+    "probe": "reglue.commands.probe",
+    "TrainHead": "reglue.commands.train_head",
+    "train_head": "reglue.commands.train_head",
+    "Perceive": "reglue.commands.perceive",
+    "perceive": "reglue.commands.perceive",
+    "ImportRun": "reglue.commands.import_run",
+    "import_run": "reglue.commands.import_run",
+    "ExportRun": "reglue.commands.export_run",
+    "export_run": "reglue.commands.export_run",
+    "Verify": "reglue.commands.verify",
+    "verify": "reglue.commands.verify",
+    "Demo": "reglue.commands.demo",
+    "demo": "reglue.commands.demo",
     # parts
-    "Recipe": "reglue.recipe",
+    "Recipe": "reglue.config",
     "recipes": "reglue.papers:RECIPES",
     "Store": "reglue.data.store",
-    "load_encoder": "reglue.semantics.encoders",
-    "load_autoencoder": "reglue.latents.autoencoders",
-    "load_compressor": "reglue.semantics.compressors",
-    "load_head": "reglue.semantics.heads",
+    "load_encoder": "reglue.encoders.vision",
+    "load_autoencoder": "reglue.encoders.autoencoders",
+    "load_compressor": "reglue.encoders.compressors",
+    "load_head": "reglue.perception.heads",
     "Stopped": "reglue.errors",
     "UserError": "reglue.errors",
 }

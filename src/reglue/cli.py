@@ -38,22 +38,22 @@ class Command:
 
 
 COMMANDS = {
-    "prepare": Command("reglue.jobs.prepare:Prepare", "Images to a store of latents and features."),
-    "reencode": Command("reglue.jobs.reencode:Reencode", "A store once more, in another latent space."),
-    "compress": Command("reglue.jobs.compress:Compress", "Fit a compressor to a store's features."),
+    "prepare": Command("reglue.commands.prepare:Prepare", "Images to a store of latents and features."),
+    "reencode": Command("reglue.commands.reencode:Reencode", "A store once more, in another latent space."),
+    "compress": Command("reglue.commands.compress:Compress", "Fit a compressor to a store's features."),
     "autoencode": Command(
-        "reglue.jobs.autoencode:Autoencode", "Train an autoencoder aligned with a vision encoder (ReaLS)."
+        "reglue.commands.autoencode:Autoencode", "Train an autoencoder aligned with a vision encoder (ReaLS)."
     ),
-    "train": Command("reglue.jobs.train:Train", "Train a recipe on a store, or continue a run."),
-    "sample": Command("reglue.jobs.sample:Sample", "Draw images from a run."),
-    "evaluate": Command("reglue.jobs.evaluate:Evaluate", "Compare images with a reference."),
-    "probe": Command("reglue.jobs.probe:Probe", "Measure what features and their codes still say."),
-    "head": Command("reglue.jobs.train_head:TrainHead", "Train a head that segments or tells depth."),
-    "perceive": Command("reglue.jobs.perceive:Perceive", "Tell from latents what generated images show."),
-    "import": Command("reglue.jobs.import_run:ImportRun", "A published checkpoint to a run."),
-    "export": Command("reglue.jobs.export_run:ExportRun", "A run to a published checkpoint."),
-    "verify": Command("reglue.jobs.verify:Verify", "Whether a store's or a run's files are as they were written."),
-    "demo": Command("reglue.jobs.demo:Demo", "All of it on handwritten digits, in minutes."),
+    "train": Command("reglue.commands.train:Train", "Train a recipe on a store, or continue a run."),
+    "sample": Command("reglue.commands.sample:Sample", "Draw images from a run."),
+    "evaluate": Command("reglue.commands.evaluate:Evaluate", "Compare images with a reference."),
+    "probe": Command("reglue.commands.probe:Probe", "Measure what features and their codes still say."),
+    "head": Command("reglue.commands.train_head:TrainHead", "Train a head that segments or tells depth."),
+    "perceive": Command("reglue.commands.perceive:Perceive", "Tell from latents what generated images show."),
+    "import": Command("reglue.commands.import_run:ImportRun", "A published checkpoint to a run."),
+    "export": Command("reglue.commands.export_run:ExportRun", "A run to a published checkpoint."),
+    "verify": Command("reglue.commands.verify:Verify", "Whether a store's or a run's files are as they were written."),
+    "demo": Command("reglue.commands.demo:Demo", "All of it on handwritten digits, in minutes."),
 }
 
 
@@ -66,9 +66,9 @@ def main() -> None:
     try:
         options = parse(sys.argv[1:])
         job_of(options)(options)
-        from reglue.runs import ranks  # loaded by now; not for `--help`
+        from reglue.training import distributed  # loaded by now; not for `--help`
 
-        ranks.leave()
+        distributed.leave()
     except UserError as error:
         fail(str(error))
     except OSError as error:
@@ -78,20 +78,20 @@ def main() -> None:
     except KeyboardInterrupt:
         fail("interrupted; run the same command again, which keeps what was finished", 130)
     except Exception:
-        from reglue.runs import ranks
+        from reglue.training import distributed
 
-        if not ranks.are_many():
+        if not distributed.are_many():
             raise
         traceback.print_exc()
-        ranks.end(1)
+        distributed.end(1)
 
 
 def fail(message: str, code: int = 2) -> None:
     """Print one line and exit."""
-    from reglue.runs import ranks
+    from reglue.training import distributed
 
     print(f"reglue: {message}", file=sys.stderr)
-    ranks.end(code)
+    distributed.end(code)
 
 
 def job_of(options: Any) -> Callable[[Any], object]:

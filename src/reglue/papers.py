@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reglue.config import Alignment, ClassToken, LocalSemantics, Optimisation, Recipe, Sampling
 from reglue.diffusion.guidance import Guidance
-from reglue.recipe import Alignment, ClassToken, LocalSemantics, Optimisation, Recipe, Sampling
 
 
 @dataclass(frozen=True)

@@ -39,14 +39,17 @@ from gpu_tests import GpuTests
 from limits import Limits, Operators, limits
 from prepare_speed import PrepareSpeed
 from reglue.cli import parse
+from reglue.commands.prepare import Prepare
+from reglue.config import Precision
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
+from reglue.diffusion import noise
 from reglue.diffusion.denoiser import Denoiser
 from reglue.errors import UserError
-from reglue.jobs.prepare import Prepare
 from reglue.papers import RECIPES
-from reglue.runs import networks, noise, ranks
-from reglue.runs.official import export_official
+from reglue.published.weights import export_official
+from reglue.training import distributed
+from reglue.training import precision as networks
 from store_reads import StoreReads
 from train_speed import TrainSpeed
 from workloads import RandomOnline, Workload
@@ -108,7 +111,7 @@ def test_the_sampler_that_is_timed_is_that_of_the_job(monkeypatch: pytest.Monkey
         called.append(name)
         return original(*arguments, **options)
 
-    for module, name in ((ranks, "compiled"), (noise, "normals"), (networks, "with_products_in")):
+    for module, name in ((distributed, "compiled"), (noise, "normals"), (networks, "with_products_in")):
         monkeypatch.setattr(module, name, partial(noted, name, getattr(module, name)))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # The real one takes minutes.
     against_official.main(["sample", "--toy", "--device", "cpu", "--repeats", "1", "--compile", "model"])
@@ -235,9 +238,7 @@ def test_what_did_not_fit_is_gone_before_the_next_try(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
-def test_the_rate_of_products_is_that_of_many_in_a_row(
-    precision: ranks.Precision, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_rate_of_products_is_that_of_many_in_a_row(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     times = Timing(1.0, 1.0, 2.0, 2.0, 5)
     monkeypatch.setattr(
         common, "alternate", lambda contestants, *_: (contestants["products"](), {"products": times})[1]

@@ -24,13 +24,13 @@ from counting import activation_bytes
 from evaluate_speed import EvaluateSpeed
 from evaluate_speed import main as evaluate_speed
 from prepare_speed import PrepareSpeed
+from reglue.commands.train import Train, train
+from reglue.config import Optimisation
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.errors import UserError
-from reglue.jobs.train import Train, train
 from reglue.papers import RECIPES
-from reglue.recipe import Optimisation
-from reglue.runs.checkpoints import find
+from reglue.training.checkpoints import find
 from resolutions import Resolutions, config_at
 from scaling import Scaling
 from scaling import main as scaling

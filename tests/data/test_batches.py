@@ -17,19 +17,19 @@ import torch
 from torch.nn import functional as F
 
 import reglue.data.store
-from reglue.data.batches import CPU, Draft, TrainingData, denoiser_config
+from reglue.commands.compress import Compress, compress
+from reglue.config import Recipe
+from reglue.data.batches import CPU, HostBatch, TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.data.targets import alignment_targets
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import loss_terms
 from reglue.diffusion.paths import PATHS
+from reglue.encoders.compressors import load_compressor, resize
 from reglue.errors import UserError
-from reglue.jobs.compress import Compress, compress
 from reglue.papers import RECIPES
-from reglue.recipe import Recipe
-from reglue.runs.record import RunRecord
+from reglue.run import RunRecord
 from reglue.seeds import generator, normals, permutation
-from reglue.semantics.compressors import load_compressor, resize
 
 
 def tiny(name: str) -> Recipe:
@@ -144,7 +144,7 @@ def test_a_recipe_may_learn_codes_of_the_class_token_and_align_with_the_token_it
 def test_what_the_store_lacks_is_named(
     recipe: str, column: str, remedy: str, tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path
 ) -> None:
-    from reglue.jobs.prepare import Prepare, prepare
+    from reglue.commands.prepare import Prepare, prepare
 
     store = prepare(Prepare(tiny_images, tmp_path / "s", 16, tiny_autoencoder, tiny_encoder, workers=0, device="cpu"))
     with pytest.raises(UserError, match=rf"{column}.*{remedy}"):
@@ -275,7 +275,7 @@ def test_what_decoded_targets_lack_is_named(tiny_store: Path) -> None:
         aligned("repa", compressor="conv-4")
 
 
-def parts_of(draft: Draft) -> list[dict[str, torch.Tensor]]:
+def parts_of(draft: HostBatch) -> list[dict[str, torch.Tensor]]:
     return [draft.latent, draft.codes, draft.target, draft.noise, draft.drawn]
 
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 import reglue.data.store
 from reglue.data.images import UnreadableImage
 from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits, is_intact, restored
+from reglue.encoders.autoencoders import AutoencoderSpec
+from reglue.encoders.compressors import CompressorSpec
 from reglue.errors import UserError
-from reglue.latents.autoencoders import AutoencoderSpec
-from reglue.semantics.compressors import CompressorSpec
 
 AUTOENCODER = AutoencoderSpec("vae", "AutoencoderKL", "12ab", 3, 2, (0.0,) * 3, (1.0,) * 3)
 

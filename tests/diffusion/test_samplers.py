@@ -1,4 +1,4 @@
-"""Solvers on problems whose solution is known: their order, their evaluations, jumps, and one image at a time."""
+"""Solvers on problems whose solution is known: order, evaluations, discontinuities, one image at a time."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_order_2_through_the_edges_of_guidance() -> None:
 
     errors = [error(with_jumps, Guided(interval), uniform_times(steps), exact) for steps in (100, 400)]
     assert math.log(errors[0] / errors[1], 4) > 1.7
-    # Extrapolating through the jumps is what the restart spares.
+    # Extrapolating through the discontinuities is what the restart spares.
     assert error(ignoring, Guided(interval), uniform_times(400), exact) > 5 * errors[1]
     # Published samplers go on as they were: guided by where the step began.
     assert error(heun, Guided(interval), uniform_times(400), exact) > 5 * errors[1]
@@ -206,7 +206,7 @@ def test_dopri5_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_guidance_jumps() -> None:
-    assert Guidance(2.0, interval=(0.1, 0.9)).jumps == (0.1, 0.9)
-    assert Guidance(2.0, interval=(0.0, 0.9)).jumps == (0.9,)
-    assert Guidance(representation_scale=2.0, interval=(0.4, 0.4)).jumps == (0.4,)
-    assert Guidance(1.0, interval=(0.1, 0.9)).jumps == ()
+    assert Guidance(2.0, interval=(0.1, 0.9)).discontinuities == (0.1, 0.9)
+    assert Guidance(2.0, interval=(0.0, 0.9)).discontinuities == (0.9,)
+    assert Guidance(representation_scale=2.0, interval=(0.4, 0.4)).discontinuities == (0.4,)
+    assert Guidance(1.0, interval=(0.1, 0.9)).discontinuities == ()

@@ -22,22 +22,22 @@ from PIL import Image
 
 import reglue
 from reglue import cli
+from reglue.commands.autoencode import Autoencode
+from reglue.commands.compress import Compress
+from reglue.commands.evaluate import Evaluate
+from reglue.commands.export_run import ExportRun, export_run
+from reglue.commands.import_run import ImportRun
+from reglue.commands.perceive import Perceive
+from reglue.commands.prepare import Prepare, prepare
+from reglue.commands.sample import Sample, sample
+from reglue.commands.train import Train, train
+from reglue.commands.train_head import TrainHead
+from reglue.config import SamplerName
 from reglue.data.images import crop_to
-from reglue.jobs.autoencode import Autoencode
-from reglue.jobs.compress import Compress
-from reglue.jobs.evaluate import Evaluate
-from reglue.jobs.export_run import ExportRun, export_run
-from reglue.jobs.import_run import ImportRun
-from reglue.jobs.perceive import Perceive
-from reglue.jobs.prepare import Prepare, prepare
-from reglue.jobs.sample import Sample, sample
-from reglue.jobs.train import Train, train
-from reglue.jobs.train_head import TrainHead
-from reglue.latents.recipe import Perceptual
 from reglue.papers import PAPERS
-from reglue.recipe import SamplerName
-from reglue.runs.official import PUBLISHED_DECODER
-from reglue.runs.record import RunRecord
+from reglue.published.weights import PUBLISHED_DECODER
+from reglue.reals.config import Perceptual
+from reglue.run import RunRecord
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs/methods").glob("[a-z]*.md"))
@@ -290,7 +290,7 @@ def test_the_readme(
     def push(folder: Path, name: str, private: bool) -> None:
         sent[name] = (folder / "README.md").read_text()
 
-    monkeypatch.setattr("reglue.runs.hub.push", push)
+    monkeypatch.setattr("reglue.published.runs_by_name.push", push)
     exec(python)
     assert (tmp_path / "first.png").is_file()
     assert sent.keys() == {"owner/name"}

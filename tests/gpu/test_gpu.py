@@ -22,28 +22,28 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import convergence
-import reglue.jobs.train
+import reglue.commands.train
 import store_reads
 from common import Comparison, Measured, measured
 from comparisons import training
 from comparisons.training import Training
 from helpers import TINY_RECIPE
 from reglue.cli import parse
-from reglue.data.batches import Draft, TrainingData, denoiser_config
+from reglue.commands.prepare import Prepare, prepare
+from reglue.commands.train import Losses, train
+from reglue.config import Compile, Precision, Sampling
+from reglue.data.batches import HostBatch, TrainingData, denoiser_config
 from reglue.data.store import Store
+from reglue.diffusion.backbones.sit import Attention
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.guidance import Guidance, guided_velocity
 from reglue.diffusion.modalities import State
 from reglue.diffusion.objective import weighted_sum
 from reglue.diffusion.paths import LINEAR
-from reglue.diffusion.transformer import Attention
-from reglue.jobs.prepare import Prepare, prepare
-from reglue.jobs.train import Losses, train
 from reglue.papers import RECIPES
-from reglue.recipe import Compile, Sampling
-from reglue.runs import checkpoints, parallel, ranks
-from reglue.runs.generation import from_noise
-from reglue.runs.networks import SamplingNetwork
+from reglue.pipeline import from_noise
+from reglue.training import checkpoints, distributed, parallel
+from reglue.training.precision import SamplingNetwork, autocast
 from training_step import TrainingStep
 from workloads import Workload
 
@@ -73,10 +73,10 @@ def test_no_iteration_of_training_waits_for_the_gpu(
     compile: str, precision: str, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the third step's samples on to the last but one's average, whatever the loop does, its readers included."""
-    steps, prefetch = 8, reglue.jobs.train.prefetch
+    steps, prefetch = 8, reglue.commands.train.prefetch
     watched: list[int] = []
 
-    def watching(*arguments: Any) -> Iterator[Draft]:
+    def watching(*arguments: Any) -> Iterator[HostBatch]:
         for number, draft in enumerate(prefetch(*arguments)):
             if number == 2:
                 torch.cuda.set_sync_debug_mode("error")
@@ -85,7 +85,7 @@ def test_no_iteration_of_training_waits_for_the_gpu(
             watched.append(torch.cuda.get_sync_debug_mode())
             yield draft
 
-    monkeypatch.setattr(reglue.jobs.train, "prefetch", watching)
+    monkeypatch.setattr(reglue.commands.train, "prefetch", watching)
     options = [
         f"--store={tiny_store}", f"--out={tmp_path / 'run'}", *TINY_RECIPE, f"--optimisation.steps={steps}",
         "--optimisation.clip=1", f"--optimisation.compile={compile}", f"--optimisation.precision={precision}",
@@ -107,7 +107,7 @@ def test_flash_attention_takes_what_our_attention_gives_it(width_of_head: int) -
 
     def outputs(backend: SDPBackend) -> tuple[Tensor, Tensor]:
         attention.zero_grad()
-        with sdpa_kernel(backend), ranks.autocast(CUDA, "bfloat16"):
+        with sdpa_kernel(backend), autocast(CUDA, "bfloat16"):
             out = attention(x)
             out.float().square().sum().backward()
         assert attention.qkv.weight.grad is not None
@@ -125,7 +125,7 @@ def test_gradients_of_attention_are_the_same_bits_each_time(tokens: int) -> None
 
     def gradient() -> Tensor:
         attention.zero_grad()
-        with ranks.deterministic(CUDA, True), ranks.autocast(CUDA, "bfloat16"):
+        with distributed.deterministic(CUDA, True), autocast(CUDA, "bfloat16"):
             attention(x).float().square().sum().backward()
         assert attention.qkv.weight.grad is not None
         return attention.qkv.weight.grad.clone()
@@ -149,7 +149,7 @@ def test_a_compiled_step_is_the_eager_one(compile: Compile, data: TrainingData) 
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_compiled_sampler_draws_what_the_eager_one_does(precision: ranks.Precision, data: TrainingData) -> None:
+def test_a_compiled_sampler_draws_what_the_eager_one_does(precision: Precision, data: TrainingData) -> None:
     """Two batches of a sampler that is guided in an interval, so in batches of two sizes, and by a weaker model.
 
     In bfloat16 they round in different places: compiled it is as near to float32 as the eager one.
@@ -160,7 +160,7 @@ def test_a_compiled_sampler_draws_what_the_eager_one_does(precision: ranks.Preci
     guidance = Guidance(2.0, interval=(0.2, 0.8), auto_scale=1.5)
     how = Sampling(steps=8, guidance=guidance, state_precision="float64")
 
-    def batches(precision: ranks.Precision, compiled: bool) -> list[State]:
+    def batches(precision: Precision, compiled: bool) -> list[State]:
         network, weaker = (SamplingNetwork(model, precision, compiled=compiled) for model in (strong, weak))
         drawn = []
         for first in (0, 4):
@@ -270,14 +270,14 @@ def test_prepare_makes_the_same_store_as_on_the_cpu(
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    """A group of this process alone, as `ranks.join` makes it under torchrun."""
+    """A group of this process alone, as `distributed.join` makes it under torchrun."""
     backend = "cpu:gloo,cuda:nccl" if CUDA.type == "cuda" else "gloo"
     store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield
     finally:
-        ranks.leave()
+        distributed.leave()
 
 
 @pytest.mark.parametrize("kind", ["copies", "shards"])
@@ -315,7 +315,7 @@ def two_steps(data: TrainingData, kind: str, run: Path) -> tuple[dict[str, Tenso
 
 
 def spread(kind: str, losses: Losses, model: Denoiser) -> torch.nn.Module:
-    """`parallel.spread`; where it should cut the model for two processes, into a mesh of the one that there is."""
+    """`parallel.parallelise`; where it should cut the model for two processes, into a mesh of the one that there is."""
     if kind == "alone":
         return losses.to(CUDA)
     with pytest.MonkeyPatch.context() as pretended:
@@ -327,7 +327,7 @@ def spread(kind: str, losses: Losses, model: Denoiser) -> torch.nn.Module:
                 "init_device_mesh",
                 lambda device, _, mesh_dim_names: init_device_mesh(device, (1,), mesh_dim_names=mesh_dim_names[1:]),
             )
-        return parallel.spread(losses, model.transformer.blocks, 2 if kind == "shards" else 1, CUDA, "float32")
+        return parallel.parallelise(losses, model.transformer.blocks, 2 if kind == "shards" else 1, CUDA, "float32")
 
 
 @pytest.mark.parametrize("compile", ["no", "blocks"])

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from reglue.commands.evaluate import Evaluate, evaluate
 from reglue.errors import UserError
-from reglue.jobs.evaluate import Evaluate, evaluate
 from reglue.metrics import inception as module
 from reglue.metrics.distances import GaussianStatistics
 from reglue.metrics.features import describe_images

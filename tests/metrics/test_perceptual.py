@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
 from reglue.metrics.perceptual import Lpips, encoder_distance, encoder_features, load_lpips
-from reglue.semantics.encoders import load_encoder
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from helpers import TINY_RECIPE
 from reglue import cli
-from reglue.runs import checkpoints
+from reglue.training import checkpoints
 
 TERMS = ("loss", "latent", "local", "cls", "alignment", "gradient_norm")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -283,7 +283,7 @@ def test_a_full_disk_of_one_process_ends_all(shards: int, tiny_store: Path, tmp_
 
 
 def test_an_error_in_one_process_is_shown_and_ends_all(tiny_store: Path, tmp_path: Path) -> None:
-    prelude = "import reglue.jobs.train as job; job.take_compressor = lambda *_: 1 // 0"
+    prelude = "import reglue.commands.train as job; job.take_compressor = lambda *_: 1 // 0"
     first, second = start_two(training(tiny_store, tmp_path / "run", "--optimisation.steps=100000"), prelude)
     text = last_words(first, within=300)
     (line,) = ends(second, within=20)
@@ -295,7 +295,7 @@ def test_an_error_in_one_process_is_shown_and_ends_all(tiny_store: Path, tmp_pat
 
 
 STALE = """
-from reglue.runs import checkpoints
+from reglue.training import checkpoints
 seen, steps = [], checkpoints.steps
 checkpoints.steps = lambda run: steps(run) if seen.append(run) or len(seen) > 1 else []
 """

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reglue.diffusion.denoiser import Denoiser
-from reglue.runs.official import OfficialModel, import_official
+from reglue.published.weights import OfficialModel, import_official
 
 GOLDEN = Path(os.environ.get("REGLUE_GOLDEN") or Path(__file__).parent / "golden")
 TOLERANCE = 2e-5

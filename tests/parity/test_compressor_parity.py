@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reglue.semantics.compressors import conv_compressor_from_published, resize
+from reglue.encoders.compressors import conv_compressor_from_published, resize
 
 TOLERANCE = 2e-5  # ‖ours − golden‖ / ‖golden‖
 

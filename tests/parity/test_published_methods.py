@@ -14,7 +14,7 @@ from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State
 from reglue.diffusion.objective import ALIGNMENT, TrainingSample, alignment_loss, loss_terms, velocity_losses
 from reglue.diffusion.paths import LINEAR
 from reglue.diffusion.samplers import euler, euler_maruyama, heun, stochastic_times, uniform_times
-from reglue.runs.official import export_official
+from reglue.published.weights import export_official
 
 
 def to_state(golden: Golden, x: Tensor, cls: Tensor | None) -> State:

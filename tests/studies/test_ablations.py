@@ -12,12 +12,12 @@ from test_convergence import TINY
 
 import ablations
 from pack import Pack, pack, split_large
+from reglue.commands.compress import Compress, compress
+from reglue.commands.prepare import Prepare, prepare
+from reglue.config import LocalSemantics
 from reglue.data.store import Store
 from reglue.errors import UserError
-from reglue.jobs.compress import Compress, compress
-from reglue.jobs.prepare import Prepare, prepare
-from reglue.recipe import LocalSemantics
-from reglue.runs.record import RunRecord
+from reglue.run import RunRecord
 from unpack import unpack
 
 OWN = ("--compressor", "conv-4", "--compressor-epochs", "1", "--compressor-hidden", "8", "--checkpoints", "1")

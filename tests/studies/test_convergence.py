@@ -22,10 +22,10 @@ from costs import STEP, Cost, packed
 from counting import H200_PRODUCTS, training_flops
 from pack import Pack, pack
 from plan import lines_of, proposed_steps
+from reglue.commands.prepare import Prepare, prepare
 from reglue.data.store import Store
-from reglue.jobs.prepare import Prepare, prepare
 from reglue.papers import RECIPES
-from reglue.runs.record import RunRecord
+from reglue.run import RunRecord
 from study import steps_between_checkpoints, trials_of
 from unpack import unpack
 

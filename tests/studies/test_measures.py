@@ -19,8 +19,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from convergence import Convergence
 from judge import load_judge
 from measures import Measures, difference_of, share_of
+from reglue.commands.prepare import Prepare, prepare
 from reglue.errors import UserError
-from reglue.jobs.prepare import Prepare, prepare
 
 COLOURS = {"blue": (20, 30, 220), "green": (30, 200, 40), "red": (220, 30, 30)}
 SIDE = 16

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from reglue.commands.sample import PROTOCOL
 from reglue.files import from_json
-from reglue.jobs.sample import PROTOCOL
 from samplers import Results, Setting, Study, settings, study, table
 
 

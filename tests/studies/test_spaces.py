@@ -10,10 +10,10 @@ import pytest
 from test_convergence import TINY
 
 import spaces
+from reglue.commands.autoencode import Autoencode, autoencode
+from reglue.config import OptimiserConfig
 from reglue.data.store import Store
-from reglue.jobs.autoencode import Autoencode, autoencode
-from reglue.latents.recipe import Architecture, AutoencoderRecipe, Kl, LatentAlignment, Perceptual
-from reglue.recipe import Descent
+from reglue.reals.config import Architecture, AutoencoderRecipe, Kl, LatentAlignment, Perceptual
 
 
 def made(images: Path, out: Path, encoder: str, kl_weight: float, alignment: float) -> Path:
@@ -22,7 +22,7 @@ def made(images: Path, out: Path, encoder: str, kl_weight: float, alignment: flo
         perceptual=Perceptual(0.0),
         kl=Kl(kl_weight),
         alignment=LatentAlignment(alignment, class_weight=alignment, hidden=8),
-        optimisation=Descent(steps=1, batch_size=2),
+        optimisation=OptimiserConfig(steps=1, batch_size=2),
     )
     options = Autoencode(
         images, out, recipe, resolution=32, encoder=encoder, validation=images, workers=0, device="cpu"

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reglue.config import Recipe
 from reglue.data.store import CLASS_TOKEN_CODES, Store, codes_column, compressor_of
 from reglue.data.targets import Tokens, alignment_targets, target_columns
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL
 from reglue.diffusion.objective import TrainingSample
+from reglue.encoders.compressors import resize
 from reglue.errors import UserError
-from reglue.recipe import Recipe
 from reglue.seeds import generator, normals, permutation
-from reglue.semantics.compressors import resize
 
 CPU = torch.device("cpu")
 
@@ -144,7 +144,7 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Draft:
+class HostBatch:
     """A training sample before its arithmetic: rows as they are stored, and everything random."""
 
     latent: dict[str, Tensor]
@@ -161,14 +161,14 @@ class Draft:
     copied: torch.cuda.Event | None = None
     """When a GPU has it, if `sent` is copying it there."""
 
-    def sent(self, stream: torch.cuda.Stream) -> Draft:
+    def sent(self, stream: torch.cuda.Stream) -> HostBatch:
         """The same on a stream's GPU, which copies it while other streams compute."""
         with torch.cuda.stream(stream):
             # What is pinned already stays where it is, until it is copied even if it is not held any more.
             moved = self._each(lambda tensor: tensor.pin_memory().to(stream.device, non_blocking=True))
         return replace(moved, copied=stream.record_event())
 
-    def to(self, device: torch.device) -> Draft:
+    def to(self, device: torch.device) -> HostBatch:
         """The same on a device. If it has been `sent` there, what is computed from now on waits for the copy."""
         if self.copied is None:
             return self._each(lambda tensor: tensor.to(device))
@@ -182,10 +182,10 @@ class Draft:
     def _parts(self) -> list[dict[str, Tensor]]:
         return [self.latent, self.codes, self.target, self.noise, self.drawn]
 
-    def _each(self, move: Callable[[Tensor], Tensor]) -> Draft:
+    def _each(self, move: Callable[[Tensor], Tensor]) -> HostBatch:
         moved = [{name: move(value) for name, value in part.items()} for part in self._parts()]
         latent, codes, target, noise, drawn = moved
-        return Draft(latent, codes, target, noise, drawn)
+        return HostBatch(latent, codes, target, noise, drawn)
 
 
 class TrainingData:
@@ -231,7 +231,7 @@ class TrainingData:
         """The samples at positions of the run, on the device."""
         return self.finish(self.read(positions))
 
-    def read(self, positions: range) -> Draft:
+    def read(self, positions: range) -> HostBatch:
         """Read and draw the samples at positions of the run, on the CPU. If the device is a GPU, it copies them."""
         rows = self.rows(positions)
         generators = [generator(self.seed, "training sample", position) for position in positions]
@@ -250,7 +250,7 @@ class TrainingData:
         if dropout:
             drawn["keep_local"] = uniform[:, 2] >= dropout
         columns = {LOCAL: local_column(self.recipe), CLS: class_token_column(self.recipe)}
-        draft = Draft(
+        draft = HostBatch(
             latent=self.store.read("latent", rows),
             codes={k: self.store.read(column, rows)[k] for k, column in columns.items() if k in self.shapes},
             target=self.targets.read(rows) if self.targets else {},
@@ -260,7 +260,7 @@ class TrainingData:
         return draft.sent(self.copies) if self.copies else draft
 
     @torch.no_grad()
-    def finish(self, draft: Draft) -> TrainingSample:
+    def finish(self, draft: HostBatch) -> TrainingSample:
         """The training samples of a draft, on the device: nothing here waits for it."""
         draft = draft.to(self.device)
         latent = draft.latent["mean"].float()

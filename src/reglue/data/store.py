@@ -39,15 +39,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from reglue.config import Precision
 from reglue.data.images import ImageSource, UnreadableImage
 from reglue.data.read_ahead import expect
 from reglue.data.sources import FLIPPED, Reading, Subset, open_images
+from reglue.encoders.autoencoders import AutoencoderSpec
+from reglue.encoders.compressors import CompressedColumn, CompressorSpec
+from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
 from reglue.files import BESIDE, from_json, plain, replacing, structured, to_json
-from reglue.latents.autoencoders import AutoencoderSpec
-from reglue.recipe import Precision
-from reglue.semantics.compressors import CompressedColumn, CompressorSpec
-from reglue.semantics.encoders import EncoderSpec
 
 FORMAT = 1
 """Version of the layout on disk."""

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reglue.config import Recipe
 from reglue.data.images import UnreadableImage
 from reglue.data.store import Store, codes_column, restored
+from reglue.encoders.compressors import load_compressor
+from reglue.encoders.vision import EncoderSpec, load_encoder
 from reglue.errors import UserError
-from reglue.recipe import Recipe
-from reglue.semantics.compressors import load_compressor
-from reglue.semantics.encoders import EncoderSpec, load_encoder
 
 
 class Tokens(NamedTuple):

@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from reglue.diffusion.backbones.sit import NORM_EPSILON, Transformer, position_embedding
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State, StateShape
-from reglue.diffusion.transformer import NORM_EPSILON, Transformer, position_embedding
 from reglue.seeds import torch_generator
 
 

@@ -89,7 +89,7 @@ class Guidance:
         return any(scale not in (None, 1.0) for scale in (self.scale, self.local_scale, self.cls_scale))
 
     @property
-    def jumps(self) -> tuple[float, ...]:
+    def discontinuities(self) -> tuple[float, ...]:
         """Where the guided velocity is not continuous in time: the edges of the interval, strictly between 0 and 1."""
         guided = self.uses_labels or self.representation_scale != 1 or self.auto_scale != 1
         return tuple(edge for edge in sorted({*self.interval}) if 0 < edge < 1) if guided else ()

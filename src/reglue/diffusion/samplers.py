@@ -41,15 +41,15 @@ def stochastic_times(steps: int, shift: float = 1.0) -> list[float]:
     return [shifted(1 - span * i / max(steps - 1, 1), shift) for i in range(steps)] + [0.0]
 
 
-def aligned(times: Sequence[float], jumps: Sequence[float]) -> list[float]:
+def aligned(times: Sequence[float], discontinuities: Sequence[float]) -> list[float]:
     """The grid with the inner time nearest to each jump of the velocity moved onto it.
 
-    Where fewer inner times than jumps are there, or two jumps are nearest to one of them, a jump stays between times.
+    Where fewer inner times than discontinuities are there, or two discontinuities are nearest to one of them, a jump stays between times.
     """
     moved = list(times)
-    for jump in jumps:
+    for jump in discontinuities:
         nearest = min(range(1, len(moved) - 1), key=lambda i: abs(moved[i] - jump), default=None)
-        if nearest is not None and moved[nearest] not in jumps:
+        if nearest is not None and moved[nearest] not in discontinuities:
             moved[nearest] = jump
     return moved
 
@@ -75,13 +75,13 @@ def heun(velocity: VelocityFunction, state: State, times: Sequence[float]) -> St
 
 
 def adams_bashforth(
-    velocity: VelocityFunction, state: State, times: Sequence[float], jumps: Sequence[float] = ()
+    velocity: VelocityFunction, state: State, times: Sequence[float], discontinuities: Sequence[float] = ()
 ) -> State:
     """The two-step method of Adams and Bashforth on any grid: second order for one evaluation per interval.
 
     A step follows the velocity extrapolated to its middle, v + (Δt / 2Δt₋)·(v − v₋) (Hairer, Nørsett and Wanner,
     Solving ordinary differential equations I, section III.5). The first step is Euler's, and so is the first behind
-    each of the `jumps`, times at which the velocity is not continuous. They should be on the grid (`aligned`), or the
+    each of the `discontinuities`, times at which the velocity is not continuous. They should be on the grid (`aligned`), or the
     order there is 1.
     """
     before: tuple[float, float, State] | None = None
@@ -90,7 +90,7 @@ def adams_bashforth(
         middle = (t + t_next) / 2
         v = velocity(state, t, step_start=middle)
         slope = v
-        if before is not None and not any(middle <= jump <= before[1] for jump in jumps):
+        if before is not None and not any(middle <= jump <= before[1] for jump in discontinuities):
             t_before, _, v_before = before
             ratio = (t_next - t) / (t - t_before) / 2
             slope = {name: v[name] + ratio * (v[name] - v_before[name]) for name in v}
@@ -102,19 +102,19 @@ def adams_bashforth(
 def dopri5(
     velocity: VelocityFunction,
     state: State,
-    jumps: Sequence[float] = (),
+    discontinuities: Sequence[float] = (),
     relative_tolerance: float = 1e-3,
     absolute_tolerance: float = 1e-6,
 ) -> State:
     """The adaptive method of Dormand and Prince, of fifth order, from t = 1 to 0 (torchdiffeq's; SiT's default).
 
     The step is chosen for the whole batch, so its images depend on each other: give one image at a time. Each modality
-    keeps the tolerances on its own. Steps end at the `jumps`, times at which the velocity is not continuous. Raises
+    keeps the tolerances on its own. Steps end at the `discontinuities`, times at which the velocity is not continuous. Raises
     UserError if torchdiffeq is missing, or if no step is short enough for the tolerances.
     """
     odeint = adaptive_solver()
     names, values = list(state), tuple(state.values())
-    for t, t_next in pairwise([1.0, *sorted(jumps, reverse=True), 0.0]):
+    for t, t_next in pairwise([1.0, *sorted(discontinuities, reverse=True), 0.0]):
         middle = (t + t_next) / 2
 
         def slopes(now: Tensor, values: tuple[Tensor, ...], middle: float = middle) -> tuple[Tensor, ...]:

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from reglue.encoders.vision import KNOWN_ENCODERS, InputRule, VisionEncoder, load_encoder
 from reglue.metrics.distances import GaussianStatistics
-from reglue.semantics.encoders import KNOWN_ENCODERS, InputRule, VisionEncoder, load_encoder
 
 FeatureKind = Literal["class-token", "patch-mean"]
 """What stands for an image: the class token after the final norm, or the mean of the last chosen layer's patches."""

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reglue.encoders.vision import VisionEncoder
 from reglue.errors import UserError
-from reglue.semantics.encoders import VisionEncoder
 
 STAGE_ENDS = (3, 8, 15, 22, 29)
 """Indices into torchvision's VGG16 of the last activation before each pooling, and of the very last one."""

@@ -1,0 +1,81 @@
+"""`reglue export`: a run to a checkpoint under the names of the published code bases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tyro.conf import Positional
+
+from reglue.config import Recipe
+from reglue.errors import UserError
+from reglue.files import TakesPaths, replacing
+from reglue.published.runs_by_name import find_run
+from reglue.published.weights import ENCODER_DEPTH, PATH_TYPE, PREDICTION, STEP, VELOCITY, export_official, family_of
+from reglue.run import RunRecord
+from reglue.training import checkpoints
+
+ENDINGS = (".safetensors", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class ExportRun(TakesPaths):
+    """Write a run's weights as SiT, REPA, ReDi, REG or REGLUE name them, in their time convention."""
+
+    run: Positional[Path]
+    """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
+    out: Path
+    """.safetensors holds the averaged weights, with step and path in its metadata; .pt or .pth holds
+    {ema, model, args, steps}, as the published code reads. Published samplers take the path as an option."""
+    step: int | None = None
+    """Checkpoint to export; the last one if not given."""
+
+
+def export_run(options: ExportRun) -> Path:
+    """Export the run. Returns the file, which is written whole or not at all.
+
+    Raises UserError for a run whose parts no published code has together, and for another ending of the file.
+    """
+    if options.out.suffix not in ENDINGS:
+        raise UserError(f"--out {options.out}: choose a file that ends in {', '.join(ENDINGS)}")
+    folder = find_run(options.run)
+    record = RunRecord.read(folder)
+    checkpoint = checkpoints.find(folder, options.step)
+    refuse_own_scales(record.recipe)
+    family = family_of(record.denoiser)
+
+    def published(name: str) -> dict[str, Tensor]:
+        weights = export_official(family, record.denoiser, checkpoints.read_weights(checkpoint / name))
+        return {key: value.contiguous() for key, value in weights.items()}
+
+    averaged, step, arguments = published(checkpoints.EMA), int(checkpoint.name), arguments_of(record)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(options.out) as beside:
+        if options.out.suffix == ".safetensors":
+            save_file(averaged, beside, {STEP: str(step)} | {name: str(value) for name, value in arguments.items()})
+        else:
+            # An imported or shared run has no others than the averaged weights.
+            has_others = (checkpoint / checkpoints.MODEL).is_file()
+            others = published(checkpoints.MODEL) if has_others else averaged
+            torch.save({"model": others, "ema": averaged, "args": arguments, "steps": step}, beside)
+    print(f"{options.out}: {family} {record.recipe.model} of step {step}")
+    return options.out
+
+
+def arguments_of(record: RunRecord) -> dict[str, str | int]:
+    """What the weights do not tell, as the published trainings' options name it; `reglue import` reads it again."""
+    arguments: dict[str, str | int] = {PREDICTION: VELOCITY[0], PATH_TYPE: record.recipe.path}
+    if record.denoiser.alignment_depth:
+        arguments[ENCODER_DEPTH] = record.denoiser.alignment_depth
+    return arguments
+
+
+def refuse_own_scales(recipe: Recipe) -> None:
+    """Raise UserError for a recipe that scales a modality by the store's statistics: such files have no room for it."""
+    parts = {"latent": recipe.latent, "local": recipe.local, "class-token": recipe.class_token}
+    for name, part in parts.items():
+        if part.present and part.unit_variance:
+            raise UserError(f"no published code has --{name}.unit-variance: its statistics would be lost in the file")

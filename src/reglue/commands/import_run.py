@@ -1,0 +1,255 @@
+"""`reglue import`: a published checkpoint to a run that `reglue sample` and `reglue.load` use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from reglue.config import MODEL_SIZES, Recipe, model_size
+from reglue.data.batches import Normalisation
+from reglue.data.labels import read_class_names
+from reglue.diffusion.denoiser import DenoiserConfig
+from reglue.diffusion.modalities import LATENT
+from reglue.diffusion.paths import PathName
+from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
+from reglue.encoders.compressors import Compressor
+from reglue.encoders.vision import EncoderSpec, load_encoder
+from reglue.errors import UserError
+from reglue.files import TakesPaths, new_folder
+from reglue.papers import RECIPES
+from reglue.published.compressors import read_official_compressor
+from reglue.published.weights import (
+    ENCODER_DEPTH,
+    PATH_TYPE,
+    PREDICTION,
+    PUBLISHED_AUTOENCODER,
+    PUBLISHED_DECODER,
+    VELOCITY,
+    Family,
+    OfficialModel,
+    PublishedFile,
+    import_official,
+    read_official,
+)
+from reglue.run import COMPRESSOR, RunRecord, versions
+from reglue.training import checkpoints
+
+PATHS_BY_PUBLISHED_NAME: dict[str, PathName] = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
+
+
+@dataclass(frozen=True)
+class ImportRun(TakesPaths):
+    """Turn a checkpoint of SiT, REPA, ReDi, REG or REGLUE into a run; nothing that is in the file is executed.
+
+    The shapes of the weights tell which method it is. The run can be sampled, evaluated, shared and exported, but not
+    trained on.
+    """
+
+    file: Positional[Path]
+    """.pt, .pth or .safetensors: weights alone, or {model, ema, …}, of which the averaged ones are taken."""
+    out: Path
+    """Folder of the run: new or empty."""
+    compressor: Path | None = None
+    """What made the model's local maps: REGLUE's compressor .pth, ReDi's PCA file, or a folder of ours. Sampling does
+    not need it."""
+    statistics: Path | None = None
+    """Mean and std of the features, which REGLUE keeps beside its compressor: .npz, or a dict in .npy, .pt or .pkl."""
+    autoencoder: str | None = None
+    """Whose latents it learned: a folder in diffusers' layout (ReaLS's too), or a name. Default: as published, with
+    sd-vae-ft-mse for learning and sd-vae-ft-ema for decoding; they need not be at hand yet. Files do not say it, so it
+    must be given where the channels are not the published ones."""
+    encoder: str | None = None
+    """The vision encoder that it was trained with, to be recorded; sampling does not need it."""
+    class_names: Path | None = None
+    """A text file with the name of a class per line, in the order of the labels. Default: their numbers."""
+    heads: int | None = None
+    """Attention heads, for widths that no published model has."""
+    resolution: int | tuple[int, int] | None = None
+    """Side, or height and width, of the images in pixels: for learned position embeddings that are not square."""
+
+
+def import_run(options: ImportRun) -> Path:
+    """Import the checkpoint. Returns the run folder, which is written whole or not at all.
+
+    Raises UserError, with what was found and what was expected, for a file that is something else, parts that do
+    not fit the model, and an output folder with other files.
+    """
+    published = read_official(options.file)
+    autoencoder, decoder = chosen_autoencoder(options.autoencoder)
+    model = recognised(options, published, autoencoder)
+    if options.autoencoder is None:
+        refuse_unpublished_channels(options.file, model)
+    shape = model.config.shape
+    recipe = recipe_of(model.family, model.config, published_path(options.file, published.arguments))
+    factor = autoencoder.downsampling
+    resolution = (shape.grid[0] * factor, shape.grid[1] * factor)
+    encoder = encoder_of(options.encoder, model, resolution)
+    compressor = compressor_of(options, model, encoder)
+    record = RunRecord(
+        recipe=recipe,
+        denoiser=model.config,
+        class_names=class_names(options.class_names, model.config.classes),
+        resolution=resolution,
+        autoencoder=autoencoder,
+        decoder=decoder,
+        encoder=encoder,
+        compressor=compressor.spec() if compressor else None,
+        autoencoder_assumed=options.autoencoder is None,
+        normalisation={LATENT: Normalisation(autoencoder.shift, autoencoder.scale)},
+        origin=options.file.name,
+        versions=versions(),
+    )
+    with new_folder(options.out) as folder:
+        record.write(folder)
+        checkpoints.save_weights(folder, published.step, model.weights)
+        if compressor:
+            compressor.save(folder / COMPRESSOR)
+    learned = ", learned positions" if model.config.learned_positions else ""
+    print(
+        f"{options.file}: {model.family} {recipe.model} of step {published.step}, "
+        f"{resolution[0]}×{resolution[1]} pixels, {model.config.classes} classes{learned}; "
+        f"sample it with `reglue sample {options.out} --out SAMPLES`"
+    )
+    if record.autoencoder_assumed:
+        print(
+            f"The file does not say whose latents it learned: assumed are those of {autoencoder.name}, decoded by "
+            f"{decoder}, as published. If they are another's (ReaLS's, for example), import it with --autoencoder."
+        )
+    return options.out
+
+
+def chosen_autoencoder(name: str | None) -> tuple[AutoencoderSpec, str | None]:
+    """Whose latents the model learned, and what decodes them if that is another. Raises UserError for unknown names.
+
+    The published autoencoders are known without being there; any other is loaded.
+    """
+    if name is None:
+        return PUBLISHED_AUTOENCODER, PUBLISHED_DECODER
+    if name in (PUBLISHED_AUTOENCODER.name, PUBLISHED_DECODER):
+        return replace(PUBLISHED_AUTOENCODER, name=name), None
+    return load_autoencoder(name).spec, None
+
+
+def recognised(options: ImportRun, published: PublishedFile, autoencoder: AutoencoderSpec) -> OfficialModel:
+    """The model in the file. Raises UserError, naming the file, if it is none."""
+    size = options.resolution
+    grid = None if size is None else autoencoder.latent_size((size, size) if isinstance(size, int) else size)
+    depth = published.arguments.get(ENCODER_DEPTH)
+    try:
+        return import_official(
+            published.weights,
+            latent_channels=autoencoder.latent_channels,
+            heads=options.heads,
+            alignment_depth=depth if isinstance(depth, int) and depth > 0 else None,
+            grid=grid,
+        )
+    except UserError as error:
+        raise UserError(f"{options.file}: {error}") from None
+
+
+def refuse_unpublished_channels(file: Path, model: OfficialModel) -> None:
+    """Raise UserError where the shapes speak against the published autoencoder: for a local map of other channels.
+
+    A model of 16 channels may have learned the latents of another autoencoder, as well as 4 and a local map of 12.
+    """
+    shape, local = model.config.shape, RECIPES[model.family].local
+    published = int(local.compressor.rpartition("-")[2]) if local.present else 0
+    if shape.local_channels != published:
+        latents, found = shape.latent_channels, shape.latent_channels + shape.local_channels
+        raise UserError(
+            f"{file} has {found} channels, where published {model.family} models have {latents + published}: choose "
+            f"the autoencoder whose latents it learned with --autoencoder ({PUBLISHED_AUTOENCODER.name}, if {latents} "
+            "channels are latents and the others a local map)"
+        )
+
+
+def published_path(file: Path, arguments: dict[str, Any]) -> PathName:
+    """The path that a model was trained on, linear if its file does not say.
+
+    Raises UserError for one that we do not have, and for a model that predicts something else than velocities.
+    """
+    prediction, path = arguments.get(PREDICTION, VELOCITY[0]), str(arguments.get(PATH_TYPE, "linear"))
+    if prediction not in VELOCITY:
+        raise UserError(f"{file} predicts {prediction}; only models that predict velocities can be imported")
+    if path.lower() not in PATHS_BY_PUBLISHED_NAME:
+        raise UserError(f"{file} was trained on the path {path}; known are {', '.join(PATHS_BY_PUBLISHED_NAME)}")
+    return PATHS_BY_PUBLISHED_NAME[path.lower()]
+
+
+def recipe_of(family: Family, config: DenoiserConfig, path: PathName) -> Recipe:
+    """The paper's recipe, with the sizes and the parts that were found."""
+    paper = RECIPES[family]
+    sizes = (config.depth, config.width, config.heads, config.patch)
+    known = (name for name, size in MODEL_SIZES.items() if (size.depth, size.width, size.heads, size.patch) == sizes)
+    model = next(known, "{}x{}x{}/{}".format(*sizes))
+    local, alignment = paper.local, replace(paper.alignment, weight=0.0)
+    if local.present:
+        kind, _, _ = local.compressor.partition("-")
+        local = replace(local, compressor=f"{kind}-{config.shape.local_channels}")
+    if config.alignment_width:
+        usual = config.alignment_depth == model_size(model).alignment_depth
+        alignment = replace(
+            alignment,
+            weight=paper.alignment.weight or RECIPES["repa"].alignment.weight,
+            after_block=None if usual else config.alignment_depth,
+            hidden=config.alignment_hidden,
+        )
+    return replace(
+        paper,
+        model=model,
+        path=path,
+        learn_sigma=config.learn_sigma,
+        local=local,
+        alignment=alignment,
+        # Whatever they were trained in, the published codes sample in float32.
+        optimisation=replace(paper.optimisation, precision="float32"),
+    )
+
+
+def encoder_of(name: str | None, model: OfficialModel, resolution: tuple[int, int]) -> EncoderSpec | None:
+    """What the vision encoder is, with the layers that the method uses. Raises UserError if its width is another."""
+    if name is None:
+        return None
+    spec = load_encoder(name, resolution).spec
+    for what, width in (
+        ("class token", model.config.shape.class_token_width),
+        ("alignment", model.config.alignment_width),
+    ):
+        if width not in (0, spec.width):
+            raise UserError(f"--encoder {name} is {spec.width} wide, but the model's {what} is {width} wide")
+    # REGLUE compresses the last four layers, the others have but the last one.
+    return spec if model.family == "reglue" else replace(spec, layers=spec.layers[-1:])
+
+
+def compressor_of(options: ImportRun, model: OfficialModel, encoder: EncoderSpec | None) -> Compressor | None:
+    """The compressor that goes with the model. Raises UserError if its channels are not the model's."""
+    if options.compressor is None:
+        if options.statistics is not None:
+            raise UserError("--statistics are those of a compressor: give it too, with --compressor")
+        return None
+    channels = model.config.shape.local_channels
+    if not channels:
+        raise UserError(f"--compressor {options.compressor}: a {model.family} model has no local map; leave it out")
+    compressor = read_official_compressor(options.compressor, options.statistics, channels)
+    expected = compressor.spec().channels_in
+    if encoder is not None:
+        given = encoder.width * len(compressor.layers or encoder.layers)
+        if given != expected:
+            raise UserError(
+                f"--compressor {options.compressor} takes {expected} features, but --encoder {options.encoder} gives "
+                f"{given}"
+            )
+    return compressor
+
+
+def class_names(file: Path | None, count: int) -> tuple[str, ...]:
+    """One name per class. Raises UserError if the file has another number of them."""
+    if file is None:
+        return tuple(map(str, range(count)))
+    names = read_class_names(file)
+    if len(names) != count:
+        raise UserError(f"--class-names {file} has {len(names)} names, but the model has {count} classes")
+    return names

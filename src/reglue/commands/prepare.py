@@ -1,0 +1,422 @@
+"""`reglue prepare`: images to a store of latents, class tokens and features."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+import tyro
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from reglue.config import Precision
+from reglue.data.images import ImageSource, UnreadableImage, grey_peaks
+from reglue.data.sources import Reading, Subset, is_on_hub, open_images
+from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits
+from reglue.encoders.autoencoders import Autoencoder, load_autoencoder
+from reglue.encoders.vision import VisionEncoder, load_encoder
+from reglue.errors import UserError, require
+from reglue.files import TakesPaths
+from reglue.seeds import permutation
+from reglue.training import distributed
+from reglue.training.precision import autocast, matmul_precision
+
+NO_ENCODER = "none"
+MOST_WORKERS = 16
+"""Processes that decode unless more are asked for: each keeps two batches of decoded images in memory."""
+DARK = 4096
+"""16-bit images whose values all lie below this, a sixteenth of the range, are probably of 12 bits or fewer."""
+
+
+@dataclass(frozen=True)
+class Prepare(TakesPaths):
+    """Encode images once, so that training never has to.
+
+    The same command again continues where an interrupted one stopped. Many GPUs or machines with one disk share the
+    work: torchrun … -m reglue prepare …
+    """
+
+    images: Positional[Path]
+    """Folder of images, with a sub-folder per class or unconditional. Or .tar (WebDataset) or .parquet: file, folder or
+    pattern ('shard-{00..99}.tar'). Or what `datasets` has saved, or hf:OWNER/NAME."""
+    out: Positional[Path]
+    """Folder of the store: new, empty, or left over from the same command."""
+    resolution: int | tuple[int, int] = 256
+    """Side of the prepared images in pixels, or height and width. Images are scaled to cover it, then cropped."""
+    autoencoder: str = "sd-vae-ft-mse"
+    """starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]) or a folder in diffusers' layout:
+    AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, VQModel, AutoencoderTiny or AutoencoderDC."""
+    encoder: str = "dinov2-b-reg"
+    """starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights; none stores latents alone."""
+    layers: tuple[int, ...] | None = None
+    """Blocks of the encoder whose features are stored, 0 is the first. Default: the last four."""
+    final_norm: bool = True
+    """Apply the encoder's final norm to the features of each of these blocks."""
+    features: bool = False
+    """Store the patch features too, which `reglue compress` learns from."""
+    features_dtype: Literal["float16", "int8"] = "float16"
+    """With --features: precision in which they are stored. int8 takes half the disk, with a scale for every channel of
+    every image."""
+    statistics_images: int = 10_000
+    """Means and standard deviations are taken over so many images, drawn at random."""
+    flips: bool = False
+    """Store the mirror image of every image too: twice the rows, the time and the disk."""
+    share: float = 1.0
+    """Take this share of each class, at random, at least one image."""
+    per_class: int | None = None
+    """Take at most so many images of each class, at random."""
+    seed: int = 0
+    """Of what is drawn at random."""
+    batch_size: int = 16
+    """Images encoded at once. Changes speed and memory; results change by rounding alone."""
+    shard_size: int = 256
+    """Images per file of the store. A shard is held in memory until it is written."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Precision in which latents are stored."""
+    precision: Precision = "float32"
+    """Precision of the networks' matrix products. bfloat16 is faster where the processor or GPU has it; what is stored
+    then differs in the third digit."""
+    workers: int | None = None
+    """Processes that decode images, for each of torchrun's; 0 decodes in the same one. Default: one for each core, at
+    most 16."""
+    strict: bool = False
+    """Stop at the first image that cannot be read, instead of reporting and skipping it."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = Reading()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "resolution", "batch_size", "shard_size", "statistics_images", "per_class", at_least=1)
+        require(self, "workers", "seed", at_least=0)
+        require(self, "share", more_than=0, at_most=1)
+        if self.features_dtype != "float16" and not self.features:
+            raise UserError(f"--features-dtype {self.features_dtype} is about patch features: add --features")
+        if self.images.is_dir() and self.out.resolve().is_relative_to(self.images.resolve()):
+            raise UserError(
+                f"{self.out} lies within {self.images}, where a store would be taken for a class; choose another folder"
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the prepared images."""
+        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
+
+    @property
+    def subset(self) -> Subset | None:
+        """Which images are taken; None for all."""
+        return None if self.share == 1 and self.per_class is None else Subset(self.share, self.per_class, self.seed)
+
+
+def prepare(options: Prepare, *, semantics_of: Contents | None = None) -> Store:
+    """Make a store, or continue one. Raises UserError for anything that the user can mend.
+
+    `semantics_of`: a store whose class tokens and features this one has been given. They stay as they are.
+    """
+    rank, processes = distributed.join(options.device)
+    images = open_images(options.images, options.reading, options.subset, options.flips)
+    device = distributed.resolve_device(options.device)
+    # Convolutions at full resolution take most of the time, and channels_last makes them 1.6 times as fast on a CPU.
+    autoencoder = load_autoencoder(options.autoencoder, device=device).to(memory_format=torch.channels_last)
+    autoencoder.spec.latent_size(options.size)
+    encoder = None
+    if options.encoder != NO_ENCODER:
+        encoder = load_encoder(options.encoder, options.size, options.layers, device, final_norm=options.final_norm)
+    elif options.features:
+        raise UserError("--features needs an encoder; name one with --encoder, or leave --features out")
+
+    contents = contents_of(options, images, autoencoder, encoder)
+    if semantics_of:
+        given = {name: getattr(semantics_of, name) for name in ("encoder", "features", "features_dtype")}
+        contents = replace(contents, **given)
+    with distributed.first_process_first():
+        writer = StoreWriter(options.out, contents, rank)
+    if not writer.complete:
+        blocks = _dealt(writer.pending, rank, processes)
+        remaining = sum(map(len, writer.pending))
+        started = time.perf_counter()
+        peaks = fill(writer, blocks, images, autoencoder, encoder, options, device, quiet=rank > 0)
+        distributed.barrier()
+        peaks = distributed.all_gather(torch.tensor(peaks, dtype=torch.int64))
+        if rank == 0:
+            writer.gather()
+            seconds = time.perf_counter() - started
+            store = writer.finish(_statistics_rows(options, writer.rows))
+            print(
+                f"{options.out}: {len(store)} images ({len(store.manifest.skipped)} unreadable), "
+                f"{remaining / seconds:.1f} images/s, peak memory {peak_rss_mib():.0f} MiB"
+            )
+            if dark := int(((peaks > 0) & (peaks < DARK)).sum()):
+                print(
+                    f"{dark} of the {len(peaks)} 16-bit images use less than a sixteenth of their range and are "
+                    "stored dark; if their values have fewer bits, rescale them and prepare them again"
+                )
+        distributed.barrier()
+        return Store.open(options.out)
+    store = Store.open(options.out)
+    if rank == 0:
+        print(f"{options.out} is complete already: {len(store)} images")
+    return store
+
+
+def fill(
+    writer: StoreWriter,
+    blocks: list[range],
+    images: ImageSource,
+    autoencoder: Autoencoder,
+    encoder: VisionEncoder | None,
+    options: Prepare,
+    device: torch.device,
+    quiet: bool = False,
+) -> list[int]:
+    """Encode the images of blocks, and write each block as soon as it is complete.
+
+    Returns the highest grey value of every 16-bit image (`grey_peaks`), since some are darker than they are meant.
+    Other processes decode ahead, and threads write and hash behind, so that the networks wait for neither. A GPU has
+    the next batch before it is done with one, and copies by itself what it has found.
+    """
+    batches = iter(decoded(images, options, blocks, device))
+    peaks: list[int] = []
+    with (
+        ThreadPoolExecutor(writers := writers_for(device)) as threads,
+        tqdm(total=sum(map(len, blocks)), unit="image", desc="prepare", disable=quiet) as progress,
+    ):
+        written: deque[Future[None]] = deque()
+        wait = mark(device)
+        for block in blocks:
+            block_started = time.perf_counter()
+            columns: dict[str, dict[str, Tensor]] = {}
+            names: list[str] = []
+            skipped: list[UnreadableImage] = []
+            for batch in (next(batches) for _ in _split(block, options.batch_size)):
+                if batch.failure:
+                    raise batch.failure
+                peaks += batch.peaks
+                for image in batch.unreadable:
+                    if options.strict:
+                        raise UserError(f"{images.path / image.name}: {image.reason}; mend it, or leave --strict out")
+                    tqdm.write(f"skipped {images.path / image.name}: {image.reason}", file=sys.stderr)
+                    skipped.append(image)
+                if batch.names:
+                    described = describe(batch.pixels.to(device, non_blocking=True), autoencoder, encoder, options)
+                    described["label"] = {"label": batch.labels}
+                    put(columns, described, at=len(names), rows=len(block))
+                    wait_for_last, wait = wait, mark(device)
+                    wait_for_last()
+                    names += batch.names
+                progress.update(len(batch.names) + len(batch.unreadable))
+            filled = {
+                column: {name: tensor[: len(names)] for name, tensor in columns.get(column, {}).items()}
+                for column in _column_names(options)
+            }
+            measured = {
+                "images_per_second": len(block) / (time.perf_counter() - block_started),
+                "peak_rss_mib": peak_rss_mib(),
+            }
+            if len(written) == writers:  # No more wait for the disk, since each takes its room in memory.
+                written.popleft().result()
+            written.append(threads.submit(write, writer, wait, block, names, skipped, filled, measured))
+        for block_written in written:
+            block_written.result()
+    return peaks
+
+
+def writers_for(device: torch.device) -> int:
+    """Threads that write blocks. For a GPU one hashes while the other one writes; a CPU's networks need just one."""
+    return 2 if device.type == "cuda" else 1
+
+
+def write(
+    writer: StoreWriter,
+    wait: Callable[[], object],
+    block: range,
+    names: list[str],
+    skipped: list[UnreadableImage],
+    columns: dict[str, dict[str, Tensor]],
+    measured: dict[str, float],
+) -> None:
+    """Write a block once its last batch has been copied."""
+    wait()
+    writer.write(block, names, skipped, columns, **measured)
+
+
+def mark(device: torch.device) -> Callable[[], object]:
+    """A function that waits until the device has done what it has been given so far. A CPU always has."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event(blocking=True)  # Asleep meanwhile: the core is wanted for decoding.
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
+
+
+def _dealt(blocks: list[range], rank: int, processes: int) -> list[range]:
+    """The part of the blocks that one of several processes does: neighbours, since files and streams are read on."""
+    return blocks[len(blocks) * rank // processes : len(blocks) * (rank + 1) // processes]
+
+
+def peak_rss_mib() -> float:
+    """The most memory that this process has had resident so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class _Crop(NamedTuple):
+    """An image as a process that decodes hands it over. A stream knows a label only while it reads the image."""
+
+    name: str
+    label: int
+    pixels: Tensor
+    peaks: list[int]
+    """Its highest grey value if it has 16 bits and had to be decoded."""
+
+
+class _Batch(NamedTuple):
+    """Decoded images with names and labels (B,) int64, uint8 pixels (B, 3, h, w), and those that cannot be read."""
+
+    names: list[str]
+    labels: Tensor
+    pixels: Tensor
+    peaks: list[int]
+    unreadable: list[UnreadableImage]
+    failure: UserError | None
+    """Why the source cannot be read at all. It travels as data, since a DataLoader would wrap it in a traceback."""
+
+
+class _Crops(Dataset):
+    """The images of a source, decoded and cropped."""
+
+    def __init__(self, images: ImageSource, size: tuple[int, int]):
+        self.images, self.size = images, size
+
+    def __getitem__(self, index: int) -> _Crop | UnreadableImage | UserError:
+        try:
+            with grey_peaks() as peaks:
+                pixels = self.images.load(index, self.size)
+            if isinstance(pixels, UnreadableImage):
+                return pixels
+            return _Crop(self.images.names[index], self.images.labels[index], pixels, peaks)
+        except UserError as error:
+            return error
+
+
+def decoded(images: ImageSource, options: Prepare, blocks: list[range], device: torch.device) -> Iterator[_Batch]:
+    """The batches of all blocks in order, decoded by other processes ahead of their use. None straddles two blocks."""
+    batches = [list(part) for block in blocks for part in _split(block, options.batch_size)]
+    return iter(
+        DataLoader(
+            _Crops(images, options.size),
+            batch_sampler=batches,
+            collate_fn=_collate,
+            num_workers=min(_workers(options), 1 if images.sequential else len(batches)),
+            pin_memory=device.type == "cuda",
+        )
+    )
+
+
+def _workers(options: Prepare) -> int:
+    """How many processes decode for this one: by default all cores, shared with torchrun's other processes here."""
+    if options.workers is not None:
+        return options.workers
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), MOST_WORKERS)
+
+
+def _collate(items: list[_Crop | UnreadableImage | UserError]) -> _Batch:
+    crops = [item for item in items if isinstance(item, _Crop)]
+    return _Batch(
+        [crop.name for crop in crops],
+        torch.tensor([crop.label for crop in crops], dtype=torch.int64),
+        torch.stack([crop.pixels for crop in crops]) if crops else torch.empty(0, dtype=torch.uint8),
+        [peak for crop in crops for peak in crop.peaks],
+        [item for item in items if isinstance(item, UnreadableImage)],
+        next((item for item in items if isinstance(item, UserError)), None),
+    )
+
+
+def _split(block: range, size: int) -> list[range]:
+    return [block[start : start + size] for start in range(0, len(block), size)]
+
+
+def _column_names(options: Prepare) -> list[str]:
+    semantic = [] if options.encoder == NO_ENCODER else ["cls", "features"] if options.features else ["cls"]
+    return ["label", "latent", *semantic]
+
+
+@torch.inference_mode()
+def describe(
+    pixels: Tensor, autoencoder: Autoencoder, encoder: VisionEncoder | None, options: Prepare
+) -> dict[str, dict[str, Tensor]]:
+    """The columns of uint8 images (B, 3, h, w) on the models' device."""
+    images = (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    with matmul_precision(pixels.device, options.precision), autocast(pixels.device, options.precision):
+        moments = autoencoder.encode(images)
+        described = encoder.describe(pixels) if encoder else None
+    latent_dtype = getattr(torch, options.dtype)
+    columns = {"latent": {"mean": moments.mean.to(latent_dtype)}}
+    if moments.std is not None:
+        columns["latent"]["std"] = moments.std.to(latent_dtype)
+    if described is not None:
+        columns["cls"] = {"cls": described.class_token.float()}
+        if options.features:
+            eight_bits = options.features_dtype == "int8"
+            features = described.features
+            columns["features"] = in_8_bits(features) if eight_bits else {"features": features.half()}
+    return columns
+
+
+def put(columns: dict[str, dict[str, Tensor]], batch: dict[str, dict[str, Tensor]], at: int, rows: int) -> None:
+    """Copy a batch into the columns of its block from row `at` on. The first batch shows how much to allocate.
+
+    What is on a GPU is there only when the GPU has done all that it has been given so far (`mark`).
+    """
+    for column, tensors in batch.items():
+        for name, tensor in tensors.items():
+            held = columns.setdefault(column, {})
+            if name not in held:
+                shape = (rows, *tensor.shape[1:])
+                held[name] = torch.empty(shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            held[name][at : at + len(tensor)].copy_(tensor, non_blocking=True)
+
+
+def contents_of(
+    options: Prepare, images: ImageSource, autoencoder: Autoencoder, encoder: VisionEncoder | None
+) -> Contents:
+    """What the store is to hold, as the options and what they name have it."""
+    source = Source(
+        path=str(options.images if is_on_hub(options.images) else options.images.absolute()),
+        fingerprint=images.fingerprint(),
+        resolution=options.size,
+        class_names=images.class_names,
+        count=len(images),
+        reading=options.reading.found_from_anywhere(),
+        subset=options.subset,
+        flips=options.flips,
+    )
+    return Contents(
+        source=source,
+        autoencoder=autoencoder.spec,
+        encoder=encoder.spec if encoder else None,
+        features=options.features,
+        features_dtype=options.features_dtype,
+        latent_dtype=options.dtype,
+        precision=options.precision,
+        shard_rows=options.shard_size,
+        statistics_images=options.statistics_images,
+        statistics_seed=options.seed,
+    )
+
+
+def _statistics_rows(options: Prepare, rows: int) -> Tensor:
+    """Ascending rows over which statistics are taken: a random sample, since the rows are sorted by class."""
+    return permutation(options.seed, "statistics", 0, rows)[: options.statistics_images].sort().values

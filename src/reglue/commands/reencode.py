@@ -1,0 +1,116 @@
+"""`reglue reencode`: the same images in another autoencoder's latent space, with the semantics that a store has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from reglue.commands.prepare import NO_ENCODER, Prepare, prepare
+from reglue.config import Precision
+from reglue.data.store import MANIFEST, Manifest, Store, read_manifest, refuse_others
+from reglue.encoders.autoencoders import load_autoencoder
+from reglue.errors import UserError
+from reglue.files import TakesPaths
+from reglue.training import distributed
+
+PRECISION: Precision = "float32"
+"""Of the second autoencoder's matrix products, whatever the first store's networks had."""
+
+
+@dataclass(frozen=True)
+class Reencode(TakesPaths):
+    """Make a second store of a store's images with other latents, to compare autoencoders at the price of one encoder.
+
+    Class tokens, features and codes are the first store's: linked where both are on one disk, copied otherwise. The
+    images are read again. Many GPUs or machines share the work as in `reglue prepare`; the same command continues, and
+    makes again what is missing.
+    """
+
+    store: Positional[Path]
+    """Folder that `reglue prepare` made."""
+    out: Positional[Path]
+    """Folder of the second store: new, empty, or left over from the same command."""
+    autoencoder: str
+    """starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]) or a folder in diffusers' layout:
+    AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, VQModel, AutoencoderTiny or AutoencoderDC."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Precision in which latents are stored."""
+    batch_size: int = 16
+    """Images encoded at once. Changes speed and memory; results change by rounding alone."""
+    workers: int = 2
+    """Processes that decode images, for each of torchrun's; 0 decodes in the same one."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+
+
+def reencode(options: Reencode) -> Store:
+    """Make the second store, continue it, or make again what it has lost.
+
+    Raises UserError as `prepare` does; if the images have changed since the first store was made; and if one that could
+    be read then cannot now, since rows would no longer belong together.
+    """
+    rank, _ = distributed.join(options.device)
+    first = Store.open(options.store)
+    manifest = first.manifest
+    second = _with_semantics(options, first)
+    if second is not None and distributed.broadcast_object(all(map(second.is_whole, second.manifest.columns))):
+        if rank == 0:
+            print(f"{options.out} is complete already: {len(first)} images")
+        return Store.open(options.out)
+    manifest.source.open()  # Refuses images that have changed, before anything is made of them.
+    if second is not None and rank == 0:
+        second.restore(first)
+    distributed.barrier()
+    latents = prepare(_of_latents(options, manifest), semantics_of=None if second is None else second.manifest)
+    if latents.manifest.skipped != manifest.skipped:
+        raise UserError(
+            f"{options.out} lacks other images than {options.store}: some can no longer be read; prepare both anew"
+        )
+    if rank == 0 and second is None:
+        latents.take_semantics(first)
+    distributed.barrier()
+    return Store.open(options.out)
+
+
+def _of_latents(options: Reencode, manifest: Manifest) -> Prepare:
+    """How the second store's own columns are made."""
+    subset = manifest.source.subset
+    return Prepare(
+        Path(manifest.source.path),
+        options.out,
+        manifest.source.resolution,
+        options.autoencoder,
+        NO_ENCODER,
+        statistics_images=manifest.statistics_images,
+        flips=manifest.source.flips,
+        share=subset.share if subset else 1.0,
+        per_class=subset.per_class if subset else None,
+        seed=manifest.statistics_seed,
+        batch_size=options.batch_size,
+        shard_size=manifest.shard_rows,
+        dtype=options.dtype,
+        precision=PRECISION,
+        workers=options.workers,
+        device=options.device,
+        reading=manifest.source.reading,
+    )
+
+
+def _with_semantics(options: Reencode, first: Store) -> Store | None:
+    """The second store if it has its semantics already, of which files may be missing. Raises UserError for another."""
+    if first.manifest.encoder is None or not (options.out / MANIFEST).is_file():
+        return None
+    second = Store(options.out, read_manifest(options.out))
+    if second.manifest.encoder is None:
+        return None
+    asked = replace(
+        first.manifest,
+        autoencoder=load_autoencoder(options.autoencoder).spec,
+        latent_dtype=options.dtype,
+        precision=PRECISION,
+    )
+    refuse_others(options.out, second.manifest, asked)
+    return second

@@ -1,0 +1,98 @@
+"""`reglue verify`: whether the files of a store, or those that a run rests on, are the ones that were written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from reglue.data.store import Store, is_intact, read_manifest
+from reglue.encoders.compressors import CompressorSpec, load_compressor
+from reglue.errors import UserError
+from reglue.files import TakesPaths
+from reglue.run import COMPRESSOR, RunRecord
+from reglue.run import FILE as RECORD
+from reglue.training import checkpoints
+
+
+@dataclass(frozen=True)
+class Verify(TakesPaths):
+    """Read every file of a store, copied for example, and compare it with the hash that the store's manifest holds.
+
+    Of a run, the checkpoints are read and its training store is verified, if it is where it was.
+    """
+
+    folder: Positional[Path]
+    """A store or a run."""
+
+
+def verify(options: Verify) -> Path:
+    """Read everything. Returns the folder.
+
+    Every damaged file is named on stderr as it is found. Raises UserError if there is one, and for a folder that is
+    neither a store nor a run.
+    """
+    if (options.folder / RECORD).is_file():
+        return verify_run(options.folder)
+    return verify_store(options.folder)
+
+
+def verify_store(folder: Path) -> Path:
+    """Compare shards and compressors of a store with its manifest. Raises UserError if any differs."""
+    manifest = read_manifest(folder)
+    shards = [shard for column in manifest.columns.values() for shard in column.shards]
+    size = sum(shard.bytes for shard in shards)
+    damaged: list[str] = []
+    with tqdm(total=size, unit="B", unit_scale=True, desc=f"verify {folder}") as progress:
+        for shard in shards:
+            before = progress.n
+            if not is_intact(folder, shard, progress.update):
+                damaged.append(shard.file)
+                tqdm.write(f"{folder / shard.file} is missing or damaged", file=sys.stderr)
+            progress.update(before + shard.bytes - progress.n)
+    damaged += [f"compressors/{name}" for name in damaged_compressors(folder, manifest.compressors)]
+    if damaged:
+        raise UserError(
+            f"{folder}: {len(damaged)} of {len(shards) + len(manifest.compressors)} parts are missing or damaged, "
+            f"{damaged[0]} first; copy them again, or delete them and run the commands that made the store again"
+        )
+    print(f"{folder}: {len(shards)} files of {size:,} bytes in all are as they were written")
+    return folder
+
+
+def damaged_compressors(folder: Path, compressors: dict[str, CompressorSpec]) -> Iterator[str]:
+    """The names of a store's compressors that are missing or others than those that made its codes."""
+    for name, spec in compressors.items():
+        try:
+            intact = load_compressor(folder / "compressors" / name).spec() == spec
+        except UserError as error:
+            print(error, file=sys.stderr)
+            intact = False
+        if not intact:
+            yield name
+
+
+def verify_run(folder: Path) -> Path:
+    """Read checkpoints and compressor of a run, verify its store. Raises UserError for what is damaged or another."""
+    record = RunRecord.read(folder)
+    for step in tqdm(checkpoints.steps(folder), desc=f"read the checkpoints of {folder}", unit="checkpoint"):
+        for file in sorted(checkpoints.find(folder, step).glob("*.safetensors")):
+            checkpoints.read_weights(file)
+    compressor = folder / COMPRESSOR
+    if record.compressor and compressor.is_dir() and load_compressor(compressor).spec() != record.compressor:
+        raise UserError(f"{compressor} is not the compressor that the run was trained with; copy it again")
+    print(f"{folder}: checkpoints {', '.join(map(str, checkpoints.steps(folder))) or '(none)'} can be read whole")
+    if record.store is None or record.store_hash is None:
+        return folder
+    store = Path(record.store)
+    if not store.is_dir():
+        print(f"Its training store {store} is not there (any more), and was not verified.")
+        return folder
+    verify_store(store)
+    if not record.trained_on(Store.open(store)):
+        raise UserError(f"{store} is whole, but not the store that {folder} was trained on; put that one back")
+    return folder

@@ -1,0 +1,1 @@
+"""Backbones: from tokens and what conditions them to tokens."""

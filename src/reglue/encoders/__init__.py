@@ -1,0 +1,1 @@
+"""Frozen networks around the diffusion model: vision encoders, autoencoders, compressors."""

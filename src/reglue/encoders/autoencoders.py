@@ -1,0 +1,502 @@
+"""Autoencoders: images to raw latents and back, behind one interface.
+
+All kinds but one come from diffusers (`DIFFUSERS_KINDS`); the other is TAEF2, which diffusers does not have. Nothing
+downstream assumes one latent space: channels, downsampling and normalisation are in the spec.
+
+A diffusers folder may carry its normalisation as `mean_std.json`, which goes before its configuration: `{"mean": …,
+"std": …}`, each one number for all channels (as ReaLS has it, arXiv 2502.00359) or a list with one for each channel, of
+the raw latents. Models live in (raw − mean)/std.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from importlib import import_module, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reglue.encoders.taef2 import taef2_decoder, taef2_encoder
+from reglue.errors import UserError
+from reglue.hub import fetch
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.vae import DecoderOutput
+    from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+STARTER = "starter"
+HUB_NAMES = {
+    "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse",
+    "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
+    "sdxl-vae": "stabilityai/sdxl-vae",
+    "sd3-vae": "stabilityai/stable-diffusion-3-medium-diffusers/vae",
+    "flux-vae": "black-forest-labs/FLUX.1-schnell/vae",
+    "dc-ae-f32c32": "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers",
+    "dc-ae-f64c128": "mit-han-lab/dc-ae-f64c128-in-1.0-diffusers",
+    "dc-ae-f128c512": "mit-han-lab/dc-ae-f128c512-in-1.0-diffusers",
+    "dc-ae-f32c32-sana": "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers",
+    "taesd": "madebyollin/taesd",
+    "taesdxl": "madebyollin/taesdxl",
+    "taesd3": "madebyollin/taesd3",
+    "taef1": "madebyollin/taef1",
+}
+"""Short names of autoencoders on the Hugging Face hub: OWNER/REPOSITORY[/SUBFOLDER]."""
+GATED = {"sd3-vae", "flux-vae"}
+"""Those whose pages ask for terms to be accepted first."""
+CONFIG = "config.json"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+MEAN_STD = "mean_std.json"
+TAEF2_FILES = ("taef2_encoder.safetensors", "taef2_decoder.safetensors")
+
+
+class Moments(NamedTuple):
+    """What an encoder says about images, raw: the model's latents are drawn from it, then normalised."""
+
+    mean: Tensor
+    """(B, C, H, W)."""
+    std: Tensor | None
+    """(B, C, H, W); None for a deterministic autoencoder."""
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """Raw latents: mean + std·noise, with noise (B, C, H, W) from a standard normal."""
+        return self.mean if self.std is None else self.mean + self.std * noise
+
+
+@dataclass(frozen=True)
+class AutoencoderSpec:
+    """What decides a latent space, as plain data. Two specs are equal when their latents are the same."""
+
+    name: str = field(compare=False)
+    """What `load_autoencoder` takes to load it again."""
+    kind: str
+    """One of `DIFFUSERS_KINDS`, or `TAEF2`."""
+    weights_sha256: str | None
+    """None where the weights were never seen: an imported run names an autoencoder that need not be at hand."""
+    latent_channels: int
+    downsampling: int
+    """Image pixels per latent pixel, along each side."""
+    shift: tuple[float, ...]
+    """One per channel; models live in (raw − shift)·scale."""
+    scale: tuple[float, ...]
+    """One per channel."""
+
+    def latent_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the latents of images of a size (height, width) in pixels.
+
+        Raises:
+            UserError: the size is not a multiple of the downsampling factor.
+        """
+        height, width = image_size
+        if height % self.downsampling or width % self.downsampling:
+            raise UserError(
+                f"image size {height}×{width} does not fit autoencoder {self.name}: "
+                f"choose multiples of {self.downsampling} pixels"
+            )
+        return height // self.downsampling, width // self.downsampling
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """Raw latents (B, C, H, W) → the latents that models learn, of about unit standard deviation."""
+        return (raw - _per_channel(self.shift, raw)) * _per_channel(self.scale, raw)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`, for `Autoencoder.decode`."""
+        return latents / _per_channel(self.scale, latents) + _per_channel(self.shift, latents)
+
+
+class Autoencoder(nn.Module, ABC):
+    """A frozen autoencoder."""
+
+    spec: AutoencoderSpec
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Moments:
+        """Images (B, 3, H, W) in [−1, 1] → moments of raw latents (B, C, H/factor, W/factor)."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Raw latents (B, C, H, W) → images (B, 3, factor·H, factor·W) in [−1, 1], clamped."""
+
+    def train(self, mode: bool = True) -> "Autoencoder":
+        """Stay in eval mode: the autoencoder is frozen, also as a part of a module that is trained."""
+        return super().train(False)
+
+
+class PosteriorAutoencoder(Autoencoder):
+    """diffusers' autoencoders with a normal distribution of latents for every image."""
+
+    def __init__(self, network: Any, spec: AutoencoderSpec):
+        super().__init__()
+        self.network, self.spec = network.eval().requires_grad_(False), spec
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Moments:
+        """See `Autoencoder.encode`."""
+        posterior = cast("AutoencoderKLOutput", self.network.encode(images)).latent_dist
+        return Moments(posterior.mean, posterior.std)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Autoencoder.decode`."""
+        return cast("DecoderOutput", self.network.decode(latents)).sample.clamp(-1, 1)
+
+
+class KlAutoencoder(PosteriorAutoencoder):
+    """diffusers' AutoencoderKL, the kind that can be trained further."""
+
+    network: "AutoencoderKL"
+
+
+class Flux2Autoencoder(PosteriorAutoencoder):
+    """diffusers' AutoencoderKLFlux2, in the space that FLUX.2's transformer learns.
+
+    There, patches of latent pixels are stacked into channels, which the running statistics of a batch norm normalise.
+    """
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Moments:
+        """See `Autoencoder.encode`."""
+        mean, std = super().encode(images)
+        assert std is not None
+        return Moments(*(F.pixel_unshuffle(part, self._patch) for part in (mean, std)))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Autoencoder.decode`."""
+        return super().decode(F.pixel_shuffle(latents, self._patch))
+
+    @property
+    def _patch(self) -> int:
+        return self.network.config["patch_size"][0]
+
+
+class DeterministicAutoencoder(Autoencoder):
+    """diffusers' autoencoders with one latent for every image.
+
+    AutoencoderTiny (TAESD and its kin) changes from [−1, 1] to its own [0, 1] inside. AutoencoderDC is DC-AE (arXiv
+    2410.10733). VQModel's latents (VQGAN, arXiv 2012.09841) are those before quantisation, which decoding begins with.
+    """
+
+    def __init__(self, network: Any, spec: AutoencoderSpec):
+        super().__init__()
+        self.network, self.spec = network.eval().requires_grad_(False), spec
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Moments:
+        """See `Autoencoder.encode`."""
+        (latents,) = cast(tuple[Tensor], self.network.encode(images, return_dict=False))
+        return Moments(latents, None)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Autoencoder.decode`."""
+        return cast("DecoderOutput", self.network.decode(latents)).sample.clamp(-1, 1)
+
+
+class _Kind(NamedTuple):
+    """A class of diffusers' and what it becomes here."""
+
+    module: str
+    """Of diffusers, below `diffusers.models.autoencoders`."""
+    widths: str
+    """What its configuration calls the channels of the encoder's stages, each of which but the first halves the sides.
+    """
+    autoencoder: type[PosteriorAutoencoder | DeterministicAutoencoder]
+
+
+DIFFUSERS_KINDS = {
+    "AutoencoderKL": _Kind("autoencoder_kl", "block_out_channels", KlAutoencoder),
+    "AsymmetricAutoencoderKL": _Kind("autoencoder_asym_kl", "down_block_out_channels", PosteriorAutoencoder),
+    "AutoencoderKLFlux2": _Kind("autoencoder_kl_flux2", "block_out_channels", Flux2Autoencoder),
+    "VQModel": _Kind("vq_model", "block_out_channels", DeterministicAutoencoder),
+    "AutoencoderTiny": _Kind("autoencoder_tiny", "encoder_block_out_channels", DeterministicAutoencoder),
+    "AutoencoderDC": _Kind("autoencoder_dc", "encoder_block_out_channels", DeterministicAutoencoder),
+}
+"""Classes of diffusers that are known, by the name in a folder's configuration."""
+
+
+class Taef2Autoencoder(Autoencoder):
+    """TAEF2: deterministic, its pixels in [0, 1]."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, spec: AutoencoderSpec):
+        super().__init__()
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.decoder = decoder.eval().requires_grad_(False)
+        self.spec = spec
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Moments:
+        """See `Autoencoder.encode`."""
+        return Moments(self.encoder((images + 1) / 2), None)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Autoencoder.decode`."""
+        return self.decoder(latents).mul(2).sub(1).clamp(-1, 1)
+
+
+def load_autoencoder(name: str, device: str | torch.device = "cpu") -> Autoencoder:
+    """A frozen autoencoder.
+
+    Args:
+        name: `starter`, another short name (`sd-vae-ft-mse`), a hub name `OWNER/REPOSITORY[/SUBFOLDER]`, a folder in
+            diffusers' layout (`config.json` and `diffusion_pytorch_model.safetensors`), or TAEF2 by the folder
+            of its two files or by either file. Hub names are taken from the hub's cache, or fetched.
+        device: where the network lives.
+
+    Raises:
+        UserError: an unknown name, or a missing or unfitting file.
+    """
+    if name == STARTER:
+        with resources.as_file(resources.files("reglue.starter") / "autoencoder") as folder:
+            return _load_diffusers(name, folder).to(device)
+    path = Path(name)
+    if path.is_file() and path.name in TAEF2_FILES:
+        path = path.parent
+    if path.is_dir():
+        path = path.resolve()  # so that the name in the spec means the same from any working folder
+        is_taef2 = any((path / file).is_file() for file in TAEF2_FILES)
+        return (_load_taef2 if is_taef2 else _load_diffusers)(str(path), path).to(device)
+    if path.exists():
+        raise UserError(
+            f"autoencoder {name}: give a folder in diffusers' layout, or one of {' and '.join(TAEF2_FILES)}"
+        )
+    return _load_diffusers(name, _fetch(name)).to(device)
+
+
+def autoencoder_names() -> list[str]:
+    """The short names that `load_autoencoder` knows."""
+    return [STARTER, *HUB_NAMES]
+
+
+def _fetch(name: str) -> Path:
+    """The local folder of an autoencoder on the hub."""
+    owner, _, rest = HUB_NAMES.get(name, name).partition("/")
+    repository, _, subfolder = rest.partition("/")
+    if not repository or name.startswith(("/", ".", "~")):
+        raise UserError(
+            f"unknown autoencoder {name!r}: it is neither a file nor a folder; short names are "
+            f"{', '.join(autoencoder_names())}, others on the hub are OWNER/REPOSITORY"
+        )
+    prefix = f"{subfolder}/" if subfolder else ""
+    return fetch(
+        f"autoencoder {name}",
+        f"{owner}/{repository}",
+        [prefix + CONFIG, prefix + DIFFUSERS_WEIGHTS],
+        instead="put them into a folder, and give that folder",
+        optional=prefix + MEAN_STD,
+        gated=name in GATED,
+    )
+
+
+def _load_diffusers(name: str, folder: Path) -> PosteriorAutoencoder | DeterministicAutoencoder:
+    config_file, weights = folder / CONFIG, folder / DIFFUSERS_WEIGHTS
+    for file in (config_file, weights):
+        if not file.is_file():
+            raise UserError(f"autoencoder {folder}: {file.name} is missing; a diffusers folder has it beside the rest")
+    class_name = _class_name(config_file)
+    kind = DIFFUSERS_KINDS[class_name]
+    network = _read_network(_class_of_diffusers(class_name, folder), folder)
+    config = dict(network.config)
+    _check_sizes(config, folder)
+    patch = config["patch_size"][0] if kind.autoencoder is Flux2Autoencoder else 1
+    channels = (config.get("vq_embed_dim") or config["latent_channels"]) * patch**2
+    shift, scale = _normalisation(network, channels, folder)
+    spec = AutoencoderSpec(
+        name=name,
+        kind=class_name,
+        weights_sha256=_sha256(weights),
+        latent_channels=channels,
+        downsampling=2 ** (len(config[kind.widths]) - 1) * patch,
+        shift=shift,
+        scale=scale,
+    )
+    return kind.autoencoder(network, spec)
+
+
+def _class_name(config_file: Path) -> str:
+    """Which of `DIFFUSERS_KINDS` a folder's configuration describes."""
+    folder, known = config_file.parent, ", ".join(DIFFUSERS_KINDS)
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise UserError(f"autoencoder {folder}: config.json is no JSON ({error}); fetch it again") from error
+    class_name = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(class_name, str):
+        raise UserError(
+            f"autoencoder {folder}: config.json is not in diffusers' layout: it lacks _class_name, the autoencoder's "
+            f"class; add it if you know it (known are {known}), or fetch the folder again"
+        )
+    if class_name not in DIFFUSERS_KINDS:
+        raise UserError(
+            f"autoencoder {folder}: config.json says {class_name}, which is no known autoencoder of images; choose a "
+            f"folder of one of {known}"
+        )
+    return class_name
+
+
+def _class_of_diffusers(class_name: str, folder: Path) -> Any:
+    # Importing diffusers takes seconds, which TAEF2 need not wait for.
+    try:
+        module = import_module(f"diffusers.models.autoencoders.{DIFFUSERS_KINDS[class_name].module}")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"autoencoder {folder}: the installed diffusers has no {class_name}; `pip install -U diffusers`"
+        ) from error
+    return getattr(module, class_name)
+
+
+def _check_sizes(config: dict[str, Any], folder: Path) -> None:
+    """Raises UserError for what does not take images of RGB and give them back in the same size."""
+    taken, given = config["in_channels"], config.get("out_channels", config["in_channels"])
+    if (taken, given) != (3, 3):
+        raise UserError(
+            f"autoencoder {folder} takes images of {taken} channel{'s' * (taken != 1)} and gives {given}; give one of "
+            "RGB images, 3 and 3"
+        )
+    stages = [config[f"{way}_block_out_channels"] for way in ("down", "up") if f"{way}_block_out_channels" in config]
+    if len(set(map(len, stages))) > 1:
+        raise UserError(
+            f"autoencoder {folder} has {len(stages[0])} stages down and {len(stages[1])} up; give one that restores "
+            "the size of images"
+        )
+    if len(set(config.get("patch_size") or ())) > 1:
+        raise UserError(f"autoencoder {folder} has patches of {config['patch_size']}; give one with square patches")
+
+
+def _read_network(network_class: Any, folder: Path) -> Any:
+    """The network of a diffusers folder in float32, with every weight from its file.
+
+    diffusers itself reads it, since it knows the names that the attention of the SD-VAE had when it was published.
+    """
+    from diffusers.utils import logging
+
+    weights = folder / DIFFUSERS_WEIGHTS
+    _check_is_safetensors(weights)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # What it would warn of is refused below.
+    try:
+        network, loaded = network_class.from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        raise _unfitting(weights, str(error)) from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"autoencoder {folder}: config.json describes no {network_class.__name__} ({error})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    # diffusers fills missing weights with noise.
+    for problem in ("missing_keys", "unexpected_keys"):
+        if loaded[problem]:
+            raise _unfitting(weights, f"{problem.replace('_', ' ')} {', '.join(sorted(loaded[problem]))}")
+    return network
+
+
+def _normalisation(network: Any, channels: int, folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shift and scale per channel: from `mean_std.json` where the folder has one, else as diffusers has them.
+
+    diffusers keeps one number each, or the mean and standard deviation of every channel; for FLUX.2 the mean and
+    variance of a batch norm among the weights.
+    """
+    config, own = dict(network.config), folder / MEAN_STD
+    if own.is_file():
+        mean, std = _read_mean_std(own, channels)
+        return mean, tuple(1 / value for value in std)
+    if "batch_norm_eps" in config:
+        std = (network.bn.running_var.double() + config["batch_norm_eps"]).sqrt()
+        return tuple(network.bn.running_mean.tolist()), tuple((1 / std).tolist())
+    factor = float(config["scaling_factor"])
+    means, stds = config.get("latents_mean"), config.get("latents_std")
+    if means is not None and stds is not None:
+        return tuple(map(float, means)), tuple(factor / std for std in stds)
+    return (float(config.get("shift_factor") or 0.0),) * channels, (factor,) * channels
+
+
+def _read_mean_std(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel."""
+    try:
+        content = json.loads(file.read_text())
+        mean, std = (torch.tensor(content[key], dtype=torch.float64).expand(channels) for key in ("mean", "std"))
+        valid = mean.isfinite().all() and std.isfinite().all() and std.min() > 0
+    except (ValueError, KeyError, TypeError, RuntimeError):
+        valid = False
+    if not valid:
+        raise UserError(
+            f'{file} must say {{"mean": …, "std": …}}, each one finite number or a list of {channels}, one for each '
+            "latent channel, std above 0: mend it, or take it away to use config.json"
+        )
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _load_taef2(name: str, folder: Path) -> Taef2Autoencoder:
+    files = [folder / file for file in TAEF2_FILES]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"autoencoder {name}: {file} is missing; TAEF2 needs both {' and '.join(TAEF2_FILES)}")
+    encoder_state = _read_weights(files[0])
+    # Its two ends tell the sizes: the first convolution (width, 3, 3, 3) and the last (latent channels, width, 3, 3).
+    first, last = encoder_state.get("0.weight"), encoder_state.get("14.weight")
+    if first is None or last is None:
+        raise UserError(f"{files[0]} does not hold the encoder of TAEF2: it has no 0.weight and 14.weight")
+    width, latent_channels = first.shape[0], last.shape[0]
+    encoder, decoder = taef2_encoder(width, latent_channels), taef2_decoder(width, latent_channels)
+    _load_weights(encoder, files[0])
+    _load_weights(decoder, files[1])
+    spec = AutoencoderSpec(
+        name=name,
+        kind="TAEF2",
+        weights_sha256=_sha256(*files),
+        latent_channels=latent_channels,
+        downsampling=8,
+        shift=(0.0,) * latent_channels,
+        scale=(1.0,) * latent_channels,
+    )
+    return Taef2Autoencoder(encoder, decoder, spec)
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    _check_is_safetensors(file)
+    return load_file(file)
+
+
+def _check_is_safetensors(file: Path) -> None:
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a safetensors file ({error})") from error
+
+
+def _load_weights(network: nn.Module, file: Path) -> None:
+    """Fill the network from a file; half-precision weights become float32."""
+    try:
+        network.load_state_dict(_read_weights(file))
+    except RuntimeError as error:
+        raise _unfitting(file, str(error)) from error
+
+
+def _unfitting(file: Path, reason: str) -> UserError:
+    return UserError(f"{file} does not fit the network it should hold: {' '.join(reason.split())[:200]}")
+
+
+def _sha256(*files: Path) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _per_channel(values: tuple[float, ...], latents: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1)

@@ -1,1 +1,0 @@
-"""One file per job: each reads top to bottom."""

@@ -1,1 +1,0 @@
-"""Autoencoders: images to latents and back."""

@@ -1,0 +1,1 @@
+"""What images, features and latents show: heads, probes, labelled data."""

@@ -1,0 +1,1 @@
+"""Files of the published code bases, in and out, and sharing of runs."""

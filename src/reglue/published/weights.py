@@ -1,0 +1,390 @@
+"""Checkpoints of the published code bases: SiT, REPA, ReDi, REG and REGLUE, read and written under their key names.
+
+The shapes of the weights tell which family a file is from. SiT and ReDi count time from noise to data; their weights
+are converted exactly, so that the imported model has data at t = 0 like every other and nothing needs to remember it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from reglue.diffusion.backbones.sit import FREQUENCIES, MAX_PERIOD, position_embedding
+from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
+from reglue.diffusion.modalities import StateShape
+from reglue.encoders.autoencoders import AutoencoderSpec
+from reglue.errors import UserError
+from reglue.published.pickles import read_untrusted
+
+Family = Literal["sit", "repa", "redi", "reg", "reglue"]
+
+TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi"})
+"""The families whose published time runs from noise (0) to data (1)."""
+
+PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+"""Attention heads by width, for S, B, L and XL: no weight has a shape that would tell."""
+
+PUBLISHED_AUTOENCODER = AutoencoderSpec(
+    name="sd-vae-ft-mse",
+    kind="AutoencoderKL",
+    weights_sha256=None,
+    latent_channels=4,
+    downsampling=8,
+    shift=(0.0,) * 4,
+    scale=(0.18215,) * 4,
+)
+"""Whose latents all of them learn, unseen."""
+PUBLISHED_DECODER = "sd-vae-ft-ema"
+"""Decodes for all of them: a fine-tuned decoder for the same latents."""
+
+# Published name → our name. {i} stands for the number of a block.
+KEYS = {
+    "x_embedder.proj": "patches",
+    "t_embedder.mlp": "transformer.time_embedding",
+    "y_embedder.embedding_table": "transformer.label_embedding",
+    "blocks.{i}.attn.qkv": "transformer.blocks.{i}.attention.qkv",
+    "blocks.{i}.attn.proj": "transformer.blocks.{i}.attention.out",
+    "blocks.{i}.mlp.fc1": "transformer.blocks.{i}.mlp.0",
+    "blocks.{i}.mlp.fc2": "transformer.blocks.{i}.mlp.2",
+    "blocks.{i}.adaLN_modulation.1": "transformer.blocks.{i}.modulation",
+    "final_layer.adaLN_modulation.1": "transformer.modulation",
+    "final_layer.linear": "velocity",
+    "final_layer.linear_cls": "class_token_velocity",
+    "cls_projectors2": "class_token.linear",
+    "wg_norm": "class_token.norm",
+    "projectors.0": "projector",
+    "projector": "projector",
+}
+
+
+STEP = "step"
+"""Key of our safetensors files' metadata: the step of training, in decimal digits."""
+STEP_DIGITS = re.compile(r"[0-9]{1,18}")
+"""What may be a step: a stranger's file can say anything."""
+PREDICTION, PATH_TYPE, ENCODER_DEPTH = "prediction", "path_type", "encoder_depth"
+"""Options of the published trainings that weights do not tell: what is predicted, the path, and after how many blocks
+the projector reads. In our safetensors files they are metadata."""
+VELOCITY = ("v", "velocity")
+"""How the published codes call what our models predict."""
+TIME_WEIGHT = "transformer.time_embedding.0.weight"
+
+
+@dataclass(frozen=True)
+class OfficialModel:
+    """What a published checkpoint holds, in our terms."""
+
+    family: Family
+    config: DenoiserConfig
+    weights: dict[str, Tensor]
+    """Under our names, in our time convention."""
+
+    def denoiser(self) -> Denoiser:
+        """The model with its weights, in eval mode."""
+        denoiser = Denoiser(self.config)
+        denoiser.load_state_dict(self.weights)
+        return denoiser.eval()
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """What a published file holds, in its own terms."""
+
+    weights: dict[str, Tensor]
+    """The averaged (EMA) ones where the file has them, under their published names."""
+    arguments: dict[str, Any]
+    """The options that it was trained with, by name, as far as the file keeps them."""
+    step: int
+    """Of training; 0 if neither the file (its metadata, for safetensors) nor its name (`0400000.pt`) says."""
+
+
+def read_official(file: Path) -> PublishedFile:
+    """Read a published file, executing nothing that is in it.
+
+    Containers: safetensors, a bare state dict, or {model, ema, opt, args, steps}, of which `ema` is taken. Raises
+    UserError if the file is missing or is something else.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    content: Any
+    stated: dict[str, str] = {}
+    if file.suffix == ".safetensors":
+        try:
+            content = load_file(file)
+            with safe_open(file, framework="pt") as opened:
+                stated = opened.metadata() or {}
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    else:
+        content = read_untrusted(file)
+    container = content if isinstance(content, dict) else {}
+    arguments, step = container.get("args", _arguments_in(stated)), container.get("steps", container.get("step"))
+    said = [text for text in (stated.get(STEP), file.stem) if text and STEP_DIGITS.fullmatch(text)]
+    return PublishedFile(
+        weights=state_dict_in(content, file),
+        arguments=arguments if isinstance(arguments, dict) else {},
+        step=step if isinstance(step, int) else int(said[0]) if said else 0,
+    )
+
+
+def _arguments_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The options of the training that a safetensors file's metadata state."""
+    arguments: dict[str, Any] = {name: metadata[name] for name in (PREDICTION, PATH_TYPE) if name in metadata}
+    if (depth := metadata.get(ENCODER_DEPTH)) and STEP_DIGITS.fullmatch(depth):
+        arguments[ENCODER_DEPTH] = int(depth)
+    return arguments
+
+
+def state_dict_in(content: Any, file: Path) -> dict[str, Tensor]:
+    """The weights in what was read from a file, bare or under `ema`, `model` or `state_dict`. Raises UserError."""
+    inside = content
+    for name in ("ema", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            inside = content[name]
+            break
+    if not isinstance(inside, dict) or not inside or not all(isinstance(v, Tensor) for v in inside.values()):
+        found = ", ".join(map(str, list(inside)[:4])) if isinstance(inside, dict) else type(inside).__name__
+        raise UserError(f"{file}: expected a state dict or {{model, ema, …}}, found {found or 'nothing'}")
+    return {str(name): value for name, value in inside.items()}
+
+
+def import_official(
+    published: Mapping[str, Tensor],
+    *,
+    latent_channels: int = 4,
+    heads: int | None = None,
+    alignment_depth: int | None = None,
+    grid: tuple[int, int] | None = None,
+) -> OfficialModel:
+    """Recognise published weights by their shapes and convert them.
+
+    `latent_channels` is C of the autoencoder (4 for the SD-VAE that all of them use); `heads` is needed for widths
+    that no published model has; `alignment_depth` (after which block the projector reads) is the published one if not
+    given; `grid` (H, W) of the latents is needed where the positions do not tell it: a fixed sin-cos embedding does,
+    and learned ones are taken for a square. Raises UserError that says what was found and what was expected.
+    """
+    published, alignment_depth = _with_uniform_names(published, alignment_depth)
+    family, config = _recognise(published, latent_channels, heads, alignment_depth, grid)
+    weights = {ours: published[theirs].float() for theirs, ours in _names(published).items()}
+    if config.learned_positions:
+        weights["positions"] = published["pos_embed"].float()
+    with torch.device("meta"):  # no memory, no initialisation: only names and shapes are asked for
+        expected = Denoiser(config).state_dict()
+    wrong = sorted(
+        (expected.keys() ^ weights.keys())
+        | {name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape}
+    )
+    if wrong:
+        raise UserError(
+            f"looks like {family}, but these weights are missing, unknown or of another shape: {', '.join(wrong)}"
+        )
+    if family in TIME_FROM_NOISE:
+        weights = reverse_time(weights)
+    return OfficialModel(family, config, weights)
+
+
+def family_of(config: DenoiserConfig) -> Family:
+    """The published family whose models are built like this one. Raises UserError, by name, if there is none."""
+    with_class_token, with_local = bool(config.shape.class_token_width), bool(config.shape.local_channels)
+    if config.learn_sigma and (with_class_token or with_local or config.alignment_width):
+        other = "a class token" if with_class_token else "a local map" if with_local else "alignment"
+        raise UserError(f"no published code has a model with learn-sigma (SiT) and {other}")
+    if with_class_token:
+        return "reglue" if with_local else "reg"
+    if with_local:
+        return "redi"
+    return "sit" if config.learn_sigma else "repa"
+
+
+def export_official(family: Family, config: DenoiserConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The published names and time convention for a model of ours: the inverse of `import_official`."""
+    if family in TIME_FROM_NOISE:
+        weights = reverse_time(weights)
+    theirs_by_ours = {ours: theirs for theirs, ours in KEYS.items() if theirs != "projector" or family == "redi"}
+    leading = 1 if config.shape.class_token_width else 0
+    positions = position_embedding(config.token_grid, config.width, leading, config.position_grid)
+    published = {"pos_embed": positions}
+    for name, value in weights.items():
+        if name == "positions":
+            published["pos_embed"] = value
+        else:
+            stem, theirs = _match(name, theirs_by_ours)
+            published[theirs + name[len(stem) :]] = value
+    return published
+
+
+def reverse_time(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the same model with t replaced by 1 − t and v by −v. Its own inverse, up to rounding.
+
+    By angle addition, cos(ω(1−t)) = cos ω cos ωt + sin ω sin ωt and sin(ω(1−t)) = sin ω cos ωt − cos ω sin ωt, so the
+    first layer of the time embedding absorbs the change; the output layers change sign.
+    """
+    changed = dict(weights)
+    half = FREQUENCIES // 2
+    # The frequencies as the model has them: rounded to float32.
+    exponent = -torch.log(torch.tensor(MAX_PERIOD, dtype=torch.float64)) * torch.arange(half) / half
+    omega = torch.exp(exponent.float()).double()
+    of_cos, of_sin = weights[TIME_WEIGHT].double().split(half, dim=1)
+    changed[TIME_WEIGHT] = torch.cat(
+        [of_cos * omega.cos() + of_sin * omega.sin(), of_cos * omega.sin() - of_sin * omega.cos()], dim=1
+    ).to(weights[TIME_WEIGHT].dtype)
+    for head in ("velocity", "class_token_velocity"):
+        for part in ("weight", "bias"):
+            if f"{head}.{part}" in changed:
+                changed[f"{head}.{part}"] = -changed[f"{head}.{part}"]
+    return changed
+
+
+def _with_uniform_names(
+    published: Mapping[str, Tensor], alignment_depth: int | None
+) -> tuple[dict[str, Tensor], int | None]:
+    """Drop the prefixes of wrappers, and rename the late blocks of old REPA files (`decoder_blocks.i`).
+
+    Those begin after the block that is aligned. Returns the weights and that block, where it is known.
+    """
+    plain = {name.removeprefix("module."): value for name, value in published.items()}
+    late = [name for name in plain if name.startswith("decoder_blocks.")]
+    if late:
+        first = _blocks(plain)
+        if alignment_depth not in (None, first):
+            raise UserError(
+                f"alignment depth {alignment_depth} given, but the file's decoder starts after block {first}"
+            )
+        for name in late:
+            _, number, rest = name.split(".", 2)
+            plain[f"blocks.{int(number) + first}.{rest}"] = plain.pop(name)
+        alignment_depth = first
+    return plain, alignment_depth
+
+
+def _blocks(published: Mapping[str, Tensor]) -> int:
+    """How many blocks the weights are of."""
+    return 1 + max((int(m[1]) for name in published if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1)
+
+
+def _recognise(
+    published: Mapping[str, Tensor],
+    latent_channels: int,
+    heads: int | None,
+    alignment_depth: int | None,
+    grid: tuple[int, int] | None,
+) -> tuple[Family, DenoiserConfig]:
+    dimensions = {
+        "pos_embed": 3,
+        "x_embedder.proj.weight": 4,
+        "y_embedder.embedding_table.weight": 2,
+        "final_layer.linear.weight": 2,
+    }
+    for name, count in dimensions.items():
+        if name not in published:
+            found = ", ".join(sorted(published)[:4])
+            raise UserError(
+                f"not a SiT-like checkpoint: no {name} (expected {', '.join(dimensions)}; found {found}, …)"
+            )
+        if published[name].ndim != count or not published[name].numel():
+            raise UserError(f"not a SiT-like checkpoint: {name} has shape {tuple(published[name].shape)}")
+    width, channels, patch, _ = published["x_embedder.proj.weight"].shape
+    outputs = published["final_layer.linear.weight"].shape[0]
+    has_class_token = "cls_projectors2.weight" in published
+    local_channels = channels - latent_channels
+    if local_channels < 0:
+        raise UserError(
+            f"the checkpoint has {channels} input channels, fewer than the {latent_channels} latent channels: choose "
+            "the autoencoder whose latents it learned with --autoencoder"
+        )
+    learn_sigma = outputs == 2 * patch**2 * channels
+    if not learn_sigma and outputs != patch**2 * channels:
+        raise UserError(f"final_layer.linear has {outputs} rows; expected {patch**2 * channels}, or twice that (SiT)")
+    if learn_sigma and local_channels:
+        raise UserError(
+            f"the checkpoint has {channels} input channels and no local map (it is SiT's kind), but the latents have "
+            f"{latent_channels}: choose the autoencoder whose latents it learned with --autoencoder"
+        )
+    token_grid, learned = _positions(published, has_class_token, patch, grid)
+    if heads is None and width not in PUBLISHED_HEADS:
+        raise UserError(
+            f"width {width} is none of {sorted(PUBLISHED_HEADS)}: say how many attention heads with --heads"
+        )
+    depth = _blocks(published)
+    if not depth:
+        raise UserError("not a SiT-like checkpoint: it has no blocks.0")
+    last = next((published[k] for k in ("projectors.0.4.weight", "projector.4.weight") if k in published), None)
+    # Training alone uses the projector, so that a depth that is not known may be wrong without harm.
+    aligned_after = min(alignment_depth or (8 if depth >= 24 else 4), depth)
+    try:
+        config = DenoiserConfig(
+            shape=StateShape(
+                latent_channels=latent_channels,
+                grid=(token_grid[0] * patch, token_grid[1] * patch),
+                local_channels=local_channels,
+                class_token_width=published["cls_projectors2.weight"].shape[-1] if has_class_token else 0,
+            ),
+            classes=published["y_embedder.embedding_table.weight"].shape[0] - 1,
+            depth=depth,
+            width=width,
+            heads=heads or PUBLISHED_HEADS[width],
+            patch=patch,
+            learn_sigma=learn_sigma,
+            alignment_depth=aligned_after if last is not None else 0,
+            alignment_width=last.shape[0] if last is not None else 0,
+            alignment_hidden=last.shape[-1] if last is not None else DenoiserConfig.alignment_hidden,
+            learned_positions=learned,
+        )
+    except ValueError as error:
+        raise UserError(f"these weights are of no model that can be built: {error}") from None
+    return family_of(config), config
+
+
+def _positions(
+    published: Mapping[str, Tensor], has_class_token: bool, patch: int, grid: tuple[int, int] | None
+) -> tuple[tuple[int, int], bool]:
+    """The grid of patches that the position embedding is of, and whether it is another than the fixed one."""
+    positions = published["pos_embed"]
+    width, tokens = positions.shape[-1], positions.shape[1] - has_class_token
+    asked = None if grid is None else (grid[0] // patch, grid[1] // patch)
+    if asked and asked[0] * asked[1] != tokens:
+        raise UserError(f"pos_embed is of {tokens} patches, but --resolution asks for {asked[0]}×{asked[1]}")
+    grids = [(tokens // columns, columns) for columns in range(1, tokens + 1) if tokens % columns == 0]
+    tolerance = 1e-5 if positions.dtype == torch.float32 else 1e-2  # half precision rounds numbers up to 1 so much
+    for candidate in sorted(grids, key=lambda sides: abs(sides[0] - sides[1])) if width % 4 == 0 else []:
+        fixed = position_embedding(candidate, width, int(has_class_token))
+        if torch.allclose(positions.float(), fixed, atol=tolerance):
+            if asked and asked != candidate:
+                raise UserError(
+                    f"pos_embed is of {candidate[0]}×{candidate[1]} patches, but --resolution asks for "
+                    f"{asked[0]}×{asked[1]}"
+                )
+            return candidate, False
+    side = round(tokens**0.5)
+    if not asked and side**2 != tokens:
+        raise UserError(
+            f"pos_embed has {tokens} learned patch positions, which is not a square grid: say --resolution HEIGHT WIDTH"
+        )
+    return asked or (side, side), True
+
+
+def _names(published: Mapping[str, Tensor]) -> dict[str, str]:
+    """Published name → ours, for every weight but the position embedding."""
+    names: dict[str, str] = {}
+    for name in published:
+        if name != "pos_embed":
+            stem, ours = _match(name, KEYS)
+            names[name] = ours + name[len(stem) :]
+    return names
+
+
+def _match(name: str, table: Mapping[str, str]) -> tuple[str, str]:
+    """The longest row of the table that starts `name`: its two sides, with the block's number filled in."""
+    number = re.search(r"blocks\.(\d+)\.", name)
+    for left in sorted(table, key=len, reverse=True):
+        filled = left.replace("{i}", number[1] if number else "")
+        if name.startswith(filled + "."):
+            return filled, table[left].replace("{i}", number[1] if number else "")
+    raise UserError(f"unknown weight {name}; known are {', '.join(sorted(table))}")

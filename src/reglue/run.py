@@ -1,0 +1,173 @@
+"""What a run is: `run.json`, with everything that sampling and resuming need."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from reglue.config import Recipe
+from reglue.data.batches import Normalisation, class_token_column, denoiser_config, local_column, normalisations
+from reglue.data.store import Store, compressor_of, holds_codes
+from reglue.data.targets import decoded, target_columns, target_compressor
+from reglue.diffusion.denoiser import DenoiserConfig
+from reglue.encoders.autoencoders import AutoencoderSpec
+from reglue.encoders.compressors import CompressorSpec
+from reglue.encoders.vision import EncoderSpec
+from reglue.errors import UserError
+from reglue.files import from_json, replacing, to_json
+
+FILE = "run.json"
+COMPRESSOR = "compressor"
+"""Folder of the compressor, in the run's."""
+FORMAT = 1
+
+
+Weights = Literal["ema", "model"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint of another run with whose weights a run started."""
+
+    run: str
+    """Its folder as it was given; it may have moved since, or be gone."""
+    step: int
+    weights: Weights
+    """The averaged ones, or those that were trained."""
+    sha256: str
+    """Of their file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """Everything about a run but its weights."""
+
+    format: int = FORMAT
+    recipe: Recipe
+    denoiser: DenoiserConfig
+    class_names: tuple[str, ...]
+    """In the order of the labels; empty for an unconditional model."""
+    resolution: tuple[int, int]
+    """Height and width of the images in pixels."""
+    autoencoder: AutoencoderSpec
+    encoder: EncoderSpec | None
+    compressor: CompressorSpec | None
+    """Of the local semantics."""
+    class_token_compressor: CompressorSpec | None = None
+    """None where the class token is learned as it is, or not at all."""
+    normalisation: dict[str, Normalisation]
+    """Of the modalities that are not learned as they are; latents always have one."""
+    decoder: str | None = None
+    """The autoencoder that decodes, where it is another than the one whose latents are learned: `sd-vae-ft-ema` for
+    the published models, which learn those of `sd-vae-ft-mse`."""
+    autoencoder_assumed: bool = field(default=False, compare=False)
+    """Whether nobody said whose latents an imported run learned, so that they were taken for the published ones."""
+    seed: int | None = None
+    """None for an imported run."""
+    store: str | None = field(default=None, compare=False)
+    """The store's folder as it was given; it may have moved since. None for an imported or shared run."""
+    store_hash: str | None = None
+    """None for an imported run."""
+    origin: str | None = field(default=None, compare=False)
+    """The published file that the run was imported from; None for a run that was trained here."""
+    start: Start | None = field(default=None, compare=False)
+    """None for a run that began with random weights."""
+    versions: dict[str, str] = field(compare=False)
+
+    @classmethod
+    def of(cls, store: Store, recipe: Recipe, seed: int) -> RunRecord:
+        """The record of training a recipe on a store. Raises UserError if they do not fit together."""
+        manifest = store.manifest
+        denoiser = denoiser_config(store, recipe)  # First of all, since it checks that the store has the columns.
+        token = class_token_column(recipe)
+        compressed = recipe.class_token.present and holds_codes(token)
+        return cls(
+            recipe=recipe,
+            denoiser=denoiser,
+            class_names=manifest.source.class_names,
+            resolution=manifest.source.resolution,
+            autoencoder=manifest.autoencoder,
+            encoder=manifest.encoder,
+            compressor=manifest.compressors[recipe.local.compressor] if recipe.local.present else None,
+            class_token_compressor=manifest.compressors[compressor_of(token)] if compressed else None,
+            normalisation=normalisations(store, recipe),
+            seed=seed,
+            store=str(store.folder.absolute()),
+            store_hash=data_hash(store, recipe),
+            versions=versions(),
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """The record of a run folder. Raises UserError if it is none."""
+        path = folder / FILE
+        if not path.is_file():
+            raise UserError(f"{folder} is not a run: it has no {FILE}; make one with `reglue train`")
+        return from_json(path, cls, "train anew, or put back the file")
+
+    def write(self, folder: Path) -> None:
+        """Write the record into a run folder, whole or not at all."""
+        with replacing(folder / FILE) as beside:
+            beside.write_text(to_json(self))
+
+    def trained_on(self, store: Store) -> bool:
+        """Whether a store holds, to the bit, what this run was trained on."""
+        there = {*needed_columns(self.recipe)} <= store.manifest.columns.keys()
+        return there and data_hash(store, self.recipe) == self.store_hash
+
+    def differences(self, other: RunRecord) -> list[str]:
+        """The names of what differs, for a message.
+
+        The number of steps may differ where the learning rate does not depend on it: such a run may be prolonged. And
+        what is compiled may differ, which changes nothing but rounding.
+        """
+        names: list[str] = []
+        for part in fields(self):
+            mine, theirs = getattr(self, part.name), getattr(other, part.name)
+            if part.compare and mine != theirs:
+                if part.name == "recipe":
+                    names += [f"recipe.{name}" for name in differing(mine, theirs)]
+                else:
+                    names.append(part.name)
+        free = {"recipe.optimisation.compile"}
+        if self.recipe.optimisation.decay == "constant":
+            free.add("recipe.optimisation.steps")
+        return [name for name in names if name not in free]
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide the numbers."""
+    return {name: version(name) for name in ("reglue", "torch", "numpy", "safetensors")}
+
+
+def needed_columns(recipe: Recipe) -> list[str]:
+    """The store's columns that training a recipe reads."""
+    columns = ["label", "latent"]
+    if recipe.local.present:
+        columns.append(local_column(recipe))
+    if recipe.class_token.present:
+        columns.append(class_token_column(recipe))
+    return sorted({*columns, *target_columns(recipe)})
+
+
+def data_hash(store: Store, recipe: Recipe) -> str:
+    """SHA-256 of what training reads, so that adding a column that it does not read changes nothing."""
+    columns = store.manifest.columns
+    parts = [shard.sha256 for name in needed_columns(recipe) for shard in columns[name].shards]
+    if decoded(recipe):
+        parts.append(store.manifest.compressors[target_compressor(recipe)].weights_sha256)
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def differing(mine: object, theirs: object, prefix: str = "") -> list[str]:
+    """The dotted names of the fields in which two dataclasses of one type differ."""
+    names: list[str] = []
+    for part in fields(mine):  # type: ignore[arg-type]
+        a, b = getattr(mine, part.name), getattr(theirs, part.name)
+        if a != b:
+            nested = hasattr(a, "__dataclass_fields__")
+            names += differing(a, b, f"{prefix}{part.name}.") if nested else [prefix + part.name]
+    return names

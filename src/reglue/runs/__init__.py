@@ -1,1 +1,0 @@
-"""What a run keeps: checkpoints, official imports, tracking; ranks and seeds."""

@@ -1,1 +1,0 @@
-"""Frozen vision encoders, and compressors of their features."""

@@ -1,0 +1,1 @@
+"""Training: the loop, checkpoints, processes and devices, precision, tracking."""

@@ -1,0 +1,300 @@
+"""Checkpoints: folders of safetensors, whole or not there, from which training continues with the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.tensor import DTensor
+
+from reglue.errors import UserError
+from reglue.files import BESIDE, from_json, to_json
+from reglue.training import distributed
+from reglue.training.parallel import own_rows
+
+Files = dict[str, dict[str, Tensor]]
+
+FOLDER = "checkpoints"
+VISIBLE_WITHIN = 120.0
+"""Seconds: network file systems keep listings for a minute by default."""
+MODEL, EMA, OPTIMISER, PROGRESS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`progress.json`, the last file of a checkpoint that is written."""
+
+    step: int
+
+
+class Writer:
+    """Writes the checkpoints of a run while its training goes on, one at a time.
+
+    The files are the same however the model is spread: with shards, every process writes its own rows, and the first
+    one puts the files together, so all of them must see the same folder.
+    """
+
+    def __init__(self, run: Path, keep: int, sharded: bool) -> None:
+        """`keep` checkpoints stay; 0 keeps all. All processes must make one, and call each of its methods."""
+        self.run, self.keep = run, keep
+        # Messages about checkpoints must not mix with those of the training.
+        self.group = distributed.private_group() if sharded else None
+        self.takes_part = sharded or not dist.is_initialized() or dist.get_rank() == 0
+        gpu = torch.cuda.is_available()
+        self.stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
+            )
+        )
+        # A new thread begins on the first GPU, and would take memory of it that is another process's.
+        own = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+        self.thread = ThreadPoolExecutor(1, initializer=own)
+        self.pending: Future[None] | None = None
+
+    def save(self, step: int, model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> None:
+        """Begin to write a checkpoint, from a copy. Waits for the one before. Raises as `check`."""
+        self.wait()
+        if self.takes_part:
+            copies: Any = self.stager.stage(dict(_training_state(model, ema, optimiser)))
+            self.pending = self.thread.submit(self._write, step, copies)
+
+    def check(self) -> None:
+        """Raise UserError if a checkpoint could not be written, a full disk for example. Does not wait."""
+        if self.pending and self.pending.done():
+            self.pending.result()
+
+    def wait(self) -> None:
+        """Return once everything is written. Raises as `check`."""
+        if self.pending:
+            self.pending.result()
+
+    def _write(self, step: int, files: Files) -> None:
+        if self.group is None:
+            _write(self.run, step, files)
+            forget_all_but(self.run, self.keep)
+        else:
+            _write_shards(self.run, step, files, self.group)
+            if dist.get_rank() == 0:
+                forget_all_but(self.run, self.keep)
+
+
+def save(run: Path, step: int, model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> Path:
+    """Write the checkpoint of a step, beside its place first. Raises UserError if the disk is full."""
+    return _write(run, step, _training_state(model, ema, optimiser))
+
+
+def save_start(run: Path, model: nn.Module) -> Path:
+    """Write the checkpoint of step 0 of a run whose weights are not random. Raises UserError as `save`."""
+    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    return _write(run, 0, {MODEL: weights, EMA: weights, OPTIMISER: {}})
+
+
+def save_weights(run: Path, step: int, ema: dict[str, Tensor]) -> Path:
+    """Write a checkpoint of averaged weights alone: to sample from, not to continue. Raises UserError as `save`."""
+    return _write(run, step, {EMA: {name: value.detach().cpu().contiguous() for name, value in ema.items()}})
+
+
+def _write(run: Path, step: int, files: Files) -> Path:
+    folder = run / FOLDER / f"{step:08d}"
+    with _beside(folder) as beside:
+        beside.mkdir(parents=True)
+        for name, tensors in files.items():
+            save_file(tensors, beside / name)
+        _finish(folder, beside, step)
+    return folder
+
+
+def _write_shards(run: Path, step: int, files: Files, group: dist.ProcessGroup) -> None:
+    """As `_write`, by all processes of a group: each its own rows, in a folder of parts that become one file."""
+    folder = run / FOLDER / f"{step:08d}"
+    with _beside(folder) as beside:
+        _first_does(group, lambda: beside.mkdir(parents=True))
+        for name, tensors in files.items():
+            parts = beside / f"{name}.parts"
+            # Torch loses the value of a tensor without dimensions when it puts parts together.
+            tensors = {key: value if value.dim() else value.reshape(1) for key, value in tensors.items()}
+            writer = HuggingFaceStorageWriter(str(parts), save_distributed=True, enable_consolidation=True)
+            save_distributed(tensors, storage_writer=writer, process_group=group)
+
+            def take_out(parts: Path = parts, name: str = name) -> None:
+                (complete,) = parts.glob("*.safetensors")
+                complete.rename(beside / name)
+                shutil.rmtree(parts)
+
+            _first_does(group, take_out)
+        _first_does(group, lambda: _finish(folder, beside, step))
+
+
+def _first_does(group: dist.ProcessGroup, action: Callable[[], None]) -> None:
+    """The first process acts while the others wait. All raise an OSError if it fails."""
+    failure: list[str | None] = [None]
+    if dist.get_rank(group) == 0:
+        try:
+            action()
+        except OSError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, group=group, group_src=0)
+    if failure[0] is not None:
+        raise OSError(failure[0])
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """Where to write what will become `folder`. Raises UserError, and leaves nothing there, if writing fails."""
+    beside = folder.with_name(folder.name + BESIDE)
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        yield beside
+    except (OSError, SafetensorError, CheckpointException) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        reason = error
+        if isinstance(error, CheckpointException):
+            reason = next(cause for cause, _ in error.failures.values())
+        raise UserError(f"cannot write checkpoint {folder}: {reason}; the previous checkpoint is untouched") from None
+
+
+def _finish(folder: Path, beside: Path, step: int) -> None:
+    (beside / PROGRESS).write_text(to_json(Progress(step)))
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def steps(run: Path) -> list[int]:
+    """The steps that a run has checkpoints of, ascending. Half-written ones do not count."""
+    return sorted(int(folder.name) for folder in (run / FOLDER).glob("[0-9]" * 8) if (folder / PROGRESS).is_file())
+
+
+def refuse_fewer_steps(run: Path, asked: int) -> None:
+    """Raise UserError if a run has been trained for more steps than are asked for."""
+    done = max(steps(run), default=0)
+    if done > asked:
+        raise UserError(
+            f"{run} has {done} steps already, more than --optimisation.steps {asked}; choose {done} or more"
+        )
+
+
+def forget_all_but(run: Path, keep: int) -> None:
+    """Delete the oldest checkpoints; `keep` 0 keeps all."""
+    for step in steps(run)[:-keep] if keep else []:
+        shutil.rmtree(run / FOLDER / f"{step:08d}", ignore_errors=True)
+
+
+def find(run: Path, step: int | None = None) -> Path:
+    """The folder of a checkpoint, the last one if no step is given. Raises UserError, listing what is there."""
+    available = steps(run)
+    if not available:
+        raise UserError(f"{run} has no checkpoint yet; train it with `reglue train`")
+    step = available[-1] if step is None else step
+    if step not in available:
+        raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, available))}")
+    return run / FOLDER / f"{step:08d}"
+
+
+def last_of_all(run: Path) -> Path | None:
+    """The folder of the last checkpoint that the first process sees, in every process; None if there is none.
+
+    A network file system may show it to the others later, so they look again for as long as VISIBLE_WITHIN. All must
+    ask. Raises UserError that names the folder if it does not appear.
+    """
+    step = distributed.broadcast_object(max(steps(run), default=None))
+    if step is None:
+        return None
+    folder, deadline = run / FOLDER / f"{step:08d}", time.monotonic() + VISIBLE_WITHIN
+    while step not in steps(run):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{folder} is not visible to every process, {VISIBLE_WITHIN:.0f} seconds after the first one saw it; "
+                "--out must be a folder that all machines share"
+            )
+        time.sleep(0.2)
+    return folder
+
+
+def weights_sha256(run: Path, step: int | None = None) -> str:
+    """SHA-256 of the file of averaged weights that `read_weights` reads, of the last checkpoint if no step is given."""
+    with (find(run, step) / EMA).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file. Raises UserError if it is missing or damaged."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error}); delete its folder to go on from the one before") from None
+
+
+def restore(folder: Path, model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> int:
+    """Load a checkpoint into a model, its moving average and its optimiser, in place. Returns the step.
+
+    However the model was spread when it was written, and is now: with shards, a process reads its own rows alone.
+    Raises UserError if a file is missing, damaged or of another model.
+    """
+    _fill(model.state_dict(), folder / MODEL)
+    _fill(ema, folder / EMA)
+    with _opened(folder / OPTIMISER) as stored:
+        trained = [(name, p) for name, p in model.named_parameters() if f"{name}.step" in stored.keys()]  # noqa: SIM118
+    for _, parameter in trained:
+        # load_state_dict would do as well, but it counts parameters where these names are safe against reordering.
+        optimiser.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    _fill(_optimiser_tensors(model, optimiser), folder / OPTIMISER)
+    return from_json(folder / PROGRESS, Progress, "delete its folder to go on from the one before").step
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            yield stored
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error}); delete its folder to go on from the one before") from None
+
+
+@torch.no_grad()
+def _fill(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Copy what a file holds into tensors of the same names. Raises UserError if they do not fit."""
+    with _opened(file) as stored:
+        for name in sorted(tensors.keys() ^ set(stored.keys())):
+            raise UserError(f"{file} does not fit this model: {name} is only in one of them")
+        for name, tensor in tensors.items():
+            part = stored.get_slice(name)
+            if tensor.dim() and tuple(part.get_shape()) != tuple(tensor.shape):
+                raise UserError(f"{file} does not fit this model: {name} is {part.get_shape()}")
+            if isinstance(tensor, DTensor):
+                tensor.to_local().copy_(part[own_rows(tensor)])
+            else:
+                # Sharded runs write tensors without dimensions as rows of one.
+                tensor.copy_(stored.get_tensor(name).reshape(tensor.shape))
+
+
+def _training_state(model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> Files:
+    return {MODEL: model.state_dict(), EMA: ema, OPTIMISER: _optimiser_tensors(model, optimiser)}
+
+
+def _optimiser_tensors(model: nn.Module, optimiser: torch.optim.AdamW) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimiser.state.get(parameter, {}).items()
+    }

@@ -1,0 +1,123 @@
+"""Precision and compilation: the one place that decides them, for training and for sampling."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from reglue.config import Compile, Precision
+from reglue.diffusion.denoiser import Denoiser, Prediction
+from reglue.diffusion.modalities import State
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Matrix products inside the block are in bfloat16 if that is the precision. For forward passes, within
+    `matmul_precision`.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@contextmanager
+def matmul_precision(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Float32 matrix products inside the block are TF32 on a GPU if that is the precision, and float32 otherwise.
+
+    For the whole process, so for gradients too; in no function that is compiled. Convolutions are not meant: cuDNN's
+    may use TF32 unless PyTorch is told otherwise.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def to_compile(asked: Compile, device: torch.device) -> Compile:
+    """What torch.compile compiles of a transformer, where `auto` is resolved.
+
+    `auto` is blocks on a GPU, if Triton and the C compiler that it needs are there, and nothing otherwise.
+    """
+    if asked != "auto":
+        return asked
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return "blocks" if device.type == "cuda" and find_spec("triton") and compiler else "no"
+
+
+def compiled(function: Callable[..., dict[str, Tensor]], device: torch.device) -> Callable[..., dict[str, Tensor]]:
+    """A function of tensors, compiled for each shape that it meets.
+
+    On a GPU it is captured in CUDA graphs, whose results lie where the next call writes its own, so they are copied.
+    """
+    fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+    def call(*arguments: object) -> dict[str, Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return {name: value.clone() for name, value in fast(*arguments).items()}
+
+    return call
+
+
+def compile_parts(network: nn.Module, blocks: Iterable[nn.Module], parts: Compile) -> None:
+    """Have torch.compile compile a network, or one of its blocks for all: their code is the same, weights are inputs.
+
+    `auto` is resolved before (`to_compile`).
+    """
+    assert parts != "auto"
+    if parts == "no":
+        return
+    # Sizes are known, and stay. Kernels of a network before, in the same process, would make these ones take any
+    # size, and so compute otherwise than those of a process that continues the training.
+    torch.compiler.reset()
+    if parts == "model":
+        network.compile(dynamic=False)
+    else:
+        # Or DistributedDataParallel would have every block cut where its buckets end. Their gradients travel while
+        # those of the blocks before them are computed, in any case. For the whole process, which trains this network.
+        torch._dynamo.config.optimize_ddp = False
+        for block in blocks:
+            block.compile(dynamic=False)
+
+
+class SamplingNetwork:
+    """A frozen denoiser, for velocities alone.
+
+    The weights of its matrix products are brought to their precision once: autocast would do it in every evaluation,
+    with the same bits. What training needs besides, hidden tokens for alignment, is not returned.
+    """
+
+    def __init__(self, denoiser: Denoiser, precision: Precision, *, compiled: bool = False) -> None:
+        self.null_label = denoiser.null_label
+        device = denoiser.positions.device
+        network = with_products_in(denoiser, torch.bfloat16) if precision == "bfloat16" else denoiser
+
+        def velocity(state: State, time: Tensor, label: Tensor) -> State:
+            with autocast(device, precision):
+                return network(state, time, label).velocity
+
+        self._products = partial(matmul_precision, device, precision)
+        self._velocity = compiled(velocity, device) if compiled else velocity
+
+    def __call__(self, state: State, time: Tensor, label: Tensor) -> Prediction:
+        """See `diffusion.denoiser.DenoiserFunction`."""
+        with self._products():
+            return Prediction(self._velocity(state, time, label), None)
+
+
+def with_products_in(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
+    """A copy whose linear and convolutional weights are in `dtype`, all else as it is; to be run under autocast."""
+    copy = deepcopy(denoiser)
+    for module in copy.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+    return copy

@@ -1,0 +1,492 @@
+"""Published checkpoints in and out, through the commands and their run folders."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from golden_files import METHODS, Golden, assert_close
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from helpers import TINY_RECIPE, mistake
+from reglue import pipeline as generation
+from reglue.cli import parse
+from reglue.commands.export_run import ExportRun, export_run
+from reglue.commands.import_run import ImportRun, import_run
+from reglue.commands.sample import Sample, sample
+from reglue.commands.train import train
+from reglue.diffusion.backbones.sit import position_embedding
+from reglue.diffusion.modalities import CLS, LATENT, LOCAL
+from reglue.encoders.compressors import load_compressor
+from reglue.errors import UserError
+from reglue.pipeline import decoder, load
+from reglue.published.sharing import model_card
+from reglue.published.weights import import_official, read_official
+from reglue.run import RunRecord
+from reglue.training.checkpoints import read_weights
+
+
+@pytest.fixture(scope="session")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A KL autoencoder of the published four channels, at half the size."""
+    folder = tmp_path_factory.mktemp("autoencoder")
+    torch.manual_seed(1)
+    network = AutoencoderKL(
+        block_out_channels=(8, 8),  # type: ignore[reportArgumentType], annotated there as tuples of one
+        down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[reportArgumentType]
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    network.save_pretrained(folder)
+    return str(folder)
+
+
+def write(method: str, file: Path, change: Any = None) -> Golden:
+    """The golden weights as their authors would have published them."""
+    golden = Golden(method)
+    weights = dict(golden.published)
+    if change:
+        change(weights)
+    if file.suffix == ".safetensors":
+        save_file(weights, file)
+    else:
+        other = {name: value + 1 for name, value in weights.items()}
+        about = argparse.Namespace(encoder_depth=golden.about.get("encoder_depth"), path_type="linear")
+        torch.save({"model": other, "ema": weights, "opt": {"state": {}}, "args": about, "steps": 1234}, file)
+    return golden
+
+
+HEADS = 4
+PUBLISHED = "sd-vae-ft-mse"
+SAMPLED = {
+    "sit": ("ode_euler_cfg", {"sampler": "euler", "guidance_scale": 1.5}),
+    "repa": ("sde_cfg", {"guidance_scale": 2.3, "guidance_interval": (0.0, 0.85)}),
+    "redi": ("ode_euler_vae_cfg", {"sampler": "euler"}),
+    "reg": ("sde_cfg", {"guidance_interval": (0.0, 0.85)}),
+    "reglue": ("sde_cfg", {"guidance_scale": 2.3, "guidance_interval": (0.0, 0.85)}),
+}
+
+
+def as_state(x: Tensor, cls: Tensor | None) -> dict[str, Tensor]:
+    state = {LATENT: x[:, :4]}
+    if x.shape[1] > 4:
+        state[LOCAL] = x[:, 4:]
+    return state if cls is None else {**state, CLS: cls}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_imported_run_samples_what_the_published_sampler_gives(
+    method: str, autoencoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden = write(method, tmp_path / "0001234.pt")
+    run = import_run(ImportRun(tmp_path / "0001234.pt", tmp_path / "run", autoencoder=autoencoder, heads=HEADS))
+    case, options = SAMPLED[method]
+    draws = [as_state(golden["sample.x_init"], golden.get("sample.cls_init"))]
+    if f"sample.{case}.noise" in golden:
+        noise = golden[f"sample.{case}.noise"]
+        tokens = golden.get(f"sample.{case}.noise_cls")
+        draws += [as_state(noise[i], None if tokens is None else tokens[i]) for i in range(len(noise))]
+    given = [{name: x.double().contiguous() for name, x in draw.items()} for draw in draws]
+    monkeypatch.setattr(generation, "drawn_ahead", lambda *_: nullcontext(iter(given)))
+    states: list[dict[str, Tensor]] = []
+    original = generation.ImageModel.pixels
+
+    def watched(self: Any, state: dict[str, Tensor], rounding: Any) -> Tensor:
+        states.append(state)
+        return original(self, state, rounding)
+
+    monkeypatch.setattr(generation.ImageModel, "pixels", watched)
+    labels = tuple(str(label) for label in golden["input.y"].tolist())
+    sample(
+        Sample(run, tmp_path / "samples", count=3, classes=labels, steps=6, device="cpu", **options)  # type: ignore[arg-type]
+    )
+    expected = as_state(golden[f"sample.{case}.out"], None)
+    for name, value in expected.items():
+        assert_close(states[0][name], value)
+    model = load(run, device="cpu")
+    assert model.step == 1234
+    raw = expected[LATENT].float() / 0.18215
+    shown = 255 * (model.autoencoder.decode(raw) + 1) / 2
+    files = sorted((tmp_path / "samples").glob("*.png"))
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
+    assert abs(pixels - shown.permute(0, 2, 3, 1).round().numpy().astype(int)).max() <= 1
+    assert json.loads((tmp_path / "samples" / "samples.json").read_text())["step"] == 1234
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt", ".pth"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_imported_is_exported_again(method: str, ending: str, tmp_path: Path) -> None:
+    golden = write(method, tmp_path / f"0001234{ending}")
+    # The papers' autoencoder is not at hand, and neither job needs it.
+    run = import_run(ImportRun(tmp_path / f"0001234{ending}", tmp_path / "run", autoencoder=PUBLISHED, heads=HEADS))
+    out = export_run(ExportRun(run, tmp_path / f"out{ending}"))
+    again = read_official(out)
+    assert again.weights.keys() == golden.published.keys()
+    for name, value in golden.published.items():
+        assert_close(again.weights[name], value)
+    assert again.step == 1234
+    if ending != ".safetensors":
+        assert torch.load(out, weights_only=True).keys() == {"model", "ema", "args", "steps"}
+
+
+@pytest.mark.parametrize(("metadata", "step"), [("42", 42), ("-1", 7), ("²", 7), ("9" * 5000, 7), (None, 7)])
+def test_the_step_of_a_safetensors_file(metadata: str | None, step: int, tmp_path: Path) -> None:
+    weights = {name: value.contiguous() for name, value in Golden("sit").published.items()}
+    save_file(weights, tmp_path / "0000007.safetensors", {"step": metadata} if metadata else None)
+    run = import_run(ImportRun(tmp_path / "0000007.safetensors", tmp_path / "run", heads=HEADS))
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"{step:08d}"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_record_says_what_was_found(method: str, tmp_path: Path) -> None:
+    write(method, tmp_path / "in.pt")
+    options = ImportRun(tmp_path / "in.pt", tmp_path / "run", autoencoder=PUBLISHED, heads=HEADS)
+    record = RunRecord.read(import_run(options))
+    recipe = record.recipe
+    assert (recipe.name, recipe.model) == (method, "3x48x4/2")
+    assert record.resolution == (64, 64)
+    assert record.class_names == tuple(map(str, range(1000)))
+    assert record.origin == "in.pt"
+    assert (record.store, record.store_hash, record.seed) == (None, None, None)
+    assert (record.autoencoder.name, record.autoencoder.weights_sha256) == ("sd-vae-ft-mse", None)
+    assert (record.decoder, record.autoencoder_assumed) == (None, False)
+    assert recipe.alignment.present == (record.denoiser.alignment_width > 0) == (method in ("repa", "reg", "reglue"))
+    assert record.denoiser.alignment_depth == (2 if recipe.alignment.present else 0)
+    assert recipe.local.compressor == {"redi": "pca-6", "reglue": "conv-6"}.get(method, "conv-16")
+    # What the recipe describes is what was found: the same model is built from either.
+    shape = record.denoiser.shape
+    assert (
+        recipe.denoiser_config(
+            latent_channels=shape.latent_channels,
+            grid=shape.grid,
+            classes=1000,
+            local_channels=shape.local_channels,
+            token_width=max(record.denoiser.alignment_width, shape.class_token_width),
+        )
+        == record.denoiser
+    )
+
+
+def compressor_files(folder: Path) -> tuple[Path, Path, Golden]:
+    golden = Golden("reglue")
+    weights = {k.removeprefix("compressor."): v for k, v in golden.tensors.items() if k.startswith("compressor.")}
+    torch.save(weights, folder / "compressor.pth")
+    statistics = {name: golden[f"compressor_io.{name}"].numpy() for name in ("mean", "std")}
+    np.savez(folder / "statistics.npz", **statistics)  # type: ignore[reportArgumentType]
+    return folder / "compressor.pth", folder / "statistics.npz", golden
+
+
+def test_reglues_compressor_goes_into_the_run(tmp_path: Path) -> None:
+    compressor, statistics, golden = compressor_files(tmp_path)
+    write("reglue", tmp_path / "in.pt")
+    run = import_run(
+        ImportRun(tmp_path / "in.pt", tmp_path / "run", compressor, statistics, autoencoder=PUBLISHED, heads=HEADS)
+    )
+    ours = load_compressor(run / "compressor")
+    assert ours.spec() == RunRecord.read(run).compressor
+    with torch.no_grad():
+        assert_close(ours.encode(golden["compressor_io.features"]), golden["compressor_io.code"])
+
+
+def test_redis_components_go_into_the_run(tmp_path: Path) -> None:
+    from sklearn.decomposition import PCA
+
+    features = np.random.default_rng(0).standard_normal((100, 20))
+    content = {"pca_model": PCA(9).fit(features), "mean": np.zeros(20, "f4"), "std": np.ones(20, "f4")}
+    torch.save(content, tmp_path / "pca.pt")
+    write("redi", tmp_path / "in.pt")
+    options = ImportRun(tmp_path / "in.pt", tmp_path / "run", tmp_path / "pca.pt", autoencoder=PUBLISHED, heads=HEADS)
+    run = import_run(options)
+    spec = load_compressor(run / "compressor").spec()
+    assert (spec.kind, spec.channels_in, spec.channels) == ("pca", 20, 6)
+
+
+def test_the_published_autoencoder_is_compared_only_once_it_is_seen(autoencoder: str, tmp_path: Path) -> None:
+    write("sit", tmp_path / "in.pt")
+    cpu = torch.device("cpu")
+    record = RunRecord.read(import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", heads=HEADS)))
+    with pytest.raises(UserError, match=r"sd-vae-ft-ema .*cannot be fetched"):
+        load(tmp_path / "run", device="cpu")
+    with pytest.raises(UserError, match="has 2 pixels of a latent along a side, the run has 8"):
+        decoder(record, cpu, autoencoder)
+    fitting = replace(record, autoencoder=replace(record.autoencoder, downsampling=2))
+    assert decoder(fitting, cpu, autoencoder).spec.latent_channels == 4
+    local = RunRecord.read(
+        import_run(ImportRun(tmp_path / "in.pt", tmp_path / "local", autoencoder=autoencoder, heads=HEADS))
+    )
+    assert decoder(local, cpu).spec == local.autoencoder
+    # The same name with other weights.
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in Path(autoencoder).iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    record = RunRecord.read(
+        import_run(ImportRun(tmp_path / "in.pt", tmp_path / "moved", autoencoder=str(other), heads=HEADS))
+    )
+    weights = {k: v + 1 for k, v in load_file(other / "diffusion_pytorch_model.safetensors").items()}
+    save_file(weights, other / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match="not the one that the run was trained with"):
+        decoder(record, cpu)
+
+
+def test_an_autoencoder_that_nobody_named_is_said_to_be_assumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("repa", tmp_path / "in.pt")
+    named = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "named", autoencoder=PUBLISHED, heads=HEADS))
+    assert "assumed" not in capsys.readouterr().out
+    assumed = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", heads=HEADS))
+    assert "assumed are those of sd-vae-ft-mse, decoded by sd-vae-ft-ema" in capsys.readouterr().out
+    records = [RunRecord.read(run) for run in (named, assumed)]
+    assert [record.autoencoder_assumed for record in records] == [False, True]
+    assert [record.decoder for record in records] == [None, "sd-vae-ft-ema"]
+    shown = ["assumed: the published file does not say" in model_card(r, "run", 0, 1, [], False) for r in records]
+    assert shown == [False, True]
+    older = json.loads((assumed / "run.json").read_text())
+    del older["autoencoder_assumed"]
+    (assumed / "run.json").write_text(json.dumps(older))
+    assert not RunRecord.read(assumed).autoencoder_assumed
+
+
+def in_channels(channels: int, rows: int) -> Any:
+    def change(weights: dict[str, Tensor]) -> None:
+        weights["x_embedder.proj.weight"] = torch.zeros(48, channels, 2, 2)
+        weights["final_layer.linear.weight"] = torch.zeros(rows, 48)
+        weights["final_layer.linear.bias"] = torch.zeros(rows)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("method", "channels", "rows", "message"),
+    [
+        ("sit", 16, 128, "has 16 input channels and no local map"),
+        ("repa", 3, 12, "has 3 input channels, fewer than the 4"),
+        ("repa", 16, 64, "has 16 channels, where published redi models have 12"),
+        ("reg", 32, 128, "has 32 channels, where published reglue models have 20"),
+    ],
+)
+def test_other_channels_than_the_published_ones_need_an_autoencoder(
+    method: str, channels: int, rows: int, message: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    write(method, tmp_path / "in.pt", in_channels(channels, rows))
+    line = mistake(capsys, monkeypatch, "import", tmp_path / "in.pt", "--out", tmp_path / "run", "--heads=4")
+    assert message in line
+    assert "with --autoencoder" in line
+    assert not (tmp_path / "run").exists()
+
+
+def with_grid(rows: int, columns: int) -> Any:
+    def change(weights: dict[str, Tensor]) -> None:
+        width = weights["pos_embed"].shape[2]
+        weights["pos_embed"] = position_embedding((rows, columns), width)
+
+    return change
+
+
+@pytest.mark.parametrize("grid", [(32, 32), (3, 5), (8, 2), (2, 8), (1, 7)])
+def test_fixed_positions_tell_the_grid(grid: tuple[int, int], tmp_path: Path) -> None:
+    write("sit", tmp_path / "in.pt", with_grid(*grid))
+    run = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", heads=HEADS))
+    record = RunRecord.read(run)
+    assert record.denoiser.shape.grid == (2 * grid[0], 2 * grid[1])
+    assert record.resolution == (16 * grid[0], 16 * grid[1])
+    assert not record.denoiser.learned_positions
+
+
+def test_learned_positions_are_kept(autoencoder: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    learned = torch.randn(1, 16, 48)
+    write("repa", tmp_path / "in.pt", lambda weights: weights.update(pos_embed=learned))
+    run = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", autoencoder=autoencoder, heads=HEADS))
+    model = load(run, device="cpu")
+    assert torch.equal(model.denoiser.positions, learned)
+    assert model.generate(3, steps=2)[0].size == (16, 16)
+    assert torch.equal(read_official(export_run(ExportRun(run, tmp_path / "out.pt"))).weights["pos_embed"], learned)
+
+    write("repa", tmp_path / "wide.pt", lambda weights: weights.update(pos_embed=learned[:, :8]))
+    with pytest.raises(UserError, match="--resolution"):
+        import_run(ImportRun(tmp_path / "wide.pt", tmp_path / "wide", heads=HEADS))
+    wide = import_run(ImportRun(tmp_path / "wide.pt", tmp_path / "wide", heads=HEADS, resolution=(32, 64)))
+    assert RunRecord.read(wide).denoiser.shape.grid == (4, 8)
+
+
+def test_half_precision_and_other_patches_and_no_classes(autoencoder: str, tmp_path: Path) -> None:
+    def change(weights: dict[str, Tensor]) -> None:
+        weights["x_embedder.proj.weight"] = weights["x_embedder.proj.weight"].repeat(1, 1, 2, 2)
+        weights["y_embedder.embedding_table.weight"] = weights["y_embedder.embedding_table.weight"][-1:]
+        for name in ("weight", "bias"):
+            head = weights[f"final_layer.linear.{name}"]
+            weights[f"final_layer.linear.{name}"] = head.repeat(4, *[1] * (head.ndim - 1))
+        for name in weights:
+            weights[name] = weights[name].half()
+
+    write("sit", tmp_path / "in.safetensors", change)
+    run = import_run(ImportRun(tmp_path / "in.safetensors", tmp_path / "run", autoencoder=autoencoder, heads=HEADS))
+    model = load(run, device="cpu")
+    assert model.record.recipe.model == "3x48x4/4"
+    assert model.record.class_names == ()
+    assert not model.record.denoiser.learned_positions
+    images = model.generate(count=2, steps=2, output="tensor")
+    assert images.shape == (2, 3, 32, 32)
+
+
+def test_class_names_from_a_file(tmp_path: Path) -> None:
+    write("repa", tmp_path / "in.pt")
+    (tmp_path / "names.txt").write_text("\n".join(f"class {i}" for i in range(1000)) + "\n")
+    options = ImportRun(tmp_path / "in.pt", tmp_path / "run", class_names=tmp_path / "names.txt", heads=HEADS)
+    assert RunRecord.read(import_run(options)).class_names[207] == "class 207"
+    (tmp_path / "names.txt").write_text("class 0\n\n" + "\n".join(f"class {i}" for i in range(1, 1000)))
+    with pytest.raises(UserError, match=r"names\.txt, line 2 is blank"):
+        import_run(replace(options, out=tmp_path / "other"))
+
+
+def test_the_path_that_a_model_was_trained_on(tmp_path: Path) -> None:
+    golden = Golden("repa")
+    for name, expected in (("linear", "linear"), ("cosine", "cosine"), ("GVP", "cosine")):
+        content = {"ema": golden.published, "args": argparse.Namespace(path_type=name, prediction="v")}
+        torch.save(content, tmp_path / "in.pt")
+        run = import_run(ImportRun(tmp_path / "in.pt", tmp_path / name, heads=HEADS))
+        assert RunRecord.read(run).recipe.path == expected
+    for about, message in (({"path_type": "VP"}, "path VP"), ({"prediction": "noise"}, "predicts noise")):
+        torch.save({"ema": golden.published, "args": argparse.Namespace(**about)}, tmp_path / "in.pt")
+        with pytest.raises(UserError, match=message):
+            import_run(ImportRun(tmp_path / "in.pt", tmp_path / "refused", heads=HEADS))
+
+
+def test_mistakes_are_one_line_and_leave_nothing(
+    tmp_path: Path, tiny_encoder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compressor, statistics, _ = compressor_files(tmp_path)
+    for method in ("sit", "reglue"):
+        write(method, tmp_path / f"{method}.pt")
+    write("sit", tmp_path / "odd.pt", lambda w: w.update({"final_layer.linear.weight": torch.zeros(17, 48)}))
+    (tmp_path / "names.txt").write_text("one\ntwo\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    sit, reglue, run = tmp_path / "sit.pt", tmp_path / "reglue.pt", tmp_path / "run"
+    heads, as_published = "--heads=4", ["--autoencoder", PUBLISHED]
+    for message, arguments in {
+        "no such file": [tmp_path / "gone.pt", "--out", run],
+        "expected a state dict": [statistics, "--out", run],
+        "odd.pt: final_layer.linear has 17 rows; expected 16": [tmp_path / "odd.pt", "--out", run, heads],
+        "sit.pt: width 48 is none of": [sit, "--out", run],
+        "width of 48 must be divisible": [sit, "--out", run, "--heads=5"],
+        "holds other files": [sit, "--out", tmp_path / "full", heads],
+        "a sit model has no local map": [sit, "--out", run, heads, "--compressor", compressor],
+        "give their file with --statistics": [reglue, "--out", run, heads, *as_published, "--compressor", compressor],
+        "give it too": [reglue, "--out", run, heads, *as_published, "--statistics", statistics],
+        "expected {mean, std}, found": [
+            reglue, "--out", run, heads, *as_published, "--compressor", reglue, "--statistics", reglue
+        ],
+        "not a published REGLUE compressor": [
+            reglue, "--out", run, heads, *as_published, "--compressor", reglue, "--statistics", statistics
+        ],
+        "has 2 names, but the model has 1000": [sit, "--out", run, heads, "--class-names", tmp_path / "names.txt"],
+        "--resolution asks for 2×8": [sit, "--out", run, heads, "--resolution", "32", "128"],
+        "--resolution asks for 5×5": [sit, "--out", run, heads, "--resolution", "80"],
+        "is 16 wide, but the model's class token is 20 wide": [
+            reglue, "--out", run, heads, *as_published, "--encoder", tiny_encoder
+        ],
+        "unknown autoencoder": [sit, "--out", run, heads, "--autoencoder", "no-such-autoencoder"],
+    }.items():  # fmt: skip
+        line = mistake(capsys, monkeypatch, "import", *arguments)
+        assert message in line, line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+class Malicious:
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.canary}",)
+
+
+def test_a_malicious_checkpoint_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = {"ema": Golden("sit").published, "args": argparse.Namespace(hidden=[Malicious(tmp_path / "canary")])}
+    torch.save(content, tmp_path / "in.pt")
+    line = mistake(capsys, monkeypatch, "import", tmp_path / "in.pt", "--out", tmp_path / "run", "--heads=4")
+    assert "asks for posix.system" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pt"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_our_own_runs_are_exported(method: str, tiny_store: Path, tiny_autoencoder: str, tmp_path: Path) -> None:
+    options = ["--store", str(tiny_store), "--out", str(tmp_path / "run"), *TINY_RECIPE, "--optimisation.steps=2"]
+    run = train(parse(["train", method, *options]))
+    out = export_run(ExportRun(run, tmp_path / "out.pt"))
+    container = torch.load(out, weights_only=True)
+    assert container["steps"] == 2
+    for name, ours in (("ema", "ema.safetensors"), ("model", "model.safetensors")):
+        again = import_official(container[name], heads=2, latent_channels=3, alignment_depth=1)
+        assert again.family == method
+        for key, value in read_weights(run / "checkpoints" / "00000002" / ours).items():
+            torch.testing.assert_close(again.weights[key], value, rtol=1e-5, atol=1e-6)
+    back = import_run(ImportRun(out, tmp_path / "back", autoencoder=tiny_autoencoder, heads=2))
+    settings = {"sampler": "euler", "steps": 3, "output": "tensor"}
+    images = [load(folder, device="cpu").generate([0, 1], **settings) for folder in (run, back)]  # type: ignore[arg-type]
+    assert (images[0].int() - images[1].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_what_weights_do_not_tell_is_exported_too(
+    ending: str, tiny_store: Path, tiny_autoencoder: str, tmp_path: Path
+) -> None:
+    options = ["--model=3x32x2/2", "--alignment.after-block=2", "--path=cosine", "--optimisation.steps=1"]
+    run = train(
+        parse(["train", "repa", "--store", str(tiny_store), "--out", str(tmp_path / "run"), *TINY_RECIPE, *options])
+    )
+    out = export_run(ExportRun(run, tmp_path / f"out{ending}"))
+    back = RunRecord.read(import_run(ImportRun(out, tmp_path / "back", autoencoder=tiny_autoencoder, heads=2)))
+    assert back.recipe.path == "cosine"
+    assert back.denoiser.alignment_depth == 2
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("sit", ["--local.weight=1"], "learn-sigma (SiT) and a local map"),
+        ("sit", ["--class-token.weight=0.1"], "learn-sigma (SiT) and a class token"),
+        ("sit", ["--alignment.weight=0.5"], "learn-sigma (SiT) and alignment"),
+        ("repa", ["--latent.unit-variance"], "--latent.unit-variance"),
+        ("reglue", ["--class-token.unit-variance"], "--class-token.unit-variance"),
+    ],
+)
+def test_combinations_that_nobody_published_are_refused_by_name(
+    recipe: str, options: list[str], message: str, tiny_store: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    common = ["--store", str(tiny_store), "--out", str(tmp_path / "run"), *TINY_RECIPE, "--optimisation.steps=1"]
+    train(parse(["train", recipe, *common, *options]))
+    assert message in mistake(capsys, monkeypatch, "export", tmp_path / "run", "--out", tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_an_imported_run_is_not_trained_on(tiny_store: Path, tmp_path: Path) -> None:
+    write("sit", tmp_path / "in.pt")
+    run = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", heads=HEADS))
+    with pytest.raises(UserError, match=r"imported from in\.pt and cannot be trained on"):
+        train(parse(["train", "sit", "--store", str(tiny_store), "--out", str(run), *TINY_RECIPE]))
+
+
+def test_export_needs_a_known_ending(tiny_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"ends in \.safetensors, \.pt, \.pth"):
+        export_run(ExportRun(tiny_run, tmp_path / "out.bin"))

@@ -1,0 +1,270 @@
+"""Files of other programs: what the published ones hold is read, and nothing in any of them is executed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import os
+import pickle
+import zlib
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.decomposition import PCA, IncrementalPCA
+
+from reglue.errors import UserError
+from reglue.published.compressors import read_official_compressor, read_statistics
+from reglue.published.pickles import read_untrusted
+from reglue.published.weights import read_official
+
+FEATURES = np.random.default_rng(0).standard_normal((200, 12)) @ np.random.default_rng(1).standard_normal((12, 12))
+STATISTICS = {"mean": FEATURES.mean(0, dtype=np.float32), "std": FEATURES.std(0, dtype=np.float32) + 0.1}
+
+
+def pickled(content: Any, file: Path, protocol: int = pickle.DEFAULT_PROTOCOL) -> None:
+    file.write_bytes(pickle.dumps(content, protocol))
+
+
+WRITERS = {
+    "torch": torch.save,
+    "torch, old format": lambda content, file: torch.save(content, file, _use_new_zipfile_serialization=False),
+    **{f"pickle {p}": lambda content, file, p=p: pickled(content, file, p) for p in range(6)},
+    "joblib": joblib.dump,
+    "joblib, zlib": lambda content, file: joblib.dump(content, file, compress=3),
+    "joblib, gzip": lambda content, file: joblib.dump(content, file, compress=("gzip", 3)),  # type: ignore[reportArgumentType]
+    "gzip": lambda content, file: file.write_bytes(gzip.compress(pickle.dumps(content))),
+}
+
+
+@pytest.mark.parametrize("kind", [PCA, IncrementalPCA])
+@pytest.mark.parametrize("writer", [name for name in WRITERS if name != "torch, old format"])
+def test_redis_components_from_every_container(writer: str, kind: type, tmp_path: Path) -> None:
+    standardised = (FEATURES - STATISTICS["mean"]) / STATISTICS["std"]
+    fitted = kind(n_components=4).fit(standardised)
+    file = tmp_path / "pca"
+    WRITERS[writer]({"pca_model": fitted, **STATISTICS}, file)
+    compressor = read_official_compressor(file, None, channels=4)
+    expected = torch.from_numpy(fitted.transform(standardised)).float()
+    features = torch.from_numpy(FEATURES).float()[:, :, None, None]
+    torch.testing.assert_close(compressor.encode(features)[:, :, 0, 0], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(read_official_compressor(file, None, channels=3).components, compressor.components[:3])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("writer", [*WRITERS, "npz", "npy"])
+def test_statistics_from_every_container(writer: str, tmp_path: Path) -> None:
+    file = tmp_path / f"statistics.{writer}"
+    if writer == "npz":
+        np.savez(file, **STATISTICS)
+    elif writer == "npy":
+        np.save(file, STATISTICS, allow_pickle=True)  # type: ignore[arg-type]
+    elif writer == "torch, old format":
+        WRITERS[writer]({name: torch.from_numpy(value) for name, value in STATISTICS.items()}, file)
+    else:
+        WRITERS[writer](STATISTICS, file)
+    mean, std = read_statistics(file)
+    assert torch.equal(mean, torch.from_numpy(STATISTICS["mean"]))
+    assert torch.equal(std, torch.from_numpy(STATISTICS["std"]))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", "<f2", "<i8", "|u1", "?"])
+@pytest.mark.parametrize("writer", ["torch", "pickle 2", "pickle 5", "joblib"])
+def test_arrays_keep_their_numbers(writer: str, dtype: str, order: Any, tmp_path: Path) -> None:
+    array = np.asarray(np.arange(24).reshape(2, 3, 4) % 2, dtype=dtype, order=order)
+    WRITERS[writer]({"array": array, "also": [array, 1, "text", None]}, tmp_path / "file")
+    read = read_untrusted(tmp_path / "file")
+    for found in (read["array"], read["also"][0]):
+        np.testing.assert_array_equal(found, array)
+        assert found.dtype == array.dtype
+    assert read["also"][1:] == [1, "text", None]
+
+
+def test_options_that_a_checkpoint_was_trained_with(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(path_type="cosine", encoder_depth=8, output=Path("exps"), none=None)
+    for writer in ("torch", "torch, old format", "pickle 4"):
+        WRITERS[writer]({"args": arguments}, tmp_path / "file")
+        read = read_untrusted(tmp_path / "file")["args"]
+        assert (read["path_type"], read["encoder_depth"], read["none"]) == ("cosine", 8, None)
+
+
+class Executes:
+    """Runs a command when it is unpickled, as an attacker would have it."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def attacks(canary: Path) -> dict[str, Any]:
+    command = Executes(os.system, f"touch {canary}")
+    fitted = PCA(2).fit(FEATURES)
+    fitted.random_state = command  # type: ignore[assignment]
+    return {
+        "bare": command,
+        "nested in args": {"ema": {"w": torch.zeros(1)}, "args": argparse.Namespace(a=[1, {"b": command}])},
+        "in the components": {"pca_model": fitted, **STATISTICS},
+        "in the statistics": {"mean": command, "std": STATISTICS["std"]},
+        "in an array": {"mean": np.array([command, 1], dtype=object), "std": STATISTICS["std"]},
+        "eval": {"mean": Executes(eval, f"open({str(canary)!r}, 'w')")},
+        "getattr": Executes(getattr, Executes(__import__, "os"), "system"),
+        "open": Executes(open, str(canary), "w"),
+        "through numpy": Executes(np.load, str(canary)),
+    }
+
+
+@pytest.mark.parametrize("writer", ["torch", "torch, old format", "pickle 0", "pickle 2", "pickle 4", "joblib", "npy"])
+@pytest.mark.parametrize("attack", attacks(Path("canary")))
+def test_nothing_is_executed(attack: str, writer: str, tmp_path: Path) -> None:
+    canary, file = tmp_path / "canary", tmp_path / "innocent.npy"
+    content = attacks(canary)[attack]
+    if writer == "npy":
+        np.save(file, np.array(content, dtype=object), allow_pickle=True)
+    else:
+        WRITERS[writer](content, file)
+    for read in (read_statistics, lambda path: read_official_compressor(path, None, 2), read_official):
+        with pytest.raises(UserError, match="innocent") as caught:
+            read(file)
+        assert "\n" not in str(caught.value)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("writer", ["torch", "torch, old format", "pickle 2", "pickle 4", "joblib"])
+def test_what_a_refused_file_asks_for_is_named(writer: str, tmp_path: Path) -> None:
+    file = tmp_path / "file.pt"
+    WRITERS[writer]({"weights": Executes(os.system, "true")}, file)
+    with pytest.raises(UserError) as caught:
+        read_untrusted(file)
+    asked = "it asks for posix.system, which no published file needs"
+    assert str(caught.value) == f"{file}: holds more than data and was not opened: {asked}"
+
+
+DAMAGED = "damaged, cut short, or no checkpoint; fetch it again"
+
+
+@pytest.mark.parametrize("kept", [0, 10, 100, 0.5, 0.99])
+@pytest.mark.parametrize("writer", ["torch", "torch, old format", "pickle 2", "pickle 4", "joblib, zlib", "gzip"])
+def test_a_file_that_is_cut_short_is_no_suspect(writer: str, kept: float, tmp_path: Path) -> None:
+    file = tmp_path / "file.pt"
+    WRITERS[writer]({"weights": {"a": [torch.zeros(50, 10)] if "torch" in writer else list(range(200))}}, file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
+    with pytest.raises(UserError, match=rf"^{file}: {DAMAGED} \([A-Za-z]+\)$"):
+        read_untrusted(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n",
+            "is a Git LFS pointer.*git lfs pull",
+        ),
+        ("<!DOCTYPE html>\n<html><body>Not found</body></html>", "is a web page and no checkpoint"),
+        ("\n <html>Log in</html>", "is a web page and no checkpoint"),
+        ('{"error": "not found"}', DAMAGED),
+    ],
+)
+def test_what_was_saved_in_place_of_a_checkpoint_is_named(content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "file.pt").write_text(content)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/file\.pt: {says}"):
+        read_untrusted(tmp_path / "file.pt")
+
+
+def test_the_attacks_would_work(tmp_path: Path) -> None:
+    """On who reads the same files as Python does by default."""
+    pickled(attacks(tmp_path / "canary")["bare"], tmp_path / "file")
+    joblib.load(tmp_path / "file")
+    assert (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("name", [b"argparse\nNamespace", b"sklearn.decomposition\nPCA", b"numpy\ndtype"])
+def test_the_stand_ins_themselves_cannot_be_changed(name: bytes, tmp_path: Path) -> None:
+    # GLOBAL name, then BUILD with the state (None, {"arguments": 1}): setattr on the class itself.
+    (tmp_path / "file.pkl").write_bytes(b"\x80\x02c" + name + b"\nN}X\x09\x00\x00\x00argumentsK\x01s\x86b.")
+    with pytest.raises(UserError, match=r"file\.pkl"):
+        read_untrusted(tmp_path / "file.pkl")
+
+
+def test_a_forged_type_cannot_make_an_array_of_objects(tmp_path: Path) -> None:
+    forged = np.array([1.0, 2.0])
+    for code in ("O8", "V8", "M8[ns]", "f8,O"):
+        content = pickle.dumps({"mean": forged, "std": forged}, 2).replace(b"X\x02\x00\x00\x00f8", _text(code))
+        assert content != pickle.dumps({"mean": forged, "std": forged}, 2)
+        (tmp_path / "file.pkl").write_bytes(content)
+        with pytest.raises(UserError, match="where numbers were expected"):
+            read_statistics(tmp_path / "file.pkl")
+
+
+def _text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(st.binary(max_size=200), st.data()))
+def test_damaged_files_are_refused_by_name(tmp_path_factory: pytest.TempPathFactory, content: Any) -> None:
+    file = tmp_path_factory.mktemp("damaged") / "damaged.pkl"
+    if isinstance(content, bytes):
+        damaged = content
+    else:
+        whole = pickle.dumps({"pca_model": PCA(2).fit(FEATURES), **STATISTICS})
+        position = content.draw(st.integers(0, len(whole) - 1))
+        damaged = whole[:position] + content.draw(st.binary(max_size=8)) + whole[position + 1 :]
+    file.write_bytes(damaged)
+    # Some damage does no harm; whatever else comes of it is one line that names the file.
+    with contextlib.suppress(UserError):
+        read_official_compressor(file, None, 2)
+    try:
+        read_untrusted(file)
+    except UserError as error:
+        message = str(error)
+    else:
+        message = "damaged.pkl"
+    assert "damaged.pkl" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"mean": STATISTICS["mean"]}, r"expected \{mean, std\}, found \{mean\}"),
+        ({"mean": STATISTICS["mean"], "std": STATISTICS["std"][:3]}, "found 12 and 3"),
+        ({"mean": STATISTICS["mean"], "std": 0 * STATISTICS["std"]}, "std positive"),
+        ({"mean": "zero", "std": STATISTICS["std"]}, "mean is str"),
+        ([1, 2], "found list"),
+    ],
+)
+def test_other_statistics_are_refused(content: Any, message: str, tmp_path: Path) -> None:
+    pickled(content, tmp_path / "statistics.pkl")
+    with pytest.raises(UserError, match=message):
+        read_statistics(tmp_path / "statistics.pkl")
+
+
+def test_other_components_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "pca.pkl"
+    for model, message in (
+        (PCA(4, whiten=True).fit(FEATURES), "whitened"),
+        (PCA(4).fit(FEATURES[:, :7]), "not of the same features"),
+        (PCA(4), "no components_ and mean_"),
+    ):
+        pickled({"pca_model": model, **STATISTICS}, file)
+        with pytest.raises(UserError, match=message):
+            read_official_compressor(file, None, 4)
+    pickled({"pca_model": PCA(4).fit(FEATURES), **STATISTICS}, file)
+    with pytest.raises(UserError, match="makes 4 channels, but the model has 8"):
+        read_official_compressor(file, None, 8)
+    with pytest.raises(UserError, match="--statistics"):
+        read_official_compressor(file, file, 4)
+
+
+def test_zlib_without_joblib_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(zlib.compress(pickle.dumps(STATISTICS)))
+    assert torch.equal(read_statistics(tmp_path / "file")[0], torch.from_numpy(STATISTICS["mean"]))
