@@ -28,6 +28,7 @@ from reglue.pipeline import ImageModel, changed_sampling, evaluations, load
 from reglue.published import runs_by_name as hub
 from reglue.seeds import generator
 from reglue.training import checkpoints, distributed, fine_tuning
+from reglue.training.watchdog import watchdog
 
 PROTOCOL = "samples.json"
 PACKED_AT_ONCE = 64
@@ -99,7 +100,7 @@ class Sample(TakesPaths):
         require(self, "seed", at_least=0)
 
 
-@distributed.watchdog
+@watchdog
 def sample(options: Sample) -> Path:
     """Draw the images. Returns where they are.
 
