@@ -76,6 +76,10 @@ class Writer:
         if self.pending:
             self.pending.result()
 
+    def close(self) -> None:
+        """Return once nothing is being written any more, whether that went well or not."""
+        self.thread.shutdown()
+
     def _copy(self, files: Files) -> None:
         """Copy tensors to the CPU, into the same memory each time: new pages cost as much as the copy itself."""
         for name, tensors in files.items():

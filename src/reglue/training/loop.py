@@ -63,7 +63,7 @@ class Task(ABC, Generic[Batch]):
 
     @abstractmethod
     def backward(self, batch: Batch, step: int, last_part: bool) -> dict[str, Tensor]:
-        """Add the gradients of a part of a step, counted from 0. Returns the terms of the loss and `loss`, scalars."""
+        """Add the gradients of a part of a step, counted from 0. Returns what is logged of its loss, scalars."""
 
     def before_update(self, step: int) -> dict[str, Tensor]:
         """What happens to the gradients of a whole step. Returns scalars for the log. All processes call it."""
@@ -106,8 +106,9 @@ def fit(
     """Train until the last step, from the last checkpoint in the run's folder if there is one.
 
     Whatever is done every so many steps is also done after the last one; 0 is never. With `evaluate_first` what is
-    there before the first step is measured too. `workers` threads read ahead, and `track` names other trackers than the
-    run's own log. Raises UserError if the loss is not finite; Stopped, with a checkpoint written, after SIGTERM.
+    there before the first step is measured and shown too. `workers` threads read ahead, and `track` names trackers
+    beside the run's own log. Raises UserError if the loss is not finite; Stopped after SIGTERM, with a checkpoint
+    written.
     """
     optimisation, optimiser, model, ema = task.optimisation, task.optimiser, task.model, task.ema
     steps, batch_size = optimisation.steps, optimisation.batch_size
@@ -135,9 +136,10 @@ def fit(
 
     with ExitStack() as stack:
         trackers = stack.enter_context(closing(Trackers(run, track, step or -1))) if rank == 0 else None
-        writer = checkpoints.Writer(run, keep, sharded)
+        writer = stack.enter_context(closing(checkpoints.Writer(run, keep, sharded)))
         if evaluate_first and not step:
             evaluate(task, step, trackers, saved)
+            preview(task, step, trackers)
         ahead = (part for future in range(step, steps) for part in parts_of(future))
         batches = stack.enter_context(closing(prefetch(task.read, ahead, workers, task.device)))
         progress = stack.enter_context(
@@ -164,7 +166,7 @@ def fit(
             evaluation_due, checkpoint_due, preview_due = map(due, (evaluate_every, checkpoint_every, preview_every))
             stop = processes == 1 and stopping.requested()
             if stop or evaluation_due or checkpoint_due or preview_due or step % log_every == 0:
-                # The only place that waits for the device, and where processes agree to stop if one of them is asked to.
+                # The only place that waits for the device. Here processes agree to stop if one of them is asked to.
                 values, stop = means.over_processes(stopping.requested())
                 check_finite(values, logged_step, step, task.remedy)
                 now = time.perf_counter()
@@ -184,10 +186,7 @@ def fit(
                 writer.save(step, model, ema, optimiser)
                 saved = step
             if preview_due:
-                # After it: a picture that cannot be drawn costs no step.
-                picture = task.preview(step)
-                if trackers and picture:
-                    trackers.image(step, "previews", picture)
+                preview(task, step, trackers)  # After it: a picture that cannot be drawn costs no step.
             if evaluation_due or preview_due:
                 logged_time = time.perf_counter()
             if stop and step < steps:
@@ -203,6 +202,13 @@ def evaluate(task: Task[Any], step: int, trackers: Trackers | None, saved: int |
         trackers.log(step, task.evaluate(step))
         task.check(step, saved)
     distributed.barrier()
+
+
+def preview(task: Task[Any], step: int, trackers: Trackers | None) -> None:
+    """Have a picture drawn, and keep it."""
+    picture = task.preview(step)
+    if trackers and picture:
+        trackers.image(step, "previews", picture)
 
 
 def check_finite(values: Mapping[str, float], since: int, step: int, remedy: str) -> None:

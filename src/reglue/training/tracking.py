@@ -104,7 +104,7 @@ class Trackers:
     def _guarded(self, name: str, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # noqa: BLE001, a stranger's code may raise anything
+        except Exception as error:
             self.others.pop(name, None)
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             tqdm.write(f"warning: tracker {name} failed and is left out from here on ({reason})", file=sys.stderr)
