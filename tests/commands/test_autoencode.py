@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from helpers import reglue_command, run_reglue
 from reglue.cli import parse
-from reglue.commands.autoencode import UNLABELLED, TrainingRecord, alignment_spec, autoencode, loss_terms, split
+from reglue.commands.autoencode import UNLABELLED, autoencode, split
 from reglue.commands.prepare import Prepare, prepare
 from reglue.data.sources import open_images
 from reglue.data.store import Store
@@ -39,8 +39,10 @@ from reglue.metrics.perceptual import encoder_features, load_lpips
 from reglue.reals.config import Architecture, AutoencoderRecipe, Perceptual
 from reglue.reals.measuring import check_latents, load_judges, warning_of_dead_channels
 from reglue.reals.measuring import evaluate as measure_reconstructions
+from reglue.reals.record import TrainingRecord
 from reglue.reals.samples import ImageSamples, to_images, to_pixels
 from reglue.reals.trainable import AlignedAutoencoder, Trained, new_network
+from reglue.reals.training import alignment_spec, loss_terms
 from reglue.training import checkpoints
 from reglue.training.tracking import read
 

@@ -325,7 +325,7 @@ def spread(kind: str, losses: Losses, model: Denoiser) -> torch.nn.Module:
                 "init_device_mesh",
                 lambda device, _, mesh_dim_names: init_device_mesh(device, (1,), mesh_dim_names=mesh_dim_names[1:]),
             )
-        return parallel.parallelise(losses, model.transformer.blocks, 2 if kind == "shards" else 1, CUDA, "float32")
+        return parallel.parallelise(losses, model.backbone.blocks, 2 if kind == "shards" else 1, CUDA, "float32")
 
 
 @pytest.mark.parametrize("compile", ["no", "blocks"])

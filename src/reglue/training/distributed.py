@@ -100,7 +100,7 @@ def join(device: str) -> tuple[int, int]:
         _open_many_files()
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=STEP_WAIT)
         _waiting = private_group(LONG_WAIT)
-    return rank_and_count()
+    return dist.get_rank(), dist.get_world_size()
 
 
 def rank_and_count() -> tuple[int, int]:
