@@ -36,6 +36,7 @@ def deferred() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _requested.clear()
 
 
 def requested() -> bool:
