@@ -69,6 +69,10 @@ TINY = [
     "--device=cpu",
 ]
 """With every part present."""
+LONG = [
+    "--optimisation.steps=200", "--adversary.start=190", "--optimisation.learning-rate=5e-3", "--evaluate-every=40",
+]  # fmt: skip
+"""Held-out images gain between 2.2 and 2.5 dB from the first measurement to the last, whatever the processor rounds."""
 
 
 def arguments(images: Path, out: Path, encoder: str, *more: str, architecture: bool = True) -> list[str]:
@@ -86,8 +90,7 @@ def run(*given: Any, **named: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path, tiny_encoder: str) -> Path:
-    more = ["--optimisation.steps=120", "--adversary.start=110", "--optimisation.learning-rate=5e-3"]
-    return run(tiny_images, tmp_path_factory.mktemp("autoencoder") / "out", tiny_encoder, *more)
+    return run(tiny_images, tmp_path_factory.mktemp("autoencoder") / "out", tiny_encoder, *LONG)
 
 
 def training_lines(out: Path) -> list[dict[str, Any]]:
@@ -116,7 +119,7 @@ def test_every_term_of_the_loss_falls(trained: Path) -> None:
         "latent_mean",
         "latent_std",
     } <= end.keys()
-    picture = Image.open(trained / "previews" / "00000120.png")
+    picture = Image.open(trained / "previews" / "00000200.png")
     assert picture.height > 5 * 16
 
 
@@ -137,7 +140,7 @@ def test_the_result_is_an_autoencoder_of_unit_latents_for_prepare(
     assert spec.scale == pytest.approx((1 / kept["std"],) * 3)
 
     network = AutoencoderKL.from_pretrained(trained)
-    averaged = load_file(trained / "checkpoints" / "00000120" / "ema.safetensors")
+    averaged = load_file(trained / "checkpoints" / "00000200" / "ema.safetensors")
     for name, value in network.state_dict().items():
         assert torch.equal(value, averaged[f"network.{name}"]), name
 
@@ -155,7 +158,7 @@ def test_the_alignment_network_reads_the_latents(trained: Path, tiny_images: Pat
 
 def test_the_record_says_how_it_was_made(trained: Path, tiny_images: Path) -> None:
     record = from_json(trained / "training.json", TrainingRecord, "")
-    assert (record.steps_done, record.recipe.optimisation.steps, record.images) == (120, 120, str(tiny_images))
+    assert (record.steps_done, record.recipe.optimisation.steps, record.images) == (200, 200, str(tiny_images))
     assert record.figures == figures(trained)[-1]
     assert record.source is None
 
@@ -218,19 +221,19 @@ def test_again_does_nothing_and_more_steps_prolong(
     trained: Path, tiny_images: Path, tiny_encoder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def again(*more: str) -> None:
-        run(tiny_images, trained, tiny_encoder, "--adversary.start=110", "--optimisation.learning-rate=5e-3", *more)
+        run(tiny_images, trained, tiny_encoder, *LONG, *more)
 
     before = {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
-    again("--optimisation.steps=120")
-    assert "complete already: 120 steps" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"has 120 steps already, more than --optimisation\.steps 119; choose 120 or"):
-        again("--optimisation.steps=119")
+    again("--optimisation.steps=200")
+    assert "complete already: 200 steps" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"has 200 steps already, more than --optimisation\.steps 199; choose 200 or"):
+        again("--optimisation.steps=199")
     assert {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
-    again("--optimisation.steps=125")
-    assert training_lines(trained)[-1]["step"] == 125
+    again("--optimisation.steps=205")
+    assert training_lines(trained)[-1]["step"] == 205
     assert (trained / "diffusion_pytorch_model.safetensors").read_bytes() not in before.values()
     with pytest.raises(UserError, match=r"other settings \(recipe.kl.weight, seed\); choose a new folder"):
-        again("--optimisation.steps=130", "--kl.weight=1", "--seed=1")
+        again("--optimisation.steps=210", "--kl.weight=1", "--seed=1")
 
 
 @pytest.mark.parametrize("perceptual", ["encoder", "lpips"])

@@ -212,22 +212,6 @@ def test_a_store_without_features_is_refused(tiny_images: Path, tiny_autoencoder
         compress(Compress(out, device="cpu"))
 
 
-def test_options_of_earlier_versions_are_still_the_same_options(folder: Path):
-    """A store of a version without class-token and variational compressors: neither key nor field is in its files."""
-    for name in ("conv-4", "pca-4"):
-        assert (
-            json.loads((folder / "compressors" / name / "options.json").read_text())
-            .keys()
-            .isdisjoint({"column", "kl_weight"})
-        )
-        spec = folder / "compressors" / name / "compressor.json"
-        old = {
-            key: value for key, value in json.loads(spec.read_text()).items() if key not in ("variational", "column")
-        }
-        spec.write_text(json.dumps(old))
-        assert load_compressor(spec.parent).spec() == Store.open(folder).manifest.compressors[name]
-
-
 @pytest.mark.parametrize("kind", ["conv", "mlp"])
 def test_a_variational_code_is_the_mean_and_the_divergence_is_learned(folder: Path, kind: Literal["conv", "mlp"]):
     common = {"channels": 3, "hidden": 8, "epochs": 6, "batch_size": 8, "learning_rate": 5e-3, "device": "cpu"}
@@ -463,19 +447,6 @@ def test_codes_of_the_last_layer_are_those_of_a_store_that_has_it_alone(
     applied = compress(Compress(folder, fitted=alone / "compressors/pca-3", name="alone", device="cpu"))
     codes.append(applied.read("local.alone", torch.arange(24))["local"])
     assert torch.equal(*codes)
-
-
-def test_layers_of_a_compressor_without_any_are_all(folder: Path, tmp_path: Path):
-    """What older versions wrote."""
-    file = folder / "compressors/pca-4/compressor.json"
-    spec = json.loads(file.read_text())
-    assert spec.pop("layers") == [1, 2, 3, 4]
-    file.write_text(json.dumps(spec))
-    before = load_compressor(folder / "compressors/pca-4")
-    assert before.layers is None
-    store = compress(Compress(folder, fitted=folder / "compressors/pca-4", name="again", device="cpu"))
-    assert store.manifest.compressors["again"] == before.spec()
-    assert store.manifest.compressors["again"].layers == (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize(

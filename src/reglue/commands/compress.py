@@ -44,8 +44,6 @@ from reglue.training.tracking import JsonLines
 _order = lru_cache(maxsize=2)(permutation)  # A thread that reads ahead is in two epochs at most.
 SHOWN = 8
 """Images in the picture of the codes."""
-LATER_OPTIONS = {"column": "features", "kl_weight": 0.0, "layers": None}
-"""Options that compressors of earlier versions do not know, with what those did."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,6 @@ class Compress(TakesPaths):
         if self.kind == "pca":
             without |= {"hidden", "epochs", "cosine_epochs", "batch_size", "micro_batch"}
             without |= {"learning_rate", "final_learning_rate"}
-        without |= {option for option, value in LATER_OPTIONS.items() if getattr(self, option) == value}
         return {option: value for option, value in asdict(self).items() if option not in without}
 
 
