@@ -16,14 +16,12 @@ from reglue.diffusion.guidance import Guidance
 from reglue.diffusion.modalities import StateShape
 from reglue.diffusion.paths import PathName
 from reglue.errors import UserError, require
-from reglue.files import accept_older
 
 SamplerName = Literal["euler", "heun", "euler-maruyama", "adams-bashforth", "dopri5"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 StatePrecision = Literal["float32", "float64"]
 Rounding = Literal["truncate", "round"]
 Compile = Literal["auto", "no", "blocks", "model"]
-accept_older(Compile, {False: "no", True: "model"})
 
 
 @dataclass(frozen=True)

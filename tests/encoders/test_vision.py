@@ -384,12 +384,12 @@ def test_spec_of_an_older_store_is_the_same_encoder(folder: Path) -> None:
 def test_unfitting_files_are_refused_by_name(folder: Path, tmp_path: Path, tiny_dinov2: Path) -> None:
     (tmp_path / "text.safetensors").write_text("not weights")
     save_file({"weight": torch.zeros(3)}, tmp_path / "alien.safetensors")
-    assert "text.safetensors is not a safetensors file" in refusal(tmp_path / "text.safetensors")
+    assert "text.safetensors is damaged" in refusal(tmp_path / "text.safetensors")
     assert "0 blocks" in refusal(tmp_path / "alien.safetensors")
     assert "does not fit the network" in refusal(f"dinov2-s@{tiny_dinov2}")
     assert "there is no file" in refusal(f"tiny@{tmp_path}/nowhere")
     (folder / "config.json").write_text("{")
-    assert "config.json is not in timm's layout" in refusal(folder)
+    assert "config.json is damaged" in refusal(folder)
     (folder / "config.json").unlink()
     assert "config.json is missing" in refusal(folder)
 

@@ -34,7 +34,7 @@ from reglue.encoders.alignment import AlignmentSpec, cosine_similarities, save_a
 from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.encoders.vision import EncoderSpec, VisionEncoder
 from reglue.errors import Stopped, UserError, require
-from reglue.files import TakesPaths, from_json, replacing, to_json
+from reglue.files import TakesPaths, read_json, replacing, to_json
 from reglue.metrics.latents import LatentStatistics, LatentSummary
 from reglue.metrics.perceptual import encoder_distance, encoder_features
 from reglue.reals.adversary import adaptive_weight, check_size, hinge
@@ -470,7 +470,7 @@ def create_or_resume(
         versions={name: version(name) for name in ("reglue", "torch", "diffusers", "safetensors")},
     )
     if path.is_file():
-        before = from_json(path, TrainingRecord, "choose a new folder, or delete this one")
+        before = read_json(path, TrainingRecord, "choose a new folder, or delete this one")
         different = differences(before, record)
         if different:
             raise UserError(

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,7 +33,7 @@ from reglue.encoders.compressors import (
     load_compressor,
 )
 from reglue.errors import UserError, require
-from reglue.files import TakesPaths, from_json, replacing
+from reglue.files import TakesPaths, opened_tensors, parse_json, read_json, replacing
 from reglue.published.compressors import read_compressor
 from reglue.seeds import generator, normals, permutation
 from reglue.training import distributed
@@ -281,7 +280,7 @@ def _same_options_as_before(folder: Path, asked: dict[str, Any], begun: bool) ->
         with replacing(path) as beside:
             beside.write_text(json.dumps(asked, indent=1))
         return
-    before = from_json(path, dict[str, Any], f"delete {folder} and compress again")
+    before = read_json(path, dict[str, Any], f"delete {folder} and compress again")
     for option in sorted(before.keys() | asked.keys()):
         if before.get(option) != asked.get(option):
             raise UserError(
@@ -456,19 +455,19 @@ def _resume(
     path = _checkpoint_of(folder)
     if not path.is_file():
         return 0, []
-    with safe_open(path, "pt") as file:
-        records = json.loads(file.metadata()["records"])
+    with opened_tensors(path, "delete it to begin anew") as file:
+        records = parse_json((file.metadata() or {}).get("records", ""), list[dict[str, float]])
         state = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 not a dict
-    compressor.load_state_dict(
-        {key.removeprefix("weights."): value for key, value in state.items() if key.startswith("weights.")}
-    )
-    adam = optimizer.state_dict()
-    adam["state"] = {}
-    for key, value in state.items():
-        if key.startswith("adam."):
-            _, index, moment = key.split(".")
-            adam["state"].setdefault(int(index), {})[moment] = value
-    optimizer.load_state_dict(adam)
+        compressor.load_state_dict(
+            {key.removeprefix("weights."): value for key, value in state.items() if key.startswith("weights.")}
+        )
+        adam = optimizer.state_dict()
+        adam["state"] = {}
+        for key, value in state.items():
+            if key.startswith("adam."):
+                _, index, moment = key.split(".")
+                adam["state"].setdefault(int(index), {})[moment] = value
+        optimizer.load_state_dict(adam)
     return len(records), records
 
 

@@ -332,7 +332,7 @@ def _label_of(members: dict[str, _Member], file: Any, name: str, reading: Readin
     if "json" in members:
         try:
             about = json.loads(_read(file, members["json"]))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"the .json beside {name} is not JSON ({error}); mend it, or use --no-labels") from error
         if isinstance(about, dict) and (column or "label") in about:
             return about[column or "label"]

@@ -25,7 +25,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -34,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -47,17 +45,19 @@ from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.encoders.compressors import CompressedColumn, CompressorSpec
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
-from reglue.files import BESIDE, from_json, plain, replacing, structured, to_json
+from reglue.files import BESIDE, opened_tensors, parse_json, plain, read_json, read_jsonl, replacing, to_json
 
 FORMAT = 1
 """Version of the layout on disk."""
 
+REMEDY = "prepare the store anew"
+SHARD_REMEDY = "delete it and run the command that made it again"
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
 JOURNAL = "prepare.jsonl"
 """Of process 0, and of all processes of earlier runs. Process 3 writes prepare-3.jsonl."""
 METADATA = "reglue"
-"""Key of a shard's metadata: JSON with `format`, `column` and `names`, the images of its rows."""
+"""Key of a shard's metadata: `ShardMetadata` as JSON."""
 READ_AT_ONCE = 2**18
 """Bytes of a file whose hash is taken: so few stay in a core's own cache."""
 LOCAL_CODES = "local."
@@ -108,6 +108,14 @@ class TensorSpec:
     dtype: str
     """`float16`, `float32`, `int64` or `int8`."""
 
+    @classmethod
+    def of(cls, rows: Tensor) -> TensorSpec:
+        """That of a tensor (rows, …)."""
+        return cls(tuple(rows.shape[1:]), str(rows.dtype).removeprefix("torch."))
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {self.dtype}"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -117,6 +125,16 @@ class Shard:
     rows: int
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class ShardMetadata:
+    """What a shard says of itself."""
+
+    format: int
+    column: str
+    names: list[str]
+    """The images of its rows."""
 
 
 @dataclass(frozen=True)
@@ -317,8 +335,8 @@ class Store:
     def _names(self) -> list[str]:
         names: list[str] = []
         for shard in self.manifest.columns["label"].shards:
-            with _opened(self.folder / shard.file) as file:
-                names += json.loads((file.metadata() or {})[METADATA])["names"]
+            with opened_tensors(self.folder / shard.file, SHARD_REMEDY) as file:
+                names += parse_json((file.metadata() or {}).get(METADATA, ""), ShardMetadata).names
         return names
 
     def finish(self) -> Store:
@@ -469,7 +487,7 @@ class StoreWriter:
             own = [column for name, column in manifest.columns.items() if not holds_codes(name)]
             self.complete = all(_is_whole(self.folder, shard) for column in own for shard in column.shards)
         elif (self.folder / PARTIAL).is_file():
-            has = from_json(self.folder / PARTIAL, Contents, "prepare the store anew")
+            has = read_json(self.folder / PARTIAL, Contents, REMEDY)
         else:
             strangers = [entry.name for entry in self.folder.iterdir() if entry.suffix not in (BESIDE, ".tmp")]
             if strangers:
@@ -557,12 +575,8 @@ class StoreWriter:
         return Store(self.folder, manifest)
 
     def _read_journals(self) -> None:
-        lines = [line for path in self._journals() for line in path.read_text().splitlines()]
-        for line in lines:
-            try:
-                block = structured(line, Block)
-            except ValueError:
-                continue  # The process died while it wrote this line, so the block counts as not done.
+        # A line that is damaged is of a block that counts as not done.
+        for block in (block for path in self._journals() for block in read_jsonl(path, Block, remedy=None)):
             if all(_is_whole(self.folder, shard) for column in block.columns.values() for shard in column.shards):
                 self._blocks[block.index] = block
 
@@ -636,15 +650,11 @@ def write_shard(folder: Path, column: str, index: int, names: list[str], tensors
     """Write shard `index` of a column: tensors (len(names), …) and the names of the images, whole or not at all."""
     path = folder / f"{column}-{index:05d}.safetensors"
     # One key alone, since safetensors writes several in random order, and the same shard must have the same bytes.
-    metadata = {METADATA: json.dumps({"format": FORMAT, "column": column, "names": names})}
+    metadata = {METADATA: json.dumps(plain(ShardMetadata(FORMAT, column, names)))}
     with replacing(path) as beside:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()} if names else {}, beside, metadata)
         shard = Shard(path.name, len(names), beside.stat().st_size, _sha256(beside))
-    specs = {
-        name: TensorSpec(tuple(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))
-        for name, tensor in tensors.items()
-    }
-    return Column(specs, (shard,))
+    return Column({name: TensorSpec.of(tensor) for name, tensor in tensors.items()}, (shard,))
 
 
 def join_columns(columns: list[Column]) -> Column:
@@ -703,12 +713,11 @@ def is_intact(folder: Path, shard: Shard, on_read: Callable[[int], object]) -> b
 
 
 def _read_manifest(path: Path) -> Manifest:
-    manifest = from_json(path, Manifest, "prepare the store anew")
+    manifest = read_json(path, Manifest, REMEDY)
     if manifest.format != FORMAT:
-        raise UserError(f"{path} has format {manifest.format}, and this program reads {FORMAT}; prepare the store anew")
-    # What is in the file counts: fields that a later version of this program has added were not hashed.
-    if _hash(json.loads(path.read_text())) != manifest.hash:
-        raise UserError(f"{path} was changed by hand or damaged: its hash does not fit; prepare the store anew")
+        raise UserError(f"{path} has format {manifest.format}, and this program reads {FORMAT}; {REMEDY}")
+    if _hash(read_json(path, dict[str, Any], REMEDY)) != manifest.hash:  # In the file, 1 and 1.0 are two things.
+        raise UserError(f"{path} was changed by hand or damaged: its hash does not fit; {REMEDY}")
     return manifest
 
 
@@ -752,17 +761,13 @@ def _sha256(path: Path, on_read: Callable[[int], object] = lambda _: None) -> st
     return digest.hexdigest()
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run the command that made it again") from error
-
-
 def _map(folder: Path, content: Column, index: int) -> dict[str, Tensor]:
     """The tensors of a shard as views of the file."""
     shard = content.shards[index]
-    with _opened(folder / shard.file) as file:
-        return {name: file.get_tensor(name) for name in content.tensors}
+    with opened_tensors(folder / shard.file, SHARD_REMEDY) as file:
+        tensors = {name: file.get_tensor(name) for name in content.tensors}
+        for name, spec in content.tensors.items():
+            found = TensorSpec.of(tensors[name])
+            if found != spec or len(tensors[name]) != shard.rows:
+                raise ValueError(f"{name} is {len(tensors[name])} × {found}, not {shard.rows} × {spec}")
+        return tensors

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reglue.errors import UserError
+from reglue.errors import UserError, one_line
+from reglue.files import opened_tensors, parse_json, read_json, read_tensors
 from reglue.hub import fetch
 
 if TYPE_CHECKING:
@@ -107,6 +106,7 @@ KNOWN_ENCODERS = {
 }
 STARTER = "starter"
 WEIGHTS = "model.safetensors"
+REMEDY = "fetch it again"
 _CLASSIFIER = re.compile(r"(head|head_dist)\.(weight|bias)$|(visual\.)?proj$")
 """Tensors of a classifier or projection after the pooled vector, as timm and OpenAI name them."""
 
@@ -432,15 +432,18 @@ def _source_from_folder(folder: Path) -> _Source:
             raise UserError(
                 f"encoder {folder}: {file.name} is missing; timm's layout is config.json, model.safetensors"
             )
+    config = read_json(config_file, dict[str, Any], REMEDY)
     try:
-        config = json.loads(config_file.read_text())
-        architecture = config["architecture"]
-        input_rule = InputRule(**config.get("reglue_input", {}))
+        return _Source(
+            str(folder),
+            config["architecture"],
+            weights,
+            dict(config.get("model_args", {})),
+            dict(config.get("pretrained_cfg", {})),
+            parse_json(json.dumps(config.get("reglue_input", {})), InputRule),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"encoder {folder}: config.json is not in timm's layout ({error!r})") from error
-    return _Source(
-        str(folder), architecture, weights, config.get("model_args", {}), config.get("pretrained_cfg", {}), input_rule
-    )
 
 
 def _fetch_weights(name: str, architecture: str) -> Path:
@@ -480,11 +483,8 @@ def _recognise(file: Path) -> str:
 
 
 def _tensor_shapes(file: Path) -> dict[str, list[int]]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 not a dict
-    except SafetensorError as error:
-        raise UserError(f"{file} is not a safetensors file ({error})") from error
+    with opened_tensors(file, REMEDY) as tensors:
+        return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 not a dict
 
 
 def _empty_network(source: _Source) -> "VisionTransformer | Eva":
@@ -494,13 +494,17 @@ def _empty_network(source: _Source) -> "VisionTransformer | Eva":
 
 
 def _load_network(source: _Source, input_size: tuple[int, int]) -> "VisionTransformer | Eva":
+    # Without the classifier of the training, since with it timm would load a file in which others are missing.
+    tensors = read_tensors(source.weights, REMEDY)
+    state = {key: value for key, value in tensors.items() if not _CLASSIFIER.match(key)}
+    if not state:  # timm would fetch its own weights.
+        raise UserError(f"{source.weights} is damaged (it holds no weights); {REMEDY}")
     try:
-        # Without the classifier of the training, since with it timm would load a file in which others are missing.
-        state = {key: value for key, value in load_file(source.weights).items() if not _CLASSIFIER.match(key)}
         network = _create(source, img_size=input_size, pretrained=True, state_dict=state)
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{source.weights} does not fit the network {source.architecture}: {reason}") from error
+    except (RuntimeError, KeyError) as error:
+        raise UserError(
+            f"{source.weights} does not fit the network {source.architecture}: {one_line(error)}"
+        ) from error
     return network
 
 
@@ -523,8 +527,14 @@ def _create(
         network = timm.create_model(
             source.architecture, pretrained=pretrained, pretrained_cfg_overlay=overlay, **arguments
         )
-    except TypeError as error:
-        raise UserError(f"encoder {source.architecture} cannot be built with {arguments}: {error}") from error
+        # A configuration may leave these out, or have anything for them.
+        for statistic in ("mean", "std"):
+            torch.tensor(list(network.pretrained_cfg[statistic]), dtype=torch.float64).reshape(3)
+    except Exception as error:  # timm checks nothing: wrong arguments may fail anywhere.
+        if pretrained and isinstance(error, RuntimeError | KeyError):  # These are about the weights.
+            raise
+        what = f"config.json of {source.name}" if source.model_args or source.pretrained_cfg else source.architecture
+        raise UserError(f"encoder {what} cannot be built with {arguments}: {one_line(error)}") from error
     if not isinstance(network, VisionTransformer | Eva):
         raise UserError(f"encoder {source.architecture} is not a vision transformer: it has no grid of patch tokens")
     return network

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from reglue.files import replacing
+from reglue.files import read_jsonl, replacing
 
 FILE = "metrics.jsonl"
 
@@ -18,7 +18,7 @@ class MetricsLog:
         """Continue the log of a run after a step: later lines are of work that was lost, and will be done again."""
         self.path = run / FILE
         if self.path.is_file():
-            kept = [line for line in read(run) if line["step"] <= after_step]
+            kept = [line for line in read(run) if line.get("step", 0) <= after_step]
             with replacing(self.path) as beside:
                 beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
@@ -29,11 +29,5 @@ class MetricsLog:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's log; a last line that was cut short is passed over."""
-    lines: list[dict[str, Any]] = []
-    for text in (run / FILE).read_text().splitlines() if (run / FILE).is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+    """All lines of a run's log, as `read_jsonl` reads them."""
+    return read_jsonl(run / FILE, dict[str, Any], "mend that line, or delete it")
