@@ -294,6 +294,3 @@ def _structure_dict(kind: Any, converter: Any) -> Callable[[Any, Any], Any]:
 
 for _kind, _others in {bool: (), int: (), float: (int,), str: ()}.items():
     _structure_plain(_kind, *_others)
-
-
-from_json, structured = read_json, parse_json  # their old names, until nobody uses them any more

@@ -36,7 +36,7 @@ from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.errors import UserError
-from reglue.files import from_json, to_json
+from reglue.files import read_json, to_json
 from reglue.papers import RECIPES
 from reglue.training import parallel
 from reglue.training.precision import autocast, compile_parts
@@ -395,10 +395,10 @@ def test_recipes_of_earlier_versions_say_whether_to_compile_by_true_and_false(tm
         written = json.loads(to_json(Optimisation()))
         del written["checkpoint_blocks"]
         file.write_text(json.dumps({**written, "compile": before}))
-        assert from_json(file, Optimisation, "") == Optimisation(compile=now)
+        assert read_json(file, Optimisation, "") == Optimisation(compile=now)
     file.write_text(json.dumps({**written, "compile": 1}))
     with pytest.raises(UserError, match="damaged"):
-        from_json(file, Optimisation, "")
+        read_json(file, Optimisation, "")
 
 
 def test_run_with_decoded_targets_learns(tiny_store: Path, tmp_path: Path) -> None:

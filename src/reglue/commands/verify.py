@@ -14,7 +14,7 @@ from reglue.data.store import MANIFEST, PARTIAL, Store, is_intact, read_manifest
 from reglue.encoders.compressors import CompressorSpec, load_compressor
 from reglue.errors import UserError
 from reglue.files import TakesPaths
-from reglue.run import COMPRESSOR, RunRecord
+from reglue.run import COMPRESSORS, RunRecord
 from reglue.run import FILE as RECORD
 from reglue.training import checkpoints
 
@@ -88,9 +88,10 @@ def verify_run(folder: Path) -> Path:
         for_training = [checkpoint / name for name in (checkpoints.MODEL, checkpoints.OPTIMISER)]
         for file in (checkpoint / checkpoints.EMA, *(for_training if any(map(Path.exists, for_training)) else ())):
             checkpoints.read_weights(file)
-    compressor = folder / COMPRESSOR
-    if record.compressor and compressor.is_dir() and load_compressor(compressor).spec() != record.compressor:
-        raise UserError(f"{compressor} is not the compressor that the run was trained with; copy it again")
+    for modality, spec in record.compressors.items():
+        compressor = folder / COMPRESSORS / modality
+        if compressor.is_dir() and load_compressor(compressor).spec() != spec:
+            raise UserError(f"{compressor} is not the compressor that the run was trained with; copy it again")
     print(f"{folder}: checkpoints {', '.join(map(str, checkpoints.steps(folder))) or '(none)'} can be read whole")
     if record.store is None or record.store_hash is None:
         return folder
