@@ -13,7 +13,7 @@ import tyro
 from tyro.conf import Positional
 
 from reglue.commands.prepare import Prepare, decoded
-from reglue.data.sources import open_images
+from reglue.data.opening import open_images
 
 
 @dataclass(frozen=True)

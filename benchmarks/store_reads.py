@@ -31,7 +31,8 @@ from counting import H200_PRODUCTS, training_flops
 from reglue.commands.train import READERS, prefetch
 from reglue.config import Recipe
 from reglue.data.batches import TrainingData, denoiser_config
-from reglue.data.store import LOCAL_CODES, Store, compressor_of
+from reglue.data.manifest import LOCAL_CODES, compressor_of
+from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.papers import RECIPES
 from reglue.seeds import generator, permutation

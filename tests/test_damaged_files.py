@@ -25,7 +25,9 @@ from reglue.commands.autoencode import TrainingRecord, autoencode
 from reglue.commands.compress import Compress, compress
 from reglue.commands.sample import Sample, read_protocol, sample
 from reglue.commands.verify import Verify, verify
-from reglue.data.store import MANIFEST, PARTIAL, Contents, Store, StoreWriter, read_manifest
+from reglue.data.manifest import MANIFEST, PARTIAL, Contents, read_manifest
+from reglue.data.store import Store
+from reglue.data.store_writer import StoreWriter
 from reglue.diffusion.denoiser import Denoiser
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import load_autoencoder
@@ -173,7 +175,7 @@ READERS: list[tuple[str, str, Read]] = [
     ("begun_store", "*.safetensors", continue_store),
     ("tiny_run", "run.json", lambda folder, _: RunRecord.read(folder)),
     ("tiny_run", "metrics.jsonl", lambda folder, _: tracking.read(folder)),
-    ("tiny_run", "compressor/compressor.*", read_compressor),
+    ("tiny_run", "compressors/*/compressor.*", read_compressor),
     ("tiny_run", "checkpoints/*/*", read_checkpoint),
     ("tiny_head", "head.*", read_the_head),
     ("aligned_autoencoder", "config.json", read_autoencoder),

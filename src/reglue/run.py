@@ -14,7 +14,8 @@ from huggingface_hub import snapshot_download
 
 from reglue.config import Recipe
 from reglue.data.batches import denoiser_config
-from reglue.data.store import Store, compressor_of, holds_codes
+from reglue.data.manifest import compressor_of, holds_codes
+from reglue.data.store import Store
 from reglue.data.targets import decoded, target_columns, target_compressor
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.encoders.autoencoders import AutoencoderSpec

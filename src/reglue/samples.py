@@ -166,7 +166,7 @@ def protocol_in(text: str, path: Path) -> dict[str, Any]:
     """A protocol from JSON that was read in `path`. Raises UserError if it is none."""
     try:
         protocol = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: the protocol is not JSON ({error}); mend or remove it") from error
     if not isinstance(protocol, dict):
         raise UserError(f"{path}: the protocol is not a JSON object; mend or remove it")

@@ -26,7 +26,7 @@ from helpers import reglue_command, run_reglue
 from reglue.cli import parse
 from reglue.commands.autoencode import UNLABELLED, TrainingRecord, alignment_spec, autoencode, loss_terms, split
 from reglue.commands.prepare import Prepare, prepare
-from reglue.data.sources import open_images
+from reglue.data.opening import open_images
 from reglue.data.store import Store
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import load_autoencoder

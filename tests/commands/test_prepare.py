@@ -25,7 +25,9 @@ from safetensors import SafetensorError
 from webdataset.writer import ShardWriter
 
 import reglue.commands.prepare
+import reglue.data.manifest
 import reglue.data.store
+import reglue.data.store_writer
 from helpers import CLASSES, mistake
 from reglue.cli import parse
 from reglue.commands.compress import Compress, compress
@@ -130,7 +132,7 @@ def test_lower_precision_is_recorded_and_changes_the_third_digit(options, tmp_pa
 
 def test_the_networks_do_not_wait_for_the_disk(options, monkeypatch: pytest.MonkeyPatch):
     """The next block is encoded while one is written."""
-    write_shard, describe = reglue.data.store.write_shard, reglue.commands.prepare.describe
+    write_shard, describe = reglue.data.store_writer.write_shard, reglue.commands.prepare.describe
     encoding_second = threading.Event()
     described = []
 
@@ -145,7 +147,7 @@ def test_the_networks_do_not_wait_for_the_disk(options, monkeypatch: pytest.Monk
         return write_shard(*arguments)
 
     monkeypatch.setattr(reglue.commands.prepare, "describe", noted)
-    monkeypatch.setattr(reglue.data.store, "write_shard", slow)
+    monkeypatch.setattr(reglue.data.store_writer, "write_shard", slow)
     assert len(prepare(options())) == 24
 
 
@@ -155,7 +157,7 @@ def test_a_device_has_the_next_batch_before_it_is_done_with_one(options, monkeyp
     describe, put, write_shard = (
         reglue.commands.prepare.describe,
         reglue.commands.prepare.put,
-        reglue.data.store.write_shard,
+        reglue.data.store_writer.write_shard,
     )
 
     def noted(*arguments):
@@ -173,7 +175,7 @@ def test_a_device_has_the_next_batch_before_it_is_done_with_one(options, monkeyp
     monkeypatch.setattr(reglue.commands.prepare, "describe", noted)
     monkeypatch.setattr(reglue.commands.prepare, "put", lambda *a, **k: (order.append("put"), put(*a, **k)))
     monkeypatch.setattr(reglue.commands.prepare, "mark", marked)
-    monkeypatch.setattr(reglue.data.store, "write_shard", wrote)
+    monkeypatch.setattr(reglue.data.store_writer, "write_shard", wrote)
     prepare(options(shard_size=24, batch_size=8))
     assert order[:8] == ["describe 0", "put", "describe 1", "put", "wait 0", "describe 2", "put", "wait 1"]
     assert order[8:10] == ["wait 2", "write label 0"]
@@ -204,7 +206,7 @@ def test_a_gpu_copies_what_it_found_by_itself_into_the_block(monkeypatch: pytest
 
 def test_several_threads_write_the_store_of_one(options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     alone = prepare(options(shard_size=3))
-    original, together = reglue.data.store.write_shard, threading.Barrier(2)
+    original, together = reglue.data.store_writer.write_shard, threading.Barrier(2)
 
     def meet(folder, column, index, *more):
         if column == "label":
@@ -212,7 +214,7 @@ def test_several_threads_write_the_store_of_one(options, tmp_path: Path, monkeyp
         return original(folder, column, index, *more)
 
     assert reglue.commands.prepare.writers_for(torch.device("cuda")) == 2
-    monkeypatch.setattr(reglue.data.store, "write_shard", meet)
+    monkeypatch.setattr(reglue.data.store_writer, "write_shard", meet)
     monkeypatch.setattr(reglue.commands.prepare, "writers_for", lambda _: 2)
     store = prepare(options(shard_size=3, out=tmp_path / "many"))
     assert shards_of(store.folder) == shards_of(alone.folder)
@@ -347,7 +349,7 @@ def test_the_default_run_keeps_its_fingerprint(options, tiny_images: Path):
     manifest = json.loads((out / "manifest.json").read_text())
     for later in ("reading", "subset", "flips"):
         del manifest["source"][later]
-    manifest["hash"] = reglue.data.store._hash(manifest)
+    manifest["hash"] = reglue.data.manifest._hash(manifest)
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1))
     assert len(prepare(options())) == 24
 
@@ -432,16 +434,16 @@ def test_a_subset_is_part_of_what_the_store_is(options):
 
 KILLED = """
 import os, pathlib, signal, sys
-import reglue.data.store as store
+import reglue.data.store_writer as store_writer
 from reglue.commands import prepare as job
 calls = iter(range(100))
-hash_file = store._sha256
+hash_file = store_writer.file_sha256
 def dying(path):
     # In the second block of the last process, between writing a shard and putting it in place.
     if next(calls) == 6 and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return hash_file(path)
-store._sha256 = dying
+store_writer.file_sha256 = dying
 job.prepare(eval(sys.argv[1], {**vars(job), "PosixPath": pathlib.Path}))
 """
 
@@ -552,7 +554,7 @@ def test_a_file_that_cannot_be_written_leaves_no_half(options, tmp_path: Path):
     ],
 )
 def test_a_full_disk_is_said_in_one_line(options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception):
-    save = reglue.data.store.save_file
+    save = reglue.data.store_writer.save_file
 
     def full(tensors, path, metadata):
         if "features-00001" in str(path):
@@ -560,7 +562,7 @@ def test_a_full_disk_is_said_in_one_line(options, tmp_path: Path, monkeypatch: p
             raise error
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(reglue.data.store, "save_file", full)
+    monkeypatch.setattr(reglue.data.store_writer, "save_file", full)
     with pytest.raises(UserError, match=r"features-00001\.safetensors: No space left on device.*free some space"):
         prepare(options())
     assert not (tmp_path / "store" / "features-00001.safetensors").exists()

@@ -27,7 +27,8 @@ from tyro.conf import Positional
 
 from reglue.commands.train import ema_decay, learning_rate, part_sizes
 from reglue.data.images import ImageSource
-from reglue.data.sources import Reading, open_images
+from reglue.data.opening import open_images
+from reglue.data.sources import Reading
 from reglue.diffusion.objective import weighted_sum
 from reglue.encoders.alignment import FILE as ALIGNMENT_FILE
 from reglue.encoders.alignment import AlignmentSpec, cosine_similarities, save_alignment

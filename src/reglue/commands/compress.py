@@ -19,8 +19,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from reglue.data.manifest import codes_column, compressor_of, value_of
 from reglue.data.pictures import colours_of, image_grid
-from reglue.data.store import Store, codes_column, compressor_of, value_of
+from reglue.data.store import Store
+from reglue.data.store_writer import add_codes
 from reglue.encoders.compressors import (
     LEARNED,
     CompressedColumn,
@@ -172,7 +174,7 @@ def compress(options: Compress) -> Store:
         raise UserError(f"{store.folder} has a single image; a compressor needs two at least, one to be measured on")
     fits = _is_the_one(folder, store.manifest.compressors.get(name))
     _same_options_as_before(folder, options.decisive(fitted), begun=fits)
-    if fits and store.is_whole(options.codes):
+    if fits and store.has_whole(options.codes):
         print(f"{store.folder} has compressor {name} already")
         return store
 
@@ -190,7 +192,7 @@ def compress(options: Compress) -> Store:
         compressor = _train(options, source, folder, training, held_out, mean, std)
     compressor.column, compressor.layers = options.column, source.layers
     spec = compressor.save(folder)
-    store = store.add_codes(options.compressor_name, spec, _codes(source, compressor, device))
+    store = add_codes(store, options.compressor_name, spec, _codes(source, compressor, device))
     if options.column == "features":
         _draw_codes(store, options.codes, folder / "codes.png")
     _checkpoint_of(folder).unlink(missing_ok=True)

@@ -23,8 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reglue.config import LocalSemantics
+from reglue.data.opening import open_images
 from reglue.data.pictures import GAP, enlarge, heat_of, image_grid, label_colours
-from reglue.data.sources import Reading, open_images
+from reglue.data.sources import Reading
 from reglue.diffusion.modalities import LATENT
 from reglue.encoders.alignment import FILE as ALIGNMENT_FILE
 from reglue.encoders.alignment import AlignmentNetwork, at_usual_length, load_alignment

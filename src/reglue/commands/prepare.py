@@ -22,8 +22,11 @@ from tyro.conf import Positional
 
 from reglue.config import Precision
 from reglue.data.images import ImageSource, UnreadableImage, grey_peaks
-from reglue.data.sources import Reading, Subset, is_on_hub, open_images
-from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits
+from reglue.data.manifest import Contents, Source
+from reglue.data.opening import is_on_hub, open_images
+from reglue.data.sources import Reading, Subset
+from reglue.data.store import Store, quantised
+from reglue.data.store_writer import StoreWriter
 from reglue.encoders.autoencoders import Autoencoder, load_autoencoder
 from reglue.encoders.vision import VisionEncoder, load_encoder
 from reglue.errors import UserError, require
@@ -371,7 +374,7 @@ def describe(
         if options.features:
             eight_bits = options.features_dtype == "int8"
             features = described.features
-            columns["features"] = in_8_bits(features) if eight_bits else {"features": features.half()}
+            columns["features"] = quantised(features) if eight_bits else {"features": features.half()}
     return columns
 
 

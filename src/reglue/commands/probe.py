@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue.data.store import CLASS_TOKEN_CODES, LOCAL_CODES, Store, compressor_of, holds_codes, value_of
+from reglue.data.manifest import CLASS_TOKEN_CODES, LOCAL_CODES, compressor_of, holds_codes, value_of
+from reglue.data.store import Store
 from reglue.encoders.compressors import Compressor, as_map, load_compressor
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths, read_json, read_jsonl, replacing, to_json

@@ -10,7 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue.data.store import MANIFEST, PARTIAL, Store, is_intact, read_manifest
+from reglue.data.manifest import MANIFEST, PARTIAL, is_intact, read_manifest
+from reglue.data.store import Store
 from reglue.encoders.compressors import CompressorSpec, load_compressor
 from reglue.errors import UserError
 from reglue.files import TakesPaths
