@@ -145,7 +145,8 @@ def random_store(
             "random", "AutoencoderKL", "0", channels, DOWNSAMPLING, (0.0,) * channels, (0.18215,) * channels
         ),
         encoder=EncoderSpec(
-            "random", "random", "0", width, DEPTH, LAYERS, 14, tokens, pixels, pixels, half, half, "bicubic", False
+            *("random", "random", "0", width, DEPTH, LAYERS, 14, tokens, pixels, pixels, half, half, "bicubic", False),
+            *(("normalise", "resize"), True, "class token or mean", 5, 4),
         ),
         features=True,
         features_dtype=features_dtype,

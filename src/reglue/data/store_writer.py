@@ -259,10 +259,7 @@ def add_semantics(store: Store, other: Store) -> Store:
         features=there.features,
         features_dtype=there.features_dtype,
         columns={**before.columns, **taken},
-        statistics={
-            **before.statistics,
-            **{name: there.statistics[name] for name in taken if name in there.statistics},
-        },
+        statistics={**before.statistics, **statistics},
         compressors=there.compressors,
     )
     return Store(store.folder, write_manifest(store.folder, manifest))

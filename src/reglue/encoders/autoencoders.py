@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reglue.encoders.known import AUTOENCODERS_ON_HUB, GATED_AUTOENCODERS, STARTER
 from reglue.encoders.taef2 import taef2_decoder, taef2_encoder
 from reglue.errors import UserError, one_line
 from reglue.files import opened_tensors, read_json, read_network, read_tensors
@@ -29,25 +30,6 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DecoderOutput
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-STARTER = "starter"
-HUB_NAMES = {
-    "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse",
-    "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
-    "sdxl-vae": "stabilityai/sdxl-vae",
-    "sd3-vae": "stabilityai/stable-diffusion-3-medium-diffusers/vae",
-    "flux-vae": "black-forest-labs/FLUX.1-schnell/vae",
-    "dc-ae-f32c32": "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers",
-    "dc-ae-f64c128": "mit-han-lab/dc-ae-f64c128-in-1.0-diffusers",
-    "dc-ae-f128c512": "mit-han-lab/dc-ae-f128c512-in-1.0-diffusers",
-    "dc-ae-f32c32-sana": "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers",
-    "taesd": "madebyollin/taesd",
-    "taesdxl": "madebyollin/taesdxl",
-    "taesd3": "madebyollin/taesd3",
-    "taef1": "madebyollin/taef1",
-}
-"""Short names of autoencoders on the Hugging Face hub: OWNER/REPOSITORY[/SUBFOLDER]."""
-GATED = {"sd3-vae", "flux-vae"}
-"""Those whose pages ask for terms to be accepted first."""
 CONFIG = "config.json"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 MEAN_STD = "mean_std.json"
@@ -271,12 +253,12 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu") -> Autoencod
 
 def autoencoder_names() -> list[str]:
     """The short names that `load_autoencoder` knows."""
-    return [STARTER, *HUB_NAMES]
+    return [STARTER, *AUTOENCODERS_ON_HUB]
 
 
 def _fetch(name: str) -> Path:
     """The local folder of an autoencoder on the hub."""
-    owner, _, rest = HUB_NAMES.get(name, name).partition("/")
+    owner, _, rest = AUTOENCODERS_ON_HUB.get(name, name).partition("/")
     repository, _, subfolder = rest.partition("/")
     if not repository or name.startswith(("/", ".", "~")):
         raise UserError(
@@ -290,7 +272,7 @@ def _fetch(name: str) -> Path:
         [prefix + CONFIG, prefix + DIFFUSERS_WEIGHTS],
         instead="put them into a folder, and give that folder",
         optional=prefix + MEAN_STD,
-        gated=name in GATED,
+        gated=name in GATED_AUTOENCODERS,
     )
 
 

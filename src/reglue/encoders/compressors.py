@@ -50,8 +50,8 @@ class CompressorSpec:
     column: CompressedColumn = "features"
     """What it was fitted to."""
     layers: tuple[int, ...] | None = field(default=None, compare=False)
-    """Blocks of the encoder whose features it takes, ascending; None, as in older files and for class tokens: all that
-    its store has. The hash tells compressors apart: it covers the statistics of what they take."""
+    """Blocks of the encoder whose features it takes, ascending; None for class tokens, and for all that its store
+    has. The hash tells compressors apart: it covers the statistics of what they take."""
 
 
 class Compressor(nn.Module, ABC):

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reglue.encoders.vision import KNOWN_ENCODERS, EncoderSpec, VisionFeatures
+from reglue.encoders.known import KNOWN_ENCODERS
+from reglue.encoders.vision import EncoderSpec, VisionFeatures
 from reglue.errors import UserError
 from reglue.files import read_json, read_network, replacing, to_json
 
