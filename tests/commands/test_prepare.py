@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from webdataset.writer import ShardWriter
 
 import reglue.commands.prepare
+import reglue.data.decoding
 import reglue.data.manifest
 import reglue.data.store
 import reglue.data.store_writer
@@ -34,7 +35,9 @@ from reglue.commands.compress import Compress, compress
 from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.probe import Probe, probe
 from reglue.commands.train import train
+from reglue.data.decoding import MOST_WORKERS, decoded, default_workers
 from reglue.data.images import ImageFolder, crop_to
+from reglue.data.opening import open_images
 from reglue.data.sources import Subset
 from reglue.data.store import Store
 from reglue.encoders.autoencoders import load_autoencoder
@@ -132,7 +135,7 @@ def test_lower_precision_is_recorded_and_changes_the_third_digit(options, tmp_pa
 
 def test_the_networks_do_not_wait_for_the_disk(options, monkeypatch: pytest.MonkeyPatch):
     """The next block is encoded while one is written."""
-    write_shard, describe = reglue.data.store_writer.write_shard, reglue.commands.prepare.describe
+    write_shard, describe = reglue.data.store_writer.write_shard, reglue.commands.prepare.encode_columns
     encoding_second = threading.Event()
     described = []
 
@@ -146,7 +149,7 @@ def test_the_networks_do_not_wait_for_the_disk(options, monkeypatch: pytest.Monk
         assert encoding_second.wait(30), "nothing was encoded meanwhile"
         return write_shard(*arguments)
 
-    monkeypatch.setattr(reglue.commands.prepare, "describe", noted)
+    monkeypatch.setattr(reglue.commands.prepare, "encode_columns", noted)
     monkeypatch.setattr(reglue.data.store_writer, "write_shard", slow)
     assert len(prepare(options())) == 24
 
@@ -155,7 +158,7 @@ def test_a_device_has_the_next_batch_before_it_is_done_with_one(options, monkeyp
     """And no block is written before its last batch has been copied."""
     order: list[str] = []
     describe, put, write_shard = (
-        reglue.commands.prepare.describe,
+        reglue.commands.prepare.encode_columns,
         reglue.commands.prepare.put,
         reglue.data.store_writer.write_shard,
     )
@@ -172,7 +175,7 @@ def test_a_device_has_the_next_batch_before_it_is_done_with_one(options, monkeyp
         order.append(f"write {column} {index}")
         return write_shard(folder, column, index, *more)
 
-    monkeypatch.setattr(reglue.commands.prepare, "describe", noted)
+    monkeypatch.setattr(reglue.commands.prepare, "encode_columns", noted)
     monkeypatch.setattr(reglue.commands.prepare, "put", lambda *a, **k: (order.append("put"), put(*a, **k)))
     monkeypatch.setattr(reglue.commands.prepare, "mark", marked)
     monkeypatch.setattr(reglue.data.store_writer, "write_shard", wrote)
@@ -221,13 +224,22 @@ def test_several_threads_write_the_store_of_one(options, tmp_path: Path, monkeyp
     assert len((store.folder / "prepare.jsonl").read_text().splitlines()) == 8
 
 
-def test_every_core_decodes_unless_told_otherwise(options, monkeypatch: pytest.MonkeyPatch):
+def test_every_core_decodes_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch):
     cores = len(os.sched_getaffinity(0))
-    expected = min(cores, reglue.commands.prepare.MOST_WORKERS)
-    assert reglue.commands.prepare._workers(options(workers=None)) == expected
-    assert reglue.commands.prepare._workers(options(workers=0)) == 0
+    assert default_workers() == min(cores, MOST_WORKERS)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * cores))
-    assert reglue.commands.prepare._workers(options(workers=None)) == 1
+    assert default_workers() == 1
+
+
+def test_decoding_asks_for_no_more_processes_than_it_can_use(tiny_images: Path, monkeypatch: pytest.MonkeyPatch):
+    images = open_images(tiny_images)
+    asked: list[int] = []
+    monkeypatch.setattr(
+        reglue.data.decoding, "DataLoader", lambda *_, num_workers, **__: asked.append(num_workers) or []
+    )
+    for workers, batches in ((0, [[0]]), (4, [[0], [1]]), (1, [[0], [1]])):
+        decoded(images, batches, (16, 16), workers)
+    assert asked == [0, 2, 1]
 
 
 def test_statistics_are_over_a_random_sample_and_not_the_first_class(options):
