@@ -241,7 +241,8 @@ class ImageModel:
 
         Image i depends on `seed` and i alone, whatever `batch_size` is; `progress` shows a bar. How they are drawn is
         `sampling`, `default_sampling` if not given, of which any field may be changed: `steps=50, guidance_scale=2.0`.
-        `condition` has the values (N, …) of conditions other than the class. `controls` are given to the loop over time (`diffusion.controls`).
+        `condition` has the values (N, …) of conditions other than the class. `controls` are given to the loop over time
+        (`diffusion.controls`).
 
         Returns a list of PIL images, or for `output="tensor"` uint8 (N, 3, height, width) on the CPU.
 
