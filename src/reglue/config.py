@@ -16,7 +16,7 @@ from reglue.diffusion.backbones import BACKBONES
 from reglue.diffusion.conditions import CLASS, CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.guidance import GUIDERS, Guidance
-from reglue.diffusion.modalities import LATENT, Modality
+from reglue.diffusion.modalities import LATENT, Modality, Normalisation
 from reglue.diffusion.paths import PathName
 from reglue.diffusion.predictions import PREDICTIONS
 from reglue.diffusion.samplers import SAMPLERS, StatePrecision, adaptive_solver
@@ -109,6 +109,12 @@ class LearnedPart(Part):
     def column(self) -> str:
         """The column of the store that training reads."""
         return self.modality
+
+    def as_modality(self, channels: int, normalisation: Normalisation | None = None) -> Modality:
+        """What the model learns, at so many channels."""
+        return Modality(
+            self.modality, self.kind, channels, self.column, normalisation, self.dropout, self.is_class_token
+        )
 
 
 @dataclass(frozen=True)
