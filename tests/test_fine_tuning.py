@@ -211,6 +211,7 @@ def test_a_run_is_known_from_any_folder(
     assert Store.open("prepared").manifest.source.path == str(tmp_path / "images")
 
 
+@pytest.mark.trains
 def test_the_model_of_the_package_is_a_start_too(tiny_images: Path, tmp_path: Path) -> None:
     place = find_run("starter")
     store = tmp_path / "store"

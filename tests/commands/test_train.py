@@ -42,6 +42,7 @@ def assert_same_bits(run: Path, other: Path, step: int) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_learns(recipe: str, tiny_store: Path, tmp_path: Path) -> None:
     more = ["--local.compressor=pca-4"] if recipe == "redi" else []
@@ -138,6 +139,7 @@ def test_two_processes_give_the_same_losses_as_one(tiny_store: Path, tmp_path: P
     assert (tmp_path / "two" / "previews" / "00000010.png").is_file()
 
 
+@pytest.mark.trains
 def test_online_targets_equal_cached_ones(tiny_store: Path, tmp_path: Path) -> None:
     cached = train(options("repa", tiny_store, tmp_path / "cached", "--optimisation.steps=5"))
     online = train(

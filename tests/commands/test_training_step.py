@@ -401,6 +401,7 @@ def test_recipes_of_earlier_versions_say_whether_to_compile_by_true_and_false(tm
         from_json(file, Optimisation, "")
 
 
+@pytest.mark.trains
 def test_run_with_decoded_targets_learns(tiny_store: Path, tmp_path: Path) -> None:
     command = ["train", "repa", "--store", str(tiny_store), "--out", str(tmp_path / "run"), *TINY_RECIPE]
     run = train(parse([*command, "--optimisation.steps=40", "--alignment.targets=decoded"]))
