@@ -180,7 +180,7 @@ def test_half_precision_halves_the_file_and_hardly_changes_the_images(tiny_run: 
     assert (images[0] - images[1]).abs().max() <= 2
 
 
-def test_a_lost_compressor_comes_from_the_store(tiny_run: Path, tmp_path: Path) -> None:
+def test_a_compressor_that_the_run_lacks_comes_from_its_store(tiny_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
     shutil.rmtree(run / "compressors")
     assert files(reglue.load(run, device="cpu").save(tmp_path / "saved")) == SHARED
