@@ -98,6 +98,7 @@ def figures(out: Path) -> list[dict[str, float]]:
     return [line["validation"] for line in read(out) if "validation" in line]
 
 
+@pytest.mark.trains
 def test_every_term_of_the_loss_falls(trained: Path) -> None:
     first, *_, last = training_lines(trained)
     for term in ("reconstruction", "perceptual", "alignment", "class_alignment"):
@@ -120,6 +121,7 @@ def test_every_term_of_the_loss_falls(trained: Path) -> None:
     assert picture.height > 5 * 16
 
 
+@pytest.mark.trains
 def test_the_result_is_an_autoencoder_of_unit_latents_for_prepare(
     trained: Path, tiny_images: Path, tiny_encoder: str, tmp_path: Path
 ) -> None:
@@ -430,6 +432,7 @@ def test_two_processes_and_accumulated_parts_give_the_losses_of_one(
         assert other == pytest.approx(means[0], rel=2e-3, abs=1e-5)
 
 
+@pytest.mark.trains
 def test_an_existing_autoencoder_is_measured_first_and_then_changed(
     tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path
 ) -> None:
@@ -508,6 +511,7 @@ def test_too_much_divergence_collapses_at_once_and_says_what_is_left(
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000020"]
 
 
+@pytest.mark.trains
 def test_dead_channels_are_named_at_an_evaluation(
     tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
