@@ -30,8 +30,9 @@ from common import Conditions, report
 from counting import H200_PRODUCTS, training_flops
 from reglue.config import Recipe
 from reglue.data.batches import TrainingData, denoiser_config
+from reglue.data.manifest import LOCAL_CODES, compressor_of
 from reglue.data.prefetch import READERS, prefetch
-from reglue.data.store import LOCAL_CODES, Store, compressor_of
+from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.papers import RECIPES
 from reglue.seeds import generator, permutation
