@@ -447,12 +447,16 @@ def test_codes_of_the_last_layer_are_those_of_a_store_that_has_it_alone(
     compress(Compress(alone, "pca", channels=3, device="cpu"))
     compress(Compress(folder, "pca", layers="last", channels=3, device="cpu"))
     compressors = [load_compressor(alone / "compressors/pca-3"), load_compressor(folder / "compressors/pca-3-last")]
-    assert compressors[0].spec() == compressors[1].spec()
+    specs = [replace(compressor.spec(), weights_sha256="") for compressor in compressors]
+    assert specs[0] == specs[1]
+    weights = [compressor.state_dict() for compressor in compressors]
+    for name, value in weights[0].items():  # To rounding: a processor may sum what lies apart in another order.
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
     # And so each can be applied to the other's store.
     codes = [Store.open(alone).read("local.pca-3", torch.arange(24))["local"]]
     applied = compress(Compress(folder, fitted=alone / "compressors/pca-3", name="alone", device="cpu"))
     codes.append(applied.read("local.alone", torch.arange(24))["local"])
-    assert torch.equal(*codes)
+    torch.testing.assert_close(*codes, rtol=1e-3, atol=1e-3)  # float16
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,14 +93,6 @@ def test_one_scale_is_kept_with_the_run(trained: Trained):
     assert record.denoiser.modalities[0].normalisation
     assert len(set(record.denoiser.modalities[0].normalisation.scale)) == 1
     assert reglue.load(run, device="cpu").generate([0], seed=1)[0].size == (16, 16)
-
-
-def test_recipe_of_an_older_run_has_a_scale_for_each_channel(trained: Trained):
-    run = trained("--latent.unit-variance")
-    record = json.loads((run / "run.json").read_text())
-    del record["recipe"]["latent"]["one_scale"]
-    (run / "run.json").write_text(json.dumps(record))
-    assert not RunRecord.read(run).recipe.latent.one_scale
 
 
 def test_one_scale_alone_is_refused():
