@@ -15,13 +15,16 @@ from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
 from helpers import mistake, run_reglue
-from reglue.commands import evaluate as job
-from reglue.commands.evaluate import Evaluate, Figure, evaluate
+from reglue.commands import evaluate as command
+from reglue.commands.evaluate import Evaluate, evaluate
 from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.sample import Sample, sample
 from reglue.data.store import Store
 from reglue.errors import UserError
+from reglue.encoders.vision import load_encoder
+from reglue.metrics import evaluation as figures
 from reglue.metrics.distances import Gaussian, GaussianStatistics, frechet_distance, manifold_scores
+from reglue.metrics.evaluation import Evaluation, Figure
 from reglue.metrics.features import DinoV2Features, EncoderFeatures, _dinov2_distance_name, load_encoder_features
 from reglue.metrics.inception import load_inception
 from reglue.pipeline import load
@@ -78,7 +81,7 @@ def test_the_figures_are_those_of_the_features_and_the_sides_are_not_exchanged(
 ):
     images = write_images(tmp_path / "noise", noise)
     evaluation = evaluate(settings(images, tiny_store))
-    encoder = job.load_encoder(tiny_encoder, 16)
+    encoder = load_encoder(tiny_encoder, 16)
     measured = encoder.describe(torch.from_numpy(noise).permute(0, 3, 1, 2)).class_token
     real = Store.open(tiny_store).read("cls", torch.arange(24))["cls"]
     gaussians = [GaussianStatistics(16).update(side).gaussian for side in (measured, real)]
@@ -117,7 +120,7 @@ def test_folder_and_npz_of_the_same_images_give_the_same_figures(tmp_path, tiny_
 
 def test_a_store_of_another_encoder_is_read_from_its_images(tmp_path, tiny_store, tiny_images, tiny_encoder):
     other = shutil.copytree(tiny_encoder, tmp_path / "other")
-    weights = job.load_encoder(tiny_encoder, 16).network.state_dict()
+    weights = load_encoder(tiny_encoder, 16).network.state_dict()
     save_file({name: value + 0.1 for name, value in weights.items()}, other / "model.safetensors")
     for changes in ({"feature_network": str(other)}, {"features": "patch-mean"}):
         evaluation = evaluate(settings(tiny_images, tiny_store, **changes))
@@ -232,7 +235,7 @@ def cheap_distance(monkeypatch):
     def distance(first: Gaussian, second: Gaussian) -> float:
         return float((first.mean - 2 * second.mean).norm() + (first.covariance - 2 * second.covariance).norm())
 
-    monkeypatch.setattr(job, "frechet_distance", distance)
+    monkeypatch.setattr(figures, "frechet_distance", distance)
     return distance
 
 
@@ -274,7 +277,7 @@ def test_sfid_has_an_interval_from_its_own_features(tmp_path, random_inception, 
         resampled.append(features)
         return torch.linspace(-1, 1, len(features))
 
-    monkeypatch.setattr(job, "frechet_influence", influence)
+    monkeypatch.setattr(figures, "frechet_influence", influence)
     found = evaluate(settings(images, images, feature_network=str(random_inception), resamples=20, batch_size=3))
     assert [features.shape for features in resampled] == [(len(noise), 2048), (len(noise), 2023)]
     for figure in (found.metrics.frechet_distance, found.metrics.spatial_frechet_distance):
@@ -296,7 +299,7 @@ def test_statistics_of_another_size_are_not_used(tmp_path, random_inception, mon
     np.savez(adm, np.load(files["reference"])["arr_0"], **other)
     np.savez(bare, **other)
 
-    def measured(reference: Path, resolution: int) -> job.Evaluation:
+    def measured(reference: Path, resolution: int) -> Evaluation:
         network = str(random_inception)
         return evaluate(
             settings(files["images"], reference, feature_network=network, resolution=resolution, resamples=0)
@@ -308,7 +311,7 @@ def test_statistics_of_another_size_are_not_used(tmp_path, random_inception, mon
     assert scaled.reference_size == (8, 8)
     assert "statistics in the file" in native.reference_features
     assert value(native.metrics.frechet_distance) != pytest.approx(value(expected.metrics.frechet_distance), rel=1e-2)
-    monkeypatch.setattr(job, "describe", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(command, "describe_side", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(UserError, match=r"^--resolution: .*bare\.npz holds statistics alone") as raised:
         measured(bare, 16)
     assert "\n" not in str(raised.value)
@@ -528,7 +531,7 @@ def test_a_run_whose_store_is_gone_or_another_is_named(tmp_path, tiny_run, tiny_
     run = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
     record = json.loads((run / "run.json").read_text())
     for changes, message in (
-        ({"store": str(tmp_path / "gone")}, r"gone, which is not there any more; give its training store"),
+        ({"store": str(tmp_path / "gone")}, r"gone, which is gone; give the training store"),
         ({"store_hash": "0" * 64}, "is not the store that"),
     ):
         (run / "run.json").write_text(json.dumps({**record, **changes}))
@@ -593,7 +596,7 @@ def test_too_few_images_are_refused_before_the_work(tmp_path, tiny_run, tiny_ima
     (folder / "000002.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="noise has 5 readable images; at least 6"):
         evaluate(settings(folder, tiny_store))
-    monkeypatch.setattr(job, "_load_network", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(command, "load_network", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(UserError, match="--count 5; at least 6 are needed"):
         evaluate(Evaluate(tiny_run, count=5, feature_network="store", device="cpu"))
     (folder / "000001.png").unlink()
@@ -640,7 +643,7 @@ def test_two_processes_share_the_images(kind, tmp_path, tiny_run, tiny_images, t
 
 
 def test_a_report_that_cannot_be_written_stops_before_the_work(tmp_path, tiny_images, monkeypatch, capsys):
-    monkeypatch.setattr(job, "_load_network", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(command, "load_network", lambda *_: pytest.fail("the work has begun"))
     (tmp_path / "file").touch()
     for out, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "report.json", r"file: (File exists|Not a)")):
         told = mistake(capsys, monkeypatch, "evaluate", tiny_images, "--reference", tiny_images, "--out", out)

@@ -19,6 +19,10 @@ BLOCK = 1024
 """Rows handled at once by functions that compare every row with every other."""
 MOST_PAIRS = BLOCK * BLOCK
 """Of a block, that are worth being compared by differences of their features."""
+NEIGHBOURS = 3
+"""Of precision and recall, as published."""
+DENSITY_NEIGHBOURS = 5
+"""Of density and coverage, as published."""
 
 
 class Gaussian(NamedTuple):
@@ -35,20 +39,19 @@ class GaussianStatistics:
     lose digits when the mean is far from zero, as summing squares would.
     """
 
-    def __init__(self, width: int):
-        self.count = 0
-        self.mean = torch.zeros(width, dtype=torch.float64)
-        self._scatter = torch.zeros(width, width, dtype=torch.float64)
+    def __init__(self, width: int, count: int = 0, mean: Tensor | None = None, scatter: Tensor | None = None):
+        """Of nothing, or of what others have seen; `scatter` (D, D) sums products of deviations from the mean."""
+        self.count = count
+        self.mean = torch.zeros(width, dtype=torch.float64) if mean is None else mean
+        self.scatter = torch.zeros(width, width, dtype=torch.float64) if scatter is None else scatter
 
     def update(self, features: Tensor) -> Self:
         """Adds a batch (B, D) of any size, floating type and device; returns itself."""
         for block in features.detach().split(BLOCK):
             rows = block.to("cpu", torch.float64)
-            batch = GaussianStatistics(len(self.mean))
-            batch.count, batch.mean = len(rows), rows.mean(0)
-            rows = rows - batch.mean
-            batch._scatter = rows.T @ rows
-            self.merge(batch)
+            mean = rows.mean(0)
+            rows = rows - mean
+            self.merge(GaussianStatistics(len(mean), len(rows), mean, rows.T @ rows))
         return self
 
     def merge(self, other: "GaussianStatistics") -> Self:
@@ -56,22 +59,10 @@ class GaussianStatistics:
         count = self.count + other.count
         if other.count:
             shift = other.mean - self.mean
-            self._scatter += other._scatter + torch.outer(shift, shift) * (self.count * other.count / count)
+            self.scatter += other.scatter + torch.outer(shift, shift) * (self.count * other.count / count)
             self.mean = self.mean + shift * (other.count / count)
             self.count = count
         return self
-
-    @property
-    def scatter(self) -> Tensor:
-        """Summed products of deviations from the mean, (D, D) float64."""
-        return self._scatter
-
-    @classmethod
-    def of(cls, count: int, mean: Tensor, scatter: Tensor) -> Self:
-        """What has been seen elsewhere: `count`, `mean` and `scatter` of its statistics."""
-        made = cls(len(mean))
-        made.count, made.mean, made._scatter = count, mean, scatter
-        return made
 
     @property
     def gaussian(self) -> Gaussian:
@@ -83,7 +74,7 @@ class GaussianStatistics:
         """The unbiased covariance (D, D); ValueError below two rows."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least two rows, not {self.count}")
-        return self._scatter / (self.count - 1)
+        return self.scatter / (self.count - 1)
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
@@ -234,7 +225,7 @@ class ManifoldScores:
 
 
 def manifold_scores(
-    *, generated: Tensor, real: Tensor, neighbours: int = 3, density_neighbours: int = 5
+    *, generated: Tensor, real: Tensor, neighbours: int = NEIGHBOURS, density_neighbours: int = DENSITY_NEIGHBOURS
 ) -> ManifoldScores:
     """Precision and recall of Kynkäänniemi et al. (2019), density and coverage of Naeem et al. (2020).
 
