@@ -10,18 +10,16 @@ from torch.nn import functional as F
 
 from reglue.metrics.distances import GaussianStatistics
 from reglue.perception import probes
+from reglue.perception.agreement import IGNORE, confusions, mean_iou
 from reglue.perception.probes import (
-    IGNORE,
     PENALTIES,
     Constant,
     Examples,
     LinearProbe,
-    Training,
-    confusions,
+    ProbeTraining,
     fit_linear,
     fit_map,
-    mean_iou,
-    measure,
+    measure_probe,
     ridge,
 )
 
@@ -35,8 +33,8 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).float()
 
 
-def training(hidden: int, steps: int = 150) -> Training:
-    return Training(hidden, steps, batch_size=32, learning_rate=1e-2, seed=0, device=torch.device("cpu"))
+def training(hidden: int, steps: int = 150) -> ProbeTraining:
+    return ProbeTraining(hidden, steps, batch_size=32, learning_rate=1e-2, seed=0, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("penalty", [1e-3, 1.0])
@@ -83,7 +81,7 @@ def test_what_is_said_by_places_needs_a_flat_probe():
     parts = (slice(200), slice(200, 300), slice(300, 400))
     fitting, selection, measured = (examples(inputs[part], targets[part]) for part in parts)
     fits = {flat: fit_linear(fitting, selection, 2, flat).probe for flat in (True, False)}
-    accuracy = {flat: measure(fit, measured, 2, 0).value for flat, fit in fits.items()}
+    accuracy = {flat: measure_probe(fit, measured, 2, 0).value for flat, fit in fits.items()}
     assert accuracy[True] > 0.95
     assert accuracy[False] < 0.65
 
@@ -121,7 +119,7 @@ def test_a_penalty_at_the_end_of_those_on_offer_is_said(penalties, chosen, at_en
 
 def test_an_accuracy_comes_with_its_binomial_error():
     targets = torch.tensor([0, 0, 0, 1])
-    score = measure(Constant.fit(targets), examples(drawn(0, 4, 1, 1, 1), targets), 2, seed=0)
+    score = measure_probe(Constant.fit(targets), examples(drawn(0, 4, 1, 1, 1), targets), 2, seed=0)
     assert score.value == 0.75
     assert score.standard_error == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
 
@@ -146,7 +144,7 @@ def halves(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def test_masks_are_learned_at_their_own_resolution_and_255_is_ignored():
     fitting, selection, measured = (examples(*halves(60, seed)) for seed in (0, 10, 20))
     fitted = fit_map(fitting, selection, 2, training(hidden=0))
-    score = measure(fitted.probe, measured, 2, seed=0)
+    score = measure_probe(fitted.probe, measured, 2, seed=0)
     assert score.value > 0.9
     assert score.pixel_accuracy is not None
     assert score.pixel_accuracy > 0.95
@@ -165,8 +163,8 @@ def test_a_convolutional_probe_sees_neighbours_and_a_linear_one_does_not():
 
     parts = [maps(seed) for seed in range(3)]
     linear, conv = (fit_map(parts[0], parts[1], 2, training(hidden, 300)) for hidden in (0, 16))
-    assert measure(linear.probe, parts[2], 2, 0).value < 0.5
-    assert measure(conv.probe, parts[2], 2, 0).value > 0.8
+    assert measure_probe(linear.probe, parts[2], 2, 0).value < 0.5
+    assert measure_probe(conv.probe, parts[2], 2, 0).value > 0.8
 
 
 def test_training_is_a_function_of_the_seed_and_stops_where_it_was_best():
@@ -174,7 +172,7 @@ def test_training_is_a_function_of_the_seed_and_stops_where_it_was_best():
     fits = [fit_map(examples(inputs, masks), examples(*halves(20, 5)), 2, training(8, 60)) for _ in range(2)]
     assert fits[0].chosen == fits[1].chosen
     assert torch.equal(*(fit.probe.predict(inputs, (8, 8)) for fit in fits))
-    again = measure(fits[0].probe, examples(*halves(20, 5)), 2, 0).value
+    again = measure_probe(fits[0].probe, examples(*halves(20, 5)), 2, 0).value
     assert again == pytest.approx(fits[0].selection_score)
 
 

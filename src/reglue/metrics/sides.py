@@ -135,9 +135,7 @@ def _of_all_processes(statistics: GaussianStatistics) -> GaussianStatistics:
     return merged
 
 
-def _readable(
-    images: Images, size: tuple[int, int], name: str, share: Share, numbers: list[int]
-) -> Iterator[Tensor]:
+def _readable(images: Images, size: tuple[int, int], name: str, share: Share, numbers: list[int]) -> Iterator[Tensor]:
     """The readable images of a share, uint8 (B, 3, *size), a batch at a time; their numbers are added to `numbers`."""
     count = len(images)
     with tqdm(total=count, unit="image", desc=name, disable=share.rank > 0) as progress:
