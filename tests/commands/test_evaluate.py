@@ -343,7 +343,7 @@ def test_a_run_draws_its_images_once_and_is_compared_with_its_store(tmp_path, ti
     assert first.protocol is not None
     printed = str(first)
     recipe = RunRecord.read(run).recipe
-    for part in (recipe.sampling.sampler, "label_policy balanced", "rounding truncate", "guidance.scale", "seed 0"):
+    for part in (recipe.sampling.sampler, "label_policy balanced", "rounding truncate", "guidance_scale", "seed 0"):
         assert part in printed
     fewer = evaluate(Evaluate(run, run, count=7, **options))
     assert fewer.image_count == 7

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from tyro.conf import Positional
 
-from reglue.commands.sample import Sample, sample
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths, replacing
@@ -25,6 +24,7 @@ from reglue.metrics.resampling import CONFIDENCE
 from reglue.metrics.sides import describe_side, refuse_too_few
 from reglue.published.sharing import REPORTS, STATED
 from reglue.run import RunRecord
+from reglue.samples import Draw
 from reglue.training import checkpoints, distributed
 from reglue.training.distributed import resolve_device
 
@@ -182,12 +182,9 @@ def images_of(options: Evaluate) -> ImageSet:
         if options.count is not None:
             raise UserError(f"--count {options.count}: {run} is no run, and only runs draw images; leave it out")
         return open_image_set(run)
-
-    def draw() -> Path:
-        folder = run / DRAWN / f"step-{checkpoints.find(run).name}"
-        return sample(Sample(run, folder, count, batch_size=options.batch_size, device=options.device))
-
-    return ImageSet(run, DrawnImages(run, count, draw))
+    folder = run / DRAWN / f"step-{checkpoints.find(run).name}"
+    drawing = Draw(run, folder, count, batch_size=options.batch_size, device=options.device)
+    return ImageSet(run, DrawnImages(drawing))
 
 
 def reference_of(options: Evaluate) -> ImageSet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from reglue import run as runs
-from reglue.commands.sample import PROTOCOL, archived_protocol, protocol_in
 from reglue.data.images import ImageFolder, ImageSource, UnreadableImage, crop_to, decode
 from reglue.data.store import MANIFEST, PARTIAL, Store
 from reglue.errors import UserError
 from reglue.metrics.distances import Gaussian
+from reglue.samples import PROTOCOL, Draw, archived_protocol, protocol_in, write_samples
 
 IMAGE_ARRAYS = ("arr_0.npy", "images.npy")
 """Where an .npz file may keep its images."""
@@ -167,20 +167,19 @@ class FolderImages(SourceImages):
 
 
 class DrawnImages(FolderImages):
-    """Images of a run, which are drawn when they are read first."""
+    """Images of a run, which are drawn when they are read first: those that are not there yet."""
 
-    def __init__(self, run: Path, count: int, draw: Callable[[], Path]):
-        """`draw` returns the folder in which the images are once it has drawn those that are missing."""
-        self.run, self.rows, self._draw = run, range(count), draw
+    def __init__(self, drawing: Draw):
+        self.drawing, self.rows = drawing, range(drawing.count)
 
     def first_size(self) -> tuple[int, int]:
         """As in `Images`, without drawing any."""
-        return runs.RunRecord.read(self.run).resolution
+        return runs.RunRecord.read(self.drawing.run).resolution
 
     @cached_property
     def source(self) -> ImageSource:
         """The folder that was drawn."""
-        return ImageFolder.open(self._draw())
+        return ImageFolder.open(write_samples(self.drawing))
 
 
 class StoreImages(SourceImages):
