@@ -1,4 +1,4 @@
-"""Heads: small modules that tell, from a vision encoder's features, the class or the depth of every pixel.
+"""Heads: small modules that predict, from a vision encoder's features, the class or the depth of every pixel.
 
 They are made for real features, by `reglue head` or by DINOv2's authors (arXiv 2304.07193), and work on whatever gives
 such features: an alignment network makes them of generated latents (ReaLS, arXiv 2502.00359), without more training.
@@ -30,7 +30,7 @@ BATCH_NORM_EPSILON = 1e-5
 DEPTH_LAYERS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
 """The blocks that DINOv2's depth heads on four layers read, by the number of blocks."""
 DEPTH_RANGES = {"nyu": (0.001, 10.0), "kitti": (0.001, 80.0)}
-"""Metres between which the published depth heads tell, by the data set in the file's name."""
+"""Metres between which the published depth heads predict, by the data set in the file's name."""
 DEPTH_ENLARGEMENT = 4
 """The published depth heads read features at four times the grid."""
 DEPTH_FLOOR = 0.1
@@ -43,7 +43,7 @@ VOC_CLASSES = (
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What a head reads and what it tells, as plain data."""
+    """What a head reads and what it predicts, as plain data."""
 
     task: Task
     architecture: str
@@ -53,9 +53,9 @@ class HeadSpec:
     layers: tuple[int, ...]
     """Blocks whose features are read, ascending; 0 is the first."""
     outputs: int
-    """Channels of the last convolution: classes, depth bins, or 1 for a depth that is told at once."""
+    """Channels of the last convolution: classes, depth bins, or 1 for a depth without bins."""
     encoder_sha256: str | None = None
-    """Of the encoder's weights; None for a published head, whose file does not say it."""
+    """Of the encoder's weights; None for a published head, whose file does not record it."""
     encoder: str | None = field(default=None, compare=False)
     """What `load_encoder` took to load it."""
     final_norm: bool = True
@@ -67,8 +67,8 @@ class HeadSpec:
     class_names: tuple[str, ...] = ()
     """Of a segmentation."""
     depth_range: tuple[float, float] | None = None
-    """Least and greatest depth, in the unit that it was trained with. Bins divide it evenly; other heads may tell
-    depths outside."""
+    """Least and greatest depth, in the unit that it was trained with. Bins divide it evenly; other heads may
+    predict depths outside."""
 
     @property
     def channels(self) -> int:
@@ -113,34 +113,26 @@ class Head(nn.Module):
         self.register_buffer("std", torch.ones(spec.channels) if std is None else std.float().clone())
         self.layers = head_layers(spec.channels, spec.outputs, spec.hidden)
 
-    def forward(
-        self, seen: VisionFeatures, layers: tuple[int, ...], size: tuple[int, int], *, any_length: bool = False
-    ) -> Tensor:
+    def forward(self, seen: VisionFeatures, layers: tuple[int, ...], size: tuple[int, int]) -> Tensor:
         """What is seen of images (B), at the blocks `layers`, to scores (B, classes, *size) or depth (B, 1, *size).
 
         Results are enlarged bilinearly to `size` (height, width). A head that reads the class token takes that of each
         of its layers, from `seen.class_tokens`.
-
-        `any_length` is for features whose direction alone means something, as those of an alignment network that
-        learned cosines: at every position they are brought to the root mean square length of the head's features.
         """
         inputs = self._inputs(seen, layers).float()
-        if any_length:
-            inputs = self._at_usual_length(inputs)
-        if self.spec.task == "depth" and self.spec.outputs > 1:
+        has_bins = self.spec.task == "depth" and self.spec.outputs > 1
+        if has_bins:
             inputs = F.interpolate(inputs, scale_factor=DEPTH_ENLARGEMENT, mode="bilinear", align_corners=False)
         scores = self.layers((inputs - self.mean[:, None, None]) / self.std[:, None, None])
-        if self.spec.task == "depth" and self.spec.depth_range is not None and self.spec.outputs > 1:
+        if has_bins and self.spec.depth_range is not None:
             scores = _expected_depth(scores, self.spec.depth_range)
         return F.interpolate(scores, size, mode="bilinear", align_corners=False)
 
     @torch.inference_mode()
-    def predict(
-        self, seen: VisionFeatures, layers: tuple[int, ...], size: tuple[int, int], *, any_length: bool = False
-    ) -> Tensor:
+    def predict(self, seen: VisionFeatures, layers: tuple[int, ...], size: tuple[int, int]) -> Tensor:
         """The same as maps (B, *size): class numbers, int64, or depth, float32."""
-        told = self(seen, layers, size, any_length=any_length)
-        return told.argmax(1) if self.spec.task == "segmentation" else told[:, 0]
+        scores = self(seen, layers, size)
+        return scores.argmax(1) if self.spec.task == "segmentation" else scores[:, 0]
 
     def save(self, folder: Path) -> None:
         """Write `head.safetensors` and `head.json` into a folder that is there."""
@@ -148,12 +140,6 @@ class Head(nn.Module):
             save_file({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, beside)
         with replacing(folder / SPEC_FILE) as beside:
             beside.write_text(to_json(self.spec))
-
-    def _at_usual_length(self, inputs: Tensor) -> Tensor:
-        """Inputs (B, spec.channels, h, w) with the length that each layer's features usually have."""
-        squares = (self.mean.square() + self.std.square()).split(self.spec.width)
-        parts = zip(inputs.split(self.spec.width, dim=1), squares, strict=True)
-        return torch.cat([F.normalize(part, dim=1) * square.sum().sqrt() for part, square in parts], dim=1)
 
     def _inputs(self, seen: VisionFeatures, layers: tuple[int, ...]) -> Tensor:
         """The channels (B, spec.channels, h, w) that it reads."""
@@ -178,7 +164,7 @@ def head_layers(channels: int, outputs: int, hidden: int) -> nn.Sequential:
 def load_head(path: Path | str, device: str | torch.device = "cpu") -> Head:
     """A head in eval mode: a folder of `reglue head`, or a file of a linear head that DINOv2's authors published.
 
-    Published files (`dinov2_vits14_voc2012_linear_head.pth` and its kin, or their tensors as safetensors) are
+    Published files (`dinov2_vits14_voc2012_linear_head.pth` and the like, or their tensors as safetensors) are
     recognised by their tensors' names and shapes; `kitti` in the name of a depth head makes its depths end at 80 m in
     place of 10 m. Depth heads read features and class token before the encoder's final norm. Raises UserError for
     anything else.
