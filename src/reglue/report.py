@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from reglue.data.pictures import image_grid
+from reglue.data.pictures import enlarge, image_grid
 from reglue.files import replacing
 
 PICTURE_WIDTH = 1600
@@ -156,11 +156,7 @@ def _picture(images: np.ndarray, columns: int | None = None) -> str:
 
 def _paired(images: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """A row of images over a row of colours, enlarged to the same size without smoothing: uint8 (2N, H, W, 3)."""
-    height, width = images.shape[1:3]
-    enlarged = [
-        np.asarray(Image.fromarray(colour).resize((width, height), Image.Resampling.NEAREST)) for colour in colours
-    ]
-    return np.concatenate([images, np.stack(enlarged)])
+    return np.concatenate([images, enlarge(colours, images.shape[1:3])])
 
 
 def _duration(seconds: float) -> str:
