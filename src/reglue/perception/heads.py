@@ -6,7 +6,6 @@ such features: an alignment network makes them of generated latents (ReaLS, arXi
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from reglue.encoders.vision import KNOWN_ENCODERS, EncoderSpec, VisionFeatures
 from reglue.errors import UserError
 from reglue.files import from_json, replacing, to_json
+from reglue.published.pickles import read_untrusted_tensors
 
 Task = Literal["segmentation", "depth"]
 
@@ -173,7 +173,8 @@ def load_head(path: Path | str, device: str | torch.device = "cpu") -> Head:
     if path.is_dir():
         head = _load_folder(path)
     elif path.is_file():
-        head = _published(_read(path), path)
+        tensors = read_untrusted_tensors(path)
+        head = _published({name.removeprefix("decode_head."): one.float() for name, one in tensors.items()}, path)
     else:
         raise UserError(f"{path}: no such head; give a folder that `reglue head` made, or a file of a DINOv2 head")
     return head.eval().requires_grad_(False).to(device)
@@ -190,19 +191,6 @@ def _load_folder(folder: Path) -> Head:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder / WEIGHTS_FILE} does not fit {SPEC_FILE} beside it ({reason}); {REMEDY}") from error
     return head
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a published file, without what their names begin with."""
-    try:
-        content = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{file} cannot be read as weights ({' '.join(str(error).split())[:100]})") from error
-    state: object = content
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        state = content["state_dict"]
-    named = state.items() if isinstance(state, dict) else ()
-    return {str(name).removeprefix("decode_head."): value.float() for name, value in named if isinstance(value, Tensor)}
 
 
 def _published(tensors: dict[str, Tensor], file: Path) -> Head:
