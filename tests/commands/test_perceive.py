@@ -430,4 +430,4 @@ def test_a_local_map_of_the_last_layer_is_read_as_that_layer(
         )
         for view in ("local", "original")
     ]
-    assert (maps[0] == maps[1]).mean() > 0.9
+    assert (maps[0] == maps[1]).mean() > 0.85

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import run_reglue
+from reglue import cli
 from reglue.commands import probe as command
 from reglue.commands.compress import Compress, compress
 from reglue.commands.prepare import Prepare, prepare
@@ -186,7 +187,7 @@ def draw_masks(folder: Path, images: Path) -> Path:
 
 def test_masks_are_told_from_maps_alone(store: Path, tmp_path: Path, tiny_images: Path):
     masks = draw_masks(tmp_path / "masks", tiny_images)
-    report = probe(options(store, tmp_path / "out", masks=masks, steps=200, learning_rate=1e-2))
+    report = probe(options(store, tmp_path / "out", masks=masks, steps=60, learning_rate=3e-2))
     assert (report.metric, report.classes, report.without_mask) == ("mIoU", 2, 5)
     assert report.fitted + report.selected + report.measured == 19
     assert {one.probe for one in report.results} == {"linear", "conv"}
@@ -199,7 +200,7 @@ def test_masks_are_told_from_maps_alone(store: Path, tmp_path: Path, tiny_images
         probe(options(store, tmp_path / "no", masks=masks, columns=("cls",)))
     next(masks.rglob("*.png")).unlink()
     with pytest.raises(UserError, match="masks-sha256"):
-        probe(options(store, tmp_path / "out", masks=masks, steps=200, learning_rate=1e-2))
+        probe(options(store, tmp_path / "out", masks=masks, steps=60, learning_rate=3e-2))
 
 
 def test_other_settings_and_other_files_are_refused(store: Path, tmp_path: Path):
@@ -236,13 +237,15 @@ def test_what_cannot_be_is_refused_in_one_line(tiny_store: Path, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_prints_a_table(tiny_store: Path, tmp_path: Path):
-    result = run_reglue(
-        "probe", tiny_store, "--out", tmp_path / "out", "--no-conv", "--columns", "cls", "local.pca-4",
-        "--steps", "5", "--device", "cpu",
-    )  # fmt: skip
-    assert "| cls | linear, pooled |" in result.stdout
-    assert "chance" in result.stdout
+def test_the_command_prints_a_table(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["probe", tiny_store, "--out", tmp_path / "out", "--no-conv", "--columns", "cls", "local.pca-4"]
+    monkeypatch.setattr(sys, "argv", ["reglue", *map(str, arguments), "--steps", "5", "--device", "cpu"])
+    cli.main()
+    printed = capsys.readouterr().out
+    assert "| cls | linear, pooled |" in printed
+    assert "chance" in printed
 
 
 def test_codes_of_one_layer_are_probed_too(store: Path, tmp_path: Path, tiny_store: Path):
