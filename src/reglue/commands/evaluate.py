@@ -18,7 +18,7 @@ from reglue.files import TakesPaths, replacing
 from reglue.metrics.distances import DENSITY_NEIGHBOURS, NEIGHBOURS
 from reglue.metrics.evaluation import Evaluation, measure_figures, warnings_of
 from reglue.metrics.features import EncoderFeatures, FeatureKind, FeatureNetwork, load_encoder_features
-from reglue.metrics.image_sets import DrawnImages, ImageSet, Share, is_run, open_image_set, open_training_images
+from reglue.metrics.image_sets import ImageSet, Share, drawn_images, is_run, open_image_set, open_training_images
 from reglue.metrics.inception import INCEPTION, Inception, is_inception, load_inception
 from reglue.metrics.resampling import CONFIDENCE
 from reglue.metrics.sides import describe_side, refuse_too_few
@@ -183,8 +183,7 @@ def images_of(options: Evaluate) -> ImageSet:
             raise UserError(f"--count {options.count}: {run} is no run, and only runs draw images; leave it out")
         return open_image_set(run)
     folder = run / DRAWN / f"step-{checkpoints.find(run).name}"
-    drawing = Draw(run, folder, count, batch_size=options.batch_size, device=options.device)
-    return ImageSet(run, DrawnImages(drawing))
+    return drawn_images(Draw(run, folder, count, batch_size=options.batch_size, device=options.device))
 
 
 def reference_of(options: Evaluate) -> ImageSet:

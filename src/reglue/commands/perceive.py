@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,14 +21,14 @@ from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, load_encoder
 from reglue.errors import UserError
 from reglue.files import new_folder, replacing, to_json
-from reglue.perception.agreement import Agreement, ClassAgreement, DepthAgreement, Estimate
+from reglue.perception.agreement import Agreement, ClassAgreement, DepthAgreement, Estimate, markdown_table
 from reglue.perception.heads import Head, HeadSpec, load_head
 from reglue.perception.perceiving import Estimator, Subject, View, aligned_encoder, drawn_scenes, encoded_scenes
 from reglue.perception.pictures import Maps, as_image, draw_maps
 from reglue.pipeline import ImageModel, load
 from reglue.reals.samples import ImageSamples
 from reglue.run import FILE as RECORD
-from reglue.run import find_compressor
+from reglue.run import find_compressor, versions
 from reglue.samples import Draw, plan, protocol_of
 from reglue.seeds import permutation
 from reglue.training import distributed
@@ -144,7 +143,7 @@ def perceive(options: Perceive) -> Perception:
             heads={name: head.spec for name, head in heads.items()},
             encoder=encoder.spec,
             protocol=protocol,
-            versions={name: version(name) for name in ("reglue", "torch", "numpy")},
+            versions=versions(),
         )
         (out / REPORT).write_text(to_json(report))
         draw_maps(out / PICTURE, shown, heads)
@@ -279,20 +278,20 @@ def agreement_of(head: Head) -> Agreement:
 def agreement_table(report: Perception) -> str:
     """The agreement as a table in Markdown; no newline at the end."""
 
-    def shown(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3f}"
+    def shown(value: float | None, form: str = "{:.3f}", nothing: str = "–") -> str:
+        return nothing if value is None else form.format(value)
 
-    lines = [["head", "features", "measure", "agreement", "unrelated images"], ["---"] * 3 + ["---:"] * 2]
-    for one in report.agreement:
-        for name, figure in one.figures.items():
-            error = "" if figure.standard_error is None else f" ± {figure.standard_error:.3f}"
-            value = f"{shown(figure.value)}{error}"
-            lines.append([one.head, one.view, name.replace("_", " "), value, shown(figure.unrelated)])
-    about = (
-        f"Agreement with the same head on the encoder's features of the decoded image, over {report.images} images; "
-        "± one standard error. Unrelated: with the map of another image."
+    rows = [
+        [one.head, one.view, name.replace("_", " "), value, shown(figure.unrelated)]
+        for one in report.agreement
+        for name, figure in one.figures.items()
+        for value in [shown(figure.value) + shown(figure.standard_error, " ± {:.3f}", "")]
+    ]
+    table = markdown_table(["head", "features", "measure", "agreement", "unrelated images"], rows, texts=3)
+    return (
+        f"{table}\n\nAgreement with the same head on the encoder's features of the decoded image, over {report.images} "
+        "images; ± one standard error. Unrelated: with the map of another image."
     )
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", about])
 
 
 def write_png(path: Path, image: Image.Image) -> None:

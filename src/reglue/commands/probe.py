@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from reglue.perception.probing import (
     probe_table,
     run_probe,
 )
+from reglue.run import versions
 from reglue.training import distributed
 
 REPORT, TABLE, FIGURE = "report.json", "report.md", "figure.png"
@@ -219,7 +219,7 @@ def begin(options: Probe, sets: list[LabelledImages], parts: Parts, device: torc
         protocol=protocol,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
-        versions={name: version(name) for name in ("reglue", "torch", "numpy")},
+        versions=versions(),
     )
     path = options.out / REPORT
     if not path.is_file():

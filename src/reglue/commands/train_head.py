@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +14,7 @@ from reglue.perception.agreement import Estimate
 from reglue.perception.fitting import fit_head, head_spec, score_head
 from reglue.perception.heads import Head
 from reglue.perception.labelled import LAST_LAYER, StoreInput, open_input, with_depths
+from reglue.run import versions
 from reglue.training import distributed
 
 TRAINING = "training.json"
@@ -91,7 +91,7 @@ def train_head(options: TrainHead) -> Head:
         measured=len(parts.measured),
         chosen=fitted.chosen,
         scores=score_head(head, fitted, read, parts.measured, options.seed),
-        versions={name: version(name) for name in ("reglue", "torch", "numpy")},
+        versions=versions(),
     )
     with new_folder(options.out) as folder:
         head.save(folder)

@@ -95,11 +95,16 @@ def open_image_set(path: Path) -> ImageSet:
         names = _names(path)
         pool, spatial = (_read_gaussian(path, *both, names) for both in (("mu", "sigma"), ("mu_s", "sigma_s")))
         has_images = pool is None or any(name in names for name in IMAGE_ARRAYS)
-        return ImageSet(path, NpzImages(path, names) if has_images else None, None, pool, spatial)
+        return ImageSet(path, _NpzImages(path, names) if has_images else None, None, pool, spatial)
     if any((path / name).is_file() for name in (MANIFEST, PARTIAL)):
         return _of_store(Store.open(path))
     folder = ImageFolder.open(path)
-    return ImageSet(path, FolderImages(folder, len(folder)))
+    return ImageSet(path, _FolderImages(folder, len(folder)))
+
+
+def drawn_images(drawing: Draw) -> ImageSet:
+    """Images of a run, which are drawn when they are read first: those that are not there yet."""
+    return ImageSet(drawing.run, _DrawnImages(drawing))
 
 
 def open_training_images(run: Path) -> ImageSet:
@@ -117,10 +122,10 @@ def open_training_images(run: Path) -> ImageSet:
 
 
 def _of_store(store: Store) -> ImageSet:
-    return ImageSet(store.folder, StoreImages(store), store)
+    return ImageSet(store.folder, _StoreImages(store), store)
 
 
-class SourceImages(Images):
+class _SourceImages(Images):
     """Some of the images of a source."""
 
     source: ImageSource
@@ -131,23 +136,20 @@ class SourceImages(Images):
         return len(self.rows)
 
     def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
-        """As in `Images`."""
         for numbers in share.batches(len(self)):
             yield [self.source.load(self.rows[number], resolution) for number in numbers]
 
     def name(self, number: int) -> str:
-        """As in `Images`: its file."""
         return self.source.names[self.rows[number]]
 
 
-class FolderImages(SourceImages):
+class _FolderImages(_SourceImages):
     """The first `count` images of a folder."""
 
     def __init__(self, folder: ImageFolder, count: int):
         self.source, self.rows = folder, range(count)
 
     def first_size(self) -> tuple[int, int]:
-        """As in `Images`."""
         first_reason = ""
         for name in self.source.names:  # One that cannot be read is skipped later, too.
             try:
@@ -158,7 +160,6 @@ class FolderImages(SourceImages):
         raise UserError(f"no image in {self.source.path} can be read; the first, {first_reason}")
 
     def protocol(self) -> dict[str, Any] | None:
-        """As in `Images`, with the labels of these images alone."""
         path = self.source.path / PROTOCOL
         protocol = protocol_in(path.read_text(), path) if path.is_file() else None
         if protocol and "labels" in protocol:
@@ -166,23 +167,21 @@ class FolderImages(SourceImages):
         return protocol
 
 
-class DrawnImages(FolderImages):
-    """Images of a run, which are drawn when they are read first: those that are not there yet."""
+class _DrawnImages(_FolderImages):
+    """Images that are drawn when they are read first."""
 
     def __init__(self, drawing: Draw):
         self.drawing, self.rows = drawing, range(drawing.count)
 
     def first_size(self) -> tuple[int, int]:
-        """As in `Images`, without drawing any."""
         return runs.RunRecord.read(self.drawing.run).resolution
 
     @cached_property
     def source(self) -> ImageSource:
-        """The folder that was drawn."""
         return ImageFolder.open(write_samples(self.drawing))
 
 
-class StoreImages(SourceImages):
+class _StoreImages(_SourceImages):
     """The images that a store was made from, without mirror images. They may be gone unless they are read."""
 
     def __init__(self, store: Store):
@@ -190,12 +189,10 @@ class StoreImages(SourceImages):
         self.store, self.rows = store, range(0, made_of.count, 2 if made_of.flips else 1)
 
     def first_size(self) -> tuple[int, int]:
-        """As in `Images`: the store's, at which all its images are."""
         return self.store.manifest.source.resolution
 
     @cached_property
     def source(self) -> ImageSource:
-        """The images themselves. Raises UserError if they are gone or have changed."""
         try:
             return self.store.manifest.source.open()
         except UserError as error:
@@ -205,11 +202,11 @@ class StoreImages(SourceImages):
             ) from error
 
 
-class NpzImages(Images):
+class _NpzImages(Images):
     """The images of an .npz file, streamed: the array is never whole in memory."""
 
     def __init__(self, path: Path, names: list[str]):
-        """`names` are the arrays of the file. Raises UserError for a file without images."""
+        """`names` are the arrays of the file."""
         member = next((name for name in IMAGE_ARRAYS if name in names), None)
         if member is None:
             has = ", ".join(names) or "nothing"
@@ -229,11 +226,10 @@ class NpzImages(Images):
         return self.shape[0]
 
     def first_size(self) -> tuple[int, int]:
-        """As in `Images`."""
         return self.shape[1], self.shape[2]
 
     def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
-        """As in `Images`: other processes' batches are read and dropped, since the file is compressed."""
+        # Other processes' batches are read and dropped: the file may be compressed.
         bytes_per_image = int(np.prod(self.shape[1:]))
         own = set(share.batches(len(self)))
         with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
@@ -250,7 +246,6 @@ class NpzImages(Images):
                     yield [_to_size(image, resolution) for image in pixels]
 
     def protocol(self) -> dict[str, Any] | None:
-        """As in `Images`."""
         return archived_protocol(self.path)
 
 

@@ -7,7 +7,7 @@ with the map of another image: agreement that has nothing to do with the image, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -152,3 +152,9 @@ def standard_error(resampled: Sequence[float]) -> float:
 
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else value
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> str:
+    """Rows of cells as a table in Markdown; the first `texts` columns hold text, the others numbers."""
+    lines = [heads, ["---"] * texts + ["---:"] * (len(heads) - texts), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -6,6 +6,7 @@ such features: an alignment network makes them of generated latents (ReaLS, arXi
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -80,18 +81,16 @@ class HeadSpec:
 
         Only `encoder.layers` count as there to be read.
         """
-        mine = (self.width, self.encoder_sha256 or encoder.weights_sha256, self.architecture)
-        theirs = (encoder.width, encoder.weights_sha256, encoder.architecture)
+        sides = ("after", "before") if self.final_norm else ("before", "after")
+        remedy = "" if self.final_norm else " (`prepare` and `autoencode` take the others with --no-final-norm)"
+        same = (self.encoder_sha256 or encoder.weights_sha256, self.architecture)
         if self.width != encoder.width:
             reason = f"features of width {self.width}, and {what} has features of width {encoder.width}"
-        elif mine != theirs:
+        elif same != (encoder.weights_sha256, encoder.architecture):
             own = self.encoder or self.architecture
             reason = f"the encoder {own}, and {what} has features of another one, {encoder.name}"
         elif self.final_norm != encoder.final_norm:
-            sides = ("after", "before") if self.final_norm else ("before", "after")
-            reason = f"features {sides[0]} the encoder's final norm, and {what} has them {sides[1]} it"
-            if not self.final_norm:
-                reason += " (`prepare` and `autoencode` take the others with --no-final-norm)"
+            reason = f"features {sides[0]} the encoder's final norm, and {what} has them {sides[1]} it{remedy}"
         elif not set(self.layers) <= set(encoder.layers):
             reason = f"layers {list(self.layers)} of the encoder, and {what} has {list(encoder.layers)}"
         else:
@@ -196,17 +195,23 @@ def _load_folder(folder: Path) -> Head:
 def _published(tensors: dict[str, Tensor], file: Path) -> Head:
     """A linear head of DINOv2. Raises UserError if these are not its tensors."""
     task: Task = "segmentation" if "conv_seg.weight" in tensors else "depth"
-    weight = tensors.get("conv_seg.weight" if task == "segmentation" else "conv_depth.weight")
-    bias = tensors.get("conv_seg.bias" if task == "segmentation" else "conv_depth.bias")
-    spec = None if weight is None else _published_spec(task, tuple(weight.shape), file)
-    if spec is None or weight is None or bias is None or bias.shape != weight.shape[:1]:
+    layer, nothing = "conv_seg" if task == "segmentation" else "conv_depth", torch.empty(0)
+    weight, bias = (tensors.get(f"{layer}.{name}", nothing) for name in ("weight", "bias"))
+    spec = _published_spec(task, tuple(weight.shape), file)
+    if spec is None or bias.shape != weight.shape[:1]:
         raise UserError(
             f"{file} holds no linear head of DINOv2 (conv_seg or conv_depth on the features of one of its networks); "
             "give such a file, or a folder that `reglue head` made"
         )
     head = Head(spec)
     if task == "segmentation":
-        head, weight, bias = _standardised_by(tensors, spec, weight, bias, file)
+        norm = [tensors.get(f"bn.{name}", nothing) for name in ("running_mean", "running_var", "weight", "bias")]
+        if any(part.shape != weight.shape[1:2] for part in norm):
+            raise UserError(f"{file}: its batch norm (bn) is missing or of another width; fetch the file again")
+        mean, variance, scale, shift = norm
+        head = Head(spec, mean, (variance + BATCH_NORM_EPSILON).sqrt())
+        # What the batch norm does after standardising becomes a part of the convolution.
+        weight, bias = weight * scale[:, None, None], bias + weight[:, :, 0, 0] @ shift
     head.layers.load_state_dict({"0.weight": weight, "0.bias": bias})
     return head
 
@@ -215,45 +220,27 @@ def _published_spec(task: Task, shape: tuple[int, ...], file: Path) -> HeadSpec 
     """By the shape of the last convolution: which of the networks, and how many of its layers. None if none fits."""
     if len(shape) != 4 or shape[2:] != (1, 1):
         return None
-    with_token = task == "depth"
-    channels = shape[1] // 2 if with_token else shape[1]
-    for count in (1, 4):
-        # Heads were published for the networks without registers, whose widths are 384, 768, 1024 and 1536. Four
-        # layers of the narrowest have as many channels as one of the widest, so that one's name is asked for too.
-        for name in ("dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g"):
-            known = KNOWN_ENCODERS[name]
-            if known.width * count != channels or (channels == 1536 and f"vit{name[-1]}14" not in file.name):
-                continue
-            last = tuple(range(known.depth - count, known.depth))
-            classes = shape[0] if task == "segmentation" else 0
-            return HeadSpec(
-                task=task,
-                architecture=known.architecture,
-                width=known.width,
-                layers=DEPTH_LAYERS[known.depth] if with_token and count > 1 else last,
-                outputs=shape[0],
-                final_norm=not with_token,
-                class_token=with_token,
-                class_names=VOC_CLASSES if classes == len(VOC_CLASSES) else tuple(map(str, range(classes))),
-                depth_range=DEPTH_RANGES["kitti" if "kitti" in file.name else "nyu"] if with_token else None,
-            )
+    depth = task == "depth"
+    channels = shape[1] // 2 if depth else shape[1]  # Depth heads read the class token too.
+    # Heads were published for the networks without registers, whose widths are 384, 768, 1024 and 1536. Four layers of
+    # the narrowest have as many channels as one of the widest, so that one's name is asked for too.
+    for count, name in itertools.product((1, 4), ("dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g")):
+        known = KNOWN_ENCODERS[name]
+        if known.width * count != channels or (channels == 1536 and f"vit{name[-1]}14" not in file.name):
+            continue
+        names = VOC_CLASSES if shape[0] == len(VOC_CLASSES) else tuple(map(str, range(shape[0])))
+        return HeadSpec(
+            task=task,
+            architecture=known.architecture,
+            width=known.width,
+            layers=DEPTH_LAYERS[known.depth] if depth and count > 1 else tuple(range(known.depth - count, known.depth)),
+            outputs=shape[0],
+            final_norm=not depth,
+            class_token=depth,
+            class_names=() if depth else names,
+            depth_range=DEPTH_RANGES["kitti" if "kitti" in file.name else "nyu"] if depth else None,
+        )
     return None
-
-
-def _standardised_by(
-    tensors: dict[str, Tensor], spec: HeadSpec, weight: Tensor, bias: Tensor, file: Path
-) -> tuple[Head, Tensor, Tensor]:
-    """A head that standardises by the statistics of a published batch norm, and its convolution's weight and bias.
-
-    Scale and shift of the batch norm, which come after standardising, become a part of these.
-    """
-    names = ("running_mean", "running_var", "weight", "bias")
-    norm = [tensors.get(f"bn.{name}") for name in names]
-    if any(part is None or part.shape != weight.shape[1:2] for part in norm):
-        raise UserError(f"{file}: its batch norm (bn) is missing or of another width; fetch the file again")
-    mean, variance, scale, shift = (part for part in norm if part is not None)
-    head = Head(spec, mean, (variance + BATCH_NORM_EPSILON).sqrt())
-    return head, weight * scale[:, None, None], bias + weight[:, :, 0, 0] @ shift
 
 
 def _expected_depth(scores: Tensor, depth_range: tuple[float, float]) -> Tensor:

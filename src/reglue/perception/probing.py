@@ -13,6 +13,7 @@ import torch
 
 from reglue.data.store import CLASS_TOKEN_CODES, LOCAL_CODES, Store, holds_codes
 from reglue.files import replacing
+from reglue.perception.agreement import markdown_table
 from reglue.perception.labelled import LAST_LAYER, Parts, StoreInput, compressor_figures, read_uncompressed
 from reglue.perception.probes import ProbeTraining, fit_linear, fit_map, measure_probe
 
@@ -168,7 +169,7 @@ def probe_table(report: ProbeReport) -> str:
     """The results as a table in Markdown, and what they rest on; no newline at the end."""
     pixels = ["pixel accuracy"] if report.metric == "mIoU" else []
     heads = ["input", "probe", report.metric, *pixels, "channels", "values", "ratio", "MSE", "explained", "encoded/s"]
-    lines = [heads, ["---"] * 2 + ["---:"] * (len(heads) - 2), *map(_cells, report.results)]
+    table = markdown_table(heads, map(_cells, report.results), texts=2)
     without = f"; {report.without_mask} images have no mask" if report.without_mask else ""
     about = (
         f"{report.classes} classes, chance {report.chance:.3f} (the most common one). Fitted to {report.fitted} "
@@ -181,7 +182,7 @@ def probe_table(report: ProbeReport) -> str:
         for result in report.results
         if result.at_end
     ]
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", about, *at_end])
+    return "\n".join([table, "", about, *at_end])
 
 
 def _cells(result: ProbeResult) -> list[str]:
