@@ -14,7 +14,6 @@ from reglue.perception import probes
 from reglue.perception.agreement import IGNORE, confusions, mean_iou
 from reglue.perception.probes import (
     PENALTIES,
-    Constant,
     Examples,
     LinearProbe,
     ProbeTraining,
@@ -22,6 +21,7 @@ from reglue.perception.probes import (
     fit_map,
     measure_probe,
     ridge,
+    score_of_chance,
 )
 
 
@@ -118,14 +118,20 @@ def test_a_penalty_at_the_end_of_those_on_offer_is_said(penalties, chosen, at_en
 
 def test_an_accuracy_comes_with_its_binomial_error():
     targets = torch.tensor([0, 0, 0, 1])
-    score = measure_probe(Constant.fit(targets), examples(drawn(0, 4, 1, 1, 1), targets), 2, seed=0)
-    assert score.value == 0.75
+    always_0 = LinearProbe(torch.zeros(1, 2).double(), torch.tensor([1.0, 0.0]).double(), flat=False)
+    score = measure_probe(always_0, examples(drawn(0, 4, 1, 1, 1), targets), 2, seed=0)
+    assert score.value == 0.75 == score_of_chance(targets, targets, 2)
     assert score.standard_error == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+
+
+def test_chance_is_the_score_of_the_most_common_class():
+    masks = torch.tensor([[[0, 0, 1], [IGNORE, 1, 1]]], dtype=torch.uint8)
+    assert score_of_chance(masks, masks, 2) == pytest.approx((3 / 5 + 0) / 2)
+    assert score_of_chance(torch.full((4,), 255), torch.tensor([255, 0]), 256) == 0.5
 
 
 def test_class_255_of_images_is_a_class_like_others():
     targets = torch.full((30,), 255)
-    assert Constant.fit(targets).number == 255
     inputs = 0.1 * drawn(0, 30, 2, 2, 2)
     fitted = fit_map(examples(inputs, targets), examples(inputs, targets), 256, training(hidden=0, steps=300))
     assert fitted.selection_score == 1

@@ -28,7 +28,7 @@ from reglue.perception.labelled import (
     with_classes,
     with_masks,
 )
-from reglue.perception.probes import Constant, Examples, ProbeTraining, measure_probe
+from reglue.perception.probes import ProbeTraining, score_of_chance
 from reglue.perception.probing import (
     PROBES,
     ProbeKind,
@@ -198,9 +198,6 @@ def begin(options: Probe, sets: list[LabelledImages], parts: Parts, device: torc
             raise UserError(f"{options.masks}: too few masks with a pixel that is not to be ignored (255); give more")
         classes = 1 + max(int(part.targets.masked_fill(part.targets == IGNORE, 0).max()) for part in parts)
         masks_sha256 = hashlib.sha256(b"".join(images.targets.numpy().tobytes() for images in sets)).hexdigest()
-    rows, targets = parts.measured.rows, parts.measured.targets
-    nothing = Examples(lambda rows: torch.empty(len(rows), 1, 1, 1), rows, targets, (1, 1, 1))
-    constant = Constant.fit(parts.fitting.targets)
     protocol = {
         **options.decisive(),
         "images_sha256": [images.store.manifest.source.fingerprint for images in sets],
@@ -211,7 +208,7 @@ def begin(options: Probe, sets: list[LabelledImages], parts: Parts, device: torc
     report = ProbeReport(
         metric="accuracy" if options.masks is None else "mIoU",
         classes=classes,
-        chance=measure_probe(constant, nothing, classes, options.seed, resamples=0).value,
+        chance=score_of_chance(parts.fitting.targets, parts.measured.targets, classes),
         fitted=len(parts.fitting),
         selected=len(parts.selection),
         measured=len(parts.measured),

@@ -71,22 +71,6 @@ class Predictor(Protocol):
 
 
 @dataclass(frozen=True)
-class Constant:
-    """The probe that looks at nothing: the most common class."""
-
-    number: int
-
-    @classmethod
-    def fit(cls, targets: Tensor) -> Constant:
-        """The most common class of targets (N, …), ignored pixels left out."""
-        return cls(int(targets[_counted(targets)].long().bincount().argmax()))
-
-    def predict(self, inputs: Tensor, size: tuple[int, int] | None) -> Tensor:
-        """That class for every input, or pixel."""
-        return torch.full((len(inputs), *(size or ())), self.number)
-
-
-@dataclass(frozen=True)
 class LinearProbe:
     """Scores of classes x·weight + bias, of inputs averaged over positions or of all their values."""
 
@@ -273,6 +257,15 @@ class Score:
     """Binomial for an accuracy; by bootstrap over images for a mean intersection over union (NaN without)."""
     pixel_accuracy: float | None
     """Of masks."""
+
+
+def score_of_chance(fitting: Tensor, measured: Tensor, classes: int) -> float:
+    """What predicting the most common class of targets `fitting` for all targets `measured` scores."""
+    common = int(fitting[_counted(fitting)].long().bincount().argmax())
+    predicted = torch.full_like(measured, common)
+    if measured.ndim == 1:
+        return float((predicted == measured).double().mean())
+    return mean_iou(confusions(predicted, measured, classes).sum(0))
 
 
 def measure_probe(probe: Predictor, examples: Examples, classes: int, seed: int, resamples: int = RESAMPLES) -> Score:
