@@ -66,7 +66,7 @@ class GaussianStatistics:
 
     @property
     def gaussian(self) -> Gaussian:
-        """What has been seen, as a normal distribution; ValueError below two rows."""
+        """Of what has been seen, a normal distribution; ValueError below two rows."""
         return Gaussian(self.mean, self.covariance)
 
     @property
@@ -136,7 +136,7 @@ class KernelDistance:
     mean: float
     std: float
     resampled: Tensor = field(compare=False)
-    """(R,) float64: the mean with the images of the first set counted as each resample says."""
+    """(R,) float64: the mean with the images of the first set counted as often as each resample has them."""
 
 
 def kernel_distance(
@@ -152,7 +152,7 @@ def kernel_distance(
 
     Averaged over `subsets` random pairs of subsets of `subset_size` rows (or of all rows of the smaller set, if that
     has fewer) without repetition. Being unbiased it may be slightly negative. Takes features (N, D) and (M, D);
-    ValueError below two rows. `counts` (R, N) says how often each resample has each row of the first set.
+    ValueError below two rows. `counts` (R, N) are how often each resample has each row of the first set.
 
     Products are taken in the features' own type and sums in float64: for float32 this is twice as fast as float64
     throughout, and moves the distance by a hundred-thousandth of its scatter between subsets.
@@ -212,7 +212,7 @@ def _cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ManifoldScores:
-    """What each image says about the overlap of two sets; each figure is the mean of a tensor."""
+    """The overlap of two sets, image by image; each figure is the mean of a tensor."""
 
     precision: Tensor
     """(N,) per generated image: 1 if it lies in the manifold of the real ones (it looks real), otherwise 0."""
@@ -360,14 +360,14 @@ class _Block:
         parts = [self.of.shift(part) for part in self.of.columns.split(BLOCK)]
         squares = torch.cat([torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist").square_() for y in parts], dim=1)
         largest = float(squares.max())
-        # Copies are at distance 0, though rounding says otherwise.
+        # Copies are at distance 0, but for rounding.
         return squares.masked_fill_(squares <= (x.shape[1] + 32) * torch.finfo(torch.float64).eps * largest, 0)
 
 
 def inception_scores(logits: Tensor, counts: Tensor, split_size: int = 5000) -> Tensor:
     """The Inception Score of Salimans et al. (2016) of each resample: exp of the mean KL(p(y|x) ‖ p(y)); (R,) float64.
 
-    `logits` (N, C) are the network's, for ADM's score without the bias of its last layer; `counts` (R, N) says how
+    `logits` (N, C) are the network's, for ADM's score without the bias of its last layer; `counts` (R, N) are how
     often each resample has each image, all ones being the set itself. As in ADM's evaluator the score is the mean over
     splits of `split_size` images in the order given, the last of which may be shorter.
     """

@@ -29,7 +29,7 @@ SPATIAL_SIDE = 17
 """Height and width of that map."""
 WIDTH = 2048
 FIRST_TENSOR = "Conv2d_1a_3x3.conv.weight"
-"""A name that tells these weights from other networks'."""
+"""The name of a tensor that other networks do not have."""
 LOGITS = ("fc.weight", "fc.bias")
 OTHERWISE = "--feature-network FILE; --feature-network store or an encoder's name measures another distance without it"
 """What to do without a download, in the words of `reglue evaluate`."""
