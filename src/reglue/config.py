@@ -16,7 +16,7 @@ from reglue.diffusion.backbones import BACKBONES
 from reglue.diffusion.conditions import CLASS, CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.guidance import GUIDERS, Guidance
-from reglue.diffusion.modalities import LATENT, Modality
+from reglue.diffusion.modalities import LATENT, Modality, Normalisation
 from reglue.diffusion.paths import PathName
 from reglue.diffusion.predictions import PREDICTIONS
 from reglue.diffusion.samplers import SAMPLERS, StatePrecision, adaptive_solver
@@ -100,15 +100,22 @@ class LearnedPart(Part):
     modality: ClassVar[str]
     """The name of the modality."""
     kind: ClassVar[Literal["map", "token"]]
-    is_class_token: ClassVar[bool] = False
-    dropout: ClassVar[float] = 0.0
-    unit_variance: bool = False
-    one_scale: ClassVar[bool] = False
+    # Without annotations: some kinds of part have these as options, in an order of their own.
+    is_class_token = False
+    dropout = 0.0
+    unit_variance = False
+    one_scale = False
 
     @property
     def column(self) -> str:
         """The column of the store that training reads."""
         return self.modality
+
+    def as_modality(self, channels: int, normalisation: Normalisation | None = None) -> Modality:
+        """What the model learns, at so many channels."""
+        return Modality(
+            self.modality, self.kind, channels, self.column, normalisation, self.dropout, self.is_class_token
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class Latent(LearnedPart):
     unit_variance: bool = False
     """Scale each channel to mean 0 and standard deviation 1 on the store's images, in place of the autoencoder's own
     shift and scale: for images unlike those that the autoencoder was made for."""
-    one_scale: bool = False  # type: ignore[reportIncompatibleVariableOverride]
+    one_scale: bool = False
     """With unit_variance: one mean and standard deviation over all channels, as ReaLS has it (arXiv 2502.00359)."""
 
     def __post_init__(self) -> None:
@@ -140,7 +147,7 @@ class LocalSemantics(LearnedPart):
     modality, kind = "local", "map"
     compressor: str = "conv-16"
     """Name of the compressor in the store: what `reglue compress` made."""
-    dropout: float = 0.0  # type: ignore[reportIncompatibleVariableOverride]
+    dropout: float = 0.0
     """Share of samples that are trained without the map, for representation guidance (ReDi: 0.2)."""
     unit_variance: bool = False
     """Divide the map by its standard deviation, per channel (the published methods do not)."""
@@ -177,14 +184,16 @@ class ClassToken(LearnedPart):
 class OtherModality(LearnedPart):
     """A modality of your own: a column of the store, learned beside the others."""
 
-    modality: str = ""  # type: ignore[reportIncompatibleVariableOverride]
+    modality: str = ""
     """Its name, which states, losses and guidance scales know it by."""
-    kind: Literal["map", "token"] = "map"  # type: ignore[reportIncompatibleVariableOverride]
+    kind: Literal["map", "token"] = "map"
     """map: channels beside the latents, resized to their grid. token: a token of its own in front."""
     source: str = ""
     """The column of the store: (B, C, h, w) for a map, (B, C) for a token."""
-    dropout: float = 0.0  # type: ignore[reportIncompatibleVariableOverride]
+    dropout: float = 0.0
     """Share of samples that are trained without it, for representation guidance."""
+    unit_variance: bool = False
+    """Scale it to mean 0 and standard deviation 1, per channel."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

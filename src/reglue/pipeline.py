@@ -237,10 +237,9 @@ class ImageModel:
         Raises UserError for an unknown class, a count that contradicts the classes, and guidance without classes;
         TypeError for an unknown option.
         """
-        known = [part.name for part in fields(Sampling)]
+        _, *known = signature(ImageModel.generate).parameters
         if unknown := [name for name in changes if name not in known]:
-            own = [name for name, part in signature(type(self).generate).parameters.items() if name != "self"]
-            raise TypeError(f"generate() takes no {', '.join(unknown)}; it takes {', '.join(own)}")
+            raise TypeError(f"generate() takes no {', '.join(unknown)}; it takes {', '.join(known)}")
         if output not in ("pil", "tensor"):
             raise UserError(f"output {output!r}: choose 'pil' or 'tensor'")
         labels = self._labels(classes, count)
@@ -431,6 +430,7 @@ def _visible_signature() -> Signature:
     changes = [
         Parameter(part.name, Parameter.KEYWORD_ONLY, default=None, annotation=hints[part.name] | None)
         for part in fields(Sampling)
+        if part.name != "auto_scale"  # There is no weaker model here.
     ]
     return Signature([*own, *changes], return_annotation="list[Image.Image] | Tensor")
 

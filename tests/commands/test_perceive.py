@@ -374,7 +374,7 @@ def test_the_network_is_compiled_for_one_shape(
 
         return recorded
 
-    monkeypatch.setattr(precision, "compiled", compiled)
+    monkeypatch.setattr(precision, "compiled_for_shapes", compiled)
     options = Perceive(run, tmp_path / "seen", count=3, head=(heads["foreground"],), batch_size=2, device="cpu")
     perceive(replace(options, compile=True, steps=2, guidance_scale=1.0))
     assert set(shapes) == {(2,)}, "the last batch is filled up"

@@ -24,17 +24,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import reglue
-import reglue.commands.sample
+import reglue.samples
 from helpers import CLASSES, TINY_RECIPE, mistake, reglue_command
 from reglue import pipeline as generation
 from reglue.cli import parse
-from reglue.commands.sample import Sample, plan, sample
+from reglue.commands.sample import Sample, sample
 from reglue.config import Sampling
-from reglue.diffusion.guidance import Guidance
+from reglue.diffusion.controls import Progress
+from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError
 from reglue.metrics.image_sets import open_image_set
 from reglue.pipeline import load
 from reglue.run import RunRecord, Start
+from reglue.samples import plan
 
 
 def pixels(folder: Path) -> np.ndarray:
@@ -162,44 +164,6 @@ def test_a_full_disk_stops_the_job_with_its_message(
     )
 
 
-def test_samples_with_the_noise_of_an_older_version_are_not_continued(tiny_run: Path, tmp_path: Path) -> None:
-    out = sample(Sample(tiny_run, tmp_path / "out", count=2, steps=1, device="cpu"))
-    before = json.loads((out / "samples.json").read_text())
-    del before["noise"]
-    (out / "samples.json").write_text(json.dumps(before))
-    with pytest.raises(UserError, match=r"another protocol \(noise\); choose a new --out"):
-        sample(Sample(tiny_run, out, count=3, steps=1, device="cpu"))
-    assert len(pixels(out)) == 2
-
-
-def test_samples_of_an_older_version_may_be_continued(tiny_run: Path, tmp_path: Path) -> None:
-    out = sample(Sample(tiny_run, tmp_path / "out", count=2, device="cpu"))
-    protocol = json.loads((out / "samples.json").read_text())
-    added = ("time_shift", "state_precision", "precision", "relative_tolerance", "absolute_tolerance")
-    for name in added:
-        del protocol["sampling"][name]
-    (out / "samples.json").write_text(json.dumps(protocol))
-    with pytest.raises(UserError, match=r"another protocol \(sampling\)"):
-        sample(Sample(tiny_run, out, count=3, time_shift=2.0, device="cpu"))
-    assert len(pixels(sample(Sample(tiny_run, out, count=3, device="cpu")))) == 3
-
-
-def test_samples_with_open_precisions_may_be_continued(tiny_run: Path, tmp_path: Path) -> None:
-    """Older files have null where nobody asked for a precision, and no hash of the weights."""
-    out = sample(Sample(tiny_run, tmp_path / "out", count=2, device="cpu"))
-    file = out / "samples.json"
-    protocol = json.loads(file.read_text())
-    del protocol["weights_sha256"], protocol["weaker_weights_sha256"]
-    older = {**protocol, "sampling": protocol["sampling"] | {"state_precision": None, "precision": None}}
-    file.write_text(json.dumps(older))
-    with pytest.raises(UserError, match=r"another protocol \(sampling\)"):
-        sample(Sample(tiny_run, out, count=3, state_precision="float32", device="cpu"))
-    assert len(pixels(sample(Sample(tiny_run, out, count=3, device="cpu")))) == 3
-    after = json.loads(file.read_text())
-    assert after["sampling"] == protocol["sampling"]
-    assert "weights_sha256" not in after, "nobody knows which weights drew the first two"
-
-
 def test_the_protocol_says_which_precisions_and_weights_were_used(tiny_run: Path, tmp_path: Path) -> None:
     def protocol(name: str, **changes: Any) -> dict[str, Any]:
         out = sample(Sample(tiny_run, tmp_path / name, count=1, steps=1, device="cpu", **changes))
@@ -214,13 +178,18 @@ def test_the_protocol_says_which_precisions_and_weights_were_used(tiny_run: Path
     assert protocol("guided", weaker_run=tiny_run)["weaker_weights_sha256"] == used
 
 
+def unscaled(config: DenoiserConfig) -> DenoiserConfig:
+    latents, *others = config.modalities
+    return replace(config, modalities=(replace(latents, normalisation=None), *others))
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
         (lambda record: replace(record, class_names=("circle", "stripes", "square")), "classes"),
         (lambda record: replace(record, class_names=("0", "1", "2")), "classes"),
         (lambda record: replace(record, recipe=replace(record.recipe, path="cosine")), "path"),
-        (lambda record: replace(record, normalisation={}), "scale of latent"),
+        (lambda record: replace(record, denoiser=unscaled(record.denoiser)), "scale of latent"),
     ],
 )
 def test_a_weaker_run_speaks_of_the_same_in_the_same_terms(
@@ -238,15 +207,14 @@ def test_what_was_never_trained_does_not_guide(tiny_run: Path, tmp_path: Path) -
     recipe = replace(record.recipe, optimisation=replace(record.recipe.optimisation, label_dropout=0.0))
     replace(record, recipe=recipe).write(folder)
     model = load(folder, device="cpu")
-    assert model.default_sampling.guidance.scale == 1
+    assert model.default_sampling.guidance_scale == 1
     for name, says in (
-        ("scale", "has no branch without labels \\(trained with --optimisation.label-dropout 0"),
+        ("guidance_scale", "has no branch without labels \\(trained with --optimisation.label-dropout 0"),
         ("cls_scale", "has no branch without labels"),
         ("representation_scale", "has no branch without its map \\(trained with --local.dropout 0"),
     ):
-        guidance = Guidance(**{name: 2.0})  # type: ignore[arg-type]
         with pytest.raises(UserError, match=says):
-            model.generate(0, sampling=replace(model.default_sampling, guidance=guidance))
+            model.generate(0, sampling=model.default_sampling.changed(**{name: 2.0}))
     # A run that began as another one may have learned it there.
     start = Start("elsewhere", 5, "ema", "")
     replace(record, recipe=recipe, start=start).write(folder)
@@ -315,23 +283,6 @@ def test_a_run_that_has_moved_draws_more_of_the_same(
         sample(replace(options, run=Path("moved"), weaker_run=None))
 
 
-def test_without_a_hash_the_place_tells_the_run(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_run, "run")
-    shutil.copytree(tiny_run, "another")
-    options = Sample(Path("run"), Path("out"), count=1, steps=1, device="cpu")
-    file = sample(options) / "samples.json"
-    older = json.loads(file.read_text())
-    del older["weights_sha256"], older["weaker_weights_sha256"]
-    file.write_text(json.dumps({**older, "run": "run"}))
-    sample(replace(options, run=tmp_path / "run"))
-    assert json.loads(file.read_text())["run"] == str(tmp_path / "run")
-    with pytest.raises(UserError, match=r"another protocol \(run\)"):
-        sample(replace(options, run=Path("another")))
-
-
 def test_dopri5_without_its_library(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(UserError, match=r"pip install 'reglue\[ode\]'"):
@@ -344,8 +295,8 @@ def test_dopri5_without_its_library(tiny_run: Path, tmp_path: Path, monkeypatch:
 )
 def test_evaluations_are_as_many_as_announced(tiny_run: Path, sampler: str, steps: int, made: int) -> None:
     model, counted = load(tiny_run, device="cpu"), []
-    sampling = Sampling(sampler, steps, Guidance(2.0, interval=(0.1, 0.8)))  # type: ignore[arg-type]
-    model.draw([0, 1], [0, 1], 0, sampling, on_evaluation=lambda: counted.append(1))
+    sampling = Sampling(sampler, steps, guidance_scale=2.0, guidance_interval=(0.1, 0.8))
+    model.draw([0, 1], model.condition([0, 1]), 0, sampling, controls=[Progress(lambda: counted.append(1))])
     assert len(counted) == made == generation.evaluations(sampling)
     assert generation.evaluations(sampling, count=7, batch_size=3) == 3 * made
     assert generation.evaluations(Sampling("dopri5"), count=7, batch_size=3) is None
@@ -359,7 +310,7 @@ def test_other_settings_are_refused_where_images_are(tiny_run: Path, tmp_path: P
 
 
 def test_npz_holds_the_same_images(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reglue.commands.sample, "PACKED_AT_ONCE", 2)
+    monkeypatch.setattr(reglue.samples, "PACKED_AT_ONCE", 2)
     folder = sample(Sample(tiny_run, tmp_path / "png", count=5, device="cpu"))
     packed = np.load(sample(Sample(tiny_run, tmp_path / "images.npz", count=5, device="cpu")), allow_pickle=False)
     assert np.array_equal(packed["arr_0"], pixels(folder))
@@ -394,7 +345,7 @@ def test_a_finished_archive_is_not_drawn_again(
     before = out.read_bytes()
     sample(replace(options, out=tmp_path / "images.parts"))  # As if killed before they were removed.
     with monkeypatch.context() as patched:
-        patched.setattr(reglue.commands.sample.Drawing, "draw", lambda *_: pytest.fail("drawn again"))
+        patched.setattr(reglue.samples.Drawing, "draw", lambda *_: pytest.fail("drawn again"))
         capsys.readouterr()
         sample(options)
         assert "images.npz is complete already: 3 images" in capsys.readouterr().out
@@ -436,9 +387,9 @@ def test_an_archive_takes_the_memory_of_a_few_pictures(tmp_path: Path, monkeypat
     files = [tmp_path / f"{i:06d}.png" for i in range(count)]
     for i, file in enumerate(files):
         Image.new("RGB", (side, side), (i, 0, 0)).save(file)
-    monkeypatch.setattr(reglue.commands.sample, "PACKED_AT_ONCE", 2)
+    monkeypatch.setattr(reglue.samples, "PACKED_AT_ONCE", 2)
     tracemalloc.start()
-    reglue.commands.sample.write_archive(tmp_path / "all.npz", files, list(range(count)), {})
+    reglue.samples.write_archive(tmp_path / "all.npz", files, list(range(count)), {})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < count / 3 * side * side * 3
@@ -477,7 +428,7 @@ def test_every_sampler_and_guidance_draws_images(
     assert images.std() > 0
     protocol = json.loads((out / "samples.json").read_text())
     assert protocol["sampling"]["sampler"] == sampler
-    assert protocol["sampling"]["guidance"]["interval"] == [0.1, 0.8]
+    assert protocol["sampling"]["guidance_interval"] == [0.1, 0.8]
 
 
 @pytest.mark.parametrize(
@@ -510,17 +461,18 @@ def test_mistakes_are_one_line_and_exit_2(
 def sit_run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path:
     """A run of two steps without local map and class token, though its recipe would guide them, previews too."""
     run = tmp_path_factory.mktemp("sit") / "run"
-    previews = ["--preview-every=2", "--preview-count=1", "--preview-steps=1", "--sampling.guidance.cls-scale=2"]
-    guided = ["--sampling.guidance.representation-scale=1.5", "--sampling.guidance.local-scale=2"]
+    previews = ["--preview-every=2", "--preview-count=1", "--preview-steps=1", "--sampling.cls-scale=2"]
+    guided = ["--sampling.representation-scale=1.5", "--sampling.local-scale=2"]
     train = ["train", "sit", "--store", str(tiny_store), "--out", str(run), *TINY_RECIPE, *previews, *guided]
-    reglue.train(parse([*train, "--optimisation.steps=2", "--sampling.guidance.scale=1"]))
+    reglue.train(parse([*train, "--optimisation.steps=2", "--sampling.guidance-scale=1"]))
     return run
 
 
 def test_a_recipe_guides_nothing_that_its_model_lacks(sit_run: Path) -> None:
     assert (sit_run / "previews" / "00000002.png").is_file()
-    assert load(sit_run, device="cpu").default_sampling.guidance.discontinuities == ()
-    assert not load(sit_run, device="cpu").default_sampling.guidance.uses_labels
+    sampling = load(sit_run, device="cpu").default_sampling
+    scales = (sampling.guidance_scale, sampling.local_scale, sampling.cls_scale, sampling.representation_scale)
+    assert set(scales) == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -542,15 +494,15 @@ def test_guidance_of_what_a_model_lacks_is_refused(
     assert len(pixels(sample(parse([*map(str, arguments), "1", "--steps=1"])))) == 1, "1 is no guidance"
 
 
-@pytest.mark.parametrize(("asked", "guided"), [(None, 3), ("all", None), ("1", 1)])
+@pytest.mark.parametrize(("asked", "guided"), [(None, 3), ("all", "all"), ("1", 1)])
 def test_guided_channels_are_chosen_when_sampling(
-    sit_run: Path, tmp_path: Path, asked: str | None, guided: int | None
+    sit_run: Path, tmp_path: Path, asked: str | None, guided: int | str
 ) -> None:
     chosen = ["--guided-channels", asked] if asked else []
     common = ["sample", str(sit_run), "--out", str(tmp_path / "out"), "--count=1", "--device=cpu", "--sampler=euler"]
     options = parse([*common, "--steps=1", "--guidance-scale=2", *chosen])
     protocol = json.loads((sample(options) / "samples.json").read_text())
-    assert protocol["sampling"]["guidance"]["guided_channels"] == guided
+    assert protocol["sampling"]["guided_channels"] == guided
 
     model = load(sit_run, device="cpu")
     for number, weights in enumerate(model.denoiser.parameters()):  # After two steps, labels hardly matter yet.
@@ -558,10 +510,10 @@ def test_guided_channels_are_chosen_when_sampling(
     drawing = plan(options, model)
     latents = [
         replace(drawing, sampling=sampling).draw([0], lambda: None)["latent"]
-        for sampling in (drawing.sampling, generation.changed_sampling(drawing.sampling, guidance_scale=1.0))
+        for sampling in (drawing.sampling, drawing.sampling.changed(guidance_scale=1.0))
     ]
     moved = (latents[0] - latents[1]).abs().amax(dim=(0, 2, 3)) > 1e-3
-    assert moved.tolist() == [channel < (guided or 3) for channel in range(3)]
+    assert moved.tolist() == [channel < (3 if guided == "all" else guided) for channel in range(3)]
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"sampling": {}, "labels": 3}'])
@@ -596,7 +548,7 @@ def test_a_damaged_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> None:
 
 def test_python_interface(tiny_run: Path) -> None:
     model = load(tiny_run, device="cpu")
-    fast = Sampling("euler", 2, Guidance(1.5))
+    fast = Sampling("euler", 2, guidance_scale=1.5)
     images = model.generate([CLASSES[1], 2], seed=3, sampling=fast)
     assert [image.size for image in images] == [(16, 16)] * 2
     again = model.generate(["square", "stripes", 0], seed=3, sampling=fast, batch_size=1)

@@ -45,10 +45,10 @@ def test_a_sample_depends_on_seed_and_position_alone(tiny_store: Path) -> None:
     store = Store.open(tiny_store)
     whole = data(store, tiny("reglue")).sample(range(40, 60))
     alone = data(store, tiny("reglue")).sample(range(47, 48))
-    for kind in ("data", "noise"):
+    for kind in ("data", "noise", "condition"):
         for name, value in getattr(alone, kind).items():
             assert torch.equal(value[0], getattr(whole, kind)[name][7]), (kind, name)
-    for kind in ("time", "label", "alignment_target"):
+    for kind in ("time", "alignment_target"):
         assert torch.equal(getattr(alone, kind)[0], getattr(whole, kind)[7]), kind
     other = data(store, tiny("reglue"), seed=1).sample(range(47, 48))
     assert not torch.equal(other.noise["latent"], alone.noise["latent"])
@@ -64,9 +64,8 @@ def test_every_epoch_shows_each_image_once_in_an_order_of_its_own(tiny_store: Pa
 def test_labels_and_maps_are_dropped_as_often_as_asked(tiny_store: Path) -> None:
     recipe = tiny("redi")
     sample = data(Store.open(tiny_store), recipe).sample(range(2000))
-    assert (sample.label == 3).float().mean().item() == pytest.approx(0.1, abs=0.03)
-    assert sample.keep_local is not None
-    assert sample.keep_local.float().mean().item() == pytest.approx(0.8, abs=0.03)
+    assert (sample.condition["class"] == 3).float().mean().item() == pytest.approx(0.1, abs=0.03)
+    assert sample.keep["local"].float().mean().item() == pytest.approx(0.8, abs=0.03)
     assert sample.time.min() >= 0
     assert sample.time.max() <= 1
     assert sample.time.mean().item() == pytest.approx(0.5, abs=0.03)
@@ -119,9 +118,9 @@ def test_a_recipe_may_learn_codes_of_the_class_token_and_align_with_the_token_it
 
     store = compress(Compress(folder, "pca", "cls", channels=3, device="cpu"))
     record = RunRecord.of(store, chosen, seed=0)
-    assert record.denoiser.shape.class_token_width == 3
+    assert record.denoiser.shapes()["cls"] == (3,)
     assert record.denoiser.alignment_width == 16
-    assert record.class_token_compressor == store.manifest.compressors["cls.pca-3"]
+    assert record.compressors["cls"] == store.manifest.compressors["cls.pca-3"]
     trained, plain = data(store, chosen), data(store, recipe)
     sample = trained.sample(range(4))
     assert torch.equal(sample.data["cls"], store.read("cls.pca-3", trained.rows(range(4)))["cls"])
@@ -131,7 +130,10 @@ def test_a_recipe_may_learn_codes_of_the_class_token_and_align_with_the_token_it
     assert torch.equal(target, same)
 
     scaled = replace(chosen, class_token=replace(chosen.class_token, unit_variance=True))
-    assert len(RunRecord.of(store, scaled, seed=0).normalisation["cls"].scale) == 3
+    token = RunRecord.of(store, scaled, seed=0).denoiser.modality("cls")
+    assert token
+    assert token.normalisation
+    assert len(token.normalisation.scale) == 3
     assert record.store_hash != RunRecord.of(store, recipe, seed=0).store_hash
     assert RunRecord.of(store, recipe, seed=0) == RunRecord.of(Store.open(tiny_store), recipe, seed=0)
     loss = loss_terms(Denoiser(record.denoiser), PATHS[chosen.path], sample)
@@ -186,7 +188,7 @@ def test_a_sample_is_what_its_definition_says_to_the_bit(tiny_store: Path) -> No
     for value, name in zip(noise, ("latent", "local", "cls"), strict=True):
         assert torch.equal(sample.noise[name][2].flatten(), value)
     assert sample.time[2] == np.float32(uniform[0])
-    assert sample.label[2] == (3 if uniform[1] < 0.1 else store.labels[row])
+    assert sample.condition["class"][2] == (3 if uniform[1] < 0.1 else store.labels[row])
 
 
 def test_threads_that_are_in_two_epochs_at_once_read_the_same_as_one(tiny_store: Path) -> None:
@@ -276,7 +278,7 @@ def test_what_decoded_targets_lack_is_named(tiny_store: Path) -> None:
 
 
 def parts_of(draft: HostBatch) -> list[dict[str, torch.Tensor]]:
-    return [draft.latent, draft.codes, draft.target, draft.noise, draft.drawn]
+    return [*draft.columns.values(), draft.target, draft.noise, draft.condition, draft.drawn]
 
 
 class Gpu:
@@ -342,7 +344,7 @@ def test_a_gpu_copies_what_is_read_and_drawn_from_where_it_was_written(
         draft = trained.read(range(5))
         count = sum(map(len, parts_of(draft)))
         assert len(gpu.copied) == count
-        small = len(draft.drawn)  # times and labels are pinned afterwards
+        small = len(draft.drawn) + len(draft.condition)  # times and conditions are pinned afterwards
         assert len(gpu.pinned.intersection(gpu.copied[: count - small])) == count - small
         assert not gpu.asked
         sample = trained.finish(draft)

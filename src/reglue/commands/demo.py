@@ -27,7 +27,7 @@ from reglue.commands.train import Train, train
 from reglue.config import Alignment, ClassToken, Latent, LocalSemantics, Optimisation, Recipe, Sampling
 from reglue.data.images import ImageFolder, UnreadableImage
 from reglue.data.pictures import colours_of
-from reglue.data.store import Store, value_of
+from reglue.data.store import Store
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
@@ -295,16 +295,14 @@ def nearest_training_images(drawn: Drawn, training: Tensor, store: Path) -> Near
 def semantics(model: ImageModel, drawn: Drawn, training: Tensor, store: Path, seed: int) -> Semantics:
     """Real digits and samples, each beside its compressed semantics in the same colours."""
     rows = torch.linspace(0, len(training) - 1, SHOWN).long()
-    local = model.record.denoiser.modality(LocalSemantics.modality)
-    assert local is not None
-    code = Store.open(store).read(local.column, rows)[value_of(local.column)].float()
+    code = Store.open(store).read(model.record.recipe.local.column, rows)["local"].float()
     # An image is a function of seed and index: these are the first samples once more, with what was drawn beside them.
     state = model.draw(range(SHOWN), model.condition(drawn.labels[:SHOWN].tolist()), seed, model.default_sampling)
     return Semantics(
         images=training[rows].permute(0, 2, 3, 1).numpy(),
         colours=colours_of(code),
         generated_images=drawn.pixels[:SHOWN].permute(0, 2, 3, 1).numpy(),
-        generated_colours=colours_of(model.raw(state, local.name), reference=code),
+        generated_colours=colours_of(model.raw(state, LocalSemantics.modality), reference=code),
     )
 
 
