@@ -193,7 +193,7 @@ def parse(arguments: list[str]) -> Any:
         return completions(arguments)
     command = COMMANDS[known(name, COMMANDS, "command")]
     asks = not {"-h", "--help"}.isdisjoint(rest)
-    words, default = [name], {}
+    words, default = [name], dict[str, Any]()
     if name == "train":
         from reglue.papers import PAPERS
 
@@ -253,9 +253,9 @@ def recipes(titles: dict[str, str]) -> str:
     )
 
 
-def completions(arguments: list[str]) -> NoReturn:
+def completions(arguments: list[str]) -> Any:
     """Print or write the completions for a shell, which are of every option of every command, and exit."""
-    kinds = [
+    kinds: list[Any] = [
         Annotated[command.load(), tyro.conf.subcommand(name, description=command.description)]
         for name, command in COMMANDS.items()
     ]

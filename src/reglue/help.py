@@ -11,7 +11,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from shutil import get_terminal_size
-from textwrap import fill
+from textwrap import wrap
 from types import NoneType
 from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -100,20 +100,29 @@ def command_help(command: list[str], options: type, example: str, default: Any =
     words += [f"{option.flags[0]} {option.metavar}" for option in found if option.required and not option.positional]
     width = min(get_terminal_size().columns, 120)
     paragraphs = (inspect.getdoc(options) or "").split("\n\n")
+    lines = [line for paragraph in paragraphs for line in (*wrap(paragraph, width), "")]
     parser = ArgumentParser(
         usage=" ".join(["reglue", *command, *words, "[options]"]),
-        description="\n\n".join(fill(paragraph, width) for paragraph in paragraphs),
+        description="\n".join(lines),
         epilog=f"example:\n  reglue {example}",
-        formatter_class=partial(RawDescriptionHelpFormatter, max_help_position=30, width=width),
+        formatter_class=partial(_Formatter, max_help_position=30, width=width),
         add_help=False,
     )
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for option in found:
-        values = {"action": "store_true"} if option.type is bool else {"metavar": option.metavar}
-        groups[option.title(command[0])].add_argument(
-            *option.flags, help=option.help.replace("%", "%%"), **({} if option.positional else values)
-        )
+        values: dict[str, Any] = {"action": "store_true"} if option.type is bool else {"metavar": option.metavar}
+        if option.positional:
+            values = {}
+        title, explanation = option.title(command[0]), option.help.replace("%", "%%")
+        groups[title].add_argument(*option.flags, help=explanation, **values)
     return parser.format_help()
+
+
+class _Formatter(RawDescriptionHelpFormatter):
+    """Keeps names of options on one line."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrap(text, width, break_on_hyphens=False)
 
 
 def declared(options: type, default: Any = MISSING, prefix: str = "") -> Iterator[Option]:
@@ -137,8 +146,8 @@ def declared(options: type, default: Any = MISSING, prefix: str = "") -> Iterato
 def _explanations(options: type) -> dict[str, str]:
     """The string below each field of a dataclass, inherited ones included, as one line."""
     found = {}
-    for kind in filter(is_dataclass, reversed(options.__mro__)):
-        (declaration,) = ast.parse(inspect.getsource(kind)).body
+    for kind in [kind for kind in reversed(options.__mro__) if is_dataclass(kind)]:
+        (declaration,) = ast.parse(inspect.getsource(cast(type, kind))).body
         for line, below in pairwise(cast(ast.ClassDef, declaration).body):
             match line, below:
                 case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
@@ -148,9 +157,10 @@ def _explanations(options: type) -> dict[str, str]:
 
 def _metavar(kind: Any, optional: bool = False) -> str:
     """The values of a type: `INT`, `INT INT`, `{a,b}`."""
-    parts = get_args(kind)
+    parts: tuple[Any, ...] = get_args(kind)
     if get_origin(kind) is Literal:
-        return "{" + ",".join(map(str, parts)) + "}" if len(parts) > 1 else str(parts[0])
+        choices = ",".join(map(str, parts))
+        return f"{{{choices}}}" if len(parts) > 1 else choices
     if get_origin(kind) is tuple:
         items = " ".join(_metavar(part) for part in parts if part is not ...)
         return f"{items} ..." if ... in parts else items
