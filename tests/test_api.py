@@ -1,4 +1,4 @@
-"""What `import reglue` offers: every job, quickly, under names that stay; and generating images from Python."""
+"""What `import reglue` offers: every command, quickly, under names that stay; and generating images from Python."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from PIL import Image
 import reglue
 from reglue.cli import COMMANDS
 from reglue.config import Sampling
-from reglue.diffusion.guidance import Guidance
 from reglue.errors import UserError
 
 
-def test_every_job_is_a_function_away() -> None:
+def test_every_command_is_a_function_away() -> None:
     for command in COMMANDS.values():
         options = command.load()
-        job = command.options.partition(":")[0].rpartition(".")[2]
+        function = command.options.partition(":")[0].rpartition(".")[2]
         assert getattr(reglue, options.__name__) is options
-        assert callable(getattr(reglue, job))
-        assert {options.__name__, job} <= set(reglue.__all__)
+        assert callable(getattr(reglue, function))
+        assert {options.__name__, function} <= set(reglue.__all__)
 
 
 def test_every_public_name_is_there() -> None:
@@ -37,7 +36,7 @@ def test_every_public_name_is_there() -> None:
     assert set(reglue.recipes) == {"sit", "repa", "redi", "reg", "reglue"}
     with pytest.raises(AttributeError, match="'trian'"):
         reglue.trian  # type: ignore[attr-defined]  # noqa: B018
-    assert not hasattr(reglue, "jobs_of_others")
+    assert not hasattr(reglue, "functions_of_others")
 
 
 def test_importing_does_not_wait_for_torch() -> None:
@@ -46,7 +45,7 @@ def test_importing_does_not_wait_for_torch() -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_star_import_brings_the_jobs() -> None:
+def test_star_import_brings_every_name() -> None:
     names: dict[str, Any] = {}
     exec("from reglue import *", names)
     assert set(reglue.__all__) <= names.keys()
@@ -59,25 +58,22 @@ def model(tiny_run: Path) -> reglue.ImageModel:
 
 def test_single_options_change_the_models_own_sampling(dropping_run: Path) -> None:
     model = reglue.load(dropping_run, device="cpu")
-    guidance = Guidance(1.5, local_scale=1.2, cls_scale=1.1, interval=(0.1, 0.8), representation_scale=1.3)
-    at_once = model.generate([1, 2], seed=4, sampling=Sampling("heun", 3, guidance, "round"), output="tensor")
-    one_by_one = model.generate(
-        [1, 2],
-        seed=4,
-        sampler="heun",
-        steps=3,
-        guidance_scale=1.5,
-        local_scale=1.2,
-        cls_scale=1.1,
-        guidance_interval=(0.1, 0.8),
-        representation_scale=1.3,
-        rounding="round",
-        output="tensor",
-    )
+    options: dict[str, Any] = {
+        "sampler": "heun",
+        "steps": 3,
+        "guidance_scale": 1.5,
+        "local_scale": 1.2,
+        "cls_scale": 1.1,
+        "guidance_interval": (0.1, 0.8),
+        "representation_scale": 1.3,
+        "rounding": "round",
+    }
+    at_once = model.generate([1, 2], seed=4, sampling=Sampling(**options), output="tensor")
+    one_by_one = model.generate([1, 2], seed=4, **options, output="tensor")
     assert torch.equal(at_once, one_by_one)
     both = model.generate([1, 2], seed=4, sampling=Sampling("heun", 3), guidance_scale=2.0, output="tensor")
     assert torch.equal(
-        both, model.generate([1, 2], seed=4, sampling=Sampling("heun", 3, Guidance(2.0)), output="tensor")
+        both, model.generate([1, 2], seed=4, sampling=Sampling("heun", 3, guidance_scale=2.0), output="tensor")
     )
     assert not torch.equal(at_once, both)
 

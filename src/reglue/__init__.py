@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from reglue.commands.verify import Verify, verify
     from reglue.config import Recipe, Sampling
     from reglue.data.store import Store
-    from reglue.diffusion.guidance import Guidance
     from reglue.encoders.autoencoders import load_autoencoder
     from reglue.encoders.compressors import load_compressor
     from reglue.encoders.vision import load_encoder
@@ -43,7 +42,6 @@ _HOMES = {
     "load": "reglue.pipeline",
     "ImageModel": "reglue.pipeline",
     "Sampling": "reglue.config",
-    "Guidance": "reglue.diffusion.guidance",
     # the commands
     "Prepare": "reglue.commands.prepare",
     "prepare": "reglue.commands.prepare",
@@ -89,7 +87,6 @@ __all__ = [  # noqa: RUF022 in the order of use
     "load",
     "ImageModel",
     "Sampling",
-    "Guidance",
     "Prepare",
     "prepare",
     "Reencode",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
+import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import wrap
@@ -18,20 +17,22 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type
 import tyro
 from tyro.conf import Positional
 
+from reglue.overrides import field_docstrings
+
 GROUPS = {
     "data": """images store file folder reference protocol masks depth validation validation-masks labels no-labels
         class-names image-column label-column configuration split streaming resolution flips share per-class strict
         statistics-images validation-images held-out selection columns
         prepare.seed prepare.count evaluate.count probe.images head.images perceive.images""",
-    "model": """run model path learn-sigma position-grid latent local class-token alignment architecture autoencoder
-        encoder layers final-norm kind column channels hidden conv head from from-step from-weights step fitted
-        compressor statistics heads""",
+    "model": """run model backbone path prediction times conditions learn-sigma position-grid latent local class-token
+        alignment architecture autoencoder encoder layers final-norm kind column channels hidden conv head from
+        from-step from-weights step fitted compressor statistics heads""",
     "optimisation": """optimisation perceptual kl adversary kl-weight epochs cosine-epochs micro-batch learning-rate
         final-learning-rate seed steps batch-size compare""",
     "sampling": """sampling count classes sampler time-shift guidance-scale local-scale cls-scale guidance-interval
-        representation-scale guided-channels weaker-run auto-scale state-precision relative-tolerance
-        absolute-tolerance rounding samples-per-class sample.steps sample.seed sample.labels perceive.steps
-        perceive.seed perceive.labels""",
+        other-scales representation-scale auto-scale weaker-run guided-channels guiders state-precision
+        relative-tolerance absolute-tolerance rounding samples-per-class sample.steps sample.seed sample.labels
+        perceive.steps perceive.seed perceive.labels""",
     "metrics": """feature-network resamples kernel-subsets kernel-subset-size measure-lpips measure-inception
         flat-limit evaluate.features evaluate.seed""",
     "output": """out name features features-dtype dtype shard-size log-every evaluate-every checkpoint-every keep
@@ -79,7 +80,7 @@ class Option:
         """The explanation, and the default where there is one to show."""
         if self.required:
             return self.explanation if self.positional else f"{self.explanation} (required)"
-        if self.default is None or self.default is False or self.default == ():
+        if self.default is False or self.default in (None, (), {}):
             return self.explanation
         shown = "on" if self.default is True else " ".join(map(str, _flat(self.default)))
         return f"{self.explanation} (default: {shown})".strip()
@@ -137,6 +138,8 @@ def declared(options: type, default: Any = MISSING, prefix: str = "") -> Iterato
             value = getattr(default, field.name)
         else:
             value = field.default if field.default_factory is MISSING else field.default_factory()
+        if any(map(is_dataclass, get_args(kind))):
+            continue  # values of Python alone, such as modalities of one's own
         if is_dataclass(kind):
             yield from declared(cast(type, kind), value, f"{name}." if name else "")
         else:
@@ -144,14 +147,12 @@ def declared(options: type, default: Any = MISSING, prefix: str = "") -> Iterato
 
 
 def _explanations(options: type) -> dict[str, str]:
-    """The string below each field of a dataclass, inherited ones included, as one line."""
-    found = {}
+    """What is said of each field of a dataclass, inherited ones included."""
+    found: dict[str, str] = {}
     for kind in [kind for kind in reversed(options.__mro__) if is_dataclass(kind)]:
-        (declaration,) = ast.parse(inspect.getsource(cast(type, kind))).body
-        for line, below in pairwise(cast(ast.ClassDef, declaration).body):
-            match line, below:
-                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                    found[name] = " ".join(text.split())
+        made = dict(re.findall(r"^    (\w+): (.+)$", (kind.__doc__ or "").partition("Args:\n")[2], re.MULTILINE))
+        said = made or field_docstrings(cast(type, kind))
+        found |= {name: text for name, text in said.items() if text}
     return found
 
 
@@ -164,6 +165,8 @@ def _metavar(kind: Any, optional: bool = False) -> str:
     if get_origin(kind) is tuple:
         items = " ".join(_metavar(part) for part in parts if part is not ...)
         return f"{items} ..." if ... in parts else items
+    if get_origin(kind) is Mapping:
+        return f"{_metavar(parts[0])} {_metavar(parts[1])} ..."
     if parts:  # a union
         return " | ".join(_metavar(part) for part in parts if part is not NoneType) + " | None" * (
             optional and NoneType in parts

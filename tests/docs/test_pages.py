@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial, wraps
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -33,8 +33,8 @@ from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train import Train, train
 from reglue.commands.train_head import TrainHead
-from reglue.config import SamplerName
 from reglue.data.images import crop_to
+from reglue.diffusion.samplers import SAMPLERS
 from reglue.help import declared
 from reglue.papers import PAPERS
 from reglue.published.weights import PUBLISHED_DECODER
@@ -49,7 +49,7 @@ EVERY_PAGE = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))
 ALL_PAGES = [page for page in EVERY_PAGE if page.name not in ("log.md", "CHANGELOG.md")]
 """Those whose commands must work: the others are history."""
 WRAPPED = [page for page in ALL_PAGES if page.name not in ("study.md", "performance.md")]
-GUIDANCE_SCALE = "samples.sampling.guidance.scale 2.8"
+GUIDANCE_SCALE = "samples.sampling.guidance_scale 2.8"
 IMAGENET = "On ImageNet with eight GPUs"
 """The section with the commands that reproduce a method."""
 PARSED = "parsed"
@@ -193,7 +193,7 @@ def test_a_page_of_a_method(
     assert done[-1] == "evaluate"
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["reference"], report["reference_count"]) == (REFERENCE, 24)
-    assert report["protocol"]["sampling"]["guidance"]["scale"] == 1
+    assert report["protocol"]["sampling"]["guidance_scale"] == 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -267,7 +267,7 @@ def test_the_page_about_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         options = cli.parse(arguments)
         out = sample(replace(options, count=2, steps=2, device="cpu"))
         assert len(list(out.glob("*.png"))) == 2
-    assert all(f"`{name}`" in page.read_text() for name in get_args(SamplerName))
+    assert all(f"`{name}`" in page.read_text() for name in SAMPLERS)
 
 
 def test_the_readme_fits_a_screen() -> None:
@@ -317,7 +317,7 @@ def test_the_guide(
     def push(folder: Path, name: str, private: bool) -> None:
         sent[name] = (folder / "README.md").read_text()
 
-    monkeypatch.setattr("reglue.published.runs_by_name.push", push)
+    monkeypatch.setattr("reglue.run.push", push)
     reglue.load("run").push_to_hub("owner/name")
     found = json.loads((tmp_path / "report.json").read_text())["metrics"]["frechet_distance"]["value"]
     for text in (f"| {found:.6g} |", GUIDANCE_SCALE, "samples.seed 0", "versions.torch"):
@@ -332,7 +332,7 @@ def test_the_page_about_python(
     run = shutil.copytree(tiny_run, tmp_path / "run")
     (run / "run.json").write_text((run / "run.json").read_text().replace('"square"', '"spaniel"'))
     sent = []
-    monkeypatch.setattr("reglue.published.runs_by_name.push", lambda folder, name, private: sent.append(name))
+    monkeypatch.setattr("reglue.run.push", lambda folder, name, private: sent.append(name))
     page = (ROOT / "docs/python.md").read_text()
     python = [content for mark, content in blocks(page) if mark == "python"]
     assert len(python) == 4

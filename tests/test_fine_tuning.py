@@ -20,10 +20,10 @@ from reglue.commands.train import Train, train
 from reglue.data.store import Store
 from reglue.diffusion.backbones.sit import position_embedding
 from reglue.errors import UserError
+from reglue.fine_tuning import rows_of_labels
 from reglue.published import runs_by_name as hub
 from reglue.run import RunRecord
 from reglue.training import checkpoints
-from reglue.training.fine_tuning import rows_of_labels
 
 
 @pytest.fixture(scope="module")
