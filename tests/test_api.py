@@ -58,18 +58,22 @@ def model(tiny_run: Path) -> reglue.ImageModel:
 
 def test_single_options_change_the_models_own_sampling(dropping_run: Path) -> None:
     model = reglue.load(dropping_run, device="cpu")
-    options: dict[str, Any] = {
-        "sampler": "heun",
-        "steps": 3,
-        "guidance_scale": 1.5,
-        "local_scale": 1.2,
-        "cls_scale": 1.1,
-        "guidance_interval": (0.1, 0.8),
-        "representation_scale": 1.3,
-        "rounding": "round",
-    }
-    at_once = model.generate([1, 2], seed=4, sampling=Sampling(**options), output="tensor")
-    one_by_one = model.generate([1, 2], seed=4, **options, output="tensor")
+    scales = {"guidance_scale": 1.5, "local_scale": 1.2, "cls_scale": 1.1, "representation_scale": 1.3}
+    sampling = Sampling("heun", 3, guidance_interval=(0.1, 0.8), rounding="round", **scales)
+    at_once = model.generate([1, 2], seed=4, sampling=sampling, output="tensor")
+    one_by_one = model.generate(
+        [1, 2],
+        seed=4,
+        sampler="heun",
+        steps=3,
+        guidance_scale=1.5,
+        local_scale=1.2,
+        cls_scale=1.1,
+        guidance_interval=(0.1, 0.8),
+        representation_scale=1.3,
+        rounding="round",
+        output="tensor",
+    )
     assert torch.equal(at_once, one_by_one)
     both = model.generate([1, 2], seed=4, sampling=Sampling("heun", 3), guidance_scale=2.0, output="tensor")
     assert torch.equal(
