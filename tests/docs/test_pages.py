@@ -317,7 +317,7 @@ def test_the_guide(
     def push(folder: Path, name: str, private: bool) -> None:
         sent[name] = (folder / "README.md").read_text()
 
-    monkeypatch.setattr("reglue.run.push", push)
+    monkeypatch.setattr("reglue.published.sharing.push", push)
     reglue.load("run").push_to_hub("owner/name")
     found = json.loads((tmp_path / "report.json").read_text())["metrics"]["frechet_distance"]["value"]
     for text in (f"| {found:.6g} |", GUIDANCE_SCALE, "samples.seed 0", "versions.torch"):
@@ -332,7 +332,7 @@ def test_the_page_about_python(
     run = shutil.copytree(tiny_run, tmp_path / "run")
     (run / "run.json").write_text((run / "run.json").read_text().replace('"square"', '"spaniel"'))
     sent = []
-    monkeypatch.setattr("reglue.run.push", lambda folder, name, private: sent.append(name))
+    monkeypatch.setattr("reglue.published.sharing.push", lambda folder, name, private: sent.append(name))
     page = (ROOT / "docs/python.md").read_text()
     python = [content for mark, content in blocks(page) if mark == "python"]
     assert len(python) == 4
