@@ -144,8 +144,11 @@ def test_an_unknown_option_is_a_type_error(model: reglue.ImageModel) -> None:
     takes = r"takes classes, count, .*output, .*sampling, .*guidance_scale, .*rounding, .*absolute_tolerance$"
     with pytest.raises(TypeError, match=rf"^generate\(\) takes no guidance_scal; it {takes}"):
         model.generate(0, guidance_scal=2.0)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match=r"^generate\(\) takes no auto_scale"):
-        model.generate(0, auto_scale=2.0)  # type: ignore[call-overload], there is no weaker model
+
+
+def test_autoguidance_needs_a_weaker_model(model: reglue.ImageModel) -> None:
+    with pytest.raises(UserError, match="auto.scale"):
+        model.generate(0, auto_scale=2.0)
 
 
 def test_progress_is_shown_when_asked_for(model: reglue.ImageModel, capsys: pytest.CaptureFixture[str]) -> None:
