@@ -270,8 +270,8 @@ def in_channels(channels: int, rows: int) -> Any:
     [
         ("sit", 16, 128, "has 16 input channels and no local map"),
         ("repa", 3, 12, "has 3 input channels, fewer than the 4"),
-        ("repa", 16, 64, "has 16 channels, where published redi models have 12"),
-        ("reg", 32, 128, "has 32 channels, where published reglue models have 20"),
+        ("repa", 16, 64, "has 16 channels, but published redi models have 12"),
+        ("reg", 32, 128, "has 32 channels, but published reglue models have 20"),
     ],
 )
 def test_other_channels_than_the_published_ones_need_an_autoencoder(
