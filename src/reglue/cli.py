@@ -5,6 +5,7 @@ A command is imported when it is asked for: `reglue --help` need not wait for Py
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -142,6 +143,9 @@ def main() -> None:
         distributed.leave()
     except UserError as error:
         fail(str(error))
+    except BrokenPipeError:  # `reglue --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except Stopped as request:
@@ -226,7 +230,7 @@ def known(name: str, names: Iterable[str], what: str) -> str:
 
 def show(text: str) -> NoReturn:
     """Print what was asked for and exit."""
-    print(text.rstrip())
+    print(text.rstrip(), flush=True)
     sys.exit()
 
 
