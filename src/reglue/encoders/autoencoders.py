@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 MEAN_STD = "mean_std.json"
-REMEDY = "fetch it again"
+REMEDY = "fetch it again, with all files of the autoencoder in one folder"
 TAEF2_FILES = ("taef2_encoder.safetensors", "taef2_decoder.safetensors")
 
 
@@ -278,9 +278,6 @@ def _fetch(name: str) -> Path:
 
 def _load_diffusers(name: str, folder: Path) -> PosteriorAutoencoder | DeterministicAutoencoder:
     config_file, weights = folder / CONFIG, folder / DIFFUSERS_WEIGHTS
-    for file in (config_file, weights):
-        if not file.is_file():
-            raise UserError(f"autoencoder {folder}: {file.name} is missing; a diffusers folder has it beside the rest")
     class_name = _class_name(config_file)
     kind, network_class = DIFFUSERS_KINDS[class_name], _class_of_diffusers(class_name, folder)
     try:
@@ -302,7 +299,7 @@ def _load_diffusers(name: str, folder: Path) -> PosteriorAutoencoder | Determini
 def _class_name(config_file: Path) -> str:
     """Which of `DIFFUSERS_KINDS` a folder's configuration describes."""
     folder, known = config_file.parent, ", ".join(DIFFUSERS_KINDS)
-    class_name = read_json(config_file, dict[str, Any], "fetch it again").get("_class_name")
+    class_name = read_json(config_file, dict[str, Any], REMEDY).get("_class_name")
     if not isinstance(class_name, str):
         raise UserError(
             f"autoencoder {folder}: config.json is not in diffusers' layout: it lacks _class_name, the autoencoder's "
@@ -415,9 +412,6 @@ def _read_mean_std(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[
 
 def _load_taef2(name: str, folder: Path) -> Taef2Autoencoder:
     files = [folder / file for file in TAEF2_FILES]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"autoencoder {name}: {file} is missing; TAEF2 needs both {' and '.join(TAEF2_FILES)}")
     encoder_state = read_tensors(files[0], REMEDY)
     # Its two ends tell the sizes: the first convolution (width, 3, 3, 3) and the last (latent channels, width, 3, 3).
     first, last = encoder_state.get("0.weight"), encoder_state.get("14.weight")

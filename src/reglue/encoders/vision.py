@@ -349,18 +349,13 @@ def _timm_architecture(name: str) -> str:
 
 
 def _source_from_folder(folder: Path) -> _Source:
-    config_file, weights = folder / "config.json", folder / WEIGHTS
-    for file in (config_file, weights):
-        if not file.is_file():
-            raise UserError(
-                f"encoder {folder}: {file.name} is missing; timm's layout is config.json, model.safetensors"
-            )
-    config = read_json(config_file, dict[str, Any], REMEDY)
+    layout = "fetch the folder again: timm's layout is config.json and model.safetensors"
+    config = read_json(folder / "config.json", dict[str, Any], layout)
     try:
         return _Source(
             str(folder),
             config["architecture"],
-            weights,
+            folder / WEIGHTS,
             dict(config.get("model_args", {})),
             dict(config.get("pretrained_cfg", {})),
             parse_json(json.dumps(config.get("reglue_input", {})), InputRule),
