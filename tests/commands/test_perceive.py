@@ -205,6 +205,7 @@ def fit_alignment(images: Path, encoder_name: str, folder: Path) -> None:
     save_alignment(network, folder / "alignment.safetensors")
 
 
+@pytest.mark.trains
 def test_a_head_is_right_on_both_paths(
     tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +242,7 @@ def test_a_class_head_is_the_pooled_classifier_at_every_patch(store: Path, heads
     assert torch.allclose(scores.mean((2, 3), keepdim=True), pooled, atol=1e-5)
 
 
+@pytest.mark.trains
 def test_a_depth_head_tells_the_depth_it_was_shown(tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path) -> None:
     images, masks, _ = draw_blocks(tmp_path, 40)
     for file in masks.rglob("*.png"):
@@ -257,6 +259,7 @@ def test_a_depth_head_tells_the_depth_it_was_shown(tiny_encoder: str, tiny_autoe
     assert (scores["relative_error"].value or 1) < 0.5
 
 
+@pytest.mark.trains
 def test_a_published_depth_head_reads_latents_that_were_aligned_before_the_final_norm(
     tiny_images: Path, tiny_encoder: str, tmp_path: Path
 ) -> None:
@@ -410,6 +413,7 @@ def test_an_alignment_network_that_does_not_say_whose_features_it_gives(
     assert "does not say whose features" in said
 
 
+@pytest.mark.trains
 def test_a_local_map_of_the_last_layer_is_read_as_that_layer(
     store: Path, heads: dict[str, Path], tiny_images: Path, tmp_path: Path
 ) -> None:

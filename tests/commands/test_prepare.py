@@ -583,6 +583,7 @@ def test_a_full_disk_is_said_in_one_line(options, tmp_path: Path, monkeypatch: p
     assert len(prepare(options())) == 24
 
 
+@pytest.mark.trains
 def test_features_in_eight_bits_take_half_the_disk_and_serve_all_that_read_them(options, tmp_path: Path):
     full, half = (
         prepare(options(out=tmp_path / dtype, features_dtype=dtype, per_class=4)) for dtype in ("float16", "int8")

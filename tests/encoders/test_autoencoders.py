@@ -532,6 +532,7 @@ def drawn_digit(size: int) -> torch.Tensor:
     return white.expand(1, 3, size, size)
 
 
+@pytest.mark.trains
 def test_starter_autoencoder_reconstructs_a_digit() -> None:
     autoencoder = load_autoencoder("starter")
     digit = drawn_digit(32)

@@ -417,6 +417,7 @@ def test_starter_describes_images_of_at_least_64_pixels(image_size: int, grid: i
     assert encoder.spec.name == "starter"
 
 
+@pytest.mark.trains
 def test_starter_tells_a_bar_from_a_box() -> None:
     bar, box = torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
     for shift in range(3):
