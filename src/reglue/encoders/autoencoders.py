@@ -38,7 +38,7 @@ TAEF2_FILES = ("taef2_encoder.safetensors", "taef2_decoder.safetensors")
 
 
 class Moments(NamedTuple):
-    """What an encoder says about images, raw: the model's latents are drawn from it, then normalised."""
+    """What an encoder makes of images, raw: the model's latents are drawn from it, then normalised."""
 
     mean: Tensor
     """(B, C, H, W)."""
@@ -396,7 +396,7 @@ def _normalisation(network: Any, channels: int, folder: Path) -> tuple[tuple[flo
 
 def _read_mean_std(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel."""
-    content = read_json(file, dict[str, Any], "mend it, or take it away to use config.json")
+    content = read_json(file, dict[str, Any], "fix it, or take it away to use config.json")
     try:
         mean, std = (torch.tensor(content[key], dtype=torch.float64).expand(channels) for key in ("mean", "std"))
         valid = mean.isfinite().all() and std.isfinite().all() and std.min() > 0
@@ -405,7 +405,7 @@ def _read_mean_std(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[
     if not valid:
         raise UserError(
             f'{file} must say {{"mean": …, "std": …}}, each one finite number or a list of {channels}, one for each '
-            "latent channel, std above 0: mend it, or take it away to use config.json"
+            "latent channel, std above 0: fix it, or take it away to use config.json"
         )
     return tuple(mean.tolist()), tuple(std.tolist())
 
@@ -413,7 +413,7 @@ def _read_mean_std(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[
 def _load_taef2(name: str, folder: Path) -> Taef2Autoencoder:
     files = [folder / file for file in TAEF2_FILES]
     encoder_state = read_tensors(files[0], REMEDY)
-    # Its two ends tell the sizes: the first convolution (width, 3, 3, 3) and the last (latent channels, width, 3, 3).
+    # Its two ends give the sizes: the first convolution (width, 3, 3, 3) and the last (latent channels, width, 3, 3).
     first, last = encoder_state.get("0.weight"), encoder_state.get("14.weight")
     if first is None or last is None:
         raise UserError(f"{files[0]} does not hold the encoder of TAEF2: it has no 0.weight and 14.weight")

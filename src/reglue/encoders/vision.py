@@ -127,7 +127,7 @@ class EncoderSpec:
 
 
 class VisionFeatures(NamedTuple):
-    """What an encoder says about images. Raw values: nothing is standardised."""
+    """What an encoder makes of images. Raw values: nothing is standardised."""
 
     class_token: Tensor
     """(B, width): after the final norm of the last block. A network without class token gives what its attention
@@ -403,7 +403,7 @@ def _create(
     pretrained: bool = False,
     state_dict: dict[str, Tensor] | None = None,
 ) -> "VisionTransformer | Eva":
-    # timm takes longer to import than all of ours, and most jobs only read an EncoderSpec.
+    # timm takes longer to import than all of ours, and most commands only read an EncoderSpec.
     import timm
     from timm.models import Eva, VisionTransformer
 

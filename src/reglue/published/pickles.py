@@ -193,7 +193,7 @@ class InertUnpickler(pickle._Unpickler):
 
 
 def read_untrusted(file: Path) -> Any:
-    """What a file of PyTorch, NumPy, pickle or joblib holds, told by its first bytes.
+    """What a file of PyTorch, NumPy, pickle or joblib holds, recognised by its first bytes.
 
     Tensors come as tensors, arrays as `numpy.ndarray` of numbers, dicts, lists, strings and numbers as they are;
     objects of argparse and scikit-learn as the dict of their attributes, and what is of no use as None. Raises
@@ -216,7 +216,7 @@ def read_untrusted(file: Path) -> Any:
 
 
 def _instead_of_checkpoint(file: Path) -> str | None:
-    """What a file is that cannot be read, where its beginning tells."""
+    """What an unreadable file is, where its beginning shows it."""
     with file.open("rb") as opened:
         head = opened.read(200).lstrip().lower()
     for what, beginnings in NO_CHECKPOINTS.items():
