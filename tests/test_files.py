@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from reglue.errors import UserError
-from reglue.files import new_folder, parse_json, read_json, read_jsonl, read_network, to_json
+from reglue.files import BESIDE, new_folder, parse_json, read_json, read_jsonl, read_network, to_json
 
 
 def fill(path: Path) -> None:
@@ -30,7 +30,7 @@ def test_a_folder_is_filled_from_wherever_one_is(out: str, tmp_path: Path, monke
     fill(Path(out))
     assert sorted(part.name for part in (here / out).iterdir()) == ["parts", "weights"]
     assert (Path(out) / "parts" / "one").read_text() == "2", "as seen from here"
-    assert [path.name for path in tmp_path.rglob("*.tmp")] == []
+    assert [path.name for path in tmp_path.rglob(f"*{BESIDE}")] == []
     with pytest.raises(UserError, match="holds other files"):
         fill(Path(out))
 

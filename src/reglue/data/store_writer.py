@@ -77,7 +77,7 @@ class StoreWriter:
         elif (self.folder / PARTIAL).is_file():
             has = read_json(self.folder / PARTIAL, Contents, REMEDY)
         else:
-            strangers = [entry.name for entry in self.folder.iterdir() if entry.suffix not in (BESIDE, ".tmp")]
+            strangers = [entry.name for entry in self.folder.iterdir() if entry.suffix != BESIDE]
             if strangers:
                 raise UserError(f"{self.folder} is no store but holds {strangers[0]}; choose a new or an empty folder")
             has = asked
