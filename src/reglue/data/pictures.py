@@ -22,7 +22,8 @@ def image_grid(images: np.ndarray, columns: int, background: int = 255) -> np.nd
     rows = -(-count // columns)
     cells = np.full((rows * columns, height + GAP, width + GAP, 3), background, dtype=np.uint8)
     cells[:count, :height, :width] = images
-    return np.hstack(np.hstack(cells.reshape(rows, columns, *cells.shape[1:])))[:-GAP, :-GAP]
+    in_rows = cells.reshape(rows, columns, height + GAP, width + GAP, 3).swapaxes(1, 2)
+    return in_rows.reshape(rows * (height + GAP), columns * (width + GAP), 3)[:-GAP, :-GAP]
 
 
 def colours_of(code: Tensor, reference: Tensor | None = None) -> np.ndarray:
