@@ -23,7 +23,7 @@ from torch import Tensor
 from reglue.cli import parse
 from reglue.commands.autoencode import TrainingRecord, autoencode
 from reglue.commands.compress import Compress, compress
-from reglue.commands.sample import Sample, read_protocol, sample
+from reglue.commands.sample import Sample, sample
 from reglue.commands.verify import Verify, verify
 from reglue.data.manifest import MANIFEST, PARTIAL, Contents, read_manifest
 from reglue.data.store import Store
@@ -37,6 +37,7 @@ from reglue.errors import UserError
 from reglue.files import plain, read_json, read_jsonl, to_json
 from reglue.perception.heads import Head, HeadSpec, load_head
 from reglue.run import RunRecord
+from reglue.samples import read_protocol
 from reglue.training import checkpoints, tracking
 
 AUTOENCODER = [
@@ -426,7 +427,7 @@ def test_values_of_another_type_are_one_line_too(damageable: Iterator[tuple[Path
             continue
         content = file.read_bytes()
         # Other libraries do as they are told, and build a network of 10^18 blocks.
-        others = [None, True, 2.5, "text", [], {}] + [10**18] * (file.name != "config.json")
+        others = [None, 2.5, "text", [10**18 if file.name != "config.json" else 0]]
         for changed in changed_values(json.loads(content), others):
             put_back(file, json.dumps(changed).encode())
             outcome(read, folder, file)

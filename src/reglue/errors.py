@@ -1,4 +1,4 @@
-"""What ends a job without being a defect: the user's mistakes, and a request to stop."""
+"""What ends a command without being a defect: a mistake of the user's, or a request to stop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from math import inf, isfinite
 
 
 class UserError(Exception):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
     The message is one line: it names the file or the option and says what to change. The command line prints it and
     exits with code 2, without a traceback.
@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 class Stopped(Exception):  # noqa: N818, since it is no error
-    """A job was asked to stop (SIGTERM, SIGINT) and has: what it had done is saved, and the same command continues.
+    """A command was asked to stop (SIGTERM, SIGINT) and has stopped: its work is saved, and the same command continues.
 
     All of its processes raise it. The command line prints the message and exits with code 143.
     """

@@ -43,7 +43,7 @@ class TakesPaths:
     def __post_init__(self) -> None:
         for part in fields(cast(Any, self)):
             value = getattr(self, part.name)
-            # Types take time to look up: only for values that need it, which no job has when it is imported.
+            # Types take time to look up: only for values that need it, and no command has one when it is imported.
             if value is not part.default and not isinstance(value, bool):
                 kinds = _kinds(type(self))[part.name]
                 object.__setattr__(self, part.name, _as_typed(value, kinds, f"{type(self).__name__}({part.name}"))
@@ -140,7 +140,7 @@ def to_json(value: Any) -> str:
 
 
 def parse_json(text: str | bytes, kind: type[_T]) -> _T:
-    """Inverse of `to_json`: a value of the type `kind`, checked as closely as Python's types tell.
+    """Inverse of `to_json`: a value of the type `kind`, checked against its type hints.
 
     Raises ValueError, with a reason of one line, for anything else: what is no JSON, NaN and infinite numbers, numbers
     beyond 64 bits, keys that are unknown or missing, and values of another type.

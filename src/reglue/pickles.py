@@ -21,11 +21,10 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from reglue.errors import UserError
+from reglue.files import read_tensors
 
 TORCH_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How files begin that PyTorch wrote before version 1.6."""
@@ -195,7 +194,7 @@ class InertUnpickler(pickle._Unpickler):
 
 
 def read_untrusted(file: Path) -> Any:
-    """What a file of PyTorch, NumPy, pickle or joblib holds, told by its first bytes.
+    """What a file of PyTorch, NumPy, pickle or joblib holds, recognised by its first bytes.
 
     Tensors come as tensors, arrays as `numpy.ndarray` of numbers, dicts, lists, strings and numbers as they are;
     objects of argparse and scikit-learn as the dict of their attributes, and what is of no use as None. Raises
@@ -220,10 +219,7 @@ def read_untrusted(file: Path) -> Any:
 def read_untrusted_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a file of safetensors, or of what `read_untrusted` reads, by name: those of its `state_dict`, if
     it has one. Raises UserError as that does, and for a file without tensors."""
-    try:
-        content = load_file(file) if file.suffix == ".safetensors" and file.is_file() else read_untrusted(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged, or no safetensors; fetch it again ({_first_line(error)})") from None
+    content = read_tensors(file, "fetch it again") if file.suffix == ".safetensors" else read_untrusted(file)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     named = content.items() if isinstance(content, dict) else ()
@@ -234,7 +230,7 @@ def read_untrusted_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _instead_of_checkpoint(file: Path) -> str | None:
-    """What a file is that cannot be read, where its beginning tells."""
+    """What an unreadable file is, where its beginning shows it."""
     with file.open("rb") as opened:
         head = opened.read(200).lstrip().lower()
     for what, beginnings in NO_CHECKPOINTS.items():

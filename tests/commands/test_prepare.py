@@ -43,6 +43,7 @@ from reglue.data.store import Store
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
+from reglue.files import BESIDE
 
 
 @pytest.fixture
@@ -475,7 +476,7 @@ def test_killed_and_run_again_gives_the_same_store(options, tmp_path: Path):
 
     assert store.manifest == whole.manifest
     assert shards_of(store.folder) == shards_of(whole.folder)
-    assert not list(store.folder.glob("*.tmp"))
+    assert not list(store.folder.glob(f"*{BESIDE}"))
 
 
 def run_on_processes(count: int, *program: str | Path) -> subprocess.CompletedProcess[str]:
@@ -554,7 +555,7 @@ def test_a_file_that_cannot_be_written_leaves_no_half(options, tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
     assert shards_of(tmp_path / "store").keys() == {"label-00000.safetensors"}
-    assert not list((tmp_path / "store").glob("*.tmp"))
+    assert not list((tmp_path / "store").glob(f"*{BESIDE}"))
     assert len(prepare(options())) == 24
 
 
@@ -578,7 +579,7 @@ def test_a_full_disk_is_said_in_one_line(options, tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match=r"features-00001\.safetensors: No space left on device.*free some space"):
         prepare(options())
     assert not (tmp_path / "store" / "features-00001.safetensors").exists()
-    assert not list((tmp_path / "store").glob("*.tmp"))
+    assert not list((tmp_path / "store").glob(f"*{BESIDE}"))
     monkeypatch.undo()
     assert len(prepare(options())) == 24
 

@@ -21,6 +21,7 @@ from reglue.commands.verify import Verify, verify
 from reglue.data.manifest import write_manifest
 from reglue.data.store import Store
 from reglue.errors import UserError
+from reglue.files import BESIDE
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_where_files_cannot_be_linked_they_are_copied(
     monkeypatch.setattr(os, "link", refuse)
     second = reencode(Reencode(tiny_store, tmp_path / "second", another_autoencoder, workers=0))
     verify(Verify(second.folder))
-    assert not list((tmp_path / "second").glob("*.tmp"))
+    assert not list((tmp_path / "second").glob(f"*{BESIDE}"))
 
 
 def test_interrupted_before_the_semantics_it_continues(

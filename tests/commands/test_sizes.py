@@ -12,7 +12,7 @@ from PIL import Image
 from helpers import TINY_RECIPE
 from reglue import cli
 from reglue.data.store import Store
-from reglue.diffusion.backbones.sit import position_embedding
+from reglue.diffusion.embeddings import position_embedding
 from reglue.run import RunRecord
 
 

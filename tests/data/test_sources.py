@@ -379,6 +379,7 @@ def test_a_table_may_name_images_of_tar_shards_as_they_are_called_there(rows, tm
         ("a.json", '{"2.png": 1.5}', r"label 1\.5"),
         ("a.json", '{"labels": null}', "labels no images"),
         ("a.json", "[3", "is not JSON"),
+        ("a.json", "[" * 100_000, "is not JSON"),
         ("a.json", "3", "labels no images"),
     ],
 )

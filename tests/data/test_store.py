@@ -23,6 +23,7 @@ from reglue.data.store_writer import StoreWriter, add_codes
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.encoders.compressors import CompressorSpec
 from reglue.errors import UserError
+from reglue.files import BESIDE
 
 AUTOENCODER = AutoencoderSpec("vae", "AutoencoderKL", "12ab", 3, 2, (0.0,) * 3, (1.0,) * 3)
 
@@ -78,7 +79,7 @@ def test_manifest_survives_json(whole: Store):
     assert Store.open(whole.folder).manifest == whole.manifest
     assert [image.name for image in whole.manifest.skipped] == [name_of(index) for index in sorted(UNREADABLE)]
     assert not (whole.folder / "manifest.partial.json").exists()
-    assert not list(whole.folder.glob("*.tmp"))
+    assert not list(whole.folder.glob(f"*{BESIDE}"))
 
 
 @settings(max_examples=50, deadline=None)
@@ -190,7 +191,7 @@ def test_an_interrupted_store_continues_to_the_same_bytes(whole: Store, tmp_path
         Store.open(folder)
     with (folder / "prepare.jsonl").open("a") as journal:
         journal.write('{"index": 1, "rows"')  # The process died here.
-    (folder / "latent-00001.safetensors.tmp").write_bytes(b"half")
+    (folder / f"latent-00001.safetensors{BESIDE}").write_bytes(b"half")
 
     writer = StoreWriter(folder, contents())
     assert [block.start for block in writer.pending] == [10, 20]

@@ -355,7 +355,7 @@ def test_another_mean_std_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "mean_std.json").write_text(content)
     message = refusal(tmp_path)
     assert message.startswith((f"{tmp_path}/mean_std.json must say ", f"{tmp_path}/mean_std.json is damaged ("))
-    assert message.endswith("mend it, or take it away to use config.json")
+    assert message.endswith("fix it, or take it away to use config.json")
 
 
 def test_moments_draw() -> None:

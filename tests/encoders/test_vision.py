@@ -159,7 +159,7 @@ def test_table_names_the_shapes_of_its_architectures(name: str) -> None:
     depth = len([key for key in shapes if key.endswith(".norm1.weight")])
     registers = shapes["reg_token"][1] if "reg_token" in shapes else 0
     assert (width, depth, patch_size, registers) == (known.width, known.depth, known.patch_size, known.registers)
-    assert shapes.keys() & known_encoders.TELLING_TENSORS == known.family.tensors
+    assert shapes.keys() & known_encoders.DISTINCTIVE_TENSORS == known.family.tensors
     pretrained_cfg = timm.get_pretrained_cfg(known.architecture)
     assert pretrained_cfg is not None
     # Weights come as `model.safetensors` of this repository, which is what timm itself asks for first.

@@ -120,7 +120,7 @@ class Prepare(TakesPaths):
 
 
 def prepare(options: Prepare, *, semantics_of: Contents | None = None) -> Store:
-    """Make a store, or continue one. Raises UserError for anything that the user can mend.
+    """Make a store, or continue one. Raises UserError for anything that the user can fix.
 
     `semantics_of`: a store whose class tokens and features this one has been given. They stay as they are.
     """
@@ -206,7 +206,7 @@ def fill(
                 peaks += batch.peaks
                 for image in batch.unreadable:
                     if options.strict:
-                        raise UserError(f"{images.path / image.name}: {image.reason}; mend it, or leave --strict out")
+                        raise UserError(f"{images.path / image.name}: {image.reason}; fix it, or leave --strict out")
                     tqdm.write(f"skipped {images.path / image.name}: {image.reason}", file=sys.stderr)
                     skipped.append(image)
                 if batch.names:

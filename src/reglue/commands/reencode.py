@@ -69,7 +69,7 @@ def reencode(options: Reencode) -> Store:
     latents = prepare(_of_latents(options, manifest), semantics_of=None if second is None else second.manifest)
     if latents.manifest.skipped != manifest.skipped:
         raise UserError(
-            f"{options.out} lacks other images than {options.store}: some can no longer be read; prepare both anew"
+            f"{options.out} lacks other images than {options.store}: some can no longer be read; prepare both again"
         )
     if rank == 0 and second is None:
         add_semantics(latents, first)

@@ -50,7 +50,7 @@ class UnreadableImage:
     name: str
     """Its name in the source: within an image folder, its path."""
     reason: str
-    """One line: what the decoder said."""
+    """One line, from the decoder."""
 
 
 class OneAtATime:
@@ -104,7 +104,7 @@ class ImageSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of what tells these images and labels from others."""
+        """SHA-256, in hexadecimal, of what distinguishes these images and labels from others."""
         ...
 
 

@@ -40,7 +40,7 @@ class ClassIndex:
             raise UserError(f"{image} has no label ({label!r}); remove it, or take no labels with --no-labels")
         raise UserError(
             f"{image} has label {label!r}, but {self.owner} has {len(self.names)} classes, such as "
-            f"{', '.join(self.names[:2])}; mend the label, or take no labels with --no-labels"
+            f"{', '.join(self.names[:2])}; fix the label, or take no labels with --no-labels"
         )
 
 
@@ -60,7 +60,7 @@ def index_labels(
         missing = _is_missing(label)
         if missing or isinstance(label, bool) or not isinstance(label, Label):
             what = f"no label ({label!r})" if missing else f"label {label!r}, neither a name nor a whole number"
-            raise UserError(f"{name_of(i)} of {owner} has {what}; mend it, or take no labels with --no-labels")
+            raise UserError(f"{name_of(i)} of {owner} has {what}; fix it, or take no labels with --no-labels")
     kinds = set(labels)
     numbers = {label: int(label) for label in kinds if isinstance(label, int) or _is_number(label)}
     all_numbers = len(numbers) == len(kinds)
@@ -85,7 +85,7 @@ def read_class_names(file: Path) -> tuple[str, ...]:
 
 
 def read_table(file: Path, named: Callable[[str], str] = str) -> dict[str, Label]:
-    """A label for each image, by its name, from a file. `named` says what an image of the table is called here.
+    """A label for each image, by its name, from a file. `named` turns a name in the table into the name here.
 
     `.csv`: the columns `file` and `label`, or the first two. `.json`: {"name": label, …}, or the dataset.json of ADM
     and EDM, {"labels": [["name", number], …]}. Raises UserError, naming the line or image, for anything else.

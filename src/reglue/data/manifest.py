@@ -31,7 +31,7 @@ METADATA = "reglue"
 LOCAL_CODES = "local."
 CLASS_TOKEN_CODES = "cls."
 """What the names of columns that hold a compressor's codes begin with, for maps and for class tokens."""
-REMEDY = "prepare the store anew"
+REMEDY = "prepare the store again"
 READ_AT_ONCE = 2**18
 """Bytes of a file whose hash is taken: so few stay in a core's own cache."""
 
@@ -61,7 +61,7 @@ class Source:
         """The images once more, in the same order. Raises UserError if they are gone, or others than they were."""
         images = open_images(Path(self.path), self.reading, self.subset, self.flips)
         if images.fingerprint() != self.fingerprint:
-            raise UserError(f"{self.path} has changed since the store was made; prepare the store anew")
+            raise UserError(f"{self.path} has changed since the store was made; prepare the store again")
         return images
 
 
@@ -95,7 +95,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardMetadata:
-    """What a shard says of itself."""
+    """A shard's metadata."""
 
     format: int
     column: str
@@ -181,7 +181,7 @@ def compressor_of(column: str) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What a store says of itself, its files unseen. Raises UserError if it is none, or is half-written."""
+    """The manifest of a store; no other file is looked at. Raises UserError if it is none, or is half-written."""
     path = folder / MANIFEST
     if not path.is_file():
         if (folder / PARTIAL).is_file():
@@ -204,7 +204,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def _hash(content: dict[str, Any]) -> str:
-    """SHA-256 of what a manifest's file says, but for the hash itself."""
+    """SHA-256 of the content of a manifest's file, without the hash itself."""
     return hashlib.sha256(json.dumps({**content, "hash": ""}, indent=1).encode()).hexdigest()
 
 
@@ -217,12 +217,12 @@ def is_whole(folder: Path, shard: Shard) -> bool:
 
 
 def is_intact(folder: Path, shard: Shard, on_read: Callable[[int], object]) -> bool:
-    """Whether a file of a store has the bytes that its manifest says. Reads all of it, telling `on_read` how much."""
+    """Whether a file of a store has the hash in the manifest. Reads all of it; `on_read` gets the number of bytes."""
     return is_whole(folder, shard) and file_sha256(folder / shard.file, on_read) == shard.sha256
 
 
 def file_sha256(path: Path, on_read: Callable[[int], object] = lambda _: None) -> str:
-    """Hash of a file, telling `on_read` how many bytes were read."""
+    """SHA-256 of a file. `on_read` is called with the number of bytes of each read."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_AT_ONCE))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

@@ -35,7 +35,7 @@ def open_images(
 
     `path` is a folder of images, a .tar or .parquet file, a folder of such, a pattern (`shard-{00..99}.tar`,
     `*.parquet`), a data set that `datasets` has saved, or `hf:OWNER/NAME`. With `flips`, images 2i and 2i + 1 are an
-    image and its mirror image. Raises UserError for what is missing or cannot be told.
+    image and its mirror image. Raises UserError for what is missing or ambiguous.
     """
     images = _open_whole(path, reading)
     if subset:
@@ -98,7 +98,7 @@ def _files_in(folder: Path, reading: Reading) -> list[Path]:
     """The tar or parquet files of a folder and of its folders; none if it holds images."""
     images, folders = list_folder(folder)
     beside = [file for file in sorted(folder.iterdir()) if file.suffix in DATA_FILES]
-    # One class folder tells; to look into all of them would take as long as to list the images.
+    # One class folder is enough; to look into all of them would take as long as to list the images.
     below = (folder / folders[0]).iterdir() if folders and not beside else ()
     if not beside and not any(file.suffix in DATA_FILES for file in below):
         return []

@@ -20,11 +20,10 @@ def image_grid(images: np.ndarray, columns: int, background: int = 255) -> np.nd
         raise ValueError("image_grid needs at least one image and one column")
     count, height, width, _ = images.shape
     rows = -(-count // columns)
-    grid = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), background, dtype=np.uint8)
-    for index, image in enumerate(images):
-        top, left = (index // columns) * (height + GAP), (index % columns) * (width + GAP)
-        grid[top : top + height, left : left + width] = image
-    return grid
+    cells = np.full((rows * columns, height + GAP, width + GAP, 3), background, dtype=np.uint8)
+    cells[:count, :height, :width] = images
+    in_rows = cells.reshape(rows, columns, height + GAP, width + GAP, 3).swapaxes(1, 2)
+    return in_rows.reshape(rows * (height + GAP), columns * (width + GAP), 3)[:-GAP, :-GAP]
 
 
 def colours_of(code: Tensor, reference: Tensor | None = None) -> np.ndarray:

@@ -45,7 +45,7 @@ class Reading(TakesPaths):
     streaming: bool = False
     """Read in order through `datasets` and keep nothing on the disk. One process decodes; resuming reads again."""
     count: int | None = None
-    """How many images of a stream to take. Needed where the stream does not tell how many it has."""
+    """How many images of a stream to take. Needed where the stream does not state its length."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +92,7 @@ class Relabelled:
     sequential = False
 
     def __init__(self, images: ImageSource, reading: Reading, named: Callable[[str], str]):
-        """`named` says what an image of the table is called here: a.JPG of a tar file is a.jpg."""
+        """`named` turns a name in the table into the name here: a.JPG of a tar file is a.jpg."""
         assert reading.labels is not None
         self._images = images
         self.path, self.names = images.path, images.names

@@ -79,8 +79,8 @@ class Store:
         for column, content in manifest.columns.items():
             for shard in content.shards:
                 if column != to_be_replaced and not is_whole(folder, shard):
-                    jobs = "`reglue compress`" if holds_codes(column) else "`reglue prepare` or `reglue reencode`"
-                    raise UserError(f"{folder / shard.file} is missing or cut short; run the same {jobs} again")
+                    commands = "`reglue compress`" if holds_codes(column) else "`reglue prepare` or `reglue reencode`"
+                    raise UserError(f"{folder / shard.file} is missing or cut short; run the same {commands} again")
         return cls(folder, manifest)
 
     def __len__(self) -> int:

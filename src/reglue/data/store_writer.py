@@ -52,7 +52,7 @@ class StoreWriter:
     """Fills a store shard by shard, and knows what an earlier, interrupted run has already done.
 
     A journal (`prepare.jsonl`, one line per block of `shard_rows` images) says which blocks are complete; a line is
-    added after its shards are in place. `complete` says that there was nothing left to do from the start.
+    added after its shards are in place. `complete` means that there was nothing left to do from the start.
 
     Many processes can fill one store, each with a writer and a journal of its own. Process 0 makes its writer before
     the others do, and none writes before all have one; when all have written, process 0 gathers and finishes.
@@ -77,7 +77,7 @@ class StoreWriter:
         elif (self.folder / PARTIAL).is_file():
             has = read_json(self.folder / PARTIAL, Contents, REMEDY)
         else:
-            strangers = [entry.name for entry in self.folder.iterdir() if entry.suffix not in (BESIDE, ".tmp")]
+            strangers = [entry.name for entry in self.folder.iterdir() if entry.suffix != BESIDE]
             if strangers:
                 raise UserError(f"{self.folder} is no store but holds {strangers[0]}; choose a new or an empty folder")
             has = asked

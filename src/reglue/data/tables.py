@@ -99,7 +99,7 @@ class _Columns(NamedTuple):
     image: str
     label: str | None
     class_names: tuple[str, ...] | None
-    """None where the table does not tell."""
+    """None where the table does not list them."""
 
 
 class ParquetImages:
@@ -111,7 +111,7 @@ class ParquetImages:
     sequential = False
 
     def __init__(self, path: Path, files: Sequence[Path], reading: Reading):
-        """Raises UserError for a damaged file, one named twice, and for columns or labels that cannot be told."""
+        """Raises UserError for a damaged file, one named twice, and for ambiguous columns or labels."""
         self.path, self._files = path, files
         self._file_names = _distinct_names(files)
         if len(set(self._file_names)) < len(files):
@@ -218,7 +218,7 @@ class DatasetImages:
     sequential = False
 
     def __init__(self, path: Path, dataset: datasets.Dataset, reading: Reading):
-        """Raises UserError for columns or labels that cannot be told."""
+        """Raises UserError for ambiguous columns or labels."""
         self.path = path
         columns = _columns(dataset.features, reading, path)
         self._column = columns.image
@@ -261,19 +261,19 @@ class StreamedImages:
     sequential = True
 
     def __init__(self, path: Path, stream: datasets.IterableDataset, reading: Reading, split: str):
-        """Raises UserError if the stream does not tell its columns, its classes or its length, nor the user."""
+        """Raises UserError if neither the stream nor the user states its columns, classes and length."""
         self.path = path
         if stream.features is None:
-            raise UserError(f"{path} does not tell its columns before it is read; leave --streaming out")
+            raise UserError(f"{path} does not list its columns until it is read; leave --streaming out")
         columns = _columns(stream.features, reading, path)
         if columns.label and columns.class_names is None:
             raise UserError(
-                f"{path} does not tell its classes before it is read; name them with --class-names, or use --no-labels"
+                f"{path} does not list its classes until it is read; name them with --class-names, or use --no-labels"
             )
         known = stream.info.splits[split].num_examples if stream.info.splits and split in stream.info.splits else None
         count = reading.count or known
         if not count:
-            raise UserError(f"{path} does not tell how many images it has; say how many to take with --count")
+            raise UserError(f"{path} does not state how many images it has; choose a number with --count")
         self._count = count
         self._columns = columns
         self._stream = _undecoded(stream, columns)

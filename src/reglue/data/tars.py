@@ -94,7 +94,7 @@ def _samples(file: Path) -> Iterator[tuple[str, dict[str, _Member]]]:
 
     with file.open("rb") as content:
         content.seek(-min(tarfile.BLOCKSIZE, file.stat().st_size), 2)
-        if any(content.read()):  # `tarfile` says nothing if a header is cut, nor if files are missing at the end.
+        if any(content.read()):  # `tarfile` does not notice a cut header, nor missing files at the end.
             raise UserError(f"{file} is no whole tar file (it has no end mark); fetch it again, or unpack it first")
     try:
         for key, group in itertools.groupby(members(), key=lambda member: member[0]):
@@ -134,7 +134,7 @@ def _label_of(members: dict[str, _Member], file: Any, name: str, reading: Readin
         try:
             about = json.loads(_read(file, members["json"]))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"the .json beside {name} is not JSON ({error}); mend it, or use --no-labels") from error
+            raise UserError(f"the .json beside {name} is not JSON ({error}); fix it, or use --no-labels") from error
         if isinstance(about, dict) and (column or "label") in about:
             return about[column or "label"]
     raise UserError(

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 MEAN_STD = "mean_std.json"
-REMEDY = "fetch it again"
+REMEDY = "fetch it again, with all files of the autoencoder in one folder"
 TAEF2_FILES = ("taef2_encoder.safetensors", "taef2_decoder.safetensors")
 
 
 class Moments(NamedTuple):
-    """What an encoder says about images, raw: the model's latents are drawn from it, then normalised."""
+    """What an encoder makes of images, raw: the model's latents are drawn from it, then normalised."""
 
     mean: Tensor
     """(B, C, H, W)."""
@@ -278,9 +278,6 @@ def _fetch(name: str) -> Path:
 
 def _load_diffusers(name: str, folder: Path) -> PosteriorAutoencoder | DeterministicAutoencoder:
     config_file, weights = folder / CONFIG, folder / DIFFUSERS_WEIGHTS
-    for file in (config_file, weights):
-        if not file.is_file():
-            raise UserError(f"autoencoder {folder}: {file.name} is missing; a diffusers folder has it beside the rest")
     class_name = _class_name(config_file)
     kind, network_class = DIFFUSERS_KINDS[class_name], _class_of_diffusers(class_name, folder)
     try:
@@ -302,7 +299,7 @@ def _load_diffusers(name: str, folder: Path) -> PosteriorAutoencoder | Determini
 def _class_name(config_file: Path) -> str:
     """Which of `DIFFUSERS_KINDS` a folder's configuration describes."""
     folder, known = config_file.parent, ", ".join(DIFFUSERS_KINDS)
-    class_name = read_json(config_file, dict[str, Any], "fetch it again").get("_class_name")
+    class_name = read_json(config_file, dict[str, Any], REMEDY).get("_class_name")
     if not isinstance(class_name, str):
         raise UserError(
             f"autoencoder {folder}: config.json is not in diffusers' layout: it lacks _class_name, the autoencoder's "
@@ -399,7 +396,7 @@ def _normalisation(network: Any, channels: int, folder: Path) -> tuple[tuple[flo
 
 def _read_mean_std(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel."""
-    content = read_json(file, dict[str, Any], "mend it, or take it away to use config.json")
+    content = read_json(file, dict[str, Any], "fix it, or take it away to use config.json")
     try:
         mean, std = (torch.tensor(content[key], dtype=torch.float64).expand(channels) for key in ("mean", "std"))
         valid = mean.isfinite().all() and std.isfinite().all() and std.min() > 0
@@ -408,18 +405,15 @@ def _read_mean_std(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[
     if not valid:
         raise UserError(
             f'{file} must say {{"mean": …, "std": …}}, each one finite number or a list of {channels}, one for each '
-            "latent channel, std above 0: mend it, or take it away to use config.json"
+            "latent channel, std above 0: fix it, or take it away to use config.json"
         )
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _load_taef2(name: str, folder: Path) -> Taef2Autoencoder:
     files = [folder / file for file in TAEF2_FILES]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"autoencoder {name}: {file} is missing; TAEF2 needs both {' and '.join(TAEF2_FILES)}")
     encoder_state = read_tensors(files[0], REMEDY)
-    # Its two ends tell the sizes: the first convolution (width, 3, 3, 3) and the last (latent channels, width, 3, 3).
+    # Its two ends give the sizes: the first convolution (width, 3, 3, 3) and the last (latent channels, width, 3, 3).
     first, last = encoder_state.get("0.weight"), encoder_state.get("14.weight")
     if first is None or last is None:
         raise UserError(f"{files[0]} does not hold the encoder of TAEF2: it has no 0.weight and 14.weight")

@@ -51,7 +51,7 @@ class CompressorSpec:
     """What it was fitted to."""
     layers: tuple[int, ...] | None = field(default=None, compare=False)
     """Blocks of the encoder whose features it takes, ascending; None for class tokens, and for all that its store
-    has. The hash tells compressors apart: it covers the statistics of what they take."""
+    has. The hash distinguishes compressors: it covers the statistics of what they take."""
 
 
 class Compressor(nn.Module, ABC):

@@ -41,16 +41,16 @@ RESIZE_NORMALISE: Steps = ("resize", "normalise")
 
 @dataclass(frozen=True)
 class EncoderFamily:
-    """What networks of one kind share: how they are fed, and the tensors that give them away."""
+    """What networks of one kind share: how they are fed, and the tensors by which their weights are recognised."""
 
     steps: Steps
     tensors: frozenset[str]
-    """Those of `TELLING_TENSORS` that their weights have."""
+    """Those of `DISTINCTIVE_TENSORS` that their weights have."""
     recognisable: bool = True
-    """False where networks that compute something else have the same tensors: then a file alone does not tell."""
+    """False where networks that compute something else have the same tensors: then a file alone is ambiguous."""
 
 
-TELLING_TENSORS = frozenset({"cls_token", "pos_embed", "norm_pre.weight", "attn_pool.latent", "blocks.0.ls1.gamma"})
+DISTINCTIVE_TENSORS = frozenset({"cls_token", "pos_embed", "norm_pre.weight", "attn_pool.latent", "blocks.0.ls1.gamma"})
 
 # REPA standardises first for DINOv2, and resizes first for CLIP. A patch of 16 leaves an image as it is, as REPA does
 # with DINO and MAE, so that their order only shows in a folder with another `reglue_input`.
@@ -115,12 +115,12 @@ def recognise(file: Path) -> str:
     width, *_, patch_size = shapes.get("patch_embed.proj.weight", [0, 0])
     depth = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
     registers = next((shapes[key][1] for key in ("reg_token", "register_tokens") if key in shapes), 0)
-    telling = TELLING_TENSORS & shapes.keys()
+    present = DISTINCTIVE_TENSORS & shapes.keys()
     fitting = {
         name: known.family
         for name, known in KNOWN_ENCODERS.items()
         if (known.width, known.depth, known.patch_size, known.registers) == (width, depth, patch_size, registers)
-        and known.family.tensors == telling
+        and known.family.tensors == present
     }
     if len(fitting) == 1 and all(family.recognisable for family in fitting.values()):
         return next(iter(fitting))

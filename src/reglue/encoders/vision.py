@@ -127,7 +127,7 @@ class EncoderSpec:
 
 
 class VisionFeatures(NamedTuple):
-    """What an encoder says about images. Raw values: nothing is standardised."""
+    """What an encoder makes of images. Raw values: nothing is standardised."""
 
     class_token: Tensor
     """(B, width): after the final norm of the last block. A network without class token gives what its attention
@@ -349,18 +349,13 @@ def _timm_architecture(name: str) -> str:
 
 
 def _source_from_folder(folder: Path) -> _Source:
-    config_file, weights = folder / "config.json", folder / WEIGHTS
-    for file in (config_file, weights):
-        if not file.is_file():
-            raise UserError(
-                f"encoder {folder}: {file.name} is missing; timm's layout is config.json, model.safetensors"
-            )
-    config = read_json(config_file, dict[str, Any], REMEDY)
+    layout = "fetch the folder again: timm's layout is config.json and model.safetensors"
+    config = read_json(folder / "config.json", dict[str, Any], layout)
     try:
         return _Source(
             str(folder),
             config["architecture"],
-            weights,
+            folder / WEIGHTS,
             dict(config.get("model_args", {})),
             dict(config.get("pretrained_cfg", {})),
             parse_json(json.dumps(config.get("reglue_input", {})), InputRule),
@@ -408,7 +403,7 @@ def _create(
     pretrained: bool = False,
     state_dict: dict[str, Tensor] | None = None,
 ) -> "VisionTransformer | Eva":
-    # timm takes longer to import than all of ours, and most jobs only read an EncoderSpec.
+    # timm takes longer to import than all of ours, and most commands only read an EncoderSpec.
     import timm
     from timm.models import Eva, VisionTransformer
 

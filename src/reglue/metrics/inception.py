@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from reglue.errors import UserError
+from reglue.files import opened_tensors
 from reglue.metrics.features import Description, FeatureNetwork
 from reglue.pickles import read_untrusted_tensors
 
@@ -118,9 +118,9 @@ def is_inception(file: Path) -> bool:
     if file.suffix in (".pth", ".pt"):
         return True
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with opened_tensors(file, "fetch it again") as tensors:
             return FIRST_TENSOR in tensors.keys()  # noqa: SIM118 not a dict
-    except (SafetensorError, OSError):
+    except UserError:
         return False
 
 

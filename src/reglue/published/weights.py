@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from reglue.config import ClassToken, Latent, LocalSemantics
@@ -25,6 +23,7 @@ from reglue.diffusion.embeddings import FREQUENCIES, MAX_PERIOD, position_embedd
 from reglue.diffusion.modalities import Modality
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.errors import UserError
+from reglue.files import opened_tensors, read_tensors
 from reglue.pickles import read_untrusted
 
 Family = Literal["sit", "repa", "redi", "reg", "reglue"]
@@ -114,12 +113,9 @@ def read_official(file: Path) -> PublishedFile:
     content: Any
     stated: dict[str, str] = {}
     if file.suffix == ".safetensors":
-        try:
-            content = load_file(file)
-            with safe_open(file, framework="pt") as opened:
-                stated = opened.metadata() or {}
-        except SafetensorError as error:
-            raise UserError(f"{file}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+        with opened_tensors(file, "fetch it again") as opened:
+            stated = opened.metadata() or {}
+        content = read_tensors(file, "fetch it again")
     else:
         content = read_untrusted(file)
     container = content if isinstance(content, dict) else {}
