@@ -192,11 +192,21 @@ class ImageModel:
         self._networks.clear()
         return self
 
-    def condition(self, labels: Sequence[int]) -> Condition:
-        """What the model is given for classes by number, one image each; the number of classes stands for none."""
+    def condition(self, labels: Sequence[int], others: Condition | None = None) -> Condition:
+        """What the model is given for classes by number, one image each; the number of classes stands for none.
+
+        `others` are the values of other conditions, (B, …) each; those that are not given are null. Raises UserError
+        for a condition that the model does not have, and for another number of values.
+        """
         condition = self.denoiser.null(len(labels))
         if CLASS in condition:
             condition[CLASS] = torch.tensor(labels, device=self.device)
+        for name, values in (others or {}).items():
+            if name not in condition:
+                raise UserError(f"condition {name}: this model has {', '.join(condition) or 'none'}")
+            if len(values) != len(labels):
+                raise UserError(f"condition {name} has {len(values)} values for {len(labels)} images")
+            condition[name] = values.to(self.device)
         return condition
 
     @overload
@@ -222,6 +232,7 @@ class ImageModel:
         batch_size: int = 32,
         output: Literal["pil", "tensor"] = "pil",
         progress: bool = False,
+        condition: Condition | None = None,
         controls: Sequence[Control] = (),
         sampling: Sampling | None = None,
         **changes: Any,
@@ -230,7 +241,8 @@ class ImageModel:
 
         Image i depends on `seed` and i alone, whatever `batch_size` is; `progress` shows a bar. How they are drawn is
         `sampling`, `default_sampling` if not given, of which any field may be changed: `steps=50, guidance_scale=2.0`.
-        `controls` are given to the loop over time (`diffusion.controls`).
+        `condition` has the values (N, …) of conditions other than the class. `controls` are given to the loop over time
+        (`diffusion.controls`).
 
         Returns a list of PIL images, or for `output="tensor"` uint8 (N, 3, height, width) on the CPU.
 
@@ -253,10 +265,11 @@ class ImageModel:
         with tqdm(total=total, desc="generate", unit="evaluation", disable=not progress) as bar:
             for start in range(0, len(labels), batch_size):
                 indices = range(start, min(start + batch_size, len(labels)))
-                condition = self.condition([labels[i] for i in indices])
+                others = {name: values[start : start + batch_size] for name, values in (condition or {}).items()}
+                given = self.condition([labels[i] for i in indices], others)
                 room = min(batch_size, len(labels))
                 watching = (*controls, Progress(bar.update))
-                state = self.draw(indices, condition, seed, sampling, room=room, controls=watching)
+                state = self.draw(indices, given, seed, sampling, room=room, controls=watching)
                 batches.append(torch.from_numpy(self.decode(state, sampling.rounding)))
         pixels = torch.cat(batches) if batches else torch.empty(0, *self.record.resolution, 3, dtype=torch.uint8)
         if output == "tensor":

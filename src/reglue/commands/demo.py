@@ -91,6 +91,7 @@ class Demo(TakesPaths):
     steps: int = SMALL.steps
     """Training steps."""
     seed: int = 0
+    """Decides the held-out digits, the training and the samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

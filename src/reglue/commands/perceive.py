@@ -14,7 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from reglue.config import LocalSemantics
-from reglue.data.sources import Reading, open_images
+from reglue.data.opening import open_images
+from reglue.data.sources import Reading
 from reglue.encoders.alignment import FILE as ALIGNMENT_FILE
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import load_autoencoder

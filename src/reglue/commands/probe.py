@@ -17,7 +17,7 @@ from tyro.conf import Positional
 
 from reglue.data.store import Store
 from reglue.errors import UserError, require
-from reglue.files import TakesPaths, from_json, refuse_filled, replacing, to_json
+from reglue.files import TakesPaths, read_json, refuse_filled, replacing, to_json
 from reglue.perception.agreement import IGNORE
 from reglue.perception.labelled import (
     LEAST_IMAGES,
@@ -223,7 +223,7 @@ def begin(options: Probe, sets: list[LabelledImages], parts: Parts, device: torc
         refuse_filled(options.out)
         options.out.mkdir(parents=True, exist_ok=True)
         return report
-    before = from_json(path, ProbeReport, "delete it, or choose another --out")
+    before = read_json(path, ProbeReport, "delete it, or choose another --out")
     for key, value in protocol.items():
         if before.protocol.get(key) != value:
             raise UserError(

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reglue.data.store import Store, compressor_of, holds_codes, value_of
+from reglue.data.manifest import compressor_of, holds_codes, value_of
+from reglue.data.store import Store
 from reglue.encoders.compressors import Compressor, as_map, load_compressor
 from reglue.errors import UserError
 from reglue.perception.masks import load_depths, load_masks

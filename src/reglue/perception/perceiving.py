@@ -26,7 +26,7 @@ from reglue.encoders.autoencoders import Autoencoder
 from reglue.encoders.compressors import Compressor, resize
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, VisionFeatures
 from reglue.errors import UserError
-from reglue.files import structured
+from reglue.files import parse_json
 from reglue.perception.heads import Head
 from reglue.pipeline import evaluations
 from reglue.reals.samples import ImageSamples, all_of, to_images, to_pixels
@@ -73,7 +73,7 @@ class Subject:
 def aligned_encoder(alignment: AlignmentNetwork, folder: Path) -> EncoderSpec:
     """The encoder whose features an alignment network estimates: those of the last layer alone."""
     try:
-        encoder = structured(json.dumps(alignment.spec.encoder), EncoderSpec)
+        encoder = parse_json(json.dumps(alignment.spec.encoder), EncoderSpec)
     except ValueError as error:
         raise UserError(
             f"{folder / ALIGNMENT_FILE} does not say whose features it gives ({error}); run `reglue autoencode` again"

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from reglue.data.store import CLASS_TOKEN_CODES, LOCAL_CODES, Store, holds_codes
+from reglue.data.manifest import CLASS_TOKEN_CODES, LOCAL_CODES, holds_codes
+from reglue.data.store import Store
 from reglue.files import replacing
 from reglue.perception.agreement import markdown_table
 from reglue.perception.labelled import LAST_LAYER, Parts, StoreInput, compressor_figures, read_uncompressed
