@@ -21,11 +21,10 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from reglue.errors import UserError
+from reglue.files import read_tensors
 
 TORCH_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How files begin that PyTorch wrote before version 1.6."""
@@ -220,10 +219,7 @@ def read_untrusted(file: Path) -> Any:
 def read_untrusted_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a file of safetensors, or of what `read_untrusted` reads, by name: those of its `state_dict`, if
     it has one. Raises UserError as that does, and for a file without tensors."""
-    try:
-        content = load_file(file) if file.suffix == ".safetensors" and file.is_file() else read_untrusted(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged, or no safetensors; fetch it again ({_first_line(error)})") from None
+    content = read_tensors(file, "fetch it again") if file.suffix == ".safetensors" else read_untrusted(file)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     named = content.items() if isinstance(content, dict) else ()
