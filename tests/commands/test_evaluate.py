@@ -1,9 +1,6 @@
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +12,7 @@ from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
 from helpers import mistake
+from processes import run_ranks
 from reglue.cli import parse
 from reglue.commands import evaluate as command
 from reglue.commands.evaluate import Evaluate, evaluate
@@ -627,50 +625,36 @@ def test_too_few_images_are_refused_before_the_work(tmp_path, tiny_run, tiny_ima
         evaluate(settings(tiny_images, folder))
 
 
-SEVERAL = """
-import json, sys
-from reglue.cli import parse
-from reglue.commands.evaluate import evaluate
-for arguments in json.loads(sys.argv[1]):
-    evaluate(parse(arguments))
-"""
-
-
-def test_two_processes_share_the_images(tmp_path, tiny_run, tiny_images, tiny_encoder, noise):
-    folder = write_images(tmp_path / "noise", noise)
-    (folder / "000002.png").write_bytes(b"no image")
-    (folder / "000007.png").write_bytes(b"no image")
-    np.savez(tmp_path / "noise.npz", noise)
-    run = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
-    counts = {folder: 7, tmp_path / "noise.npz": 9, run: 7}
-
-    def arguments(images: Path, out: str) -> list[str]:
-        common = ["--feature-network", tiny_encoder, "--resamples=5", "--device=cpu", "--batch-size=2"]
-        common += ["--count=7"] if images is run else []
-        places = [images, "--reference", tiny_images, "--out", tmp_path / f"{images.name} {out}.json"]
-        return ["evaluate", *map(str, places), *common]
-
-    (tmp_path / "several.py").write_text(SEVERAL)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(tmp_path / "several.py"), json.dumps([arguments(images, "two") for images in counts])],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.stdout.count("coverage  ") == 3
-    for images, count in counts.items():
-        evaluate(parse(arguments(images, "one")))
-        one, two = (json.loads((tmp_path / f"{images.name} {name}.json").read_text()) for name in ("one", "two"))
-        metrics = [report.pop("metrics") for report in (one, two)]
-        stds = [side.pop("kernel_distance_std") for side in metrics]
-        assert stds[0] == pytest.approx(stds[1], rel=1e-4)
-        assert one == two
-        assert one["image_count"] == count
-        assert one["skipped"] == (["000002.png", "000007.png"] if images is folder else [])
-        for name, figure in metrics[0].items():
-            expected, found = (
-                {k: n for k, n in (x or {}).items() if n is not None} for x in (figure, metrics[1][name])
-            )
-            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+@pytest.mark.parametrize("kind", ["folder", "npz", "run"])
+def test_two_processes_share_the_images(kind, tmp_path, tiny_run, tiny_images, tiny_encoder, noise):
+    if kind == "folder":
+        images = write_images(tmp_path / "noise", noise)
+        (images / "000002.png").write_bytes(b"no image")
+        (images / "000007.png").write_bytes(b"no image")
+    elif kind == "npz":
+        images = tmp_path / "noise.npz"
+        np.savez(images, noise)
+    else:
+        images = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
+    common = ["--feature-network", tiny_encoder, "--resamples=5", "--device=cpu", "--batch-size=2"]
+    common += ["--count=7"] if kind == "run" else []
+    reports = {name: tmp_path / f"{name}.json" for name in ("one", "two")}
+    command = ["evaluate", str(images), "--reference", str(tiny_images), *common, "--out"]
+    first, second = run_ranks(2, *command, reports["two"])
+    assert first.stdout.count("coverage  ") == 1
+    assert not second.stdout
+    evaluate(parse([*command, str(reports["one"])]))
+    one, two = (json.loads(file.read_text()) for file in reports.values())
+    metrics = [report.pop("metrics") for report in (one, two)]
+    stds = [side.pop("kernel_distance_std") for side in metrics]
+    assert stds[0] == pytest.approx(stds[1], rel=1e-4)
+    assert one == two
+    assert one["image_count"] == {"folder": 7, "npz": 9, "run": 7}[kind]
+    assert one["skipped"] == (["000002.png", "000007.png"] if kind == "folder" else [])
+    for name, figure in metrics[0].items():
+        both = (figure, metrics[1][name])
+        expected, found = ({part: n for part, n in (x or {}).items() if n is not None} for x in both)
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), name
 
 
 def test_a_report_that_cannot_be_written_stops_before_the_work(tmp_path, tiny_images, monkeypatch, capsys):

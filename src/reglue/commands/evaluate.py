@@ -30,6 +30,8 @@ from reglue.training.distributed import resolve_device
 
 STORE = "store"
 """The feature network's name for the encoder of a store."""
+WITHOUT_DOWNLOAD = "--feature-network FILE; store or an encoder's name there measures another distance without it"
+"""How else the Inception's weights may be given."""
 DRAWN = "evaluated"
 """The folder beneath a run for the images that are drawn to be evaluated."""
 
@@ -77,9 +79,9 @@ class Evaluate(TakesPaths):
     kernel_subset_size: int = 1000
     """Images per subset; all, if there are fewer."""
     seed: int = 0
-    """Of subsets and resamples."""
+    """Of the random subsets and resamples."""
     batch_size: int = 64
-    """Images described (and drawn) at once. Changes speed and memory; results change by rounding alone."""
+    """Images at once, for the network and for drawing. Changes speed and memory; results change by rounding alone."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 
@@ -208,7 +210,7 @@ def load_network(options: Evaluate, images: ImageSet, reference: ImageSet, devic
     if name == INCEPTION or (file.is_file() and is_inception(file)):
         if options.features != "class-token":
             raise UserError(f"--features {options.features} is for vision encoders; leave it out with the Inception")
-        return load_inception(None if name == INCEPTION else file, device)
+        return load_inception(None if name == INCEPTION else file, device, WITHOUT_DOWNLOAD)
     stores = [side.store for side in (reference, images) if side.store]
     sources = [side.images for side in (images, reference) if side.images]
     resolution = resolution_of(options) or (stores[0].manifest.source.resolution if stores else None)

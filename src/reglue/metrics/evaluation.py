@@ -223,7 +223,7 @@ def measure_figures(
         means = resampled_means(values, counts) if len(counts) else torch.empty(0)
         figures[name] = Figure.of(float(values.mean()), means, least=0, most=most)
     # Recall and coverage have no intervals: they rest on few images that lie far from all others, and resamples do not
-    # tell by how much they would move had others been drawn.
+    # show by how much they would move had others been drawn.
     figures |= {name: Figure(float(getattr(scores, name).mean())) for name in ("recall", "coverage")}
     return Metrics(**figures), absent
 
@@ -248,7 +248,7 @@ def warnings_of(network: FeatureNetwork, images: Side, reference: Side) -> Itera
         sizes = [f"{height}×{width}" for height, width in (images.size, reference.size)]
         yield (
             f"warning: images of {sizes[0]} pixels are compared with a reference of {sizes[1]}: the figures contain "
-            "the difference in sharpness; --resolution brings both to one size"
+            "the difference in sharpness; evaluate both at one resolution"
         )
 
 

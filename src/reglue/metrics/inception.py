@@ -31,8 +31,6 @@ WIDTH = 2048
 FIRST_TENSOR = "Conv2d_1a_3x3.conv.weight"
 """The name of a tensor that other networks do not have."""
 LOGITS = ("fc.weight", "fc.bias")
-OTHERWISE = "--feature-network FILE; --feature-network store or an encoder's name measures another distance without it"
-"""What to do without a download, in the words of `reglue evaluate`."""
 PATIENCE = 10.0
 """Seconds that a silent server is waited for."""
 
@@ -82,13 +80,13 @@ class Inception(FeatureNetwork):
 
 
 def load_inception(
-    file: Path | None = None, device: str | torch.device = "cpu", otherwise: str = OTHERWISE
+    file: Path | None = None, device: str | torch.device = "cpu", otherwise: str = "a file of weights"
 ) -> Inception:
     """The network with the weights of a file, or with torch-fidelity's own from torch.hub's cache or the internet.
 
     A file is safetensors, or torch-fidelity's .pth, in both cases with torch-fidelity's names. It may lack the last
     layer (`fc`): then there are no logits. Raises UserError for a file that is damaged or of another network, and if
-    the weights cannot be downloaded: `otherwise` says by which option to give them.
+    the weights cannot be downloaded: `otherwise` is how else to give them.
     """
     weights = file or _downloaded(otherwise)
     state = read_untrusted_tensors(weights)

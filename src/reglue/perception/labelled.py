@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from reglue.data.manifest import compressor_of, holds_codes, value_of
 from reglue.data.store import Store
 from reglue.encoders.compressors import Compressor, as_map, load_compressor
 from reglue.errors import UserError
+from reglue.files import read_jsonl
 from reglue.perception.masks import load_depths, load_masks
 from reglue.perception.probes import Examples
 from reglue.seeds import permutation
@@ -117,9 +117,8 @@ def compressor_folder(store: Store, column: str) -> Path:
 
 def compressor_figures(store: Store, column: str) -> dict[str, float]:
     """The last figures that `reglue compress` wrote about a column of codes; none if they are gone."""
-    path = compressor_folder(store, column) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return json.loads(lines[-1]) if lines else {}
+    lines = read_jsonl(compressor_folder(store, column) / "metrics.jsonl", dict[str, float], "delete it")
+    return lines[-1] if lines else {}
 
 
 @dataclass(frozen=True)
