@@ -173,7 +173,8 @@ def reached(curve: np.ndarray, goal: float) -> str:
     steps, falling = curve[:, 0], np.minimum.accumulate(curve[:, 1])
     if falling[-1] > goal or falling[0] <= goal:
         return f"> {steps[-1]:,.0f}" if falling[-1] > goal else f"≤ {steps[0]:,.0f}"
-    return f"{np.exp(np.interp(-goal, -falling, np.log(steps))):,.0f}"
+    levels, first = np.unique(-falling, return_index=True)
+    return f"{np.exp(np.interp(-goal, levels, np.log(steps[first]))):,.0f}"
 
 
 def samples(work: Path, arms: Sequence[Arm], steps: Sequence[int]) -> Image.Image | None:

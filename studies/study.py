@@ -192,7 +192,7 @@ ARMS = {
         Arm("sit-uniform-times", "sit --optimisation.time-shift 1"),
         Arm("uniform-times", f"{REGLUE} --optimisation.time-shift 1"),
         *(Arm(f"sit-in-{space}", "sit", space=space) for space in SPACES),
-        *(Arm(f"reglue-in-{space}", REGLUE, space=space) for space in SPACES),
+        *(Arm(f"reglue-in-{space}", REGLUE, space=space) for space in ("plain", "aligned")),
         *(*COMPRESSORS, *GUIDED, *SAMPLERS),
     )
 }
@@ -277,9 +277,8 @@ def arms_of(options: Options, question: str) -> list[Arm]:
             arms.append(replace(arm, train=texts[0], sample=texts[1], space=space, seed=seed))
     if options.run:
         return [arm for arm in arms if arm.run]
-    of_real = {"sample": f"{SAMPLE} {options.sample}", "measured_by": named[0].measured_by}
-    spaces = dict.fromkeys(arm.space for arm in arms)
-    return [*(Arm(f"reconstructed-{space}", "", space=space, **of_real) for space in spaces), *arms]  # type: ignore[arg-type]
+    spaces, count = dict.fromkeys(arm.space for arm in arms), merged(SAMPLE, options.sample)["--count"][0]
+    return [*(Arm(f"reconstructed-{space}", "", sample=f"--count {count}", space=space) for space in spaces), *arms]
 
 
 Words = dict[str, list[str]]
@@ -463,7 +462,6 @@ class Study:
         self.record(space, 0, "space", figures)
         return stores[0]
 
-    @torch.inference_mode()
     def reconstruct(self, arm: Arm, samples: Path, count: int) -> int:
         """Training images as an autoencoder shows them: as good as samples can be, and copies. Returns their number."""
         store, own = Store.open(self.store_of(arm.space, {})), self.work / "autoencoders" / arm.space
@@ -471,9 +469,11 @@ class Study:
         autoencoder = load_autoencoder(str(own) if own.is_dir() else store.manifest.autoencoder.name, self.device)
         samples.mkdir(parents=True, exist_ok=True)
         for numbers in torch.arange(len(rows)).split(BATCH):
-            latents = store.read("latent", rows[numbers])["mean"].float().to(self.device)
-            for number, image in zip(numbers.tolist(), to_pixels(autoencoder.decode(latents)).cpu(), strict=True):
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(samples / f"{number:06d}.png")
+            with torch.inference_mode():
+                latents = store.read("latent", rows[numbers])["mean"].float().to(self.device)
+                images = to_pixels(autoencoder.decode(latents)).permute(0, 2, 3, 1).cpu().numpy()
+            for number, image in zip(numbers.tolist(), images, strict=True):
+                Image.fromarray(image).save(samples / f"{number:06d}.png")
         (samples / "samples.json").write_text(json.dumps({"labels": store.labels[rows].tolist()}))
         return len(rows)
 
