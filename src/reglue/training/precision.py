@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reglue.config import Compile, Precision
+from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import Denoiser, Prediction
 from reglue.diffusion.modalities import State
 
@@ -54,7 +55,9 @@ def to_compile(asked: Compile, device: torch.device) -> Compile:
     return "blocks" if device.type == "cuda" and find_spec("triton") and compiler else "no"
 
 
-def compiled(function: Callable[..., dict[str, Tensor]], device: torch.device) -> Callable[..., dict[str, Tensor]]:
+def compiled_for_shapes(
+    function: Callable[..., dict[str, Tensor]], device: torch.device
+) -> Callable[..., dict[str, Tensor]]:
     """A function of tensors, compiled for each shape that it meets.
 
     On a GPU it is captured in CUDA graphs, whose results lie where the next call writes its own, so they are copied.
@@ -97,21 +100,21 @@ class SamplingNetwork:
     """
 
     def __init__(self, denoiser: Denoiser, precision: Precision, *, compiled: bool = False) -> None:
-        self.null_label = denoiser.null_label
+        self.null = denoiser.null
         device = denoiser.positions.device
         network = with_products_in(denoiser, torch.bfloat16) if precision == "bfloat16" else denoiser
 
-        def velocity(state: State, time: Tensor, label: Tensor) -> State:
+        def velocity(state: State, time: Tensor, condition: Condition) -> State:
             with autocast(device, precision):
-                return network(state, time, label).velocity
+                return network(state, time, condition).velocity
 
         self._products = partial(matmul_precision, device, precision)
-        self._velocity = compiled(velocity, device) if compiled else velocity
+        self._velocity = compiled_for_shapes(velocity, device) if compiled else velocity
 
-    def __call__(self, state: State, time: Tensor, label: Tensor) -> Prediction:
+    def __call__(self, state: State, time: Tensor, condition: Condition) -> Prediction:
         """See `diffusion.denoiser.DenoiserFunction`."""
         with self._products():
-            return Prediction(self._velocity(state, time, label), None)
+            return Prediction(self._velocity(state, time, condition), None)
 
 
 def with_products_in(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
