@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 from PIL import Image, ImageDraw
 
 from reglue.data.pictures import image_grid
@@ -140,6 +141,10 @@ def curves(arms: Sequence[Arm], known: Known, steps: Sequence[int], *, timed: bo
             style = {"color": f"C{methods.index(method(arm)) % 10}", "label": method(arm) if arm.seed == 0 else None}
             panel.plot(x, y, "o-", markersize=3, linewidth=1, **style)
             panel.set(xscale="log", xlabel="minutes of training" if timed else "steps", ylabel=name, title=arm.space)
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.xaxis.set_major_formatter(ScalarFormatter())
+            if not timed:
+                panel.set_xticks(steps)
             panel.legend(fontsize="small")
     return figure
 

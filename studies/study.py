@@ -27,7 +27,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -226,11 +226,11 @@ class Options:
     questions: Positional[tuple[str, ...]]
     """Of convergence, parts, weights, layers, compressors, scale, targets, times, changes, guidance, samplers, spaces,
     reals."""
-    work: Path
+    work: Path = Path("study")
     """Folder of the study: new, or one to continue."""
     images: Path | None = None
-    """Training images: a folder with a sub-folder per class, a .tar of one, or a store. Not needed once the study has
-    its stores."""
+    """Training images: a folder with a sub-folder per class, or a store; where a share is held out, a .tar of a folder
+    too. Not needed once the study has its stores."""
     held_out: float | Path = 0.1
     """Images to compare with: a share of each class of --images, a folder, or a store."""
     run: Path | None = None
@@ -322,16 +322,20 @@ class Study:
                 raise UserError(f"{file} is damaged ({error}); mend or remove it") from error
 
     def answer(self, question: str, arms: Sequence[Arm]) -> None:
-        """Train, draw and measure what is missing, and write the report whenever an arm has come further."""
+        """Train, draw and measure what is missing, and write the report whenever all arms have come further."""
         steps = sorted(self.options.milestones)
-        plan = [(arm, 0) for arm in arms if not arm.train]
-        plan += [(arm, step) for step in steps for arm in arms if arm.train and not arm.run]
-        plan += [(arm, steps[-1]) for arm in arms if arm.run]
-        for arm, step, missing in [(*each, self.missing(*each)) for each in plan]:  # Refuses before anything is done.
-            if missing:
-                self.observe(arm, step, missing)
+        plan = [(0, [arm for arm in arms if not arm.train])]
+        plan += [(step, [arm for arm in arms if arm.train and not arm.run]) for step in steps]
+        plan += [(steps[-1], [arm for arm in arms if arm.run])]
+        missing = [[self.missing(arm, step) for arm in some] for step, some in plan]  # Refuses before anything is done.
+        for (step, some), kinds in zip(plan, missing, strict=True):
+            for arm, lacks in zip(some, kinds, strict=True):
+                if lacks:
+                    self.observe(arm, step, lacks)
+            if any(kinds):
                 write_report(self.work, question, arms, self.lines)
-        write_report(self.work, question, arms, self.lines)
+        if not any(map(any, missing)):
+            write_report(self.work, question, arms, self.lines)
 
     def find(self, arm: str, step: int, by: str) -> dict[str, Any] | None:
         """The line with the figures of an arm, by its title, of one kind."""
@@ -481,8 +485,11 @@ class Study:
 
     def network(self, by: str) -> Any:
         """What a kind of figures is by: the vision encoder that the methods learn from, FID's Inception, the judge."""
+        by = "encoder" if by == "copies" else by
         if by not in self.networks:
             name, manifest = str(getattr(self.options, by, "")), self.held_out.manifest
+            if by == "judge" and not manifest.source.class_names:
+                raise UserError(f"--judge {name} needs images with classes; leave it out")
             if by == "judge":
                 self.networks[by] = load_judge(name, self.device)
             elif by == "inception":
@@ -538,11 +545,12 @@ class Study:
             self.kept("held-out", "copies", lambda: views(encoder, photographs(self.held_out)[0].split(BATCH))),
         )
         source, rows = training.manifest.source, training.originals[places].tolist()
-        real = source.open()
-        pairs = torch.stack([*images[closest], *(torch.as_tensor(real.load(row, source.resolution)) for row in rows)])
-        with replacing(samples.with_name(f"{samples.name}.closest.png")) as beside:
-            grid = image_grid(pairs.permute(0, 2, 3, 1).numpy(), columns=len(closest))
-            Image.fromarray(grid).save(beside, format="png")
+        with suppress(UserError):  # The images were left behind on another machine.
+            real = source.open()
+            pairs = [*images[closest], *(torch.as_tensor(real.load(row, source.resolution)) for row in rows)]
+            grid = image_grid(torch.stack(pairs).permute(0, 2, 3, 1).numpy(), columns=len(closest))
+            with replacing(samples.with_name(f"{samples.name}.closest.png")) as beside:
+                Image.fromarray(grid).save(beside, format="png")
         return figures
 
     def by_judge(self, samples: Path, count: int) -> dict[str, Any]:
@@ -580,7 +588,7 @@ def divided(images: Path, share: float, out: Path) -> list[Path]:
         with tarfile.open(images) as archive:
             archive.extractall(out / "unpacked", filter="data")
         images = out / "unpacked"
-        while len(inside := list(images.iterdir())) == 1:
+        while len(inside := list(images.iterdir())) == 1 and any(path.is_dir() for path in inside[0].iterdir()):
             (images,) = inside
     sides = [out / "training", out / "held-out"]
     for folder in sorted(path for path in images.iterdir() if path.is_dir()):

@@ -19,7 +19,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 import study
 from reglue import cli
-from reglue.data.store import Store
+from reglue.data.store import Source, Store
+from reglue.errors import UserError
 from report import reached
 from study import ARMS, QUESTIONS, Arm, Options, Study, arms_of, divided, merged
 
@@ -209,10 +210,18 @@ def test_seconds_of_two_machines_are_not_compared(finished: Path, data: Path, ju
     assert (work / "convergence.png").exists()
 
 
-def test_a_run_continued_on_another_machine_says_so(finished: Path, data: Path, judge: str, tmp_path: Path) -> None:
+def test_a_study_continues_on_another_machine_without_the_images(
+    finished: Path, data: Path, judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work = Path(shutil.copytree(finished, tmp_path / "study"))
     (work / "runs" / "sit-seed-0.machines").write_text("another")
+
+    def gone(source: Source) -> None:
+        raise UserError(f"{source.path} is gone")
+
+    monkeypatch.setattr(Source, "open", gone)
     lines = run(data, work, "--judge", judge, "--milestones", "1", "2", "3", "--arms", "sit")
+    assert [line["by"] for line in lines if line["step"] == 3] == ["training", "drawing", "encoder", "copies", "judge"]
     training = next(line for line in lines if (line["by"], line["step"]) == ("training", 3))
     assert training["figures"]["machines"] == sorted(["another", training["machine"]])
 
