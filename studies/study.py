@@ -40,7 +40,7 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -50,10 +50,11 @@ from tyro.conf import Positional
 from measures import BATCH, copying, load_judge, photographs, pictures, share_of, views
 from reglue import cli
 from reglue.data.pictures import image_grid
-from reglue.data.store import MANIFEST, Store
+from reglue.data.manifest import MANIFEST
+from reglue.data.store import Store
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.errors import Stopped, UserError
-from reglue.files import replacing
+from reglue.files import read_jsonl, read_tensors, replacing
 from reglue.metrics.distances import GaussianStatistics
 from reglue.metrics.features import describe_images, load_encoder_features
 from reglue.metrics.inception import INCEPTION, load_inception
@@ -314,12 +315,7 @@ class Study:
     def __init__(self, options: Options):
         self.options, self.work, self.device = options, options.work, resolve_device(options.device)
         self.networks: dict[str, Any] = {}
-        self.lines: list[dict[str, Any]] = []
-        if (file := self.work / "results.jsonl").is_file():
-            try:
-                self.lines = [json.loads(line) for line in file.read_text().splitlines()]
-            except ValueError as error:
-                raise UserError(f"{file} is damaged ({error}); mend or remove it") from error
+        self.lines = read_jsonl(self.work / "results.jsonl", dict[str, Any], "mend that line, or delete it")
 
     def answer(self, question: str, arms: Sequence[Arm]) -> None:
         """Train, draw and measure what is missing, and write the report whenever all arms have come further."""
@@ -508,7 +504,7 @@ class Study:
             file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(file) as beside:
                 save_file({"found": find().contiguous()}, beside)
-        return load_file(file)["found"]
+        return read_tensors(file, "delete it, and it is found out again")["found"]
 
     def by_encoder(self, samples: Path, count: int) -> dict[str, Any]:
         """Fréchet distance, KID, precision and recall by the encoder's class tokens."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from reglue import run as runs
 from reglue.data.images import ImageFolder, ImageSource, UnreadableImage, crop_to, decode
-from reglue.data.store import MANIFEST, PARTIAL, Store
+from reglue.data.manifest import MANIFEST, PARTIAL
+from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.metrics.distances import Gaussian
 from reglue.samples import PROTOCOL, Draw, archived_protocol, protocol_in, write_samples

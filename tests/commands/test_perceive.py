@@ -36,7 +36,7 @@ from reglue.encoders.alignment import (
 )
 from reglue.encoders.autoencoders import Autoencoder, AutoencoderSpec, Moments
 from reglue.encoders.vision import load_encoder
-from reglue.files import from_json
+from reglue.files import read_json
 from reglue.perception.heads import Head, HeadSpec, load_head
 
 PATCH, SIDE = 4, 16
@@ -113,7 +113,7 @@ def test_a_run_is_perceived_from_its_latents_and_its_local_map(
     views = {(one.head, one.view) for one in report.agreement}
     # The alignment network speaks for the last layer alone.
     assert views == {(name, "local") for name in heads} | {(name, "alignment") for name in heads if name != "deep"}
-    written = from_json(tmp_path / "seen" / "perception.json", Perception, "")
+    written = read_json(tmp_path / "seen" / "perception.json", Perception, "")
     assert (written.agreement, written.heads, written.images) == (report.agreement, report.heads, 5)
     assert written.protocol["labels"] == [0, 1, 2, 0, 1]
     for one in report.agreement:
@@ -205,6 +205,7 @@ def fit_alignment(images: Path, encoder_name: str, folder: Path) -> None:
     save_alignment(network, folder / "alignment.safetensors")
 
 
+@pytest.mark.trains
 def test_a_head_is_right_on_both_paths(
     tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +214,7 @@ def test_a_head_is_right_on_both_paths(
                     device="cpu"))  # fmt: skip
     train_head(TrainHead(tmp_path / "store", tmp_path / "bright", masks=masks, steps=150, learning_rate=2e-2,
                          device="cpu"))  # fmt: skip
-    record = from_json(tmp_path / "bright" / "training.json", HeadRecord, "")
+    record = read_json(tmp_path / "bright" / "training.json", HeadRecord, "")
     assert (record.scores["mean_iou"].value or 0) > 0.8
     fit_alignment(images, tiny_encoder, tmp_path / "aligned")
     monkeypatch.setattr(module, "load_autoencoder", lambda name, device: Blocks())
@@ -232,7 +233,7 @@ def test_a_head_is_right_on_both_paths(
 def test_a_class_head_is_the_pooled_classifier_at_every_patch(store: Path, heads: dict[str, Path]) -> None:
     head = load_head(heads["classes"])
     assert head.spec.class_names == ("circle", "square", "stripes")
-    record = from_json(heads["classes"] / "training.json", HeadRecord, "")
+    record = read_json(heads["classes"] / "training.json", HeadRecord, "")
     assert set(record.scores) == {"accuracy"}
     # Linear: the mean of the patches' scores is the score of their mean, which the classifier was fitted to.
     features = torch.randn(2, head.spec.width, 4, 4)
@@ -241,6 +242,7 @@ def test_a_class_head_is_the_pooled_classifier_at_every_patch(store: Path, heads
     assert torch.allclose(scores.mean((2, 3), keepdim=True), pooled, atol=1e-5)
 
 
+@pytest.mark.trains
 def test_a_depth_head_tells_the_depth_it_was_shown(tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path) -> None:
     images, masks, _ = draw_blocks(tmp_path, 40)
     for file in masks.rglob("*.png"):
@@ -252,11 +254,12 @@ def test_a_depth_head_tells_the_depth_it_was_shown(tiny_encoder: str, tiny_autoe
                     device="cpu"))  # fmt: skip
     head = train_head(TrainHead(tmp_path / "store", tmp_path / "head", depth=tmp_path / "depths", device="cpu"))
     assert head.spec.depth_range == (2.0, 6.0)
-    scores = from_json(tmp_path / "head" / "training.json", HeadRecord, "").scores
+    scores = read_json(tmp_path / "head" / "training.json", HeadRecord, "").scores
     assert (scores["correlation"].value or 0) > 0.75
     assert (scores["relative_error"].value or 1) < 0.5
 
 
+@pytest.mark.trains
 def test_a_published_depth_head_reads_latents_that_were_aligned_before_the_final_norm(
     tiny_images: Path, tiny_encoder: str, tmp_path: Path
 ) -> None:
@@ -410,6 +413,7 @@ def test_an_alignment_network_that_does_not_say_whose_features_it_gives(
     assert "does not say whose features" in said
 
 
+@pytest.mark.trains
 def test_a_local_map_of_the_last_layer_is_read_as_that_layer(
     store: Path, heads: dict[str, Path], tiny_images: Path, tmp_path: Path
 ) -> None:

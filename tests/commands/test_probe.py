@@ -182,6 +182,7 @@ def draw_masks(folder: Path, images: Path) -> Path:
     return folder
 
 
+@pytest.mark.trains
 def test_masks_are_told_from_maps_alone(store: Path, tmp_path: Path, tiny_images: Path):
     masks = draw_masks(tmp_path / "masks", tiny_images)
     report = probe(options(store, tmp_path / "out", masks=masks, steps=200, learning_rate=1e-2))

@@ -75,6 +75,7 @@ def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
         load_lpips([tmp_path / "evil.pth"])
 
 
+@pytest.mark.trains
 def test_gradients_flow_through_both(network: Lpips, tiny_encoder: str) -> None:
     encoder = load_encoder(tiny_encoder, 16, (1, 4))
     original = torch.rand(1, 3, 16, 16) * 2 - 1

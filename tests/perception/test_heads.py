@@ -154,7 +154,7 @@ def test_a_damaged_folder_says_so(tmp_path: Path) -> None:
         load_head(tmp_path)
     Head(SPEC).save(tmp_path)
     (tmp_path / "head.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"does not fit head\.json"):
+    with pytest.raises(UserError, match=r"head\.safetensors is damaged"):
         load_head(tmp_path)
     (tmp_path / "head.json").write_text("{}")
     with pytest.raises(UserError, match=r"head\.json is damaged"):

@@ -74,6 +74,7 @@ def test_a_constant_input_gets_no_weight():
     assert (probe.weight[1] == 0).all()
 
 
+@pytest.mark.trains
 def test_what_is_said_by_places_needs_a_flat_probe():
     """Classes differ in where a value is, not in its mean."""
     targets = torch.arange(400) % 2
@@ -88,6 +89,7 @@ def test_what_is_said_by_places_needs_a_flat_probe():
     assert accuracy[False] < 0.65
 
 
+@pytest.mark.trains
 def test_the_penalty_is_chosen_where_the_fit_did_not_look():
     """More inputs than images, of which one tells the class: the smallest penalty fits noise."""
     targets = torch.arange(120) % 2
@@ -143,6 +145,7 @@ def halves(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return inputs, masks
 
 
+@pytest.mark.trains
 def test_masks_are_learned_at_their_own_resolution_and_255_is_ignored():
     fitting, selection, measured = (examples(*halves(60, seed)) for seed in (0, 10, 20))
     fitted = fit_map(fitting, selection, 2, training(hidden=0))
@@ -154,6 +157,7 @@ def test_masks_are_learned_at_their_own_resolution_and_255_is_ignored():
     assert fitted.probe.predict(measured.read(torch.arange(2)), (8, 8)).shape == (2, 8, 8)
 
 
+@pytest.mark.trains
 def test_a_convolutional_probe_sees_neighbours_and_a_linear_one_does_not():
     """A pixel's class is the sign of its cell times that of the cell to its right."""
 
@@ -169,6 +173,7 @@ def test_a_convolutional_probe_sees_neighbours_and_a_linear_one_does_not():
     assert measure(conv.probe, parts[2], 2, 0).value > 0.8
 
 
+@pytest.mark.trains
 def test_training_is_a_function_of_the_seed_and_stops_where_it_was_best():
     inputs, masks = halves(40, 0)
     fits = [fit_map(examples(inputs, masks), examples(*halves(20, 5)), 2, training(8, 60)) for _ in range(2)]

@@ -19,7 +19,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 import study
 from reglue import cli
-from reglue.data.store import Source, Store
+from reglue.data.manifest import Source
+from reglue.data.store import Store
 from reglue.errors import UserError
 from report import reached
 from study import ARMS, QUESTIONS, Arm, Options, Study, arms_of, divided, merged
@@ -181,14 +182,14 @@ def test_figures_made_otherwise_are_refused(
     described = {"blocks": [1] * 4, "mean": [0.5] * 3, "std": [0.5] * 3, "size": 32}
     save_file({k: v + 0.01 for k, v in state.items()}, other, {"judge": json.dumps(described)})
     (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged/results.jsonl").write_text("{")
+    (tmp_path / "damaged/results.jsonl").write_text("{\n{}\n")
     cases = {
         "sit-seed-0 at step 1 was measured by encoder with other options": (work, "--sample=--count 8 --steps 3"),
         "with other network": (work, "--judge", str(other)),
         "no file of scripts/convert_classifier.py": (work, "--judge", "missing.safetensors"),
         "dit is not known to this study; choose of sit": (work, "--arms", "dit"),
         "nowhere is not known": (work, "--space", "nowhere"),
-        "results.jsonl is damaged": (tmp_path / "damaged",),
+        "damaged/results.jsonl": (tmp_path / "damaged",),
     }
     before = (work / "results.jsonl").read_bytes()
     for message, (folder, *arguments) in cases.items():

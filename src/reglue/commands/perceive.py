@@ -23,8 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reglue.config import LocalSemantics
+from reglue.data.opening import open_images
 from reglue.data.pictures import GAP, enlarge, heat_of, image_grid, label_colours
-from reglue.data.sources import Reading, open_images
+from reglue.data.sources import Reading
 from reglue.diffusion.modalities import LATENT
 from reglue.encoders.alignment import FILE as ALIGNMENT_FILE
 from reglue.encoders.alignment import AlignmentNetwork, at_usual_length, load_alignment
@@ -32,7 +33,7 @@ from reglue.encoders.autoencoders import Autoencoder, AutoencoderSpec, load_auto
 from reglue.encoders.compressors import Compressor, resize
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, VisionFeatures, load_encoder
 from reglue.errors import UserError
-from reglue.files import new_folder, replacing, structured, to_json
+from reglue.files import new_folder, parse_json, replacing, to_json
 from reglue.perception.agreement import Agreement, ClassAgreement, DepthAgreement, Figure
 from reglue.perception.heads import Head, HeadSpec, load_head
 from reglue.pipeline import evaluations, load
@@ -270,7 +271,7 @@ def _aligned_autoencoder(options: Perceive, device: torch.device) -> Subject:
 def _encoder_of(alignment: AlignmentNetwork, folder: Path) -> EncoderSpec:
     """The encoder that an alignment network speaks for: of its features there are the last layer's alone."""
     try:
-        encoder = structured(json.dumps(alignment.spec.encoder), EncoderSpec)
+        encoder = parse_json(json.dumps(alignment.spec.encoder), EncoderSpec)
     except ValueError as error:
         raise UserError(
             f"{folder / ALIGNMENT_FILE} does not say whose features it gives ({error}); run `reglue autoencode` again"

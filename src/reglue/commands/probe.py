@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,10 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue.data.store import CLASS_TOKEN_CODES, LOCAL_CODES, Store, compressor_of, holds_codes, value_of
+from reglue.data.manifest import CLASS_TOKEN_CODES, LOCAL_CODES, compressor_of, holds_codes, value_of
+from reglue.data.store import Store
 from reglue.encoders.compressors import Compressor, as_map, load_compressor
 from reglue.errors import UserError, require
-from reglue.files import TakesPaths, from_json, replacing, to_json
+from reglue.files import TakesPaths, read_json, read_jsonl, replacing, to_json
 from reglue.perception.masks import load_masks
 from reglue.perception.probes import IGNORE, Constant, Examples, Fitted, Training, fit_linear, fit_map, measure
 from reglue.seeds import permutation
@@ -343,8 +343,8 @@ def _taken(compressor: Compressor, store: Store) -> slice | None:
 
 def _last_line(path: Path) -> dict[str, float]:
     """The last of the figures that `reglue compress` wrote; none if they are gone."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return json.loads(lines[-1]) if lines else {}
+    lines = read_jsonl(path, dict[str, float], "delete it")
+    return lines[-1] if lines else {}
 
 
 def _split(options: Probe, store: Store, validation: Store | None) -> Split:
@@ -442,7 +442,7 @@ def _begin(options: Probe, store: Store, validation: Store | None, split: Split,
             raise UserError(f"{options.out} holds other files; choose a new or an empty folder for --out")
         options.out.mkdir(parents=True, exist_ok=True)
         return report
-    before = from_json(path, Report, "delete it, or choose another --out")
+    before = read_json(path, Report, "delete it, or choose another --out")
     for key, value in protocol.items():
         if before.protocol.get(key) != value:
             raise UserError(

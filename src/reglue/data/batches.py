@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reglue.config import LearnedPart, Recipe
-from reglue.data.store import CLASS_TOKEN_CODES, Store, compressor_of, value_of
+from reglue.data.manifest import CLASS_TOKEN_CODES, compressor_of, value_of
+from reglue.data.store import Store
 from reglue.data.targets import Tokens, alignment_targets, target_columns
 from reglue.diffusion.conditions import CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
@@ -149,7 +150,8 @@ class HostBatch:
     def _each(self, move: Callable[[Tensor], Tensor]) -> HostBatch:
         columns = {key: {name: move(x) for name, x in part.items()} for key, part in self.columns.items()}
         others = (self.target, self.noise, self.condition, self.drawn)
-        return HostBatch(columns, *({name: move(x) for name, x in part.items()} for part in others))
+        target, noise, condition, drawn = ({name: move(x) for name, x in part.items()} for part in others)
+        return HostBatch(columns, target, noise, condition, drawn)
 
 
 class TrainingData:

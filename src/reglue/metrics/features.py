@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from reglue.encoders.vision import KNOWN_ENCODERS, InputRule, VisionEncoder, load_encoder
+from reglue.encoders.known import KNOWN_ENCODERS
+from reglue.encoders.vision import InputRule, VisionEncoder, load_encoder
 from reglue.metrics.distances import GaussianStatistics
 
 FeatureKind = Literal["class-token", "patch-mean"]

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reglue.encoders.vision import KNOWN_ENCODERS, EncoderSpec, VisionFeatures
+from reglue.encoders.known import KNOWN_ENCODERS
+from reglue.encoders.vision import EncoderSpec, VisionFeatures
 from reglue.errors import UserError
-from reglue.files import from_json, replacing, to_json
+from reglue.files import read_json, read_network, replacing, to_json
 
 Task = Literal["segmentation", "depth"]
 
@@ -197,13 +198,8 @@ def _load_folder(folder: Path) -> Head:
     for file in (SPEC_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise UserError(f"{folder} has no {file}: give a folder that `reglue head` made")
-    head = Head(from_json(folder / SPEC_FILE, HeadSpec, REMEDY))
-    try:
-        head.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / WEIGHTS_FILE} does not fit {SPEC_FILE} beside it ({reason}); {REMEDY}") from error
-    return head
+    spec = read_json(folder / SPEC_FILE, HeadSpec, REMEDY)
+    return read_network(lambda: Head(spec), folder / WEIGHTS_FILE, REMEDY)
 
 
 def _read(file: Path) -> dict[str, Tensor]:

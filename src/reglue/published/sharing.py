@@ -209,7 +209,7 @@ def _read_report(file: Path) -> Report | None:
         content = json.loads(file.read_text())
     except FileNotFoundError:
         raise UserError(f"{file}: no such report") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
         return None
