@@ -304,9 +304,8 @@ def reglue(command: str, *places: str | Path, words: Words | None = None, **opti
     words = (words or {}) | {f"--{name.replace('_', '-')}": [str(value)] for name, value in options.items()}
     given = [command, *map(str, places), *chain.from_iterable((name, *values) for name, values in words.items())]
     print(f"reglue {shlex.join(given)}", file=sys.stderr, flush=True)
-    parsed = cli.parse(given)
     with redirect_stdout(sys.stderr):
-        cli.job_of(parsed)(parsed)
+        cli.execute(cli.parse(given))
 
 
 class Study:

@@ -38,6 +38,7 @@ from reglue.encoders.autoencoders import Autoencoder, AutoencoderSpec, Moments
 from reglue.encoders.vision import load_encoder
 from reglue.files import read_json
 from reglue.perception.heads import Head, HeadSpec, load_head
+from reglue.training import precision
 
 PATCH, SIDE = 4, 16
 """Image pixels along a side of the tiny encoder's patches, and of its images."""
@@ -195,7 +196,8 @@ def fit_alignment(images: Path, encoder_name: str, folder: Path) -> None:
     latents, target = Blocks().encode(pixels / 127.5 - 1).mean, encoder.describe(pixels).features
     torch.manual_seed(0)
     described = {**json.loads(json.dumps(replace(encoder.spec).__dict__)), "layers": [1, 4]}
-    network = AlignmentNetwork(AlignmentSpec(3, 64, encoder.spec.width, encoder.spec.grid, described))
+    length = target.square().sum(1).mean().sqrt().item()
+    network = AlignmentNetwork(AlignmentSpec(3, 64, encoder.spec.width, encoder.spec.grid, described, length, length))
     optimiser = torch.optim.Adam(network.parameters(), 1e-2)
     for _ in range(150):
         optimiser.zero_grad()
@@ -369,13 +371,13 @@ def test_the_network_is_compiled_for_one_shape(
     shapes: list[tuple[int, ...]] = []
 
     def compiled(function: Callable[..., dict[str, Tensor]], _: torch.device) -> Callable[..., dict[str, Tensor]]:
-        def recorded(state: dict[str, Tensor], time: Tensor, label: Tensor) -> dict[str, Tensor]:
-            shapes.append(tuple(label.shape))
-            return function(state, time, label)
+        def recorded(state: dict[str, Tensor], time: Tensor, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+            shapes.append(tuple(condition["class"].shape))
+            return function(state, time, condition)
 
         return recorded
 
-    monkeypatch.setattr(module.distributed, "compiled", compiled)
+    monkeypatch.setattr(precision, "compiled_for_shapes", compiled)
     options = Perceive(run, tmp_path / "seen", count=3, head=(heads["foreground"],), batch_size=2, device="cpu")
     perceive(replace(options, compile=True, steps=2, guidance_scale=1.0))
     assert set(shapes) == {(2,)}, "the last batch is filled up"
@@ -432,4 +434,4 @@ def test_a_local_map_of_the_last_layer_is_read_as_that_layer(
         )
         for view in ("local", "original")
     ]
-    assert (maps[0] == maps[1]).mean() > 0.9
+    assert (maps[0] == maps[1]).mean() > 0.85

@@ -33,7 +33,7 @@ from reglue.config import Sampling
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError
-from reglue.image_sets import open_images
+from reglue.metrics.image_sets import open_image_set
 from reglue.pipeline import load
 from reglue.run import RunRecord, Start
 from reglue.samples import plan
@@ -318,7 +318,7 @@ def test_npz_holds_the_same_images(tiny_run: Path, tmp_path: Path, monkeypatch: 
 def test_endings_of_archives_may_be_capitals(tiny_run: Path, tmp_path: Path) -> None:
     out = sample(Sample(tiny_run, tmp_path / "images.NPZ", count=2, steps=1, device="cpu"))
     assert len(np.load(out)["arr_0"]) == 2
-    measured = open_images(out, None, 2, "cpu").images
+    measured = open_image_set(out).images
     assert measured
     assert len(measured) == 2
 
