@@ -49,8 +49,8 @@ from tyro.conf import Positional
 
 from measures import BATCH, copying, load_judge, photographs, pictures, share_of, views
 from reglue import cli
-from reglue.data.pictures import image_grid
 from reglue.data.manifest import MANIFEST
+from reglue.data.pictures import image_grid
 from reglue.data.store import Store
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.errors import Stopped, UserError
