@@ -350,11 +350,14 @@ class Study:
         asked = [by for by in arm.measured_by if by not in ("inception", "judge") or getattr(self.options, by)]
         found = {by: self.find(arm.title, step, by) for by in asked}
         for by, line in found.items():
-            now = {"network": self.network(by).sha256, "options": said(arm)}
-            if different := [name for name, value in now.items() if line and line[name] != value]:
+            if line is None:
+                continue
+            other = {*line["options"].split(" --")} ^ {*said(arm).split(" --")}
+            if other or line["network"] != self.network(by).sha256:
+                what = f"other options ({', '.join(sorted(other))})" if other else f"another network ({by})"
                 raise UserError(
-                    f"{arm.title} at step {step} was measured by {by} with other {different[0]}, so that figures would "
-                    "not compare; use what was used, or another --work"
+                    f"{arm.title} at step {step} was measured with {what}, so that figures would not compare; use what "
+                    "was used, or another --work"
                 )
         return [by for by, line in found.items() if line is None]
 
@@ -381,8 +384,9 @@ class Study:
     def trained(self, arm: Arm, step: int) -> Path:
         """The run that an arm draws from, trained to a step. With a constant learning rate parts equal one long run."""
         run, words = self.work / "runs" / arm.run_title, merged(arm.train)
+        noted = run.with_name(f"{run.name}.machines")
         if not any(done >= step for done in checkpoints.steps(run)):
-            store, noted = self.store_of(arm.space, words), run.with_name(f"{run.name}.machines")
+            store = self.store_of(arm.space, words)
             # Seconds of several machines do not add up, so it is noted which ones have worked on a run.
             known: list[str] = noted.read_text().splitlines() if noted.is_file() else []
             machines = sorted({*known, machine(self.device)})
@@ -390,11 +394,13 @@ class Study:
             noted.write_text("\n".join(machines))
             words |= {"--optimisation.steps": [str(step)], "--device": [self.options.device]}
             reglue("train", arm.train.partition(" ")[0], words=words, store=store, out=run, seed=arm.seed)
-            weights, log = checkpoints.read_weights(checkpoints.find(run, step) / checkpoints.EMA), read_log(run)
+        if self.find(arm.run_title, step, "training") is None:
+            weights = checkpoints.read_weights(checkpoints.find(run) / checkpoints.EMA)
             # By the log: work that was lost and done again does not count.
+            log = [line for line in read_log(run) if line["step"] <= step]
             starts, images = [0, *(line["step"] for line in log)], int(words["--optimisation.batch-size"][0])
             seconds = [images * (x["step"] - y) / x["images_per_second"] for x, y in zip(log, starts, strict=False)]
-            figures = {"machines": machines, "seconds": sum(seconds), "log": log[-1]}
+            figures = {"machines": noted.read_text().splitlines(), "seconds": sum(seconds), "log": log[-1]}
             figures["parameters"] = sum(tensor.numel() for tensor in weights.values())
             self.record(arm.run_title, step, "training", figures)
         return run

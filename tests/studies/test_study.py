@@ -138,14 +138,12 @@ def test_the_same_command_again_does_nothing(
 def test_an_interrupted_study_continues_to_the_same_figures(
     finished: Path, data: Path, judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = study.reglue, 0
+    real = study.reglue
 
     def interrupted(*arguments: Any, **options: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 5:  # trained, not drawn
-            raise KeyboardInterrupt
         real(*arguments, **options)
+        if arguments[0] == "train":  # It is not noted what was trained.
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(study, "reglue", interrupted)
@@ -157,6 +155,7 @@ def test_an_interrupted_study_continues_to_the_same_figures(
     expected = {key: value for key, value in figures_of(finished).items() if not key[0].startswith("sit")}
     after = figures_of(tmp_path)
     assert after.keys() == expected.keys()
+    assert [line["step"] for line in lines_of(tmp_path) if line["by"] == "training"] == [1, 2]
     for key, figures in after.items():
         for name, figure in figures.items():
             values = [x["value"] if isinstance(x, dict) else x for x in (figure, expected[key][name])]
@@ -184,8 +183,10 @@ def test_figures_made_otherwise_are_refused(
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/results.jsonl").write_text("{\n{}\n")
     cases = {
-        "sit-seed-0 at step 1 was measured by encoder with other options": (work, "--sample=--count 8 --steps 3"),
-        "with other network": (work, "--judge", str(other)),
+        "sit-seed-0 at step 1 was measured with other options (steps 2, steps 3)": (
+            *(work, "--judge", judge, "--sample=--count 8 --steps 3"),
+        ),
+        "with another network (judge)": (work, "--judge", str(other)),
         "no file of scripts/convert_classifier.py": (work, "--judge", "missing.safetensors"),
         "dit is not known to this study; choose of sit": (work, "--arms", "dit"),
         "nowhere is not known": (work, "--space", "nowhere"),
