@@ -147,7 +147,7 @@ def test_an_unknown_option_is_a_type_error(model: reglue.ImageModel) -> None:
 
 
 def test_autoguidance_needs_a_weaker_model(model: reglue.ImageModel) -> None:
-    with pytest.raises(UserError, match="auto.scale"):
+    with pytest.raises(UserError, match="auto-scale 2.0: autoguidance needs a weaker model"):
         model.generate(0, auto_scale=2.0)
 
 
