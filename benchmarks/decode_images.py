@@ -12,8 +12,9 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from reglue.commands.prepare import Prepare, decoded
-from reglue.data.sources import open_images
+from reglue.commands.prepare import Prepare
+from reglue.data.decoding import decoded
+from reglue.data.opening import open_images
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ def main(options: DecodeImages) -> int:
     """Decode all images, and keep none. Returns how many there were."""
     asked = Prepare(options.images, Path("unused"), options.resolution, workers=options.workers)
     images = open_images(asked.images, asked.reading, asked.subset)
-    return sum(len(batch.names) for batch in decoded(images, asked, [range(len(images))], torch.device("cpu")))
+    batches = [part.tolist() for part in torch.arange(len(images)).split(asked.batch_size)]
+    return sum(len(batch.names) for batch in decoded(images, batches, asked.size, asked.workers))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from reglue.commands import prepare as job
 from reglue.commands.prepare import Prepare, peak_rss_mib
 from reglue.config import Precision
 from reglue.data.images import UnreadableImage
-from reglue.data.sources import open_images
-from reglue.data.store import StoreWriter, write_shard
+from reglue.data.opening import open_images
+from reglue.data.store_writer import StoreWriter, write_shard
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import load_encoder
 from reglue.training.precision import autocast

@@ -28,10 +28,11 @@ import tyro
 
 from common import Conditions, report
 from counting import H200_PRODUCTS, training_flops
-from reglue.commands.train import READERS, prefetch
 from reglue.config import Recipe
 from reglue.data.batches import TrainingData, denoiser_config
-from reglue.data.store import LOCAL_CODES, Store, compressor_of
+from reglue.data.manifest import LOCAL_CODES, compressor_of
+from reglue.data.prefetch import READERS, prefetch
+from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.papers import RECIPES
 from reglue.seeds import generator, permutation
@@ -183,12 +184,12 @@ def rates_of_training(
     once = -(-len(store) // batch_size)
     positions = [range(first * batch_size, (first + 1) * batch_size) for first in range(once)]
     if cache == "warm":
-        for _ in prefetch(data, positions, options.threads_of_training):
+        for _ in prefetch(data.read, positions, options.threads_of_training, data.device):
             pass  # Files are mapped by now.
         later = range(once, once + max(once, options.images // batch_size))
         positions = [range(first * batch_size, (first + 1) * batch_size) for first in later]
     wall, core = time.perf_counter(), time.process_time()
-    for _ in prefetch(data, positions, options.threads_of_training):
+    for _ in prefetch(data.read, positions, options.threads_of_training, data.device):
         pass
     wall, core = time.perf_counter() - wall, time.process_time() - core
     images = len(positions) * batch_size

@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import Timed, alternate, matrix_rate, peak_gpu_memory_mib, peak_memory_mib, report
 from counting import training_flops
-from reglue.commands.train import prefetch
 from reglue.config import Compile, Precision
 from reglue.data.batches import HostBatch, TrainingData
+from reglue.data.prefetch import prefetch
 from reglue.training import distributed
 from reglue.training.precision import autocast
 from training_step import TrainingStep
@@ -106,7 +106,7 @@ def measured(options: TrainSpeed, folder: Path, device: torch.device) -> dict[st
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     # The data has no end, so that the threads read as far ahead after the steps as before them, if they can.
-    with closing(prefetch(data, positions, options.workers)) as drafts:
+    with closing(prefetch(data.read, positions, options.workers, device)) as drafts:
         milliseconds = 1e3 * mean_of(lambda: step(next(drafts)), repeats, device)
     peak_memory, peak_gpu_memory = peak_memory_mib(), peak_gpu_memory_mib(device)
     rate = matrix_rate(device, options.precision, 256 if toy else None)

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from reglue.commands.train import Losses, ema_decay
+from reglue.commands.train import Losses
 from reglue.config import Compile, Precision, Recipe
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.objective import TrainingSample, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.training import distributed, parallel
+from reglue.training.loop import ema_decay
 from reglue.training.precision import autocast, compile_parts, matmul_precision, to_compile
 
 

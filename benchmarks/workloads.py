@@ -19,7 +19,9 @@ from torch import Tensor
 
 from reglue.commands.demo import DEMO_RECIPE
 from reglue.config import Recipe
-from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits
+from reglue.data.manifest import Contents, Source
+from reglue.data.store import Store, quantised
+from reglue.data.store_writer import StoreWriter, add_codes
 from reglue.data.targets import AlignmentTargets, Tokens
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL
@@ -143,7 +145,8 @@ def random_store(
             "random", "AutoencoderKL", "0", channels, DOWNSAMPLING, (0.0,) * channels, (0.18215,) * channels
         ),
         encoder=EncoderSpec(
-            "random", "random", "0", width, DEPTH, LAYERS, 14, tokens, pixels, pixels, half, half, "bicubic", False
+            *("random", "random", "0", width, DEPTH, LAYERS, 14, tokens, pixels, pixels, half, half, "bicubic", False),
+            *(("normalise", "resize"), True, "class token or mean", 5, 4),
         ),
         features=True,
         features_dtype=features_dtype,
@@ -154,7 +157,7 @@ def random_store(
     )
     writer = StoreWriter(folder, contents)
     features = torch.randn(1, len(LAYERS) * width, *tokens)
-    of_one = in_8_bits(features) if features_dtype == "int8" else {"features": features.half()}
+    of_one = quantised(features) if features_dtype == "int8" else {"features": features.half()}
     for block in writer.pending:
         count = len(block)
         latent = torch.randn(2, count, channels, *config.shape.grid)
@@ -169,7 +172,7 @@ def random_store(
     name = workload.recipe.local.compressor
     spec = ConvCompressor(len(LAYERS) * width, 256, workload.local_channels).save(folder / "compressors" / name)
     shards = (shard.rows for shard in store.manifest.columns["label"].shards)
-    return store.add_codes(name, spec, (torch.randn(count, workload.local_channels, *tokens) for count in shards))
+    return add_codes(store, name, spec, (torch.randn(count, workload.local_channels, *tokens) for count in shards))
 
 
 class RandomOnline(AlignmentTargets):

@@ -57,9 +57,7 @@ def checkpointing(options: Checkpointing) -> str:
     optimiser = stepped(model)
     with TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
-        saves: dict[str, Callable[[], object]] = {
-            "ours": lambda: checkpoints.save(folder / "run", 1, model, ema, optimiser)
-        }
+        saves: dict[str, Callable[[], object]] = {"ours": lambda: save(folder / "run", model, ema, optimiser)}
         loads: dict[str, Callable[[], object]] = {
             "ours": lambda: checkpoints.restore(checkpoints.find(folder / "run"), model, ema, optimiser)
         }
@@ -77,6 +75,14 @@ def checkpointing(options: Checkpointing) -> str:
             "load": ratio(loading["theirs"], loading["ours"], device),
         }
     return report("checkpoint", options, figures, device)
+
+
+def save(run: Path, model: nn.Module, ema: dict[str, torch.Tensor], optimiser: torch.optim.AdamW) -> None:
+    """Write a checkpoint, and wait for it."""
+    writer = checkpoints.Writer(run, keep=0, sharded=False)
+    writer.save(1, model, ema, optimiser)
+    writer.wait()
+    writer.close()
 
 
 def theirs(

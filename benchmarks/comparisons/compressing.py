@@ -16,7 +16,8 @@ import tyro
 from torch import Tensor
 
 from common import Comparison, peak_memory_mib, report
-from reglue.data.store import Contents, Source, StoreWriter
+from reglue.data.manifest import Contents, Source
+from reglue.data.store_writer import StoreWriter
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.training import distributed
 

@@ -17,7 +17,7 @@ from PIL import Image
 from common import ROOT, Comparison, report, seconds_of_process
 from reglue.commands.prepare import Prepare
 from reglue.data.images import UnreadableImage
-from reglue.data.sources import open_images
+from reglue.data.opening import open_images
 from workloads import random_images, spread
 
 

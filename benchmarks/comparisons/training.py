@@ -27,9 +27,9 @@ from comparisons.official import (
     official_sit_loss,
 )
 from counting import parameters, training_flops
-from reglue.commands.train import READERS, prefetch
 from reglue.config import Compile, Precision
 from reglue.data.batches import HostBatch, TrainingData
+from reglue.data.prefetch import READERS, prefetch
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import CLS, LATENT, LOCAL
@@ -248,7 +248,9 @@ def our_turns(
             step(sample)
 
     return {
-        "": lambda: turn(prefetch(data, (range(i * batch, (i + 1) * batch) for i in range(steps)), threads)),
+        "": lambda: turn(
+            prefetch(data.read, (range(i * batch, (i + 1) * batch) for i in range(steps)), threads, data.device)
+        ),
         ", without reading": lambda: turn(repeat(at_hand, steps)),
     }
 

@@ -241,7 +241,8 @@ class ImageModel:
 
         Image i depends on `seed` and i alone, whatever `batch_size` is; `progress` shows a bar. How they are drawn is
         `sampling`, `default_sampling` if not given, of which any field may be changed: `steps=50, guidance_scale=2.0`.
-        `condition` has the values (N, …) of conditions other than the class. `controls` are given to the loop over time (`diffusion.controls`).
+        `condition` has the values (N, …) of conditions other than the class. `controls` are given to the loop over time
+        (`diffusion.controls`).
 
         Returns a list of PIL images, or for `output="tensor"` uint8 (N, 3, height, width) on the CPU.
 
@@ -267,7 +268,7 @@ class ImageModel:
                 others = {name: values[start : start + batch_size] for name, values in (condition or {}).items()}
                 given = self.condition([labels[i] for i in indices], others)
                 room = min(batch_size, len(labels))
-                watching = (*controls, Progress(bar.update))
+                watching = [*(c.of(slice(start, start + batch_size)) for c in controls), Progress(bar.update)]
                 state = self.draw(indices, given, seed, sampling, room=room, controls=watching)
                 batches.append(torch.from_numpy(self.decode(state, sampling.rounding)))
         pixels = torch.cat(batches) if batches else torch.empty(0, *self.record.resolution, 3, dtype=torch.uint8)
@@ -382,7 +383,7 @@ class ImageModel:
         They are in float32 or float64, as `sampling` says. `weaker` is the second model of autoguidance. A compiled
         model evaluates batches of `room` images, if that is more, so that a smaller last batch needs no compilation.
         Adaptive samplers take image by image, since their steps would otherwise depend on which images are drawn
-        together. `controls` see every step.
+        together. `controls` see every step; they are for the images `indices`, in their order.
         """
         sampling, device = self.resolved(sampling), self.device
         adaptive = SAMPLERS[sampling.sampler].adaptive
@@ -390,8 +391,10 @@ class ImageModel:
             one_by_one = [{name: value[i : i + 1] for name, value in condition.items()} for i in range(len(indices))]
             return concatenate_states(
                 [
-                    self.draw([i], one, seed, sampling, weaker=weaker, controls=controls)
-                    for i, one in zip(indices, one_by_one, strict=True)
+                    self.draw(
+                        [i], one, seed, sampling, weaker=weaker, controls=[c.of(slice(n, n + 1)) for c in controls]
+                    )
+                    for n, (i, one) in enumerate(zip(indices, one_by_one, strict=True))
                 ]
             )
         filling = max(room - len(indices), 0) if self.compile and not adaptive else 0

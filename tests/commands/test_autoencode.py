@@ -24,23 +24,25 @@ from torch.nn import functional as F
 
 from helpers import reglue_command, run_reglue
 from reglue.cli import parse
-from reglue.commands.autoencode import UNLABELLED, TrainingRecord, alignment_spec, autoencode, loss_terms, split
+from reglue.commands.autoencode import UNLABELLED, autoencode, split
 from reglue.commands.prepare import Prepare, prepare
-from reglue.data.sources import open_images
+from reglue.data.opening import open_images
 from reglue.data.store import Store
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
-from reglue.files import from_json
+from reglue.files import read_json
 from reglue.metrics.inception import load_inception
 from reglue.metrics.latents import LatentSummary
 from reglue.metrics.perceptual import encoder_features, load_lpips
 from reglue.reals.config import Architecture, AutoencoderRecipe, Perceptual
 from reglue.reals.measuring import check_latents, load_judges, warning_of_dead_channels
 from reglue.reals.measuring import evaluate as measure_reconstructions
+from reglue.reals.record import TrainingRecord
 from reglue.reals.samples import ImageSamples, to_images, to_pixels
 from reglue.reals.trainable import AlignedAutoencoder, Trained, new_network
+from reglue.reals.training import alignment_spec, loss_terms
 from reglue.training import checkpoints
 from reglue.training.tracking import read
 
@@ -96,6 +98,7 @@ def figures(out: Path) -> list[dict[str, float]]:
     return [line["validation"] for line in read(out) if "validation" in line]
 
 
+@pytest.mark.trains
 def test_every_term_of_the_loss_falls(trained: Path) -> None:
     first, *_, last = training_lines(trained)
     for term in ("reconstruction", "perceptual", "alignment", "class_alignment"):
@@ -118,6 +121,7 @@ def test_every_term_of_the_loss_falls(trained: Path) -> None:
     assert picture.height > 5 * 16
 
 
+@pytest.mark.trains
 def test_the_result_is_an_autoencoder_of_unit_latents_for_prepare(
     trained: Path, tiny_images: Path, tiny_encoder: str, tmp_path: Path
 ) -> None:
@@ -152,7 +156,7 @@ def test_the_alignment_network_reads_the_latents(trained: Path, tiny_images: Pat
 
 
 def test_the_record_says_how_it_was_made(trained: Path, tiny_images: Path) -> None:
-    record = from_json(trained / "training.json", TrainingRecord, "")
+    record = read_json(trained / "training.json", TrainingRecord, "")
     assert (record.steps_done, record.recipe.optimisation.steps, record.images) == (120, 120, str(tiny_images))
     assert record.figures == figures(trained)[-1]
     assert record.source is None
@@ -182,7 +186,7 @@ def test_lpips_and_rfid_are_measured_whatever_the_loss(
     distances = load_lpips([random_lpips])(to_images(pixels), to_images(restored))
     assert line["validation"]["lpips"] == pytest.approx(float(distances.mean()), rel=1e-3)
 
-    record = from_json(out / "training.json", TrainingRecord, "")
+    record = read_json(out / "training.json", TrainingRecord, "")
     assert record.measured_with["lpips"] == str(random_lpips)
     assert record.measured_with["rfid"].startswith(str(random_inception))
     assert record.recipe.perceptual.by_encoder
@@ -362,29 +366,10 @@ def begun(until: Path, *given: str) -> subprocess.Popen[str]:
     return process
 
 
-def multiprocessing_children(process: int) -> list[int]:
-    """Processes that a process has started."""
-    found = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True, check=False)
-    return [int(child) for child in found.stdout.split()]
-
-
-@pytest.mark.parametrize("to_workers", [False, True], ids=["the job", "its workers first"])
-def test_sigterm_stops_after_the_step_with_a_checkpoint(
-    to_workers: bool, tiny_images: Path, tiny_encoder: str, tmp_path: Path
-) -> None:
+def test_sigterm_stops_after_the_step_with_a_checkpoint(tiny_images: Path, tiny_encoder: str, tmp_path: Path) -> None:
     out, seldom = tmp_path / "out", [f"--{what}-every=1000000" for what in ("log", "checkpoint", "evaluate")]
-    given = arguments(
-        tiny_images, out, tiny_encoder, "--optimisation.steps=100000", f"--workers={int(to_workers)}", *seldom
-    )
+    given = arguments(tiny_images, out, tiny_encoder, "--optimisation.steps=100000", "--workers=1", *seldom)
     process = begun(out / "training.json", *given)
-    if to_workers:  # SLURM signals all processes of a job. One that waits for a worker must get its batch.
-        while not (workers := multiprocessing_children(process.pid)):
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(1)  # until it reads
-        for worker in workers:
-            os.kill(worker, signal.SIGTERM)
-        time.sleep(1)
     process.send_signal(signal.SIGTERM)
     _, text = process.communicate(timeout=60)
     (step,) = checkpoints.steps(out)
@@ -447,6 +432,7 @@ def test_two_processes_and_accumulated_parts_give_the_losses_of_one(
         assert other == pytest.approx(means[0], rel=2e-3, abs=1e-5)
 
 
+@pytest.mark.trains
 def test_an_existing_autoencoder_is_measured_first_and_then_changed(
     tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path
 ) -> None:
@@ -525,6 +511,7 @@ def test_too_much_divergence_collapses_at_once_and_says_what_is_left(
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000020"]
 
 
+@pytest.mark.trains
 def test_dead_channels_are_named_at_an_evaluation(
     tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
