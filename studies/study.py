@@ -1,607 +1,641 @@
-"""What all studies share: arms are trained, drawn from and measured alike, milestone by milestone.
+"""Do the methods learn faster, and what decides it? Named lists of arms, trained, drawn from and measured alike.
 
-All arms reach a milestone, are drawn from and measured there before any goes on to the next, so a study that stops
-early still compares arms at equal steps. Milestones double: a method that learns faster is one that reaches at N steps
-what another reaches at 2N, and quality changes about as much from N to 2N whatever N is.
+    python studies/study.py convergence --work study --images imagenette/train --held-out imagenette/val
+    python studies/study.py parts weights --work study --milestones 5000 10000 --train="--model 8x320x5/2"
 
-Everything is a file in the folder of the study, written whole or not at all, so the same command continues, also on
-another machine after the folder was copied there. Runs are large; without them, what has its figures is not trained
-again, and what goes on begins anew:
+A question is a list of arms, and an arm is what the public commands are given. Images, their order, noise, times and
+those initial weights that arms share depend on the seed alone, so they are equal in all arms. All arms reach a
+milestone, and are measured there, before any goes on to the next. The same command continues where it stopped; an arm
+of several questions is trained once. Everything is in the folder --work, which may be copied to another machine:
 
-    study.json                              what the study is of; another study is refused
-    log.jsonl                               each phase with its wall time
-    references/                             features of real images, and what is known of them
-    ARM-seed-S/run                          the run
-    ARM-seed-S/step-N, ARM-seed-S/guided-N  the samples, and beside each its figures: KIND.json, of which
-                                            training.json has the seconds of training up to there, and closest.png:
-                                            those closest to training images, above these images
-    grids/                                  the first samples of all arms, side by side
-    results.json, table.md, *.png           everything together
+    stores/, autoencoders/, runs/    what the commands make; what has its figures needs them no more
+    samples/ARM-seed-S/              samples of each milestone, and the closest ones above their training images
+    results.jsonl                    every figure, with network, options, machine, versions, commit and date
+    QUESTION.md, QUESTION*.png       a table, curves over steps and over time, the same seeds of all arms
 """
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import shlex
 import shutil
+import signal
+import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+import tyro
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.linear_model import RidgeClassifierCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 from tyro.conf import Positional
 
-from circumstances import UNKNOWN, machine
-from measures import Measures, fingerprint
-from reglue.commands.sample import PROTOCOL, Sample, sample
-from reglue.commands.train import Train, train
-from reglue.config import Compile, Optimisation, Precision, Recipe, SamplerName, Sampling
+from measures import BATCH, copying, load_judge, photographs, pictures, share_of, views
+from reglue import cli
+from reglue.data.manifest import MANIFEST
 from reglue.data.pictures import image_grid
 from reglue.data.store import Store
-from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
-from reglue.diffusion.noise import STREAMS
-from reglue.errors import UserError
-from reglue.files import TakesPaths, replacing
-from reglue.image_sets import open_images
-from reglue.pipeline import decoder
-from reglue.run import RunRecord, data_hash
+from reglue.encoders.autoencoders import load_autoencoder
+from reglue.errors import Stopped, UserError
+from reglue.files import read_jsonl, read_tensors, replacing
+from reglue.metrics.distances import GaussianStatistics
+from reglue.metrics.features import describe_images, load_encoder_features
+from reglue.metrics.inception import INCEPTION, load_inception
+from reglue.reals.samples import to_pixels
+from reglue.seeds import permutation
 from reglue.training import checkpoints
 from reglue.training.distributed import resolve_device
 from reglue.training.tracking import read as read_log
-from summary import MEASURED_BY, refuse_mixtures, summarise
+from report import write_report
 
-SHOWN = 10
-"""Images of each arm in the grids."""
-FigureKind = Literal["encoder", "judge", "inception"]
-"""Who looks at samples."""
-KINDS: tuple[FigureKind, ...] = get_args(FigureKind)
-CHECKPOINT_MINUTES = 5.0
-FIRST_CHECKPOINT = 500
-"""Steps between checkpoints where no speed is known yet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyOptions(TakesPaths):
-    """Options of every study."""
-
-    store: Positional[Path]
-    """Training images: a store with everything that the arms learn."""
-    reference: Path
-    """Held-out images to compare with: a store prepared alike, or a folder of images."""
-    out: Path
-    """Folder of the study: new, or one to continue."""
-    seed: int = 0
-    """Of training. Samples are drawn with seed 0 throughout."""
-    seeds: int = 1
-    """How many seeds the --repeated-arms are trained with, counted up from --seed."""
-    repeated_arms: tuple[str, ...] = ()
-    """Arms that are trained with several seeds; the others with the first alone."""
-
-    model: str = "B/2"
-    """Size of the transformer, of all arms."""
-    steps: int = 4000
-    """Training steps. A finished study can be prolonged to twice as many, with one checkpoint more."""
-    checkpoints: int = 4
-    """How often arms are measured: after all steps, half of them, a quarter …"""
-    batch_size: int = 64
-    learning_rate: float = 3e-4
-    warmup: int = 100
-    """Steps over which the learning rate rises from 0; it stays constant afterwards."""
-    time_shift: float = 1.0
-    """Training times nearer to noise; 1 is uniform, as published."""
-    ema: float = 0.999
-    """Decay of the moving average of the weights, after a warm-up; samples are drawn from the average."""
-    alignment_hidden: int = 2048
-    """Hidden width of the alignment's projector; a smaller one suits a small model."""
-    unit_variance: bool = False
-    """Scale each latent channel to unit variance, instead of as the autoencoder says."""
-    precision: Precision = "bfloat16"
-    """Of the matrix products."""
-    compile: Compile = "auto"
-    """Compile blocks or models. auto is blocks on a GPU, whose minutes are dear, and nothing on a CPU."""
-
-    compressor_epochs: int = 25
-    """Passes of the compressors that are made, where the store lacks the codes of an arm."""
-    compressor_hidden: int = 256
-    """Their channels between."""
-
-    count: int = 1000
-    """Samples per checkpoint."""
-    sampler: SamplerName = "euler-maruyama"
-    sampling_steps: int = 50
-    guidance: float = 2.0
-    """Scale of guidance of the last samples, of all modalities; 1 leaves them out."""
-    guidance_interval: tuple[float, float] = (0.0, 0.9)
-
-    inception: str | None = None
-    """Weights of FID's Inception network, or `inception` to download them; FID is left out if not given."""
-    inception_everywhere: bool = False
-    """FID at every checkpoint, not only at the last."""
-    judge: str | None = None
-    """A classifier of ImageNet: a file of scripts/convert_classifier.py, timm:NAME or torchvision:NAME."""
-    encoder: str | None = None
-    """The vision encoder whose features are compared; that of the store if not given."""
-    autoencoder: str | None = None
-    """Where the store's autoencoder is, if not where it was."""
-    resamples: int = 200
-    """Of images, for 95 % intervals."""
-
-    sampling_batch: int = 100
-    """Images drawn and described at once."""
-    workers: int | None = None
-    """Threads that read training samples ahead of their use. Default: 4 with a GPU, none without."""
-    checkpoint_every: int | None = None
-    """Steps between checkpoints from which an interrupted run continues. Default: as many as take five minutes, by the
-    speed so far. Each is four times as large as the model."""
-    plan: bool = False
-    """Time a few steps of each arm, write how long the study takes into OUT-plan.md and OUT-plan.json, and stop."""
-    counted_on: Literal["h200"] | None = None
-    """With --plan: time nothing, but count operations for this GPU, which may be elsewhere."""
-    assumed_share: float = 0.25
-    """With --counted-on: the share of its rates that is reached."""
-    minutes: float | None = None
-    """With --plan: say which --steps take about so many minutes in all."""
-    references_only: bool = False
-    """Only find out what the figures need of real images, into `references` in the folder, and stop: for a machine that
-    has the images, before `studies/pack.py --references`."""
-    device: str = "auto"
-
-    def milestones(self) -> list[int]:
-        """The steps at which arms are measured, ascending."""
-        return sorted({max(1, self.steps >> halvings) for halvings in range(self.checkpoints)})
-
-
-MAY_CHANGE = {
-    *("store", "reference", "out", "seed", "seeds", "repeated_arms", "arms", "questions", "steps", "checkpoints"),
-    *("inception_everywhere", "autoencoder", "autoencoders", "int8_store", "compile", "guidance_scales"),
-    *("sampling_batch", "checkpoint_every", "inception", "judge", "encoder", "workers", "decoding_workers", "device"),
-    *("plan", "counted_on", "assumed_share", "minutes", "references_only"),
+PREPARE = "--resolution 64 --features"
+TRAIN = (
+    "--model 6x192x3/1 --no-learn-sigma --optimisation.batch-size 64 --optimisation.learning-rate 1e-3 "
+    "--optimisation.warmup 50 --optimisation.clip 1 --optimisation.ema 0.999 --optimisation.ema-warmup "
+    "--optimisation.precision bfloat16 --optimisation.compile auto --optimisation.time-shift 3 --alignment.hidden 512 "
+    "--log-every 50 --checkpoint-every 500 --keep 2 --preview-every 0"
+)
+SAMPLE = (
+    "--count 400 --sampler euler-maruyama --steps 25 --guidance-scale 1 --guided-channels all --rounding truncate "
+    "--batch-size 100"
+)
+AUTOENCODE = (
+    "--architecture.widths 16 32 64 128 --architecture.latent-channels 16 --architecture.layers-per-block 1 "
+    "--architecture.norm-groups 16 --alignment.hidden 256 --optimisation.steps 1600 --optimisation.batch-size 8 "
+    "--optimisation.learning-rate 5e-4 --optimisation.warmup 100 --optimisation.decay cosine "
+    "--optimisation.betas 0.9 0.95 --optimisation.ema 0.995 --optimisation.precision bfloat16 --evaluate-every 400 "
+    "--checkpoint-every 160 --keep 1 --validation-images 1000"
+)
+SPACES = {
+    "plain": "--kl.weight 1e-5 --alignment.weight 0 --alignment.class-weight 0",
+    "aligned": "--kl.weight 1e-5",
+    **{f"aligned-kl-{weight}": f"--kl.weight {weight}" for weight in ("1e-3", "1e-2", "1e-1")},
 }
-"""Options that do not decide what a figure of an arm is, or that are compared in another way."""
-NETWORKS = ("inception", "judge", "encoder")
-"""Options that name networks: may be given later, but then stay."""
+"""Latent spaces besides that of --prepare, by the options of `reglue autoencode`."""
+FREE = {"--checkpoint-every", "--keep", "--workers", "--optimisation.compile", "--autoencoder", "--batch-size"}
+"""Options that decide no figure. The batch size of a training is --optimisation.batch-size."""
+REAL_IMAGES = 2000
+"""Of either store that the judge looks at, at most."""
+PENALTIES = tuple(np.logspace(-1, 5, 7))
+"""Of the judge's last layer, of which one is chosen by leaving out one image at a time."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train, with a name for tables."""
+    """One way to train, or to draw from, a model."""
 
     name: str
-    recipe: Recipe
-    store: Path
-    note: str = ""
-    """What is published for it, or anything else that a table should say."""
-    guidance: tuple[tuple[str, float], ...] = ()
-    """Options of `reglue sample` that draw this arm's guided samples otherwise: pairs of a name and a value."""
-    guided: bool = True
-    """Whether guided samples are drawn at the end."""
-    trained_as: str | None = None
-    """The arm whose last model this one draws guided samples from, without training; None if it trains."""
-    autoencoder: str | None = None
-    """Where the autoencoder of its store is, if not where it was; None for that of the options."""
-
-
-def arm_of(options: StudyOptions, name: str, recipe: Recipe, store: Path | None = None, **details: Any) -> Arm:
-    """An arm with the parts of a recipe, trained as the options say: what is not a part is equal in all arms."""
-    optimisation = Optimisation(
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        warmup=options.warmup,
-        clip=1.0,
-        ema=options.ema,
-        ema_warmup=True,
-        precision=options.precision,
-        compile=options.compile,
-        time_shift=options.time_shift,
-    )
-    recipe = replace(
-        recipe,
-        name=name,
-        model=options.model,
-        learn_sigma=False,  # SiT's unused output channels are there for its published checkpoints alone.
-        latent=replace(recipe.latent, unit_variance=options.unit_variance),
-        alignment=replace(recipe.alignment, hidden=options.alignment_hidden),
-        optimisation=optimisation,
-        sampling=Sampling(),
-    )
-    return Arm(name, recipe, store or options.store, **details)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """An arm with a seed, in a folder of its own."""
-
-    arm: Arm
-    seed: int
-    folder: Path
-    run: Path
-
-    def samples(self, step: int, guided: bool) -> Path:
-        """Where samples are."""
-        return self.folder / samples_folder(step, guided)
-
-
-def samples_folder(step: int, guided: bool) -> str:
-    """The name of a folder of samples."""
-    return f"{'guided' if guided else 'step'}-{step:08d}"
-
-
-@dataclass(frozen=True)
-class SampleSet:
-    """Samples of a trial at a step."""
-
-    trial: Trial
-    step: int
-    guided: bool = False
+    train: str
+    """The recipe and options of `reglue train`. Empty: no model, but training images as an autoencoder shows them."""
+    published: str = ""
+    """For the table."""
+    sample: str = ""
+    """Options of `reglue sample`."""
+    space: str = ""
+    """One of SPACES, or given. Empty: that of --space."""
+    run: str | None = None
+    """The arm whose run this one draws from, after the last milestone alone. None for its own."""
+    measured_by: tuple[str, ...] = ("encoder", "copies", "inception", "judge")
+    seed: int = 0
+    """Of training; samples have seed 0 throughout."""
 
     @property
-    def folder(self) -> Path:
-        """Where they are."""
-        return self.trial.samples(self.step, self.guided)
+    def title(self) -> str:
+        """Also of its folders."""
+        return f"{self.name}-seed-{self.seed}"
+
+    @property
+    def run_title(self) -> str:
+        """Of the run that it draws from."""
+        return f"{self.run or self.name}-seed-{self.seed}"
 
 
-def trials_of(options: StudyOptions, arms: Sequence[Arm]) -> list[Trial]:
-    """Each arm with its seeds. Raises UserError for a repeated arm that is none of them, unless nobody asked for it."""
-    unknown = set(options.repeated_arms) - {arm.name for arm in arms}
-    if unknown and options.repeated_arms != type(options).repeated_arms:
-        names = ", ".join(arm.name for arm in arms)
-        raise UserError(f"--repeated-arms {min(unknown)} is none of the arms; choose of {names}")
-    trials = []
-    for arm in arms:
-        for seed in range(options.seed, options.seed + (options.seeds if arm.name in options.repeated_arms else 1)):
-            run = options.out / f"{arm.trained_as or arm.name}-seed-{seed}" / "run"
-            trials.append(Trial(arm, seed, options.out / f"{arm.name}-seed-{seed}", run))
-    return trials
-
-
-def run_study(options: StudyOptions, arms: Sequence[Arm], title: str) -> dict[str, Any]:
-    """Train, draw and measure all arms, writing tables and plots after every milestone. Returns the results.
-
-    Raises UserError for stores that lack what an arm learns, for a folder that holds another study, and for networks
-    that cannot be opened; all of them before anything is trained.
-    """
-    trials = trials_of(options, arms)
-    measures = Measures(options)
-    results: dict[str, Any] = {}
-    trained = [trial for trial in trials if trial.arm.trained_as is None]
-    guided = [trial for trial in trials if trial.arm.guided and options.guidance != 1]
-    sets = [SampleSet(trial, step) for step in options.milestones() for trial in trained]
-    sets += [SampleSet(trial, options.steps, guided=True) for trial in guided]
-    kinds: list[FigureKind] = [kind for kind in KINDS if any(kind in missing_figures(options, each) for each in sets)]
-    create_or_resume(options, trials, lambda: open_networks(options, measures, sets, kinds))
-    measures.know(kinds)
-    for step in options.milestones():
-        for trial in trained:
-            observe(options, measures, SampleSet(trial, step))
-            results = gather(options, trials, measures, title)
-        draw_grid(options, results, step)
-    for trial in guided:
-        observe(options, measures, SampleSet(trial, options.steps, guided=True))
-        results = gather(options, trials, measures, title)
-    if guided:
-        draw_grid(options, results, options.steps, guided=True)
-    return results
-
-
-def open_networks(
-    options: StudyOptions, measures: Measures, sets: Sequence[SampleSet], kinds: Sequence[FigureKind]
-) -> None:
-    """Open every network that is still needed, once. Raises UserError for one that is missing or does not fit."""
-    measures.open(kinds)
-    wanted = [each for each in sets if missing_figures(options, each) and not is_drawn(options, each.folder)]
-    undrawn = {each.trial.arm.store: each.trial for each in wanted}
-    for trial in undrawn.values():
-        decoder(checked(trial), torch.device("cpu"), trial.arm.autoencoder or options.autoencoder)
-
-
-def create_or_resume(options: StudyOptions, trials: Sequence[Trial], check: Callable[[], None]) -> None:
-    """Make the study's folder, or check that it is this study's. Raises UserError, naming what differs.
-
-    Also checks that every store has what its arm learns, before hours are spent on the others, and calls `check` before
-    anything is written.
-    """
-    settings = {part.name: getattr(options, part.name) for part in fields(options) if part.name not in MAY_CHANGE}
-    # Files may lie elsewhere on another machine, but must not become others.
-    settings |= {name: Path(value).name for name in NETWORKS if (value := getattr(options, name))}
-    stores = {trial.arm.name: data_hash(Store.open(trial.arm.store), checked(trial).recipe) for trial in trials}
-    stores["--reference"] = fingerprint(open_images(options.reference, None, 1, "cpu"))
-    settings = json.loads(json.dumps(settings))
-    path = options.out / "study.json"
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if what := difference(before, settings, stores):
-            raise UserError(f"{options.out} is a study with another {what}; choose another --out, or as it was before")
-        settings, stores = {**before["settings"], **settings}, {**before["stores"], **stores}
-    check()
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"settings": settings, "stores": stores})
-
-
-def difference(before: dict[str, Any], settings: dict[str, Any], stores: dict[str, str]) -> str:
-    """What differs from `study.json`, for a message; empty if nothing does. What is new there is no difference."""
-    options = [name for name in settings if before["settings"].get(name, settings[name]) != settings[name]]
-    if options:
-        return ", ".join("--" + name.replace("_", "-") for name in options)
-    changed = [name for name, digest in stores.items() if before["stores"].get(name, digest) != digest]
-    return ", ".join(name if name.startswith("--") else f"store of {name}" for name in changed)
-
-
-def checked(trial: Trial) -> RunRecord:
-    """The record of a trial's run. Raises UserError if its store does not fit its recipe."""
-    return RunRecord.of(Store.open(trial.arm.store), trial.arm.recipe, trial.seed)
-
-
-def is_trained(trial: Trial, step: int) -> bool:
-    """Whether the run of a trial has come to a step."""
-    return any(done >= step for done in checkpoints.steps(trial.run))
-
-
-def train_to(options: StudyOptions, trial: Trial, step: int) -> None:
-    """Train, or prolong, the run of a trial. With a constant learning rate that gives the bits of one long run."""
-    optimisation = replace(trial.arm.recipe.optimisation, steps=step)
-    train(
-        Train(
-            replace(trial.arm.recipe, optimisation=optimisation),
-            trial.arm.store,
-            trial.run,
-            trial.seed,
-            log_every=max(1, min(50, options.milestones()[0] // 4)),
-            checkpoint_every=options.checkpoint_every or steps_between_checkpoints(options, trial),
-            keep=2,
-            preview_every=0,
-            workers=options.workers,
-            device=options.device,
-        )
+REGLUE = "reglue --local.compressor conv-16"
+NO_TOKEN, NO_ALIGNMENT = "--class-token.weight 0", "--alignment.weight 0"
+SCALED, LAST_LAYER = "--local.unit-variance", "--local.compressor conv-16-last"
+WHICH = {"all": "", "map": "--cls-scale 1", "token": "--local-scale 1", "latents": "--local-scale 1 --cls-scale 1"}
+"""What is guided besides the latents."""
+GRIDS = {
+    ("euler-maruyama", 1): (250, 80, 40, 20, 10),
+    ("euler-maruyama", 2): (40, 20, 10),
+    ("euler", 1): (80, 40, 20, 10),
+    ("heun", 1): (40, 20, 10, 5),
+    ("adams-bashforth", 1): (80, 40, 20, 10),
+    ("adams-bashforth", 2): (40,),
+}
+"""Steps by sampler and --time-shift; Heun evaluates twice in each step but the last."""
+COMPRESSORS = [
+    Arm(f"reglue-{kind}-{channels}", f"reglue --local.compressor {kind}-{channels}")
+    for kind in ("pca", "conv")
+    for channels in (4, 8, 16, 32)
+]
+GUIDED = [
+    Arm(
+        f"guided-{scale}-{name}",
+        REGLUE,
+        "",
+        f"--guidance-scale {scale} --guidance-interval 0 0.9 {other}",
+        run="reglue",
     )
-
-
-def steps_between_checkpoints(options: StudyOptions, trial: Trial) -> int:
-    """As many as take `CHECKPOINT_MINUTES`, by the speed of the run so far, or of another one of this study."""
-    logs = (read_log(run) for run in (trial.run, *sorted(options.out.glob("*/run"))))
-    speed = next((log[-1]["images_per_second"] for log in logs if log), None)
-    if speed is None:
-        return FIRST_CHECKPOINT
-    return max(1, round(CHECKPOINT_MINUTES * 60 * speed / options.batch_size))
-
-
-def observe(options: StudyOptions, measures: Measures, samples: SampleSet) -> None:
-    """Measure a set of samples: one file of figures per kind, of those that are not there yet.
-
-    It is drawn if need be, from a model that is trained if need be.
-    """
-    missing = missing_figures(options, samples)
-    if not missing:
-        return
-    trial, step = samples.trial, samples.step
-    if not is_drawn(options, samples.folder):  # Otherwise an early checkpoint may be gone by now.
-        if not is_trained(trial, step):
-            with phase(options, "train", trial, step):
-                train_to(options, trial, step)
-        if not samples.guided:
-            by_machine = seconds_by_machine(options, trial, step)
-            seconds = {"seconds": logged_seconds(trial, step), "by_machine": by_machine}
-            write_json(figures_of(samples.folder, "training"), seconds)
-        with phase(options, "draw, guided" if samples.guided else "draw", trial, step):
-            draw(options, samples)
-    if "encoder" in missing:
-        with phase(options, "draw the closest pairs", trial, step):
-            measures.draw_closest(samples.folder, samples.folder.with_name(f"{samples.folder.name}.closest.png"))
-    for kind in missing:
-        with phase(options, f"measure by {kind}", trial, step):
-            write_json(figures_of(samples.folder, kind), measures.of(kind, samples.folder))
-
-
-def kinds_of(options: StudyOptions) -> list[FigureKind]:
-    """The kinds of figures that are asked for."""
-    return [kind for kind in KINDS if kind == "encoder" or getattr(options, kind)]
-
-
-def missing_figures(options: StudyOptions, samples: SampleSet) -> list[FigureKind]:
-    """The kinds of figures of a set of samples that are asked for and not there yet."""
-    kinds = kinds_of(options)
-    if "inception" in kinds and samples.step != options.steps and not options.inception_everywhere:
-        kinds.remove("inception")
-    return [kind for kind in kinds if not figures_of(samples.folder, kind).is_file()]
-
-
-def figures_of(samples: Path, kind: str) -> Path:
-    """The file with one kind of figures of a folder of samples."""
-    return samples.with_name(f"{samples.name}.{kind}.json")
-
-
-def is_drawn(options: StudyOptions, folder: Path) -> bool:
-    """Whether all samples of a folder are there."""
-    return all((folder / f"{i:06d}.png").is_file() for i in range(options.count))
-
-
-def draw(options: StudyOptions, samples: SampleSet) -> None:
-    """Draw the samples that are missing: same seeds, labels and sampler for all arms."""
-    trial, out = samples.trial, samples.folder
-    protocol = out / PROTOCOL
-    if protocol.is_file():
-        before = json.loads(protocol.read_text())
-        weights = checkpoints.weights_sha256(trial.run, samples.step)
-        now: dict[str, Any] = {"weights_sha256": weights, "noise": STREAMS}
-        now["versions"] = {name: version(name) for name in before.get("versions", {})}
-        if any(before.get(name) != value for name, value in now.items()):
-            shutil.rmtree(out)  # Begun by another model, or by an earlier version.
-    guidance: dict[str, Any] = {"guidance_scale": 1.0}
-    if samples.guided:
-        guidance = {"guidance_scale": options.guidance, "guidance_interval": options.guidance_interval}
-        guidance |= dict(trial.arm.guidance)
-    sample(
-        Sample(
-            trial.run,
-            out,
-            options.count,
-            step=samples.step,
-            sampler=options.sampler,
-            steps=options.sampling_steps,
-            autoencoder=trial.arm.autoencoder or options.autoencoder,
-            batch_size=options.sampling_batch,
-            device=options.device,
-            **guidance,
-        )
+    for scale in ("1.5", "2", "2.8")
+    for name, other in WHICH.items()
+]
+SAMPLERS = [
+    Arm(
+        f"{sampler}-{number}-shift-{shift}",
+        REGLUE,
+        sample=f"--sampler {sampler} --steps {number} --time-shift {shift}",
+        run="reglue",
+        measured_by=("encoder", "inception"),
     )
+    for (sampler, shift), numbers in GRIDS.items()
+    for number in numbers
+]
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("sit", "sit", "33.0"),
+        Arm("repa", "repa", "24.4"),
+        Arm("redi", "redi --local.compressor pca-8-last", "21.4"),
+        Arm("redi-unit-variance", f"redi --local.compressor pca-8-last {SCALED}"),
+        Arm("reg", "reg", "15.2"),
+        Arm("reglue", REGLUE, "12.9"),
+        Arm("local", f"{REGLUE} {NO_TOKEN} {NO_ALIGNMENT}"),
+        Arm("no-alignment", f"{REGLUE} {NO_ALIGNMENT}"),
+        Arm("no-token", f"{REGLUE} {NO_TOKEN}", "13.3"),
+        *(Arm(f"map-weight-{weight}", f"{REGLUE} --local.weight {weight}") for weight in ("0.25", "0.5", "2")),
+        *(Arm(f"alignment-{weight}", f"{REGLUE} --alignment.weight {weight}") for weight in ("0.1", "0.25", "1")),
+        Arm("last-layer", f"{REGLUE} {LAST_LAYER}"),
+        Arm("last-layer-no-token", f"{REGLUE} {LAST_LAYER} {NO_TOKEN}", "14.3"),
+        Arm("last-layer-kl-no-token", f"{REGLUE} {LAST_LAYER}-kl {NO_TOKEN}", "17.2"),
+        Arm("unit-variance", f"{REGLUE} {SCALED}"),
+        Arm("unit-variance-pca-16", f"{REGLUE} --local.compressor pca-16 {SCALED}"),
+        Arm("unit-variance-no-token", f"{REGLUE} {SCALED} {NO_TOKEN}"),
+        Arm("unit-variance-last-layer-no-token", f"{REGLUE} {LAST_LAYER} {SCALED} {NO_TOKEN}"),
+        *(Arm(f"targets-{kind}", f"{REGLUE} --alignment.targets {kind}") for kind in ("decoded", "online")),
+        Arm("sit-uniform-times", "sit --optimisation.time-shift 1"),
+        Arm("uniform-times", f"{REGLUE} --optimisation.time-shift 1"),
+        *(Arm(f"sit-in-{space}", "sit", space=space) for space in SPACES),
+        *(Arm(f"reglue-in-{space}", REGLUE, space=space) for space in ("plain", "aligned")),
+        *(*COMPRESSORS, *GUIDED, *SAMPLERS),
+    )
+}
+QUESTIONS = {
+    "convergence": ["sit", "repa", "redi", "redi-unit-variance", "reg", "reglue"],
+    "parts": ["sit", "repa", "reg", "local", "no-alignment", "no-token", "reglue"],
+    "weights": ["reglue", *(name for name in ARMS if name.startswith(("map-weight-", "alignment-")))],
+    "layers": ["last-layer-no-token", "last-layer-kl-no-token", "no-token"],
+    "compressors": [arm.name for arm in COMPRESSORS],
+    "scale": [
+        *("reglue-pca-16", "unit-variance-pca-16", "reglue", "unit-variance", "no-token", "unit-variance-no-token"),
+        *("last-layer-no-token", "unit-variance-last-layer-no-token"),
+    ],
+    "targets": ["reglue", "targets-decoded", "targets-online"],
+    "times": ["sit", "sit-uniform-times", "reglue", "uniform-times"],
+    "changes": [  # one at a time
+        *("reglue", "map-weight-0.25", "map-weight-0.5", "unit-variance", "last-layer", "reglue-conv-8"),
+        *("no-alignment", "no-token", "uniform-times"),
+    ],
+    "guidance": ["reglue", *(arm.name for arm in GUIDED)],
+    "samplers": [arm.name for arm in SAMPLERS],
+    "spaces": ["sit-in-plain", "reglue-in-plain", "sit-in-aligned", "reglue-in-aligned"],
+    "reals": [f"sit-in-{space}" for space in SPACES],
+}
 
 
-def draw_grid(options: StudyOptions, results: dict[str, Any], step: int, guided: bool = False) -> None:
-    """The first samples of all arms at a step as one picture: a row of each, columns of one seed and class.
+@dataclass(frozen=True)
+class Options:
+    """What is asked, of which images, and how. Options of the commands, as in --train="--model B/2", come last."""
 
-    Arms of earlier commands too, as far as their samples are there: they may have been left behind on another machine.
+    questions: Positional[tuple[str, ...]]
+    """Of convergence, parts, weights, layers, compressors, scale, targets, times, changes, guidance, samplers, spaces,
+    reals."""
+    work: Path = Path("study")
+    """Folder of the study: new, or one to continue."""
+    images: Path | None = None
+    """Training images: a folder with a sub-folder per class, or a store; where a share is held out, a .tar of a folder
+    too. Not needed once the study has its stores."""
+    held_out: float | Path = 0.1
+    """Images to compare with: a share of each class of --images, a folder, or a store."""
+    run: Path | None = None
+    """Draw from this run in place of REGLUE's, for guidance and samplers."""
+    arms: tuple[str, ...] = ()
+    """Only these of the arms."""
+    milestones: tuple[int, ...] = (250, 500, 1000)
+    """Training steps at which arms are measured."""
+    seeds: int = 2
+    """How often the --repeated arms are trained; the others once."""
+    repeated: tuple[str, ...] = ("sit", "reglue")
+    space: str = "given"
+    """Where arms are trained that name no latent space: given, by --prepare, or plain, aligned or aligned-kl-WEIGHT."""
+    prepare: str = ""
+    compress: str = ""
+    """For codes KIND-CHANNELS[-last][-kl] that arms learn and the store lacks."""
+    autoencode: str = ""
+    train: str = ""
+    sample: str = ""
+    evaluate: str = "--resamples 200"
+    inception: str | None = None
+    """Measure FID, by a file of weights, or by `inception`, which is downloaded."""
+    judge: str | None = None
+    """Measure class accuracy, by a file of scripts/convert_classifier.py, or timm:NAME: the last layer is a ridge
+    classifier on its features, fitted to real training images."""
+    device: str = "auto"
+
+
+def arms_of(options: Options, question: str) -> list[Arm]:
+    """The arms of a question with all of their options and seeds, after the real images of their latent spaces.
+
+    Raises UserError for an unknown question, arm or latent space.
     """
-    folder = samples_folder(step, guided)
-    shown = min(SHOWN, options.count)
-    files = {name: [options.out / name / folder / f"{i:06d}.png" for i in range(shown)] for name in results["arms"]}
-    files = {name: paths for name, paths in files.items() if all(path.is_file() for path in paths)}
-    if not files:
-        return
-    pictures = image_grid(np.stack([np.asarray(Image.open(path)) for paths in files.values() for path in paths]), shown)
-    heading = 14
-    height = pictures.shape[0]
-    names = max(map(len, files)) * 7 + 8
-    page = Image.new("RGB", (pictures.shape[1] + names, height + heading), "white")
-    page.paste(Image.fromarray(pictures), (names, heading))
-    text = ImageDraw.Draw(page)
-    text.text((names, 1), f"{'guided, ' if guided else ''}step {step}", "black")
-    for row, name in enumerate(files):
-        text.text((2, heading + row * (height + 2) / len(files) + 2), name, "black")
-    (options.out / "grids").mkdir(exist_ok=True)
-    with replacing(options.out / "grids" / f"{folder}.png") as beside:
-        page.save(beside, format="png")
+    for asked, known in (((question,), QUESTIONS), (options.arms, ARMS), ((options.space,), {"given": "", **SPACES})):
+        if unknown := set(asked) - known.keys():
+            raise UserError(f"{min(unknown)} is not known to this study; choose of {', '.join(known)}")
+    named = [ARMS[name] for name in QUESTIONS[question] if not options.arms or name in options.arms]
+    arms = []
+    for arm in named:
+        recipe, _, own = arm.train.partition(" ")
+        texts = f"{recipe} {TRAIN} {options.train} {own}", f"{SAMPLE} {options.sample} {arm.sample}"
+        for seed in range(options.seeds if arm.name in options.repeated else 1):
+            space = arm.space or options.space
+            arms.append(replace(arm, train=texts[0], sample=texts[1], space=space, seed=seed))
+    if options.run:
+        return [arm for arm in arms if arm.run]
+    spaces, count = dict.fromkeys(arm.space for arm in arms), merged(SAMPLE, options.sample)["--count"][0]
+    return [*(Arm(f"reconstructed-{space}", "", sample=f"--count {count}", space=space) for space in spaces), *arms]
 
 
-def gather(options: StudyOptions, trials: Sequence[Trial], measures: Measures, title: str) -> dict[str, Any]:
-    """All figures so far as `results.json`, a table and plots."""
-    record, path = checked(trials[0]), options.out / "results.json"
-    before = json.loads(path.read_text()) if path.is_file() else {"arms": {}}
-    results = {
-        "title": title,
-        "options": json.loads(json.dumps(asdict(options), default=str)),
-        "space": {
-            "autoencoder": record.autoencoder.name,
-            "latent": [record.denoiser.shape.latent_channels, *record.denoiser.shape.grid],
-            "resolution": list(record.resolution),
-        },
-        "references": measures.references,
-        # Those of an earlier command with other arms stay.
-        "controls": {**before.get("controls", {}), **controls_of(trials, measures)},
-        "arms": {**before["arms"], **{trial.folder.name: report_of(options, trial) for trial in trials}},
-    }
-    refuse_mixtures({title: results})
-    write_json(path, results)
-    summarise(options.out, {title: results})
-    return results
+Words = dict[str, list[str]]
+"""Options of a command: the words behind each."""
 
 
-def controls_of(trials: Sequence[Trial], measures: Measures) -> dict[str, Any]:
-    """What autoencoders make of real images, by the names of the autoencoders' folders."""
-    stores = {Path(checked(trial).autoencoder.name).name: trial.arm.store for trial in reversed(trials)}
-    return {name: figures for name, store in stores.items() if (figures := measures.controls(store))}
+def merged(*texts: str) -> Words:
+    """Options of a command, without what comes before them; of one that is given several times the last counts."""
+    words: Words = {}
+    for word in chain.from_iterable(map(shlex.split, texts)):
+        if word.startswith("--"):
+            name, given, value = word.partition("=")
+            words.pop(name, None)
+            words[name] = [value] if given else []
+        elif words:
+            words[next(reversed(words))].append(word)
+    return words
 
 
-def report_of(options: StudyOptions, trial: Trial) -> dict[str, Any]:
-    """What is known of a trial."""
-    measured = {}
-    for step in options.milestones():
-        found = {kind: figures_of(trial.samples(step, False), kind) for kind in MEASURED_BY}
-        if found["encoder"].is_file():
-            measured[str(step)] = {
-                "training_seconds": training_seconds(options, trial, step),
-                "training_seconds_by_machine": seconds_by_machine(options, trial, step),
-                **{kind: json.loads(file.read_text()) for kind, file in found.items() if file.is_file()},
-            }
-    found = {kind: figures_of(trial.samples(options.steps, True), kind) for kind in MEASURED_BY}
-    return {
-        "arm": trial.arm.name,
-        "seed": trial.seed,
-        "note": trial.arm.note,
-        "parameters": parameters_of(checked(trial).denoiser),
-        "steps": measured,
-        "guided": {kind: json.loads(file.read_text()) for kind, file in found.items() if file.is_file()},
-        "guided_step": options.steps,
-    }
+def reglue(command: str, *places: str | Path, words: Words | None = None, **options: Any) -> None:
+    """A command as on the command line, in this process; what it prints goes to stderr."""
+    words = (words or {}) | {f"--{name.replace('_', '-')}": [str(value)] for name, value in options.items()}
+    given = [command, *map(str, places), *chain.from_iterable((name, *values) for name, values in words.items())]
+    print(f"reglue {shlex.join(given)}", file=sys.stderr, flush=True)
+    with redirect_stdout(sys.stderr):
+        cli.execute(cli.parse(given))
 
 
-@cache
-def parameters_of(config: DenoiserConfig) -> int:
-    """How many numbers are trained, the alignment's projector included."""
-    return sum(parameter.numel() for parameter in Denoiser(config).parameters())
+class Study:
+    """The loop over the commands, and the figures of their samples."""
+
+    def __init__(self, options: Options):
+        self.options, self.work, self.device = options, options.work, resolve_device(options.device)
+        self.networks: dict[str, Any] = {}
+        self.lines = read_jsonl(self.work / "results.jsonl", dict[str, Any], "mend that line, or delete it")
+
+    def answer(self, question: str, arms: Sequence[Arm]) -> None:
+        """Train, draw and measure what is missing, and write the report whenever all arms have come further."""
+        steps = sorted(self.options.milestones)
+        plan = [(0, [arm for arm in arms if not arm.train])]
+        plan += [(step, [arm for arm in arms if arm.train and not arm.run]) for step in steps]
+        plan += [(steps[-1], [arm for arm in arms if arm.run])]
+        missing = [[self.missing(arm, step) for arm in some] for step, some in plan]  # Refuses before anything is done.
+        for (step, some), kinds in zip(plan, missing, strict=True):
+            for arm, lacks in zip(some, kinds, strict=True):
+                if lacks:
+                    self.observe(arm, step, lacks)
+            if any(kinds):
+                write_report(self.work, question, arms, self.lines)
+        if not any(map(any, missing)):
+            write_report(self.work, question, arms, self.lines)
+
+    def find(self, arm: str, step: int, by: str) -> dict[str, Any] | None:
+        """The line with the figures of an arm, by its title, of one kind."""
+        return next((line for line in self.lines if (line["arm"], line["step"], line["by"]) == (arm, step, by)), None)
+
+    def record(self, arm: str, step: int, by: str, figures: dict[str, Any], **about: Any) -> None:
+        """Add a line to `results.jsonl`, which is written whole or not at all."""
+        line = {"arm": arm, "step": step, "by": by, "figures": figures, **about, "machine": machine(self.device)}
+        line["versions"] = {name: version(name) for name in ("reglue", "torch", "timm", "diffusers", "numpy")}
+        self.lines.append(line | {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")})
+        self.work.mkdir(parents=True, exist_ok=True)
+        with replacing(self.work / "results.jsonl") as beside:
+            beside.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def missing(self, arm: Arm, step: int) -> list[str]:
+        """The kinds of figures that an arm lacks at a step. Raises UserError for some that were made otherwise."""
+        asked = [by for by in arm.measured_by if by not in ("inception", "judge") or getattr(self.options, by)]
+        found = {by: self.find(arm.title, step, by) for by in asked}
+        for by, line in found.items():
+            if line is None:
+                continue
+            other = {*line["options"].split(" --")} ^ {*said(arm).split(" --")}
+            if other or line["network"] != self.network(by).sha256:
+                what = f"other options ({', '.join(sorted(other))})" if other else f"another network ({by})"
+                raise UserError(
+                    f"{arm.title} at step {step} was measured with {what}, so that figures would not compare; use what "
+                    "was used, or another --work"
+                )
+        return [by for by, line in found.items() if line is None]
+
+    def observe(self, arm: Arm, step: int, missing: Sequence[str]) -> None:
+        """Measure an arm at a step, from samples that are drawn if need be, of a model that is trained if need be."""
+        samples, words = self.work / "samples" / arm.title / f"step-{step}", merged(arm.sample)
+        count = int(words["--count"][0])
+        if not arm.train:
+            count = self.reconstruct(arm, samples, count)
+        elif not all((samples / f"{i:06d}.png").is_file() for i in range(count)):
+            run = self.options.run
+            if not run:
+                run, words["--step"] = self.trained(arm, step), [str(step)]
+                if arm.space in SPACES:
+                    words["--autoencoder"] = [str(self.work / "autoencoders" / arm.space)]
+            fresh, began = not samples.exists(), time.perf_counter()
+            reglue("sample", run, words=words, out=samples, device=self.options.device)
+            seconds = {"seconds": time.perf_counter() - began} if fresh else {}
+            self.record(arm.title, step, "drawing", seconds)
+        for by in missing:
+            figures = getattr(self, f"by_{by}")(samples, count)
+            self.record(arm.title, step, by, figures, network=self.network(by).sha256, options=said(arm))
+
+    def trained(self, arm: Arm, step: int) -> Path:
+        """The run that an arm draws from, trained to a step. With a constant learning rate parts equal one long run."""
+        run, words = self.work / "runs" / arm.run_title, merged(arm.train)
+        noted = run.with_name(f"{run.name}.machines")
+        if not any(done >= step for done in checkpoints.steps(run)):
+            store = self.store_of(arm.space, words)
+            # Seconds of several machines do not add up, so it is noted which ones have worked on a run.
+            known: list[str] = noted.read_text().splitlines() if noted.is_file() else []
+            machines = sorted({*known, machine(self.device)})
+            noted.parent.mkdir(parents=True, exist_ok=True)
+            noted.write_text("\n".join(machines))
+            words |= {"--optimisation.steps": [str(step)], "--device": [self.options.device]}
+            reglue("train", arm.train.partition(" ")[0], words=words, store=store, out=run, seed=arm.seed)
+        if self.find(arm.run_title, step, "training") is None:
+            weights = checkpoints.read_weights(checkpoints.find(run) / checkpoints.EMA)
+            # By the log: work that was lost and done again does not count.
+            log = [line for line in read_log(run) if line["step"] <= step]
+            starts, images = [0, *(line["step"] for line in log)], int(words["--optimisation.batch-size"][0])
+            seconds = [images * (x["step"] - y) / x["images_per_second"] for x, y in zip(log, starts, strict=False)]
+            figures = {"machines": noted.read_text().splitlines(), "seconds": sum(seconds), "log": log[-1]}
+            figures["parameters"] = sum(tensor.numel() for tensor in weights.values())
+            self.record(arm.run_title, step, "training", figures)
+        return run
+
+    # Images: stores, codes and latent spaces
+
+    @cached_property
+    def given(self) -> list[Store]:
+        """The stores of training and of held-out images, in the latent space of --prepare."""
+        sides: list[Any] = [self.options.images, self.options.held_out]
+        stores = [self.work / "stores" / name for name in ("given", "held-out")]
+        stores = [side if is_store(side) else store for side, store in zip(sides, stores, strict=True)]
+        if not all(map(is_store, stores)):
+            if sides[0] is None:
+                raise UserError("--images is missing, and the study has no store of training images yet")
+            if not isinstance(sides[1], Path):
+                sides = divided(sides[0], sides[1], self.work / "images")
+            for images, store in zip(sides, stores, strict=True):
+                if not is_store(store):
+                    words = merged(PREPARE, self.options.prepare)
+                    reglue("prepare", images, store, words=words, device=self.options.device)
+        return [Store.open(store) for store in stores]
+
+    @cached_property
+    def held_out(self) -> Store:
+        """The held-out images, which need no training images beside them where nothing is trained."""
+        return Store.open(str(self.options.held_out)) if is_store(self.options.held_out) else self.given[1]
+
+    def store_of(self, space: str, train: Words) -> Path:
+        """The training images in a latent space, with the codes that an arm learns."""
+        store, codes, device = self.given[0].folder, train.get("--local.compressor", []), self.options.device
+        for name in codes:
+            if f"local.{name}" not in Store.open(store).manifest.columns:
+                kind, channels, *others = name.split("-")
+                more = {"last": "--layers last", "kl": "--kl-weight 1e-6"}
+                words = merged(self.options.compress, *(more[other] for other in others))
+                reglue("compress", store, words=words, kind=kind, channels=channels, name=name, device=device)
+        if space == "given":
+            return store
+        fitted, store = store / "compressors", self.make_space(space)
+        for name in codes:
+            if f"local.{name}" not in Store.open(store).manifest.columns:
+                reglue("compress", store, fitted=fitted / name, name=name, device=device)
+        return store
+
+    def make_space(self, space: str) -> Path:
+        """An autoencoder, the stores of its latents, and figures of both."""
+        device, autoencoder = self.options.device, self.work / "autoencoders" / space
+        stores = [self.work / "stores" / name for name in (space, f"{space}-held-out")]
+        if self.find(space, 0, "space") and is_store(stores[0]):
+            return stores[0]
+        source, encoder = self.given[0].manifest.source, self.given[0].manifest.encoder
+        words = merged(AUTOENCODE, self.options.autoencode, SPACES[space])
+        words |= {"--resolution": list(map(str, source.resolution)), "--encoder": [encoder.name if encoder else ""]}
+        held_out = self.given[1].manifest.source.path
+        reglue("autoencode", source.path, autoencoder, words=words, validation=held_out, device=device)
+        for first, second in zip(self.given, stores, strict=True):
+            reglue("reencode", first.folder, second, autoencoder=autoencoder, device=device)
+        words, probes = {"--no-conv": [], "--columns": ["latent"]}, self.work / "probes" / space
+        reglue("probe", stores[0], words=words, validation=stores[1], out=probes, device=device)
+        figures = next(line["validation"] for line in reversed(read_log(autoencoder)) if "validation" in line)
+        for result in json.loads((probes / "report.json").read_text())["results"]:
+            figures[f"probe, {result['probe'].removeprefix('linear, ')}"] = result["score"]
+        self.record(space, 0, "space", figures)
+        return stores[0]
+
+    def reconstruct(self, arm: Arm, samples: Path, count: int) -> int:
+        """Training images as an autoencoder shows them: as good as samples can be, and copies. Returns their number."""
+        store, own = Store.open(self.store_of(arm.space, {})), self.work / "autoencoders" / arm.space
+        rows = store.originals[torch.linspace(0, len(store.originals) - 1, min(count, len(store.originals))).long()]
+        autoencoder = load_autoencoder(str(own) if own.is_dir() else store.manifest.autoencoder.name, self.device)
+        samples.mkdir(parents=True, exist_ok=True)
+        for numbers in torch.arange(len(rows)).split(BATCH):
+            with torch.inference_mode():
+                latents = store.read("latent", rows[numbers])["mean"].float().to(self.device)
+                images = to_pixels(autoencoder.decode(latents)).permute(0, 2, 3, 1).cpu().numpy()
+            for number, image in zip(numbers.tolist(), images, strict=True):
+                Image.fromarray(image).save(samples / f"{number:06d}.png")
+        (samples / "samples.json").write_text(json.dumps({"labels": store.labels[rows].tolist()}))
+        return len(rows)
+
+    # Figures
+
+    def network(self, by: str) -> Any:
+        """What a kind of figures is by: the vision encoder that the methods learn from, FID's Inception, the judge."""
+        by = "encoder" if by == "copies" else by
+        if by not in self.networks:
+            name, manifest = str(getattr(self.options, by, "")), self.held_out.manifest
+            if by == "judge" and not manifest.source.class_names:
+                raise UserError(f"--judge {name} needs images with classes; leave it out")
+            if by == "judge":
+                self.networks[by] = load_judge(name, self.device)
+            elif by == "inception":
+                self.networks[by] = load_inception(None if name == INCEPTION else Path(name), self.device)
+            elif manifest.encoder is None:
+                raise UserError(f"{self.held_out.folder} was prepared without a vision encoder, which figures are by")
+            else:
+                size = manifest.source.resolution
+                self.networks[by] = load_encoder_features(manifest.encoder.name, size, "class-token", self.device)
+        return self.networks[by]
+
+    def kept(self, name: str, by: str, find: Callable[[], Tensor]) -> Tensor:
+        """What a network says of real images, once: afterwards they are not needed any more."""
+        file = self.work / "references" / f"{name}-{self.network(by).sha256[:12]}.safetensors"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as beside:
+                save_file({"found": find().contiguous()}, beside)
+        return read_tensors(file, "delete it, and it is found out again")["found"]
+
+    def by_encoder(self, samples: Path, count: int) -> dict[str, Any]:
+        """Fréchet distance, KID, precision and recall by the encoder's class tokens."""
+        return self.evaluated(samples, self.held_out.folder, "store")
+
+    def by_inception(self, samples: Path, count: int) -> dict[str, Any]:
+        """FID, against statistics of the held-out images."""
+        network, file = self.network("inception"), self.work / "references" / "inception.npz"
+
+        def features() -> Tensor:
+            return describe_images(network, photographs(self.held_out)[0].split(BATCH)).features
+
+        found = GaussianStatistics(network.width).update(self.kept("held-out", "inception", features)).gaussian
+        np.savez(file, mu=found.mean.numpy(), sigma=found.covariance.numpy())
+        return self.evaluated(samples, file, self.options.inception or "")
+
+    def evaluated(self, samples: Path, reference: Path, network: str) -> dict[str, Any]:
+        """The figures of `reglue evaluate`, and of how many images they are."""
+        file, words = samples.with_name(f"{samples.name}.report.json"), merged(self.options.evaluate)
+        where: dict[str, Any] = {"out": file, "device": self.options.device}
+        reglue("evaluate", samples, words=words, reference=reference, feature_network=network, **where)
+        report = json.loads(file.read_text())
+        file.unlink()
+        figures = {name: figure for name, figure in report["metrics"].items() if figure is not None}
+        return {**figures, "images": report["image_count"], "held_out_images": report["reference_count"]}
+
+    def by_copies(self, samples: Path, count: int) -> dict[str, Any]:
+        """How many samples are copies, or mirror images of copies; also a picture of the closest ones."""
+        training, encoder = self.given[0], self.network("copies")
+        images = torch.cat(list(pictures(samples, count)))
+        figures, closest, places = copying(
+            views(encoder, images.split(BATCH)),
+            training.read("cls", training.originals)["cls"].float(),
+            self.kept("held-out", "copies", lambda: views(encoder, photographs(self.held_out)[0].split(BATCH))),
+        )
+        source, rows = training.manifest.source, training.originals[places].tolist()
+        with suppress(UserError):  # The images were left behind on another machine.
+            real = source.open()
+            pairs = [*images[closest], *(torch.as_tensor(real.load(row, source.resolution)) for row in rows)]
+            grid = image_grid(torch.stack(pairs).permute(0, 2, 3, 1).numpy(), columns=len(closest))
+            with replacing(samples.with_name(f"{samples.name}.closest.png")) as beside:
+                Image.fromarray(grid).save(beside, format="png")
+        return figures
+
+    def by_judge(self, samples: Path, count: int) -> dict[str, Any]:
+        """The share of samples that the judge takes for what they were drawn as, and the same of held-out images."""
+
+        judge, names = self.network("judge"), ("training", "held-out")
+
+        def described(store: Store) -> Tensor:
+            images, labels = photographs(store, REAL_IMAGES)
+            return torch.cat([judge.features(images.split(BATCH)), torch.tensor(labels)[:, None].float()], 1)
+
+        known, real = (self.kept(n, "judge", lambda s=s: described(s)) for n, s in zip(names, self.given, strict=True))
+        classifier = make_pipeline(StandardScaler(), RidgeClassifierCV(PENALTIES)).fit(known[:, :-1], known[:, -1])
+        labels = json.loads((samples / "samples.json").read_text())["labels"][:count]
+        right = classifier.score(judge.features(pictures(samples, count)), labels)
+        of_real_images = classifier.score(real[:, :-1], real[:, -1])
+        return {"accuracy": share_of(float(right), count), "of_real_images": float(of_real_images)}
 
 
-def training_seconds(options: StudyOptions, trial: Trial, step: int) -> float:
-    """Seconds of training up to a step, of which the figures were taken.
-
-    Studies of earlier versions have them in the run's log, or in the results if the run was left behind.
-    """
-    file, results = figures_of(trial.samples(step, False), "training"), options.out / "results.json"
-    if file.is_file():
-        return json.loads(file.read_text())["seconds"]
-    arms = json.loads(results.read_text())["arms"] if not trial.run.is_dir() and results.is_file() else {}
-    known = arms.get(trial.folder.name, {"steps": {}})["steps"].get(str(step))
-    return known["training_seconds"] if known else logged_seconds(trial, step)
+def said(arm: Arm) -> str:
+    """The options that decide the figures of an arm."""
+    words = {**merged(arm.train), **merged(arm.sample)}
+    kept = (shlex.join([name, *words[name]]) for name in sorted(set(words) - FREE))
+    return " ".join([arm.train.partition(" ")[0], f"in {arm.space}:", *kept])
 
 
-def logged_seconds(trial: Trial, step: int) -> float:
-    """Seconds of training up to a step, by the run's log: work that was lost and done again does not count."""
-    seconds, before = 0.0, 0
-    for line in read_log(trial.run):
-        if line["step"] <= step:
-            images = (line["step"] - before) * trial.arm.recipe.optimisation.batch_size
-            seconds, before = seconds + images / line["images_per_second"], line["step"]
-    return seconds
+def is_store(path: Any) -> bool:
+    """Whether a path is that of a finished store."""
+    return isinstance(path, Path) and (path / MANIFEST).is_file()
 
 
-def seconds_by_machine(options: StudyOptions, trial: Trial, step: int) -> dict[str, float]:
-    """Seconds of training up to a step on each machine, which must not be added.
-
-    As they were noted beside the samples; while they are not, by the log of the study.
-    """
-    file = figures_of(trial.samples(step, False), "training")
-    noted = json.loads(file.read_text()) if file.is_file() else {}
-    if "by_machine" in noted:
-        return noted["by_machine"]
-    log = options.out / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    lines = [line for line in lines if line["phase"] == "train" and line["arm"] == trial.folder.name]
-    machines: dict[int, str] = {}
-    for line in lines:
-        if line["step"] <= step:  # The first to reach a step did the work; others only found it done.
-            machines.setdefault(line["step"], line.get("machine", UNKNOWN))
-    seconds: dict[str, float] = {}
-    before = 0.0
-    for reached in sorted({*machines, step}):
-        until = training_seconds(options, trial, reached)
-        machine = machines.get(reached, UNKNOWN)
-        seconds[machine] = seconds.get(machine, 0.0) + until - before
-        before = until
-    return seconds
+def divided(images: Path, share: float, out: Path) -> list[Path]:
+    """Copies of images in two folders, the second with a share of each class. A .tar is unpacked first."""
+    if images.suffix == ".tar":
+        with tarfile.open(images) as archive:
+            archive.extractall(out / "unpacked", filter="data")
+        images = out / "unpacked"
+        while len(inside := list(images.iterdir())) == 1 and any(path.is_dir() for path in inside[0].iterdir()):
+            (images,) = inside
+    sides = [out / "training", out / "held-out"]
+    for folder in sorted(path for path in images.iterdir() if path.is_dir()):
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        for place, index in enumerate(permutation(0, f"held out of {folder.name}", 0, len(files)).tolist()):
+            to = sides[place < round(share * len(files))] / folder.name
+            to.mkdir(parents=True, exist_ok=True)
+            shutil.copy(files[index], to)
+    return sides
 
 
-@contextmanager
-def phase(options: StudyOptions, name: str, trial: Trial, step: int) -> Iterator[None]:
-    """Log a phase with its wall time to `log.jsonl`; one that had nothing to do is left out, unless it is training."""
-    began = time.time()
-    yield
-    seconds = time.time() - began
-    if seconds < 0.05 and name != "train":
-        return
-    line = {"phase": name, "arm": trial.folder.name, "step": step, "began": round(began), "seconds": seconds}
-    line["machine"] = machine(resolve_device(options.device))
-    with (options.out / "log.jsonl").open("a") as log:
-        log.write(json.dumps(line) + "\n")
-    print(f"{trial.folder.name}, step {step}: {name} took {seconds:.1f} s", file=sys.stderr, flush=True)
+def machine(device: torch.device) -> str:
+    """What computes: the GPU's name, or the processor's with the number of its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{[*names, platform.processor()][0]}, {os.cpu_count()} cores"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file, whole or not at all."""
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(value, indent=1))
+def commit() -> str | None:
+    """The commit of this repository, with `-changed` behind it where files differ; None without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=-changed"]
+    try:
+        return subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Answer every question. A user's mistake ends with one line and exit code 2, a request to stop with 143."""
+    try:
+        options = tyro.cli(Options, description=__doc__, args=arguments)
+        asked = {question: arms_of(options, question) for question in options.questions}
+        study = Study(options)
+        for question, arms in asked.items():
+            study.answer(question, arms)
+            print((options.work / f"{question}.md").read_text())
+    except UserError as error:
+        print(f"study: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as request:
+        print(request, file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 import convert_classifier
-from judge import Judge, load_judge
+from measures import Judge, load_judge
 from reglue.errors import UserError
 
 SIDE, CLASSES, EPSILON = 32, 1000, 1e-3
@@ -92,42 +93,30 @@ def write_keras(folder: Path, weights: dict[str, np.ndarray], layers: list[dict[
     return file
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Judge, dict[str, np.ndarray], list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("keras")
+def test_the_converted_network_gives_keras_scores(tmp_path: Path) -> None:
     weights, layers = keras_weights()
-    convert_classifier.main(write_keras(folder, weights, layers), folder / "judge.safetensors")
-    return load_judge(str(folder / "judge.safetensors"), torch.device("cpu")), weights, layers
-
-
-def test_the_converted_network_gives_keras_scores(converted) -> None:
-    judge, weights, layers = converted
+    file = tmp_path / "judge.safetensors"
+    convert_classifier.main(write_keras(tmp_path, weights, layers), file)
     pixels = torch.randint(0, 256, (2, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features, last = load_judge(str(file), torch.device("cpu")).features(pixels.split(1)), load_file(file)
     expected = keras_scores(weights, layers, pixels)
-    difference = (judge.scores(pixels) - expected).abs().max() / expected.abs().max()
-    assert difference < 1e-5
+    found = F.linear(features, last["fc.weight"], last["fc.bias"])
+    assert (found - expected).abs().max() / expected.abs().max() < 1e-5
 
 
-def test_a_verdict_knows_the_places_of_classes(converted) -> None:
-    judge, *_ = converted
-    pixels = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    scores = judge.scores(pixels)
-    best, worst = scores.argmax(1), int(scores.sum(0).argmin())
-    first = int(best[0])
-    names = [judge.classes[first], judge.classes[worst]]
-    verdict = judge.verdict([pixels[:3], pixels[3:]], [0, 0, 0, 1], names)
-    assert verdict.top1 == float((best[:3] == first).sum() + (best[3] == worst)) / 4
-    own = scores[:, [first, worst]].argmax(1).tolist()
-    assert verdict.top1_among_own == sum(a == b for a, b in zip(own, [0, 0, 0, 1], strict=True)) / 4
+def test_images_of_another_size_are_stretched() -> None:
+    judge = Judge(torch.nn.Flatten(), [0.0] * 3, [1.0] * 3, 4, torch.device("cpu"))
+    found = judge.features([torch.full((1, 3, 8, 6), 255, dtype=torch.uint8)])
+    assert found.shape == (1, 48)
+    assert torch.allclose(found, torch.ones(1))
 
 
-def test_classes_and_files_that_do_not_fit_are_refused(converted, tmp_path: Path) -> None:
-    judge, *_ = converted
-    with pytest.raises(UserError, match="knows no class circle"):
-        judge.places_of(["circle"])
+def test_other_files_and_names_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other.safetensors").write_bytes(b"other")
     with pytest.raises(UserError, match=r"convert_classifier\.py"):
         load_judge(str(tmp_path / "other.safetensors"), torch.device("cpu"))
+    with pytest.raises(UserError, match="timm has no network"):
+        load_judge("timm:nothing", torch.device("cpu"))
 
 
 def test_strides_elsewhere_are_refused() -> None:
