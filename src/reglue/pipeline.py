@@ -139,8 +139,8 @@ class ImageModel:
 
     @property
     def default_sampling(self) -> Sampling:
-        """What the recipe says, but for guidance that this model cannot have: it lacks classes or the modality."""
-        sampling = self.record.recipe.sampling
+        """What the recipe says, but for guidance that this model cannot have: by classes, modalities or models it lacks."""
+        sampling = replace(self.record.recipe.sampling, auto_scale=1.0)
         if not self.record.class_names:
             sampling = replace(sampling, guidance_scale=1.0, **dict.fromkeys(MODALITY_SCALES, None))
         return replace(sampling, **dict.fromkeys(self._unfitting_scales(sampling), 1.0))  # type: ignore[arg-type]
@@ -386,6 +386,8 @@ class ImageModel:
         together. `controls` see every step; they are for the images `indices`, in their order.
         """
         sampling, device = self.resolved(sampling), self.device
+        if sampling.auto_scale != 1 and weaker is None:
+            raise UserError(f"auto-scale {sampling.auto_scale}: autoguidance needs a weaker model; choose 1")
         adaptive = SAMPLERS[sampling.sampler].adaptive
         if adaptive and len(indices) > 1:
             one_by_one = [{name: value[i : i + 1] for name, value in condition.items()} for i in range(len(indices))]
@@ -445,7 +447,6 @@ def _visible_signature() -> Signature:
     changes = [
         Parameter(part.name, Parameter.KEYWORD_ONLY, default=None, annotation=hints[part.name] | None)
         for part in fields(Sampling)
-        if part.name != "auto_scale"  # There is no weaker model here.
     ]
     return Signature([*own, *changes], return_annotation="list[Image.Image] | Tensor")
 

@@ -19,7 +19,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from reglue.errors import UserError
 from reglue.metrics.features import Description, FeatureNetwork
-from reglue.published.pickles import read_untrusted_tensors
+from reglue.pickles import read_untrusted_tensors
 
 INCEPTION = "inception"
 """The name by which the network is loaded from the internet, or from torch.hub's cache."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from reglue.encoders.vision import VisionEncoder
 from reglue.errors import UserError
-from reglue.published.pickles import read_untrusted_tensors
+from reglue.pickles import read_untrusted_tensors
 
 STAGE_ENDS = (3, 8, 15, 22, 29)
 """Indices into torchvision's VGG16 of the last activation before each pooling, and of the very last one."""

@@ -20,7 +20,7 @@ from reglue.encoders.known import KNOWN_ENCODERS
 from reglue.encoders.vision import EncoderSpec, VisionFeatures
 from reglue.errors import UserError
 from reglue.files import read_json, read_network, replacing, to_json
-from reglue.published.pickles import read_untrusted_tensors
+from reglue.pickles import read_untrusted_tensors
 
 Task = Literal["segmentation", "depth"]
 
