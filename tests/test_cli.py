@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shlex
@@ -251,6 +252,7 @@ def test_a_full_disk_keeps_the_checkpoints_that_exist(tiny_store: Path, tmp_path
 
     result = subprocess.run(
         reglue_command(*common, "--optimisation.steps=10"),
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},  # which would be cut off at the limit too
         capture_output=True, text=True, check=False, preexec_fn=no_file_over_20_kilobytes,
     )  # fmt: skip
     assert result.returncode == 2
