@@ -58,7 +58,7 @@ def model(tiny_run: Path) -> reglue.ImageModel:
 
 def test_single_options_change_the_models_own_sampling(dropping_run: Path) -> None:
     model = reglue.load(dropping_run, device="cpu")
-    scales = {"guidance_scale": 1.5, "local_scale": 1.2, "cls_scale": 1.1, "representation_scale": 1.3}
+    scales: dict[str, Any] = {"guidance_scale": 1.5, "local_scale": 1.2, "cls_scale": 1.1, "representation_scale": 1.3}
     sampling = Sampling("heun", 3, guidance_interval=(0.1, 0.8), rounding="round", **scales)
     at_once = model.generate([1, 2], seed=4, sampling=sampling, output="tensor")
     one_by_one = model.generate(
@@ -147,7 +147,7 @@ def test_an_unknown_option_is_a_type_error(model: reglue.ImageModel) -> None:
 
 
 def test_autoguidance_needs_a_weaker_model(model: reglue.ImageModel) -> None:
-    with pytest.raises(UserError, match="auto-scale 2.0: autoguidance needs a weaker model"):
+    with pytest.raises(UserError, match=r"auto-scale 2\.0: autoguidance needs a weaker model"):
         model.generate(0, auto_scale=2.0)
 
 

@@ -48,7 +48,7 @@ PAGES = sorted((ROOT / "docs/methods").glob("[a-z]*.md"))
 EVERY_PAGE = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 ALL_PAGES = [page for page in EVERY_PAGE if page.name not in ("log.md", "CHANGELOG.md")]
 """Those whose commands must work: the others are history."""
-UNWRAPPED = ("design.md", "performance.md", "reals.md", "scaling.md", "starter-kit.md")
+UNWRAPPED = ("design.md", "extending.md")
 WRAPPED = [page for page in ALL_PAGES if page.name not in UNWRAPPED]
 GUIDANCE_SCALE = "samples.sampling.guidance_scale 2.8"
 IMAGENET = "On ImageNet with eight GPUs"
@@ -355,9 +355,14 @@ def test_every_published_recipe_has_a_page_that_states_its_result() -> None:
         assert f"| B/2 | 400K | none | {paper.published_fid} |" in pages[name]
 
 
-@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [page for page in ALL_PAGES if page.name != "extending.md"], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_commands_in_sentences_name_options_that_exist(page: Path) -> None:
-    """`reglue …` in running text parses, with what a sentence leaves out put in place."""
+    """`reglue …` in running text parses, with what a sentence leaves out put in place.
+
+    Names in `extending.md` exist once its examples have registered them, which another test does.
+    """
     for text in re.findall(rf"`reglue ((?:{'|'.join(cli.COMMANDS)})\b[^`]*)`", page.read_text()):
         name, *words = shlex.split(text)
         if "--help" in words or "…" in words:
