@@ -1,4 +1,4 @@
-"""A recipe: what is trained and how. Each published method is one value of it (`papers.py`).
+"""A recipe: what is trained, how, and how it is sampled. Each published method is one value of it (`papers.py`).
 
 A part whose weight is 0 is not there: the model has no such channels, token or projector. Sizes that belong to the data
 (latent channels, grids, classes, token width) are not here; they come from the store.
@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, get_args
 
+from reglue.diffusion.backbones import BACKBONES
+from reglue.diffusion.conditions import CLASS, CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
-from reglue.diffusion.guidance import Guidance
-from reglue.diffusion.modalities import StateShape
+from reglue.diffusion.guidance import GUIDERS, Guidance
+from reglue.diffusion.modalities import LATENT, Modality
 from reglue.diffusion.paths import PathName
+from reglue.diffusion.predictions import PREDICTIONS
+from reglue.diffusion.samplers import SAMPLERS, StatePrecision, adaptive_solver
+from reglue.diffusion.schedules import SCHEDULES
 from reglue.errors import UserError, require
-from reglue.files import accept_older
+from reglue.overrides import overrides_of
 
-SamplerName = Literal["euler", "heun", "euler-maruyama", "adams-bashforth", "dopri5"]
 Precision = Literal["float32", "tf32", "bfloat16"]
-StatePrecision = Literal["float32", "float64"]
 Rounding = Literal["truncate", "round"]
 Compile = Literal["auto", "no", "blocks", "model"]
-accept_older(Compile, {False: "no", True: "model"})
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,34 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Latent(Part):
+class LearnedPart(Part):
+    """A modality that the model learns, with its own term of the loss."""
+
+    modality: ClassVar[str]
+    """The name of the modality."""
+    kind: ClassVar[Literal["map", "token"]]
+    is_class_token: ClassVar[bool] = False
+    dropout: ClassVar[float] = 0.0
+    unit_variance: bool = False
+    one_scale: ClassVar[bool] = False
+
+    @property
+    def column(self) -> str:
+        """The column of the store that training reads."""
+        return self.modality
+
+
+@dataclass(frozen=True)
+class Latent(LearnedPart):
     """The autoencoder's latents: always there."""
 
     prefix = "--latent."
+    modality, kind = LATENT, "map"
     weight: float = 1.0
     unit_variance: bool = False
     """Scale each channel to mean 0 and standard deviation 1 on the store's images, in place of the autoencoder's own
     shift and scale: for images unlike those that the autoencoder was made for."""
-    one_scale: bool = False
+    one_scale: bool = False  # type: ignore[reportIncompatibleVariableOverride]
     """With unit_variance: one mean and standard deviation over all channels, as ReaLS has it (arXiv 2502.00359)."""
 
     def __post_init__(self) -> None:
@@ -111,13 +133,14 @@ class Latent(Part):
 
 
 @dataclass(frozen=True)
-class LocalSemantics(Part):
+class LocalSemantics(LearnedPart):
     """The compressed map of the vision encoder's features, as channels beside the latents (ReDi, REGLUE)."""
 
     prefix = "--local."
+    modality, kind = "local", "map"
     compressor: str = "conv-16"
     """Name of the compressor in the store: what `reglue compress` made."""
-    dropout: float = 0.0
+    dropout: float = 0.0  # type: ignore[reportIncompatibleVariableOverride]
     """Share of samples that are trained without the map, for representation guidance (ReDi: 0.2)."""
     unit_variance: bool = False
     """Divide the map by its standard deviation, per channel (the published methods do not)."""
@@ -126,17 +149,53 @@ class LocalSemantics(Part):
         super().__post_init__()
         require(self, "dropout", prefix=self.prefix, at_least=0, less_than=1)
 
+    @property
+    def column(self) -> str:
+        """The compressor's codes."""
+        return f"local.{self.compressor}"
+
 
 @dataclass(frozen=True)
-class ClassToken(Part):
+class ClassToken(LearnedPart):
     """The vision encoder's class token, as a token of its own in front (REG, REGLUE)."""
 
     prefix = "--class-token."
+    modality, kind, is_class_token = "cls", "token", True
     compressor: str | None = None
     """Name of a compressor in the store (`reglue compress --column cls`), whose codes are learned in place of the token
     itself, as published. The alignment's target is the token itself in any case."""
     unit_variance: bool = False
     """Divide the token by its standard deviation, per channel (the published methods do not)."""
+
+    @property
+    def column(self) -> str:
+        """The tokens, or their codes."""
+        return "cls" if self.compressor is None else f"cls.{self.compressor}"
+
+
+@dataclass(frozen=True)
+class OtherModality(LearnedPart):
+    """A modality of your own: a column of the store, learned beside the others."""
+
+    modality: str = ""  # type: ignore[reportIncompatibleVariableOverride]
+    """Its name, which states, losses and guidance scales know it by."""
+    kind: Literal["map", "token"] = "map"  # type: ignore[reportIncompatibleVariableOverride]
+    """map: channels beside the latents, resized to their grid. token: a token of its own in front."""
+    source: str = ""
+    """The column of the store: (B, C, h, w) for a map, (B, C) for a token."""
+    dropout: float = 0.0  # type: ignore[reportIncompatibleVariableOverride]
+    """Share of samples that are trained without it, for representation guidance."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "dropout", prefix="others ", at_least=0, less_than=1)
+        if not self.modality or not self.source:
+            raise UserError("a modality of your own needs a name (modality) and a column of the store (source)")
+
+    @property
+    def column(self) -> str:
+        """What was given as `source`."""
+        return self.source
 
 
 @dataclass(frozen=True)
@@ -221,17 +280,37 @@ class Optimisation(OptimiserConfig):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn from a trained model."""
+    """How images are drawn from a trained model: the one declaration of these options, for recipes and all commands."""
 
-    sampler: SamplerName = "euler-maruyama"
+    sampler: str = "euler-maruyama"
+    """euler, heun, euler-maruyama, adams-bashforth or dopri5."""
     steps: int = 250
-    """Intervals of the time grid; dopri5 chooses its own."""
-    guidance: Guidance = field(default_factory=Guidance)
+    """Intervals of the time grid: as many evaluations, except that Heun takes two in each. dopri5 chooses its
+    own."""
+    time_shift: float = 1.0
+    """Times of the grid are t = s·u / (1 + (s − 1)·u) for equally spaced u: above 1, more of them are near noise, below
+    1, near data; 1 is published. dopri5 has no grid."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guided only between these times; 0 is data, 1 is noise."""
+    local_scale: float | None = None
+    """Guidance scale of the local map; as guidance_scale if not given, 1 leaves the map conditional."""
+    cls_scale: float | None = None
+    """Guidance scale of the class token; likewise."""
+    other_scales: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Guidance scales of other modalities, by name."""
+    representation_scale: float = 1.0
+    """Representation guidance, for models that were trained with dropped local maps; 1 is none."""
+    auto_scale: float = 1.0
+    """Autoguidance, by a weaker model; 1 is none."""
+    guided_channels: int | Literal["all"] = "all"
+    """Classifier-free guidance moves so many latent channels, the first ones, or all. SiT's recipe says 3, as published
+    for the four channels of its autoencoder; in spaces of more channels, all is the better choice."""
+    guiders: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Scales of registered guiders of your own, by name."""
     rounding: Rounding = "truncate"
     """Pixels to 8 bits: truncate 255·(x+1)/2, as REPA, REG and REGLUE do, or round 127.5·x+128, as SiT and ReDi do."""
-    time_shift: float = 1.0
-    """Times of the grid are t = s·u / (1 + (s − 1)·u) for equally spaced u: more than 1 puts them nearer to noise, 1 is
-    published. dopri5 has no grid."""
     state_precision: StatePrecision | None = None
     """Precision in which steps add up. If not given: float64 for euler, heun and euler-maruyama, as published, and
     float32 for the others."""
@@ -246,11 +325,57 @@ class Sampling:
         # Named as for `sample` and in Python; for `train` there is more in front.
         require(self, "steps", prefix="", at_least=1)
         require(self, "time_shift", "relative_tolerance", "absolute_tolerance", prefix="", more_than=0)
+        require(self, "guidance_scale", "local_scale", "cls_scale", "representation_scale", "auto_scale", prefix="")
+        if self.guided_channels != "all":
+            require(self, "guided_channels", prefix="", at_least=1)
+        lowest, highest = self.guidance_interval
+        if not 0 <= lowest <= highest <= 1:
+            raise UserError(f"guidance-interval {lowest} {highest}: choose 0 ≤ lowest ≤ highest ≤ 1")
+        refuse_unknown("sampler", self.sampler, SAMPLERS)
+        for name in self.guiders:
+            refuse_unknown("guider", name, GUIDERS)
+        for part in fields(self):
+            value, choices = getattr(self, part.name), CHOICES.get(part.name)
+            if choices and value is not None and value not in choices:
+                raise UserError(f"{part.name.replace('_', '-')} {value}: choose {', '.join(choices)}")
 
     @property
-    def published_sampler(self) -> bool:
-        """Whether published figures were made with this sampler."""
-        return self.sampler in ("euler", "heun", "euler-maruyama")
+    def guidance(self) -> Guidance:
+        """The same as guidance asks for it."""
+        named = {"local": self.local_scale, "cls": self.cls_scale}
+        return Guidance(
+            scale=self.guidance_scale,
+            scales={name: scale for name, scale in named.items() if scale is not None} | dict(self.other_scales),
+            interval=self.guidance_interval,
+            representation_scale=self.representation_scale,
+            auto_scale=self.auto_scale,
+            guided_channels=None if self.guided_channels == "all" else self.guided_channels,
+            others=self.guiders,
+        )
+
+    def changed(self, **overrides: Any) -> Sampling:
+        """The same with what is given (not None) in place of its own. Raises UserError for what cannot be."""
+        result = replace(self, **{name: value for name, value in overrides.items() if value is not None})
+        if SAMPLERS[result.sampler].adaptive:
+            adaptive_solver()  # It says at once if it is missing.
+        return result
+
+
+CHOICES = {
+    "rounding": get_args(Rounding),
+    "state_precision": get_args(StatePrecision),
+    "precision": get_args(Precision),
+}
+"""The options of sampling with a few possible values."""
+SamplingOverrides: Any = overrides_of(Sampling)
+"""The base of options that may change single values of a `Sampling`: its fields by keyword, None for those that do
+not."""
+
+
+def refuse_unknown(what: str, name: str, known: Mapping[str, Any]) -> None:
+    """Raise UserError, listing what is registered, for a name that is not."""
+    if name not in known:
+        raise UserError(f"{what} {name}: choose {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -260,8 +385,14 @@ class Recipe:
     name: str
     model: str = "B/2"
     """S/2, B/2, L/2, XL/2 or DEPTHxWIDTHxHEADS/PATCH."""
+    backbone: str = "sit"
+    """The transformer: sit, or a registered one of your own."""
     path: PathName = "linear"
     """Interpolant between data and noise."""
+    prediction: str = "velocity"
+    """What the network predicts."""
+    times: str = "shared"
+    """Schedule of the modalities' times: shared, one time for all, as published."""
     learn_sigma: bool = False
     """Twice the output channels, half of them unused, as in SiT's published checkpoints."""
     position_grid: tuple[int, int] | None = None
@@ -270,6 +401,10 @@ class Recipe:
     latent: Latent = field(default_factory=Latent)
     local: LocalSemantics = field(default_factory=LocalSemantics)
     class_token: ClassToken = field(default_factory=ClassToken)
+    others: tuple[OtherModality, ...] = ()
+    """Modalities of your own."""
+    conditions: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Registered conditions besides the class, by name, and the share of samples that are trained without each."""
     alignment: Alignment = field(default_factory=Alignment)
     optimisation: Optimisation = field(default_factory=Optimisation)
     sampling: Sampling = field(default_factory=Sampling)
@@ -277,45 +412,59 @@ class Recipe:
 
     def __post_init__(self) -> None:
         model_size(self.model)
+        refuse_unknown("backbone", self.backbone, BACKBONES)
+        refuse_unknown("prediction", self.prediction, PREDICTIONS)
+        refuse_unknown("times", self.times, SCHEDULES)
+        for name in self.conditions:
+            refuse_unknown("condition", name, CONDITIONS)
         if not self.latent.present:
             raise UserError("--latent.weight must be positive: a latent diffusion model learns its latents")
+        if len(names := [part.modality for part in self.learned_parts]) > len({*names}):
+            raise UserError(f"modalities {', '.join(names)}: all need different names")
+
+    @property
+    def learned_parts(self) -> tuple[LearnedPart, ...]:
+        """The parts that are modalities of the model, the latents first."""
+        return tuple(part for part in (self.latent, self.local, self.class_token, *self.others) if part.present)
+
+    @property
+    def condition_dropout(self) -> dict[str, float]:
+        """All conditions by name, and the share of samples that are trained without each."""
+        return {CLASS: self.optimisation.label_dropout, **self.conditions}
 
     def loss_weights(self, step: int) -> dict[str, float]:
         """The weight of each term of the loss at a step, under the names of the terms."""
-        parts = {"latent": self.latent, "local": self.local, "cls": self.class_token, "alignment": self.alignment}
-        return {name: part.weight_at(step) for name, part in parts.items() if part.present}
+        parts: dict[str, Part] = {part.modality: part for part in self.learned_parts}
+        if self.alignment.present:
+            parts["alignment"] = self.alignment
+        return {name: part.weight_at(step) for name, part in parts.items()}
 
     def denoiser_config(
         self,
-        *,
-        latent_channels: int,
+        modalities: tuple[Modality, ...],
         grid: tuple[int, int],
-        classes: int,
-        local_channels: int = 0,
+        conditions: Mapping[str, int],
         token_width: int = 0,
-        class_token_width: int | None = None,
     ) -> DenoiserConfig:
-        """Every size of this recipe's denoiser on given data; absent parts take no room.
+        """Every size of this recipe's denoiser on given data.
 
-        `grid` is that of the latents, `token_width` the width of the vision encoder; `class_token_width` is that of the
-        learned class token, the encoder's if not given. Raises UserError where they do not fit together.
+        `grid` is that of the latents, `token_width` the width of the vision encoder. Raises UserError where they do not
+        fit together.
         """
         size = model_size(self.model)
         aligned, after_block = self.alignment.present, self.alignment.after_block
-        learned_width = token_width if class_token_width is None else class_token_width
         try:
             return DenoiserConfig(
-                shape=StateShape(
-                    latent_channels=latent_channels,
-                    grid=grid,
-                    local_channels=local_channels if self.local.present else 0,
-                    class_token_width=learned_width if self.class_token.present else 0,
-                ),
-                classes=classes,
+                modalities=modalities,
+                grid=grid,
+                conditions=conditions,
                 depth=size.depth,
                 width=size.width,
                 heads=size.heads,
                 patch=size.patch,
+                backbone=self.backbone,
+                prediction=self.prediction,
+                path=self.path,
                 learn_sigma=self.learn_sigma,
                 alignment_depth=(size.alignment_depth if after_block is None else after_block) if aligned else 0,
                 alignment_width=token_width if aligned else 0,

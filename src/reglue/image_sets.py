@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from reglue import run as runs
-from reglue.commands.sample import PROTOCOL, Sample, archived_protocol, protocol_in, sample
 from reglue.data.images import ImageFolder, ImageSource, UnreadableImage, crop_to, decode
 from reglue.data.store import MANIFEST, PARTIAL, Store
 from reglue.errors import UserError
 from reglue.metrics.distances import Gaussian
+from reglue.samples import PROTOCOL, Draw, archived_protocol, protocol_in, write_samples
 from reglue.training.checkpoints import find
 
 DRAWN = "evaluated"
@@ -191,8 +191,8 @@ class _DrawnImages:
     def _drawn(self) -> _FolderImages:
         step = find(self.run).name
         folder = self.run / DRAWN / f"step-{step}"
-        drawing = Sample(self.run, folder, self.count, batch_size=self.batch_size, device=self.device)
-        return _FolderImages(ImageFolder.open(sample(drawing)), self.count)
+        drawing = Draw(self.run, folder, self.count, batch_size=self.batch_size, device=self.device)
+        return _FolderImages(ImageFolder.open(write_samples(drawing)), self.count)
 
 
 @dataclass(frozen=True)

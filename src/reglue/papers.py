@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reglue.config import Alignment, ClassToken, LocalSemantics, Optimisation, Recipe, Sampling
-from reglue.diffusion.guidance import Guidance
 
 
 @dataclass(frozen=True)
@@ -34,26 +33,26 @@ SIT = Recipe(
     name="sit",
     learn_sigma=True,
     optimisation=PLAIN,
-    sampling=Sampling("heun", 125, Guidance(1.5, guided_channels=3), rounding="round"),
+    sampling=Sampling("heun", 125, guidance_scale=1.5, guided_channels=3, rounding="round"),
 )
 REPA = Recipe(
     name="repa",
     alignment=Alignment(0.5),
     optimisation=CLIPPED,
-    sampling=Sampling(guidance=Guidance(1.8, interval=(0.0, 0.7))),
+    sampling=Sampling(guidance_scale=1.8, guidance_interval=(0.0, 0.7)),
 )
 REDI = Recipe(
     name="redi",
     local=LocalSemantics(1.0, compressor="pca-8", dropout=0.2),
     optimisation=PLAIN,
-    sampling=Sampling(guidance=Guidance(2.4, local_scale=1.0), rounding="round"),
+    sampling=Sampling(guidance_scale=2.4, local_scale=1.0, rounding="round"),
 )
 REG = Recipe(
     name="reg",
     class_token=ClassToken(0.03),
     alignment=Alignment(0.5),
     optimisation=CLIPPED,
-    sampling=Sampling(guidance=Guidance(2.3, interval=(0.0, 0.85))),
+    sampling=Sampling(guidance_scale=2.3, guidance_interval=(0.0, 0.85)),
 )
 REGLUE = Recipe(
     name="reglue",
@@ -61,7 +60,7 @@ REGLUE = Recipe(
     class_token=ClassToken(0.03),
     alignment=Alignment(0.5),
     optimisation=CLIPPED,
-    sampling=Sampling(guidance=Guidance(2.8, interval=(0.0, 0.9))),
+    sampling=Sampling(guidance_scale=2.8, guidance_interval=(0.0, 0.9)),
 )
 
 PAPERS = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, TypedDict, Unpack, get_args, overload
+from typing import Any, Literal, get_type_hints, overload
 
 import numpy as np
 import torch
@@ -15,101 +16,29 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reglue.config import Precision, Rounding, SamplerName, Sampling, StatePrecision
-from reglue.data.batches import Normalisation
+from reglue.config import Precision, Rounding, Sampling
+from reglue.diffusion.conditions import CLASS, Condition
+from reglue.diffusion.controls import Control, Progress
 from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.guidance import Guidance, VelocityFunction, guided_velocity
-from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State, concatenate_states
+from reglue.diffusion.guidance import Velocity, guided_velocity, hidden_modalities
+from reglue.diffusion.modalities import LATENT, State, concatenate_states
 from reglue.diffusion.noise import drawn_ahead
 from reglue.diffusion.paths import PATHS
-from reglue.diffusion.paths import Path as Interpolant
-from reglue.diffusion.samplers import (
-    adams_bashforth,
-    adaptive_solver,
-    aligned,
-    dopri5,
-    euler,
-    euler_maruyama,
-    heun,
-    stochastic_times,
-    uniform_times,
-)
+from reglue.diffusion.samplers import SAMPLERS, StatePrecision, integrate
+from reglue.diffusion.schedules import SCHEDULES, Schedule
 from reglue.encoders.autoencoders import Autoencoder, load_autoencoder
 from reglue.errors import UserError
-from reglue.published import runs_by_name as hub
 from reglue.published import sharing
 from reglue.run import FILE as RECORD
-from reglue.run import RunRecord
+from reglue.run import RunRecord, find_run
 from reglue.training import checkpoints
 from reglue.training.distributed import resolve_device
 from reglue.training.precision import SamplingNetwork
 
 STATE_PRECISIONS: dict[StatePrecision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
-
-class GenerateOptions(TypedDict, total=False):
-    """What `ImageModel.generate` takes besides classes; everything has a default."""
-
-    count: int
-    """How many images: of the one class that is given, or of none."""
-    seed: int
-    """0 if not given."""
-    batch_size: int
-    """Images at once, 32 if not given; does not change them beyond rounding."""
-    progress: bool
-    """Show a progress bar."""
-    sampling: Sampling
-    """In place of `default_sampling`; the following change single values of it."""
-    sampler: SamplerName
-    """euler, heun, euler-maruyama, adams-bashforth or dopri5."""
-    steps: int
-    """Intervals of the time grid."""
-    time_shift: float
-    """Above 1, the grid has more times near noise; below 1, near data."""
-    guidance_scale: float
-    """Classifier-free guidance; 1 is none."""
-    guidance_interval: tuple[float, float]
-    """Guided only between these times; 0 is data, 1 is noise."""
-    local_scale: float
-    """Guidance scale of the local map."""
-    cls_scale: float
-    """Guidance scale of the class token."""
-    representation_scale: float
-    """Representation guidance, for models trained with dropped local maps."""
-    guided_channels: int | Literal["all"]
-    """Classifier-free guidance moves so many latent channels, the first ones, or all."""
-    rounding: Rounding
-    """How pixels become 8-bit numbers."""
-    state_precision: StatePrecision
-    """Precision in which steps add up."""
-    precision: Precision
-    """Precision of the network's matrix products."""
-    relative_tolerance: float
-    """Error that dopri5 allows per step, as a share of the values."""
-    absolute_tolerance: float
-    """Error that dopri5 allows per step in any case."""
-
-
-class SamplingOptions(TypedDict, total=False):
-    """The fields of `Sampling` that may be given singly, None for those that are not."""
-
-    sampler: SamplerName | None
-    steps: int | None
-    rounding: Rounding | None
-    time_shift: float | None
-    state_precision: StatePrecision | None
-    precision: Precision | None
-    relative_tolerance: float | None
-    absolute_tolerance: float | None
-
-
-CHOICES = {
-    "sampler": SamplerName,
-    "rounding": Rounding,
-    "state_precision": StatePrecision,
-    "precision": Precision,
-}
-"""The options of sampling with a few possible values."""
+MODALITY_SCALES = {"local_scale": "local map", "cls_scale": "class token"}
+"""The options of `Sampling` that are about one modality, NAME_scale, and what it is called in messages."""
 
 
 def load(
@@ -129,7 +58,7 @@ def load(
     not given; `autoencoder` replaces the one that the run decodes with; `compile` compiles the denoiser when it is
     first used: a minute's wait, and faster from then on. Raises UserError for anything missing or unfitting.
     """
-    folder, target = hub.find_run(run, revision), resolve_device(device)
+    folder, target = find_run(run, revision), resolve_device(device)
     record = RunRecord.read(folder)
     checkpoint = checkpoints.find(folder, step)
     weights = checkpoints.read_weights(checkpoint / checkpoints.EMA)
@@ -183,41 +112,6 @@ def decoder(
     return found
 
 
-def changed_sampling(
-    default: Sampling,
-    *,
-    guidance_scale: float | None = None,
-    guidance_interval: tuple[float, float] | None = None,
-    local_scale: float | None = None,
-    cls_scale: float | None = None,
-    representation_scale: float | None = None,
-    auto_scale: float | None = None,
-    guided_channels: int | Literal["all"] | None = None,
-    **sampling: Unpack[SamplingOptions],
-) -> Sampling:
-    """A way to sample with what is given (not None) in place of the default's. Raises UserError for what cannot be."""
-    guidance = {
-        "scale": guidance_scale,
-        "interval": guidance_interval,
-        "local_scale": local_scale,
-        "cls_scale": cls_scale,
-        "representation_scale": representation_scale,
-        "auto_scale": auto_scale,
-        "guided_channels": guided_channels,
-    }
-    changes = {name: value for name, value in sampling.items() if value is not None}
-    for name, known in CHOICES.items():
-        if name in changes and changes[name] not in get_args(known):
-            raise UserError(f"{name.replace('_', '-')} {changes[name]}: choose {', '.join(get_args(known))}")
-    given = {name: value for name, value in guidance.items() if value is not None}
-    if guided_channels == "all":
-        given["guided_channels"] = None
-    result = replace(default, guidance=replace(default.guidance, **given), **changes)  # type: ignore[arg-type]
-    if result.sampler == "dopri5":
-        adaptive_solver()  # It says at once if it is missing.
-    return result
-
-
 @dataclass
 class ImageModel:
     """A denoiser and the decoder of its latents."""
@@ -247,44 +141,49 @@ class ImageModel:
     def default_sampling(self) -> Sampling:
         """What the recipe says, but for guidance that this model cannot have: it lacks classes or the modality."""
         sampling = self.record.recipe.sampling
-        guidance = sampling.guidance
         if not self.record.class_names:
-            guidance = replace(guidance, scale=1.0, local_scale=None, cls_scale=None)
-        without = dict.fromkeys(self._unfitting_scales(guidance), 1.0)
-        return replace(sampling, guidance=replace(guidance, **without))
+            sampling = replace(sampling, guidance_scale=1.0, **dict.fromkeys(MODALITY_SCALES, None))
+        return replace(sampling, **dict.fromkeys(self._unfitting_scales(sampling), 1.0))  # type: ignore[arg-type]
 
     def resolved(self, sampling: Sampling) -> Sampling:
         """The same, with the precisions that are used where it leaves them open.
 
         Raises UserError for guidance of, or by, what the model lacks.
         """
-        for name, lacking in self._unfitting_scales(sampling.guidance).items():
-            option = "guidance-scale" if name == "scale" else name.replace("_", "-")
+        for name, lacking in self._unfitting_scales(sampling).items():
             raise UserError(
-                f"{option} {getattr(sampling.guidance, name)}: this model has no {lacking} to guide with; choose 1"
+                f"{name.replace('_', '-')} {getattr(sampling, name)}: this model has no {lacking} to guide with; "
+                "choose 1"
             )
+        learned = [modality.name for modality in self.record.denoiser.modalities]
+        for name in sampling.other_scales:
+            if name not in learned:
+                raise UserError(f"other-scales {name}: this model learns {', '.join(learned)}")
         return replace(
             sampling,
-            state_precision=sampling.state_precision or ("float64" if sampling.published_sampler else "float32"),
+            state_precision=sampling.state_precision or SAMPLERS[sampling.sampler].state_precision,
             precision=sampling.precision or self.record.recipe.optimisation.precision,
         )
 
-    def _unfitting_scales(self, guidance: Guidance) -> dict[str, str]:
+    def _unfitting_scales(self, sampling: Sampling) -> dict[str, str]:
         """The names of the scales that ask for what this model lacks, and what that is."""
-        modalities, lacking = self.record.denoiser.shape.shapes(), dict[str, str]()
-        if LOCAL not in modalities:
-            lacking |= dict.fromkeys(("local_scale", "representation_scale"), "local map")
-        if CLS not in modalities:
-            lacking["cls_scale"] = "class token"
-        recipe, begun_elsewhere = self.record.recipe, self.record.start is not None
-        if LOCAL in modalities and not recipe.local.dropout and not begun_elsewhere:
+        config, recipe = self.record.denoiser, self.record.recipe
+        of_classes = ("guidance_scale", *MODALITY_SCALES)
+        lacking = {
+            option: what
+            for option, what in MODALITY_SCALES.items()
+            if not config.modality(option.removesuffix("_scale"))
+        }
+        if not hidden_modalities(config.modalities):
+            lacking["representation_scale"] = "local map"
+        elif self.record.start is None and not any(part.dropout for part in recipe.learned_parts):
             lacking["representation_scale"] = "branch without its map (trained with --local.dropout 0)"
-        if not recipe.optimisation.label_dropout and not begun_elsewhere:
+        if not recipe.optimisation.label_dropout and self.record.start is None:
             unconditional = "branch without labels (trained with --optimisation.label-dropout 0)"
-            lacking |= dict.fromkeys(("scale", "local_scale", "cls_scale"), unconditional)
+            lacking |= dict.fromkeys(of_classes, unconditional)
         if not self.record.class_names:
-            lacking |= dict.fromkeys(("scale", "local_scale", "cls_scale"), "classes")
-        return {name: what for name, what in lacking.items() if getattr(guidance, name) not in (None, 1)}
+            lacking |= dict.fromkeys(of_classes, "classes")
+        return {name: what for name, what in lacking.items() if getattr(sampling, name) not in (None, 1)}
 
     def to(self, device: str | torch.device) -> ImageModel:
         """The same model, moved to a device (`"cuda"`, `"cpu"`, …)."""
@@ -293,68 +192,72 @@ class ImageModel:
         self._networks.clear()
         return self
 
+    def condition(self, labels: Sequence[int]) -> Condition:
+        """What the model is given for classes by number, one image each; the number of classes stands for none."""
+        condition = self.denoiser.null(len(labels))
+        if CLASS in condition:
+            condition[CLASS] = torch.tensor(labels, device=self.device)
+        return condition
+
     @overload
     def generate(
         self,
         classes: int | str | Sequence[int | str] | None = None,
         *,
         output: Literal["pil"] = "pil",
-        **options: Unpack[GenerateOptions],
+        **options: Any,
     ) -> list[Image.Image]: ...
 
     @overload
     def generate(
-        self,
-        classes: int | str | Sequence[int | str] | None = None,
-        *,
-        output: Literal["tensor"],
-        **options: Unpack[GenerateOptions],
+        self, classes: int | str | Sequence[int | str] | None = None, *, output: Literal["tensor"], **options: Any
     ) -> Tensor: ...
 
     def generate(
         self,
         classes: int | str | Sequence[int | str] | None = None,
         *,
+        count: int | None = None,
+        seed: int = 0,
+        batch_size: int = 32,
         output: Literal["pil", "tensor"] = "pil",
-        **options: Unpack[GenerateOptions],
+        progress: bool = False,
+        controls: Sequence[Control] = (),
+        sampling: Sampling | None = None,
+        **changes: Any,
     ) -> list[Image.Image] | Tensor:
         """Images of the given classes (indices or names), one each, or `count` images of one class or of none.
 
-        Image i depends on `seed` and i alone. What is not given is as in `default_sampling`; see `GenerateOptions`.
+        Image i depends on `seed` and i alone, whatever `batch_size` is; `progress` shows a bar. How they are drawn is
+        `sampling`, `default_sampling` if not given, of which any field may be changed: `steps=50, guidance_scale=2.0`.
+        `controls` are given to the loop over time (`diffusion.controls`).
 
-        Returns PIL images, or for `output="tensor"` uint8 (N, 3, height, width) on the CPU.
+        Returns a list of PIL images, or for `output="tensor"` uint8 (N, 3, height, width) on the CPU.
 
         Raises UserError for an unknown class, a count that contradicts the classes, and guidance without classes;
         TypeError for an unknown option.
         """
-        known = GenerateOptions.__annotations__
-        if unknown := [name for name in options if name not in known]:
-            raise TypeError(
-                f"generate() takes no {', '.join(unknown)}; it takes {', '.join(('classes', 'output', *known))}"
-            )
+        known = [part.name for part in fields(Sampling)]
+        if unknown := [name for name in changes if name not in known]:
+            own = [name for name, part in signature(type(self).generate).parameters.items() if name != "self"]
+            raise TypeError(f"generate() takes no {', '.join(unknown)}; it takes {', '.join(own)}")
         if output not in ("pil", "tensor"):
             raise UserError(f"output {output!r}: choose 'pil' or 'tensor'")
-        labels = self._labels(classes, options.pop("count", None))
-        seed, batch_size = options.pop("seed", 0), options.pop("batch_size", 32)
+        labels = self._labels(classes, count)
         if batch_size < 1:
             raise UserError("batch_size must be at least 1")
         if seed < 0:
             raise UserError(f"seed {seed}: choose 0 or more")
-        default = options.pop("sampling", None) or self.default_sampling
-        show_progress = options.pop("progress", False)
-        sampling = changed_sampling(default, **options)  # type: ignore[reportArgumentType], the rest are its own
+        sampling = (sampling or self.default_sampling).changed(**changes)
         batches: list[Tensor] = []
-        with tqdm(
-            total=evaluations(sampling, len(labels), batch_size),
-            desc="generate",
-            unit="evaluation",
-            disable=not show_progress,
-        ) as progress:
+        total = evaluations(sampling, len(labels), batch_size)
+        with tqdm(total=total, desc="generate", unit="evaluation", disable=not progress) as bar:
             for start in range(0, len(labels), batch_size):
                 indices = range(start, min(start + batch_size, len(labels)))
-                wanted = [labels[i] for i in indices]
+                condition = self.condition([labels[i] for i in indices])
                 room = min(batch_size, len(labels))
-                state = self.draw(indices, wanted, seed, sampling, room=room, on_evaluation=progress.update)
+                watching = (*controls, Progress(bar.update))
+                state = self.draw(indices, condition, seed, sampling, room=room, controls=watching)
                 batches.append(torch.from_numpy(self.decode(state, sampling.rounding)))
         pixels = torch.cat(batches) if batches else torch.empty(0, *self.record.resolution, 3, dtype=torch.uint8)
         if output == "tensor":
@@ -393,7 +296,9 @@ class ImageModel:
         `reglue.load("OWNER/NAME")` fetches it. Raises UserError if the hub cannot be reached or refuses.
         """
         with TemporaryDirectory() as folder:
-            return hub.push(self._save(Path(folder) / "model", reports, picture, name, half_precision), name, private)
+            return sharing.push(
+                self._save(Path(folder) / "model", reports, picture, name, half_precision), name, private
+            )
 
     def _save(
         self,
@@ -413,12 +318,17 @@ class ImageModel:
         if count is not None and count < 0:
             raise UserError(f"count {count}: choose 0 or more")
         if classes is None:
-            return [self.denoiser.null_label] * (1 if count is None else count)
+            return [self.null_label] * (1 if count is None else count)
         if isinstance(classes, int | str | np.integer):
             return [self.label(classes)] * (1 if count is None else count)
         if count not in (None, len(classes)):
             raise UserError(f"count {count}, but {len(classes)} classes: give one class for several images of it")
         return [self.label(name) for name in classes]
+
+    @property
+    def null_label(self) -> int:
+        """The class number that stands for none."""
+        return self.denoiser.config.classes
 
     def label(self, name: int | str) -> int:
         """The label of a class index or name. Raises UserError if there is no such class.
@@ -448,45 +358,46 @@ class ImageModel:
     def draw(
         self,
         indices: Sequence[int],
-        labels: Sequence[int],
+        condition: Condition,
         seed: int,
         sampling: Sampling,
         *,
         weaker: Denoiser | None = None,
         room: int = 0,
-        on_evaluation: Callable[[], object] = lambda: None,
+        controls: Sequence[Control] = (),
     ) -> State:
-        """Sample the images `indices` of a seed, with labels as long: normalised states on the device.
+        """Sample the images `indices` of a seed, under a condition as long: normalised states on the device.
 
         They are in float32 or float64, as `sampling` says. `weaker` is the second model of autoguidance. A compiled
         model evaluates batches of `room` images, if that is more, so that a smaller last batch needs no compilation.
-        dopri5 takes image by image, since its steps would otherwise depend on which images are drawn together.
-        `on_evaluation` is called after each evaluation, for progress.
+        Adaptive samplers take image by image, since their steps would otherwise depend on which images are drawn
+        together. `controls` see every step.
         """
-        guidance, device = sampling.guidance, self.device
-        sampling = self.resolved(sampling)
-        if sampling.sampler == "dopri5" and len(indices) > 1:
-            alone = [
-                self.draw([i], [label], seed, sampling, weaker=weaker, on_evaluation=on_evaluation)
-                for i, label in zip(indices, labels, strict=True)
-            ]
-            return concatenate_states(alone)
-        filling = max(room - len(indices), 0) if self.compile and sampling.sampler != "dopri5" else 0
-        inner = guided_velocity(
+        sampling, device = self.resolved(sampling), self.device
+        adaptive = SAMPLERS[sampling.sampler].adaptive
+        if adaptive and len(indices) > 1:
+            one_by_one = [{name: value[i : i + 1] for name, value in condition.items()} for i in range(len(indices))]
+            return concatenate_states(
+                [
+                    self.draw([i], one, seed, sampling, weaker=weaker, controls=controls)
+                    for i, one in zip(indices, one_by_one, strict=True)
+                ]
+            )
+        filling = max(room - len(indices), 0) if self.compile and not adaptive else 0
+        if filling:
+            condition = {n: torch.cat([v, v[-1:].expand(filling, *v.shape[1:])]) for n, v in condition.items()}
+        config = self.record.denoiser
+        velocity = guided_velocity(
             self._network(self.denoiser, sampling.precision),
-            torch.tensor([*labels, *[labels[-1]] * filling], device=device),
-            guidance,
+            condition,
+            config.modalities,
+            sampling.guidance,
             self._network(weaker, sampling.precision) if weaker else None,
+            PATHS[config.path],
         )
-
-        def velocity(state: State, time: float, step_start: float | None = None) -> State:
-            result = inner(state, time, step_start)
-            on_evaluation()
-            return result
-
         filled = [*indices, *[indices[-1]] * filling]
-        shapes, path = self.record.denoiser.shape.shapes(), PATHS[self.record.recipe.path]
-        state = from_noise(velocity, seed, filled, shapes, sampling, path, device)
+        times = SCHEDULES[self.record.recipe.times]
+        state = from_noise(velocity, seed, filled, config.shapes(), sampling, device, times, controls)
         return {name: value[: len(indices)] for name, value in state.items()}
 
     def _network(self, denoiser: Denoiser, precision: Precision | None) -> SamplingNetwork:
@@ -508,45 +419,48 @@ class ImageModel:
 
     def raw(self, state: State, name: str) -> Tensor:
         """A modality of a state as the autoencoder, encoder or compressor gives it, float32."""
-        scaled: Normalisation | None = self.record.normalisation.get(name)
-        value = state[name].float()
-        return scaled.denormalise(value) if scaled else value
+        modality = self.record.denoiser.modality(name)
+        assert modality is not None
+        return modality.denormalise(state[name].float())
+
+
+def _visible_signature() -> Signature:
+    """The signature of `generate` with the fields of `Sampling` in place of `**changes`, for help and completion."""
+    *own, _ = signature(ImageModel.generate).parameters.values()
+    hints = get_type_hints(Sampling)
+    changes = [
+        Parameter(part.name, Parameter.KEYWORD_ONLY, default=None, annotation=hints[part.name] | None)
+        for part in fields(Sampling)
+    ]
+    return Signature([*own, *changes], return_annotation="list[Image.Image] | Tensor")
+
+
+ImageModel.generate.__signature__ = _visible_signature()  # type: ignore[reportFunctionMemberAccess]
 
 
 def from_noise(
-    velocity: VelocityFunction,
+    velocity: Velocity,
     seed: int,
     indices: Sequence[int],
     shapes: Mapping[str, Sequence[int]],
     sampling: Sampling,
-    path: Interpolant,
     device: torch.device,
+    schedule: Schedule = SCHEDULES["shared"],
+    controls: Sequence[Control] = (),
 ) -> State:
-    """The states of the images `indices` of a seed, from their noise to data, by a way to sample that is `settled`."""
+    """The states of the images `indices` of a seed, from their noise to data, by a way to sample that is `resolved`."""
     assert sampling.state_precision is not None
-    draws = sampling.steps if sampling.sampler == "euler-maruyama" else 1  # Its last step has none, the start has one.
+    sampler = SAMPLERS[sampling.sampler]
+    grid = sampler.grid(sampling.steps, sampling.time_shift, velocity.discontinuities)
+    times = [schedule.times(clock, shapes) for clock in grid]
+    draws = len(grid) - 1 if sampler.stochastic else 1  # The start, and every step but the last.
     with drawn_ahead(seed, indices, shapes, device, STATE_PRECISIONS[sampling.state_precision], draws) as noise:
-        return follow(velocity, next(noise), noise, sampling, path)
-
-
-def follow(
-    velocity: VelocityFunction, start: State, noise: Iterator[State], sampling: Sampling, path: Interpolant
-) -> State:
-    """Run the sampler that was asked for."""
-    steps, shift, discontinuities = sampling.steps, sampling.time_shift, sampling.guidance.discontinuities
-    if sampling.sampler == "euler-maruyama":
-        return euler_maruyama(velocity, start, stochastic_times(steps, shift), noise, path)
-    if sampling.sampler == "dopri5":
-        return dopri5(velocity, start, discontinuities, sampling.relative_tolerance, sampling.absolute_tolerance)
-    if sampling.sampler == "adams-bashforth":
-        return adams_bashforth(velocity, start, aligned(uniform_times(steps, shift), discontinuities), discontinuities)
-    method = {"euler": euler, "heun": heun}[sampling.sampler]
-    return method(velocity, start, uniform_times(steps, shift))
+        return integrate(sampler.configured(vars(sampling)), velocity, next(noise), times, controls, noise)
 
 
 def evaluations(sampling: Sampling, count: int = 1, batch_size: int = 1) -> int | None:
-    """How often a sampler evaluates the velocity for `count` images; None for dopri5, which nobody knows beforehand."""
-    per_batch = {"heun": 2 * sampling.steps - 1, "dopri5": None}.get(sampling.sampler, sampling.steps)
+    """How often a sampler evaluates the velocity for `count` images; None where nobody knows beforehand."""
+    per_batch = SAMPLERS[sampling.sampler].evaluations(sampling.steps)
     return None if per_batch is None else -(-count // batch_size) * per_batch
 
 

@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, field, fields
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+from huggingface_hub import snapshot_download
+
 from reglue.config import Recipe
-from reglue.data.batches import Normalisation, class_token_column, denoiser_config, local_column, normalisations
+from reglue.data.batches import denoiser_config
 from reglue.data.store import Store, compressor_of, holds_codes
 from reglue.data.targets import decoded, target_columns, target_compressor
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.encoders.autoencoders import AutoencoderSpec
-from reglue.encoders.compressors import CompressorSpec
+from reglue.encoders.compressors import Compressor, CompressorSpec, load_compressor
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
 from reglue.files import from_json, replacing, to_json
+from reglue.training import checkpoints
 
 FILE = "run.json"
-COMPRESSOR = "compressor"
-"""Folder of the compressor, in the run's."""
-FORMAT = 1
+COMPRESSORS = "compressors"
+"""Folder of the compressors, one per modality that is learned as codes, in the run's and in a store's."""
+FORMAT = 2
+
+STARTER = "starter"
+"""The run that the package brings along."""
+AUTOENCODER = "autoencoder"
+"""Folder of an autoencoder that a shared run brings along."""
+NEEDED = [
+    FILE,
+    f"{checkpoints.FOLDER}/*/{checkpoints.EMA}",
+    f"{checkpoints.FOLDER}/*/{checkpoints.PROGRESS}",
+    f"{COMPRESSORS}/*",
+    f"{AUTOENCODER}/*",
+]
+"""Of a repository, what sampling reads."""
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 Weights = Literal["ema", "model"]
@@ -54,12 +73,8 @@ class RunRecord:
     """Height and width of the images in pixels."""
     autoencoder: AutoencoderSpec
     encoder: EncoderSpec | None
-    compressor: CompressorSpec | None
-    """Of the local semantics."""
-    class_token_compressor: CompressorSpec | None = None
-    """None where the class token is learned as it is, or not at all."""
-    normalisation: dict[str, Normalisation]
-    """Of the modalities that are not learned as they are; latents always have one."""
+    compressors: dict[str, CompressorSpec]
+    """Of the modalities that are learned as codes, by name."""
     decoder: str | None = None
     """The autoencoder that decodes, where it is another than the one whose latents are learned: `sd-vae-ft-ema` for
     the published models, which learn those of `sd-vae-ft-mse`."""
@@ -82,8 +97,6 @@ class RunRecord:
         """The record of training a recipe on a store. Raises UserError if they do not fit together."""
         manifest = store.manifest
         denoiser = denoiser_config(store, recipe)  # First of all, since it checks that the store has the columns.
-        token = class_token_column(recipe)
-        compressed = recipe.class_token.present and holds_codes(token)
         return cls(
             recipe=recipe,
             denoiser=denoiser,
@@ -91,9 +104,11 @@ class RunRecord:
             resolution=manifest.source.resolution,
             autoencoder=manifest.autoencoder,
             encoder=manifest.encoder,
-            compressor=manifest.compressors[recipe.local.compressor] if recipe.local.present else None,
-            class_token_compressor=manifest.compressors[compressor_of(token)] if compressed else None,
-            normalisation=normalisations(store, recipe),
+            compressors={
+                part.modality: manifest.compressors[compressor_of(part.column)]
+                for part in recipe.learned_parts
+                if holds_codes(part.column)
+            },
             seed=seed,
             store=str(store.folder.absolute()),
             store_hash=data_hash(store, recipe),
@@ -138,19 +153,58 @@ class RunRecord:
         return [name for name in names if name not in free]
 
 
+def find_compressor(record: RunRecord, run: Path | None, modality: str) -> Compressor | None:
+    """The compressor of a modality, from the run's folder or its store; None if neither has its own."""
+    places = [run / COMPRESSORS / modality] if run else []
+    column = next((m.column for m in record.denoiser.modalities if m.name == modality), "")
+    if record.store and column:
+        places.append(Path(record.store) / COMPRESSORS / compressor_of(column))
+    for place in places if modality in record.compressors else []:
+        if place.is_dir():
+            compressor = load_compressor(place)
+            if compressor.spec() == record.compressors[modality]:
+                return compressor
+    return None
+
+
 def versions() -> dict[str, str]:
     """Of the packages that decide the numbers."""
     return {name: version(name) for name in ("reglue", "torch", "numpy", "safetensors")}
 
 
+def find_run(run: str | Path, revision: str | None = None) -> Path:
+    """The folder of a run: a local one, or else the package's (`starter`) or the local copy of `OWNER/NAME` on the hub.
+
+    Raises UserError if the hub is asked and cannot be reached, or has no such repository. Whether the folder holds a
+    run is for the caller to see.
+    """
+    folder = Path(run)
+    if str(run) == STARTER and not folder.exists():
+        return Path(str(resources.files("reglue.starter"))) / "model"
+    if folder.exists() or not NAME.fullmatch(str(run)):
+        return folder
+    try:
+        return Path(snapshot_download(str(run), revision=revision, allow_patterns=NEEDED, etag_timeout=5))
+    except Exception as error:  # whatever the hub's client raises: offline, refused, not found
+        raise UserError(
+            f"{run}: there is no such folder, and the Hugging Face hub gives no such model ({hub_error(error)}); check "
+            "the name and the connection, or download the repository elsewhere and give its folder"
+        ) from error
+
+
+def known_as(run: str | Path) -> str:
+    """The absolute path of a run's folder, so that it is found from elsewhere too; any other run's name."""
+    return str(Path(run).resolve() if Path(run).exists() else run)
+
+
+def hub_error(error: Exception) -> str:
+    """What the hub's client raised, in a few words."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
 def needed_columns(recipe: Recipe) -> list[str]:
     """The store's columns that training a recipe reads."""
-    columns = ["label", "latent"]
-    if recipe.local.present:
-        columns.append(local_column(recipe))
-    if recipe.class_token.present:
-        columns.append(class_token_column(recipe))
-    return sorted({*columns, *target_columns(recipe)})
+    return sorted({"label", *(part.column for part in recipe.learned_parts), *target_columns(recipe)})
 
 
 def data_hash(store: Store, recipe: Recipe) -> str:

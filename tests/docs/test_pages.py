@@ -290,7 +290,7 @@ def test_the_readme(
     def push(folder: Path, name: str, private: bool) -> None:
         sent[name] = (folder / "README.md").read_text()
 
-    monkeypatch.setattr("reglue.published.runs_by_name.push", push)
+    monkeypatch.setattr("reglue.run.push", push)
     exec(python)
     assert (tmp_path / "first.png").is_file()
     assert sent.keys() == {"owner/name"}

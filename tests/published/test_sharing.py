@@ -202,7 +202,7 @@ def test_what_is_no_name_is_never_asked_for(tmp_path: Path, monkeypatch: pytest.
     def refuse(*arguments: Any, **options: Any) -> str:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr("reglue.published.runs_by_name.snapshot_download", refuse)
+    monkeypatch.setattr("reglue.run.snapshot_download", refuse)
     for name in ("run", tmp_path / "run", "./a/b", "../a", "a/b/c", "owner/", "/a"):
         with pytest.raises(UserError, match="is not a run"):
             reglue.load(name)

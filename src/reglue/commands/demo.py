@@ -31,8 +31,6 @@ from reglue.data.images import ImageFolder, UnreadableImage
 from reglue.data.pictures import colours_of
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.guidance import Guidance
-from reglue.diffusion.modalities import LOCAL
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
@@ -76,7 +74,7 @@ DEMO_RECIPE = Recipe(
     class_token=ClassToken(0.03, unit_variance=True),
     alignment=Alignment(0.5, hidden=256),
     optimisation=SMALL,
-    sampling=Sampling("euler-maruyama", 80, Guidance(2.0, interval=(0.0, 0.9))),
+    sampling=Sampling("euler-maruyama", 80, guidance_scale=2.0, guidance_interval=(0.0, 0.9)),
 )
 
 
@@ -144,7 +142,7 @@ def demo(options: Demo) -> Path:
         with stage(f"train {name}"):
             train(Train(each, store, run, options.seed, checkpoint_every=500, preview_every=500, preview_count=40))
         drawn: dict[str, Drawn] = {}
-        for kind, scale in (("guided", each.sampling.guidance.scale), ("unguided", 1.0)):
+        for kind, scale in (("guided", each.sampling.guidance_scale), ("unguided", 1.0)):
             with stage(f"sample {name}, {kind}"):
                 drawn[kind] = draw(run, out / "samples" / each.name / kind, options, len(class_names), scale)
         with stage(f"evaluate {name}"):
@@ -315,12 +313,12 @@ def semantics(model: ImageModel, drawn: Drawn, training: Tensor, store: Path, se
     rows = torch.linspace(0, len(training) - 1, SHOWN).long()
     code = Store.open(store).read(local_column(model.record.recipe), rows)["local"].float()
     # An image is a function of seed and index: these are the first samples once more, with what was drawn beside them.
-    state = model.draw(range(SHOWN), drawn.labels[:SHOWN].tolist(), seed, model.default_sampling)
+    state = model.draw(range(SHOWN), model.condition(drawn.labels[:SHOWN].tolist()), seed, model.default_sampling)
     return Semantics(
         images=training[rows].permute(0, 2, 3, 1).numpy(),
         colours=colours_of(code),
         generated_images=drawn.pixels[:SHOWN].permute(0, 2, 3, 1).numpy(),
-        generated_colours=colours_of(model.raw(state, LOCAL), reference=code),
+        generated_colours=colours_of(model.raw(state, LocalSemantics.modality), reference=code),
     )
 
 

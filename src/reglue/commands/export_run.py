@@ -13,9 +13,8 @@ from tyro.conf import Positional
 from reglue.config import Recipe
 from reglue.errors import UserError
 from reglue.files import TakesPaths, replacing
-from reglue.published.runs_by_name import find_run
 from reglue.published.weights import ENCODER_DEPTH, PATH_TYPE, PREDICTION, STEP, VELOCITY, export_official, family_of
-from reglue.run import RunRecord
+from reglue.run import RunRecord, find_run
 from reglue.training import checkpoints
 
 ENDINGS = (".safetensors", ".pt", ".pth")
@@ -75,7 +74,8 @@ def arguments_of(record: RunRecord) -> dict[str, str | int]:
 
 def refuse_own_scales(recipe: Recipe) -> None:
     """Raise UserError for a recipe that scales a modality by the store's statistics: such files have no room for it."""
-    parts = {"latent": recipe.latent, "local": recipe.local, "class-token": recipe.class_token}
-    for name, part in parts.items():
-        if part.present and part.unit_variance:
-            raise UserError(f"no published code has --{name}.unit-variance: its statistics would be lost in the file")
+    for part in recipe.learned_parts:
+        if part.unit_variance:
+            raise UserError(
+                f"no published code has {part.prefix}unit-variance: its statistics would be lost in the file"
+            )

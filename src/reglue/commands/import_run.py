@@ -8,11 +8,10 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from reglue.config import MODEL_SIZES, Recipe, model_size
-from reglue.data.batches import Normalisation
+from reglue.config import MODEL_SIZES, ClassToken, LocalSemantics, Recipe, model_size
 from reglue.data.labels import read_class_names
 from reglue.diffusion.denoiser import DenoiserConfig
-from reglue.diffusion.modalities import LATENT
+from reglue.diffusion.modalities import LATENT, Modality, Normalisation
 from reglue.diffusion.paths import PathName
 from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.encoders.compressors import Compressor
@@ -31,10 +30,11 @@ from reglue.published.weights import (
     Family,
     OfficialModel,
     PublishedFile,
+    channels_of,
     import_official,
     read_official,
 )
-from reglue.run import COMPRESSOR, RunRecord, versions
+from reglue.run import COMPRESSORS, RunRecord, versions
 from reglue.training import checkpoints
 
 PATHS_BY_PUBLISHED_NAME: dict[str, PathName] = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
@@ -82,23 +82,22 @@ def import_run(options: ImportRun) -> Path:
     model = recognised(options, published, autoencoder)
     if options.autoencoder is None:
         refuse_unpublished_channels(options.file, model)
-    shape = model.config.shape
-    recipe = recipe_of(model.family, model.config, published_path(options.file, published.arguments))
+    path = published_path(options.file, published.arguments)
+    recipe = recipe_of(model.family, model.config, path)
     factor = autoencoder.downsampling
-    resolution = (shape.grid[0] * factor, shape.grid[1] * factor)
+    resolution = (model.config.grid[0] * factor, model.config.grid[1] * factor)
     encoder = encoder_of(options.encoder, model, resolution)
     compressor = compressor_of(options, model, encoder)
     record = RunRecord(
         recipe=recipe,
-        denoiser=model.config,
+        denoiser=replace(model.config, path=path, modalities=with_scales(model, recipe, autoencoder)),
         class_names=class_names(options.class_names, model.config.classes),
         resolution=resolution,
         autoencoder=autoencoder,
         decoder=decoder,
         encoder=encoder,
-        compressor=compressor.spec() if compressor else None,
+        compressors={LocalSemantics.modality: compressor.spec()} if compressor else {},
         autoencoder_assumed=options.autoencoder is None,
-        normalisation={LATENT: Normalisation(autoencoder.shift, autoencoder.scale)},
         origin=options.file.name,
         versions=versions(),
     )
@@ -106,7 +105,7 @@ def import_run(options: ImportRun) -> Path:
         record.write(folder)
         checkpoints.save_weights(folder, published.step, model.weights)
         if compressor:
-            compressor.save(folder / COMPRESSOR)
+            compressor.save(folder / COMPRESSORS / LocalSemantics.modality)
     learned = ", learned positions" if model.config.learned_positions else ""
     print(
         f"{options.file}: {model.family} {recipe.model} of step {published.step}, "
@@ -119,6 +118,16 @@ def import_run(options: ImportRun) -> Path:
             f"{decoder}, as published. If they are another's (ReaLS's, for example), import it with --autoencoder."
         )
     return options.out
+
+
+def with_scales(model: OfficialModel, recipe: Recipe, autoencoder: AutoencoderSpec) -> tuple[Modality, ...]:
+    """The model's modalities, with the autoencoder's scale and with what the paper drops in training."""
+    scaled = {LATENT: Normalisation(autoencoder.shift, autoencoder.scale)}
+    dropped = {part.modality: part.dropout for part in recipe.learned_parts}
+    return tuple(
+        replace(modality, normalisation=scaled.get(modality.name), dropout=dropped[modality.name])
+        for modality in model.config.modalities
+    )
 
 
 def chosen_autoencoder(name: str | None) -> tuple[AutoencoderSpec, str | None]:
@@ -155,10 +164,9 @@ def refuse_unpublished_channels(file: Path, model: OfficialModel) -> None:
 
     A model of 16 channels may have learned the latents of another autoencoder, as well as 4 and a local map of 12.
     """
-    shape, local = model.config.shape, RECIPES[model.family].local
+    local, latents, found = RECIPES[model.family].local, model.config.modalities[0].channels, model.config.channels
     published = int(local.compressor.rpartition("-")[2]) if local.present else 0
-    if shape.local_channels != published:
-        latents, found = shape.latent_channels, shape.latent_channels + shape.local_channels
+    if found - latents != published:
         raise UserError(
             f"{file} has {found} channels, where published {model.family} models have {latents + published}: choose "
             f"the autoencoder whose latents it learned with --autoencoder ({PUBLISHED_AUTOENCODER.name}, if {latents} "
@@ -188,7 +196,7 @@ def recipe_of(family: Family, config: DenoiserConfig, path: PathName) -> Recipe:
     local, alignment = paper.local, replace(paper.alignment, weight=0.0)
     if local.present:
         kind, _, _ = local.compressor.partition("-")
-        local = replace(local, compressor=f"{kind}-{config.shape.local_channels}")
+        local = replace(local, compressor=f"{kind}-{channels_of(config, LocalSemantics.modality)}")
     if config.alignment_width:
         usual = config.alignment_depth == model_size(model).alignment_depth
         alignment = replace(
@@ -215,7 +223,7 @@ def encoder_of(name: str | None, model: OfficialModel, resolution: tuple[int, in
         return None
     spec = load_encoder(name, resolution).spec
     for what, width in (
-        ("class token", model.config.shape.class_token_width),
+        ("class token", channels_of(model.config, ClassToken.modality)),
         ("alignment", model.config.alignment_width),
     ):
         if width not in (0, spec.width):
@@ -230,7 +238,7 @@ def compressor_of(options: ImportRun, model: OfficialModel, encoder: EncoderSpec
         if options.statistics is not None:
             raise UserError("--statistics are those of a compressor: give it too, with --compressor")
         return None
-    channels = model.config.shape.local_channels
+    channels = channels_of(model.config, LocalSemantics.modality)
     if not channels:
         raise UserError(f"--compressor {options.compressor}: a {model.family} model has no local map; leave it out")
     compressor = read_official_compressor(options.compressor, options.statistics, channels)

@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reglue.commands.sample import Drawing, Sample, describe, plan
+from reglue.config import LocalSemantics
 from reglue.data.pictures import GAP, enlarge, heat_of, image_grid, label_colours
 from reglue.data.sources import Reading, open_images
-from reglue.diffusion.modalities import LATENT, LOCAL
+from reglue.diffusion.modalities import LATENT
 from reglue.encoders.alignment import FILE as ALIGNMENT_FILE
 from reglue.encoders.alignment import AlignmentNetwork, at_usual_length, load_alignment
 from reglue.encoders.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
@@ -36,9 +36,10 @@ from reglue.files import new_folder, replacing, structured, to_json
 from reglue.perception.agreement import Agreement, ClassAgreement, DepthAgreement, Figure
 from reglue.perception.heads import Head, HeadSpec, load_head
 from reglue.pipeline import evaluations, load
-from reglue.published.sharing import find_compressor
 from reglue.reals.samples import ImageSamples, all_of, to_images, to_pixels
 from reglue.run import FILE as RECORD
+from reglue.run import find_compressor
+from reglue.samples import Draw, Drawing, plan, protocol_of
 from reglue.seeds import permutation
 from reglue.training import distributed
 
@@ -47,7 +48,7 @@ View = Literal["alignment", "local", "original", "encoder"]
 """Whose features a head reads: one of the sources, or the encoder's, of the original or of the decoded image."""
 REPORT, PICTURE, IMAGES, MAPS = "perception.json", "picture.png", "images", "maps"
 OF_IMAGES_TOO = frozenset(("run", "out", "count", "seed", "autoencoder", "batch_size", "device"))
-"""Options of `Sample` that mean something where images are encoded; all others are about drawing."""
+"""Options of `Draw` that mean something where images are encoded; all others are about drawing."""
 SHOWN = 8
 """Images in the picture …"""
 CELL, DOTS = 120, 100
@@ -63,7 +64,7 @@ TITLES: dict[View, str] = {
 
 
 @dataclass(frozen=True)
-class Perceive(Sample):
+class Perceive(Draw):
     """Draw images from a run and tell what they show from their latents, with heads that `reglue head` trained.
 
     The same heads look at the decoded images through the vision encoder; the report says how far the two agree.
@@ -85,7 +86,7 @@ class Perceive(Sample):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        of_drawing = (part for part in fields(Sample) if part.name not in OF_IMAGES_TOO)
+        of_drawing = (part for part in fields(Draw) if part.name not in OF_IMAGES_TOO)
         given = next((part.name for part in of_drawing if getattr(self, part.name) != part.default), None)
         if self.images is not None and given:
             raise UserError(
@@ -223,7 +224,7 @@ def load_subject(options: Perceive, device: torch.device) -> Subject:
         folder = model.folder / folder  # A shared run brings its autoencoder along.
     alignment = load_alignment(folder, device) if (folder / ALIGNMENT_FILE).is_file() else None
     record = model.record
-    compressor = find_compressor(record, model.folder) if record.recipe.local.present else None
+    compressor = find_compressor(record, model.folder, LocalSemantics.modality)
     gives: dict[Source, EncoderSpec] = {}
     if alignment:
         gives["alignment"] = _encoder_of(alignment, folder)
@@ -240,7 +241,7 @@ def load_subject(options: Perceive, device: torch.device) -> Subject:
         compressor=compressor.to(device) if compressor else None,
         drawing=drawing,
         samples=samples,
-        protocol=describe(options, model, drawing.sampling, drawing.labels) if drawing else _chosen(options, samples),
+        protocol=protocol_of(options, drawing) if drawing else _chosen(options, samples),
     )
 
 
@@ -388,7 +389,7 @@ def _drawn(
             state = drawing.draw(range(start, min(start + size, options.count)), progress.update, room)
             decoded = model.decode(state, drawing.sampling.rounding)
             pixels = torch.from_numpy(decoded).permute(0, 3, 1, 2).contiguous().to(model.device)
-            code = model.raw(state, LOCAL) if LOCAL in state else None
+            code = model.raw(state, local) if (local := LocalSemantics.modality) in state else None
             yield _scene(subject, encoder, views, pixels, model.raw(state, LATENT), code)
 
 

@@ -18,21 +18,22 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from reglue import fine_tuning
 from reglue.config import OptimiserConfig, Recipe
 from reglue.data.batches import HostBatch, TrainingData
 from reglue.data.pictures import image_grid
-from reglue.data.store import Store
+from reglue.data.store import Store, compressor_of
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.paths import Path as Interpolant
-from reglue.diffusion.samplers import adaptive_solver
+from reglue.diffusion.samplers import SAMPLERS, adaptive_solver
 from reglue.encoders.compressors import SPEC_FILE, load_compressor
 from reglue.errors import Stopped, UserError, require
 from reglue.files import TakesPaths, replacing
 from reglue.pipeline import ImageModel, decoder
-from reglue.run import COMPRESSOR, RunRecord, Weights
-from reglue.training import checkpoints, distributed, fine_tuning, parallel
+from reglue.run import COMPRESSORS, RunRecord, Weights
+from reglue.training import checkpoints, distributed, parallel
 from reglue.training.precision import autocast, compile_parts, matmul_precision, to_compile
 from reglue.training.tracking import MetricsLog
 
@@ -120,23 +121,23 @@ def train(options: Train) -> Path:
     store = Store.open(options.store)
     share, part = part_sizes(optimisation, processes)
     parallel.check_shards(options.shards, processes)
-    if options.preview_every and recipe.sampling.sampler == "dopri5":
+    if options.preview_every and SAMPLERS[recipe.sampling.sampler].adaptive:
         adaptive_solver()  # If it is missing, say so before hours of training rather than at the first pictures.
 
     record = RunRecord.of(store, recipe, options.seed)
     if start:
         record = start.record(record)
     create_or_resume(options.out, record, rank)
-    if record.compressor and rank == 0:
-        take_compressor(store, record, options.out)
+    if rank == 0:
+        take_compressors(store, record, options.out)
     model = Denoiser(record.denoiser, options.seed)
     if start and start.weights and rank == 0:
         start.take_weights(model, record)
         checkpoints.save_start(options.out, model)  # From here on the other run is not needed.
-    model.transformer.recomputed_blocks = round(optimisation.checkpoint_blocks * record.denoiser.depth)
+    model.backbone.recomputed_blocks = round(optimisation.checkpoint_blocks * record.denoiser.depth)
     losses = Losses(model, PATHS[recipe.path])
-    compile_parts(losses, model.transformer.blocks, to_compile(optimisation.compile, device))
-    losses = parallel.parallelise(losses, model.transformer.blocks, options.shards, device, optimisation.precision)
+    compile_parts(losses, model.backbone.blocks, to_compile(optimisation.compile, device))
+    losses = parallel.parallelise(losses, model.backbone.blocks, options.shards, device, optimisation.precision)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
     optimiser = torch.optim.AdamW(
         model.parameters(),
@@ -270,10 +271,12 @@ def create_or_resume(out: Path, record: RunRecord, rank: int) -> None:
         record.write(out)
 
 
-def take_compressor(store: Store, record: RunRecord, out: Path) -> None:
-    """Copy the compressor into the run: what the model's local maps mean must not get lost with the store."""
-    if not (out / COMPRESSOR / SPEC_FILE).is_file():
-        load_compressor(store.folder / "compressors" / record.recipe.local.compressor).save(out / COMPRESSOR)
+def take_compressors(store: Store, record: RunRecord, out: Path) -> None:
+    """Copy the compressors into the run: what the model's codes mean must not get lost with the store."""
+    for modality in record.denoiser.modalities:
+        folder = out / COMPRESSORS / modality.name
+        if modality.name in record.compressors and not (folder / SPEC_FILE).is_file():
+            load_compressor(store.folder / COMPRESSORS / compressor_of(modality.column)).save(folder)
 
 
 def learning_rate(optimisation: OptimiserConfig, step: int) -> float:
@@ -323,8 +326,8 @@ def preview(options: Train, record: RunRecord, ema: dict[str, Tensor], device: t
     sampling = replace(model.default_sampling, steps=min(options.preview_steps, model.default_sampling.steps))
     classes = max(len(record.class_names), 1)
     indices = range(options.preview_count)
-    labels = [i % classes for i in indices] if record.class_names else [denoiser.null_label] * len(indices)
-    images = model.decode(model.draw(indices, labels, options.seed, sampling), sampling.rounding)
+    labels = [i % classes for i in indices] if record.class_names else [model.null_label] * len(indices)
+    images = model.decode(model.draw(indices, model.condition(labels), options.seed, sampling), sampling.rounding)
     folder = options.out / "previews"
     folder.mkdir(exist_ok=True)
     with replacing(folder / f"{step:08d}.png") as beside:

@@ -14,7 +14,7 @@ from reglue.data.store import Store, is_intact, read_manifest
 from reglue.encoders.compressors import CompressorSpec, load_compressor
 from reglue.errors import UserError
 from reglue.files import TakesPaths
-from reglue.run import COMPRESSOR, RunRecord
+from reglue.run import COMPRESSORS, RunRecord
 from reglue.run import FILE as RECORD
 from reglue.training import checkpoints
 
@@ -82,9 +82,10 @@ def verify_run(folder: Path) -> Path:
     for step in tqdm(checkpoints.steps(folder), desc=f"read the checkpoints of {folder}", unit="checkpoint"):
         for file in sorted(checkpoints.find(folder, step).glob("*.safetensors")):
             checkpoints.read_weights(file)
-    compressor = folder / COMPRESSOR
-    if record.compressor and compressor.is_dir() and load_compressor(compressor).spec() != record.compressor:
-        raise UserError(f"{compressor} is not the compressor that the run was trained with; copy it again")
+    for modality, spec in record.compressors.items():
+        compressor = folder / COMPRESSORS / modality
+        if compressor.is_dir() and load_compressor(compressor).spec() != spec:
+            raise UserError(f"{compressor} is not the compressor that the run was trained with; copy it again")
     print(f"{folder}: checkpoints {', '.join(map(str, checkpoints.steps(folder))) or '(none)'} can be read whole")
     if record.store is None or record.store_hash is None:
         return folder

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reglue.config import Recipe
-from reglue.data.store import CLASS_TOKEN_CODES, Store, codes_column, compressor_of
+from reglue.config import LearnedPart, Recipe
+from reglue.data.store import CLASS_TOKEN_CODES, Store, compressor_of, value_of
 from reglue.data.targets import Tokens, alignment_targets, target_columns
+from reglue.diffusion.conditions import CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
-from reglue.diffusion.modalities import CLS, LATENT, LOCAL
+from reglue.diffusion.modalities import LATENT, Modality, Normalisation, State
 from reglue.diffusion.objective import TrainingSample
 from reglue.encoders.compressors import resize
 from reglue.errors import UserError
@@ -24,28 +26,9 @@ from reglue.seeds import generator, normals, permutation
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Normalisation:
-    """What a model sees of a modality: (x − shift)·scale, one shift and scale per channel."""
-
-    shift: tuple[float, ...]
-    scale: tuple[float, ...]
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """Raw (B, C, …) to what the model learns."""
-        shift, scale = self.tensors(x)
-        return (x - shift) * scale
-
-    def denormalise(self, x: Tensor) -> Tensor:
-        """Inverse of `normalise`."""
-        shift, scale = self.tensors(x)
-        return x / scale + shift
-
-    def tensors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift and scale in the type, on the device and broadcasting to the shape of x (B, C, …)."""
-        view = (1, -1, *[1] * (x.ndim - 2))
-        shift, scale = (torch.tensor(v, dtype=x.dtype, device=x.device).view(view) for v in (self.shift, self.scale))
-        return shift, scale
+def value_in(column: str, tensors: Mapping[str, Any]) -> str:
+    """Under which name the tensors of a column hold its values: `mean` where they are those of a distribution."""
+    return "mean" if "mean" in tensors else value_of(column)
 
 
 def unit_variance(store: Store, column: str, one_scale: bool = False) -> Normalisation:
@@ -58,28 +41,21 @@ def unit_variance(store: Store, column: str, one_scale: bool = False) -> Normali
     return Normalisation(tuple(mean.tolist()), tuple((1 / np.maximum(std, 1e-6)).tolist()))
 
 
-def local_column(recipe: Recipe) -> str:
-    """The store's column with the compressed features that a recipe learns."""
-    return codes_column(recipe.local.compressor, "features")
+def modalities(store: Store, recipe: Recipe) -> tuple[Modality, ...]:
+    """What a recipe learns of a store: sizes by the columns, scales by their statistics or by the autoencoder."""
+    return tuple(_modality(store, part) for part in recipe.learned_parts)
 
 
-def class_token_column(recipe: Recipe) -> str:
-    """The store's column with the class tokens, or their codes, that a recipe learns."""
-    compressor = recipe.class_token.compressor
-    return "cls" if compressor is None else codes_column(compressor, "cls")
-
-
-def normalisations(store: Store, recipe: Recipe) -> dict[str, Normalisation]:
-    """How the modalities of a recipe are scaled; one that is learned as it is has no entry."""
-    autoencoder = store.manifest.autoencoder
-    own = Normalisation(autoencoder.shift, autoencoder.scale)
-    latent = recipe.latent
-    scaled = {LATENT: unit_variance(store, "latent", latent.one_scale) if latent.unit_variance else own}
-    if recipe.local.present and recipe.local.unit_variance:
-        scaled[LOCAL] = unit_variance(store, local_column(recipe))
-    if recipe.class_token.present and recipe.class_token.unit_variance:
-        scaled[CLS] = unit_variance(store, class_token_column(recipe))
-    return scaled
+def _modality(store: Store, part: LearnedPart) -> Modality:
+    column = store.manifest.columns[part.column]
+    channels = column.tensors[value_in(part.column, column.tensors)].shape[0]
+    normalisation = None
+    if part.unit_variance:
+        normalisation = unit_variance(store, part.column, part.one_scale)
+    elif part.modality == LATENT:
+        autoencoder = store.manifest.autoencoder
+        normalisation = Normalisation(autoencoder.shift, autoencoder.scale)
+    return Modality(part.modality, part.kind, channels, part.column, normalisation, part.dropout, part.is_class_token)
 
 
 def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
@@ -88,11 +64,7 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
     Raises UserError, with the command to run, if the store lacks what the recipe learns.
     """
     manifest = store.manifest
-    needed = [
-        *([class_token_column(recipe)] if recipe.class_token.present else []),
-        *([local_column(recipe)] if recipe.local.present else []),
-        *target_columns(recipe),
-    ]
+    needed = [*(part.column for part in recipe.learned_parts), *target_columns(recipe)]
     how = {"cls": "--encoder NAME", "features": "--features"}
     for column in needed:
         if column not in manifest.columns:
@@ -112,16 +84,13 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
             f"{store.folder} holds layers {list(encoder.layers)}, not the last one ({encoder.depth - 1}) that "
             "alignment needs; prepare with it among --layers, or use --alignment.targets online"
         )
-    channels, *grid = manifest.columns["latent"].tensors["mean"].shape
-    local = manifest.columns.get(local_column(recipe))
-    class_token = manifest.columns.get(class_token_column(recipe))
+    latents = manifest.columns[LATENT].tensors
+    _, *grid = latents[value_in(LATENT, latents)].shape
     return recipe.denoiser_config(
-        latent_channels=channels,
-        grid=(grid[0], grid[1]),
-        classes=len(manifest.source.class_names),
-        local_channels=local.tensors["local"].shape[0] if local else 0,
-        token_width=encoder.width if encoder else 0,
-        class_token_width=class_token.tensors["cls"].shape[0] if class_token else 0,
+        modalities(store, recipe),
+        (grid[0], grid[1]),
+        {name: CONDITIONS[name].size(store) for name in recipe.condition_dropout},
+        encoder.width if encoder else 0,
     )
 
 
@@ -145,19 +114,18 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 @dataclass(frozen=True)
 class HostBatch:
-    """A training sample before its arithmetic: rows as they are stored, and everything random."""
+    """Training samples before their arithmetic: rows as they are stored, and everything random."""
 
-    latent: dict[str, Tensor]
-    """Tensors of the column `latent`."""
-    codes: dict[str, Tensor]
-    """`local` (B, K, h, w) at the encoder's grid and `cls` (B, D), where the recipe learns them."""
+    columns: dict[str, dict[str, Tensor]]
+    """Per modality, the tensors of its column: `mean` and `std` where the store has a distribution."""
     target: dict[str, Tensor]
     """What the alignment targets have read."""
     noise: dict[str, Tensor]
     """ε of each modality, and that of the latents' distribution as `posterior`."""
+    condition: dict[str, Tensor]
+    """See `TrainingSample`."""
     drawn: dict[str, Tensor]
-    """`time`, `label` and, where maps are dropped, `keep_local`: see `TrainingSample`."""
-
+    """`time`, and what is kept of each modality that is dropped, under its name."""
     copied: torch.cuda.Event | None = None
     """When a GPU has it, if `sent` is copying it there."""
 
@@ -174,18 +142,14 @@ class HostBatch:
             return self._each(lambda tensor: tensor.to(device))
         stream = torch.cuda.current_stream(device)
         stream.wait_event(self.copied)
-        for part in self._parts():
-            for tensor in part.values():
-                tensor.record_stream(stream)  # Its memory is not given away before this stream has read it.
+        # Its memory is not given away before this stream has read it.
+        self._each(lambda tensor: (tensor.record_stream(stream), tensor)[1])
         return self
 
-    def _parts(self) -> list[dict[str, Tensor]]:
-        return [self.latent, self.codes, self.target, self.noise, self.drawn]
-
     def _each(self, move: Callable[[Tensor], Tensor]) -> HostBatch:
-        moved = [{name: move(value) for name, value in part.items()} for part in self._parts()]
-        latent, codes, target, noise, drawn = moved
-        return HostBatch(latent, codes, target, noise, drawn)
+        columns = {key: {name: move(x) for name, x in part.items()} for key, part in self.columns.items()}
+        others = (self.target, self.noise, self.condition, self.drawn)
+        return HostBatch(columns, *({name: move(x) for name, x in part.items()} for part in others))
 
 
 class TrainingData:
@@ -211,13 +175,15 @@ class TrainingData:
         gpu = device.type == "cuda"
         self.store = Store(store.folder, store.manifest, pinned=True) if gpu else store
         self.recipe, self.config, self.seed, self.device = recipe, config, seed, device
-        self.shapes = config.shape.shapes()
+        self.shapes = config.shapes()
+        self.dropped_modalities = [modality for modality in config.modalities if modality.dropout]
         self.targets = alignment_targets(self.store, recipe, device) if config.alignment_width else None
         self.copies = torch.cuda.Stream(device) if gpu else None
         # Made once, since to copy them to a GPU in every step would wait for it.
         self.scales = {
-            name: scaling.tensors(torch.empty(1, *self.shapes[name], device=device))
-            for name, scaling in normalisations(store, recipe).items()
+            modality.name: modality.normalisation.tensors(torch.empty(1, *self.shapes[modality.name], device=device))
+            for modality in config.modalities
+            if modality.normalisation
         }
         # Threads that read ahead may be in two epochs at once.
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, "order of images", epoch, len(store)))
@@ -235,49 +201,53 @@ class TrainingData:
         """Read and draw the samples at positions of the run, on the CPU. If the device is a GPU, it copies them."""
         rows = self.rows(positions)
         generators = [generator(self.seed, "training sample", position) for position in positions]
-        uniform = torch.from_numpy(np.stack([g.random(3) for g in generators]))
+        # Of each sample: its time, whether its class is dropped, whether a modality is; then those of other parts.
+        dropout = self.recipe.condition_dropout
+        draws = 2 + max(len(self.dropped_modalities), 1) + len(dropout) - 1
+        uniform = torch.from_numpy(np.stack([g.random(draws) for g in generators])).unbind(1)
         noise = normals(generators, {"posterior": self.shapes[LATENT], **self.shapes}, pinned=self.store.pinned)
 
-        label = self.store.labels[rows]
-        if not self.config.classes:
-            label = torch.zeros_like(label)  # the null label is the only one
-        dropped = uniform[:, 1] < self.recipe.optimisation.label_dropout
-        drawn = {
-            "time": shift_time(uniform[:, 0], self.recipe.optimisation.time_shift).float(),
-            "label": torch.where(dropped, self.config.classes, label),
+        of_conditions = (uniform[1], *uniform[len(uniform) - len(dropout) + 1 :])
+        condition = {
+            name: CONDITIONS[name].drop(
+                CONDITIONS[name].read(self.store, rows), u < share, self.config.conditions[name]
+            )
+            for (name, share), u in zip(dropout.items(), of_conditions, strict=True)
         }
-        dropout = self.recipe.local.dropout if LOCAL in self.shapes else 0.0
-        if dropout:
-            drawn["keep_local"] = uniform[:, 2] >= dropout
-        columns = {LOCAL: local_column(self.recipe), CLS: class_token_column(self.recipe)}
-        draft = HostBatch(
-            latent=self.store.read("latent", rows),
-            codes={k: self.store.read(column, rows)[k] for k, column in columns.items() if k in self.shapes},
+        drawn = {"time": shift_time(uniform[0], self.recipe.optimisation.time_shift).float()}
+        drawn |= {m.name: u >= m.dropout for m, u in zip(self.dropped_modalities, uniform[2:], strict=False)}
+        batch = HostBatch(
+            columns={modality.name: self.store.read(modality.column, rows) for modality in self.config.modalities},
             target=self.targets.read(rows) if self.targets else {},
             noise=noise,
+            condition=condition,
             drawn=drawn,
         )
-        return draft.sent(self.copies) if self.copies else draft
+        return batch.sent(self.copies) if self.copies else batch
 
     @torch.no_grad()
-    def finish(self, draft: HostBatch) -> TrainingSample:
-        """The training samples of a draft, on the device: nothing here waits for it."""
-        draft = draft.to(self.device)
-        latent = draft.latent["mean"].float()
-        if "std" in draft.latent:
-            latent = latent + draft.latent["std"].float() * draft.noise["posterior"]
-        state = {LATENT: latent, **{name: code.float() for name, code in draft.codes.items()}}
-        for name, (shift, scale) in self.scales.items():
-            state[name] = (state[name] - shift) * scale
-        if LOCAL in state:
-            state[LOCAL] = resize(state[LOCAL], self.config.shape.grid)
+    def finish(self, batch: HostBatch) -> TrainingSample:
+        """The training samples of a batch, on the device: nothing here waits for it."""
+        batch = batch.to(self.device)
+        state: State = {}
+        for modality in self.config.modalities:
+            stored = batch.columns[modality.name]
+            value = stored[value_in(modality.column, stored)].float()
+            if "std" in stored:
+                value = value + stored["std"].float() * batch.noise["posterior"]
+            if modality.normalisation:
+                shift, scale = self.scales[modality.name]
+                value = (value - shift) * scale
+            if modality.kind == "map" and value.shape[2:] != self.config.grid:
+                value = resize(value, self.config.grid)
+            state[modality.name] = value
         return TrainingSample(
             data=state,
-            noise={name: draft.noise[name] for name in state},
-            alignment_target=self._target(self.targets.tokens(draft.target)) if self.targets else None,
-            time=draft.drawn["time"],
-            label=draft.drawn["label"],
-            keep_local=draft.drawn.get("keep_local"),
+            noise={name: batch.noise[name] for name in state},
+            time=batch.drawn["time"],
+            condition=batch.condition,
+            alignment_target=self._target(self.targets.tokens(batch.target)) if self.targets else None,
+            keep={modality.name: batch.drawn[modality.name] for modality in self.dropped_modalities},
         )
 
     def _target(self, tokens: Tokens) -> Tensor:
@@ -286,7 +256,7 @@ class TrainingData:
         if patches.shape[2:] != self.config.token_grid:
             patches = F.interpolate(patches.float(), self.config.token_grid, mode="bilinear", antialias=True)
         patches = patches.flatten(2).transpose(1, 2)
-        leading = 1 if self.config.shape.class_token_width else 0
+        leading = int(any(modality.is_class_token for modality in self.config.tokens))
         # Float16 to float32, another order and the token in front: in one pass over the largest tensor of a step.
         target = patches.new_empty((len(patches), leading + patches.shape[1], patches.shape[2]), dtype=torch.float32)
         target[:, leading:] = patches

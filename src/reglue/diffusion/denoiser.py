@@ -1,56 +1,67 @@
-"""The joint denoiser: one transformer over latents, local semantics and a class token (REGLUE, arXiv 2512.16636)."""
+"""The joint denoiser: one transformer over maps and tokens of several modalities (REGLUE, arXiv 2512.16636)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from reglue.diffusion.backbones.sit import NORM_EPSILON, Transformer, position_embedding
-from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State, StateShape
+from reglue.diffusion.backbones import BACKBONES, BackboneSizes
+from reglue.diffusion.backbones.backbone import NORM_EPSILON
+from reglue.diffusion.conditions import CLASS, CONDITIONS, Condition
+from reglue.diffusion.embeddings import TimeEmbedding, position_embedding
+from reglue.diffusion.modalities import LATENT, Modality, State
+from reglue.diffusion.paths import PATHS, PathName
+from reglue.diffusion.predictions import PREDICTIONS
 from reglue.seeds import torch_generator
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of a noisy state."""
+    """What a denoiser predicts of a noisy state."""
 
     velocity: State
     """dx/dt per modality, in the shapes of the state."""
     tap: Tensor | None
-    """Hidden tokens after the alignment block, (B, N, width), class token first; None if the model has no alignment."""
+    """Hidden tokens after the alignment block, (B, N, width): that of the class token first, where the model has one,
+    then the patches. None if the model has no alignment."""
 
 
 class DenoiserFunction(Protocol):
     """Anything that predicts velocities: what guidance asks of a denoiser."""
 
-    @property
-    def null_label(self) -> int:
-        """The label that stands for no label."""
+    def null(self, batch: int) -> Condition:
+        """The condition that stands for none, (batch, …) each."""
         ...
 
-    def __call__(self, state: State, time: Tensor, label: Tensor) -> Prediction:
-        """`state` at `time` (B,) in [0, 1], with `label` (B,) int64."""
+    def __call__(self, state: State, time: Tensor, condition: Condition) -> Prediction:
+        """`state` at `time` (B,) in [0, 1], given `condition` (B, …) each."""
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DenoiserConfig:
-    """Every size of a denoiser.
+    """Every size of a denoiser, and the parts it is built from.
 
-    Raises ValueError, with what to change, for sizes that do not fit together.
+    Raises ValueError, with what to change, for sizes that do not fit together and parts that do not exist.
     """
 
-    shape: StateShape
-    """Sizes of one sample; they come from the store."""
-    classes: int
-    """Number of classes; 0 for unconditional."""
+    modalities: tuple[Modality, ...]
+    """What the model learns; the first one is the latents."""
+    grid: tuple[int, int]
+    """(H, W) of the maps, in latent pixels."""
+    conditions: Mapping[str, int] = field(default_factory=dict)
+    """The size of each condition: for `class`, the number of classes, 0 for unconditional."""
     depth: int
     width: int
     heads: int
     patch: int = 2
     """Side of a square patch, in latent pixels."""
+    backbone: str = "sit"
+    prediction: str = "velocity"
+    path: PathName = "linear"
     learn_sigma: bool = False
     """Twice the output channels, the second half unused: SiT's published checkpoints are so."""
     alignment_depth: int = 0
@@ -65,7 +76,7 @@ class DenoiserConfig:
     """The (rows, columns) of tokens in which positions are counted; None for the model's own."""
 
     def __post_init__(self) -> None:
-        rows, columns = self.shape.grid
+        rows, columns = self.grid
         if rows % self.patch or columns % self.patch:
             raise ValueError(
                 f"a latent grid of {rows}×{columns} does not divide into patches of {self.patch}; "
@@ -81,29 +92,62 @@ class DenoiserConfig:
             raise ValueError(
                 f"alignment after block {self.alignment_depth}, but the model has only {self.depth} blocks"
             )
+        names = [modality.name for modality in self.modalities]
+        if not names or names[0] != LATENT or len({*names}) < len(names):
+            raise ValueError(f"modalities {names}: the first must be {LATENT!r}, and all need different names")
+        for kind, name, known in (
+            ("backbone", self.backbone, BACKBONES),
+            ("prediction", self.prediction, PREDICTIONS),
+            *(("condition", name, CONDITIONS) for name in self.conditions),
+        ):
+            if name not in known:
+                raise ValueError(f"{kind} {name} is unknown; registered are {', '.join(known)}")
+
+    @property
+    def maps(self) -> tuple[Modality, ...]:
+        """The modalities that share the patches, in the order of their channels."""
+        return tuple(modality for modality in self.modalities if modality.kind == "map")
+
+    @property
+    def tokens(self) -> tuple[Modality, ...]:
+        """The modalities with a token of their own, in the order of these tokens."""
+        return tuple(modality for modality in self.modalities if modality.kind == "token")
 
     @property
     def channels(self) -> int:
-        """Latent and local channels together."""
-        return self.shape.latent_channels + self.shape.local_channels
+        """Of all maps together."""
+        return sum(modality.channels for modality in self.maps)
 
     @property
     def token_grid(self) -> tuple[int, int]:
         """(rows, columns) of the patches."""
-        return self.shape.grid[0] // self.patch, self.shape.grid[1] // self.patch
+        return self.grid[0] // self.patch, self.grid[1] // self.patch
+
+    @property
+    def classes(self) -> int:
+        """How many classes the model knows; 0 for unconditional."""
+        return self.conditions.get(CLASS, 0)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each modality, without the batch."""
+        return {m.name: (m.channels, *(self.grid if m.kind == "map" else ())) for m in self.modalities}
+
+    def modality(self, name: str) -> Modality | None:
+        """The modality of a name, if the model has it."""
+        return next((modality for modality in self.modalities if modality.name == name), None)
 
 
-class ClassTokenEmbedding(nn.Module):
-    """LayerNorm(Linear(noisy class token)): the leading token of REG (arXiv 2507.01467)."""
+class TokenEmbedding(nn.Module):
+    """LayerNorm(Linear(noisy token)): the leading token of REG (arXiv 2507.01467)."""
 
-    def __init__(self, token_width: int, width: int) -> None:
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(token_width, width)
+        self.linear = nn.Linear(channels, width)
         self.norm = nn.LayerNorm(width, eps=NORM_EPSILON)
 
-    def forward(self, cls: Tensor) -> Tensor:
+    def forward(self, token: Tensor) -> Tensor:
         """(B, D) → one token (B, 1, width)."""
-        return self.norm(self.linear(cls)).unsqueeze(1)
+        return self.norm(self.linear(token)).unsqueeze(1)
 
 
 class Projector(nn.Sequential):
@@ -118,54 +162,66 @@ class Projector(nn.Sequential):
 class Denoiser(nn.Module):
     """Predicts the velocity of every modality of a noisy state.
 
-    Latents and local semantics share the patches, as channels; the class token, where there is one, is a token of its
-    own in front. Pure: no dropout, of labels or otherwise.
+    Maps share the patches, as channels; each token modality is a token of its own in front. Pure: no dropout, of
+    conditions or otherwise.
     """
 
     def __init__(self, config: DenoiserConfig, seed: int = 0) -> None:
         """Initial weights are a function of the seed, and of nothing that was drawn before."""
         super().__init__()
         self.config = config
-        shape, width = config.shape, config.width
+        width = config.width
         outputs = config.patch**2 * config.channels * (2 if config.learn_sigma else 1)
-        self.patches = nn.Conv2d(config.channels, width, config.patch, config.patch)
-        self.transformer = Transformer(config.depth, width, config.heads, config.classes)
-        self.velocity = nn.Linear(width, outputs)
-        leading = 0
-        if shape.class_token_width:
-            self.class_token = ClassTokenEmbedding(shape.class_token_width, width)
-            self.class_token_velocity = nn.Linear(width, shape.class_token_width)
-            leading = 1
-        if config.alignment_depth and config.alignment_width:
-            self.projector = Projector(width, config.alignment_hidden, config.alignment_width)
-        positions = position_embedding(config.token_grid, width, leading, config.position_grid)
+        sizes = BackboneSizes(config.depth, width, config.heads, len(config.tokens), config.token_grid)
+        with torch.random.fork_rng(devices=[]):  # Whatever `initialise` leaves as PyTorch draws it.
+            torch.manual_seed(seed)
+            self.patches = nn.Conv2d(config.channels, width, config.patch, config.patch)
+            self.time_embedding = TimeEmbedding(width)
+            self.conditions = nn.ModuleDict(
+                {name: CONDITIONS[name].embedding(size, width) for name, size in config.conditions.items()}
+            )
+            self.tokens = nn.ModuleDict({m.name: TokenEmbedding(m.channels, width) for m in config.tokens})
+            self.backbone = BACKBONES[config.backbone](sizes)
+            self.velocity = nn.Linear(width, outputs)
+            self.token_velocities = nn.ModuleDict({m.name: nn.Linear(width, m.channels) for m in config.tokens})
+            if config.alignment_depth and config.alignment_width:
+                self.projector = Projector(width, config.alignment_hidden, config.alignment_width)
+        positions = position_embedding(config.token_grid, width, len(config.tokens), config.position_grid)
         self.register_buffer("positions", positions, persistent=config.learned_positions)
         self.positions: Tensor
         self.initialise(seed)
 
-    @property
-    def null_label(self) -> int:
-        """The label that stands for no label: the last row of the table."""
-        return self.config.classes
+    def null(self, batch: int) -> Condition:
+        """The condition that stands for none, (batch, …) each, on the model's device."""
+        device = self.positions.device
+        return {name: CONDITIONS[name].null(size, batch).to(device) for name, size in self.config.conditions.items()}
 
-    def forward(self, state: State, time: Tensor, label: Tensor) -> Prediction:
-        """Velocities of `state` at `time` (B,) in [0, 1], given `label` (B,) int64 in [0, classes]."""
+    def forward(self, state: State, time: Tensor, condition: Condition) -> Prediction:
+        """Velocities of `state` at `time` (B,) in [0, 1], given `condition` (B, …) each."""
         config = self.config
-        maps = [state[name] for name in (LATENT, LOCAL) if name in state]
-        tokens = self.patches(torch.cat(maps, dim=1)).flatten(2).transpose(1, 2)
-        if CLS in state:
-            tokens = torch.cat([self.class_token(state[CLS]), tokens], dim=1)
-        tokens, tap = self.transformer(tokens + self.positions, time, label, config.alignment_depth)
+        tokens = self.patches(torch.cat([state[m.name] for m in config.maps], dim=1)).flatten(2).transpose(1, 2)
+        if config.tokens:
+            tokens = torch.cat([*(self.tokens[m.name](state[m.name]) for m in config.tokens), tokens], dim=1)
+        time_embedding = self.time_embedding(time)
+        embeddings = [embed(condition[name]) for name, embed in self.conditions.items()]
+        conditioning = torch.stack(embeddings).sum(0) if len(embeddings) > 1 else embeddings[0]
+        tokens, tap = self.backbone(tokens + self.positions, time_embedding, conditioning, config.alignment_depth)
 
-        velocity: State = {}
-        if CLS in state:
-            velocity[CLS] = self.class_token_velocity(tokens[:, 0])
-            tokens = tokens[:, 1:]
-        image = self.unpatchify(self.velocity(tokens))
-        velocity[LATENT], velocity[LOCAL], _ = image.tensor_split(
-            [config.shape.latent_channels, config.channels], dim=1
-        )
-        return Prediction({name: velocity[name] for name in state}, tap)
+        output: State = {m.name: self.token_velocities[m.name](tokens[:, i]) for i, m in enumerate(config.tokens)}
+        image = self.unpatchify(self.velocity(tokens[:, len(config.tokens) :]))
+        parts = image[:, : config.channels].split([m.channels for m in config.maps], dim=1)
+        output |= {m.name: part for m, part in zip(config.maps, parts, strict=True)}
+        output = {name: output[name] for name in state}
+        velocity = PREDICTIONS[config.prediction].to_velocity(output, state, time, PATHS[config.path])
+        return Prediction(velocity, self._aligned(tap))
+
+    def _aligned(self, tap: Tensor | None) -> Tensor | None:
+        """The hidden tokens that alignment pairs with the encoder's: without tokens that it knows nothing of."""
+        unpaired = [i for i, m in enumerate(self.config.tokens) if not m.is_class_token]
+        if tap is None or not unpaired:
+            return tap
+        kept = [i for i in range(tap.shape[1]) if i not in unpaired]
+        return tap[:, kept]
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, rows·columns, p·p·channels), ordered (p_row, p_column, channel), → (B, channels, H, W)."""
@@ -179,11 +235,8 @@ class Denoiser(nn.Module):
         Every layer draws from a stream of its own, told by its name: models of one seed begin with the same weights in
         whatever they share, other parts or not.
         """
-        transformer = self.transformer
-        small = {transformer.label_embedding, transformer.time_embedding[0], transformer.time_embedding[2]}
-        zero = {self.velocity, transformer.modulation, *(block.modulation for block in transformer.blocks)}
-        if self.config.shape.class_token_width:
-            zero.add(self.class_token_velocity)
+        small = {self.time_embedding[0], self.time_embedding[2], *self.conditions.values()}
+        zero = {self.velocity, *self.token_velocities.values(), *self.backbone.zero_layers()}
         for name, layer in self.named_modules():  # type: ignore[reportUnknownVariableType]
             if not isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding):
                 continue

@@ -1,44 +1,45 @@
 """Guidance: from a denoiser to the velocity function that a sampler follows.
 
-Every kind of guidance moves the conditional velocity away from that of a worse model: one without the label
-(classifier-free), one without the local map (representation guidance, ReDi section 3.4), or a weaker network
+Every kind of guidance moves the conditional velocity away from that of a worse model: one without the condition
+(classifier-free), one without the semantic maps (representation guidance, ReDi section 3.4), or a weaker network
 (autoguidance, arXiv 2406.02507):
 
     v = v_c + Σ (w − 1)·(v_c − v_worse)
 
-A scale of 1 is no guidance and costs nothing.
+A scale of 1 is no guidance and costs nothing. To add a kind, write a `Guider` and register in `GUIDERS` what builds it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import DenoiserFunction
-from reglue.diffusion.modalities import (
-    CLS,
-    LATENT,
-    LOCAL,
-    State,
-    concatenate_states,
-    split_state,
-)
-from reglue.errors import UserError, require
+from reglue.diffusion.modalities import LATENT, Modality, State, Times, batch_size, concatenate_states, split_state
+from reglue.diffusion.paths import LINEAR, Path
 
 
-class VelocityFunction(Protocol):
+class Velocity(ABC):
     """What a sampler follows."""
 
-    def __call__(self, state: State, time: float, step_start: float | None = None) -> State:
-        """dx/dt of `state` at `time`, in its shapes and precision.
+    path: Path = LINEAR
+    """The interpolant, which scores and predictions of the data depend on."""
+    discontinuities: tuple[float, ...] = ()
+    """The clock's times at which the velocity is not continuous, strictly between 0 and 1."""
 
-        `step_start` decides in place of `time` whether guidance applies, for a step is guided as a whole or not at all:
-        it is where the step began in the published Heun sampler, and the step's middle where steps end at the interval.
+    @abstractmethod
+    def __call__(self, state: State, times: Times, decided_at: Times | None = None) -> State:
+        """dx/dt of `state` at `times`, in its shapes and precision.
+
+        `decided_at` decides in place of `times` whether guidance applies, for a step is guided as a whole or not at
+        all: it is where the step began in the published Heun sampler, and the step's middle where steps end at
+        discontinuities.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -47,108 +48,215 @@ class Guidance:
 
     scale: float = 1.0
     """Classifier-free guidance scale w; 1 is none."""
-    local_scale: float | None = None
-    """Scale for the local map; as `scale` if not given, 1 leaves the map conditional."""
-    cls_scale: float | None = None
-    """Scale for the class token; as `scale` if not given, 1 leaves the token conditional."""
+    scales: Mapping[str, float] = field(default_factory=dict[str, float])
+    """That of single modalities, by name; 1 leaves a modality conditional."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Guided only while lowest ≤ t ≤ highest, in noise time (t = 1 is noise)."""
     representation_scale: float = 1.0
-    """Scale of representation guidance; needs a model trained with dropped local maps."""
+    """Scale of representation guidance; needs a model that was trained with dropped maps."""
     auto_scale: float = 1.0
     """Scale of autoguidance by a weaker model."""
     guided_channels: int | None = None
-    """Guide only the first so many latent channels with `scale` (SiT's published samples: 3); all if not given."""
+    """Classifier-free guidance moves so many latent channels, the first ones (SiT's published samples: 3), or all."""
+    others: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Scales of registered guiders that this package does not know, by name."""
 
-    def __post_init__(self) -> None:
-        # Named as for `sample` and in Python; for `train` there is more in front.
-        require(self, "scale", prefix="guidance-")
-        require(self, "local_scale", "cls_scale", "representation_scale", "auto_scale", prefix="")
-        require(self, "guided_channels", prefix="", at_least=1)
+    def scale_of(self, modality: str) -> float:
+        """The classifier-free scale of a modality."""
+        return self.scales.get(modality, self.scale)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation of a network is given."""
+
+    network: DenoiserFunction
+    state: State
+    condition: Condition
+
+
+@dataclass(frozen=True)
+class Guided:
+    """What guiders are built for: the model that is guided."""
+
+    denoiser: DenoiserFunction
+    condition: Condition
+    modalities: Sequence[Modality]
+    weaker: DenoiserFunction | None = None
+    """The second network of autoguidance."""
+
+
+class Guider(ABC):
+    """One kind of guidance, away from a worse model."""
+
+    @abstractmethod
+    def worse(self, conditional: Evaluation) -> Evaluation:
+        """What the worse model is given, in place of what the conditional one is."""
+
+    @abstractmethod
+    def scale(self, modality: str, like: Tensor) -> float | Tensor:
+        """The scale w of a modality, a number or a tensor that broadcasts to `like` (B, C, …)."""
+
+    def move(self, velocity: State, conditional: State, worse: State) -> State:
+        """The velocity, moved away from that of the worse model: v + (w − 1)·(v_c − v_worse)."""
+        return {
+            name: v + (self.scale(name, v) - 1) * (conditional[name] - worse[name].to(v.dtype))
+            for name, v in velocity.items()
+        }
+
+
+@dataclass(frozen=True)
+class ClassifierFree(Guider):
+    """Away from the model without its condition (arXiv 2207.12598)."""
+
+    guidance: Guidance
+    null: Condition
+
+    def worse(self, conditional: Evaluation) -> Evaluation:
+        """The same state without its condition."""
+        return replace(conditional, condition=self.null)
+
+    def scale(self, modality: str, like: Tensor) -> float | Tensor:
+        """One number per modality, or 1 for the latent channels that are not guided."""
+        channels = self.guidance.guided_channels
+        if modality != LATENT or channels is None:
+            return self.guidance.scale_of(modality)
+        per_channel = torch.ones(like.shape[1], dtype=like.dtype, device=like.device)
+        per_channel[:channels] = self.guidance.scale
+        return per_channel.view(1, -1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Representation(Guider):
+    """Away from the model that does not see some modalities (ReDi, arXiv 2504.16064, section 3.4)."""
+
+    representation_scale: float
+    hidden: Sequence[str]
+
+    def worse(self, conditional: Evaluation) -> Evaluation:
+        """The same state with zeros in place of the hidden modalities."""
+        state = conditional.state
+        return replace(conditional, state={**state, **{name: torch.zeros_like(state[name]) for name in self.hidden}})
+
+    def scale(self, modality: str, like: Tensor) -> float:
+        """One for all."""
+        return self.representation_scale
+
+
+@dataclass(frozen=True)
+class Auto(Guider):
+    """Away from a weaker network (arXiv 2406.02507)."""
+
+    auto_scale: float
+    weaker: DenoiserFunction
+
+    def worse(self, conditional: Evaluation) -> Evaluation:
+        """The same to the weaker network."""
+        return replace(conditional, network=self.weaker)
+
+    def scale(self, modality: str, like: Tensor) -> float:
+        """One for all."""
+        return self.auto_scale
+
+
+def classifier_free(guidance: Guidance, model: Guided) -> Guider | None:
+    """Classifier-free guidance, if any modality has a scale that asks for it."""
+    asked = any(guidance.scale_of(modality.name) != 1 for modality in model.modalities)
+    # The null is made once, not in every step.
+    return ClassifierFree(guidance, model.denoiser.null(batch_size(model.condition))) if asked else None
+
+
+def hidden_modalities(modalities: Sequence[Modality]) -> list[str]:
+    """What representation guidance hides: the modalities that training dropped, or else all maps but the latents."""
+    dropped = [modality.name for modality in modalities if modality.dropout]
+    return dropped or [modality.name for modality in modalities[1:] if modality.kind == "map"]
+
+
+def representation(guidance: Guidance, model: Guided) -> Guider | None:
+    """Representation guidance, if the scale asks for it."""
+    scale = guidance.representation_scale
+    return Representation(scale, hidden_modalities(model.modalities)) if scale != 1 else None
+
+
+def auto(guidance: Guidance, model: Guided) -> Guider | None:
+    """Autoguidance, if the scale asks for it and there is a weaker network."""
+    return Auto(guidance.auto_scale, model.weaker) if model.weaker and guidance.auto_scale != 1 else None
+
+
+GUIDERS: dict[str, Callable[[Guidance, Guided], Guider | None]] = {
+    "classifier-free": classifier_free,
+    "representation": representation,
+    "auto": auto,
+}
+"""What builds a guider, or None where `Guidance` does not ask for it."""
+
+
+class GuidedVelocity(Velocity):
+    """The velocity of a denoiser under a condition, moved by guiders.
+
+    All evaluations of one network are one batch, and none is made that the scales and the interval do not ask for.
+    The networks see `dtype`; velocities come back in the precision of the state, so that a sampler may keep its state
+    in float64.
+    """
+
+    def __init__(
+        self,
+        denoiser: DenoiserFunction,
+        condition: Condition,
+        guiders: Sequence[Guider] = (),
+        interval: tuple[float, float] = (0.0, 1.0),
+        path: Path = LINEAR,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.denoiser, self.condition, self.guiders = denoiser, condition, guiders
+        self.interval, self.path, self.dtype = interval, path, dtype
+        edges = tuple(edge for edge in sorted({*interval}) if 0 < edge < 1)
+        self.discontinuities = edges if guiders else ()
+
+    def __call__(self, state: State, times: Times, decided_at: Times | None = None) -> State:
+        """See `Velocity.__call__`. The interval is about the time of the latents."""
         lowest, highest = self.interval
-        if not 0 <= lowest <= highest <= 1:
-            raise UserError(f"guidance-interval {lowest} {highest}: choose 0 ≤ lowest ≤ highest ≤ 1")
+        seen = {name: x.to(self.dtype) for name, x in state.items()}
+        conditional = Evaluation(self.denoiser, seen, self.condition)
+        guided = lowest <= (times if decided_at is None else decided_at)[LATENT] <= highest
+        guiders = self.guiders if guided else ()
+        velocity, *worse = self._evaluate([conditional, *(guider.worse(conditional) for guider in guiders)], times)
+        velocity = {name: velocity[name].to(x.dtype) for name, x in state.items()}
+        result = velocity
+        for guider, other in zip(guiders, worse, strict=True):
+            result = guider.move(result, velocity, other)
+        return result
 
-    def label_scales(self, state: State) -> dict[str, float | Tensor]:
-        """The classifier-free scale of each modality of a state."""
-        chosen = {LATENT: self.scale, LOCAL: self.local_scale, CLS: self.cls_scale}
-        scales: dict[str, float | Tensor] = {}
-        for name in state:
-            value = chosen[name]
-            scales[name] = self.scale if value is None else value
-        if self.guided_channels is not None:
-            latent = state[LATENT]
-            per_channel = torch.ones(latent.shape[1], dtype=latent.dtype, device=latent.device)
-            per_channel[: self.guided_channels] = self.scale
-            scales[LATENT] = per_channel.view(1, -1, 1, 1)
-        return scales
-
-    @property
-    def uses_labels(self) -> bool:
-        """Whether the unconditional branch is ever evaluated."""
-        return any(scale not in (None, 1.0) for scale in (self.scale, self.local_scale, self.cls_scale))
-
-    @property
-    def discontinuities(self) -> tuple[float, ...]:
-        """Where the guided velocity is not continuous in time: the edges of the interval, strictly between 0 and 1."""
-        guided = self.uses_labels or self.representation_scale != 1 or self.auto_scale != 1
-        return tuple(edge for edge in sorted({*self.interval}) if 0 < edge < 1) if guided else ()
+    def _evaluate(self, evaluations: Sequence[Evaluation], times: Times) -> list[State]:
+        """The velocities, in order: one batch for each network."""
+        results: dict[int, State] = {}
+        for network in {id(e.network): e.network for e in evaluations}.values():
+            own = [i for i, e in enumerate(evaluations) if e.network is network]
+            states, conditions = ([getattr(evaluations[i], part) for i in own] for part in ("state", "condition"))
+            state = concatenate_states(states) if len(own) > 1 else states[0]
+            condition = concatenate_states(conditions) if len(own) > 1 else conditions[0]
+            size = batch_size(state)
+            time = torch.full((size,), times[LATENT], dtype=self.dtype, device=state[LATENT].device)
+            velocities = split_state(network(state, time, condition).velocity, len(own))
+            results |= dict(zip(own, velocities, strict=True))
+        return [results[i] for i in range(len(evaluations))]
 
 
 def guided_velocity(
     denoiser: DenoiserFunction,
-    label: Tensor,
+    condition: Condition,
+    modalities: Sequence[Modality],
     guidance: Guidance = Guidance(),
     weaker: DenoiserFunction | None = None,
+    path: Path = LINEAR,
     dtype: torch.dtype = torch.float32,
-) -> VelocityFunction:
-    """The velocity function of a guided denoiser for the labels (B,) int64.
+) -> GuidedVelocity:
+    """The velocity function of a denoiser under a condition (B, …), with every registered guidance that is asked for.
 
-    All branches of one network are evaluated in one batch, and only where their scale and the interval ask for them.
-    `weaker` is the second network of autoguidance. The networks see `dtype`; velocities come back in the
-    precision of the state, so that a sampler may keep its state in float64.
+    Raises ValueError for a guider that is not registered.
     """
-    unconditional = guidance.uses_labels
-    without_map = guidance.representation_scale != 1
-    by_weaker = weaker if guidance.auto_scale != 1 else None
-    # Made once, not in every step.
-    null = torch.full_like(label, denoiser.null_label)
-    labels_inside = torch.cat([label, *[null] * unconditional, *[label] * without_map])
-    scales: list[dict[str, float | Tensor]] = []
-
-    def evaluate(network: DenoiserFunction, states: list[State], time: float, labels: Tensor) -> list[State]:
-        together = concatenate_states(states) if len(states) > 1 else states[0]
-        t = torch.full(labels.shape, time, dtype=dtype, device=label.device)
-        return split_state(network(together, t, labels).velocity, len(states))
-
-    def velocity(state: State, time: float, step_start: float | None = None) -> State:
-        lowest, highest = guidance.interval
-        seen = {name: x.to(dtype) for name, x in state.items()}
-        if not lowest <= (time if step_start is None else step_start) <= highest:
-            (conditional,) = evaluate(denoiser, [seen], time, label)
-            return {name: conditional[name].to(x.dtype) for name, x in state.items()}
-
-        states = [seen, *[seen] * unconditional]
-        if without_map:
-            states.append({**seen, LOCAL: torch.zeros_like(seen[LOCAL])})
-        conditional, *worse = evaluate(denoiser, states, time, labels_inside)
-        if by_weaker is not None:
-            worse += evaluate(by_weaker, [seen], time, label)
-        if not scales:
-            if unconditional:
-                scales.append(guidance.label_scales(state))
-            if without_map:
-                scales.append(dict.fromkeys(state, guidance.representation_scale))
-            if by_weaker is not None:
-                scales.append(dict.fromkeys(state, guidance.auto_scale))
-
-        conditional = {name: conditional[name].to(x.dtype) for name, x in state.items()}
-        result = conditional
-        for other, scale in zip(worse, scales, strict=True):
-            result = {
-                name: v + (scale[name] - 1) * (conditional[name] - other[name].to(v.dtype))
-                for name, v in result.items()
-            }
-        return result
-
-    return velocity
+    if unknown := guidance.others.keys() - GUIDERS.keys():
+        raise ValueError(f"guider {', '.join(sorted(unknown))} is unknown; registered are {', '.join(GUIDERS)}")
+    model = Guided(denoiser, condition, modalities, weaker)
+    built = [build(guidance, model) for build in GUIDERS.values()]
+    return GuidedVelocity(denoiser, condition, [g for g in built if g], guidance.interval, path, dtype)

@@ -1,51 +1,80 @@
 """What a sample is made of: a state with one tensor per modality.
 
-Paths, losses, guidance and samplers map over the keys of a state, so that nothing is written once per modality. A
-recipe without a modality has no such key.
+Paths, losses, guidance, samplers, training data and records map over modalities, so that nothing is written once per
+modality, and a new one is a value of `Modality`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+Times = Mapping[str, float]
+"""The time of each modality in a sampler: 0 is data, 1 is noise."""
 
 LATENT = "latent"
-"""Normalised latents of the autoencoder, (B, C, H, W)."""
-LOCAL = "local"
-"""Compressed features of the vision encoder on the grid of the latents, (B, K, H, W)."""
-CLS = "cls"
-"""The vision encoder's class token, (B, D)."""
+"""The name of the autoencoder's latents, which every model learns and images are decoded from."""
 
 
 @dataclass(frozen=True)
-class StateShape:
-    """The sizes of one sample; a modality with size 0 is absent."""
+class Normalisation:
+    """What a model sees of a modality: (x − shift)·scale, one shift and scale per channel."""
 
-    latent_channels: int
-    """C"""
-    grid: tuple[int, int]
-    """(H, W) of the latents, in latent pixels."""
-    local_channels: int = 0
-    """K"""
-    class_token_width: int = 0
-    """D"""
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each modality that is there, without the batch."""
-        shapes: dict[str, tuple[int, ...]] = {LATENT: (self.latent_channels, *self.grid)}
-        if self.local_channels:
-            shapes[LOCAL] = (self.local_channels, *self.grid)
-        if self.class_token_width:
-            shapes[CLS] = (self.class_token_width,)
-        return shapes
+    def normalise(self, x: Tensor) -> Tensor:
+        """Raw (B, C, …) to what the model learns."""
+        shift, scale = self.tensors(x)
+        return (x - shift) * scale
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        """Inverse of `normalise`."""
+        shift, scale = self.tensors(x)
+        return x / scale + shift
+
+    def tensors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale in the type, on the device and broadcasting to the shape of x (B, C, …)."""
+        view = (1, -1, *[1] * (x.ndim - 2))
+        shift, scale = (torch.tensor(v, dtype=x.dtype, device=x.device).view(view) for v in (self.shift, self.scale))
+        return shift, scale
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One part of the state that a model learns."""
+
+    name: str
+    """Its key in states, losses and options."""
+    kind: Literal["map", "token"]
+    """map: (B, channels, H, W) on the grid of the latents, channels beside theirs in every patch. token: (B, channels),
+    a token of its own in front of the patches."""
+    channels: int
+    column: str = ""
+    """The store's column that training reads; empty for a model that was imported."""
+    normalisation: Normalisation | None = None
+    """None where the model learns the values as they are."""
+    dropout: float = 0.0
+    """Share of samples that are trained without this modality, for representation guidance."""
+    is_class_token: bool = False
+    """Whether it is the vision encoder's class token, with which alignment pairs it."""
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Raw (B, channels, …) to what the model learns."""
+        return self.normalisation.normalise(x) if self.normalisation else x
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        """Inverse of `normalise`."""
+        return self.normalisation.denormalise(x) if self.normalisation else x
 
 
 def concatenate_states(states: list[State]) -> State:
-    """Stack batches of states along the batch axis."""
+    """Stack batches of states, or of conditions, along the batch axis."""
     return {name: torch.cat([state[name] for state in states]) for name in states[0]}
 
 

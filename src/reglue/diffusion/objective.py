@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.modalities import LOCAL, State, expand_as
+from reglue.diffusion.modalities import State, expand_as
 from reglue.diffusion.paths import Path
 
 ALIGNMENT = "alignment"
@@ -25,12 +26,12 @@ class TrainingSample:
     """ε in the same shapes."""
     time: Tensor
     """(B,) in [0, 1]."""
-    label: Tensor
-    """(B,) int64, dropped labels already replaced by the null label."""
+    condition: Condition
+    """(B, …) each, what is dropped already replaced by its null."""
     alignment_target: Tensor | None = None
     """The vision encoder's tokens (B, N, d), class token first where the model has one."""
-    keep_local: Tensor | None = None
-    """(B,) bool: False where the local map is hidden from the model, for representation guidance (ReDi, 2504.16064)."""
+    keep: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """(B,) bool, False where a modality is hidden from the model, for representation guidance (ReDi, 2504.16064)."""
 
 
 def velocity_losses(predicted: State, target: State) -> State:
@@ -46,18 +47,15 @@ def alignment_loss(projection: Tensor, target: Tensor) -> Tensor:
 def loss_terms(denoiser: Denoiser, path: Path, sample: TrainingSample) -> dict[str, Tensor]:
     """The unweighted terms of the loss as scalars: one per modality, and `alignment` if the sample has targets.
 
-    Where the local map is hidden, the model sees zeros in its place and is not asked for its velocity: the map's
-    velocity cannot be told from nothing.
+    Where a modality is hidden, the model sees zeros in its place and is not asked for its velocity, which cannot be
+    predicted from nothing.
     """
     noisy, velocity = path.interpolate(sample.data, sample.noise, sample.time)
-    keep = sample.keep_local
-    if keep is not None:
-        noisy[LOCAL] = noisy[LOCAL] * expand_as(keep, noisy[LOCAL])
-    prediction = denoiser(noisy, sample.time, sample.label)
+    for name, keep in sample.keep.items():
+        noisy[name] = noisy[name] * expand_as(keep, noisy[name])
+    prediction = denoiser(noisy, sample.time, sample.condition)
     losses = velocity_losses(prediction.velocity, velocity)
-    terms = {name: loss.mean() for name, loss in losses.items()}
-    if keep is not None:
-        terms[LOCAL] = (losses[LOCAL] * keep).mean()
+    terms = {name: (loss * sample.keep[name] if name in sample.keep else loss).mean() for name, loss in losses.items()}
     if sample.alignment_target is not None:
         terms[ALIGNMENT] = alignment_loss(denoiser.projector(prediction.tap), sample.alignment_target)
     return terms

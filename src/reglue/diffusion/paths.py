@@ -51,6 +51,11 @@ class Path(ABC):
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t)
         return -(alpha * v - d_alpha * x) / ((alpha * d_sigma - d_alpha * sigma) * sigma)
 
+    def velocity_to_data(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The data x₀ that a velocity at x points to: (σ' x − σ v) / (α σ' − α' σ); t broadcasts against x."""
+        alpha, sigma, d_alpha, d_sigma = self.coefficients(t)
+        return (d_sigma * x - sigma * v) / (alpha * d_sigma - d_alpha * sigma)
+
 
 class LinearPath(Path):
     """α = 1 − t, σ = t: the velocity is ε − x."""

@@ -1,136 +1,187 @@
-"""Samplers: pure functions of a velocity function, a state and a time grid from 1 (noise) to 0 (data).
+"""Samplers: steps of a velocity function, and the one loop over time that takes them.
 
-They know no labels, no networks and no randomness of their own. The state keeps its precision: give float64 to
-accumulate in float64, as the published samplers do.
+A step knows no labels, no networks and no randomness of its own. The state keeps its precision: give float64 to
+accumulate in float64, as the published samplers do. To add a sampler, write a step and register it in `SAMPLERS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from reglue.diffusion.guidance import VelocityFunction
-from reglue.diffusion.modalities import State
-from reglue.diffusion.paths import LINEAR, Path
+from reglue.diffusion.controls import Control, Controlled
+from reglue.diffusion.guidance import Velocity
+from reglue.diffusion.modalities import LATENT, State, Times
 from reglue.errors import UserError
 
 LAST_NOISY_TIME = 0.04
 """Where the stochastic samplers of SiT and REPA stop adding noise."""
 
-
-def shifted(u: float, shift: float) -> float:
-    """t = s·u / (1 + (s − 1)·u): s > 1 moves the times of a grid towards noise, s < 1 towards data (SD3, eq. 23)."""
-    return u if shift == 1 else u / (u + (1 - u) / shift)  # the same, with exact ends
-
-
-def uniform_times(steps: int, shift: float = 1.0) -> list[float]:
-    """steps + 1 times from 1 to 0, for the deterministic samplers: equally spaced, then `shifted`."""
-    return [shifted(1 - i / steps, shift) for i in range(steps + 1)]
+StatePrecision = Literal["float32", "float64"]
+Memory = dict[str, Any]
+"""What a step may keep for the next one; empty at the start."""
 
 
-def stochastic_times(steps: int, shift: float = 1.0) -> list[float]:
-    """`steps` times from 1 to 0.04, then 0: `steps` evaluations, the last of them without noise.
+class Step(Protocol):
+    """One step of a sampler."""
 
-    They are equally spaced before they are `shifted`, which leaves both ends where they are.
+    def __call__(
+        self, velocity: Velocity, state: State, times: Times, next_times: Times, memory: Memory, noise: Iterator[State]
+    ) -> State:
+        """The state at `next_times` from that at `times`, each modality by its own difference of time."""
+        ...
+
+
+def integrate(
+    step: Step,
+    velocity: Velocity,
+    state: State,
+    times: Sequence[Times],
+    controls: Sequence[Control] = (),
+    noise: Iterator[State] = iter(()),
+) -> State:
+    """The one loop over time: from the first of `times`, at which `state` is, to the last.
+
+    It may begin at any time. `noise` yields the standard normal states that stochastic steps ask for. Controls see
+    each state before and after a step, and each velocity.
     """
-    span = 1 - shifted(LAST_NOISY_TIME, 1 / shift)  # 1/s undoes s
-    return [shifted(1 - span * i / max(steps - 1, 1), shift) for i in range(steps)] + [0.0]
-
-
-def aligned(times: Sequence[float], discontinuities: Sequence[float]) -> list[float]:
-    """The grid with the inner time nearest to each jump of the velocity moved onto it.
-
-    Where fewer inner times than discontinuities are there, or two discontinuities are nearest to one of them, a jump stays between times.
-    """
-    moved = list(times)
-    for jump in discontinuities:
-        nearest = min(range(1, len(moved) - 1), key=lambda i: abs(moved[i] - jump), default=None)
-        if nearest is not None and moved[nearest] not in discontinuities:
-            moved[nearest] = jump
-    return moved
-
-
-def euler(velocity: VelocityFunction, state: State, times: Sequence[float]) -> State:
-    """Euler's method for dx/dt = v: one evaluation per interval."""
-    for t, t_next in pairwise(times):
-        v = velocity(state, t)
-        state = {name: x + (t_next - t) * v[name] for name, x in state.items()}
+    followed = Controlled(velocity, controls) if controls else velocity
+    memory: Memory = {}
+    for now, then in pairwise(times):
+        for control in controls:
+            state = control.before(state, now)
+        state = step(followed, state, now, then, memory, noise)
+        for control in controls:
+            state = control.after(state, then)
     return state
 
 
-def heun(velocity: VelocityFunction, state: State, times: Sequence[float]) -> State:
-    """Heun's second-order method: two evaluations per interval, and one in the last, which ends in the data."""
-    for t, t_next in pairwise(times):
-        dt, v = t_next - t, velocity(state, t)
-        ahead = {name: x + dt * v[name] for name, x in state.items()}
-        if t_next > times[-1]:
-            v_next = velocity(ahead, t_next, step_start=t)
-            ahead = {name: x + dt * (v[name] + v_next[name]) / 2 for name, x in state.items()}
-        state = ahead
-    return state
+def euler(
+    velocity: Velocity, state: State, times: Times, next_times: Times, memory: Memory, noise: Iterator[State]
+) -> State:
+    """Euler's method for dx/dt = v: one evaluation per step."""
+    v = velocity(state, times)
+    return {name: x + (next_times[name] - times[name]) * v[name] for name, x in state.items()}
+
+
+def heun(
+    velocity: Velocity, state: State, times: Times, next_times: Times, memory: Memory, noise: Iterator[State]
+) -> State:
+    """Heun's second-order method: two evaluations per step, and one in the last, which ends in the data."""
+    dt, v = {name: next_times[name] - times[name] for name in state}, velocity(state, times)
+    ahead = {name: x + dt[name] * v[name] for name, x in state.items()}
+    if is_data(next_times):
+        return ahead
+    v_next = velocity(ahead, next_times, decided_at=times)
+    return {name: x + dt[name] * (v[name] + v_next[name]) / 2 for name, x in state.items()}
 
 
 def adams_bashforth(
-    velocity: VelocityFunction, state: State, times: Sequence[float], discontinuities: Sequence[float] = ()
+    velocity: Velocity, state: State, times: Times, next_times: Times, memory: Memory, noise: Iterator[State]
 ) -> State:
-    """The two-step method of Adams and Bashforth on any grid: second order for one evaluation per interval.
+    """The two-step method of Adams and Bashforth on any grid: second order for one evaluation per step.
 
     A step follows the velocity extrapolated to its middle, v + (Δt / 2Δt₋)·(v − v₋) (Hairer, Nørsett and Wanner,
     Solving ordinary differential equations I, section III.5). The first step is Euler's, and so is the first behind
-    each of the `discontinuities`, times at which the velocity is not continuous. They should be on the grid (`aligned`), or the
-    order there is 1.
+    each discontinuity of the velocity. Discontinuities should be on the grid (`aligned`), or the order there is 1.
     """
-    before: tuple[float, float, State] | None = None
-    for t, t_next in pairwise(times):
-        # A step that begins at a jump is on the side of its middle.
-        middle = (t + t_next) / 2
-        v = velocity(state, t, step_start=middle)
-        slope = v
-        if before is not None and not any(middle <= jump <= before[1] for jump in discontinuities):
-            t_before, _, v_before = before
-            ratio = (t_next - t) / (t - t_before) / 2
-            slope = {name: v[name] + ratio * (v[name] - v_before[name]) for name in v}
-        state = {name: x + (t_next - t) * slope[name] for name, x in state.items()}
-        before = t, middle, v
-    return state
+    # A step that begins at a discontinuity is on the side of its middle.
+    middle = {name: (t + next_times[name]) / 2 for name, t in times.items()}
+    v = velocity(state, times, decided_at=middle)
+    slope = v
+    before = memory.get("before")
+    if before and not any(middle[LATENT] <= edge <= before[1][LATENT] for edge in velocity.discontinuities):
+        times_before, _, v_before = before
+        slope = {}
+        for name, value in v.items():
+            moved = times[name] - times_before[name]
+            ratio = (next_times[name] - times[name]) / moved / 2 if moved else 0.0
+            slope[name] = value + ratio * (value - v_before[name])
+    memory["before"] = times, middle, v
+    return {name: x + (next_times[name] - times[name]) * slope[name] for name, x in state.items()}
+
+
+def euler_maruyama(
+    velocity: Velocity,
+    state: State,
+    times: Times,
+    next_times: Times,
+    memory: Memory,
+    noise: Iterator[State],
+    *,
+    diffusion: Callable[[float], float] = lambda t: 2 * t,
+) -> State:
+    """Euler–Maruyama for the reverse-time SDE dx = (v − ½ w_t s) dt + √w_t dW (SiT, section 2.4).
+
+    `diffusion` is w_t; the published code has w_t = 2t, twice what the papers print. The last step takes the mean only.
+    """
+    v = velocity(state, times)
+    fresh = None if is_data(next_times) else next(noise)
+    result: State = {}
+    for name, x in state.items():
+        t, dt = times[name], next_times[name] - times[name]
+        if not dt:  # This modality has its data already, or has not begun.
+            result[name] = x
+            continue
+        now = torch.tensor(t, dtype=torch.float64)  # on the CPU, whatever the device: nothing waits for a number
+        drift = v[name] - diffusion(t) / 2 * velocity.path.velocity_to_score(v[name], x, now)
+        result[name] = x + drift * dt
+        if fresh is not None and next_times[name] > 0:
+            result[name] = result[name] + (diffusion(t) * -dt) ** 0.5 * fresh[name]
+    return result
 
 
 def dopri5(
-    velocity: VelocityFunction,
+    velocity: Velocity,
     state: State,
-    discontinuities: Sequence[float] = (),
+    times: Times,
+    next_times: Times,
+    memory: Memory,
+    noise: Iterator[State],
+    *,
     relative_tolerance: float = 1e-3,
     absolute_tolerance: float = 1e-6,
 ) -> State:
-    """The adaptive method of Dormand and Prince, of fifth order, from t = 1 to 0 (torchdiffeq's; SiT's default).
+    """The adaptive method of Dormand and Prince, of fifth order, over a whole interval (torchdiffeq's; SiT's default).
 
-    The step is chosen for the whole batch, so its images depend on each other: give one image at a time. Each modality
-    keeps the tolerances on its own. Steps end at the `discontinuities`, times at which the velocity is not continuous. Raises
-    UserError if torchdiffeq is missing, or if no step is short enough for the tolerances.
+    Its own steps are chosen for the whole batch, so its images depend on each other: give one image at a time. Each
+    modality keeps the tolerances on its own. Raises UserError if torchdiffeq is missing, or if no step is short enough
+    for the tolerances.
     """
     odeint = adaptive_solver()
     names, values = list(state), tuple(state.values())
-    for t, t_next in pairwise([1.0, *sorted(discontinuities, reverse=True), 0.0]):
-        middle = (t + t_next) / 2
+    start, end = times[LATENT], next_times[LATENT]
+    middle = {name: (t + next_times[name]) / 2 for name, t in times.items()}
+    # Every modality moves with the time of the latents, each at its own rate.
+    rates = {name: 1.0 if t == start and next_times[name] == end else (next_times[name] - t) / (end - start)
+             for name, t in times.items()}  # fmt: skip
 
-        def slopes(now: Tensor, values: tuple[Tensor, ...], middle: float = middle) -> tuple[Tensor, ...]:
-            v = velocity(dict(zip(names, values, strict=True)), now.item(), step_start=middle)
-            return tuple(v[name] for name in names)
+    def slopes(now: Tensor, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        t = now.item()
+        at = {name: t if rates[name] == 1 else times[name] + rates[name] * (t - start) for name in names}
+        v = velocity(dict(zip(names, values, strict=True)), at, decided_at=middle)
+        return tuple(v[name] if rates[name] == 1 else rates[name] * v[name] for name in names)
 
-        ends = torch.tensor([t, t_next], dtype=torch.float64, device=values[0].device)
-        try:
-            solved = odeint(slopes, values, ends, rtol=relative_tolerance, atol=absolute_tolerance, method="dopri5")
-        except AssertionError as error:  # so torchdiffeq says that its step has become 0, or is not a number
-            raise UserError(
-                f"dopri5 finds no step that keeps its tolerances, {relative_tolerance:g} relative and "
-                f"{absolute_tolerance:g} absolute ({error}); raise them, or keep the state in float64"
-            ) from error
-        values = tuple(value[-1] for value in solved)
-    return dict(zip(names, values, strict=True))
+    ends = torch.tensor([start, end], dtype=torch.float64, device=values[0].device)
+    try:
+        solved = odeint(slopes, values, ends, rtol=relative_tolerance, atol=absolute_tolerance, method="dopri5")
+    except AssertionError as error:  # so torchdiffeq says that its step has become 0, or is not a number
+        raise UserError(
+            f"dopri5 finds no step that keeps its tolerances, {relative_tolerance:g} relative and "
+            f"{absolute_tolerance:g} absolute ({error}); raise them, or keep the state in float64"
+        ) from error
+    return {name: value[-1] for name, value in zip(names, solved, strict=True)}
+
+
+def is_data(times: Times) -> bool:
+    """Whether every modality has arrived at the data."""
+    return not any(times.values())
 
 
 def adaptive_solver() -> Callable[..., tuple[Tensor, ...]]:
@@ -139,30 +190,89 @@ def adaptive_solver() -> Callable[..., tuple[Tensor, ...]]:
         return import_module("torchdiffeq").odeint
     except ModuleNotFoundError:
         raise UserError(
-            "the sampler dopri5 needs torchdiffeq: run `pip install 'reglue[ode]'`, or choose another --sampler"
+            "the sampler dopri5 needs torchdiffeq: run `pip install 'reglue[ode]'`, or choose another sampler"
         ) from None
 
 
-def euler_maruyama(
-    velocity: VelocityFunction,
-    state: State,
-    times: Sequence[float],
-    noise: Iterator[State],
-    path: Path = LINEAR,
-    diffusion: Callable[[float], float] = lambda t: 2 * t,
-) -> State:
-    """Euler–Maruyama for the reverse-time SDE dx = (v − ½ w_t s) dt + √w_t dW (SiT, section 2.4), from noise to data.
+def shifted(u: float, shift: float) -> float:
+    """t = s·u / (1 + (s − 1)·u): s > 1 moves the times of a grid towards noise, s < 1 towards data (SD3, eq. 23)."""
+    return u if shift == 1 else u / (u + (1 - u) / shift)  # the same, with exact ends
 
-    `noise` yields one standard normal state per interval but the last, which takes the mean only. `diffusion` is w_t;
-    the published code has w_t = 2t, twice what the papers print.
+
+def uniform_times(steps: int, shift: float = 1.0, discontinuities: Sequence[float] = ()) -> list[float]:
+    """steps + 1 times from 1 to 0, for the deterministic samplers: equally spaced, then `shifted`."""
+    return [shifted(1 - i / steps, shift) for i in range(steps + 1)]
+
+
+def stochastic_times(steps: int, shift: float = 1.0, discontinuities: Sequence[float] = ()) -> list[float]:
+    """`steps` times from 1 to 0.04, then 0: `steps` evaluations, the last of them without noise.
+
+    They are equally spaced before they are `shifted`, which leaves both ends where they are.
     """
-    for t, t_next in pairwise(times):
-        w, dt = diffusion(t), t_next - t
-        now = torch.tensor(t, dtype=torch.float64)  # on the CPU, whatever the device: nothing waits for a number
-        v = velocity(state, t)
-        drift = {name: v[name] - w / 2 * path.velocity_to_score(v[name], x, now) for name, x in state.items()}
-        state = {name: x + drift[name] * dt for name, x in state.items()}
-        if t_next > times[-1]:
-            xi = next(noise)
-            state = {name: x + (w * -dt) ** 0.5 * xi[name] for name, x in state.items()}
-    return state
+    span = 1 - shifted(LAST_NOISY_TIME, 1 / shift)  # 1/s undoes s
+    return [shifted(1 - span * i / max(steps - 1, 1), shift) for i in range(steps)] + [0.0]
+
+
+def aligned_times(steps: int, shift: float = 1.0, discontinuities: Sequence[float] = ()) -> list[float]:
+    """`uniform_times` with the inner time nearest to each discontinuity moved onto it.
+
+    Where fewer inner times than discontinuities are there, or two are nearest to one time, one stays between times.
+    """
+    times = uniform_times(steps, shift)
+    for edge in discontinuities:
+        nearest = min(range(1, len(times) - 1), key=lambda i: abs(times[i] - edge), default=None)
+        if nearest is not None and times[nearest] not in discontinuities:
+            times[nearest] = edge
+    return times
+
+
+def whole_intervals(steps: int, shift: float = 1.0, discontinuities: Sequence[float] = ()) -> list[float]:
+    """From 1 to 0 with nothing but the discontinuities between, for methods that choose their own steps."""
+    return [1.0, *sorted(discontinuities, reverse=True), 0.0]
+
+
+def begin_at(grid: Sequence[float], start: float) -> list[float]:
+    """The part of a grid below `start`, which becomes its first time: for samples that begin as noisy data."""
+    return [start, *(t for t in grid if t < start)]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A step, and how it is used."""
+
+    step: Step
+    grid: Callable[[int, float, Sequence[float]], list[float]] = uniform_times
+    """(steps, time shift, discontinuities of the velocity) to the times of the clock, from 1 to 0."""
+    evaluations: Callable[[int], int | None] = lambda steps: steps
+    """How often the velocity is evaluated in so many steps; None if nobody knows beforehand."""
+    stochastic: bool = False
+    """Whether a step draws noise, all but the last."""
+    adaptive: bool = False
+    """Whether steps depend on the whole batch, so that images are drawn one at a time."""
+    state_precision: StatePrecision = "float32"
+    """In which steps add up unless told otherwise: float64 for the published samplers."""
+    options: tuple[str, ...] = ()
+    """The fields of `config.Sampling` that the step takes as keywords."""
+
+    def configured(self, options: Mapping[str, Any]) -> Step:
+        """The step with its options."""
+
+        def step(*arguments: Any) -> State:
+            return self.step(*arguments, **{name: options[name] for name in self.options})
+
+        return step
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "euler": Sampler(euler, state_precision="float64"),
+    "heun": Sampler(heun, evaluations=lambda steps: 2 * steps - 1, state_precision="float64"),
+    "euler-maruyama": Sampler(euler_maruyama, stochastic_times, stochastic=True, state_precision="float64"),
+    "adams-bashforth": Sampler(adams_bashforth, aligned_times),
+    "dopri5": Sampler(
+        dopri5,
+        whole_intervals,
+        evaluations=lambda steps: None,
+        adaptive=True,
+        options=("relative_tolerance", "absolute_tolerance"),
+    ),
+}

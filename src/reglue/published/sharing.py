@@ -11,19 +11,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from torch import Tensor
 
 from reglue.encoders.alignment import FILE as ALIGNMENT
 from reglue.encoders.alignment import load_alignment, save_alignment
 from reglue.encoders.autoencoders import CONFIG as AUTOENCODER_CONFIG
 from reglue.encoders.autoencoders import MEAN_STD
-from reglue.encoders.compressors import Compressor, load_compressor
 from reglue.errors import UserError
 from reglue.files import new_folder
 from reglue.papers import PAPERS
-from reglue.published.runs_by_name import AUTOENCODER
-from reglue.run import COMPRESSOR, RunRecord
+from reglue.run import AUTOENCODER, COMPRESSORS, NAME, RunRecord, find_compressor, hub_error
 from reglue.training import checkpoints
 
 CARD, PICTURE, REPORTS, PREVIEWS = "README.md", "samples.png", "reports", "previews"
@@ -61,9 +59,9 @@ def save(
         shared = _with_autoencoder(without_places(record), record, run, beside)
         shared.write(beside)
         checkpoints.save_weights(beside, step, weights)
-        compressor = find_compressor(record, run)
-        if compressor:
-            compressor.save(beside / COMPRESSOR)
+        for modality in record.compressors:
+            if compressor := find_compressor(record, run, modality):
+                compressor.save(beside / COMPRESSORS / modality)
         if picture:
             shutil.copyfile(picture, beside / PICTURE)
         parameters = sum(value.numel() for value in weights.values())
@@ -79,19 +77,6 @@ def without_places(record: RunRecord) -> RunRecord:
     autoencoder = replace(record.autoencoder, name=_without_place(record.autoencoder.name))
     store = record.store and Path(record.store).name
     return replace(record, encoder=encoder, autoencoder=autoencoder, store=store, start=start)
-
-
-def find_compressor(record: RunRecord, run: Path | None) -> Compressor | None:
-    """The compressor of a run, from its folder or its store; None if neither has the one that was trained with."""
-    places = [run / COMPRESSOR] if run else []
-    if record.store:
-        places.append(Path(record.store) / "compressors" / record.recipe.local.compressor)
-    for place in places if record.compressor else []:
-        if place.is_dir():
-            compressor = load_compressor(place)
-            if compressor.spec() == record.compressor:
-                return compressor
-    return None
 
 
 @dataclass(frozen=True)
@@ -168,7 +153,7 @@ def model_card(
         template_str=template.read_text(encoding="utf-8"),
         record=record,
         recipe=record.recipe,
-        guidance=record.recipe.sampling.guidance,
+        sampling=record.recipe.sampling,
         paper=PAPERS.get(record.recipe.name),
         name=name,
         step=step,
@@ -284,3 +269,25 @@ def _words(value: Any) -> Iterator[str]:
             yield from _words(item)
     else:
         yield str(value)
+
+
+def push(folder: Path, name: str, private: bool) -> str:
+    """Make the repository `OWNER/NAME` hold what a folder holds. Returns its address. Raises UserError."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"{name!r} is no name on the Hugging Face hub: give OWNER/NAME")
+    try:
+        api = HfApi()
+        address = api.create_repo(name, private=private, exist_ok=True)
+        # Weights of an earlier step would be taken for checkpoints of this run.
+        api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            commit_message="Model, record and card, written by reglue",
+            delete_patterns=[f"{checkpoints.FOLDER}/*"],
+        )
+    except Exception as error:  # whatever the hub's client raises: offline, not logged in, refused
+        raise UserError(
+            f"{name} cannot be written on the Hugging Face hub ({hub_error(error)}); check the connection, log in with "
+            "`hf auth login`, or write a folder with `ImageModel.save` and upload it yourself"
+        ) from error
+    return str(address)

@@ -17,9 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reglue.diffusion.backbones.sit import FREQUENCIES, MAX_PERIOD, position_embedding
+from reglue.config import ClassToken, Latent, LocalSemantics
+from reglue.diffusion.backbones import sit
+from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
-from reglue.diffusion.modalities import StateShape
+from reglue.diffusion.embeddings import FREQUENCIES, MAX_PERIOD, position_embedding
+from reglue.diffusion.modalities import Modality
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.errors import UserError
 from reglue.published.pickles import read_untrusted
@@ -45,24 +48,19 @@ PUBLISHED_AUTOENCODER = AutoencoderSpec(
 PUBLISHED_DECODER = "sd-vae-ft-ema"
 """Decodes for all of them: a fine-tuned decoder for the same latents."""
 
-# Published name → our name. {i} stands for the number of a block.
 KEYS = {
     "x_embedder.proj": "patches",
-    "t_embedder.mlp": "transformer.time_embedding",
-    "y_embedder.embedding_table": "transformer.label_embedding",
-    "blocks.{i}.attn.qkv": "transformer.blocks.{i}.attention.qkv",
-    "blocks.{i}.attn.proj": "transformer.blocks.{i}.attention.out",
-    "blocks.{i}.mlp.fc1": "transformer.blocks.{i}.mlp.0",
-    "blocks.{i}.mlp.fc2": "transformer.blocks.{i}.mlp.2",
-    "blocks.{i}.adaLN_modulation.1": "transformer.blocks.{i}.modulation",
-    "final_layer.adaLN_modulation.1": "transformer.modulation",
+    "t_embedder.mlp": "time_embedding",
+    "y_embedder.embedding_table": f"conditions.{CLASS}",
+    **{theirs: f"backbone.{ours}" for theirs, ours in sit.KEYS.items()},
     "final_layer.linear": "velocity",
-    "final_layer.linear_cls": "class_token_velocity",
-    "cls_projectors2": "class_token.linear",
-    "wg_norm": "class_token.norm",
+    "final_layer.linear_cls": f"token_velocities.{ClassToken.modality}",
+    "cls_projectors2": f"tokens.{ClassToken.modality}.linear",
+    "wg_norm": f"tokens.{ClassToken.modality}.norm",
     "projectors.0": "projector",
     "projector": "projector",
 }
+"""Published name → ours. {i} stands for the number of a block."""
 
 
 STEP = "step"
@@ -74,7 +72,7 @@ PREDICTION, PATH_TYPE, ENCODER_DEPTH = "prediction", "path_type", "encoder_depth
 the projector reads. In our safetensors files they are metadata."""
 VELOCITY = ("v", "velocity")
 """How the published codes call what our models predict."""
-TIME_WEIGHT = "transformer.time_embedding.0.weight"
+TIME_WEIGHT = "time_embedding.0.weight"
 
 
 @dataclass(frozen=True)
@@ -190,9 +188,15 @@ def import_official(
     return OfficialModel(family, config, weights)
 
 
+def channels_of(config: DenoiserConfig, name: str) -> int:
+    """The channels of a modality; 0 if the model does not have it."""
+    modality = config.modality(name)
+    return modality.channels if modality else 0
+
+
 def family_of(config: DenoiserConfig) -> Family:
     """The published family whose models are built like this one. Raises UserError, by name, if there is none."""
-    with_class_token, with_local = bool(config.shape.class_token_width), bool(config.shape.local_channels)
+    with_class_token, with_local = (channels_of(config, part.modality) > 0 for part in (ClassToken, LocalSemantics))
     if config.learn_sigma and (with_class_token or with_local or config.alignment_width):
         other = "a class token" if with_class_token else "a local map" if with_local else "alignment"
         raise UserError(f"no published code has a model with learn-sigma (SiT) and {other}")
@@ -208,8 +212,7 @@ def export_official(family: Family, config: DenoiserConfig, weights: Mapping[str
     if family in TIME_FROM_NOISE:
         weights = reverse_time(weights)
     theirs_by_ours = {ours: theirs for theirs, ours in KEYS.items() if theirs != "projector" or family == "redi"}
-    leading = 1 if config.shape.class_token_width else 0
-    positions = position_embedding(config.token_grid, config.width, leading, config.position_grid)
+    positions = position_embedding(config.token_grid, config.width, len(config.tokens), config.position_grid)
     published = {"pos_embed": positions}
     for name, value in weights.items():
         if name == "positions":
@@ -235,10 +238,9 @@ def reverse_time(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     changed[TIME_WEIGHT] = torch.cat(
         [of_cos * omega.cos() + of_sin * omega.sin(), of_cos * omega.sin() - of_sin * omega.cos()], dim=1
     ).to(weights[TIME_WEIGHT].dtype)
-    for head in ("velocity", "class_token_velocity"):
-        for part in ("weight", "bias"):
-            if f"{head}.{part}" in changed:
-                changed[f"{head}.{part}"] = -changed[f"{head}.{part}"]
+    for name, value in weights.items():
+        if name.startswith(("velocity.", "token_velocities.")):
+            changed[name] = -value
     return changed
 
 
@@ -320,13 +322,17 @@ def _recognise(
     aligned_after = min(alignment_depth or (8 if depth >= 24 else 4), depth)
     try:
         config = DenoiserConfig(
-            shape=StateShape(
-                latent_channels=latent_channels,
-                grid=(token_grid[0] * patch, token_grid[1] * patch),
-                local_channels=local_channels,
-                class_token_width=published["cls_projectors2.weight"].shape[-1] if has_class_token else 0,
+            modalities=tuple(
+                Modality(part.modality, part.kind, channels, is_class_token=part.is_class_token)
+                for part, channels in (
+                    (Latent, latent_channels),
+                    (LocalSemantics, local_channels),
+                    (ClassToken, published["cls_projectors2.weight"].shape[-1] if has_class_token else 0),
+                )
+                if channels
             ),
-            classes=published["y_embedder.embedding_table.weight"].shape[0] - 1,
+            grid=(token_grid[0] * patch, token_grid[1] * patch),
+            conditions={CLASS: published["y_embedder.embedding_table.weight"].shape[0] - 1},
             depth=depth,
             width=width,
             heads=heads or PUBLISHED_HEADS[width],

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reglue.config import Compile, Precision
+from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import Denoiser, Prediction
 from reglue.diffusion.modalities import State
 
@@ -97,21 +98,21 @@ class SamplingNetwork:
     """
 
     def __init__(self, denoiser: Denoiser, precision: Precision, *, compiled: bool = False) -> None:
-        self.null_label = denoiser.null_label
+        self.null = denoiser.null
         device = denoiser.positions.device
         network = with_products_in(denoiser, torch.bfloat16) if precision == "bfloat16" else denoiser
 
-        def velocity(state: State, time: Tensor, label: Tensor) -> State:
+        def velocity(state: State, time: Tensor, condition: Condition) -> State:
             with autocast(device, precision):
-                return network(state, time, label).velocity
+                return network(state, time, condition).velocity
 
         self._products = partial(matmul_precision, device, precision)
         self._velocity = compiled(velocity, device) if compiled else velocity
 
-    def __call__(self, state: State, time: Tensor, label: Tensor) -> Prediction:
+    def __call__(self, state: State, time: Tensor, condition: Condition) -> Prediction:
         """See `diffusion.denoiser.DenoiserFunction`."""
         with self._products():
-            return Prediction(self._velocity(state, time, label), None)
+            return Prediction(self._velocity(state, time, condition), None)
 
 
 def with_products_in(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:

@@ -23,7 +23,7 @@ from reglue.errors import UserError
 from reglue.published import runs_by_name as hub
 from reglue.run import RunRecord
 from reglue.training import checkpoints
-from reglue.training.fine_tuning import rows_of_labels
+from reglue.fine_tuning import rows_of_labels
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from reglue.config import Recipe
+from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.modalities import CLS, LOCAL
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.errors import UserError
-from reglue.published import runs_by_name as hub
-from reglue.run import FILE, RunRecord, Start, Weights
+from reglue.run import FILE, RunRecord, Start, Weights, find_run, known_as
 from reglue.training import checkpoints, distributed
 
-LABELS = "transformer.label_embedding.weight"
+LABELS = f"conditions.{CLASS}.weight"
 """(classes + 1, width), the last row for the null label: the one tensor that may have another size."""
-OPTIONAL_PARTS = frozenset(("class_token", "class_token_velocity", "projector"))
-"""Parts of a denoiser that some recipes have and others have not."""
+OPTIONAL_GROUPS = ("tokens", "token_velocities", "conditions", "projector")
+"""Parts of a denoiser that some recipes have and others have not begin so."""
 NAMED = 4
 """How many tensors a refusal names."""
 FILES = {"ema": checkpoints.EMA, "model": checkpoints.MODEL}
@@ -84,7 +83,7 @@ class Beginning:
 def begin(out: Path, run: Path | None, step: int | None, weights: Weights) -> Beginning | None:
     """How the run in `out` starts from another: from `run`, or as it once did. None for random weights.
 
-    `run` is as for `hub.find_run`, `step` None its last checkpoint. The first process looks, and it alone reads
+    `run` is as for `find_run`, `step` None its last checkpoint. The first process looks, and it alone reads
     weights, which the others never need; all must ask. Raises UserError, in the first process, if there is no such
     checkpoint, and if a run that is there already started from something else.
     """
@@ -115,7 +114,7 @@ def _begin(out: Path, run: Path | None, step: int | None, weights: Weights) -> B
 
 
 def _opened(run: Path, step: int | None, weights: Weights) -> Beginning:
-    folder = hub.find_run(run)
+    folder = find_run(run)
     source = RunRecord.read(folder)
     checkpoint = checkpoints.find(folder, step)
     file = checkpoint / FILES[weights]
@@ -127,7 +126,7 @@ def _opened(run: Path, step: int | None, weights: Weights) -> Beginning:
     with file.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     return Beginning(
-        Start(hub.known_as(run), int(checkpoint.name), weights, sha256),
+        Start(known_as(run), int(checkpoint.name), weights, sha256),
         source.denoiser.position_grid or source.denoiser.token_grid,
         source,
         tensors,
@@ -139,7 +138,7 @@ def refuse_unfitting(run: str, there: Mapping[str, Tensor], here: Mapping[str, T
 
     One side may lack an optional part, and labels may differ in number.
     """
-    lacking = OPTIONAL_PARTS - (parts(there) & parts(here))
+    lacking = {part for part in parts(there) ^ parts(here) if part.startswith(OPTIONAL_GROUPS)}
 
     def size(tensors: Mapping[str, Tensor], name: str) -> str:
         if name not in tensors:
@@ -199,10 +198,8 @@ def changed_meanings(there: RunRecord, here: RunRecord) -> list[str]:
     As far as the records tell it, and of the parts that both have.
     """
 
-    def differ(part: str) -> bool:
-        return getattr(there, part) != getattr(here, part)
-
-    modalities = there.denoiser.shape.shapes().keys() & here.denoiser.shape.shapes().keys()
+    shared = [(m, here.denoiser.modality(m.name)) for m in there.denoiser.modalities]
+    shared = [(a, b) for a, b in shared if b]
     encoders = [
         record.encoder.weights_sha256
         for record in (there, here)
@@ -211,13 +208,9 @@ def changed_meanings(there: RunRecord, here: RunRecord) -> list[str]:
     changed = {
         "autoencoder": not same_latents(there.autoencoder, here.autoencoder),
         "path": there.recipe.path != here.recipe.path,
-        "compressor": LOCAL in modalities and differ("compressor"),
-        "class token's compressor": CLS in modalities and differ("class_token_compressor"),
+        **{f"compressor of {a.name}": there.compressors.get(a.name) != here.compressors.get(a.name) for a, _ in shared},
         "encoder": len(set(encoders)) == 2,
-        **{
-            f"scale of {name}": there.normalisation.get(name) != here.normalisation.get(name)
-            for name in sorted(modalities)
-        },
+        **{f"scale of {a.name}": a.normalisation != b.normalisation for a, b in shared},
     }
     return [name for name, is_other in changed.items() if is_other]
 
@@ -228,5 +221,6 @@ def parts(tensors: Iterable[str]) -> set[str]:
 
 
 def part_of(name: str) -> str:
-    """The part that a tensor belongs to, by its name."""
-    return name.partition(".")[0]
+    """The part that a tensor belongs to, by its name: one token, one condition, or a module of the denoiser."""
+    group, _, rest = name.partition(".")
+    return f"{group}.{rest.partition('.')[0]}" if group in OPTIONAL_GROUPS[:-1] else group

@@ -1,0 +1,51 @@
+"""Sinusoids: of time, and of the places of patches (SiT, arXiv 2401.08740, after DiT, arXiv 2212.09748)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FREQUENCIES = 256
+MAX_PERIOD = 10_000.0
+
+
+def position_embedding(
+    grid: tuple[int, int], width: int, leading: int = 0, counted_in: tuple[int, int] | None = None
+) -> Tensor:
+    """Fixed sin-cos embedding of a token grid, (1, leading + rows·columns, width), float32.
+
+    The first half of the channels encodes the column, the second half the row; per axis sines, then cosines, with
+    frequencies 1 / 10000^(i / (width/4)) in float64. Leading tokens (the class token) get zeros. Row i of R stands at
+    i, or at i·R'/R with `counted_in` (R', C'): within the range that a smaller grid covers (DiffFit, arXiv 2304.06648).
+    """
+    counted = [
+        torch.arange(tokens, dtype=torch.float64) * ((unit or tokens) / tokens)
+        for tokens, unit in zip(grid, counted_in or (None, None), strict=True)
+    ]
+    rows, columns = torch.meshgrid(*counted, indexing="ij")
+    frequencies = MAX_PERIOD ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]
+    positions = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
+    return F.pad(positions, (0, 0, leading, 0)).float().unsqueeze(0)
+
+
+def time_features(t: Tensor) -> Tensor:
+    """Sinusoids of t (B,) in [0, 1], not scaled by 1000: (B, 256), cosines, then sines."""
+    half = FREQUENCIES // 2
+    frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t.float().unsqueeze(1) * frequencies
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
+
+
+class TimeEmbedding(nn.Sequential):
+    """Time (B,) in [0, 1] to (B, width)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) → (B, width)."""
+        return super().forward(time_features(t))

@@ -1,0 +1,339 @@
+"""Images that are drawn from a run: which ones, their folder or archive, and the protocol that goes with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+from zipfile import BadZipFile, ZipFile, is_zipfile
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from reglue import fine_tuning
+from reglue.config import Sampling, SamplingOverrides
+from reglue.data.picture_writer import THREADS, PictureWriter
+from reglue.diffusion.controls import Progress
+from reglue.diffusion.denoiser import Denoiser
+from reglue.diffusion.modalities import State
+from reglue.errors import UserError, require
+from reglue.files import TakesPaths, from_json, replacing
+from reglue.pipeline import ImageModel, evaluations, load
+from reglue.run import find_run, known_as
+from reglue.seeds import generator
+from reglue.training import checkpoints, distributed
+
+PROTOCOL = "samples.json"
+WEAKER_SCALE = 2.0
+"""Of autoguidance, where it is not given."""
+PACKED_AT_ONCE = 64
+"""Pictures in memory while an archive is written."""
+
+
+@dataclass(frozen=True)
+class Draw(SamplingOverrides, TakesPaths):
+    """Which images of a run are drawn, and how: the sampling options that are not given are those of its recipe."""
+
+    run: Positional[Path]
+    """Folder of the run, OWNER/NAME of one on the Hugging Face hub, or starter, the small model of this package."""
+    out: Path
+    """A folder for PNG files, or a file that ends in .npz."""
+    count: int = 50
+    """How many images."""
+    seed: int = 0
+    """Image i depends on the seed and i alone."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """Classes in turn, or drawn at random (by seed and index)."""
+    classes: tuple[str, ...] = ()
+    """Only these classes, by number or name; all if not given."""
+    step: int | None = None
+    """Checkpoint to use; the last one if not given."""
+    weaker_run: Path | None = None
+    """A run on the same store whose model guides by being worse (autoguidance), by --auto-scale, 2 if not given."""
+    autoencoder: str | None = None
+    """Decode with another autoencoder than the run's own."""
+    batch_size: int = 32
+    """Images at once in each process; does not change them beyond rounding."""
+    compile: bool = False
+    """Compile the network: slower to start, faster after; does not change images beyond rounding."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "count", "batch_size", at_least=1)
+        require(self, "seed", at_least=0)
+
+
+def write_samples(options: Draw) -> Path:
+    """Draw the images that are missing, in every process. Returns where they are.
+
+    The folder gets `000000.png` … and `samples.json` with the protocol and every label, those of more images that are
+    there already included. Raises UserError for a class outside the range, guidance without classes, or a folder or
+    file with images of another protocol.
+    """
+    rank, processes = distributed.join(options.device)
+    model = load(
+        options.run,
+        step=options.step,
+        device=options.device,
+        autoencoder=options.autoencoder,
+        compile=options.compile,
+    )
+    drawing = plan(options, model)
+    as_npz = options.out.suffix.lower() == ".npz"
+    folder = options.out.with_suffix(".parts") if as_npz else options.out
+    protocol = protocol_of(options, drawing)
+    if as_npz and is_finished(options.out, protocol):
+        if rank == 0:
+            _remove(folder)  # Left over, if the process died before it could.
+            print(f"{options.out} is complete already: {options.count} images")
+        return options.out
+    create_or_resume(folder, protocol, rank)
+    # Who draws what must not depend on what the other processes have drawn already.
+    mine = [i for i in range(rank, options.count, processes) if not (folder / f"{i:06d}.png").is_file()]
+    total = evaluations(drawing.sampling, len(mine), options.batch_size)
+    room = min(options.batch_size, len(mine))
+    with (
+        tqdm(total=total, unit="evaluation", desc="sample", disable=rank > 0) as progress,
+        PictureWriter() as pictures,
+    ):
+        for start in range(0, len(mine), options.batch_size):
+            indices = mine[start : start + options.batch_size]
+            state = drawing.draw(indices, progress.update, room)
+            pixels = model.pixels(state, drawing.sampling.rounding)
+            pictures.write([folder / f"{i:06d}.png" for i in indices], pixels)
+    distributed.barrier()
+    if as_npz and rank == 0:
+        files = [folder / f"{i:06d}.png" for i in range(options.count)]
+        write_archive(options.out, files, drawing.labels, protocol)
+        _remove(folder)
+    return options.out
+
+
+def _remove(folder: Path) -> None:
+    """Remove pictures that are in an archive by now, with their protocol and their folder, if they are there.
+
+    A folder that holds other files, such as those of a file manager, stays.
+    """
+    if folder.is_dir():
+        for file in (*folder.glob("*.png"), folder / PROTOCOL):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def write_archive(out: Path, pictures: Sequence[Path], labels: list[int], protocol: dict[str, Any]) -> None:
+    """Write pictures of one size into a NumPy archive, as `numpy.savez` would: `arr_0` (N, H, W, 3) uint8, as in ADM's.
+
+    Besides, `labels` (N,) and the `protocol` as JSON. A few pictures at a time are in memory. Raises UserError if the
+    file cannot be written.
+    """
+    with Image.open(pictures[0]) as first:
+        width, height = first.size
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(pictures), height, width, 3)}
+    with replacing(out) as beside, ZipFile(beside, "w") as archive, ThreadPoolExecutor(THREADS) as threads:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, len(pictures), PACKED_AT_ONCE):
+                for image in threads.map(_pixels, pictures[start : start + PACKED_AT_ONCE]):
+                    file.write(image.data)
+        for name, value in (("labels", np.array(labels)), ("protocol", np.array(json.dumps(protocol)))):
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, value, allow_pickle=False)
+
+
+def archived_protocol(archive: Path) -> dict[str, Any] | None:
+    """The protocol in an .npz file, if it has one. Raises UserError for a damaged file."""
+    try:
+        if not is_zipfile(archive):
+            raise ValueError("it is no archive")
+        with np.load(archive, allow_pickle=False) as arrays:
+            text = str(arrays["protocol"]) if "protocol" in arrays.files else None
+    except (ValueError, OSError, BadZipFile) as error:
+        raise UserError(f"{archive}: the protocol cannot be read ({error}); mend or remove the file") from error
+    return None if text is None else protocol_in(text, archive)
+
+
+def protocol_in(text: str, path: Path) -> dict[str, Any]:
+    """A protocol from JSON that was read in `path`. Raises UserError if it is none."""
+    try:
+        protocol = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: the protocol is not JSON ({error}); mend or remove it") from error
+    if not isinstance(protocol, dict):
+        raise UserError(f"{path}: the protocol is not a JSON object; mend or remove it")
+    return protocol
+
+
+def _pixels(file: Path) -> np.ndarray:
+    """A picture as contiguous uint8 (height, width, 3)."""
+    with Image.open(file) as picture:
+        return np.ascontiguousarray(picture)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images that are to be drawn: image i is a function of the seed and i."""
+
+    model: ImageModel
+    weaker: Denoiser | None
+    sampling: Sampling
+    labels: list[int]
+    seed: int
+
+    def draw(self, indices: Sequence[int], on_evaluation: Callable[[], object], room: int = 0) -> State:
+        """The states of some of the images; `on_evaluation` is called after each evaluation, for progress.
+
+        A compiled network evaluates batches of `room` images, if that is more, so that it sees one shape.
+        """
+        return self.model.draw(
+            indices,
+            self.model.condition([self.labels[i] for i in indices]),
+            self.seed,
+            self.sampling,
+            weaker=self.weaker,
+            room=room,
+            controls=[Progress(on_evaluation)],
+        )
+
+
+def plan(options: Draw, model: ImageModel) -> Drawing:
+    """What the options ask of a model. Raises UserError for what it cannot do."""
+    weaker = weaker_model(options, model) if options.weaker_run else None
+    changes = {part.name: getattr(options, part.name) for part in fields(Sampling)}
+    changes["auto_scale"] = (changes["auto_scale"] or WEAKER_SCALE) if weaker else None
+    sampling = model.default_sampling.changed(**changes)
+    return Drawing(model, weaker, model.resolved(sampling), choose_labels(options, model), options.seed)
+
+
+def weaker_model(options: Draw, model: ImageModel) -> Denoiser:
+    """The second model of autoguidance. Raises UserError unless both speak of the same images, in the same terms."""
+    assert options.weaker_run
+    weaker = load(options.weaker_run, device=options.device)
+    config = weaker.denoiser.config
+    if config.shapes() != model.denoiser.config.shapes():
+        raise UserError(
+            f"--weaker-run {options.weaker_run} was trained on other modalities or sizes than {options.run}"
+        )
+    different = fine_tuning.changed_meanings(weaker.record, model.record)
+    if not any(modality.is_class_token for modality in config.modalities):
+        different = [name for name in different if name != "encoder"]  # It was only aligned with.
+    if not fine_tuning.same_classes(fine_tuning.names_of(weaker.record), fine_tuning.names_of(model.record)):
+        different.append("classes")
+    if different:
+        raise UserError(
+            f"--weaker-run {options.weaker_run} was trained with another {', another '.join(different)} than "
+            f"{options.run}; choose a run that differs in its model or its training alone"
+        )
+    return weaker.denoiser
+
+
+def choose_labels(options: Draw, model: ImageModel) -> list[int]:
+    """The label of each image: a function of the seed and its index."""
+    names = model.record.class_names
+    if not names:
+        if options.classes:
+            model.label(options.classes[0])
+        return [model.null_label] * options.count
+    allowed = [model.label(name) for name in options.classes] or list(range(len(names)))
+    if options.labels == "balanced":
+        return [allowed[i % len(allowed)] for i in range(options.count)]
+    return [allowed[generator(options.seed, "label", i).integers(len(allowed))] for i in range(options.count)]
+
+
+def protocol_of(options: Draw, drawing: Drawing) -> dict[str, Any]:
+    """Everything that decides the images: goes with them, and into every report about them."""
+    model, weaker = drawing.model, options.weaker_run
+    record = model.record
+    return {
+        "run": known_as(options.run),
+        "recipe": record.recipe.name,
+        "model": record.recipe.model,
+        "step": model.step,
+        "weights": "EMA",
+        "weights_sha256": checkpoints.weights_sha256(model.folder, model.step) if model.folder else None,
+        "sampling": asdict(drawing.sampling),
+        "label_policy": options.labels,
+        "labels": drawing.labels,
+        "class_names": list(record.class_names),
+        "seed": options.seed,
+        "decoder": model.autoencoder.spec.name,
+        "decoder_sha256": model.autoencoder.spec.weights_sha256,
+        "weaker_run": known_as(weaker) if weaker else None,
+        "weaker_weights_sha256": weaker and checkpoints.weights_sha256(find_run(weaker)),
+        "versions": {name: version(name) for name in ("reglue", "torch", "numpy")},
+    }
+
+
+def read_protocol(path: Path) -> dict[str, Any]:
+    """The protocol of images that are to be continued. Raises UserError if the file does not hold it (any more)."""
+    remedy = "choose a new --out, or delete the folder and draw anew"
+    protocol = from_json(path, dict[str, Any], remedy)
+    if not (isinstance(protocol.get("sampling"), dict) and isinstance(protocol.get("labels"), list)):
+        raise UserError(f"{path} is damaged (it holds no protocol of samples); {remedy}")
+    return protocol
+
+
+PLACES = {"run": "weights_sha256", "weaker_run": "weaker_weights_sha256", "decoder": "decoder_sha256"}
+"""Where models were found, and the hash that says which ones they are, wherever they have been moved or copied to."""
+
+
+def create_or_resume(folder: Path, protocol: dict[str, Any], rank: int) -> None:
+    """Make the folder, or check that its images are of the same protocol. Raises UserError if they are not."""
+    path = folder / PROTOCOL
+    if path.is_file():
+        protocol = joined(folder, read_protocol(path), protocol, complete=is_drawn(folder, protocol))
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds other files; choose a new or an empty folder for --out")
+    distributed.barrier()
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(protocol, indent=1))
+    distributed.barrier()
+
+
+def is_drawn(folder: Path, protocol: dict[str, Any]) -> bool:
+    """Whether all images of a protocol are there."""
+    return all((folder / f"{i:06d}.png").is_file() for i in range(len(protocol["labels"])))
+
+
+def is_finished(archive: Path, protocol: dict[str, Any]) -> bool:
+    """Whether an .npz file is there. Raises UserError if it holds anything but the images of this very protocol."""
+    if not archive.exists():
+        return False
+    before = archived_protocol(archive) or {}
+    if not {"labels", "sampling"} <= before.keys():
+        raise UserError(f"{archive} is there, and does not say how its images were drawn; choose a new --out")
+    joined(archive, before, protocol, complete=True)
+    has, asked = len(before["labels"]), len(protocol["labels"])
+    if has != asked:
+        raise UserError(f"{archive} holds {has} images, not {asked}, and takes no more; choose a new --out")
+    return True
+
+
+def joined(place: Path, before: dict[str, Any], protocol: dict[str, Any], *, complete: bool) -> dict[str, Any]:
+    """The protocol of the images that lie at a place and of those to come. Raises UserError if they are of two.
+
+    `complete`, none are to come: then it does not matter which versions of libraries would draw them.
+    """
+    protocol = json.loads(json.dumps(protocol))  # as it will be read back
+    # Models may have moved: their hashes say which ones they are.
+    before |= {name: protocol[name] for name, digest in PLACES.items() if before.get(digest)}
+    # More images of the same kind may be added: labels are a function of the index.
+    count = min(len(before["labels"]), len(protocol["labels"]))
+    shortened = [{**p, "labels": p["labels"][:count]} for p in (before, protocol)]
+    free = ("versions",) if complete else ()
+    different = sorted(key for key in protocol if key not in free and shortened[0].get(key) != shortened[1][key])
+    if different:
+        raise UserError(f"{place} holds samples of another protocol ({', '.join(different)}); choose a new --out")
+    # Fewer images take none away, and the protocol describes all that are there.
+    return max(before, protocol, key=lambda p: len(p["labels"]))
