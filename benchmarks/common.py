@@ -33,6 +33,14 @@ PACKAGES = ("torch", "timm", "diffusers", "numpy", "safetensors", "pillow")
 class Benchmark:
     """Options of every benchmark."""
 
+    out: Path | None = None
+    """File that gets the line of JSON too."""
+
+
+@dataclass(frozen=True)
+class Comparison(Benchmark):
+    """Options of a benchmark that times ours, beside the published code where there is a checkout."""
+
     device: str = "auto"
     """auto, cpu or cuda."""
     threads: int = 1
@@ -43,8 +51,6 @@ class Benchmark:
     """A checkout of the published REGLUE code to measure beside ours. Without it ours is measured alone."""
     toy: bool = False
     """Sizes that take seconds, to see that the benchmark runs."""
-    out: Path | None = None
-    """File that gets the line of JSON too."""
 
     def begin(self) -> torch.device:
         """Set the threads. Returns the device."""
@@ -117,6 +123,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "gpu": gpu and gpu.name,
         "gpu_memory_gib": gpu and gpu.total_memory / 2**30,
@@ -137,7 +144,7 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def report(options: Benchmark, figures: Mapping[str, Any], device: torch.device) -> str:
+def report(options: Benchmark, figures: Mapping[str, Any], device: torch.device = torch.device("cpu")) -> str:
     """Print figures and all that they depend on as one line of JSON. Returns the line."""
     content: dict[str, Any] = {
         "benchmark": type(options).__name__,
@@ -146,7 +153,7 @@ def report(options: Benchmark, figures: Mapping[str, Any], device: torch.device)
         "hardware": hardware(device),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": commit_of(ROOT),
-        "official_commit": commit_of(options.official) if options.official else None,
+        "official_commit": commit_of(folder) if (folder := getattr(options, "official", None)) else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     line = json.dumps(plain(content))

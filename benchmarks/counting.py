@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import Benchmark, report, run
 from reglue.config import Precision
+from reglue.diffusion.conditions import CONDITIONS
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.training.precision import autocast
 from workloads import Workload
@@ -69,8 +70,9 @@ def random_outputs(model: Denoiser, images: int) -> Tensor:
 
 def random_inputs(config: DenoiserConfig, images: int) -> tuple[Any, ...]:
     """State, time and condition for a denoiser, on the default device."""
-    state = {name: torch.randn(images, *shape) for name, shape in config.shape.shapes().items()}
-    return state, torch.rand(images), torch.zeros(images, dtype=torch.int64)
+    state = {name: torch.randn(images, *shape) for name, shape in config.shapes().items()}
+    condition = {name: CONDITIONS[name].null(size, images) for name, size in config.conditions.items()}
+    return state, torch.rand(images), condition
 
 
 def parameters(config: DenoiserConfig) -> int:
@@ -133,7 +135,7 @@ class Cost:
         """Count one model."""
         config = workload.config
         with torch.device("meta"):
-            blocks = [sum(p.numel() for p in block.parameters()) for block in Denoiser(config).transformer.blocks]
+            blocks = [sum(p.numel() for p in block.parameters()) for block in Denoiser(config).backbone.blocks]
         return Cost(
             name,
             parameters(config),
@@ -246,7 +248,7 @@ def main(options: Counting) -> str:
     }
     for rows in tables.values():
         show(rows)
-    return report(options, tables, torch.device("cpu"))
+    return report(options, tables)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def session(options: Session) -> int:
             continue
         print(f"── {step.name}", flush=True)
         code, output = run(command_of(step, options), remaining)
-        if code == 0:
+        # Tests that see no GPU are skipped, which is no failure for pytest.
+        if code == 0 and (step.name != "tests" or options.device == "cpu" or " passed" in output.splitlines()[-1]):
             missing.pop()
             failed.unlink(missing_ok=True)
             file.write_text(output.splitlines()[-1] + "\n")

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State
+from reglue.diffusion.modalities import LATENT, State
+from reglue.diffusion.objective import ALIGNMENT
 from reglue.encoders.vision import VisionEncoder
 from reglue.errors import UserError
 from reglue.published.weights import export_official
@@ -29,6 +30,8 @@ from reglue.training.precision import matmul_precision
 MixedPrecision = Literal["no", "fp16", "bf16"]
 Semantics = Callable[[], tuple[Tensor, Tensor, Tensor]]
 """Codes (B, K, H, W), class token (B, D) and all tokens (B, 1 + N, D) of a step's images."""
+LOCAL, CLS = "local", "cls"
+"""The modalities beside the latents that their model learns."""
 LATENT_SCALE = 0.18215
 
 
@@ -56,7 +59,7 @@ def model(folder: Path, ours: Denoiser, *, fused_attention: bool) -> nn.Module:
     config = ours.config
     (sit,) = load(folder, "models.sit")
     theirs = sit.SiT(
-        input_size=config.shape.grid[0],
+        input_size=config.grid[0],
         patch_size=config.patch,
         in_channels=config.channels,
         hidden_size=config.width,
@@ -84,7 +87,7 @@ def losses(folder: Path, model: nn.Module, images: Tensor, cls: Tensor, label: T
     (module,) = load(folder, "loss")
     loss = module.SILoss(prediction="v", path_type="linear", weighting="uniform")
     latent, local, alignment, _, _, token = loss(model, images, {"y": label}, zs=[tokens], cls_token=cls)
-    terms = {"latent": latent, "local": local, "cls": token, "alignment": alignment}
+    terms = {LATENT: latent, LOCAL: local, CLS: token, ALIGNMENT: alignment}
     return {name: term.mean() for name, term in terms.items()}
 
 
@@ -143,7 +146,7 @@ class TrainingStep:
         with accelerator.accumulate(self.model):
             terms = losses(self.folder, self.model, images, cls, label, tokens)
             weighted = {name: self.weights[name] * term for name, term in terms.items()}
-            loss = weighted["latent"] + weighted["local"] + weighted["alignment"] + weighted["cls"]
+            loss = weighted[LATENT] + weighted[LOCAL] + weighted[ALIGNMENT] + weighted[CLS]
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimiser.step()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import official
 import reglue
-from common import Benchmark, alternate, report, run, speedups
+from common import Comparison, alternate, report, run, speedups
 from reglue.commands.prepare import NO_ENCODER, Prepare, prepare
 from reglue.config import Precision
 from reglue.data.images import ImageSource, UnreadableImage
@@ -38,7 +38,7 @@ AT_HAND = 1024
 
 
 @dataclass(frozen=True)
-class PrepareSpeed(Benchmark):
+class PrepareSpeed(Comparison):
     """Images to latent moments, and to features where an encoder is named: images per second.
 
     Beside the published code leave the encoder out: theirs runs in the training step.

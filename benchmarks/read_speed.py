@@ -54,10 +54,9 @@ class ReadSpeed(Benchmark):
 
 def main(options: ReadSpeed) -> str:
     """Measure, and print the table and then the line of JSON. Returns the line."""
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     if options.store is None and not (options.made / "manifest.json").is_file():
-        data, rows = ("toy", 8) if options.toy else (options.data, options.rows)
-        Workload.of(data).random_store(options.made, rows)
+        Workload.of(options.data).random_store(options.made, options.rows)
     store = Store.open(options.store or options.made)
     codes = next((column for column in store.manifest.columns if column.startswith(LOCAL_CODES)), "")
     rows: list[dict[str, Any]] = []
@@ -66,7 +65,7 @@ def main(options: ReadSpeed) -> str:
         if {*needed_columns(recipe)} <= store.manifest.columns.keys():
             rows.append(of_recipe(options, store, recipe))
     show(rows)
-    return report(options, {"recipes": rows}, torch.device("cpu"))
+    return report(options, {"recipes": rows})
 
 
 def of_recipe(options: ReadSpeed, store: Store, recipe: Recipe) -> dict[str, Any]:

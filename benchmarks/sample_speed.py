@@ -9,7 +9,7 @@ included; theirs is the sampler of their generate.py: float32, TF32 on a GPU, at
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,12 +22,14 @@ from torch import Tensor
 import official
 from common import alternate, report, run, speedups
 from counting import forward_flops
+from official import CLS, LOCAL
 from reglue.config import Sampling
-from reglue.diffusion.guidance import Guidance, guided_velocity
-from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State
-from reglue.diffusion.paths import LINEAR
+from reglue.diffusion.conditions import CLASS
+from reglue.diffusion.guidance import Velocity, guided_velocity
+from reglue.diffusion.modalities import LATENT, State
+from reglue.diffusion.samplers import SAMPLERS, integrate, stochastic_times
 from reglue.encoders.autoencoders import load_autoencoder
-from reglue.pipeline import ImageModel, follow
+from reglue.pipeline import ImageModel
 from reglue.run import RunRecord
 from reglue.training.precision import SamplingNetwork, matmul_precision
 from workloads import CLASSES, OfModel
@@ -53,11 +55,12 @@ def main(options: SampleSpeed) -> str:
     device = options.begin()
     steps, batch = (5, 2) if options.toy else (options.steps, options.batch_size)
     workload = options.workload()
-    guidance = Guidance(options.guidance_scale, interval=options.guidance_interval)
-    sampling = Sampling("euler-maruyama", steps, guidance, state_precision="float64")
+    sampling = Sampling(
+        "euler-maruyama", steps, guidance_scale=options.guidance_scale, guidance_interval=options.guidance_interval
+    )
     denoiser = workload.random_model().to(device).eval()
     label = torch.arange(batch) % CLASSES
-    start = {name: torch.randn(batch, *shape, device=device) for name, shape in workload.config.shape.shapes().items()}
+    start = {name: torch.randn(batch, *shape, device=device) for name, shape in workload.config.shapes().items()}
     figures: dict[str, Any] = {"batch_size": batch, "steps": steps}
     contestants: dict[str, Callable[[], object]] = {}
 
@@ -72,8 +75,9 @@ def main(options: SampleSpeed) -> str:
         torch.manual_seed(3)
         expected = draw_theirs(two, label[:2], 4)
         torch.manual_seed(3)
-        velocity = guided_velocity(SamplingNetwork(denoiser, "float32"), label[:2].to(device), guidance)
-        found = our_samples(velocity, two, replace(sampling, steps=4))
+        network, condition = SamplingNetwork(denoiser, "float32"), {CLASS: label[:2].to(device)}
+        velocity = guided_velocity(network, condition, workload.config.modalities, sampling.guidance)
+        found = our_samples(velocity, two, 4)
         figures["sample_difference"] = ((found - expected).abs().max() / expected.abs().max()).item()
         assert figures["sample_difference"] < AGREEMENT, figures
 
@@ -90,7 +94,7 @@ def main(options: SampleSpeed) -> str:
         name = f"ours {precision}" + ("" if compile == "no" else ", compiled")
         image_model = ImageModel(record, denoiser, autoencoder, compile=compile == "model")
         contestants[name] = partial(
-            image_model.draw, range(batch), label.tolist(), 0, replace(sampling, precision=precision)
+            image_model.draw, range(batch), {CLASS: label.to(device)}, 0, sampling.changed(precision=precision)
         )
     measured = alternate(contestants, options.repeats, device)
     figures |= {
@@ -102,7 +106,7 @@ def main(options: SampleSpeed) -> str:
 
 
 @torch.no_grad()
-def our_samples(velocity: Any, start: State, sampling: Sampling) -> Tensor:
+def our_samples(velocity: Velocity, start: State, steps: int) -> Tensor:
     """Latents and map (B, C + K, H, W) by our sampler, with noise in the order in which the published one draws it."""
     channels = start[LATENT].shape[1]
 
@@ -112,7 +116,9 @@ def our_samples(velocity: Any, start: State, sampling: Sampling) -> Tensor:
             cls = torch.randn_like(start[CLS], dtype=torch.float64)
             yield {LATENT: maps[:, :channels], LOCAL: maps[:, channels:], CLS: cls}
 
-    state = follow(velocity, {name: x.double() for name, x in start.items()}, noise(), sampling, LINEAR)
+    times = [dict.fromkeys(start, time) for time in stochastic_times(steps)]
+    exact = {name: x.double() for name, x in start.items()}
+    state = integrate(SAMPLERS["euler-maruyama"].step, velocity, exact, times, noise=noise())
     return torch.cat([state[LATENT], state[LOCAL]], dim=1)
 
 

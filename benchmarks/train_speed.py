@@ -25,16 +25,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import official
 from common import alternate, matmul_rate, report, run, speedups
 from counting import parameters, training_flops
+from official import CLS, LOCAL
 from reglue.commands.train import READERS, Losses, ema_decay, prefetch
 from reglue.config import Compile, Precision, Recipe
 from reglue.data.batches import HostBatch, TrainingData
+from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.modalities import CLS, LATENT, LOCAL
+from reglue.diffusion.modalities import LATENT
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import LINEAR, PATHS
 from reglue.training import distributed, parallel
 from reglue.training.precision import autocast, compile_parts, matmul_precision, to_compile
-from workloads import LAYERS, OfModel, RandomOnline, Workload
+from workloads import CLASSES, LAYERS, OfModel, RandomOnline, Workload
 
 AGREEMENT = 1e-4
 """Largest relative difference of a term of the loss, ours against theirs, in float32."""
@@ -77,7 +79,7 @@ class TrainingStep:
         self.recipe, self.device = recipe, device
         self.precision: Precision = precision
         self.model = deepcopy(start)
-        blocks = self.model.transformer.blocks
+        blocks = self.model.backbone.blocks
         losses = Losses(self.model, PATHS[recipe.path])
         compile_parts(losses, blocks, to_compile(compile, device))
         self.losses = parallel.parallelise(losses, blocks, 1, device, precision)
@@ -92,18 +94,19 @@ class TrainingStep:
             fused=True,
         )
 
-    def __call__(self, data: TrainingData, batch: HostBatch) -> None:
-        """One step."""
+    def __call__(self, data: TrainingData, batch: HostBatch) -> dict[str, Tensor]:
+        """One step. Returns the terms of its loss, and the gradient's norm as `gradient_norm`."""
         optimisation = self.recipe.optimisation
         with distributed.deterministic(self.device, True):
             with matmul_precision(self.device, self.precision), parallel.accumulating(self.losses, last=True):
                 with autocast(self.device, self.precision):
                     terms = self.losses(data.finish(batch))
                 weighted_sum(terms, self.recipe.loss_weights(0)).backward()
-            parallel.clip_gradients(self.model.parameters(), optimisation.clip)
+            norm = parallel.clip_gradients(self.model.parameters(), optimisation.clip)
             self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)
             torch._foreach_lerp_(self.averages, self.weights, 1 - ema_decay(optimisation, 0))  # type: ignore[reportPrivateImportUsage]
+        return {**terms, "gradient_norm": norm}
 
 
 def main(options: TrainSpeed) -> str:
@@ -157,7 +160,7 @@ def loss_difference(folder: Path, workload: Workload, start: Denoiser) -> float:
     """The largest relative difference of a term of the loss between ours and theirs, on the same draws, in float32."""
     config = workload.config
     theirs = official.model(folder, start, fused_attention=True)
-    state = {name: torch.randn(2, *shape) for name, shape in config.shape.shapes().items()}
+    state = {name: torch.randn(2, *shape) for name, shape in config.shapes().items()}
     images, label = torch.cat([state[LATENT], state[LOCAL]], dim=1), torch.arange(2)
     rows, columns = config.token_grid
     tokens = torch.randn(2, 1 + rows * columns, config.alignment_width)
@@ -168,28 +171,24 @@ def loss_difference(folder: Path, workload: Workload, start: Denoiser) -> float:
         time = torch.rand(2, 1, 1, 1).flatten()
         latent, local = torch.randn_like(images).split([state[LATENT].shape[1], state[LOCAL].shape[1]], dim=1)
         noise = {LATENT: latent, LOCAL: local, CLS: torch.randn_like(state[CLS])}
-        terms = loss_terms(start, LINEAR, TrainingSample(state, noise, time, label, tokens))
+        terms = loss_terms(start, LINEAR, TrainingSample(state, noise, time, {CLASS: label}, tokens))
     differences = [(terms[name] - value).abs() / value.abs() for name, value in expected.items()]
     return torch.stack(differences).max().item()  # NaN if one is.
 
 
 def theirs(options: TrainSpeed, folder: Path, workload: Workload, start: Denoiser, batch: int) -> Callable[[], object]:
     """A turn of the published step."""
-    device, shapes = options.begin(), workload.config.shape.shapes()
+    device, shapes = options.begin(), workload.config.shapes()
     model = official.model(folder, start, fused_attention=True)
-    weights, on_cpu = workload.recipe.loss_weights(0), device.type == "cpu"
-    step = official.TrainingStep(folder, model, weights, options.official_precision, on_cpu)
-
-    def loaded(tensor: Tensor) -> Tensor:
-        """As their DataLoader gives it."""
-        return tensor if on_cpu else tensor.pin_memory()
-
+    weights = workload.recipe.loss_weights(0)
+    step = official.TrainingStep(folder, model, weights, options.official_precision, device.type == "cpu")
     channels, *grid = shapes[LATENT]
-    moments, label = loaded(torch.randn(batch, 2 * channels, *grid)), loaded(torch.randint(1000, (batch,)))
+    moments = as_loaded(torch.randn(batch, 2 * channels, *grid), device)
+    label = as_loaded(torch.randint(CLASSES, (batch,)), device)
     if options.encoder_in_step:
         encoder = workload.random_encoder(LAYERS, device)
-        pixels = loaded(torch.randint(256, (batch, 3, *encoder.spec.image_size), dtype=torch.uint8))
-        semantics = official.Encoder(folder, encoder, workload.local_channels, pixels, workload.grid)
+        pixels = as_loaded(torch.randint(256, (batch, 3, *encoder.spec.image_size), dtype=torch.uint8), device)
+        semantics = official.Encoder(folder, encoder, workload.local_channels, pixels, workload.config.grid)
     else:
         rows, columns = workload.config.token_grid
         sizes = (shapes[LOCAL], shapes[CLS], (1 + rows * columns, workload.token_width))
@@ -201,6 +200,11 @@ def theirs(options: TrainSpeed, folder: Path, workload: Workload, start: Denoise
             step(moments.to(device), label.to(device), semantics)
 
     return turn
+
+
+def as_loaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor as their DataLoader hands it over: in pinned memory where there is a GPU to copy it."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def training_data(targets: Targets, folder: Path, workload: Workload, batch: int, device: torch.device) -> TrainingData:

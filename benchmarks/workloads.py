@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common import Benchmark
-from reglue.commands.demo import DEMO_RECIPE
+from common import Comparison
 from reglue.config import Precision, Recipe
 from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits
 from reglue.data.targets import AlignmentTargets, Tokens
+from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
+from reglue.diffusion.modalities import LATENT, Modality
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.encoders.compressors import ConvCompressor
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, load_encoder
@@ -35,7 +36,7 @@ Data = Literal["imagenet", "demo", "toy"]
 
 
 @dataclass(frozen=True)
-class OfModel(Benchmark):
+class OfModel(Comparison):
     """Options of a benchmark of a denoiser."""
 
     data: Data = "imagenet"
@@ -56,8 +57,6 @@ class Workload:
 
     recipe: Recipe
     config: DenoiserConfig
-    grid: tuple[int, int]
-    """Of the latents."""
     local_channels: int
     token_width: int
     """Of the vision encoder."""
@@ -67,22 +66,26 @@ class Workload:
         data: Data, model: str | None = None, recipe: str = "reglue", size: tuple[int, int] = (256, 256)
     ) -> Workload:
         """A published recipe in ImageNet's sizes (SD-VAE, DINOv2-B; `size` in pixels), the demo's or a toy's."""
-        base = DEMO_RECIPE if recipe == "reglue" and data != "imagenet" else RECIPES[recipe]
-        default, local_channels, token_width = {
-            "imagenet": ("B/2", 8 if recipe == "redi" else 16, 768),
-            "demo": (DEMO_RECIPE.model, 8, 128),
-            "toy": ("2x32x2/2", 4, 32),
+        default, local_channels, token_width, hidden = {
+            "imagenet": ("B/2", 8 if recipe == "redi" else 16, 768, 2048),
+            "demo": ("6x128x2/2", 8, 128, 256),
+            "toy": ("2x32x2/2", 4, 32, 64),
         }[data]
-        sized = replace(base, model=model or default)
-        grid = (size[0] // DOWNSAMPLING, size[1] // DOWNSAMPLING) if data == "imagenet" else (8, 8)
-        config = sized.denoiser_config(
-            latent_channels=LATENT_CHANNELS,
-            grid=grid,
-            classes=CLASSES,
-            local_channels=local_channels,
-            token_width=token_width,
+        base = RECIPES[recipe]
+        sized = replace(
+            base,
+            model=model or default,
+            local=replace(base.local, compressor=f"conv-{local_channels}"),
+            alignment=replace(base.alignment, hidden=hidden),
         )
-        return Workload(sized, config, grid, local_channels, token_width)
+        grid = (size[0] // DOWNSAMPLING, size[1] // DOWNSAMPLING) if data == "imagenet" else (8, 8)
+        channels = {LATENT: LATENT_CHANNELS, "local": local_channels, "cls": token_width}
+        learned = tuple(
+            Modality(part.modality, part.kind, channels[part.modality], part.column, is_class_token=part.is_class_token)
+            for part in sized.learned_parts
+        )
+        config = sized.denoiser_config(learned, grid, {CLASS: CLASSES}, token_width)
+        return Workload(sized, config, local_channels, token_width)
 
     def random_model(self) -> Denoiser:
         """A model whose every weight is random: as initialised, its outputs are zero and compare with nothing."""
@@ -98,7 +101,8 @@ class Workload:
 
         The features of all rows are alike, which no reader notices.
         """
-        size = (self.grid[0] * DOWNSAMPLING, self.grid[1] * DOWNSAMPLING)
+        grid = self.config.grid
+        size = (grid[0] * DOWNSAMPLING, grid[1] * DOWNSAMPLING)
         tokens, width, half = self.config.token_grid, self.token_width, (0.5,) * 3
         contents = Contents(
             source=Source("random", "0", size, tuple(map(str, range(CLASSES))), rows),
@@ -120,7 +124,7 @@ class Workload:
         of_a_row = in_8_bits(features) if features_dtype == "int8" else {"features": features.half()}
         for block in writer.pending:
             count = len(block)
-            latent = torch.randn(2, count, LATENT_CHANNELS, *self.grid)
+            latent = torch.randn(2, count, LATENT_CHANNELS, *grid)
             columns = {
                 "label": {"label": torch.randint(CLASSES, (count,))},
                 "latent": {"mean": latent[0], "std": latent[1].abs() * 0.1},
