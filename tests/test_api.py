@@ -16,7 +16,6 @@ from PIL import Image
 import reglue
 from reglue.cli import COMMANDS
 from reglue.config import Sampling
-from reglue.diffusion.guidance import Guidance
 from reglue.errors import UserError
 
 
@@ -59,8 +58,9 @@ def model(tiny_run: Path) -> reglue.ImageModel:
 
 def test_single_options_change_the_models_own_sampling(dropping_run: Path) -> None:
     model = reglue.load(dropping_run, device="cpu")
-    guidance = Guidance(1.5, local_scale=1.2, cls_scale=1.1, interval=(0.1, 0.8), representation_scale=1.3)
-    at_once = model.generate([1, 2], seed=4, sampling=Sampling("heun", 3, guidance, "round"), output="tensor")
+    scales = {"guidance_scale": 1.5, "local_scale": 1.2, "cls_scale": 1.1, "representation_scale": 1.3}
+    sampling = Sampling("heun", 3, guidance_interval=(0.1, 0.8), rounding="round", **scales)
+    at_once = model.generate([1, 2], seed=4, sampling=sampling, output="tensor")
     one_by_one = model.generate(
         [1, 2],
         seed=4,
@@ -77,7 +77,7 @@ def test_single_options_change_the_models_own_sampling(dropping_run: Path) -> No
     assert torch.equal(at_once, one_by_one)
     both = model.generate([1, 2], seed=4, sampling=Sampling("heun", 3), guidance_scale=2.0, output="tensor")
     assert torch.equal(
-        both, model.generate([1, 2], seed=4, sampling=Sampling("heun", 3, Guidance(2.0)), output="tensor")
+        both, model.generate([1, 2], seed=4, sampling=Sampling("heun", 3, guidance_scale=2.0), output="tensor")
     )
     assert not torch.equal(at_once, both)
 

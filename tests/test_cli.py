@@ -136,7 +136,7 @@ def test_every_field_of_a_recipe_can_be_overridden() -> None:
             "0.95",
             "--sampling.steps",
             "10",
-            "--sampling.guidance.scale",
+            "--sampling.guidance-scale",
             "1.5",
         ]
     )
@@ -146,7 +146,7 @@ def test_every_field_of_a_recipe_can_be_overridden() -> None:
     assert recipe.local.schedule == ((250, 0.5), (500, 0.25))
     assert (recipe.class_token.weight, recipe.alignment.after_block, recipe.alignment.targets) == (0.1, 3, "online")
     assert (recipe.optimisation.batch_size, recipe.optimisation.betas) == (64, (0.9, 0.95))
-    assert (recipe.sampling.steps, recipe.sampling.guidance.scale) == (10, 1.5)
+    assert (recipe.sampling.steps, recipe.sampling.guidance_scale) == (10, 1.5)
 
 
 def test_sample_takes_its_run_first() -> None:

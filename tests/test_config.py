@@ -1,9 +1,18 @@
+from dataclasses import fields
+from typing import Any
+
 import pytest
 
-from reglue.config import LocalSemantics, Part, Recipe, model_size
+from reglue.config import LocalSemantics, Part, Recipe, Sampling, SamplingOverrides, model_size
 from reglue.diffusion.denoiser import Denoiser
+from reglue.diffusion.modalities import Modality
 from reglue.errors import UserError
+from reglue.overrides import field_docstrings
 from reglue.papers import PAPERS, RECIPES
+
+
+def modalities(recipe: Recipe, **channels: int) -> tuple[Modality, ...]:
+    return tuple(part.as_modality(channels[part.modality]) for part in recipe.learned_parts)
 
 
 @pytest.mark.parametrize(
@@ -26,8 +35,9 @@ def test_parameter_counts_are_the_published_ones(name: str, model: str, with_pro
 
     import torch
 
-    config = replace(RECIPES[name], model=model).denoiser_config(
-        latent_channels=4, grid=(32, 32), classes=1000, local_channels=8 if name == "redi" else 16, token_width=768
+    recipe = replace(RECIPES[name], model=model)
+    config = recipe.denoiser_config(
+        modalities(recipe, latent=4, local=8 if name == "redi" else 16, cls=768), (32, 32), {"class": 1000}, 768
     )
     with torch.device("meta"):
         denoiser = Denoiser(config)
@@ -39,8 +49,8 @@ def test_parameter_counts_are_the_published_ones(name: str, model: str, with_pro
 
 def test_a_part_with_weight_zero_is_absent() -> None:
     recipe = Recipe("plain")
-    config = recipe.denoiser_config(latent_channels=4, grid=(8, 8), classes=0, local_channels=16, token_width=32)
-    assert set(config.shape.shapes()) == {"latent"}
+    config = recipe.denoiser_config(modalities(recipe, latent=4, local=16, cls=32), (8, 8), {"class": 0}, 32)
+    assert set(config.shapes()) == {"latent"}
     assert config.alignment_width == 0
     assert set(recipe.loss_weights(0)) == {"latent"}
 
@@ -59,7 +69,7 @@ def test_an_unknown_model_lists_the_known_ones(name: str) -> None:
 @pytest.mark.parametrize("grid", [(7, 8), (8, 9)])
 def test_a_grid_that_does_not_fit_the_patches_is_refused(grid: tuple[int, int]) -> None:
     with pytest.raises(UserError, match="patches of 2"):
-        Recipe("plain").denoiser_config(latent_channels=4, classes=0, grid=grid)
+        Recipe("plain").denoiser_config(modalities(Recipe("plain"), latent=4), grid, {"class": 0})
 
 
 def test_a_descending_schedule_is_refused() -> None:
@@ -70,3 +80,37 @@ def test_a_descending_schedule_is_refused() -> None:
 def test_every_paper_names_its_command() -> None:
     for name, paper in PAPERS.items():
         assert paper.command.startswith(f"reglue train {name} ")
+
+
+def test_sampling_is_changed_by_what_is_given() -> None:
+    sampling = Sampling("heun", 20, guidance_scale=1.5, local_scale=1.0)
+    assert sampling.changed(steps=5, guidance_scale=None) == Sampling("heun", 5, guidance_scale=1.5, local_scale=1.0)
+    assert sampling.guidance.scale_of("local") == 1.0
+    assert sampling.guidance.scale_of("cls") == 1.5
+    assert sampling.changed(other_scales={"depth": 3.0}).guidance.scale_of("depth") == 3.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampler": "midpoint"}, "sampler midpoint: choose euler, heun, euler-maruyama, adams-bashforth, dopri5"),
+        ({"rounding": "up"}, "rounding up: choose truncate, round"),
+        ({"guiders": {"mine": 1.0}}, "guider mine: choose classifier-free"),
+        ({"guidance_interval": (0.5, 0.1)}, "choose 0 ≤ lowest ≤ highest ≤ 1"),
+        ({"steps": 0}, "steps 0: choose at least 1"),
+        ({"guided_channels": 0}, "guided-channels 0: choose at least 1"),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Sampling().changed(**change)
+
+
+def test_overrides_have_every_option_of_sampling_with_its_help() -> None:
+    documented = field_docstrings(Sampling)
+    for part in fields(Sampling):
+        (override,) = (f for f in fields(SamplingOverrides) if f.name == part.name)
+        assert override.default is None
+        assert override.kw_only
+        assert documented[part.name]
+        assert f"{part.name}: {documented[part.name]}" in SamplingOverrides.__doc__

@@ -20,10 +20,9 @@ from reglue.commands.train import Train, train
 from reglue.data.store import Store
 from reglue.diffusion.backbones.sit import position_embedding
 from reglue.errors import UserError
-from reglue.published import runs_by_name as hub
-from reglue.run import RunRecord
-from reglue.training import checkpoints
 from reglue.fine_tuning import rows_of_labels
+from reglue.run import RunRecord, find_run
+from reglue.training import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def oblong_store(
     (images / "square").rename(images / "zebra")
     folder = images.parent / "store"
     prepare(Prepare(images, folder, (16, 24), tiny_autoencoder, tiny_encoder, features=True, workers=0, device="cpu"))
-    compress(Compress(folder, fitted=tiny_run / "compressor", device="cpu"))
+    compress(Compress(folder, fitted=tiny_run / "compressors" / "local", device="cpu"))
     return folder
 
 
@@ -58,7 +57,7 @@ def test_another_resolution_and_other_classes(
     run = train(options("reglue", oblong_store, tmp_path / "run", "--from", tiny_run))
 
     source, start = weights(tiny_run, 6), weights(run, 0)
-    labels = "transformer.label_embedding.weight"
+    labels = "conditions.class.weight"
     for name in source.keys() - {labels}:
         assert torch.equal(start[name], source[name]), name
     circle, stripes, zebra, null = start[labels]
@@ -74,7 +73,10 @@ def test_another_resolution_and_other_classes(
     assert record.denoiser.token_grid == (4, 6)
     assert record.recipe.position_grid == record.denoiser.position_grid == (4, 4)
     printed = capsys.readouterr().out
-    assert "taken: class_token, class_token_velocity, patches, projector, transformer, velocity" in printed
+    assert (
+        "taken: backbone, conditions.class, patches, projector, time_embedding, token_velocities.cls, tokens.cls"
+        in printed
+    )
     assert "classes: 2 of 3 are known, and the null label" in printed
     assert "positions: of 4×6 tokens, counted in 4×4" in printed
     assert "not what it was" not in printed
@@ -119,12 +121,12 @@ def test_parts_come_and_go_and_any_weights_of_any_step_serve(
 ) -> None:
     alone = ["--class-token.weight=0", "--alignment.weight=0"]
     plain = train(options("reglue", tiny_store, tmp_path / "plain", "--from", tiny_run, "--from-weights=model", *alone))
-    assert "left out: class_token, class_token_velocity, projector" in capsys.readouterr().out
+    assert "left out: projector, token_velocities.cls, tokens.cls" in capsys.readouterr().out
     source = weights(tiny_run, 6, checkpoints.MODEL)
     assert torch.equal(weights(plain, 0)["patches.weight"], source["patches.weight"])
 
     train(options("reglue", tiny_store, tmp_path / "whole", "--from", plain, "--from-step=1"))
-    assert "new, with random weights: class_token, class_token_velocity, projector" in capsys.readouterr().out
+    assert "new, with random weights: projector, token_velocities.cls, tokens.cls" in capsys.readouterr().out
     assert torch.equal(weights(tmp_path / "whole", 0)["patches.weight"], weights(plain, 1)["patches.weight"])
 
 
@@ -214,19 +216,19 @@ def test_a_run_is_known_from_any_folder(
 
 
 def test_the_model_of_the_package_is_a_start_too(tiny_images: Path, tmp_path: Path) -> None:
-    place = hub.find_run("starter")
+    place = find_run("starter")
     store = tmp_path / "store"
     prepare(
         Prepare(tiny_images, store, 32, str(place / "autoencoder"), "starter", features=True, workers=0, device="cpu")
     )
-    compress(Compress(store, fitted=place / "compressor", device="cpu"))
+    compress(Compress(store, fitted=place / "compressors" / "local", device="cpu"))
     recipe = RunRecord.read(place).recipe
     recipe = replace(recipe, optimisation=replace(recipe.optimisation, steps=1, batch_size=4, compile="no"))
     run = train(Train(recipe, store, tmp_path / "run", start=Path("starter"), preview_every=0, device="cpu"))
     start = RunRecord.read(run).start
     assert start
     assert (start.run, start.step) == ("starter", checkpoints.steps(place)[-1])
-    name = "transformer.blocks.0.attention.qkv.weight"
+    name = "backbone.blocks.0.attention.qkv.weight"
     theirs, ours = (load_file(checkpoints.find(each) / checkpoints.EMA)[name].float() for each in (place, run))
     assert (theirs - ours).abs().max() < 0.1 * theirs.std()
 

@@ -99,8 +99,8 @@ def test_the_message_says_what_was_given_and_what_to_choose() -> None:
         ("train", "--alignment.after-block", "0"),
         ("train", "--alignment.hidden", "0"),
         ("train", "--sampling.steps", "0"),
-        ("train", "--sampling.guidance.guided-channels", "0"),
-        ("train", "--sampling.guidance.interval", "0.9 0.1"),
+        ("train", "--sampling.guided-channels", "0"),
+        ("train", "--sampling.guidance-interval", "0.9 0.1"),
         ("sample", "--seed", "-1"),
         ("sample", "--count", "0"),
         ("sample", "--batch-size", "0"),
@@ -130,8 +130,7 @@ def test_a_value_that_cannot_be_is_refused(job: str, option: str, value: str) ->
         parse([*JOBS[job], option, *value.split()])
     told = str(raised.value)
     # Sampling is asked for by `train`, `sample` and in Python, so its messages have no dashes and no prefix.
-    name = option.replace(".guidance.interval", ".guidance-interval").removeprefix("--sampling.guidance.")
-    assert told.startswith(f"{name.removeprefix('--sampling.')} {value}: choose ")
+    assert told.startswith(f"{option.removeprefix('--sampling.')} {value}: choose ")
     assert len(told.splitlines()) == 1
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from reglue.commands.verify import Verify, verify
     from reglue.config import Recipe, Sampling
     from reglue.data.store import Store
-    from reglue.diffusion.guidance import Guidance
+    from reglue.diffusion.controls import Control
     from reglue.encoders.autoencoders import load_autoencoder
     from reglue.encoders.compressors import load_compressor
     from reglue.encoders.vision import load_encoder
@@ -43,7 +43,7 @@ _HOMES = {
     "load": "reglue.pipeline",
     "ImageModel": "reglue.pipeline",
     "Sampling": "reglue.config",
-    "Guidance": "reglue.diffusion.guidance",
+    "Control": "reglue.diffusion.controls",
     # the commands
     "Prepare": "reglue.commands.prepare",
     "prepare": "reglue.commands.prepare",
@@ -89,7 +89,7 @@ __all__ = [  # noqa: RUF022 in the order of use
     "load",
     "ImageModel",
     "Sampling",
-    "Guidance",
+    "Control",
     "Prepare",
     "prepare",
     "Reencode",

@@ -16,7 +16,7 @@ from reglue.diffusion.backbones import BACKBONES
 from reglue.diffusion.conditions import CLASS, CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.guidance import GUIDERS, Guidance
-from reglue.diffusion.modalities import LATENT, Modality
+from reglue.diffusion.modalities import LATENT, Modality, Normalisation
 from reglue.diffusion.paths import PathName
 from reglue.diffusion.predictions import PREDICTIONS
 from reglue.diffusion.samplers import SAMPLERS, StatePrecision, adaptive_solver
@@ -102,13 +102,19 @@ class LearnedPart(Part):
     kind: ClassVar[Literal["map", "token"]]
     is_class_token: ClassVar[bool] = False
     dropout: ClassVar[float] = 0.0
-    unit_variance: bool = False
+    unit_variance: ClassVar[bool] = False
     one_scale: ClassVar[bool] = False
 
     @property
     def column(self) -> str:
         """The column of the store that training reads."""
         return self.modality
+
+    def as_modality(self, channels: int, normalisation: Normalisation | None = None) -> Modality:
+        """What the model learns, at so many channels."""
+        return Modality(
+            self.modality, self.kind, channels, self.column, normalisation, self.dropout, self.is_class_token
+        )
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class Latent(LearnedPart):
     prefix = "--latent."
     modality, kind = LATENT, "map"
     weight: float = 1.0
-    unit_variance: bool = False
+    unit_variance: bool = False  # type: ignore[reportIncompatibleVariableOverride]
     """Scale each channel to mean 0 and standard deviation 1 on the store's images, in place of the autoencoder's own
     shift and scale: for images unlike those that the autoencoder was made for."""
     one_scale: bool = False  # type: ignore[reportIncompatibleVariableOverride]
@@ -142,7 +148,7 @@ class LocalSemantics(LearnedPart):
     """Name of the compressor in the store: what `reglue compress` made."""
     dropout: float = 0.0  # type: ignore[reportIncompatibleVariableOverride]
     """Share of samples that are trained without the map, for representation guidance (ReDi: 0.2)."""
-    unit_variance: bool = False
+    unit_variance: bool = False  # type: ignore[reportIncompatibleVariableOverride]
     """Divide the map by its standard deviation, per channel (the published methods do not)."""
 
     def __post_init__(self) -> None:
@@ -164,7 +170,7 @@ class ClassToken(LearnedPart):
     compressor: str | None = None
     """Name of a compressor in the store (`reglue compress --column cls`), whose codes are learned in place of the token
     itself, as published. The alignment's target is the token itself in any case."""
-    unit_variance: bool = False
+    unit_variance: bool = False  # type: ignore[reportIncompatibleVariableOverride]
     """Divide the token by its standard deviation, per channel (the published methods do not)."""
 
     @property
@@ -185,6 +191,8 @@ class OtherModality(LearnedPart):
     """The column of the store: (B, C, h, w) for a map, (B, C) for a token."""
     dropout: float = 0.0  # type: ignore[reportIncompatibleVariableOverride]
     """Share of samples that are trained without it, for representation guidance."""
+    unit_variance: bool = False  # type: ignore[reportIncompatibleVariableOverride]
+    """Scale it to mean 0 and standard deviation 1, per channel."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,7 +27,7 @@ from reglue.commands.import_run import ImportRun, import_run
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train import train
 from reglue.diffusion.backbones.sit import position_embedding
-from reglue.diffusion.modalities import CLS, LATENT, LOCAL
+from reglue.diffusion.modalities import LATENT
 from reglue.encoders.compressors import load_compressor
 from reglue.errors import UserError
 from reglue.pipeline import decoder, load
@@ -83,8 +83,8 @@ SAMPLED = {
 def as_state(x: Tensor, cls: Tensor | None) -> dict[str, Tensor]:
     state = {LATENT: x[:, :4]}
     if x.shape[1] > 4:
-        state[LOCAL] = x[:, 4:]
-    return state if cls is None else {**state, CLS: cls}
+        state["local"] = x[:, 4:]
+    return state if cls is None else {**state, "cls": cls}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -167,17 +167,12 @@ def test_the_record_says_what_was_found(method: str, tmp_path: Path) -> None:
     assert record.denoiser.alignment_depth == (2 if recipe.alignment.present else 0)
     assert recipe.local.compressor == {"redi": "pca-6", "reglue": "conv-6"}.get(method, "conv-16")
     # What the recipe describes is what was found: the same model is built from either.
-    shape = record.denoiser.shape
-    assert (
-        recipe.denoiser_config(
-            latent_channels=shape.latent_channels,
-            grid=shape.grid,
-            classes=1000,
-            local_channels=shape.local_channels,
-            token_width=max(record.denoiser.alignment_width, shape.class_token_width),
-        )
-        == record.denoiser
+    found = record.denoiser
+    parts = tuple(
+        replace(part.as_modality(found.shapes()[part.modality][0]), column="", normalisation=modality.normalisation)
+        for part, modality in zip(recipe.learned_parts, found.modalities, strict=True)
     )
+    assert recipe.denoiser_config(parts, found.grid, {"class": 1000}, found.alignment_width) == found
 
 
 def compressor_files(folder: Path) -> tuple[Path, Path, Golden]:
@@ -195,8 +190,8 @@ def test_reglues_compressor_goes_into_the_run(tmp_path: Path) -> None:
     run = import_run(
         ImportRun(tmp_path / "in.pt", tmp_path / "run", compressor, statistics, autoencoder=PUBLISHED, heads=HEADS)
     )
-    ours = load_compressor(run / "compressor")
-    assert ours.spec() == RunRecord.read(run).compressor
+    ours = load_compressor(run / "compressors" / "local")
+    assert ours.spec() == RunRecord.read(run).compressors["local"]
     with torch.no_grad():
         assert_close(ours.encode(golden["compressor_io.features"]), golden["compressor_io.code"])
 
@@ -210,7 +205,7 @@ def test_redis_components_go_into_the_run(tmp_path: Path) -> None:
     write("redi", tmp_path / "in.pt")
     options = ImportRun(tmp_path / "in.pt", tmp_path / "run", tmp_path / "pca.pt", autoencoder=PUBLISHED, heads=HEADS)
     run = import_run(options)
-    spec = load_compressor(run / "compressor").spec()
+    spec = load_compressor(run / "compressors" / "local").spec()
     assert (spec.kind, spec.channels_in, spec.channels) == ("pca", 20, 6)
 
 
@@ -303,7 +298,7 @@ def test_fixed_positions_tell_the_grid(grid: tuple[int, int], tmp_path: Path) ->
     write("sit", tmp_path / "in.pt", with_grid(*grid))
     run = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", heads=HEADS))
     record = RunRecord.read(run)
-    assert record.denoiser.shape.grid == (2 * grid[0], 2 * grid[1])
+    assert record.denoiser.grid == (2 * grid[0], 2 * grid[1])
     assert record.resolution == (16 * grid[0], 16 * grid[1])
     assert not record.denoiser.learned_positions
 
@@ -322,7 +317,7 @@ def test_learned_positions_are_kept(autoencoder: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--resolution"):
         import_run(ImportRun(tmp_path / "wide.pt", tmp_path / "wide", heads=HEADS))
     wide = import_run(ImportRun(tmp_path / "wide.pt", tmp_path / "wide", heads=HEADS, resolution=(32, 64)))
-    assert RunRecord.read(wide).denoiser.shape.grid == (4, 8)
+    assert RunRecord.read(wide).denoiser.grid == (4, 8)
 
 
 def test_half_precision_and_other_patches_and_no_classes(autoencoder: str, tmp_path: Path) -> None:

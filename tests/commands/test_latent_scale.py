@@ -16,7 +16,7 @@ from reglue.cli import parse
 from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.train import train
 from reglue.config import Latent, Recipe
-from reglue.data.batches import normalisations
+from reglue.data.batches import modalities
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.run import RunRecord
@@ -46,7 +46,8 @@ def test_mean_and_std_of_the_folder_are_used_and_checked(trained: Trained, autoe
     mean_std = autoencoder / "mean_std.json"
     mean_std.write_text('{"mean": 0.25, "std": [2, 4, 8]}')
     run = trained()
-    scaled = RunRecord.read(run).normalisation["latent"]
+    scaled = RunRecord.read(run).denoiser.modalities[0].normalisation
+    assert scaled
     assert (scaled.shift, scaled.scale) == ((0.25,) * 3, (0.5, 0.25, 0.125))
     model = reglue.load(run, device="cpu")
     state = {"latent": torch.randn(1, 3, 8, 8)}
@@ -72,9 +73,11 @@ def test_a_store_is_not_continued_with_another_mean_and_std(autoencoder: Path, t
 def test_one_scale_makes_all_latents_together_of_unit_variance(tiny_store: Path):
     store = Store.open(tiny_store)
     one, each = (
-        normalisations(store, Recipe("sit", latent=Latent(unit_variance=True, one_scale=one)))["latent"]
+        modalities(store, Recipe("sit", latent=Latent(unit_variance=True, one_scale=one)))[0].normalisation
         for one in (True, False)
     )
+    assert one
+    assert each
     assert len(set(one.shift)) == len(set(one.scale)) == 1
     assert len(set(each.scale)) == 3
     # What a model is given is drawn from the moments: its variance is that of the means and, within, the stds'.
@@ -88,7 +91,8 @@ def test_one_scale_is_kept_with_the_run(trained: Trained):
     run = trained("--latent.unit-variance", "--latent.one-scale")
     record = RunRecord.read(run)
     assert record.recipe.latent.one_scale
-    assert len(set(record.normalisation["latent"].scale)) == 1
+    assert record.denoiser.modalities[0].normalisation
+    assert len(set(record.denoiser.modalities[0].normalisation.scale)) == 1
     assert reglue.load(run, device="cpu").generate([0], seed=1)[0].size == (16, 16)
 
 

@@ -61,7 +61,7 @@ def test_latents_are_the_other_autoencoders_and_all_else_stays(
     run = tmp_path / "run"
     arguments = ["--store", str(second.folder), "--out", str(run), *TINY_RECIPE, "--optimisation.steps=2"]
     train(parse(["train", "reglue", *arguments]))  # The compressor came along too.
-    assert (run / "compressor").is_dir()
+    assert (run / "compressors" / "local").is_dir()
 
 
 def test_features_take_no_second_disk(tiny_store: Path, another_autoencoder: str, tmp_path: Path) -> None:

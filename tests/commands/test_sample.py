@@ -24,17 +24,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import reglue
-import reglue.commands.sample
+import reglue.samples
 from helpers import CLASSES, TINY_RECIPE, mistake, reglue_command
 from reglue import pipeline as generation
 from reglue.cli import parse
-from reglue.commands.sample import Sample, plan, sample
+from reglue.commands.sample import Sample, sample
 from reglue.config import Sampling
-from reglue.diffusion.guidance import Guidance
+from reglue.diffusion.controls import Progress
 from reglue.errors import UserError
 from reglue.image_sets import open_images
 from reglue.pipeline import load
 from reglue.run import RunRecord, Start
+from reglue.samples import plan
 
 
 def pixels(folder: Path) -> np.ndarray:
@@ -238,15 +239,14 @@ def test_what_was_never_trained_does_not_guide(tiny_run: Path, tmp_path: Path) -
     recipe = replace(record.recipe, optimisation=replace(record.recipe.optimisation, label_dropout=0.0))
     replace(record, recipe=recipe).write(folder)
     model = load(folder, device="cpu")
-    assert model.default_sampling.guidance.scale == 1
+    assert model.default_sampling.guidance_scale == 1
     for name, says in (
-        ("scale", "has no branch without labels \\(trained with --optimisation.label-dropout 0"),
+        ("guidance_scale", "has no branch without labels \\(trained with --optimisation.label-dropout 0"),
         ("cls_scale", "has no branch without labels"),
         ("representation_scale", "has no branch without its map \\(trained with --local.dropout 0"),
     ):
-        guidance = Guidance(**{name: 2.0})  # type: ignore[arg-type]
         with pytest.raises(UserError, match=says):
-            model.generate(0, sampling=replace(model.default_sampling, guidance=guidance))
+            model.generate(0, sampling=model.default_sampling.changed(**{name: 2.0}))
     # A run that began as another one may have learned it there.
     start = Start("elsewhere", 5, "ema", "")
     replace(record, recipe=recipe, start=start).write(folder)
@@ -344,8 +344,8 @@ def test_dopri5_without_its_library(tiny_run: Path, tmp_path: Path, monkeypatch:
 )
 def test_evaluations_are_as_many_as_announced(tiny_run: Path, sampler: str, steps: int, made: int) -> None:
     model, counted = load(tiny_run, device="cpu"), []
-    sampling = Sampling(sampler, steps, Guidance(2.0, interval=(0.1, 0.8)))  # type: ignore[arg-type]
-    model.draw([0, 1], [0, 1], 0, sampling, on_evaluation=lambda: counted.append(1))
+    sampling = Sampling(sampler, steps, guidance_scale=2.0, guidance_interval=(0.1, 0.8))
+    model.draw([0, 1], model.condition([0, 1]), 0, sampling, controls=[Progress(lambda: counted.append(1))])
     assert len(counted) == made == generation.evaluations(sampling)
     assert generation.evaluations(sampling, count=7, batch_size=3) == 3 * made
     assert generation.evaluations(Sampling("dopri5"), count=7, batch_size=3) is None
@@ -394,7 +394,7 @@ def test_a_finished_archive_is_not_drawn_again(
     before = out.read_bytes()
     sample(replace(options, out=tmp_path / "images.parts"))  # As if killed before they were removed.
     with monkeypatch.context() as patched:
-        patched.setattr(reglue.commands.sample.Drawing, "draw", lambda *_: pytest.fail("drawn again"))
+        patched.setattr(reglue.samples.Drawing, "draw", lambda *_: pytest.fail("drawn again"))
         capsys.readouterr()
         sample(options)
         assert "images.npz is complete already: 3 images" in capsys.readouterr().out
@@ -438,7 +438,7 @@ def test_an_archive_takes_the_memory_of_a_few_pictures(tmp_path: Path, monkeypat
         Image.new("RGB", (side, side), (i, 0, 0)).save(file)
     monkeypatch.setattr(reglue.commands.sample, "PACKED_AT_ONCE", 2)
     tracemalloc.start()
-    reglue.commands.sample.write_archive(tmp_path / "all.npz", files, list(range(count)), {})
+    reglue.samples.write_archive(tmp_path / "all.npz", files, list(range(count)), {})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < count / 3 * side * side * 3
@@ -510,17 +510,18 @@ def test_mistakes_are_one_line_and_exit_2(
 def sit_run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path:
     """A run of two steps without local map and class token, though its recipe would guide them, previews too."""
     run = tmp_path_factory.mktemp("sit") / "run"
-    previews = ["--preview-every=2", "--preview-count=1", "--preview-steps=1", "--sampling.guidance.cls-scale=2"]
-    guided = ["--sampling.guidance.representation-scale=1.5", "--sampling.guidance.local-scale=2"]
+    previews = ["--preview-every=2", "--preview-count=1", "--preview-steps=1", "--sampling.cls-scale=2"]
+    guided = ["--sampling.representation-scale=1.5", "--sampling.local-scale=2"]
     train = ["train", "sit", "--store", str(tiny_store), "--out", str(run), *TINY_RECIPE, *previews, *guided]
-    reglue.train(parse([*train, "--optimisation.steps=2", "--sampling.guidance.scale=1"]))
+    reglue.train(parse([*train, "--optimisation.steps=2", "--sampling.guidance-scale=1"]))
     return run
 
 
 def test_a_recipe_guides_nothing_that_its_model_lacks(sit_run: Path) -> None:
     assert (sit_run / "previews" / "00000002.png").is_file()
-    assert load(sit_run, device="cpu").default_sampling.guidance.discontinuities == ()
-    assert not load(sit_run, device="cpu").default_sampling.guidance.uses_labels
+    sampling = load(sit_run, device="cpu").default_sampling
+    scales = (sampling.guidance_scale, sampling.local_scale, sampling.cls_scale, sampling.representation_scale)
+    assert set(scales) == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -542,15 +543,15 @@ def test_guidance_of_what_a_model_lacks_is_refused(
     assert len(pixels(sample(parse([*map(str, arguments), "1", "--steps=1"])))) == 1, "1 is no guidance"
 
 
-@pytest.mark.parametrize(("asked", "guided"), [(None, 3), ("all", None), ("1", 1)])
+@pytest.mark.parametrize(("asked", "guided"), [(None, 3), ("all", "all"), ("1", 1)])
 def test_guided_channels_are_chosen_when_sampling(
-    sit_run: Path, tmp_path: Path, asked: str | None, guided: int | None
+    sit_run: Path, tmp_path: Path, asked: str | None, guided: int | str
 ) -> None:
     chosen = ["--guided-channels", asked] if asked else []
     common = ["sample", str(sit_run), "--out", str(tmp_path / "out"), "--count=1", "--device=cpu", "--sampler=euler"]
     options = parse([*common, "--steps=1", "--guidance-scale=2", *chosen])
     protocol = json.loads((sample(options) / "samples.json").read_text())
-    assert protocol["sampling"]["guidance"]["guided_channels"] == guided
+    assert protocol["sampling"]["guided_channels"] == guided
 
     model = load(sit_run, device="cpu")
     for number, weights in enumerate(model.denoiser.parameters()):  # After two steps, labels hardly matter yet.
@@ -558,10 +559,10 @@ def test_guided_channels_are_chosen_when_sampling(
     drawing = plan(options, model)
     latents = [
         replace(drawing, sampling=sampling).draw([0], lambda: None)["latent"]
-        for sampling in (drawing.sampling, generation.changed_sampling(drawing.sampling, guidance_scale=1.0))
+        for sampling in (drawing.sampling, drawing.sampling.changed(guidance_scale=1.0))
     ]
     moved = (latents[0] - latents[1]).abs().amax(dim=(0, 2, 3)) > 1e-3
-    assert moved.tolist() == [channel < (guided or 3) for channel in range(3)]
+    assert moved.tolist() == [channel < (3 if guided == "all" else guided) for channel in range(3)]
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"sampling": {}, "labels": 3}'])
@@ -596,7 +597,7 @@ def test_a_damaged_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> None:
 
 def test_python_interface(tiny_run: Path) -> None:
     model = load(tiny_run, device="cpu")
-    fast = Sampling("euler", 2, Guidance(1.5))
+    fast = Sampling("euler", 2, guidance_scale=1.5)
     images = model.generate([CLASSES[1], 2], seed=3, sampling=fast)
     assert [image.size for image in images] == [(16, 16)] * 2
     again = model.generate(["square", "stripes", 0], seed=3, sampling=fast, batch_size=1)

@@ -92,8 +92,8 @@ def test_compiled_without_a_break_and_once_for_all_blocks(
     sample = data.sample(range(4))
     model, compiled = awake(data), awake(data)
     losses = Losses(compiled, PATHS[RECIPE.path])
-    compile_parts(losses, compiled.transformer.blocks, parts)
-    compiled.transformer.recomputed_blocks = recomputed
+    compile_parts(losses, compiled.backbone.blocks, parts)
+    compiled.backbone.recomputed_blocks = recomputed
     assert model.state_dict().keys() == compiled.state_dict().keys()
     loss, gradients = loss_and_gradients(model, sample)
     same, same_gradients = loss_and_gradients(compiled, sample, losses=losses)
@@ -123,7 +123,7 @@ def test_a_network_of_other_sizes_in_the_same_process_is_compiled_for_its_own(
         store = Store.open(tiny_store)
         data = TrainingData(store, recipe, denoiser_config(store, recipe), 0)
         losses = Losses(awake(data), PATHS[recipe.path])
-        compile_parts(losses, losses.denoiser.transformer.blocks, parts)
+        compile_parts(losses, losses.denoiser.backbone.blocks, parts)
         losses(data.sample(range(4)))
         tokens.add(losses.denoiser.positions.shape[1])
     assert len(tokens) == 2
@@ -156,8 +156,8 @@ def test_compiled_blocks_stay_whole_however_gradients_are_sent(
     monkeypatch.setattr(parallel, "DistributedDataParallel", partial(DistributedDataParallel, bucket_cap_mb=1e-3))
     sample, model, alone = data.sample(range(4)), awake(data), awake(data)
     losses = Losses(model, PATHS[RECIPE.path])
-    compile_parts(losses, model.transformer.blocks, "blocks")
-    copies = parallel.parallelise(losses, model.transformer.blocks, 1, torch.device("cpu"), "float32")
+    compile_parts(losses, model.backbone.blocks, "blocks")
+    copies = parallel.parallelise(losses, model.backbone.blocks, 1, torch.device("cpu"), "float32")
     loss, gradients = loss_and_gradients(model, sample, losses=copies)
     same, same_gradients = loss_and_gradients(alone, sample)
     torch.testing.assert_close(loss, same, rtol=1e-5, atol=1e-6)
@@ -172,7 +172,7 @@ def test_blocks_that_compute_again_keep_less_and_give_the_same_gradients(data: T
     kept: dict[int, int] = {}
     results = {}
     for recomputed in (0, 2, 4):
-        model.transformer.recomputed_blocks = recomputed
+        model.backbone.recomputed_blocks = recomputed
         storages: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:

@@ -64,9 +64,8 @@ def test_every_epoch_shows_each_image_once_in_an_order_of_its_own(tiny_store: Pa
 def test_labels_and_maps_are_dropped_as_often_as_asked(tiny_store: Path) -> None:
     recipe = tiny("redi")
     sample = data(Store.open(tiny_store), recipe).sample(range(2000))
-    assert (sample.label == 3).float().mean().item() == pytest.approx(0.1, abs=0.03)
-    assert sample.keep_local is not None
-    assert sample.keep_local.float().mean().item() == pytest.approx(0.8, abs=0.03)
+    assert (sample.condition["class"] == 3).float().mean().item() == pytest.approx(0.1, abs=0.03)
+    assert sample.keep["local"].float().mean().item() == pytest.approx(0.8, abs=0.03)
     assert sample.time.min() >= 0
     assert sample.time.max() <= 1
     assert sample.time.mean().item() == pytest.approx(0.5, abs=0.03)
@@ -119,9 +118,9 @@ def test_a_recipe_may_learn_codes_of_the_class_token_and_align_with_the_token_it
 
     store = compress(Compress(folder, "pca", "cls", channels=3, device="cpu"))
     record = RunRecord.of(store, chosen, seed=0)
-    assert record.denoiser.shape.class_token_width == 3
+    assert record.denoiser.shapes()["cls"] == (3,)
     assert record.denoiser.alignment_width == 16
-    assert record.class_token_compressor == store.manifest.compressors["cls.pca-3"]
+    assert record.compressors["cls"] == store.manifest.compressors["cls.pca-3"]
     trained, plain = data(store, chosen), data(store, recipe)
     sample = trained.sample(range(4))
     assert torch.equal(sample.data["cls"], store.read("cls.pca-3", trained.rows(range(4)))["cls"])
@@ -131,7 +130,10 @@ def test_a_recipe_may_learn_codes_of_the_class_token_and_align_with_the_token_it
     assert torch.equal(target, same)
 
     scaled = replace(chosen, class_token=replace(chosen.class_token, unit_variance=True))
-    assert len(RunRecord.of(store, scaled, seed=0).normalisation["cls"].scale) == 3
+    token = RunRecord.of(store, scaled, seed=0).denoiser.modality("cls")
+    assert token
+    assert token.normalisation
+    assert len(token.normalisation.scale) == 3
     assert record.store_hash != RunRecord.of(store, recipe, seed=0).store_hash
     assert RunRecord.of(store, recipe, seed=0) == RunRecord.of(Store.open(tiny_store), recipe, seed=0)
     loss = loss_terms(Denoiser(record.denoiser), PATHS[chosen.path], sample)
@@ -186,7 +188,7 @@ def test_a_sample_is_what_its_definition_says_to_the_bit(tiny_store: Path) -> No
     for value, name in zip(noise, ("latent", "local", "cls"), strict=True):
         assert torch.equal(sample.noise[name][2].flatten(), value)
     assert sample.time[2] == np.float32(uniform[0])
-    assert sample.label[2] == (3 if uniform[1] < 0.1 else store.labels[row])
+    assert sample.condition["class"][2] == (3 if uniform[1] < 0.1 else store.labels[row])
 
 
 def test_threads_that_are_in_two_epochs_at_once_read_the_same_as_one(tiny_store: Path) -> None:

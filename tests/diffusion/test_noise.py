@@ -11,17 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from reglue import pipeline as generation
+from reglue import pipeline
 from reglue.config import Sampling
 from reglue.diffusion import noise
-from reglue.diffusion.modalities import StateShape
 from reglue.diffusion.noise import drawn_ahead
 from reglue.pipeline import load
 from reglue.seeds import generator
 
 CPU = torch.device("cpu")
-SIT = StateShape(4, (6, 5)).shapes()
-REGLUE = StateShape(4, (6, 5), 3, 7).shapes()
+SIT = {"latent": (4, 6, 5)}
+REGLUE = {"latent": (4, 6, 5), "local": (3, 6, 5), "cls": (7,)}
 
 
 def states(shapes: dict[str, tuple[int, ...]], indices: range = range(3), count: int = 4) -> list[dict[str, Tensor]]:
@@ -103,18 +102,19 @@ def test_no_noise_is_drawn_that_the_sampler_does_not_use(
         pytest.importorskip("torchdiffeq")
     asked: list[int] = []
     left: list[int] = []
-    original = generation.follow
+    original = pipeline.integrate
 
-    def followed(velocity: Any, start: Any, noise: Any, *more: Any) -> Any:
-        state = original(velocity, start, noise, *more)
-        left.append(len(list(noise)))
+    def followed(*arguments: Any) -> Any:
+        state = original(*arguments)
+        left.append(len(list(arguments[-1])))
         return state
 
     def counted(*arguments: Any) -> Any:
         asked.append(arguments[-1])
         return drawn_ahead(*arguments)
 
-    monkeypatch.setattr(generation, "drawn_ahead", counted)
-    monkeypatch.setattr(generation, "follow", followed)
-    load(tiny_run, device="cpu").draw([0], [0], 0, Sampling(sampler, 5))
+    monkeypatch.setattr(pipeline, "drawn_ahead", counted)
+    monkeypatch.setattr(pipeline, "integrate", followed)
+    model = load(tiny_run, device="cpu")
+    model.draw([0], model.condition([0]), 0, Sampling(sampler, 5))
     assert (asked, left) == ([draws], [0])

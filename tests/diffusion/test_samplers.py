@@ -12,28 +12,34 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reglue.diffusion.guidance import Guidance, VelocityFunction
-from reglue.diffusion.modalities import State
+from reglue.diffusion.guidance import Velocity
+from reglue.diffusion.modalities import State, Times
 from reglue.diffusion.samplers import (
     LAST_NOISY_TIME,
+    SAMPLERS,
     adams_bashforth,
-    aligned,
+    aligned_times,
+    begin_at,
     dopri5,
     euler,
     heun,
+    integrate,
     shifted,
     stochastic_times,
     uniform_times,
+    whole_intervals,
 )
 from reglue.errors import UserError
+from solving import Plain, solve
 
-Solver = Callable[[VelocityFunction, State, list[float]], State]
+Solver = Callable[..., State]
+"""A step."""
 
 
-def gaussian(mean: float, deviation: float) -> VelocityFunction:
+def gaussian(mean: float, deviation: float) -> Plain:
     """The exact velocity where data are normal: x₀ and ε given x_t are linear in x_t."""
 
-    def velocity(state: State, time: float, step_start: float | None = None) -> State:
+    def velocity(state: State, time: float, decided_at: float | None = None) -> State:
         variance = (1 - time) ** 2 * deviation**2 + time**2
         return {
             name: ((time - (1 - time) * deviation**2) / variance) * (x - (1 - time) * mean) - mean
@@ -43,7 +49,7 @@ def gaussian(mean: float, deviation: float) -> VelocityFunction:
     return velocity
 
 
-def mixture(state: State, time: float, step_start: float | None = None) -> State:
+def mixture(state: State, time: float, decided_at: float | None = None) -> State:
     """The exact velocity of a mixture of two normal distributions around ±1."""
     x, deviation = state["latent"].unsqueeze(-1), 0.3
     means = torch.tensor([-1.0, 1.0], dtype=torch.float64)
@@ -57,8 +63,8 @@ def noise(images: int = 5) -> State:
     return {"latent": torch.linspace(-1.7, 1.9, images, dtype=torch.float64).unsqueeze(1)}
 
 
-def error(solver: Solver, velocity: VelocityFunction, times: list[float], exact: State) -> float:
-    return (solver(velocity, noise(), times)["latent"] - exact["latent"]).abs().max().item()
+def error(solver: Solver, velocity: Plain, times: list[float], exact: State) -> float:
+    return (solve(solver, velocity, noise(), times)["latent"] - exact["latent"]).abs().max().item()
 
 
 @settings(max_examples=20, deadline=None)
@@ -81,13 +87,13 @@ def test_order_on_a_mixture_and_an_uneven_grid(solver: Solver, order: int) -> No
     def uneven(steps: int) -> list[float]:
         return [1 - (i + (0.3 if i % 2 else 0)) / steps for i in range(steps)] + [0.0]
 
-    exact = heun(mixture, noise(), uniform_times(6000))
+    exact = solve(heun, mixture, noise(), uniform_times(6000))
     coarse, fine = (error(solver, mixture, uneven(steps), exact) for steps in (100, 400))
     assert order - 0.3 < math.log(coarse / fine, 4) < order + 0.5
 
 
 def test_adams_bashforth_is_better_than_heun_at_equal_evaluations() -> None:
-    exact = heun(mixture, noise(), uniform_times(6000))
+    exact = solve(heun, mixture, noise(), uniform_times(6000))
     for evaluations in (20, 40, 80):
         ours = error(adams_bashforth, mixture, uniform_times(evaluations), exact)
         assert ours < 0.7 * error(heun, mixture, uniform_times(evaluations // 2), exact)
@@ -99,8 +105,8 @@ class Guided:
     def __init__(self, interval: tuple[float, float]) -> None:
         self.interval, self.decided = interval, list[float]()
 
-    def __call__(self, state: State, time: float, step_start: float | None = None) -> State:
-        where = time if step_start is None else step_start
+    def __call__(self, state: State, time: float, decided_at: float | None = None) -> State:
+        where = time if decided_at is None else decided_at
         self.decided.append(where)
         inside = self.interval[0] <= where <= self.interval[1]
         return gaussian(2.0 if inside else 0.0, 0.5)(state, time)
@@ -112,8 +118,8 @@ def exact_guided(interval: tuple[float, float]) -> State:
         middle = (start + end) / 2
         grid = [start + (end - start) * i / 3000 for i in range(3001)]
 
-        def piece(x: State, t: float, step_start: float | None = None, middle: float = middle) -> State:
-            return Guided(interval)(x, t, step_start=middle)
+        def piece(x: State, t: float, decided_at: float | None = None, middle: float = middle) -> State:
+            return Guided(interval)(x, t, decided_at=middle)
 
         # Heun's last step is Euler's where the grid ends; here it must not be.
         for t, t_next in pairwise(grid):
@@ -128,24 +134,23 @@ def test_order_2_through_the_edges_of_guidance() -> None:
     interval = (0.2137, 0.8713)
     exact = exact_guided(interval)
 
-    def with_jumps(velocity: VelocityFunction, state: State, times: list[float]) -> State:
-        return adams_bashforth(velocity, state, aligned(times, interval), interval)
+    def off_by(solver: Solver, steps: int, discontinuities: tuple[float, ...] = ()) -> float:
+        grid = aligned_times(steps, 1.0, interval) if solver is adams_bashforth else uniform_times(steps)
+        result = solve(solver, Guided(interval), noise(), grid, discontinuities=discontinuities)
+        return (result["latent"] - exact["latent"]).abs().max().item()
 
-    def ignoring(velocity: VelocityFunction, state: State, times: list[float]) -> State:
-        return adams_bashforth(velocity, state, aligned(times, interval))
-
-    errors = [error(with_jumps, Guided(interval), uniform_times(steps), exact) for steps in (100, 400)]
+    errors = [off_by(adams_bashforth, steps, interval) for steps in (100, 400)]
     assert math.log(errors[0] / errors[1], 4) > 1.7
     # Extrapolating through the discontinuities is what the restart spares.
-    assert error(ignoring, Guided(interval), uniform_times(400), exact) > 5 * errors[1]
+    assert off_by(adams_bashforth, 400) > 5 * errors[1]
     # Published samplers go on as they were: guided by where the step began.
-    assert error(heun, Guided(interval), uniform_times(400), exact) > 5 * errors[1]
+    assert off_by(heun, 400) > 5 * errors[1]
 
 
 def test_one_evaluation_per_step_decided_by_its_middle() -> None:
     velocity = Guided((0.2, 0.8))
-    times = aligned(uniform_times(7), (0.2, 0.8))
-    adams_bashforth(velocity, noise(), times, (0.2, 0.8))
+    times = aligned_times(7, 1.0, (0.2, 0.8))
+    solve(adams_bashforth, velocity, noise(), times, discontinuities=(0.2, 0.8))
     assert velocity.decided == [(a + b) / 2 for a, b in pairwise(times)]
 
 
@@ -154,7 +159,7 @@ def test_one_evaluation_per_step_decided_by_its_middle() -> None:
 )
 def test_aligned_grids_still_descend(steps: int, shift: float, edges: list[float]) -> None:
     times = uniform_times(steps, shift)
-    moved = aligned(times, edges)
+    moved = aligned_times(steps, shift, edges)
     assert len(moved) == len(times)
     assert (moved[0], moved[-1]) == (1, 0)
     assert all(a > b for a, b in pairwise(moved))
@@ -182,31 +187,69 @@ def test_shifted_grids(steps: int, shift: float) -> None:
 def test_dopri5_keeps_its_tolerance(mean: float, deviation: float) -> None:
     exact = mean + deviation * noise()["latent"]
     # It is kept per step, as far as the method can tell; 1e-3 was seen to end 0.1 beside such a solution.
-    result = dopri5(gaussian(mean, deviation), noise(), (), 1e-6, 1e-6)["latent"]
+    tolerances = {"relative_tolerance": 1e-6, "absolute_tolerance": 1e-6}
+    result = solve(dopri5, gaussian(mean, deviation), noise(), [1, 0], **tolerances)["latent"]
     assert (result - exact).abs().max() < 1e-4
 
 
 def test_dopri5_stops_at_the_edges_of_guidance() -> None:
     interval = (0.21, 0.87)
     velocity = Guided(interval)
-    result = dopri5(velocity, noise(), interval, 1e-7, 1e-7)
+    result = solve(
+        dopri5,
+        velocity,
+        noise(),
+        whole_intervals(1, 1.0, interval),
+        relative_tolerance=1e-7,
+        absolute_tolerance=1e-7,
+    )
     torch.testing.assert_close(result, exact_guided(interval), rtol=1e-5, atol=1e-5)
     assert set(velocity.decided) == {(1 + 0.87) / 2, (0.87 + 0.21) / 2, 0.21 / 2}
 
 
 def test_dopri5_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(state: State, time: float, step_start: float | None = None) -> State:
+    def broken(state: State, time: float, decided_at: float | None = None) -> State:
         return {name: x * math.nan for name, x in state.items()}
 
     with pytest.raises(UserError, match="no step that keeps its tolerances"):
-        dopri5(broken, noise())
+        solve(dopri5, broken, noise(), [1, 0])
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(UserError, match=r"needs torchdiffeq: run `pip install 'reglue\[ode\]'`"):
-        dopri5(gaussian(0, 1), noise())
+        solve(dopri5, gaussian(0, 1), noise(), [1, 0])
 
 
-def test_where_guidance_jumps() -> None:
-    assert Guidance(2.0, interval=(0.1, 0.9)).discontinuities == (0.1, 0.9)
-    assert Guidance(2.0, interval=(0.0, 0.9)).discontinuities == (0.9,)
-    assert Guidance(representation_scale=2.0, interval=(0.4, 0.4)).discontinuities == (0.4,)
-    assert Guidance(1.0, interval=(0.1, 0.9)).discontinuities == ()
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_sampling_may_begin_at_any_time(name: str) -> None:
+    """From noisy data at t = 0.6 every sampler goes on to where it comes from t = 1, as far as it is exact."""
+    sampler, velocity = SAMPLERS[name], gaussian(0.5, 0.4)
+    draws = iter(lambda: {"latent": torch.zeros(5, 1, dtype=torch.float64)}, None)
+    half_way = {"latent": (1 - 0.6) * (0.5 + 0.4 * noise()["latent"]) + 0.6 * noise()["latent"]}
+    grid = sampler.grid(400, 1.0, ())
+    result = solve(sampler.step, velocity, half_way, begin_at(grid, 0.6), draws)["latent"]
+    whole = [t for t in grid if t >= 0.6]
+    assert begin_at(grid, 0.6)[0] == 0.6
+    assert len(begin_at(grid, 0.6)) <= len(grid) - len(whole) + 1
+    if not sampler.stochastic:
+        variance = 0.4**2 * 0.4**2 + 0.6**2
+        expected = 0.5 + 0.4 * (half_way["latent"] - 0.4 * 0.5) / variance**0.5
+        torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_every_modality_moves_by_its_own_time() -> None:
+    """Two modalities whose times differ end where each would end alone."""
+    mean = {"latent": 0.3, "local": -0.8}
+    noisy = {name: noise()["latent"] for name in mean}
+
+    class Apart(Velocity):
+        def __call__(self, state: State, times: Times, decided_at: Times | None = None) -> State:
+            return {n: gaussian(mean[n], 0.5)({n: x}, times[n])[n] for n, x in state.items()}
+
+    clock = uniform_times(300)
+    times = [{"latent": t, "local": max(0.0, min(1.0, 1.5 * t - 0.25))} for t in clock]
+    for name, sampler in SAMPLERS.items():
+        if sampler.stochastic or sampler.adaptive:
+            continue
+        result = integrate(sampler.step, Apart(), noisy, times)
+        for modality in mean:
+            exact = mean[modality] + 0.5 * noisy[modality]
+            torch.testing.assert_close(result[modality], exact, rtol=2e-2, atol=2e-2, msg=f"{name} {modality}")

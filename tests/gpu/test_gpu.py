@@ -36,7 +36,7 @@ from reglue.data.batches import HostBatch, TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.diffusion.backbones.sit import Attention
 from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.guidance import Guidance, guided_velocity
+from reglue.diffusion.guidance import guided_velocity
 from reglue.diffusion.modalities import State
 from reglue.diffusion.objective import weighted_sum
 from reglue.diffusion.paths import LINEAR
@@ -157,17 +157,15 @@ def test_a_compiled_sampler_draws_what_the_eager_one_does(precision: Precision, 
     torch.set_float32_matmul_precision("highest")
     torch.compiler.reset()
     strong, weak = awake(data), awake(data, seed=1)
-    guidance = Guidance(2.0, interval=(0.2, 0.8), auto_scale=1.5)
-    how = Sampling(steps=8, guidance=guidance, state_precision="float64")
+    how = Sampling(steps=8, guidance_scale=2.0, guidance_interval=(0.2, 0.8), auto_scale=1.5, state_precision="float64")
 
     def batches(precision: Precision, compiled: bool) -> list[State]:
         network, weaker = (SamplingNetwork(model, precision, compiled=compiled) for model in (strong, weak))
         drawn = []
         for first in (0, 4):
-            labels = torch.arange(4, device=CUDA) % data.config.classes
-            velocity = guided_velocity(network, labels, guidance, weaker)
-            shapes = data.config.shape.shapes()
-            drawn.append(from_noise(velocity, 0, range(first, first + 4), shapes, how, LINEAR, CUDA))
+            condition = {"class": torch.arange(4, device=CUDA) % data.config.classes}
+            velocity = guided_velocity(network, condition, data.config.modalities, how.guidance, weaker)
+            drawn.append(from_noise(velocity, 0, range(first, first + 4), data.config.shapes(), how, CUDA))
         return drawn
 
     with torch.no_grad():
@@ -327,7 +325,7 @@ def spread(kind: str, losses: Losses, model: Denoiser) -> torch.nn.Module:
                 "init_device_mesh",
                 lambda device, _, mesh_dim_names: init_device_mesh(device, (1,), mesh_dim_names=mesh_dim_names[1:]),
             )
-        return parallel.parallelise(losses, model.transformer.blocks, 2 if kind == "shards" else 1, CUDA, "float32")
+        return parallel.parallelise(losses, model.backbone.blocks, 2 if kind == "shards" else 1, CUDA, "float32")
 
 
 @pytest.mark.parametrize("compile", ["no", "blocks"])

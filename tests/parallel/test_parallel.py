@@ -283,7 +283,7 @@ def test_a_full_disk_of_one_process_ends_all(shards: int, tiny_store: Path, tmp_
 
 
 def test_an_error_in_one_process_is_shown_and_ends_all(tiny_store: Path, tmp_path: Path) -> None:
-    prelude = "import reglue.commands.train as job; job.take_compressor = lambda *_: 1 // 0"
+    prelude = "import reglue.commands.train as job; job.take_compressors = lambda *_: 1 // 0"
     first, second = start_two(training(tiny_store, tmp_path / "run", "--optimisation.steps=100000"), prelude)
     text = last_words(first, within=300)
     (line,) = ends(second, within=20)

@@ -38,6 +38,10 @@ class Golden:
     def __contains__(self, key: str) -> bool:
         return key in self.tensors
 
+    @property
+    def condition(self) -> dict[str, Tensor]:
+        return {"class": self["input.y"]}
+
     def official(self) -> OfficialModel:
         depth = self.about.get("encoder_depth")
         # The file counts all channels: beside a map, the latents are the SD-VAE's.

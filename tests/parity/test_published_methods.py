@@ -9,16 +9,19 @@ import torch
 from golden_files import Golden, assert_close
 from torch import Tensor
 
-from reglue.diffusion.guidance import Guidance, guided_velocity
-from reglue.diffusion.modalities import CLS, LATENT, LOCAL, State
+from reglue.diffusion.guidance import Guidance, Velocity, guided_velocity
+from reglue.diffusion.modalities import LATENT, State, Times
 from reglue.diffusion.objective import ALIGNMENT, TrainingSample, alignment_loss, loss_terms, velocity_losses
 from reglue.diffusion.paths import LINEAR
 from reglue.diffusion.samplers import euler, euler_maruyama, heun, stochastic_times, uniform_times
 from reglue.published.weights import export_official
+from solving import solve
+
+LOCAL, CLS = "local", "cls"
 
 
 def to_state(golden: Golden, x: Tensor, cls: Tensor | None) -> State:
-    channels = golden.official().config.shape.latent_channels
+    channels = golden.official().config.modalities[0].channels
     state = {LATENT: x[..., :channels, :, :]}
     if x.shape[-3] > channels:
         state[LOCAL] = x[..., channels:, :, :]
@@ -36,7 +39,7 @@ def test_forward_pass(golden: Golden) -> None:
     denoiser = golden.denoiser()
     state = to_state(golden, golden["input.x"], golden.get("input.cls"))
     t = golden["input.t"]
-    prediction = denoiser(state, 1 - t if golden.from_noise else t, golden["input.y"])
+    prediction = denoiser(state, 1 - t if golden.from_noise else t, golden.condition)
     velocity = channels_of(prediction.velocity)
     assert_close(-velocity if golden.from_noise else velocity, golden["forward.velocity"])
     if "forward.cls_velocity" in golden:
@@ -50,11 +53,11 @@ def test_every_loss_term(golden: Golden) -> None:
     denoiser = golden.denoiser()
     data = to_state(golden, golden["loss.x"], golden.get("loss.cls"))
     noise = to_state(golden, golden["loss.noise"], golden.get("loss.noise_cls"))
-    time, label = golden["loss.time"].flatten(), golden["input.y"]
+    time = golden["loss.time"].flatten()
     if golden.from_noise:
         time = 1 - time
     noisy, velocity = LINEAR.interpolate(data, noise, time)
-    prediction = denoiser(noisy, time, label)
+    prediction = denoiser(noisy, time, golden.condition)
     losses = velocity_losses(prediction.velocity, velocity)
     if "loss.total" in golden:
         assert_close(torch.stack(list(losses.values())).sum(0), golden["loss.total"])
@@ -65,7 +68,7 @@ def test_every_loss_term(golden: Golden) -> None:
         ours = alignment_loss(denoiser.projector(prediction.tap), golden["loss.target"])
         assert_close(ours, golden["loss.align_term"].squeeze())
     # What training calls gives the same numbers, averaged.
-    terms = loss_terms(denoiser, LINEAR, TrainingSample(data, noise, time, label, golden.get("loss.target")))
+    terms = loss_terms(denoiser, LINEAR, TrainingSample(data, noise, time, golden.condition, golden.get("loss.target")))
     for name, loss in losses.items():
         assert_close(terms[name], loss.mean())
     assert (ALIGNMENT in terms) == ("loss.target" in golden)
@@ -87,8 +90,13 @@ STOCHASTIC = {
     "sde": Guidance(),
     "sde_sigma": Guidance(),
     "sde_cfg": PUBLISHED_CFG,
-    "sde_cfg_cls_off": Guidance(scale=2.3, interval=(0.0, 0.85), cls_scale=1.0),
+    "sde_cfg_cls_off": Guidance(2.3, {CLS: 1.0}, (0.0, 0.85)),
 }
+
+
+def guided(golden: Golden, guidance: Guidance) -> Velocity:
+    denoiser = golden.denoiser()
+    return guided_velocity(denoiser, golden.condition, denoiser.config.modalities, guidance)
 
 
 @pytest.mark.parametrize("case", STOCHASTIC)
@@ -96,25 +104,25 @@ STOCHASTIC = {
 def test_euler_maruyama(golden: Golden, case: str) -> None:
     if f"sample.{case}.out" not in golden:
         pytest.skip(f"{golden.method} has no case {case}")
-    velocity = guided_velocity(golden.denoiser(), golden["input.y"], STOCHASTIC[case])
+    velocity = guided(golden, STOCHASTIC[case])
     times = stochastic_times(1 + len(golden[f"sample.{case}.noise"]))
-    result = euler_maruyama(velocity, start(golden, torch.float64), times, noises(golden, case))
+    result = solve(euler_maruyama, velocity, start(golden, torch.float64), times, noises(golden, case))
     assert_close(channels_of(result), golden[f"sample.{case}.out"])
 
 
 @torch.no_grad()
 def test_reglue_vae_only_guidance_with_its_quirks(golden_of: type[Golden]) -> None:
     golden = golden_of("reglue")
-    denoiser, label = golden.denoiser(), golden["input.y"]
     # Their flag computes cond + w (cond − uncond), which is our scale w + 1, and forgets itself in the last step.
-    latent_only = Guidance(scale=3.3, local_scale=1.0, cls_scale=1.0, interval=(0.0, 0.85))
-    during, at_last = guided_velocity(denoiser, label, latent_only), guided_velocity(denoiser, label, PUBLISHED_CFG)
+    during = guided(golden, Guidance(3.3, {LOCAL: 1.0, CLS: 1.0}, (0.0, 0.85)))
+    at_last = guided(golden, PUBLISHED_CFG)
     times = stochastic_times(1 + len(golden["sample.sde_vae_cfg.noise"]))
 
-    def velocity(state: State, time: float, step_start: float | None = None) -> State:
-        return (at_last if time == times[-2] else during)(state, time, step_start)
+    class Quirky(Velocity):
+        def __call__(self, state: State, now: Times, decided_at: Times | None = None) -> State:
+            return (at_last if now[LATENT] == times[-2] else during)(state, now, decided_at)
 
-    result = euler_maruyama(velocity, start(golden, torch.float64), times, noises(golden, "sde_vae_cfg"))
+    result = solve(euler_maruyama, Quirky(), start(golden, torch.float64), times, noises(golden, "sde_vae_cfg"))
     assert_close(channels_of(result), golden["sample.sde_vae_cfg.out"])
 
 
@@ -127,7 +135,7 @@ DETERMINISTIC = {
     "redi": {
         "ode_euler": (euler, Guidance(), 6),
         "ode_euler_cfg": (euler, Guidance(scale=1.5), 6),
-        "ode_euler_vae_cfg": (euler, Guidance(scale=2.4, local_scale=1.0), 6),
+        "ode_euler_vae_cfg": (euler, Guidance(2.4, {LOCAL: 1.0}), 6),
         "ode_euler_rg": (euler, Guidance(representation_scale=1.5), 6),
     },
 }
@@ -138,8 +146,7 @@ DETERMINISTIC = {
 def test_deterministic_samplers(golden_of: type[Golden], method: str, case: str) -> None:
     golden = golden_of(method)
     sampler, guidance, steps = DETERMINISTIC[method][case]
-    velocity = guided_velocity(golden.denoiser(), golden["input.y"], guidance)
-    result = sampler(velocity, start(golden, torch.float64), uniform_times(steps))
+    result = solve(sampler, guided(golden, guidance), start(golden, torch.float64), uniform_times(steps))
     assert_close(channels_of(result), golden[f"sample.{case}.out"])
 
 

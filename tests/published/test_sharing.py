@@ -113,7 +113,7 @@ def test_a_saved_run_is_a_run_without_what_training_needs(tiny_run: Path, tiny_s
     assert files(folder) == SHARED
     again = reglue.load(folder, device="cpu")
     assert torch.equal(again.generate([1], **FAST), model.generate([1], **FAST))
-    assert load_compressor(folder / "compressor").spec() == model.record.compressor
+    assert load_compressor(folder / "compressors" / "local").spec() == model.record.compressors["local"]
     # Saved once more, it is the same.
     assert files(again.save(tmp_path / "again")) == SHARED
     with pytest.raises(UserError, match="holds other files"):
@@ -180,7 +180,7 @@ def test_half_precision_halves_the_file_and_hardly_changes_the_images(tiny_run: 
 
 def test_the_compressor_of_an_older_run_comes_from_its_store(tiny_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    shutil.rmtree(run / "compressor")
+    shutil.rmtree(run / "compressors")
     assert files(reglue.load(run, device="cpu").save(tmp_path / "saved")) == SHARED
 
 
@@ -265,7 +265,7 @@ def test_the_card_says_what_the_model_is_and_how_its_numbers_were_made(tiny_run:
         "conv of 64 features",
         "arxiv.org/abs/2512.16636",
         "| frechet_distance | 12.345 |",
-        "samples.sampling.guidance.scale 2.5",
+        "samples.sampling.guidance_scale 2.5",
         "samples.seed 3",
         "image_count 50",
         "encoder starter",
@@ -338,7 +338,10 @@ def test_the_command_of_a_run_is_the_one_that_trained_it(name: str, tiny_run: Pa
         replace(record.recipe, model="L/2", path="cosine", learn_sigma=not record.recipe.learn_sigma),
         replace(record.recipe, local=LocalSemantics(0.5, ((10, 0.25), (20, 0.125)), "pca-8", 0.1, True)),
         replace(record.recipe, alignment=Alignment(0.1, after_block=3, targets="online")),
-        replace(record.recipe, sampling=Sampling("heun", 7, reglue.Guidance(1.5, 1.0, interval=(0.1, 0.9)))),
+        replace(
+            record.recipe,
+            sampling=Sampling("heun", 7, guidance_scale=1.5, local_scale=1.0, guidance_interval=(0.1, 0.9)),
+        ),
         replace(record.recipe, optimisation=replace(record.recipe.optimisation, betas=(0.8, 0.9), learning_rate=3e-5)),
     ]
     for recipe in recipes:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
-from reglue.diffusion.modalities import StateShape
+from reglue.diffusion.modalities import Modality
 from reglue.errors import UserError
 from reglue.published.weights import export_official, family_of, import_official, read_official, reverse_time
 
@@ -137,7 +137,10 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
 
 def test_positions_counted_in_the_grid_of_another_run_are_published_as_they_are() -> None:
     """A model that was fine-tuned to another resolution."""
-    config = DenoiserConfig(StateShape(4, (8, 8)), classes=3, depth=2, width=32, heads=2, patch=2, position_grid=(2, 2))
+    latents = (Modality("latent", "map", 4),)
+    config = DenoiserConfig(
+        modalities=latents, grid=(8, 8), conditions={"class": 3}, depth=2, width=32, heads=2, position_grid=(2, 2)
+    )
     denoiser = Denoiser(config)
     published = export_official(family_of(config), config, denoiser.state_dict())
     assert torch.equal(published["pos_embed"], denoiser.positions)

@@ -17,14 +17,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reglue.commands.prepare import Prepare, describe
-from reglue.config import Recipe, SamplerName, Sampling
-from reglue.data.batches import TrainingData, denoiser_config, normalisations
+from reglue.config import Recipe, Sampling
+from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.guidance import Guidance, guided_velocity
+from reglue.diffusion.guidance import guided_velocity
 from reglue.diffusion.modalities import LATENT, State
 from reglue.diffusion.objective import loss_terms, weighted_sum
 from reglue.diffusion.paths import LINEAR
+from reglue.diffusion.samplers import SAMPLERS, integrate
 from reglue.encoders.alignment import AlignmentSpec
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.compressors import load_compressor
@@ -32,10 +33,11 @@ from reglue.encoders.vision import load_encoder
 from reglue.metrics.inception import Inception, InceptionNetwork
 from reglue.metrics.perceptual import Lpips
 from reglue.papers import RECIPES
-from reglue.pipeline import follow, to_pixels
+from reglue.pipeline import to_pixels
 from reglue.reals.adversary import PatchDiscriminator
 from reglue.reals.trainable import AlignedAutoencoder
 from reglue.training.precision import SamplingNetwork
+from solving import at
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -84,14 +86,14 @@ def test_a_training_step(name: str, targets: Literal["cached", "decoded", "onlin
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "adams-bashforth", "euler-maruyama"])
-def test_guided_samples_and_their_pixels(sampler: SamplerName, tiny_store: Path) -> None:
+def test_guided_samples_and_their_pixels(sampler: str, tiny_store: Path) -> None:
     """Everything is guided, by labels, maps and a weaker model, inside an interval alone."""
     store, recipe = Store.open(tiny_store), tiny("reglue")
-    config, scaled = denoiser_config(store, recipe), normalisations(store, recipe)[LATENT]
-    shapes, models = config.shape.shapes(), [Denoiser(config), Denoiser(config)]
+    config = denoiser_config(store, recipe)
+    shapes, models = config.shapes(), [Denoiser(config), Denoiser(config)]
     autoencoder = load_autoencoder(store.manifest.autoencoder.name)
-    guidance = Guidance(2.0, 1.5, 1.2, (0.2, 0.8), representation_scale=1.1, auto_scale=1.5, guided_channels=2)
-    how = Sampling(sampler=sampler, steps=5, guidance=guidance, state_precision="float64")
+    scales = {"local_scale": 1.5, "cls_scale": 1.2, "representation_scale": 1.1, "auto_scale": 1.5}
+    how = Sampling(sampler, 5, guidance_scale=2.0, guidance_interval=(0.2, 0.8), guided_channels=2, **scales)
 
     def noise() -> Iterator[State]:
         while True:
@@ -99,11 +101,13 @@ def test_guided_samples_and_their_pixels(sampler: SamplerName, tiny_store: Path)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         strong, weak = (SamplingNetwork(on_gpu(model), "float32") for model in models)
-        labels = torch.zeros(4, dtype=torch.int64, device=CUDA)
-        velocity = guided_velocity(strong, labels, guidance, weak)
-        state = follow(velocity, next(noise()), noise(), how, LINEAR)
+        condition = {"class": torch.zeros(4, dtype=torch.int64, device=CUDA)}
+        velocity = guided_velocity(strong, condition, config.modalities, how.guidance, weak)
+        chosen = SAMPLERS[sampler]
+        grid = at(chosen.grid(how.steps, 1.0, velocity.discontinuities), next(noise()))
+        state = integrate(chosen.step, velocity, next(noise()), grid, noise=noise())
         assert {name: value.device for name, value in state.items()} == dict.fromkeys(shapes, CUDA)
-        images = on_gpu(autoencoder).decode(scaled.denormalise(state[LATENT].float()))
+        images = on_gpu(autoencoder).decode(config.modalities[0].denormalise(state[LATENT].float()))
         assert to_pixels(images, "round").device == CUDA
 
 

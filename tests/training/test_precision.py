@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from reglue.config import SamplerName, Sampling
-from reglue.diffusion.guidance import Guidance
+from reglue.config import Sampling
+from reglue.diffusion.conditions import Condition
+from reglue.diffusion.controls import Progress
 from reglue.diffusion.modalities import State
 from reglue.pipeline import ImageModel, load
-from reglue.training.precision import SamplingNetwork, autocast, compiled
+from reglue.training.precision import SamplingNetwork, autocast, compiled_for_shapes
 
 CPU = torch.device("cpu")
 
@@ -25,11 +26,11 @@ def model(tiny_run: Path) -> ImageModel:
     return load(tiny_run, device="cpu")
 
 
-def inputs(model: ImageModel, batch: int = 3) -> tuple[State, Tensor, Tensor]:
+def inputs(model: ImageModel, batch: int = 3) -> tuple[State, Tensor, Condition]:
     generator = torch.Generator().manual_seed(0)
-    shapes = model.record.denoiser.shape.shapes()
+    shapes = model.record.denoiser.shapes()
     state = {name: torch.randn(batch, *shape, generator=generator) for name, shape in shapes.items()}
-    return state, torch.full((batch,), 0.6), torch.arange(batch) % 3
+    return state, torch.full((batch,), 0.6), {"class": torch.arange(batch) % 3}
 
 
 @torch.no_grad()
@@ -55,9 +56,9 @@ class Graph:
     def __init__(self, function: Callable[..., State]) -> None:
         self.function, self.buffers = function, dict[tuple[int, ...], State]()
 
-    def __call__(self, state: State, time: Tensor, label: Tensor) -> State:
-        result = self.function(state, time, label)
-        buffer = self.buffers.setdefault(tuple(label.shape), {name: x.clone() for name, x in result.items()})
+    def __call__(self, state: State, time: Tensor, condition: Condition) -> State:
+        result = self.function(state, time, condition)
+        buffer = self.buffers.setdefault(tuple(time.shape), {name: x.clone() for name, x in result.items()})
         for name, x in result.items():
             buffer[name].copy_(x)
         return buffer
@@ -65,12 +66,12 @@ class Graph:
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama", "adams-bashforth"])
 def test_results_may_lie_in_memory_that_the_next_call_overwrites(
-    tiny_run: Path, model: ImageModel, sampler: SamplerName, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path, model: ImageModel, sampler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sampling = Sampling(sampler, 5, Guidance(2.0, interval=(0.3, 0.8)), state_precision="float32")
-    expected = model.draw(range(3), [0, 1, 2], 0, sampling)
+    sampling = Sampling(sampler, 5, guidance_scale=2.0, guidance_interval=(0.3, 0.8), state_precision="float32")
+    expected = model.draw(range(3), model.condition([0, 1, 2]), 0, sampling)
     monkeypatch.setattr(torch, "compile", lambda function, **_: Graph(function))
-    captured = load(tiny_run, device="cpu", compile=True).draw(range(3), [0, 1, 2], 0, sampling)
+    captured = load(tiny_run, device="cpu", compile=True).draw(range(3), model.condition([0, 1, 2]), 0, sampling)
     for name, value in expected.items():
         assert torch.equal(captured[name], value)
 
@@ -91,7 +92,7 @@ def test_one_shape_for_every_batch_compiled(tiny_run: Path, model: ImageModel, m
     expected = model.generate([0, 1, 2, 1, 0], batch_size=2, sampling=sampling, output="tensor")
     assert (ours.int() - expected.int()).abs().max() <= 1
     # With an interval there are two: with and without the second branch.
-    guided = Sampling("adams-bashforth", 4, Guidance(2.0, interval=(0.3, 0.8)))
+    guided = Sampling("adams-bashforth", 4, guidance_scale=2.0, guidance_interval=(0.3, 0.8))
     fast.generate([0, 1, 2, 1, 0], batch_size=2, sampling=guided)
     assert len(compiled) == 2
 
@@ -105,14 +106,14 @@ def test_a_gpu_gets_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "compile", note)
     for name in ("cpu", "cuda"):
-        compiled(lambda: {}, torch.device(name))
+        compiled_for_shapes(lambda: {}, torch.device(name))
     assert [each["mode"] for each in asked] == [None, "reduce-overhead"]
     assert all(each["dynamic"] is False for each in asked)
 
 
 def test_state_precision_as_published_unless_told_otherwise(model: ImageModel) -> None:
     def dtype(sampling: Sampling) -> torch.dtype:
-        return model.draw([0], [0], 0, sampling)["latent"].dtype
+        return model.draw([0], model.condition([0]), 0, sampling)["latent"].dtype
 
     assert dtype(Sampling("euler", 1)) == dtype(Sampling("heun", 1)) == dtype(Sampling(steps=1)) == torch.float64
     assert dtype(Sampling("adams-bashforth", 1)) == torch.float32
@@ -130,21 +131,25 @@ def test_the_states_precision_is_beneath_a_pixel(model: ImageModel) -> None:
 
 
 def test_bfloat16_evaluations_are_asked_for(model: ImageModel) -> None:
-    plain, coarse = (model.draw([0], [0], 0, Sampling("heun", 3, precision=p)) for p in ("float32", "bfloat16"))
+    plain, coarse = (
+        model.draw([0], model.condition([0]), 0, Sampling("heun", 3, precision=p)) for p in ("float32", "bfloat16")
+    )
     difference = (plain["latent"] - coarse["latent"]).abs().max()
     assert 0 < difference < 0.1
 
 
 def test_dopri5_does_not_depend_on_the_batch(model: ImageModel) -> None:
     pytest.importorskip("torchdiffeq")
-    sampling = Sampling("dopri5", guidance=Guidance(2.0, interval=(0.2, 0.8)))
+    sampling = Sampling("dopri5", guidance_scale=2.0, guidance_interval=(0.2, 0.8))
     counted: list[int] = []
-    together = model.draw([0, 1, 2], [0, 1, 2], 0, sampling, on_evaluation=lambda: counted.append(1))
+    together = model.draw(
+        [0, 1, 2], model.condition([0, 1, 2]), 0, sampling, controls=[Progress(lambda: counted.append(1))]
+    )
     for i in range(3):
-        alone = model.draw([i], [i], 0, sampling)
+        alone = model.draw([i], model.condition([i]), 0, sampling)
         for name, value in alone.items():
             assert torch.equal(value[0], together[name][i]), name
     assert len(counted) > 3 * 6 * 3  # each image takes its own steps, at least one in each of three pieces
-    exact = model.draw([0, 1, 2], [0, 1, 2], 0, Sampling("adams-bashforth", 400, sampling.guidance))
+    exact = model.draw([0, 1, 2], model.condition([0, 1, 2]), 0, sampling.changed(sampler="adams-bashforth", steps=400))
     for name, value in exact.items():
         torch.testing.assert_close(together[name], value, rtol=1e-2, atol=1e-2)

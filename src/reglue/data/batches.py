@@ -55,7 +55,7 @@ def _modality(store: Store, part: LearnedPart) -> Modality:
     elif part.modality == LATENT:
         autoencoder = store.manifest.autoencoder
         normalisation = Normalisation(autoencoder.shift, autoencoder.scale)
-    return Modality(part.modality, part.kind, channels, part.column, normalisation, part.dropout, part.is_class_token)
+    return part.as_modality(channels, normalisation)
 
 
 def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:

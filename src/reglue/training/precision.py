@@ -55,7 +55,9 @@ def to_compile(asked: Compile, device: torch.device) -> Compile:
     return "blocks" if device.type == "cuda" and find_spec("triton") and compiler else "no"
 
 
-def compiled(function: Callable[..., dict[str, Tensor]], device: torch.device) -> Callable[..., dict[str, Tensor]]:
+def compiled_for_shapes(
+    function: Callable[..., dict[str, Tensor]], device: torch.device
+) -> Callable[..., dict[str, Tensor]]:
     """A function of tensors, compiled for each shape that it meets.
 
     On a GPU it is captured in CUDA graphs, whose results lie where the next call writes its own, so they are copied.
@@ -107,7 +109,7 @@ class SamplingNetwork:
                 return network(state, time, condition).velocity
 
         self._products = partial(matmul_precision, device, precision)
-        self._velocity = compiled(velocity, device) if compiled else velocity
+        self._velocity = compiled_for_shapes(velocity, device) if compiled else velocity
 
     def __call__(self, state: State, time: Tensor, condition: Condition) -> Prediction:
         """See `diffusion.denoiser.DenoiserFunction`."""
