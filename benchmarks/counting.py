@@ -26,8 +26,8 @@ from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.training.precision import autocast
 from workloads import Workload
 
-H200_PRODUCTS = 790e12
-"""FLOP/s of large bfloat16 products on an H200: four fifths of the 989e12 of its data sheet."""
+H200_FLOPS = 790e12
+"""FLOP/s of large bfloat16 matrix products on an H200: four fifths of the 989e12 of its data sheet."""
 H200_BANDWIDTH = 4.0e12
 """Bytes per second of its memory: five sixths of the data sheet's."""
 REACHED = 0.5
@@ -54,7 +54,7 @@ class Counting(Benchmark):
     model: str = "B/2"
     resolutions: tuple[tuple[int, int], ...] = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 768), (1024, 1024))
     """Heights and widths in pixels, with the SD-VAE and DINOv2-B."""
-    gpus: tuple[int, ...] = (8, 32, 128, 512)
+    gpus: tuple[int, ...] = (8, 128)
     per_gpu: int = 32
     """Images per GPU and step."""
 
@@ -177,7 +177,7 @@ class Cost:
 
     def bound_seconds(self, images: int) -> float:
         """The least that a step of an H200 takes: its products, and the bytes that the optimiser moves."""
-        return images * self.training_flops / H200_PRODUCTS + OPTIMISER_BYTES * self.weights / H200_BANDWIDTH
+        return images * self.training_flops / H200_FLOPS + OPTIMISER_BYTES * self.weights / H200_BANDWIDTH
 
 
 def of_model(cost: Cost) -> dict[str, Any]:
@@ -201,13 +201,13 @@ def of_resolution(size: tuple[int, int], grid: tuple[int, int], cost: Cost) -> d
         "forward, GFLOP": cost.forward_flops / 1e9,
         "training, GFLOP": cost.training_flops / 1e9,
         "activations, MiB": cost.activation_bytes / 2**20,
-        "images/s of an H200": round(H200_PRODUCTS * REACHED / cost.training_flops),
+        "images/s of an H200": round(H200_FLOPS * REACHED / cost.training_flops),
     }
 
 
 def of_gpus(gpus: int, per_gpu: int, shards: int, cost: Cost) -> dict[str, Any]:
     """A row of the table of many GPUs. The share of computing is between all messages hidden behind it, and none."""
-    computing = per_gpu * cost.training_flops / (H200_PRODUCTS * REACHED)
+    computing = per_gpu * cost.training_flops / (H200_FLOPS * REACHED)
     sending = cost.sending_seconds(gpus, shards)
     return {
         "GPUs": gpus,

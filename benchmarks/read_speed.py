@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from common import Benchmark, core_seconds, report, run
-from counting import H200_PRODUCTS, REACHED, show, training_flops
+from counting import H200_FLOPS, REACHED, show, training_flops
 from reglue.commands.train import READERS, prefetch
 from reglue.config import Recipe
 from reglue.data.batches import TrainingData, denoiser_config
@@ -71,7 +71,7 @@ def main(options: ReadSpeed) -> str:
 def of_recipe(options: ReadSpeed, store: Store, recipe: Recipe) -> dict[str, Any]:
     """What a recipe reads, what an H200 at half its matrix rate takes in, and what comes here."""
     size = sum(bytes_of_row(store, column) for column in needed_columns(recipe) if column != "label")
-    needed = H200_PRODUCTS * REACHED / training_flops(Workload.of("imagenet", recipe=recipe.name).config)
+    needed = H200_FLOPS * REACHED / training_flops(Workload.of("imagenet", recipe=recipe.name).config)
     figures: dict[str, Any] = {
         "recipe": recipe.name,
         "bytes of an image": size,
