@@ -141,7 +141,7 @@ def test_mistakes_say_what_to_change(model: reglue.ImageModel, options: dict[str
 
 
 def test_an_unknown_option_is_a_type_error(model: reglue.ImageModel) -> None:
-    takes = r"takes classes, output, count, .*sampling, .*guidance_scale, .*rounding, .*absolute_tolerance$"
+    takes = r"takes classes, count, .*output, .*sampling, .*guidance_scale, .*rounding, .*absolute_tolerance$"
     with pytest.raises(TypeError, match=rf"^generate\(\) takes no guidance_scal; it {takes}"):
         model.generate(0, guidance_scal=2.0)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match=r"^generate\(\) takes no auto_scale"):

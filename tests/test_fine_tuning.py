@@ -18,7 +18,7 @@ from reglue.commands.compress import Compress, compress
 from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.train import Train, train
 from reglue.data.store import Store
-from reglue.diffusion.backbones.sit import position_embedding
+from reglue.diffusion.embeddings import position_embedding
 from reglue.errors import UserError
 from reglue.fine_tuning import rows_of_labels
 from reglue.run import RunRecord, find_run
@@ -159,9 +159,9 @@ def test_a_run_that_began_with_others_is_not_continued(
     [
         (
             ["--model=2x48x2/2"],
-            r"class_token\.linear\.bias is 32 there and 48 here, .* and \d+ more; choose the --model",
+            r"backbone\.blocks\.0\.attention\.out\.bias is 32 there and 48 here, .* and \d+ more; choose the --model",
         ),
-        (["--model=3x32x2/2"], r"transformer\.blocks\.2\.attention\.out\.bias is missing there and 32 here"),
+        (["--model=3x32x2/2"], r"backbone\.blocks\.2\.attention\.out\.bias is missing there and 32 here"),
         (["--local.weight=0"], r"patches\.weight is 32×7×2×2 there and 32×3×2×2 here"),
         (["--from-step=3"], "no checkpoint of step 3; it has 6"),
     ],

@@ -100,10 +100,11 @@ class LearnedPart(Part):
     modality: ClassVar[str]
     """The name of the modality."""
     kind: ClassVar[Literal["map", "token"]]
-    is_class_token: ClassVar[bool] = False
-    dropout: ClassVar[float] = 0.0
-    unit_variance: ClassVar[bool] = False
-    one_scale: ClassVar[bool] = False
+    # Without annotations: some kinds of part have these as options, in an order of their own.
+    is_class_token = False
+    dropout = 0.0
+    unit_variance = False
+    one_scale = False
 
     @property
     def column(self) -> str:
@@ -124,10 +125,10 @@ class Latent(LearnedPart):
     prefix = "--latent."
     modality, kind = LATENT, "map"
     weight: float = 1.0
-    unit_variance: bool = False  # type: ignore[reportIncompatibleVariableOverride]
+    unit_variance: bool = False
     """Scale each channel to mean 0 and standard deviation 1 on the store's images, in place of the autoencoder's own
     shift and scale: for images unlike those that the autoencoder was made for."""
-    one_scale: bool = False  # type: ignore[reportIncompatibleVariableOverride]
+    one_scale: bool = False
     """With unit_variance: one mean and standard deviation over all channels, as ReaLS has it (arXiv 2502.00359)."""
 
     def __post_init__(self) -> None:
@@ -146,9 +147,9 @@ class LocalSemantics(LearnedPart):
     modality, kind = "local", "map"
     compressor: str = "conv-16"
     """Name of the compressor in the store: what `reglue compress` made."""
-    dropout: float = 0.0  # type: ignore[reportIncompatibleVariableOverride]
+    dropout: float = 0.0
     """Share of samples that are trained without the map, for representation guidance (ReDi: 0.2)."""
-    unit_variance: bool = False  # type: ignore[reportIncompatibleVariableOverride]
+    unit_variance: bool = False
     """Divide the map by its standard deviation, per channel (the published methods do not)."""
 
     def __post_init__(self) -> None:
@@ -170,7 +171,7 @@ class ClassToken(LearnedPart):
     compressor: str | None = None
     """Name of a compressor in the store (`reglue compress --column cls`), whose codes are learned in place of the token
     itself, as published. The alignment's target is the token itself in any case."""
-    unit_variance: bool = False  # type: ignore[reportIncompatibleVariableOverride]
+    unit_variance: bool = False
     """Divide the token by its standard deviation, per channel (the published methods do not)."""
 
     @property
@@ -183,15 +184,15 @@ class ClassToken(LearnedPart):
 class OtherModality(LearnedPart):
     """A modality of your own: a column of the store, learned beside the others."""
 
-    modality: str = ""  # type: ignore[reportIncompatibleVariableOverride]
+    modality: str = ""
     """Its name, which states, losses and guidance scales know it by."""
-    kind: Literal["map", "token"] = "map"  # type: ignore[reportIncompatibleVariableOverride]
+    kind: Literal["map", "token"] = "map"
     """map: channels beside the latents, resized to their grid. token: a token of its own in front."""
     source: str = ""
     """The column of the store: (B, C, h, w) for a map, (B, C) for a token."""
-    dropout: float = 0.0  # type: ignore[reportIncompatibleVariableOverride]
+    dropout: float = 0.0
     """Share of samples that are trained without it, for representation guidance."""
-    unit_variance: bool = False  # type: ignore[reportIncompatibleVariableOverride]
+    unit_variance: bool = False
     """Scale it to mean 0 and standard deviation 1, per channel."""
 
     def __post_init__(self) -> None:

@@ -192,11 +192,21 @@ class ImageModel:
         self._networks.clear()
         return self
 
-    def condition(self, labels: Sequence[int]) -> Condition:
-        """What the model is given for classes by number, one image each; the number of classes stands for none."""
+    def condition(self, labels: Sequence[int], others: Condition | None = None) -> Condition:
+        """What the model is given for classes by number, one image each; the number of classes stands for none.
+
+        `others` are the values of other conditions, (B, …) each; those that are not given are null. Raises UserError
+        for a condition that the model does not have, and for another number of values.
+        """
         condition = self.denoiser.null(len(labels))
         if CLASS in condition:
             condition[CLASS] = torch.tensor(labels, device=self.device)
+        for name, values in (others or {}).items():
+            if name not in condition:
+                raise UserError(f"condition {name}: this model has {', '.join(condition) or 'none'}")
+            if len(values) != len(labels):
+                raise UserError(f"condition {name} has {len(values)} values for {len(labels)} images")
+            condition[name] = values.to(self.device)
         return condition
 
     @overload
@@ -222,6 +232,7 @@ class ImageModel:
         batch_size: int = 32,
         output: Literal["pil", "tensor"] = "pil",
         progress: bool = False,
+        condition: Condition | None = None,
         controls: Sequence[Control] = (),
         sampling: Sampling | None = None,
         **changes: Any,
@@ -230,17 +241,16 @@ class ImageModel:
 
         Image i depends on `seed` and i alone, whatever `batch_size` is; `progress` shows a bar. How they are drawn is
         `sampling`, `default_sampling` if not given, of which any field may be changed: `steps=50, guidance_scale=2.0`.
-        `controls` are given to the loop over time (`diffusion.controls`).
+        `condition` has the values (N, …) of conditions other than the class. `controls` are given to the loop over time (`diffusion.controls`).
 
         Returns a list of PIL images, or for `output="tensor"` uint8 (N, 3, height, width) on the CPU.
 
         Raises UserError for an unknown class, a count that contradicts the classes, and guidance without classes;
         TypeError for an unknown option.
         """
-        known = [part.name for part in fields(Sampling)]
+        _, *known = signature(ImageModel.generate).parameters
         if unknown := [name for name in changes if name not in known]:
-            own = [name for name, part in signature(type(self).generate).parameters.items() if name != "self"]
-            raise TypeError(f"generate() takes no {', '.join(unknown)}; it takes {', '.join(own)}")
+            raise TypeError(f"generate() takes no {', '.join(unknown)}; it takes {', '.join(known)}")
         if output not in ("pil", "tensor"):
             raise UserError(f"output {output!r}: choose 'pil' or 'tensor'")
         labels = self._labels(classes, count)
@@ -254,10 +264,11 @@ class ImageModel:
         with tqdm(total=total, desc="generate", unit="evaluation", disable=not progress) as bar:
             for start in range(0, len(labels), batch_size):
                 indices = range(start, min(start + batch_size, len(labels)))
-                condition = self.condition([labels[i] for i in indices])
+                others = {name: values[start : start + batch_size] for name, values in (condition or {}).items()}
+                given = self.condition([labels[i] for i in indices], others)
                 room = min(batch_size, len(labels))
                 watching = (*controls, Progress(bar.update))
-                state = self.draw(indices, condition, seed, sampling, room=room, controls=watching)
+                state = self.draw(indices, given, seed, sampling, room=room, controls=watching)
                 batches.append(torch.from_numpy(self.decode(state, sampling.rounding)))
         pixels = torch.cat(batches) if batches else torch.empty(0, *self.record.resolution, 3, dtype=torch.uint8)
         if output == "tensor":
@@ -431,6 +442,7 @@ def _visible_signature() -> Signature:
     changes = [
         Parameter(part.name, Parameter.KEYWORD_ONLY, default=None, annotation=hints[part.name] | None)
         for part in fields(Sampling)
+        if part.name != "auto_scale"  # There is no weaker model here.
     ]
     return Signature([*own, *changes], return_annotation="list[Image.Image] | Tensor")
 

@@ -26,7 +26,7 @@ from reglue.commands.export_run import ExportRun, export_run
 from reglue.commands.import_run import ImportRun, import_run
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train import train
-from reglue.diffusion.backbones.sit import position_embedding
+from reglue.diffusion.embeddings import position_embedding
 from reglue.diffusion.modalities import LATENT
 from reglue.encoders.compressors import load_compressor
 from reglue.errors import UserError

@@ -31,6 +31,7 @@ from reglue.cli import parse
 from reglue.commands.sample import Sample, sample
 from reglue.config import Sampling
 from reglue.diffusion.controls import Progress
+from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError
 from reglue.image_sets import open_images
 from reglue.pipeline import load
@@ -163,44 +164,6 @@ def test_a_full_disk_stops_the_job_with_its_message(
     )
 
 
-def test_samples_with_the_noise_of_an_older_version_are_not_continued(tiny_run: Path, tmp_path: Path) -> None:
-    out = sample(Sample(tiny_run, tmp_path / "out", count=2, steps=1, device="cpu"))
-    before = json.loads((out / "samples.json").read_text())
-    del before["noise"]
-    (out / "samples.json").write_text(json.dumps(before))
-    with pytest.raises(UserError, match=r"another protocol \(noise\); choose a new --out"):
-        sample(Sample(tiny_run, out, count=3, steps=1, device="cpu"))
-    assert len(pixels(out)) == 2
-
-
-def test_samples_of_an_older_version_may_be_continued(tiny_run: Path, tmp_path: Path) -> None:
-    out = sample(Sample(tiny_run, tmp_path / "out", count=2, device="cpu"))
-    protocol = json.loads((out / "samples.json").read_text())
-    added = ("time_shift", "state_precision", "precision", "relative_tolerance", "absolute_tolerance")
-    for name in added:
-        del protocol["sampling"][name]
-    (out / "samples.json").write_text(json.dumps(protocol))
-    with pytest.raises(UserError, match=r"another protocol \(sampling\)"):
-        sample(Sample(tiny_run, out, count=3, time_shift=2.0, device="cpu"))
-    assert len(pixels(sample(Sample(tiny_run, out, count=3, device="cpu")))) == 3
-
-
-def test_samples_with_open_precisions_may_be_continued(tiny_run: Path, tmp_path: Path) -> None:
-    """Older files have null where nobody asked for a precision, and no hash of the weights."""
-    out = sample(Sample(tiny_run, tmp_path / "out", count=2, device="cpu"))
-    file = out / "samples.json"
-    protocol = json.loads(file.read_text())
-    del protocol["weights_sha256"], protocol["weaker_weights_sha256"]
-    older = {**protocol, "sampling": protocol["sampling"] | {"state_precision": None, "precision": None}}
-    file.write_text(json.dumps(older))
-    with pytest.raises(UserError, match=r"another protocol \(sampling\)"):
-        sample(Sample(tiny_run, out, count=3, state_precision="float32", device="cpu"))
-    assert len(pixels(sample(Sample(tiny_run, out, count=3, device="cpu")))) == 3
-    after = json.loads(file.read_text())
-    assert after["sampling"] == protocol["sampling"]
-    assert "weights_sha256" not in after, "nobody knows which weights drew the first two"
-
-
 def test_the_protocol_says_which_precisions_and_weights_were_used(tiny_run: Path, tmp_path: Path) -> None:
     def protocol(name: str, **changes: Any) -> dict[str, Any]:
         out = sample(Sample(tiny_run, tmp_path / name, count=1, steps=1, device="cpu", **changes))
@@ -215,13 +178,18 @@ def test_the_protocol_says_which_precisions_and_weights_were_used(tiny_run: Path
     assert protocol("guided", weaker_run=tiny_run)["weaker_weights_sha256"] == used
 
 
+def unscaled(config: DenoiserConfig) -> DenoiserConfig:
+    latents, *others = config.modalities
+    return replace(config, modalities=(replace(latents, normalisation=None), *others))
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
         (lambda record: replace(record, class_names=("circle", "stripes", "square")), "classes"),
         (lambda record: replace(record, class_names=("0", "1", "2")), "classes"),
         (lambda record: replace(record, recipe=replace(record.recipe, path="cosine")), "path"),
-        (lambda record: replace(record, normalisation={}), "scale of latent"),
+        (lambda record: replace(record, denoiser=unscaled(record.denoiser)), "scale of latent"),
     ],
 )
 def test_a_weaker_run_speaks_of_the_same_in_the_same_terms(
@@ -315,23 +283,6 @@ def test_a_run_that_has_moved_draws_more_of_the_same(
         sample(replace(options, run=Path("moved"), weaker_run=None))
 
 
-def test_without_a_hash_the_place_tells_the_run(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_run, "run")
-    shutil.copytree(tiny_run, "another")
-    options = Sample(Path("run"), Path("out"), count=1, steps=1, device="cpu")
-    file = sample(options) / "samples.json"
-    older = json.loads(file.read_text())
-    del older["weights_sha256"], older["weaker_weights_sha256"]
-    file.write_text(json.dumps({**older, "run": "run"}))
-    sample(replace(options, run=tmp_path / "run"))
-    assert json.loads(file.read_text())["run"] == str(tmp_path / "run")
-    with pytest.raises(UserError, match=r"another protocol \(run\)"):
-        sample(replace(options, run=Path("another")))
-
-
 def test_dopri5_without_its_library(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(UserError, match=r"pip install 'reglue\[ode\]'"):
@@ -359,7 +310,7 @@ def test_other_settings_are_refused_where_images_are(tiny_run: Path, tmp_path: P
 
 
 def test_npz_holds_the_same_images(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reglue.commands.sample, "PACKED_AT_ONCE", 2)
+    monkeypatch.setattr(reglue.samples, "PACKED_AT_ONCE", 2)
     folder = sample(Sample(tiny_run, tmp_path / "png", count=5, device="cpu"))
     packed = np.load(sample(Sample(tiny_run, tmp_path / "images.npz", count=5, device="cpu")), allow_pickle=False)
     assert np.array_equal(packed["arr_0"], pixels(folder))
@@ -436,7 +387,7 @@ def test_an_archive_takes_the_memory_of_a_few_pictures(tmp_path: Path, monkeypat
     files = [tmp_path / f"{i:06d}.png" for i in range(count)]
     for i, file in enumerate(files):
         Image.new("RGB", (side, side), (i, 0, 0)).save(file)
-    monkeypatch.setattr(reglue.commands.sample, "PACKED_AT_ONCE", 2)
+    monkeypatch.setattr(reglue.samples, "PACKED_AT_ONCE", 2)
     tracemalloc.start()
     reglue.samples.write_archive(tmp_path / "all.npz", files, list(range(count)), {})
     peak = tracemalloc.get_traced_memory()[1]
@@ -477,7 +428,7 @@ def test_every_sampler_and_guidance_draws_images(
     assert images.std() > 0
     protocol = json.loads((out / "samples.json").read_text())
     assert protocol["sampling"]["sampler"] == sampler
-    assert protocol["sampling"]["guidance"]["interval"] == [0.1, 0.8]
+    assert protocol["sampling"]["guidance_interval"] == [0.1, 0.8]
 
 
 @pytest.mark.parametrize(

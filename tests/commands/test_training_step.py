@@ -27,7 +27,7 @@ import reglue.data.batches
 from helpers import TINY_RECIPE
 from reglue.cli import parse
 from reglue.commands.train import Losses, prefetch, train
-from reglue.config import Compile, Optimisation, Precision, Recipe
+from reglue.config import Compile, Precision, Recipe
 from reglue.data import images
 from reglue.data.batches import HostBatch, TrainingData, denoiser_config
 from reglue.data.store import Store
@@ -36,7 +36,6 @@ from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.errors import UserError
-from reglue.files import from_json, to_json
 from reglue.papers import RECIPES
 from reglue.training import parallel
 from reglue.training.precision import autocast, compile_parts
@@ -345,7 +344,7 @@ def test_threads_read_ahead_in_order_and_end(workers: int, data: TrainingData) -
     together = list(prefetch(data, parts, workers))
     assert len(alone) == len(together) == 20
     for a, b in zip(alone, together, strict=True):
-        for part in ("latent", "codes", "target", "noise", "drawn"):
+        for part in ("target", "noise", "condition", "drawn"):
             mine, theirs = getattr(a, part), getattr(b, part)
             assert mine.keys() == theirs.keys()
             assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
@@ -386,19 +385,6 @@ def test_runs_with_and_without_threads_are_the_same(tiny_store: Path, tmp_path: 
         run = train(parse([*command, "--optimisation.steps=4", f"--workers={workers}"]))
         weights.append(load_file(run / "checkpoints" / "00000004" / "model.safetensors"))
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-
-
-def test_recipes_of_earlier_versions_say_whether_to_compile_by_true_and_false(tmp_path: Path) -> None:
-    file = tmp_path / "optimisation.json"
-    cases: tuple[tuple[bool | str, Compile], ...] = ((False, "no"), (True, "model"), ("blocks", "blocks"))
-    for before, now in cases:
-        written = json.loads(to_json(Optimisation()))
-        del written["checkpoint_blocks"]
-        file.write_text(json.dumps({**written, "compile": before}))
-        assert from_json(file, Optimisation, "") == Optimisation(compile=now)
-    file.write_text(json.dumps({**written, "compile": 1}))
-    with pytest.raises(UserError, match="damaged"):
-        from_json(file, Optimisation, "")
 
 
 def test_run_with_decoded_targets_learns(tiny_store: Path, tmp_path: Path) -> None:

@@ -45,10 +45,10 @@ def test_a_sample_depends_on_seed_and_position_alone(tiny_store: Path) -> None:
     store = Store.open(tiny_store)
     whole = data(store, tiny("reglue")).sample(range(40, 60))
     alone = data(store, tiny("reglue")).sample(range(47, 48))
-    for kind in ("data", "noise"):
+    for kind in ("data", "noise", "condition"):
         for name, value in getattr(alone, kind).items():
             assert torch.equal(value[0], getattr(whole, kind)[name][7]), (kind, name)
-    for kind in ("time", "label", "alignment_target"):
+    for kind in ("time", "alignment_target"):
         assert torch.equal(getattr(alone, kind)[0], getattr(whole, kind)[7]), kind
     other = data(store, tiny("reglue"), seed=1).sample(range(47, 48))
     assert not torch.equal(other.noise["latent"], alone.noise["latent"])
@@ -278,7 +278,7 @@ def test_what_decoded_targets_lack_is_named(tiny_store: Path) -> None:
 
 
 def parts_of(draft: HostBatch) -> list[dict[str, torch.Tensor]]:
-    return [draft.latent, draft.codes, draft.target, draft.noise, draft.drawn]
+    return [*draft.columns.values(), draft.target, draft.noise, draft.condition, draft.drawn]
 
 
 class Gpu:
@@ -344,7 +344,7 @@ def test_a_gpu_copies_what_is_read_and_drawn_from_where_it_was_written(
         draft = trained.read(range(5))
         count = sum(map(len, parts_of(draft)))
         assert len(gpu.copied) == count
-        small = len(draft.drawn)  # times and labels are pinned afterwards
+        small = len(draft.drawn) + len(draft.condition)  # times and conditions are pinned afterwards
         assert len(gpu.pinned.intersection(gpu.copied[: count - small])) == count - small
         assert not gpu.asked
         sample = trained.finish(draft)

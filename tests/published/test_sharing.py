@@ -37,8 +37,8 @@ SHARED = [
     "autoencoder/diffusion_pytorch_model.safetensors",
     "checkpoints/00000006/ema.safetensors",
     "checkpoints/00000006/progress.json",
-    "compressor/compressor.json",
-    "compressor/compressor.safetensors",
+    "compressors/local/compressor.json",
+    "compressors/local/compressor.safetensors",
     "run.json",
 ]
 
@@ -178,7 +178,7 @@ def test_half_precision_halves_the_file_and_hardly_changes_the_images(tiny_run: 
     assert (images[0] - images[1]).abs().max() <= 2
 
 
-def test_the_compressor_of_an_older_run_comes_from_its_store(tiny_run: Path, tmp_path: Path) -> None:
+def test_a_compressor_that_the_run_lacks_comes_from_its_store(tiny_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
     shutil.rmtree(run / "compressors")
     assert files(reglue.load(run, device="cpu").save(tmp_path / "saved")) == SHARED
@@ -226,7 +226,7 @@ REPORT = {
     "versions": {"torch": "2.9.1"},
     "encoder": "/home/someone/encoders/starter",
     "warnings": [],
-    "protocol": {"sampling": {"sampler": "heun", "guidance": {"scale": 2.5}}, "labels": list(range(50)), "seed": 3},
+    "protocol": {"sampling": {"sampler": "heun", "guidance_scale": 2.5}, "labels": list(range(50)), "seed": 3},
 }
 
 

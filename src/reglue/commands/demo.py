@@ -26,7 +26,6 @@ from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train import Train, train
 from reglue.config import Alignment, ClassToken, Latent, LocalSemantics, Optimisation, Recipe, Sampling
-from reglue.data.batches import local_column
 from reglue.data.images import ImageFolder, UnreadableImage
 from reglue.data.pictures import colours_of
 from reglue.data.store import Store
@@ -311,7 +310,7 @@ def nearest_training_images(drawn: Drawn, training: Tensor, store: Path) -> Near
 def semantics(model: ImageModel, drawn: Drawn, training: Tensor, store: Path, seed: int) -> Semantics:
     """Real digits and samples, each beside its compressed semantics in the same colours."""
     rows = torch.linspace(0, len(training) - 1, SHOWN).long()
-    code = Store.open(store).read(local_column(model.record.recipe), rows)["local"].float()
+    code = Store.open(store).read(model.record.recipe.local.column, rows)["local"].float()
     # An image is a function of seed and index: these are the first samples once more, with what was drawn beside them.
     state = model.draw(range(SHOWN), model.condition(drawn.labels[:SHOWN].tolist()), seed, model.default_sampling)
     return Semantics(

@@ -149,7 +149,8 @@ class HostBatch:
     def _each(self, move: Callable[[Tensor], Tensor]) -> HostBatch:
         columns = {key: {name: move(x) for name, x in part.items()} for key, part in self.columns.items()}
         others = (self.target, self.noise, self.condition, self.drawn)
-        return HostBatch(columns, *({name: move(x) for name, x in part.items()} for part in others))
+        target, noise, condition, drawn = ({name: move(x) for name, x in part.items()} for part in others)
+        return HostBatch(columns, target, noise, condition, drawn)
 
 
 class TrainingData:

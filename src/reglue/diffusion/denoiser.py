@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -52,7 +53,7 @@ class DenoiserConfig:
     """What the model learns; the first one is the latents."""
     grid: tuple[int, int]
     """(H, W) of the maps, in latent pixels."""
-    conditions: Mapping[str, int] = field(default_factory=dict)
+    conditions: Mapping[str, int] = field(default_factory=dict[str, int])
     """The size of each condition: for `class`, the number of classes, 0 for unconditional."""
     depth: int
     width: int
@@ -173,8 +174,8 @@ class Denoiser(nn.Module):
         width = config.width
         outputs = config.patch**2 * config.channels * (2 if config.learn_sigma else 1)
         sizes = BackboneSizes(config.depth, width, config.heads, len(config.tokens), config.token_grid)
-        with torch.random.fork_rng(devices=[]):  # Whatever `initialise` leaves as PyTorch draws it.
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):  # type: ignore[reportUnknownMemberType]
+            torch.manual_seed(seed)  # type: ignore[reportUnknownMemberType], for what `initialise` leaves alone
             self.patches = nn.Conv2d(config.channels, width, config.patch, config.patch)
             self.time_embedding = TimeEmbedding(width)
             self.conditions = nn.ModuleDict(
@@ -209,8 +210,8 @@ class Denoiser(nn.Module):
 
         output: State = {m.name: self.token_velocities[m.name](tokens[:, i]) for i, m in enumerate(config.tokens)}
         image = self.unpatchify(self.velocity(tokens[:, len(config.tokens) :]))
-        parts = image[:, : config.channels].split([m.channels for m in config.maps], dim=1)
-        output |= {m.name: part for m, part in zip(config.maps, parts, strict=True)}
+        parts = image.tensor_split([*accumulate(m.channels for m in config.maps)], dim=1)  # The last is unused.
+        output |= {m.name: part for m, part in zip(config.maps, parts, strict=False)}
         output = {name: output[name] for name in state}
         velocity = PREDICTIONS[config.prediction].to_velocity(output, state, time, PATHS[config.path])
         return Prediction(velocity, self._aligned(tap))

@@ -46,6 +46,9 @@ class TimeEmbedding(nn.Sequential):
     def __init__(self, width: int) -> None:
         super().__init__(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(B,) → (B, width)."""
-        return super().forward(time_features(t))
+        x = time_features(input)
+        for layer in self:
+            x = layer(x)
+        return x

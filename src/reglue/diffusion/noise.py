@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -12,9 +12,6 @@ import torch
 from reglue.diffusion.modalities import State
 from reglue.seeds import generator, normals
 
-STREAMS = "one stream per modality"
-"""What protocols of samples say about the noise. Older ones say nothing: all modalities of an image shared a stream,
-so that what a model generated besides latents decided the noise of its latents."""
 THREADS = 4
 """How many draw a share of the images each. One would take longer for a batch than a fast GPU for a step."""
 
@@ -27,7 +24,7 @@ def drawn_ahead(
     device: torch.device,
     dtype: torch.dtype,
     count: int,
-) -> Iterator[Iterator[State]]:
+) -> Generator[Iterator[State]]:
     """`count` standard normal states (B, …) of the images `indices`, one after another, on a device.
 
     The draws of a modality of an image are a function of (seed, modality, image): whatever else a model generates, its

@@ -32,7 +32,14 @@ class Step(Protocol):
     """One step of a sampler."""
 
     def __call__(
-        self, velocity: Velocity, state: State, times: Times, next_times: Times, memory: Memory, noise: Iterator[State]
+        self,
+        velocity: Velocity,
+        state: State,
+        times: Times,
+        next_times: Times,
+        memory: Memory,
+        noise: Iterator[State],
+        /,
     ) -> State:
         """The state at `next_times` from that at `times`, each modality by its own difference of time."""
         ...

@@ -57,7 +57,7 @@ class SiT(Backbone):
 
     def zero_layers(self) -> Iterable[nn.Module]:
         """The modulations: every block begins as the identity."""
-        return [self.modulation, *(block.modulation for block in self.blocks)]
+        return [self.modulation, *(block.modulation for block in self.blocks if isinstance(block, Block))]
 
     def forward(
         self, tokens: Tensor, time: Tensor, condition: Tensor, tap_after: int = 0
