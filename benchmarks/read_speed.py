@@ -21,9 +21,9 @@ import torch
 
 from common import Benchmark, core_seconds, report, run
 from counting import H200_FLOPS, REACHED, show, training_flops
-from reglue.commands.train import READERS, prefetch
 from reglue.config import Recipe
 from reglue.data.batches import TrainingData, denoiser_config
+from reglue.data.prefetch import READERS, prefetch
 from reglue.data.store import LOCAL_CODES, Store, compressor_of
 from reglue.papers import RECIPES
 from reglue.run import needed_columns
@@ -87,7 +87,7 @@ def of_recipe(options: ReadSpeed, store: Store, recipe: Recipe) -> dict[str, Any
         count = len(store) if cache == "cold" else max(options.images, len(store))
         batches = [range(first, first + options.batch_size) for first in range(0, count, options.batch_size)]
         images, wall, core = len(batches) * options.batch_size, time.perf_counter(), core_seconds()
-        deque(prefetch(data, batches, options.workers), maxlen=0)
+        deque(prefetch(data.read, batches, options.workers), maxlen=0)
         wall, core = time.perf_counter() - wall, core_seconds() - core
         figures |= {f"{cache}: images/s": round(images / wall), f"{cache}: per second of a core": round(images / core)}
     return figures

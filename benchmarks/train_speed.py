@@ -26,16 +26,19 @@ import official
 from common import alternate, matmul_rate, report, run, speedups
 from counting import parameters, training_flops
 from official import CLS, LOCAL
-from reglue.commands.train import READERS, Losses, ema_decay, prefetch
-from reglue.config import Compile, Precision, Recipe
+from reglue.commands.train import DenoiserTask, Losses, Train
+from reglue.config import Compile, Precision
 from reglue.data.batches import HostBatch, TrainingData
+from reglue.data.prefetch import READERS, prefetch
 from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import LATENT
-from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
+from reglue.diffusion.objective import TrainingSample, loss_terms
 from reglue.diffusion.paths import LINEAR, PATHS
-from reglue.training import distributed, parallel
-from reglue.training.precision import autocast, compile_parts, matmul_precision, to_compile
+from reglue.run import RunRecord
+from reglue.training import distributed
+from reglue.training.loop import Means, ema_decay
+from reglue.training.precision import compile_parts, to_compile
 from workloads import CLASSES, LAYERS, OfModel, RandomOnline, Workload
 
 AGREEMENT = 1e-4
@@ -64,49 +67,31 @@ class TrainSpeed(OfModel):
 
 
 class TrainingStep:
-    """What `reglue train` makes before its loop, and what it does in it with one sample: the same calls."""
+    """What `reglue train` gives to its loop, and a step of that loop (`training.loop.fit`)."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        start: Denoiser,
-        device: torch.device,
-        precision: Precision,
-        compile: Compile = "no",
-    ) -> None:
+    def __init__(self, data: TrainingData, start: Denoiser, precision: Precision, compile: Compile = "no") -> None:
         """`start`: a model to copy, which is quicker than to draw initial weights."""
-        optimisation = recipe.optimisation
-        self.recipe, self.device = recipe, device
-        self.precision: Precision = precision
-        self.model = deepcopy(start)
-        blocks = self.model.backbone.blocks
-        losses = Losses(self.model, PATHS[recipe.path])
-        compile_parts(losses, blocks, to_compile(compile, device))
-        self.losses = parallel.parallelise(losses, blocks, 1, device, precision)
-        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.weights, self.averages = list(self.model.state_dict().values()), list(self.ema.values())
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=optimisation.learning_rate,
-            betas=optimisation.betas,
-            eps=optimisation.epsilon,
-            weight_decay=optimisation.weight_decay,
-            fused=True,
-        )
+        recipe = data.recipe
+        recipe = replace(recipe, optimisation=replace(recipe.optimisation, precision=precision))
+        losses = Losses(deepcopy(start), PATHS[recipe.path])
+        compile_parts(losses, losses.denoiser.backbone.blocks, to_compile(compile, data.device))
+        options = Train(recipe, data.store.folder, Path("nowhere"))
+        self.task = DenoiserTask(options, RunRecord.of(data.store, recipe, 0), data, 1, losses)
+        weights = losses.denoiser.state_dict()
+        self.averages, self.weights = list(self.task.ema.values()), [weights[name] for name in self.task.ema]
+        self.means = Means()
 
-    def __call__(self, data: TrainingData, batch: HostBatch) -> dict[str, Tensor]:
+    def __call__(self, batch: HostBatch) -> dict[str, Tensor]:
         """One step. Returns the terms of its loss, and the gradient's norm as `gradient_norm`."""
-        optimisation = self.recipe.optimisation
-        with distributed.deterministic(self.device, True):
-            with matmul_precision(self.device, self.precision), parallel.accumulating(self.losses, last=True):
-                with autocast(self.device, self.precision):
-                    terms = self.losses(data.finish(batch))
-                weighted_sum(terms, self.recipe.loss_weights(0)).backward()
-            norm = parallel.clip_gradients(self.model.parameters(), optimisation.clip)
-            self.optimiser.step()
-            self.optimiser.zero_grad(set_to_none=True)
-            torch._foreach_lerp_(self.averages, self.weights, 1 - ema_decay(optimisation, 0))  # type: ignore[reportPrivateImportUsage]
-        return {**terms, "gradient_norm": norm}
+        task = self.task
+        with distributed.deterministic(task.device, True):
+            terms = task.backward(batch, 0, last_part=True) | task.before_update(0)
+            self.means.add(terms)
+            task.optimiser.step()
+            task.optimiser.zero_grad(set_to_none=True)
+            decay = ema_decay(task.optimisation, 0)
+            torch._foreach_lerp_(self.averages, self.weights, 1 - decay)  # type: ignore[reportPrivateImportUsage]
+        return terms
 
 
 def main(options: TrainSpeed) -> str:
@@ -221,15 +206,14 @@ def ours(
     options: TrainSpeed, data: TrainingData, start: Denoiser, batch: int, precision: Precision, compile: Compile
 ) -> Callable[[], object]:
     """A turn of our step, with threads that read ahead and end with the turn."""
-    device = data.device
-    step = TrainingStep(data.recipe, start, device, precision, compile)
+    step, device = TrainingStep(data, start, precision, compile), data.device
     default = 0 if device.type == "cpu" else READERS
     workers = default if options.workers is None else options.workers
 
     def turn() -> None:
         positions = (range(i * batch, (i + 1) * batch) for i in range(options.steps))
-        for rows in prefetch(data, positions, workers):
-            step(data, rows)
+        for rows in prefetch(data.read, positions, workers, device):
+            step(rows)
 
     return turn
 

@@ -218,7 +218,15 @@ def test_a_tracker_records_and_never_stops_a_training(parts: object, tiny_store:
 def test_parts_work_on_the_command_line(tiny_store: Path, tmp_path: Path) -> None:
     script = tmp_path / "my_parts.py"
     script.write_text(examples()["A backbone"] + "\nfrom reglue.cli import main\n\nmain()\n")
-    words: list[Any] = ["train", "sit", "--backbone", "plain", "--model=1x16x2/2", "--optimisation.steps=1", "--device=cpu"]
+    words: list[Any] = [
+        "train",
+        "sit",
+        "--backbone",
+        "plain",
+        "--model=1x16x2/2",
+        "--optimisation.steps=1",
+        "--device=cpu",
+    ]
     more = [
         "--optimisation.batch-size=4",
         "--preview-every=0",

@@ -183,12 +183,12 @@ def test_a_step_is_that_of_the_command(tiny_store: Path, tmp_path: Path) -> None
     trained = load_file(find(run) / "model.safetensors")
     averaged = load_file(find(run) / "ema.safetensors")
     data = TrainingData(store, recipe, denoiser_config(store, recipe), 0)
-    step = TrainingStep(recipe, Denoiser(data.config), CPU, "float32")
+    step = TrainingStep(data, Denoiser(data.config), "float32")
     for first in (0, 4, 8):
-        step(data, data.read(range(first, first + 4)))
-    for name, weight in step.model.state_dict().items():
+        step(data.read(range(first, first + 4)))
+    for name, weight in step.task.model.state_dict().items():
         assert torch.equal(weight, trained[name]), name
-        assert torch.equal(step.ema[name], averaged[name]), name
+        assert torch.equal(step.task.ema[name], averaged[name]), name
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -110,34 +110,6 @@ def test_accumulated_parts_give_the_same_step_up_to_rounding(tiny_store: Path, t
             torch.testing.assert_close(value, four[name], rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_give_the_same_losses_as_one(tiny_store: Path, tmp_path: Path) -> None:
-    common = [
-        "--store",
-        str(tiny_store),
-        *TINY_RECIPE,
-        "--optimisation.steps=10",
-        "--preview-every=5",
-        "--preview-count=4",
-    ]
-    run_reglue("train", "reglue", "--out", tmp_path / "one", *common)
-    subprocess.run(
-        [
-            *reglue_command()[:1], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "reglue",
-            "train", "reglue", "--out", str(tmp_path / "two"), *common,
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    assert len(one) == len(two) == 2
-    for a, b in zip(one, two, strict=True):
-        for term in ("loss", "latent", "local", "cls", "alignment", "gradient_norm"):
-            assert a[term] == pytest.approx(b[term], rel=1e-3), term
-    assert (tmp_path / "two" / "previews" / "00000010.png").is_file()
-
-
 def test_online_targets_equal_cached_ones(tiny_store: Path, tmp_path: Path) -> None:
     cached = train(options("repa", tiny_store, tmp_path / "cached", "--optimisation.steps=5"))
     online = train(

@@ -26,16 +26,15 @@ import reglue.commands.train
 import reglue.data.batches
 from helpers import TINY_RECIPE
 from reglue.cli import parse
-from reglue.commands.train import Losses, prefetch, train
+from reglue.commands.train import Losses, train
 from reglue.config import Compile, Precision, Recipe
 from reglue.data import images
-from reglue.data.batches import HostBatch, TrainingData, denoiser_config
+from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.data.targets import AlignmentTargets
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
-from reglue.errors import UserError
 from reglue.papers import RECIPES
 from reglue.training import parallel
 from reglue.training.precision import autocast, compile_parts
@@ -331,49 +330,6 @@ def test_nothing_waits_for_a_gpu_between_lines_of_the_log(
             weighted_sum(terms, RECIPE.loss_weights(0)).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def readers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("read ahead")]
-
-
-@pytest.mark.parametrize("workers", [1, 4])
-def test_threads_read_ahead_in_order_and_end(workers: int, data: TrainingData) -> None:
-    parts = [range(start, start + 5) for start in range(0, 100, 5)]
-    alone = list(prefetch(data, parts, 0))
-    together = list(prefetch(data, parts, workers))
-    assert len(alone) == len(together) == 20
-    for a, b in zip(alone, together, strict=True):
-        for part in ("target", "noise", "condition", "drawn"):
-            mine, theirs = getattr(a, part), getattr(b, part)
-            assert mine.keys() == theirs.keys()
-            assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
-    assert not readers()
-
-
-def test_threads_end_when_training_stops_early(data: TrainingData) -> None:
-    drafts = prefetch(data, (range(n, n + 2) for n in range(10**9)), 3)
-    next(drafts)
-    assert readers()
-    drafts.close()
-    assert not readers()
-
-
-def test_what_a_reading_thread_meets_is_said_in_its_place(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = data.read
-
-    def broken(positions: range) -> HostBatch:
-        if positions.start == 6:
-            raise UserError("shard 3 is damaged")
-        return read(positions)
-
-    monkeypatch.setattr(data, "read", broken)
-    drafts: Iterator[HostBatch] = prefetch(data, [range(n, n + 2) for n in range(0, 20, 2)], 4)
-    for _ in range(3):
-        next(drafts)
-    with pytest.raises(UserError, match="shard 3 is damaged"):
-        next(drafts)
-    assert not readers()
 
 
 def test_runs_with_and_without_threads_are_the_same(tiny_store: Path, tmp_path: Path) -> None:

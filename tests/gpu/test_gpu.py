@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -19,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import convergence
-import reglue.commands.train
+import reglue.training.loop
 import sample_speed
 import train_speed
 from helpers import TINY_RECIPE
@@ -68,7 +67,7 @@ def test_no_iteration_of_training_waits_for_the_gpu(
     compile: str, precision: str, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the third step's samples on to the last but one's average, whatever the loop does, its readers included."""
-    steps, prefetch = 8, reglue.commands.train.prefetch
+    steps, prefetch = 8, reglue.training.loop.prefetch
     watched: list[int] = []
 
     def watching(*arguments: Any) -> Iterator[HostBatch]:
@@ -80,7 +79,7 @@ def test_no_iteration_of_training_waits_for_the_gpu(
             watched.append(torch.cuda.get_sync_debug_mode())
             yield draft
 
-    monkeypatch.setattr(reglue.commands.train, "prefetch", watching)
+    monkeypatch.setattr(reglue.training.loop, "prefetch", watching)
     options = [
         f"--store={tiny_store}", f"--out={tmp_path / 'run'}", *TINY_RECIPE, f"--optimisation.steps={steps}",
         "--optimisation.clip=1", f"--optimisation.compile={compile}", f"--optimisation.precision={precision}",
@@ -135,8 +134,8 @@ def test_a_compiled_step_is_the_eager_one(compile: Compile, data: TrainingData) 
 
     def sums(compile: Compile) -> dict[str, float]:
         torch.compiler.reset()
-        step = TrainingStep(RECIPE, awake(data), CUDA, "float32", compile)
-        terms = [step(data, data.read(range(first, first + 4))) for first in (0, 4)]
+        step = TrainingStep(data, awake(data), "float32", compile)
+        terms = [step(data.read(range(first, first + 4))) for first in (0, 4)]
         return {name: sum(of_step[name].item() for of_step in terms) for name in terms[0]}
 
     assert sums(compile) == pytest.approx(sums("no"), rel=1e-3)
@@ -196,7 +195,7 @@ def test_a_study_runs_on_a_gpu(tiny_store: Path, tiny_images: Path, tmp_path: Pa
 
 
 def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(data: TrainingData, tmp_path: Path) -> None:
-    """Not what the next step made of it while copies were on their way; the second one fills the same pinned memory."""
+    """Not what the next step made of it while copies were on their way; the second one fills the same memory."""
     model = awake(data)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
@@ -290,10 +289,9 @@ def spread(kind: str, losses: Losses, model: Denoiser) -> torch.nn.Module:
         return losses.to(CUDA)
     with pytest.MonkeyPatch.context() as pretended:
         if kind == "shards":
-            two = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2)
-            pretended.setattr(parallel, "dist", two)
+            pretended.setattr(distributed, "rank_and_count", lambda: (0, 2))
             pretended.setattr(
-                parallel,
+                torch.distributed.device_mesh,
                 "init_device_mesh",
                 lambda device, _, mesh_dim_names: init_device_mesh(device, (1,), mesh_dim_names=mesh_dim_names[1:]),
             )

@@ -103,7 +103,7 @@ def two(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiled = ["--optimisation.steps=3", "--optimisation.compile=blocks"]
     run_on(
         2,
-        training(tiny_store, folder / "replicated", "--optimisation.steps=6"),
+        training(tiny_store, folder / "replicated", "--optimisation.steps=6", "--preview-every=6"),
         training(tiny_store, folder / "sharded", "--optimisation.steps=3", "--shards=2", "--preview-every=3"),
         training(tiny_store, folder / "half", *half),
         training(tiny_store, folder / "half-sharded", *half, "--shards=2"),
@@ -146,6 +146,7 @@ def assert_same_training(run: Path, other: Path) -> None:
 
 def test_whole_copies_train_as_one_process_does(one: Path, two: Path) -> None:
     assert_same_training(one, two / "replicated")
+    assert (two / "replicated" / "previews" / "00000006.png").is_file()
 
 
 def test_shards_train_as_one_process_does(one: Path, two: Path, four: Path) -> None:

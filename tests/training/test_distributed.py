@@ -18,7 +18,7 @@ import torch.distributed as dist
 from reglue import cli
 from reglue.config import Compile, Precision
 from reglue.errors import UserError
-from reglue.training import checkpoints, distributed
+from reglue.training import checkpoints, distributed, precision, stopping
 from reglue.training.precision import autocast, matmul_precision, to_compile
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -160,11 +160,11 @@ def test_tf32_is_float32_for_everything_but_the_products_of_a_gpu(precision: Pre
 def test_blocks_are_compiled_on_a_gpu_unless_told_otherwise(
     asked: Compile, on_cpu: str, on_gpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "find_spec", lambda name: name)
+    monkeypatch.setattr(precision, "find_spec", lambda name: name)
     monkeypatch.setenv("CC", "gcc")
     assert to_compile(asked, CPU) == on_cpu
     assert to_compile(asked, GPU) == on_gpu
-    monkeypatch.setattr(distributed, "find_spec", lambda name: None)
+    monkeypatch.setattr(precision, "find_spec", lambda name: None)
     assert to_compile("auto", GPU) == "no"
 
 
@@ -192,18 +192,18 @@ def test_an_unexpected_error_ends_a_process_among_others_at_once_after_its_trace
 
 def test_sigterm_is_deferred_in_the_main_thread_alone_and_for_the_job_alone() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with distributed.stopping_deferred():
-        assert not distributed.asked_to_stop()
+    with stopping.deferred():
+        assert not stopping.requested()
         signal.raise_signal(signal.SIGTERM)
-        assert distributed.asked_to_stop()
+        assert stopping.requested()
     assert signal.getsignal(signal.SIGTERM) == before
-    with distributed.stopping_deferred():
+    with stopping.deferred():
         signal.raise_signal(signal.SIGINT)
-        assert distributed.asked_to_stop()
+        assert stopping.requested()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)  # The user insists.
 
-    @distributed.stopping_deferred()
+    @stopping.deferred()
     def handler() -> Any:
         return signal.getsignal(signal.SIGTERM)
 

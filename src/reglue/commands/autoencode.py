@@ -1,64 +1,37 @@
-"""`reglue autoencode`: images to an autoencoder whose latents are aligned with a vision encoder (arXiv 2502.00359).
-
-The loop reads top to bottom; running the same command again continues it.
-"""
+"""`reglue autoencode`: images to an autoencoder whose latents are aligned with a vision encoder (arXiv 2502.00359)."""
 
 from __future__ import annotations
 
 import copy
-import json
-import math
-import shutil
-import sys
-import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
-from safetensors import SafetensorError
 from torch import Tensor
-from torch._functorch import config as functorch_config
-from torch.nn import functional as F
-from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue.commands.train import ema_decay, learning_rate, part_sizes
 from reglue.data.images import ImageSource
 from reglue.data.sources import Reading, open_images
-from reglue.diffusion.objective import weighted_sum
-from reglue.encoders.alignment import FILE as ALIGNMENT_FILE
-from reglue.encoders.alignment import AlignmentSpec, cosine_similarities, save_alignment
 from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
-from reglue.encoders.vision import EncoderSpec, VisionEncoder
-from reglue.errors import Stopped, UserError, require
+from reglue.encoders.vision import EncoderSpec
+from reglue.errors import UserError, require
 from reglue.files import TakesPaths, from_json, replacing, to_json
-from reglue.metrics.latents import LatentStatistics, LatentSummary
-from reglue.metrics.perceptual import encoder_distance, encoder_features
-from reglue.reals.adversary import adaptive_weight, check_size, hinge
+from reglue.reals.adversary import check_size
 from reglue.reals.config import Architecture, AutoencoderRecipe
-from reglue.reals.measuring import (
-    Judges,
-    check_latents,
-    draw,
-    evaluate,
-    latent_mean_std,
-    load_judges,
-    semantic_lengths,
-    warning_of_dead_channels,
-)
-from reglue.reals.samples import ImageSamples, all_of, loader, to_images
-from reglue.reals.trainable import AlignedAutoencoder, Reconstruction, Trained, network_of, new_network
-from reglue.run import differing
+from reglue.reals.measuring import Judges, latent_mean_std, load_judges, semantic_lengths
+from reglue.reals.record import CONFIG, RECORD, TrainingRecord, differences, write_result
+from reglue.reals.samples import ImageSamples, all_of
+from reglue.reals.trainable import AlignedAutoencoder, Trained, network_of, new_network
+from reglue.reals.training import AutoencoderTask, alignment_spec
 from reglue.seeds import generator, permutation
-from reglue.training import checkpoints, distributed, parallel
-from reglue.training.precision import autocast, matmul_precision
-from reglue.training.tracking import MetricsLog, read
+from reglue.training import checkpoints, distributed, stopping
+from reglue.training.loop import fit, part_size
+from reglue.training.tracking import check_trackers, read
+from reglue.training.watchdog import watchdog
 
-RECORD, CONFIG, MEAN_STD = "training.json", "config.json", "mean_std.json"
-FORMAT = 1
 LENGTH_IMAGES = 1000
 """Held-out images over which the length of the encoder's features is measured, at most."""
 UNLABELLED = Reading(no_labels=True)
@@ -111,8 +84,10 @@ class Autoencode(TakesPaths):
     """Steps between checkpoints."""
     keep: int = 2
     """How many checkpoints stay; 0 keeps all."""
+    track: tuple[str, ...] = ()
+    """Trackers beside metrics.jsonl, by the names under which they are in reglue.training.tracking.TRACKERS."""
     workers: int = 2
-    """Processes that decode images, for each of torchrun's; 0 decodes in the same one."""
+    """Threads that decode images ahead of their use, for each of torchrun's processes; 0 decodes when asked."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
     deterministic: bool = True
@@ -144,35 +119,8 @@ class Autoencode(TakesPaths):
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingRecord:
-    """`training.json`: how an autoencoder was trained."""
-
-    format: int = FORMAT
-    recipe: AutoencoderRecipe
-    source: AutoencoderSpec | None
-    """What it began with; None for new weights."""
-    encoder: EncoderSpec
-    resolution: tuple[int, int]
-    fingerprint: str
-    """Of the images."""
-    validation: str
-    """The share held out, or the fingerprint of the other folder."""
-    validation_images: int
-    statistics_images: int
-    seed: int
-    images: str = field(compare=False)
-    versions: dict[str, str] = field(compare=False)
-    steps_done: int = field(default=0, compare=False)
-    """Of which the folder holds the result; 0 before there is one."""
-    figures: dict[str, float] = field(default_factory=dict, compare=False)
-    """Of the result, on held-out images."""
-    measured_with: dict[str, str] = field(default_factory=dict, compare=False)
-    """The files of the networks behind the figures lpips and rfid."""
-
-
-@distributed.watchdog
-@distributed.stopping_deferred()
+@watchdog
+@stopping.deferred()
 @distributed.repeatable(strict=False)
 def autoencode(options: Autoencode) -> Path:
     """Train until the recipe's last step and write the autoencoder. Returns its folder.
@@ -180,10 +128,11 @@ def autoencode(options: Autoencode) -> Path:
     Raises UserError for options that do not fit together, for a folder of another training, and when the loss is not
     finite or the latents collapse or blow up; Stopped after SIGTERM, with a checkpoint written.
     """
+    check_trackers(options.track)
     recipe, optimisation = options.recipe, options.recipe.optimisation
     rank, processes = distributed.join(options.device)
     device = distributed.resolve_device(options.device)
-    share, part = part_sizes(optimisation, processes)
+    part = part_size(optimisation, processes)
     # The first process is the only one that measures.
     lpips, inception = (options.measure_lpips, options.measure_inception) if rank == 0 else ((), None)
     judges = load_judges(
@@ -199,168 +148,46 @@ def autoencode(options: Autoencode) -> Path:
     shape = (network.config["latent_channels"], *latent_size(options.size, factor))
     alignment = alignment_spec(recipe, shape[0], judges.encoder) if recipe.alignment.present else None
     model = Trained(AlignedAutoencoder(network, alignment), recipe.adversary).to(device)
-    averaged = copy.deepcopy(model.autoencoder).requires_grad_(False)
-    ema = averaged.state_dict()
-    optimiser = torch.optim.AdamW(
-        model.parameters(),
-        lr=optimisation.learning_rate,
-        betas=optimisation.betas,
-        eps=optimisation.epsilon,
-        weight_decay=optimisation.weight_decay,
-        fused=True,
-    )
+    average = copy.deepcopy(model.autoencoder).requires_grad_(False)
     record = create_or_resume(options, images, held_out, source.spec if source else None, judges.encoder.spec, rank)
-    step = 0
-    if checkpoint := checkpoints.last_of_all(options.out):
-        step = checkpoints.restore(checkpoint, model, ema, optimiser)
-    complete = record.steps_done == step == optimisation.steps and (options.out / CONFIG).is_file()
-    if distributed.broadcast_object(complete):
+    complete = record.steps_done == optimisation.steps in checkpoints.steps(options.out)
+    if distributed.broadcast_object(complete and (options.out / CONFIG).is_file()):
         if rank == 0:
-            print(f"{options.out} is complete already: {step} steps")
+            print(f"{options.out} is complete already: {optimisation.steps} steps")
         return options.out
-    distributed.barrier()
-    if optimisation.compile == "model":
-        # Gradients of single terms keep the graph for those of the others, which must not reuse its memory.
-        functorch_config.donated_buffer = False
-        model.autoencoder.compile()
 
     samples = ImageSamples(images, training, options.size, shape, options.seed, "training", recipe.flips)
     held_out = replace(held_out, shape=shape)
-    log = MetricsLog(options.out, after_step=step or -1) if rank == 0 else None
-    weights_now, averages = list(model.autoencoder.state_dict().values()), list(ema.values())
     evaluate_every = options.evaluate_every or -(-len(training) // optimisation.batch_size)
-    tally: dict[str, list[Tensor]] = {}
-    logged_step, logged_time = step, time.perf_counter()
-
-    def positions(of_step: int) -> list[range]:
-        first = of_step * optimisation.batch_size + rank * share
-        return [range(start, start + part) for start in range(first, first + share, part)]
-
-    def last_checkpoint() -> int | None:
-        return max(checkpoints.steps(options.out), default=None)
-
-    def measure(at_step: int) -> None:
-        """Measure the averaged weights, log the figures and draw a picture, in the first process."""
-        if log:
-            figures, latents = evaluate(
-                averaged, judges, all_of(held_out, part, options.workers, device), optimisation.precision
-            )
-            epoch = at_step * optimisation.batch_size / len(training)
-            log.write(step=at_step, epoch=epoch, images=len(held_out), validation=figures)
-            draw(options.out / "previews" / f"{at_step:08d}.png", averaged, judges.encoder, held_out, device)
-            tqdm.write(f"step {at_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-            check_latents(latents, at_step, last_checkpoint())
-            if warning := warning_of_dead_channels(latents, at_step):
-                tqdm.write(warning, file=sys.stderr)
-        distributed.barrier()
-
-    if source and not step:
-        measure(0)
-    parts = (positions_ for s in range(step, optimisation.steps) for positions_ in positions(s))
-    batches = iter(loader(samples, parts, options.workers, device))
-    progress = tqdm(
-        total=optimisation.steps, initial=step, unit="step", desc="autoencode", disable=rank > 0, smoothing=0.05
+    fit(
+        AutoencoderTask(recipe, judges, model, average, samples, held_out, part, options.workers, device),
+        options.out,
+        log_every=options.log_every,
+        checkpoint_every=options.checkpoint_every,
+        keep=options.keep,
+        evaluate_every=evaluate_every,
+        preview_every=evaluate_every,
+        evaluate_first=source is not None,
+        workers=options.workers,
+        track=options.track,
     )
-    while step < optimisation.steps:
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(optimisation, step)
-
-        last = step + 1 == optimisation.steps
-        checkpoint_due = last or (step + 1) % options.checkpoint_every == 0
-        evaluation_due = last or (step + 1) % evaluate_every == 0
-        stop_due = processes == 1 and distributed.asked_to_stop()
-        log_due = checkpoint_due or evaluation_due or stop_due or (step + 1) % options.log_every == 0
-        latents = LatentStatistics(shape, device) if log_due else None
-        weights = recipe.loss_weights(step)
-        adversary = model.discriminator if recipe.adversary_active(step) else None
-        last_layer_gradients = torch.zeros(2, *model.autoencoder.last_layer.shape, device=device)
-        with matmul_precision(device, optimisation.precision):
-            for _ in range(optimisation.accumulate):
-                pixels, noise = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-                originals = to_images(pixels)
-                with autocast(device, optimisation.precision):
-                    restored: Reconstruction = model.autoencoder(originals, noise)
-                    terms = loss_terms(recipe, judges, pixels, originals, restored)
-                if latents:
-                    latents.update(restored.mean, restored.log_variance, restored.latents)
-                loss = weighted_sum(terms, weights)
-                if adversary:
-                    with autocast(device, optimisation.precision):
-                        terms["adversary"] = -adversary.requires_grad_(False)(restored.images).float().mean()
-                    visible = {name: terms[name] for name in ("reconstruction", "perceptual") if name in terms}
-                    for index, term in enumerate((weighted_sum(visible, weights), terms["adversary"])):
-                        (gradient,) = torch.autograd.grad(term, model.autoencoder.last_layer, retain_graph=True)
-                        last_layer_gradients[index] += gradient / optimisation.accumulate
-                    loss = loss + weights["adversary"] * model.adversary_weight * terms["adversary"]
-                (loss / optimisation.accumulate).backward()
-                if adversary:
-                    adversary.requires_grad_(True)
-                    with autocast(device, optimisation.precision):
-                        real, fake = adversary(originals).float(), adversary(restored.images.detach()).float()
-                    terms["discriminator"] = hinge(real, fake)
-                    (terms["discriminator"] / optimisation.accumulate).backward()
-                for name, value in {**terms, "loss": loss}.items():
-                    tally.setdefault(name, []).append(value.detach())
-        distributed.average_gradients(model.parameters())
-        norm = parallel.clip_gradients(model.autoencoder.parameters(), optimisation.clip)
-        tally.setdefault("gradient_norm", []).append(norm)
-        if adversary:
-            parallel.clip_gradients(adversary.parameters(), optimisation.clip)
-            # Of the whole batch, for the next step: a ratio of each part would depend on how the batch is cut.
-            model.adversary_weight.copy_(adaptive_weight(*distributed.average(last_layer_gradients)))
-            tally.setdefault("adversary_weight", []).append(model.adversary_weight.clone())
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(averages, weights_now, 1 - ema_decay(optimisation, step))  # type: ignore[reportPrivateImportUsage]
-        step += 1
-        progress.update()
-
-        if latents:
-            means = torch.stack([torch.stack(values).double().mean() for values in tally.values()])
-            asked = means.new_tensor([distributed.asked_to_stop()])
-            averages_of_all = distributed.average(torch.cat([means, latents.sums, asked]))
-            means, sums, asking = averages_of_all.split((len(means), len(latents.sums), 1))
-            latents.sums, latents.images = sums * processes, optimisation.batch_size
-            # The only place that waits for the device, and where processes agree to stop if one of them is asked to.
-            *numbers, any_asked = torch.cat([means, latents.values(), asking]).tolist()
-            stop_due = any_asked > 0
-            values = dict(zip(tally, numbers, strict=False))
-            summary = LatentSummary.of(optimisation.batch_size, numbers[len(tally) :])
-            check_finite(values, logged_step, step)
-            values |= summary.figures()
-            now = time.perf_counter()
-            if log:
-                rate = (step - logged_step) * optimisation.batch_size / (now - logged_time)
-                log.write(
-                    step=step, **values, learning_rate=learning_rate(optimisation, step - 1), images_per_second=rate
-                )
-                progress.set_postfix(loss=f"{values['loss']:.3f}", images_per_second=f"{rate:.1f}")
-            check_latents(summary, step, last_checkpoint())
-            tally, logged_step, logged_time = {}, step, now
-        if evaluation_due:
-            measure(step)  # Before the checkpoint: a process killed in between does it again, and no figure is missing.
-            logged_time = time.perf_counter()
-        if (checkpoint_due or stop_due) and rank == 0:
-            checkpoints.save(options.out, step, model, ema, optimiser)
-            checkpoints.forget_all_but(options.out, options.keep)
-        if stop_due and not last:
-            raise Stopped(f"stopped after step {step}, with a checkpoint; the same command continues")
-    progress.close()
     if rank == 0:
         chosen = permutation(options.seed, "latent statistics", 0, len(training))[: options.statistics_images]
         measured = ImageSamples(images, training[chosen.sort().values], options.size, shape, options.seed, "statistics")
-        mean, std = latent_mean_std(averaged, all_of(measured, part, options.workers, device), optimisation.precision)
-        if averaged.alignment:
+        mean, std = latent_mean_std(average, all_of(measured, part, options.workers, device), optimisation.precision)
+        if average.alignment:
             spread = torch.linspace(0, len(held_out) - 1, min(LENGTH_IMAGES, len(held_out))).long()
             described = all_of(replace(held_out, rows=held_out.rows[spread]), part, options.workers, device)
             patch_length, token_length = semantic_lengths(judges.encoder, described)
-            averaged.alignment.spec = replace(
-                averaged.alignment.spec, patch_length=patch_length, class_token_length=token_length
+            average.alignment.spec = replace(
+                average.alignment.spec, patch_length=patch_length, class_token_length=token_length
             )
         figures = next(line["validation"] for line in reversed(read(options.out)) if "validation" in line)
-        record = replace(record, steps_done=step, figures=figures, measured_with=measuring_files(options, judges))
-        write_result(options.out, averaged, mean, std, record)
-        print(f"{options.out}: {step} steps, latents of mean {mean:.4g} and standard deviation {std:.4g}")
+        record = replace(
+            record, steps_done=optimisation.steps, figures=figures, measured_with=measuring_files(options, judges)
+        )
+        write_result(options.out, average, mean, std, record)
+        print(f"{options.out}: {optimisation.steps} steps, latents of mean {mean:.4g} and standard deviation {std:.4g}")
     distributed.barrier()
     return options.out
 
@@ -392,47 +219,6 @@ def latent_size(image_size: tuple[int, int], factor: int) -> tuple[int, int]:
             f"{factor}; choose multiples of {factor} pixels"
         )
     return image_size[0] // factor, image_size[1] // factor
-
-
-def alignment_spec(recipe: AutoencoderRecipe, latent_channels: int, encoder: VisionEncoder) -> AlignmentSpec:
-    """The alignment network from latents of so many channels to an encoder's features."""
-    spec = encoder.spec
-    return AlignmentSpec(
-        latent_channels, recipe.alignment.hidden, spec.width, spec.grid, encoder=json.loads(to_json(spec))
-    )
-
-
-def check_finite(values: dict[str, float], since: int, step: int) -> None:
-    """Raises UserError if a logged value is infinite or no number."""
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"the loss is not finite between steps {since} and {step} ({', '.join(bad)}); lower "
-            "--optimisation.learning-rate, or raise --kl.weight, in a new folder; the last checkpoint is untouched"
-        )
-
-
-def loss_terms(
-    recipe: AutoencoderRecipe, judges: Judges, pixels: Tensor, originals: Tensor, restored: Reconstruction
-) -> dict[str, Tensor]:
-    """Every term of the loss but the adversary's: scalars, each the mean over its own elements.
-
-    `pixels` uint8 and `originals` in [−1, 1] are the same images (B, 3, H, W).
-    """
-    terms = {"reconstruction": F.l1_loss(restored.images, originals)}
-    by_encoder = recipe.perceptual.present and not judges.perceptual
-    seen = judges.encoder.describe(pixels) if by_encoder or restored.semantics else None
-    if recipe.perceptual.present and judges.perceptual:
-        terms["perceptual"] = judges.perceptual(originals, restored.images).mean()
-    if seen and by_encoder:
-        features = encoder_features(judges.encoder, restored.images)
-        terms["perceptual"] = encoder_distance(seen.features, features, len(judges.encoder.spec.layers)).mean()
-    if recipe.kl.present:
-        terms["kl"] = restored.kl().mean()
-    if seen and restored.semantics:
-        by_patch, by_class = cosine_similarities(restored.semantics, *judges.encoder.last_layer(seen))
-        terms |= {"alignment": 1 - by_patch.mean(), "class_alignment": 1 - by_class.mean()}
-    return terms
 
 
 def measuring_files(options: Autoencode, judges: Judges) -> dict[str, str]:
@@ -489,42 +275,3 @@ def create_or_resume(
         with replacing(path) as beside:
             beside.write_text(to_json(record))
     return record
-
-
-def differences(before: TrainingRecord, now: TrainingRecord) -> list[str]:
-    """The names of what differs. The number of steps may, where the learning rate does not depend on it."""
-    compared = {part.name for part in fields(TrainingRecord) if part.compare}
-    names = [name for name in differing(before, now) if name.partition(".")[0] in compared]
-    names = [name for name in names if name not in ("encoder.name", "source.name")]
-    if now.recipe.optimisation.decay == "constant":
-        names = [name for name in names if name != "recipe.optimisation.steps"]
-    return names
-
-
-def write_result(out: Path, averaged: AlignedAutoencoder, mean: float, std: float, record: TrainingRecord) -> None:
-    """The averaged weights in diffusers' layout, the alignment network, `mean_std.json` and the finished record.
-
-    All of it is written beside first, and `config.json`, without which nobody takes the folder for an autoencoder, is
-    moved last: the result is there whole or not at all.
-    """
-    (out / CONFIG).unlink(missing_ok=True)
-    beside = out / "result.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    # What diffusers' own pipelines and ours normalise by.
-    averaged.network.register_to_config(scaling_factor=1 / std, shift_factor=mean, latents_mean=None, latents_std=None)
-    try:
-        averaged.network.save_pretrained(beside)
-        config = json.loads((beside / CONFIG).read_text())
-        config.pop("_name_or_path", None)  # The folder of --from is in the record.
-        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (beside / MEAN_STD).write_text(json.dumps({"mean": mean, "std": std}))
-        if averaged.alignment:
-            save_alignment(averaged.alignment, beside / ALIGNMENT_FILE)
-        for file in sorted(beside.iterdir(), key=lambda file: file.name == CONFIG):
-            file.replace(out / file.name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out}: {error}; free some space and run it again") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    with replacing(out / RECORD) as path:
-        path.write_text(to_json(record))

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from reglue.config import OptimiserConfig
 from reglue.data.pictures import colours_of, image_grid
 from reglue.data.store import Store, codes_column, compressor_of, value_of
 from reglue.encoders.compressors import (
@@ -30,15 +30,18 @@ from reglue.encoders.compressors import (
     CompressorSpec,
     LearnedCompressor,
     PcaCompressor,
-    as_map,
     load_compressor,
 )
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths, from_json, replacing
 from reglue.published.compressors import read_compressor
 from reglue.seeds import generator, normals, permutation
-from reglue.training import distributed
+from reglue.training import checkpoints, distributed
+from reglue.training.compressors import Source, measure
+from reglue.training.loop import Task, fit
+from reglue.training.tracking import JsonLines
 
+_order = lru_cache(maxsize=2)(permutation)  # A thread that reads ahead is in two epochs at most.
 SHOWN = 8
 """Images in the picture of the codes."""
 LATER_OPTIONS = {"column": "features", "kl_weight": 0.0, "layers": None}
@@ -163,7 +166,7 @@ def compress(options: Compress) -> Store:
     if options.column not in store.manifest.columns:
         what, remedy = {"features": ("features", "--features"), "cls": ("class tokens", "--encoder")}[options.column]
         raise UserError(f"{store.folder} has no {what} to compress; prepare a store with {remedy}")
-    source = Input.of(options, store, fitted)
+    source = _source(options, store, fitted)
     if fitted and len(fitted.mean) != source.width:
         raise UserError(
             f"--fitted {options.fitted} takes {len(fitted.mean)} channels, but {store.folder} has {source.width}; "
@@ -194,7 +197,7 @@ def compress(options: Compress) -> Store:
     store = store.add_codes(options.compressor_name, spec, _codes(source, compressor, device))
     if options.column == "features":
         _draw_codes(store, options.codes, folder / "codes.png")
-    _checkpoint_of(folder).unlink(missing_ok=True)
+    shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)
     return store
 
 
@@ -206,53 +209,27 @@ def _is_the_one(folder: Path, made: CompressorSpec | None) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class Input:
-    """What of a store is compressed."""
-
-    store: Store
-    column: CompressedColumn
-    layers: tuple[int, ...] | None
-    """Whose features; None for class tokens."""
-    channels: slice
-    """Where these are in the column."""
-
-    @classmethod
-    def of(cls, options: Compress, store: Store, fitted: Compressor | None) -> Input:
-        """What the options ask for. Raises UserError for layers that are not there, or not those of `fitted`."""
-        encoder = store.manifest.encoder
-        assert encoder is not None
-        if options.column == "cls":
-            return cls(store, "cls", None, slice(0, encoder.width))
-        last = (encoder.depth - 1,)
-        asked = last if options.layers == "last" else options.layers
-        known = fitted.layers if fitted else None
-        if asked and known and asked != known:
-            raise UserError(f"--fitted {options.fitted} takes layers {list(known)}: leave out --layers")
-        layers = asked or known or encoder.layers
-        try:
-            return cls(store, "features", layers, encoder.channels_of(layers))
-        except ValueError as error:
-            if not asked:
-                raise UserError(
-                    f"--fitted {options.fitted} takes layers {list(layers)}, but {store.folder} holds "
-                    f"{list(encoder.layers)}; prepare it with the same encoder and --layers"
-                ) from error
-            raise UserError(f"--layers: {error} of {store.folder}; choose of these, or prepare it anew") from error
-
-    @property
-    def width(self) -> int:
-        """Channels of the values that are compressed."""
-        return self.channels.stop - self.channels.start
-
-    def read(self, rows: Tensor) -> Tensor:
-        """The values of rows (n,) as maps (n, width, h, w)."""
-        return as_map(self.store.read(self.column, rows, self.channels)[self.column])
-
-    def scan(self, rows: Tensor) -> Iterator[Tensor]:
-        """The same of ascending rows, a few images at a time."""
-        for _, tensors in self.store.scan(self.column, rows, channels=self.channels):
-            yield as_map(tensors[self.column])
+def _source(options: Compress, store: Store, fitted: Compressor | None) -> Source:
+    """What the options ask for. Raises UserError for layers that are not there, or not those of `fitted`."""
+    encoder = store.manifest.encoder
+    assert encoder is not None
+    if options.column == "cls":
+        return Source(store, "cls", None, slice(0, encoder.width))
+    last = (encoder.depth - 1,)
+    asked = last if options.layers == "last" else options.layers
+    known = fitted.layers if fitted else None
+    if asked and known and asked != known:
+        raise UserError(f"--fitted {options.fitted} takes layers {list(known)}: leave out --layers")
+    layers = asked or known or encoder.layers
+    try:
+        return Source(store, "features", layers, encoder.channels_of(layers))
+    except ValueError as error:
+        if not asked:
+            raise UserError(
+                f"--fitted {options.fitted} takes layers {list(layers)}, but {store.folder} holds "
+                f"{list(encoder.layers)}; prepare it with the same encoder and --layers"
+            ) from error
+        raise UserError(f"--layers: {error} of {store.folder}; choose of these, or prepare it anew") from error
 
 
 def _dashed(layers: tuple[int, ...]) -> str:
@@ -275,7 +252,7 @@ def _same_options_as_before(folder: Path, asked: dict[str, Any], begun: bool) ->
     """Refuse to continue, or to take for the same, what was begun with other options."""
     asked = json.loads(json.dumps(asked))  # As it will be read back: tuples are lists there.
     path = folder / "options.json"
-    begun = begun or _checkpoint_of(folder).is_file()
+    begun = begun or bool(checkpoints.steps(folder))
     if not (begun and path.is_file()):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside:
@@ -291,80 +268,104 @@ def _same_options_as_before(folder: Path, asked: dict[str, Any], begun: bool) ->
 
 
 def _fit_pca(
-    options: Compress, source: Input, folder: Path, training: Tensor, held_out: Tensor, mean: Tensor, std: Tensor
+    options: Compress, source: Source, folder: Path, training: Tensor, held_out: Tensor, mean: Tensor, std: Tensor
 ) -> Compressor:
     features = _scan(source, training, "principal components")
     compressor = PcaCompressor.fit(features, mean, std, options.channels)
-    fit, validation = (_measure(compressor, source, rows) for rows in (training, held_out))
-    record = {"train_mse": fit.mse, "validation_mse": validation.mse, "explained_variance": validation.explained}
-    _write_metrics(folder, [record])
+    trained, validation = (measure(compressor, source, rows) for rows in (training, held_out))
+    figures = {"train_mse": trained.mse, "validation_mse": validation.mse, "explained_variance": validation.explained}
+    JsonLines(folder, after_step=-1).log(0, figures)
     print(f"{options.compressor_name}: {validation.explained:.1%} of the variance of held-out features explained")
     return compressor
 
 
-def _train(
-    options: Compress, source: Input, folder: Path, training: Tensor, held_out: Tensor, mean: Tensor, std: Tensor
-) -> Compressor:
-    """REGLUE's training: MSE on standardised features, Adam, a cosine longer than what is used of it.
+class Rows(NamedTuple):
+    """A part of a batch: the epoch, rows (n,) of the store and their values (n, width, h, w)."""
 
-    A variational compressor's loss is MSE + kl_weight·KL (arXiv 2512.16636 does not say how its KL is reduced; this is
-    latent diffusion's convention, arXiv 2112.10752).
+    epoch: int
+    rows: Tensor
+    values: Tensor
+
+
+class CompressorTask(Task[Rows]):
+    """REGLUE's training: MSE on standardised features, Adam, and a cosine longer than what is used of it.
+
+    The loss of a variational compressor is MSE + kl_weight·KL (arXiv 2512.16636 does not say how its KL is reduced;
+    this is latent diffusion's convention, arXiv 2112.10752). An epoch drops its incomplete last batch: the next one has
+    other images there.
     """
+
+    remedy = "choose a lower --learning-rate"
+    shown = ("validation_mse", "explained_variance")
+
+    def __init__(
+        self, compressor: LearnedCompressor, source: Source, training: Tensor, held_out: Tensor, options: Compress
+    ) -> None:
+        """`training` and `held_out` are ascending rows."""
+        self.name, self.options = options.compressor_name, options
+        self.compressor, self.source, self.training, self.held_out = compressor.train(), source, training, held_out
+        self.batch_size = min(options.batch_size or min(4096, max(16, len(training) // 64)), len(training))
+        self.steps_per_epoch = len(training) // self.batch_size
+        optimisation = OptimiserConfig(steps=options.epochs * self.steps_per_epoch, batch_size=self.batch_size)
+        optimiser = torch.optim.Adam(compressor.parameters(), lr=options.learning_rate)
+        super().__init__(optimisation, compressor.mean.device, options.micro_batch, compressor, optimiser)
+
+    def read(self, positions: range) -> Rows:
+        """See `Task`."""
+        epoch, first = divmod(positions.start, self.steps_per_epoch * self.batch_size)
+        order = _order(self.options.seed, "compressor order", epoch, len(self.training))
+        rows = self.training[order[first : first + len(positions)]]
+        return Rows(epoch, rows, self.source.read(rows))
+
+    def backward(self, batch: Rows, step: int, last_part: bool) -> dict[str, Tensor]:
+        """See `Task`."""
+        compressor = self.compressor
+        features = compressor.standardise(batch.values.to(self.device))
+        terms: dict[str, Tensor] = {}
+        if compressor.variational:
+            posterior = compressor.posterior(features)
+            code = posterior.draw(_noise(self.options, batch.epoch, batch.rows, posterior.mean))
+            terms["train_kl"] = posterior.divergence().mean()
+        else:
+            code = compressor.compress(features)
+        loss = terms["train_mse"] = F.mse_loss(compressor.expand(code), features)
+        if compressor.variational:
+            loss = loss + self.options.kl_weight * terms["train_kl"]
+        (loss * (len(features) / self.batch_size)).backward()
+        return terms
+
+    def before_update(self, step: int) -> dict[str, Tensor]:
+        """See `Task`: nothing is clipped."""
+        return {}
+
+    def learning_rate(self, step: int) -> float:
+        """See `Task`: constant within an epoch."""
+        options, epoch = self.options, step // self.steps_per_epoch
+        cosine = (1 + math.cos(math.pi * min(1.0, epoch / options.cosine_epochs))) / 2
+        return options.final_learning_rate + (options.learning_rate - options.final_learning_rate) * cosine
+
+    def line(self, step: int, values: dict[str, float]) -> dict[str, Any]:
+        """See `Task`: an epoch's figures, with those of the images held out."""
+        self.compressor.eval()
+        validation = measure(self.compressor, self.source, self.held_out)
+        self.compressor.train()
+        trained = {name: values[name] for name in ("train_mse", "train_kl") if name in values}
+        figures = {"validation_mse": validation.mse, "explained_variance": validation.explained}
+        return {"epoch": step // self.steps_per_epoch, **trained, **figures}
+
+
+def _train(
+    options: Compress, source: Source, folder: Path, training: Tensor, held_out: Tensor, mean: Tensor, std: Tensor
+) -> Compressor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(generator(options.seed, "compressor weights").integers(2**63)))
         architecture = LEARNED[options.kind]
         sizes = (len(mean), options.hidden, options.channels)
         compressor = architecture(*sizes, mean, std, variational=options.kl_weight > 0).to(mean.device)
-    optimizer = torch.optim.Adam(compressor.parameters(), lr=options.learning_rate)
-    first, records = _resume(folder, compressor, optimizer)
-    batch_size = min(options.batch_size or min(4096, max(16, len(training) // 64)), len(training))
-    steps = len(training) // batch_size  # An incomplete last batch is dropped; the next epoch has other images there.
-
-    with tqdm(
-        total=options.epochs * steps, initial=first * steps, desc=options.compressor_name, unit="step"
-    ) as progress:
-        for epoch in range(first, options.epochs):
-            optimizer.param_groups[0]["lr"] = _learning_rate(options, epoch)
-            order = training[permutation(options.seed, "compressor order", epoch, len(training))]
-            batches = order[: steps * batch_size].split(batch_size)
-            micro_batches = [part for batch in batches for part in batch.split(options.micro_batch)]
-            parts = _read_ahead(source, micro_batches)
-            squared_error, divergence = torch.zeros((), device=mean.device), torch.zeros((), device=mean.device)
-            compressor.train()
-            for batch in batches:
-                optimizer.zero_grad()
-                for rows in batch.split(options.micro_batch):
-                    features = compressor.standardise(next(parts).to(mean.device))
-                    if compressor.variational:
-                        posterior = compressor.posterior(features)
-                        code = posterior.draw(_noise(options, epoch, rows, posterior.mean))
-                        kl = posterior.divergence().mean()
-                    else:
-                        code, kl = compressor.compress(features), torch.zeros_like(divergence)
-                    mse = F.mse_loss(compressor.expand(code), features)
-                    loss = mse + options.kl_weight * kl if compressor.variational else mse
-                    (loss * (len(features) / batch_size)).backward()
-                    squared_error += mse.detach() * len(features)
-                    divergence += kl.detach() * len(features)
-                optimizer.step()
-                progress.update()
-            train_mse = squared_error.item() / (steps * batch_size)
-            if not math.isfinite(train_mse):
-                raise UserError(f"the loss became {train_mse} in epoch {epoch + 1}; choose a lower --learning-rate")
-            compressor.eval()
-            validation = _measure(compressor, source, held_out)
-            record = {"epoch": epoch + 1, "train_mse": train_mse, "validation_mse": validation.mse}
-            if compressor.variational:
-                record["train_kl"] = divergence.item() / (steps * batch_size)
-            records.append({**record, "explained_variance": validation.explained})
-            progress.set_postfix(validation_mse=f"{validation.mse:.4f}", explained=f"{validation.explained:.1%}")
-            _write_progress(folder, compressor, optimizer, records)
+    task = CompressorTask(compressor, source, training, held_out, options)
+    epoch = task.steps_per_epoch
+    fit(task, folder, log_every=epoch, checkpoint_every=epoch, keep=1, workers=1)
     return compressor.eval()
-
-
-def _learning_rate(options: Compress, epoch: int) -> float:
-    cosine = (1 + math.cos(math.pi * min(1.0, epoch / options.cosine_epochs))) / 2
-    return options.final_learning_rate + (options.learning_rate - options.final_learning_rate) * cosine
 
 
 def _noise(options: Compress, epoch: int, rows: Tensor, like: Tensor) -> Tensor:
@@ -373,40 +374,7 @@ def _noise(options: Compress, epoch: int, rows: Tensor, like: Tensor) -> Tensor:
     return normals(generators, {"code": like.shape[1:]})["code"].to(like.device)
 
 
-def _read_ahead(source: Input, parts: list[Tensor]) -> Iterator[Tensor]:
-    """The features of each list of rows as maps; while one is used, a thread reads the next."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(source.read, parts[0])
-        for rows in [*parts[1:], None]:
-            ready = coming.result()
-            if rows is not None:
-                coming = reader.submit(source.read, rows)
-            yield ready
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """How well features are restored, in units of the standardised features."""
-
-    mse: float
-    explained: float
-    """1 − squared error / squared deviation from the store's mean of each channel."""
-
-
-@torch.inference_mode()
-def _measure(compressor: Compressor, source: Input, rows: Tensor) -> _Fit:
-    error = torch.zeros((), dtype=torch.float64, device=compressor.mean.device)
-    deviation = torch.zeros_like(error)
-    count = 0
-    for values in source.scan(rows):
-        features = compressor.standardise(values.to(compressor.mean.device))
-        error += (compressor.expand(compressor.compress(features)) - features).double().square().sum()
-        deviation += features.double().square().sum()
-        count += features.numel()
-    return _Fit((error / count).item(), (1 - error / deviation).item())
-
-
-def _scan(source: Input, rows: Tensor, what: str) -> Iterator[Tensor]:
+def _scan(source: Source, rows: Tensor, what: str) -> Iterator[Tensor]:
     """What is compressed of ascending rows as maps, a few images at a time."""
     with tqdm(total=len(rows), desc=what, unit="image") as progress:
         for part in source.scan(rows):
@@ -415,7 +383,7 @@ def _scan(source: Input, rows: Tensor, what: str) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()
-def _codes(source: Input, compressor: Compressor, device: torch.device) -> Iterator[Tensor]:
+def _codes(source: Source, compressor: Compressor, device: torch.device) -> Iterator[Tensor]:
     """The codes of every shard, in the precision of the store's latents."""
     store, column = source.store, source.column
     dtype = getattr(torch, store.manifest.latent_dtype)
@@ -426,50 +394,6 @@ def _codes(source: Input, compressor: Compressor, device: torch.device) -> Itera
             code = compressor.encode(next(parts).to(device)).to("cpu", dtype)
             codes.append(code if column == "features" else code.flatten(1))
         yield torch.cat(codes) if codes else torch.empty(0)
-
-
-def _checkpoint_of(folder: Path) -> Path:
-    return folder / "training.safetensors"
-
-
-def _write_progress(
-    folder: Path, compressor: LearnedCompressor, optimizer: torch.optim.Adam, records: list[dict[str, float]]
-) -> None:
-    """Write the state after an epoch, from which a killed run continues, and the epochs' figures as JSON lines."""
-    state = {f"weights.{key}": value for key, value in compressor.state_dict().items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        state |= {f"adam.{index}.{key}": value for key, value in moments.items()}
-    with replacing(_checkpoint_of(folder)) as beside:
-        save_file(state, beside, {"records": json.dumps(records)})
-    _write_metrics(folder, records)
-
-
-def _write_metrics(folder: Path, records: list[dict[str, float]]) -> None:
-    with replacing(folder / "metrics.jsonl") as beside:
-        beside.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def _resume(
-    folder: Path, compressor: LearnedCompressor, optimizer: torch.optim.Adam
-) -> tuple[int, list[dict[str, float]]]:
-    """Load the state after the last complete epoch, if there is one. Returns the next epoch and the figures so far."""
-    path = _checkpoint_of(folder)
-    if not path.is_file():
-        return 0, []
-    with safe_open(path, "pt") as file:
-        records = json.loads(file.metadata()["records"])
-        state = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 not a dict
-    compressor.load_state_dict(
-        {key.removeprefix("weights."): value for key, value in state.items() if key.startswith("weights.")}
-    )
-    adam = optimizer.state_dict()
-    adam["state"] = {}
-    for key, value in state.items():
-        if key.startswith("adam."):
-            _, index, moment = key.split(".")
-            adam["state"].setdefault(int(index), {})[moment] = value
-    optimizer.load_state_dict(adam)
-    return len(records), records
 
 
 def _draw_codes(store: Store, column: str, path: Path) -> None:

@@ -18,7 +18,6 @@ from reglue.data.pictures import enlarge, heat_of, image_grid
 from reglue.encoders.alignment import LatentSemantics, cosine_similarities, similarity_maps
 from reglue.encoders.vision import VisionEncoder, load_encoder
 from reglue.errors import UserError
-from reglue.files import replacing
 from reglue.metrics.distances import GaussianStatistics, frechet_distance
 from reglue.metrics.inception import INCEPTION, Inception, load_inception
 from reglue.metrics.latents import DEAD, ENOUGH, LatentStatistics, LatentSummary
@@ -208,8 +207,8 @@ def warning_of_dead_channels(latents: LatentSummary, step: int) -> str | None:
 
 @torch.no_grad()
 def draw(
-    path: Path, model: AlignedAutoencoder, encoder: VisionEncoder, held_out: ImageSamples, device: torch.device
-) -> None:
+    model: AlignedAutoencoder, encoder: VisionEncoder, held_out: ImageSamples, device: torch.device
+) -> Image.Image:
     """Some held-out images as a picture of rows: originals, reconstructions, and how alike each place is to the middle.
 
     The likeness is the cosine of the encoder's patches, of what the alignment network makes of the latents (if there is
@@ -223,9 +222,7 @@ def draw(
     maps.append(out.latents)
     pictures = [images.permute(0, 2, 3, 1).cpu().numpy() for images in (pixels, to_pixels(out.images))]
     pictures += [enlarge(heat_of(similarity_maps(features)), held_out.size) for features in maps]
-    path.parent.mkdir(exist_ok=True)
-    with replacing(path) as beside:
-        Image.fromarray(image_grid(np.concatenate(pictures), columns=len(rows))).save(beside, format="png")
+    return Image.fromarray(image_grid(np.concatenate(pictures), columns=len(rows)))
 
 
 def semantic_lengths(encoder: VisionEncoder, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from reglue.data.images import ImageSource, UnreadableImage
+from reglue.data.prefetch import prefetch
 from reglue.errors import UserError
 from reglue.seeds import generator, normals, permutation
 
 REPLACEMENTS = 100
 """An image that cannot be read is replaced by the next that can, among so many."""
+_order = lru_cache(maxsize=2)(permutation)  # Threads that read ahead are in two epochs at most.
 
 
-@dataclass
-class ImageSamples(Dataset[tuple[Tensor, Tensor]]):
-    """Images with the noise that their latents are drawn by, each a function of the seed and a position.
+@dataclass(frozen=True)
+class ImageSamples:
+    """Images with the noise that their latents are drawn by, each a function of the seed and a position. Any number of
+    threads may read them.
 
     Position counts over all epochs, in a new random order in each; but for "training" there is one epoch, in order.
     """
@@ -37,9 +39,6 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]]):
     purpose: str
     flips: bool = False
 
-    def __post_init__(self) -> None:
-        self._order: tuple[int, Tensor] = (-1, torch.arange(len(self.rows)))
-
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -49,10 +48,15 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]]):
         mirrored = self.flips and draws.random() < 0.5
         noise = normals([draws], {"posterior": self.shape})["posterior"][0]
         epoch, index = divmod(position, len(self.rows))
-        if self.purpose == "training" and self._order[0] != epoch:
-            self._order = (epoch, permutation(self.seed, "order of autoencoder images", epoch, len(self.rows)))
-        pixels = self._readable(int(self._order[1][index]))
+        if self.purpose == "training":
+            index = int(_order(self.seed, "order of autoencoder images", epoch, len(self.rows))[index])
+        pixels = self._readable(index)
         return (pixels.flip(2) if mirrored else pixels), noise
+
+    def batch(self, positions: range, pinned: bool = False) -> tuple[Tensor, Tensor]:
+        """uint8 pixels (B, 3, height, width) and noise (B, C, h, w), pinned for a GPU to copy if that is wanted."""
+        pixels, noise = map(torch.stack, zip(*map(self.__getitem__, positions), strict=True))
+        return (pixels.pin_memory(), noise.pin_memory()) if pinned else (pixels, noise)
 
     def _readable(self, index: int) -> Tensor:
         """The image of a row. One that cannot be read is reported, and the next that can stands in for it."""
@@ -64,36 +68,13 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]]):
         raise UserError(f"{self.images.path}: {REPLACEMENTS} images in a row cannot be read; mend or remove them")
 
 
-def loader(
-    samples: ImageSamples, batches: Iterable[range], workers: int, device: torch.device
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Batches of pixels and noise at the given positions, decoded by other processes ahead of their use."""
-    return DataLoader(
-        samples,
-        batch_sampler=batches,  # type: ignore[reportArgumentType], any iterable of positions will do
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # which leaves PyTorch's global random state alone
-        worker_init_fn=_go_on,
-    )
-
-
-def _go_on(_: int) -> None:
-    """In a process that reads: the job itself stops in good order, and needs its next batch for that.
-
-    SLURM, `timeout` and Ctrl-C send their signals to all processes at once.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def all_of(
     samples: ImageSamples, batch_size: int, workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All samples once, in order and on the device, with a progress bar."""
-    batches = [range(start, min(start + batch_size, len(samples))) for start in range(0, len(samples), batch_size)]
+    """All samples once, in order and on the device, with a progress bar; so many threads decode ahead."""
+    parts = [range(start, min(start + batch_size, len(samples))) for start in range(0, len(samples), batch_size)]
     with tqdm(total=len(samples), unit="image", desc=samples.purpose, leave=False) as progress:
-        for pixels, noise in loader(samples, batches, workers, device):
+        for pixels, noise in prefetch(samples.batch, parts, workers, device):
             yield pixels.to(device), noise.to(device)
             progress.update(len(pixels))
 

@@ -18,17 +18,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
-from torch.distributed.tensor import DTensor
 
 from reglue.errors import UserError
 from reglue.files import BESIDE, from_json, to_json
 from reglue.training import distributed
-from reglue.training.parallel import own_rows
+from reglue.training.parallel import local_rows, on_cpu, own_rows
 
+Tensors = Mapping[str, Tensor]
 Files = dict[str, dict[str, Tensor]]
 
 FOLDER = "checkpoints"
@@ -56,24 +52,19 @@ class Writer:
         self.run, self.keep = run, keep
         # Messages about checkpoints must not mix with those of the training.
         self.group = distributed.private_group() if sharded else None
-        self.takes_part = sharded or not dist.is_initialized() or dist.get_rank() == 0
-        gpu = torch.cuda.is_available()
-        self.stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
-            )
-        )
+        self.takes_part = sharded or distributed.is_first()
+        self.copies: Files = {}
         # A new thread begins on the first GPU, and would take memory of it that is another process's.
         own = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
-        self.thread = ThreadPoolExecutor(1, initializer=own)
+        self.thread = ThreadPoolExecutor(1, "checkpoints", initializer=own)
         self.pending: Future[None] | None = None
 
-    def save(self, step: int, model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> None:
+    def save(self, step: int, model: nn.Module, ema: Tensors, optimiser: torch.optim.Optimizer) -> None:
         """Begin to write a checkpoint, from a copy. Waits for the one before. Raises as `check`."""
         self.wait()
         if self.takes_part:
-            copies: Any = self.stager.stage(dict(_training_state(model, ema, optimiser)))
-            self.pending = self.thread.submit(self._write, step, copies)
+            self._copy(_training_state(model, ema, optimiser))
+            self.pending = self.thread.submit(self._write, step)
 
     def check(self) -> None:
         """Raise UserError if a checkpoint could not be written, a full disk for example. Does not wait."""
@@ -85,19 +76,27 @@ class Writer:
         if self.pending:
             self.pending.result()
 
-    def _write(self, step: int, files: Files) -> None:
+    def close(self) -> None:
+        """Return once nothing is being written any more, whether that went well or not."""
+        self.thread.shutdown()
+
+    def _copy(self, files: Files) -> None:
+        """Copy tensors to the CPU, into the same memory each time: new pages cost as much as the copy itself."""
+        for name, tensors in files.items():
+            copies = self.copies.setdefault(name, {})
+            for key, value in tensors.items():
+                if key not in copies:
+                    copies[key] = on_cpu(value)
+                local_rows(copies[key]).copy_(local_rows(value))
+
+    def _write(self, step: int) -> None:
         if self.group is None:
-            _write(self.run, step, files)
+            _write(self.run, step, self.copies)
             forget_all_but(self.run, self.keep)
         else:
-            _write_shards(self.run, step, files, self.group)
+            _write_shards(self.run, step, self.copies, self.group)
             if dist.get_rank() == 0:
                 forget_all_but(self.run, self.keep)
-
-
-def save(run: Path, step: int, model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> Path:
-    """Write the checkpoint of a step, beside its place first. Raises UserError if the disk is full."""
-    return _write(run, step, _training_state(model, ema, optimiser))
 
 
 def save_start(run: Path, model: nn.Module) -> Path:
@@ -123,6 +122,11 @@ def _write(run: Path, step: int, files: Files) -> Path:
 
 def _write_shards(run: Path, step: int, files: Files, group: dist.ProcessGroup) -> None:
     """As `_write`, by all processes of a group: each its own rows, in a folder of parts that become one file."""
+    # Two seconds to import, which only sharded runs have to spend.
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
     folder = run / FOLDER / f"{step:08d}"
     with _beside(folder) as beside:
         _first_does(group, lambda: beside.mkdir(parents=True))
@@ -131,7 +135,10 @@ def _write_shards(run: Path, step: int, files: Files, group: dist.ProcessGroup) 
             # Torch loses the value of a tensor without dimensions when it puts parts together.
             tensors = {key: value if value.dim() else value.reshape(1) for key, value in tensors.items()}
             writer = HuggingFaceStorageWriter(str(parts), save_distributed=True, enable_consolidation=True)
-            save_distributed(tensors, storage_writer=writer, process_group=group)
+            try:
+                save_distributed(tensors, storage_writer=writer, process_group=group)
+            except CheckpointException as error:
+                raise OSError(str(next(cause for cause, _ in error.failures.values()))) from error
 
             def take_out(parts: Path = parts, name: str = name) -> None:
                 (complete,) = parts.glob("*.safetensors")
@@ -162,12 +169,9 @@ def _beside(folder: Path) -> Iterator[Path]:
     try:
         shutil.rmtree(beside, ignore_errors=True)
         yield beside
-    except (OSError, SafetensorError, CheckpointException) as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        reason = error
-        if isinstance(error, CheckpointException):
-            reason = next(cause for cause, _ in error.failures.values())
-        raise UserError(f"cannot write checkpoint {folder}: {reason}; the previous checkpoint is untouched") from None
+        raise UserError(f"cannot write checkpoint {folder}: {error}; the previous checkpoint is untouched") from None
 
 
 def _finish(folder: Path, beside: Path, step: int) -> None:
@@ -241,20 +245,21 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} cannot be read ({error}); delete its folder to go on from the one before") from None
 
 
-def restore(folder: Path, model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> int:
+def restore(folder: Path, model: nn.Module, ema: Tensors, optimiser: torch.optim.Optimizer) -> int:
     """Load a checkpoint into a model, its moving average and its optimiser, in place. Returns the step.
 
     However the model was spread when it was written, and is now: with shards, a process reads its own rows alone.
     Raises UserError if a file is missing, damaged or of another model.
     """
     _fill(model.state_dict(), folder / MODEL)
-    _fill(ema, folder / EMA)
+    if ema:
+        _fill(ema, folder / EMA)
     with _opened(folder / OPTIMISER) as stored:
         trained = [(name, p) for name, p in model.named_parameters() if f"{name}.step" in stored.keys()]  # noqa: SIM118
     for _, parameter in trained:
         # load_state_dict would do as well, but it counts parameters where these names are safe against reordering.
         optimiser.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "step": torch.zeros((), device=parameter.device if optimiser.defaults["fused"] else None),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
@@ -281,18 +286,19 @@ def _fill(tensors: Mapping[str, Tensor], file: Path) -> None:
             part = stored.get_slice(name)
             if tensor.dim() and tuple(part.get_shape()) != tuple(tensor.shape):
                 raise UserError(f"{file} does not fit this model: {name} is {part.get_shape()}")
-            if isinstance(tensor, DTensor):
-                tensor.to_local().copy_(part[own_rows(tensor)])
+            if tensor.dim():
+                local_rows(tensor).copy_(part[own_rows(tensor)])
             else:
                 # Sharded runs write tensors without dimensions as rows of one.
-                tensor.copy_(stored.get_tensor(name).reshape(tensor.shape))
+                tensor.copy_(stored.get_tensor(name).reshape(()))
 
 
-def _training_state(model: nn.Module, ema: dict[str, Tensor], optimiser: torch.optim.AdamW) -> Files:
-    return {MODEL: model.state_dict(), EMA: ema, OPTIMISER: _optimiser_tensors(model, optimiser)}
+def _training_state(model: nn.Module, ema: Tensors, optimiser: torch.optim.Optimizer) -> Files:
+    average = {EMA: dict(ema)} if ema else {}
+    return {MODEL: model.state_dict(), **average, OPTIMISER: _optimiser_tensors(model, optimiser)}
 
 
-def _optimiser_tensors(model: nn.Module, optimiser: torch.optim.AdamW) -> dict[str, Tensor]:
+def _optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": value
         for name, parameter in model.named_parameters()

@@ -1,11 +1,9 @@
-"""Which process this is, its device and precision. One path for a laptop, one GPU and many."""
+"""Which process this is, its device, and what processes say to each other. One path for a laptop and for many GPUs."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reglue.errors import Stopped, UserError
+from reglue.errors import UserError
 
 try:
     import resource
@@ -33,7 +31,6 @@ DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """What this process's own device says, though RuntimeErrors as those of messages are."""
 
 _T = TypeVar("_T")
-_asked_to_stop = threading.Event()
 _waiting: dist.ProcessGroup | None = None
 """All processes over the CPU, for whatever one may take hours for while the others wait."""
 
@@ -106,6 +103,11 @@ def join(device: str) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def rank_and_count() -> tuple[int, int]:
+    """Number of this process, from 0, and how many have joined; (0, 1) if it has not joined others."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def _open_many_files() -> None:
     """As many as this process may: every group of processes keeps a connection to each of the others open."""
     if resource is not None:
@@ -138,7 +140,7 @@ def are_many() -> bool:
 
 
 def end(code: int) -> NoReturn:
-    """End this process. Among others it ends at once: the thread that watches them (`together`) does not stop."""
+    """End this process. Among others it ends at once: the thread that watches them (`watchdog`) does not stop."""
     if not dist.is_initialized():
         sys.exit(code)
     sys.stdout.flush()
@@ -155,7 +157,7 @@ def barrier() -> None:
 
 def is_first() -> bool:
     """Whether this is the first process of all."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank_and_count()[0] == 0
 
 
 @contextmanager
@@ -204,39 +206,6 @@ def broadcast_object(value: _T) -> _T:
     return said[0]
 
 
-@contextmanager
-def stopping_deferred() -> Iterator[None]:
-    """Around a job that looks at `asked_to_stop` in time: SIGTERM does not end the process, nor does Ctrl-C (SIGINT),
-    but for the second one, which interrupts at once.
-
-    In other threads than the main one, which Python does not let decide about signals, nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        if _asked_to_stop.is_set():
-            raise KeyboardInterrupt
-        _asked_to_stop.set()
-        # Whatever is being printed may not be printed to in between.
-        os.write(2, b"\nreglue: stops with a checkpoint; Ctrl-C again stops at once, without one\n")
-
-    _asked_to_stop.clear()
-    handlers = {signal.SIGTERM: lambda *_: _asked_to_stop.set(), signal.SIGINT: interrupt}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def asked_to_stop() -> bool:
-    """Whether SIGTERM or SIGINT has come to this process; the others may not have it yet, and have to be told."""
-    return _asked_to_stop.is_set()
-
-
 class RunsOn(Protocol):
     """Options of a job that runs on a device."""
 
@@ -244,25 +213,6 @@ class RunsOn(Protocol):
     def device(self) -> str:
         """As `resolve_device` takes it."""
         ...
-
-
-_Options = TypeVar("_Options", bound=RunsOn)
-
-
-def watchdog(job: Callable[[_Options], _T]) -> Callable[[_Options], _T]:
-    """The job, whose processes join first; and when one of them dies, the others end within seconds.
-
-    They say so in one line and exit with code 2, whatever they are waiting for at that moment (NCCL would not notice
-    for STEP_WAIT). Each process watches the next one, over a connection of its own, and all leave together. An
-    exception that leaves the job must end the process; `Stopped` must leave it in all of them.
-    """
-
-    @wraps(job)
-    def watched(options: _Options) -> _T:
-        with _watched(options.device):
-            return job(options)
-
-    return watched
 
 
 class Repeatable(RunsOn, Protocol):
@@ -312,47 +262,6 @@ def deterministic(device: torch.device, wanted: bool, *, strict: bool = True) ->
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         settings.fill_uninitialized_memory = filling
-
-
-@contextmanager
-def _watched(device: str) -> Iterator[None]:
-    if join(device)[1] == 1:
-        yield
-        return
-    rank, count = dist.get_rank(), dist.get_world_size()
-    after, before = (rank + 1) % count, (rank - 1) % count
-    group = private_group(LONG_WAIT)
-    leaving = threading.Event()
-
-    def watch() -> None:
-        try:
-            dist.recv(torch.empty(1), after, group)  # its goodbye
-        except RuntimeError:
-            if not leaving.is_set():
-                message = f"process {rank} ends, because process {after} has; see which one ended first, and why"
-                print(f"\nreglue: {message}; the same command continues", file=sys.stderr, flush=True)
-                os._exit(2)  # The main thread may be inside a message that never ends.
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    stopped: Stopped | None = None
-    try:
-        try:
-            yield
-        except Stopped as request:
-            stopped = request
-        dist.send(torch.ones(1), before, group)
-        watcher.join()
-    except DEVICE_ERRORS:
-        raise
-    except RuntimeError:
-        # A message that failed may have noticed before the watcher did.
-        watcher.join(5)
-        raise
-    finally:
-        leaving.set()
-    if stopped:
-        raise stopped
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from reglue.config import Precision
 from reglue.errors import UserError
+from reglue.training import distributed
 
 
 def check_shards(shards: int, processes: int) -> None:
@@ -35,11 +34,8 @@ def parallelise(
     one of the `blocks` at a time. Parameters then are DTensors, the same bits as before, on `device`: call this before
     anything else holds on to them. Raises UserError if the processes do not divide by `shards`.
     """
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    if shards < 1 or processes % shards:
-        raise UserError(
-            f"--shards {shards} does not divide {processes} processes; choose a divisor, or 1 for no shards"
-        )
+    _, processes = distributed.rank_and_count()
+    check_shards(shards, processes)
     if not dist.is_initialized():
         return losses.to(device)
     if shards == 1:
@@ -47,6 +43,10 @@ def parallelise(
             # Newer versions of torch have another name for `broadcast_buffers`, and older ones only this.
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(losses.to(device), broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Slow to import, which only sharded runs have to spend.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(device.type, (processes // shards, shards), mesh_dim_names=("copies", "shards"))
     if shards == processes:
         mesh = mesh["shards"]
@@ -63,8 +63,8 @@ def parallelise(
 @contextmanager
 def accumulating(losses: nn.Module, last: bool) -> Iterator[None]:
     """Around forward and backward of one part of a step: processes exchange gradients in the last part alone."""
-    if isinstance(losses, FSDPModule):
-        losses.set_requires_gradient_sync(last)
+    if hasattr(losses, "set_requires_gradient_sync"):  # An FSDPModule, without the import.
+        cast(Any, losses).set_requires_gradient_sync(last)
     if isinstance(losses, DistributedDataParallel) and not last:
         with losses.no_sync():
             yield
@@ -84,7 +84,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor with every process's rows. All processes must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,20 +92,39 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Sharded ones are gathered one after another and kept in the memory of the CPU.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
     result: dict[str, Tensor] = {}
     for name, value in tensors.items():
         complete = whole(value)
-        if first:
-            result[name] = complete.cpu() if isinstance(value, DTensor) else complete
+        if distributed.is_first():
+            result[name] = complete.cpu() if is_sharded(value) else complete
     return result
 
 
-def own_rows(tensor: DTensor) -> slice:
-    """The rows of the whole tensor that this process holds: an empty slice where there are fewer rows than shards."""
-    (dimension,) = (i for i, placement in enumerate(tensor.placements) if isinstance(placement, Shard))
-    count = tensor.to_local().shape[0]
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of whose rows each process has some."""
+    return hasattr(tensor, "full_tensor")  # isinstance would need the class, which is slow to import.
+
+
+def local_rows(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that this process holds, in the same memory."""
+    return cast(Any, tensor.detach()).to_local() if is_sharded(tensor) else tensor.detach()
+
+
+def own_rows(tensor: Tensor) -> slice:
+    """Which rows of the whole tensor these are: an empty slice where there are fewer rows than shards."""
+    if not is_sharded(tensor):
+        return slice(None)
+    spread: Any = tensor
+    (dimension,) = (i for i, placement in enumerate(spread.placements) if placement.is_shard())
+    count = spread.to_local().shape[0]
     # As torch.chunk cuts: all parts are equal but the last ones.
-    per_shard = -(-tensor.shape[0] // tensor.device_mesh.size(dimension))
-    first = min(per_shard * tensor.device_mesh.get_local_rank(dimension), tensor.shape[0])
+    per_shard = -(-spread.shape[0] // spread.device_mesh.size(dimension))
+    first = min(per_shard * spread.device_mesh.get_local_rank(dimension), spread.shape[0])
     return slice(first, first + count)
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """Room in the CPU's memory for a tensor, spread over processes as it is."""
+    if not is_sharded(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    return torch.empty_like(tensor, device="cpu")

@@ -1,31 +1,113 @@
-"""Metrics of a run as JSON lines."""
+"""Where the figures and pictures of a training go: its own folder always, and whatever trackers are asked for."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from PIL import Image
+from tqdm import tqdm
+
+from reglue.errors import UserError
 from reglue.files import replacing
 
 FILE = "metrics.jsonl"
 
 
-class MetricsLog:
-    """Appends to `metrics.jsonl`, one object per logged step."""
+class Tracker(Protocol):
+    """Something that records a training, such as a dashboard. Only the first process has any."""
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Figures of a step: numbers by name, and under `validation` those of a measurement, also by name."""
+        ...
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        """A picture of a step. Pictures of one name, such as `previews`, show the same thing at different steps."""
+        ...
+
+    def close(self) -> None:
+        """The training has ended, been stopped or failed."""
+        ...
+
+
+class JsonLines:
+    """The run's own record: `metrics.jsonl`, one JSON object per line, and pictures as `NAME/STEP.png`."""
 
     def __init__(self, run: Path, after_step: int) -> None:
-        """Continue the log of a run after a step: later lines are of work that was lost, and will be done again."""
-        self.path = run / FILE
-        if self.path.is_file():
+        """Continue the log after a step: later lines are of work that was lost and will be done again."""
+        self.run = run
+        if (run / FILE).is_file():
             kept = [line for line in read(run) if line["step"] <= after_step]
-            with replacing(self.path) as beside:
+            with replacing(run / FILE) as beside:
                 beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
-    def write(self, **values: Any) -> None:
+    def log(self, step: int, values: dict[str, Any]) -> None:
         """Append one line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        with (self.run / FILE).open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        """Write one picture."""
+        (self.run / name).mkdir(exist_ok=True)
+        with replacing(self.run / name / f"{step:08d}.png") as beside:
+            picture.save(beside, format="png")
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {"jsonl": JsonLines}
+"""What makes each tracker of the folder of a run and the step after which it goes on: -1 for one that begins. To add
+one, put it here under a name and give that name as `--track`."""
+
+
+def check_trackers(names: Collection[str]) -> None:
+    """Raise UserError for a name that is not in TRACKERS."""
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"--track {name}: no such tracker; choose from {', '.join(sorted(TRACKERS))}")
+
+
+class Trackers:
+    """The run's own record and other trackers as one. What another one raises is a warning, once, and then it is left
+    out: it never stops a training. A record that cannot be written does, as a checkpoint does."""
+
+    def __init__(self, run: Path, names: Collection[str], after_step: int) -> None:
+        """`names` are keys of TRACKERS; `jsonl` need not be among them."""
+        self.record: Tracker = JsonLines(run, after_step)
+        self.others: dict[str, Tracker] = {}
+        for name in dict.fromkeys(names):
+            if name != "jsonl":
+                self._guarded(name, lambda name=name: self.others.update({name: TRACKERS[name](run, after_step)}))
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """See `Tracker`."""
+        self.record.log(step, values)
+        for name, tracker in [*self.others.items()]:
+            self._guarded(name, lambda tracker=tracker: tracker.log(step, values))
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        """See `Tracker`."""
+        self.record.image(step, name, picture)
+        for other, tracker in [*self.others.items()]:
+            self._guarded(other, lambda tracker=tracker: tracker.image(step, name, picture))
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self.record.close()
+        for name, tracker in [*self.others.items()]:
+            self._guarded(name, tracker.close)
+
+    def _guarded(self, name: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.others.pop(name, None)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            tqdm.write(f"warning: tracker {name} failed and is left out from here on ({reason})", file=sys.stderr)
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,89 @@
+"""What the folder of a trained autoencoder holds: how it was trained, and the result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from reglue.encoders.alignment import FILE as ALIGNMENT_FILE
+from reglue.encoders.alignment import save_alignment
+from reglue.encoders.autoencoders import AutoencoderSpec
+from reglue.encoders.vision import EncoderSpec
+from reglue.errors import UserError
+from reglue.files import replacing, to_json
+from reglue.reals.config import AutoencoderRecipe
+from reglue.reals.trainable import AlignedAutoencoder
+from reglue.run import differing
+
+RECORD, CONFIG, MEAN_STD = "training.json", "config.json", "mean_std.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """`training.json`: how an autoencoder was trained."""
+
+    format: int = FORMAT
+    recipe: AutoencoderRecipe
+    source: AutoencoderSpec | None
+    """What it began with; None for new weights."""
+    encoder: EncoderSpec
+    resolution: tuple[int, int]
+    fingerprint: str
+    """Of the images."""
+    validation: str
+    """The share held out, or the fingerprint of the other folder."""
+    validation_images: int
+    statistics_images: int
+    seed: int
+    images: str = field(compare=False)
+    versions: dict[str, str] = field(compare=False)
+    steps_done: int = field(default=0, compare=False)
+    """Of which the folder holds the result; 0 before there is one."""
+    figures: dict[str, float] = field(default_factory=dict, compare=False)
+    """Of the result, on held-out images."""
+    measured_with: dict[str, str] = field(default_factory=dict, compare=False)
+    """The files of the networks behind the figures lpips and rfid."""
+
+
+def differences(before: TrainingRecord, now: TrainingRecord) -> list[str]:
+    """The names of what differs. The number of steps may, where the learning rate does not depend on it."""
+    compared = {part.name for part in fields(TrainingRecord) if part.compare}
+    names = [name for name in differing(before, now) if name.partition(".")[0] in compared]
+    names = [name for name in names if name not in ("encoder.name", "source.name")]
+    if now.recipe.optimisation.decay == "constant":
+        names = [name for name in names if name != "recipe.optimisation.steps"]
+    return names
+
+
+def write_result(out: Path, averaged: AlignedAutoencoder, mean: float, std: float, record: TrainingRecord) -> None:
+    """The averaged weights in diffusers' layout, the alignment network, `mean_std.json` and the finished record.
+
+    All of it is written beside first, and `config.json`, without which nobody takes the folder for an autoencoder, is
+    moved last: the result is there whole or not at all.
+    """
+    (out / CONFIG).unlink(missing_ok=True)
+    beside = out / "result.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    # What diffusers' own pipelines and ours normalise by.
+    averaged.network.register_to_config(scaling_factor=1 / std, shift_factor=mean, latents_mean=None, latents_std=None)
+    try:
+        averaged.network.save_pretrained(beside)
+        config = json.loads((beside / CONFIG).read_text())
+        config.pop("_name_or_path", None)  # The folder of --from is in the record.
+        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (beside / MEAN_STD).write_text(json.dumps({"mean": mean, "std": std}))
+        if averaged.alignment:
+            save_alignment(averaged.alignment, beside / ALIGNMENT_FILE)
+        for file in sorted(beside.iterdir(), key=lambda file: file.name == CONFIG):
+            file.replace(out / file.name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {error}; free some space and run it again") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    with replacing(out / RECORD) as path:
+        path.write_text(to_json(record))
