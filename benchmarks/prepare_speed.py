@@ -27,7 +27,8 @@ from common import Comparison, alternate, report, run, speedups
 from reglue.commands.prepare import NO_ENCODER, Prepare, prepare
 from reglue.config import Precision
 from reglue.data.images import ImageSource, UnreadableImage
-from reglue.data.sources import Reading, open_images
+from reglue.data.opening import open_images
+from reglue.data.sources import Reading
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError

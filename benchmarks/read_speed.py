@@ -23,8 +23,9 @@ from common import Benchmark, core_seconds, report, run
 from counting import H200_FLOPS, REACHED, show, training_flops
 from reglue.config import Recipe
 from reglue.data.batches import TrainingData, denoiser_config
+from reglue.data.manifest import LOCAL_CODES, compressor_of
 from reglue.data.prefetch import READERS, prefetch
-from reglue.data.store import LOCAL_CODES, Store, compressor_of
+from reglue.data.store import Store
 from reglue.papers import RECIPES
 from reglue.run import needed_columns
 from workloads import Data, Workload

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from common import Comparison
 from reglue.config import Precision, Recipe
-from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits
+from reglue.data.manifest import Contents, Source
+from reglue.data.store import Store, quantised
+from reglue.data.store_writer import StoreWriter, add_codes
 from reglue.data.targets import AlignmentTargets, Tokens
 from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
@@ -110,7 +112,8 @@ class Workload:
                 "random", "AutoencoderKL", "0", LATENT_CHANNELS, DOWNSAMPLING, (0.0,) * 4, (0.18215,) * 4
             ),
             encoder=EncoderSpec(
-                "random", "random", "0", width, DEPTH, LAYERS, 14, tokens, size, size, half, half, "bicubic", False
+                *("random", "random", "0", width, DEPTH, LAYERS, 14, tokens, size, size, half, half, "bicubic", False),
+                *(("normalise", "resize"), True, "class token or mean", 5, 4),
             ),
             features=True,
             features_dtype=features_dtype,
@@ -121,7 +124,7 @@ class Workload:
         )
         writer = StoreWriter(folder, contents)
         features = torch.randn(1, len(LAYERS) * width, *tokens)
-        of_a_row = in_8_bits(features) if features_dtype == "int8" else {"features": features.half()}
+        of_a_row = quantised(features) if features_dtype == "int8" else {"features": features.half()}
         for block in writer.pending:
             count = len(block)
             latent = torch.randn(2, count, LATENT_CHANNELS, *grid)
@@ -136,7 +139,7 @@ class Workload:
         name = self.recipe.local.compressor
         spec = ConvCompressor(len(LAYERS) * width, 256, self.local_channels).save(folder / "compressors" / name)
         counts = (shard.rows for shard in store.manifest.columns["label"].shards)
-        return store.add_codes(name, spec, (torch.randn(count, self.local_channels, *tokens) for count in counts))
+        return add_codes(store, name, spec, (torch.randn(count, self.local_channels, *tokens) for count in counts))
 
     def random_encoder(self, layers: tuple[int, ...], device: torch.device) -> VisionEncoder:
         """DINOv2-B with registers, or a toy's tiny network, with random weights, which do not change its speed."""

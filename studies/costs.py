@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from measures import Measures
 from pack import MEGABYTE, Pack, rows_per_shard, take_of
-from reglue.data.store import MANIFEST, Store
+from reglue.data.manifest import MANIFEST
+from reglue.data.store import Store
 from reglue.pipeline import decoder
 from reglue.run import RunRecord, needed_columns
 from study import Arm, StudyOptions

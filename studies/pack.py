@@ -35,16 +35,9 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from measures import REFERENCES
-from reglue.data.store import (
-    METADATA,
-    Statistics,
-    Store,
-    compressor_of,
-    holds_codes,
-    in_8_bits,
-    join_columns,
-    write_shard,
-)
+from reglue.data.manifest import METADATA, Statistics, compressor_of, holds_codes, write_manifest
+from reglue.data.store import Store, quantised
+from reglue.data.store_writer import join_columns, write_shard
 from reglue.encoders.compressors import load_compressor
 from reglue.errors import UserError
 from reglue.files import TakesPaths, new_folder, replacing
@@ -145,7 +138,7 @@ def pack(options: Pack, rows: Tensor | None = None) -> Store:
             for name in names
             if name != "label"
         }
-        Store(beside, replace(packed, statistics=statistics)).finish()
+        write_manifest(beside, replace(packed, statistics=statistics))
         for network in options.networks:
             copy(network, beside / NETWORKS / network.name)
         if options.references:
@@ -171,7 +164,7 @@ def refuse_missing(options: Pack) -> None:
 def take_of(store: Store, column: str, channels: slice, eight_bits: bool) -> Callable[[Tensor], dict[str, Tensor]]:
     """What gives the tensors of a column that are to be written, for some rows."""
     if column == "features" and eight_bits:
-        return lambda rows: in_8_bits(store.read(column, rows, channels)["features"])
+        return lambda rows: quantised(store.read(column, rows, channels)["features"])
     return lambda rows: store.read_stored(column, rows, channels)
 
 

@@ -22,7 +22,8 @@ from pack import Pack, pack
 from reglue.commands.compress import Compress, compress
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train import Train, train
-from reglue.data.store import MANIFEST, Store
+from reglue.data.manifest import MANIFEST
+from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.files import replacing
 from reglue.run import needed_columns

@@ -28,7 +28,7 @@ from reglue.commands.evaluate import Evaluate, evaluate
 from reglue.commands.sample import Sample, plan, sample
 from reglue.config import SamplerName
 from reglue.errors import UserError
-from reglue.files import TakesPaths, from_json, replacing, to_json
+from reglue.files import TakesPaths, read_json, replacing, to_json
 from reglue.pipeline import load
 
 STOCHASTIC: tuple[SamplerName, ...] = ("euler-maruyama",)
@@ -266,7 +266,7 @@ def open_results(options: Study) -> Results:
     if not file.is_file():
         options.out.mkdir(parents=True, exist_ok=True)
         return Results(protocol)
-    before = from_json(file, Results, "remove it to measure anew")
+    before = read_json(file, Results, "remove it to measure anew")
     different = sorted(name for name in protocol if before.options.get(name) != protocol[name])
     if different:
         raise UserError(f"{file} was measured with other options ({', '.join(different)}); choose a new --out")

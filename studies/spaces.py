@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from convergence import Convergence, arms_of
 from reglue.commands.compress import compress
 from reglue.commands.reencode import Reencode, reencode
-from reglue.data.store import MANIFEST, Store
+from reglue.data.manifest import MANIFEST
+from reglue.data.store import Store
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.errors import Stopped, UserError
 from reglue.files import replacing

@@ -11,7 +11,8 @@ from typing import Any, Literal, NoReturn, get_args
 from measures import Measures
 from plan import plan
 from reglue.commands.compress import Compress, compress
-from reglue.data.store import MANIFEST, Store, codes_column
+from reglue.data.manifest import MANIFEST, codes_column
+from reglue.data.store import Store
 from reglue.encoders.compressors import CompressorKind
 from reglue.errors import Stopped, UserError
 from study import Arm, StudyOptions, kinds_of, run_study

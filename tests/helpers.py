@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from processes import Reglue
 from reglue import cli
 
 CLASSES = ("circle", "square", "stripes")
@@ -49,15 +49,8 @@ def reglue_command(*arguments: str | Path) -> list[str]:
 
 
 def run_reglue(*arguments: str | Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user would, in a process of its own."""
-    return subprocess.run(
-        reglue_command(*arguments),
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=check,
-        timeout=300,
-    )
+    """Run the command line in a process of its own."""
+    return Reglue(*arguments, **environment).result(check)
 
 
 def mistake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""What `import reglue` offers: every job, quickly, under names that stay; and generating images from Python."""
+"""What `import reglue` offers: every command, quickly, under names that stay; and generating images from Python."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from reglue.config import Sampling
 from reglue.errors import UserError
 
 
-def test_every_job_is_a_function_away() -> None:
+def test_every_command_is_a_function_away() -> None:
     for command in COMMANDS.values():
         options = command.load()
-        job = command.options.partition(":")[0].rpartition(".")[2]
+        function = command.options.partition(":")[0].rpartition(".")[2]
         assert getattr(reglue, options.__name__) is options
-        assert callable(getattr(reglue, job))
-        assert {options.__name__, job} <= set(reglue.__all__)
+        assert callable(getattr(reglue, function))
+        assert {options.__name__, function} <= set(reglue.__all__)
 
 
 def test_every_public_name_is_there() -> None:
@@ -36,7 +36,7 @@ def test_every_public_name_is_there() -> None:
     assert set(reglue.recipes) == {"sit", "repa", "redi", "reg", "reglue"}
     with pytest.raises(AttributeError, match="'trian'"):
         reglue.trian  # type: ignore[attr-defined]  # noqa: B018
-    assert not hasattr(reglue, "jobs_of_others")
+    assert not hasattr(reglue, "functions_of_others")
 
 
 def test_importing_does_not_wait_for_torch() -> None:
@@ -45,7 +45,7 @@ def test_importing_does_not_wait_for_torch() -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_star_import_brings_the_jobs() -> None:
+def test_star_import_brings_every_name() -> None:
     names: dict[str, Any] = {}
     exec("from reglue import *", names)
     assert set(reglue.__all__) <= names.keys()
@@ -144,8 +144,11 @@ def test_an_unknown_option_is_a_type_error(model: reglue.ImageModel) -> None:
     takes = r"takes classes, count, .*output, .*sampling, .*guidance_scale, .*rounding, .*absolute_tolerance$"
     with pytest.raises(TypeError, match=rf"^generate\(\) takes no guidance_scal; it {takes}"):
         model.generate(0, guidance_scal=2.0)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match=r"^generate\(\) takes no auto_scale"):
-        model.generate(0, auto_scale=2.0)  # type: ignore[call-overload], there is no weaker model
+
+
+def test_autoguidance_needs_a_weaker_model(model: reglue.ImageModel) -> None:
+    with pytest.raises(UserError, match="auto-scale 2.0: autoguidance needs a weaker model"):
+        model.generate(0, auto_scale=2.0)
 
 
 def test_progress_is_shown_when_asked_for(model: reglue.ImageModel, capsys: pytest.CaptureFixture[str]) -> None:

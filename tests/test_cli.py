@@ -2,67 +2,132 @@
 
 from __future__ import annotations
 
+import re
 import resource
+import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from helpers import TINY_RECIPE, mistake, reglue_command, run_reglue
-from reglue.cli import COMMANDS, job_of, parse
+from reglue.cli import COMMANDS, FIRST, function_of, parse
 from reglue.commands.sample import Sample
 from reglue.commands.train import Train
+from reglue.help import GROUPS, declared
 from reglue.papers import RECIPES
 
-JOBS = (
-    "prepare",
-    "reencode",
-    "compress",
-    "autoencode",
-    "sample",
-    "evaluate",
-    "probe",
-    "head",
-    "perceive",
-    "import",
-    "export",
-    "verify",
-    "demo",
-)
-"""All but train, which has a subcommand per recipe."""
+FORMS = [[name] for name in COMMANDS if name != "train"] + [["train", recipe] for recipe in RECIPES]
+"""Every command, and every recipe of `train`."""
 
 
-def test_help_lists_every_job() -> None:
-    text = run_reglue("--help").stdout
-    for job in (*JOBS, "train"):
-        assert f"• {job}" in text
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command line prints when it is asked about itself."""
+    with pytest.raises(SystemExit) as exit_:
+        parse(list(arguments))
+    assert exit_.value.code in (None, 0)
+    return capsys.readouterr().out
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    program = "import sys; from reglue.cli import parse; sys.argv = ['reglue']\ntry: parse(['--help'])\n"
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_every_command_in_the_order_of_the_work(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(capsys, *arguments)
+    listed = re.findall(r"^  (\w+)  +\w", text, flags=re.MULTILINE)
+    assert listed == list(COMMANDS)
+    assert listed[:5] == ["prepare", "compress", "train", "sample", "evaluate"]
+    for line in FIRST:
+        assert text.index(f"  reglue {line}") < text.index("  prepare")
+        parse(shlex.split(line))
+
+
+def test_help_and_mistyped_commands_do_not_wait_for_torch() -> None:
+    program = "import sys; from reglue.cli import main; sys.argv = ['reglue', sys.argv[1]]\ntry: main()\n"
     program += "except SystemExit: print([m for m in ('torch', 'timm', 'datasets') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "[]"
+    for argument in ("--help", "--version", "trian"):
+        result = subprocess.run([sys.executable, "-c", program, argument], capture_output=True, text=True, check=True)
+        assert result.stdout.splitlines()[-1] == "[]"
 
 
-def test_completions_know_the_options_of_every_job(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(["--tyro-print-completion", "bash"])
-    text = capsys.readouterr().out
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "--version") == f"reglue {version('reglue')}\n"
+
+
+def test_a_mistyped_name_brings_the_closest_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "unknown command smaple; did you mean sample?" in mistake(capsys, monkeypatch, "smaple", "run", "--help")
+    assert "unknown recipe regle; did you mean reglue?" in mistake(capsys, monkeypatch, "train", "regle", "--out", "r")
+    for arguments in (["train", "x"], ["train"], ["train", "--store"]):
+        assert f"choose from {', '.join(RECIPES)}" in mistake(capsys, monkeypatch, *arguments)
+
+
+def test_completions_know_the_options_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--tyro-print-completion", "bash")
     assert all(option in text for option in ("--shard-size", "--optimisation.clip", "--guidance-interval"))
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_every_option_is_explained(job: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        parse([job, "--help"])
-    assert exit_.value.code == 0
-    assert f"usage: reglue {job}" in capsys.readouterr().out
+@pytest.mark.parametrize("form", FORMS, ids=" ".join)
+def test_the_help_of_a_command(
+    form: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = printed(capsys, *form, "--help")
+    assert text.startswith(f"usage: reglue {' '.join(form)} ")
+    assert "None}" not in text
+    assert "default: None" not in text
+    assert max(map(len, text.splitlines())) <= 100
+
+    *_, example = text.splitlines()
+    assert type(parse(shlex.split(example)[1:])) is COMMANDS[form[0]].load()
+    assert shlex.split(example)[: len(form) + 1] == ["reglue", *form]
+
+    titles = re.findall(r"^(\w+):$", text, flags=re.MULTILINE)
+    assert titles == [*(title for title in GROUPS if title in titles), "example"]
+    listed = re.split(r"^\w+:$", text, flags=re.MULTILINE)
+    for option in declared(COMMANDS[form[0]].load()):
+        place = listed[1 + titles.index(option.title(form[0]))]
+        assert re.search(rf"^  {re.escape(option.flags[0])}[ ,\n]", place, flags=re.MULTILINE), option.name
+        assert option.explanation, option.name
+    for flag in re.findall(r"^  (--\S+)", text, flags=re.MULTILINE):  # and tyro knows each
+        assert flag.rstrip(",") in {flag for option in declared(COMMANDS[form[0]].load()) for flag in option.flags}
+
+
+def test_the_help_of_train_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "train", "--help")
+    assert re.findall(r"^  (\w+)  +\w", text, flags=re.MULTILINE)[: len(RECIPES)] == list(RECIPES)
+    assert parse(shlex.split(re.findall(r"^  reglue (.*)$", text, flags=re.MULTILINE)[-1])).recipe == RECIPES["reglue"]
+
+
+def test_defaults_are_those_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    sit, reglue = (" ".join(printed(capsys, "train", name, "--help").split()) for name in ("sit", "reglue"))
+    weight = (
+        "--class-token.weight FLOAT Weight of this term in the loss; 0 leaves the part out of the model. (default: "
+    )
+    assert f"{weight}0.0)" in sit
+    assert f"{weight}0.03)" in reglue
+
+
+def test_values_of_options_are_named_by_what_they_take() -> None:
+    options = {option.name: option for option in declared(Sample)}
+    assert [options[name].metavar for name in ("steps", "out", "guidance-interval", "rounding", "guided-channels")] == [
+        "INT",
+        "PATH",
+        "FLOAT FLOAT",
+        "{truncate,round}",
+        "INT | all",
+    ]
+    of_sit = {option.name: option for option in declared(Train, Train(RECIPES["sit"], Path("s"), Path("r")))}
+    assert of_sit["latent.schedule"].metavar == "INT FLOAT ..."
+    assert of_sit["deterministic"].flags == ("--deterministic", "--no-deterministic")
+    assert of_sit["latent.unit-variance"].flags == ("--latent.unit-variance",)
 
 
 @pytest.mark.parametrize(
-    ("job", "names"),
+    ("command", "names"),
     [
         ("prepare", "IMAGES OUT"),
         ("compress", "STORE"),
@@ -76,23 +141,13 @@ def test_every_option_is_explained(job: str, capsys: pytest.CaptureFixture[str])
         ("verify", "FOLDER"),
     ],
 )
-def test_the_usage_line_names_what_comes_first(job: str, names: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse([job, "--help"])
-    assert f"] {names}" in capsys.readouterr().out.splitlines()[0]
+def test_the_usage_line_names_what_comes_first(command: str, names: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, command, "--help").startswith(f"usage: reglue {command} {names} ")
 
 
-def test_an_unknown_recipe_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        parse(["train", "regle", "--store", "s", "--out", "r"])
-    assert exit_.value.code == 2
-    assert ", ".join(RECIPES) in " ".join(capsys.readouterr().err.split())
-
-
-def test_every_command_has_the_function_of_its_job() -> None:
+def test_every_command_has_its_function() -> None:
     for name, command in COMMANDS.items():
-        job = job_of(object.__new__(command.load()))
-        assert job.__name__ in (name, f"{name}_run", f"train_{name}")
+        assert function_of(command.load()).__name__ in (name, f"{name}_run", f"train_{name}")
 
 
 @pytest.mark.parametrize("name", RECIPES)

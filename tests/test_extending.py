@@ -74,6 +74,12 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoints.find(run, 2) / checkpoints.EMA)
 
 
+def awake(model: reglue.ImageModel) -> None:
+    """Give it weights with which everything matters: after a few steps, hardly anything does."""
+    for number, weight in enumerate(model.denoiser.parameters()):
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)) / 10)
+
+
 def test_every_example_is_short() -> None:
     found = examples()
     assert len(found) == 7
@@ -133,8 +139,7 @@ def test_a_backbone_of_its_own_is_initialised_by_the_seed_alone(parts: object, t
 def test_a_condition_steers_what_is_drawn(parts: object, tiny_store: Path, tmp_path: Path) -> None:
     run = train(tiny(conditions={"brightness": 0.5}), tiny_store, tmp_path / "run")
     model = reglue.load(run, device="cpu")
-    for number, weight in enumerate(model.denoiser.parameters()):  # After two steps, conditions hardly matter yet.
-        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)) / 10)
+    awake(model)
     asked = torch.tensor([[3.0, 1.0], [-3.0, 1.0], [0.0, 0.0]])
     draws = [
         model.generate([0] * 3, seed=1, batch_size=size, condition={"brightness": asked}, output="tensor").int()
@@ -184,8 +189,12 @@ def test_a_sampler_and_guidance_draw_alike_by_name(parts: object, tiny_run: Path
 
     for i, image in enumerate(images):
         assert torch.equal(pil_to_tensor(Image.open(drawn / f"{i:06d}.png")), image)
-    without = model.generate([0, 1], seed=3, output="tensor", **{**how, "guiders": {}})
-    assert not torch.equal(images, without)
+    awake(model)
+    sampling = model.default_sampling.changed(**how)
+    guided, without = (
+        model.draw([0], model.condition([0]), 3, each) for each in (sampling, replace(sampling, guiders={}))
+    )
+    assert not torch.equal(guided["latent"], without["latent"])
     exact = model.draw([0], model.condition([0]), 0, model.default_sampling.changed(sampler="heun", steps=200))
     ours = model.draw([0], model.condition([0]), 0, model.default_sampling.changed(sampler="midpoint", steps=200))
     torch.testing.assert_close(ours["latent"].float(), exact["latent"].float(), rtol=1e-2, atol=1e-2)
@@ -197,14 +206,19 @@ def test_a_control_holds_a_modality_with_every_sampler(
 ) -> None:
     model = reglue.load(tiny_run, device="cpu")
     known = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    hold = parts["A control"].Hold({"local": known[:1]})
+    control = parts["A control"].hold(local=known)
     sampling = model.default_sampling.changed(sampler=sampler, steps=5)
-    held = model.draw([0], model.condition([0]), 1, sampling, controls=[hold])
-    torch.testing.assert_close(held["local"].float(), known[:1], rtol=1e-3, atol=1e-2 if sampler == "dopri5" else 1e-4)
-    free = model.draw([0], model.condition([0]), 1, sampling)
+    held, free = (
+        model.draw([0, 1], model.condition([0, 1]), 1, sampling, controls=controls) for controls in ([control], [])
+    )
+    torch.testing.assert_close(held["local"].float(), known, rtol=1e-4, atol=1e-4)
     assert not torch.equal(held["latent"], free["latent"]), "the rest follows what is held"
-    both = parts["A control"].Hold({"local": known})
-    assert len(model.generate([0, 1], seed=1, sampler=sampler, steps=3, controls=[both])) == 2 or sampler == "dopri5"
+    # It holds the same images to the same values, whatever the batches are.
+    one, two = (
+        model.generate([0, 1], seed=1, sampling=sampling, batch_size=size, controls=[control], output="tensor").int()
+        for size in (1, 2)
+    )
+    assert (one - two).abs().max() <= 1
 
 
 def test_a_tracker_records_and_never_stops_a_training(parts: object, tiny_store: Path, tmp_path: Path) -> None:

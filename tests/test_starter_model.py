@@ -29,6 +29,7 @@ def lit(model: reglue.ImageModel, name: str) -> np.ndarray:
     return (images.float().mean(1) > 40).float().mean(0).numpy() >= 0.5
 
 
+@pytest.mark.trains
 def test_what_it_draws_has_the_shape_of_its_class(model: reglue.ImageModel) -> None:
     trousers, sneaker, shirt = (lit(model, name) for name in ("trousers", "sneaker", "shirt"))
     rows, columns = trousers.any(1).sum(), trousers.any(0).sum()

@@ -1,35 +1,49 @@
-"""The command line: one subcommand per job, and nothing else.
+"""The command line: the commands, their help, and how they end.
 
-A job is imported when it is asked for: `reglue --help` need not wait for PyTorch.
+A command is imported when it is asked for: `reglue --help` need not wait for PyTorch.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, make_dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import reduce
 from importlib import import_module
 from operator import or_
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from tyro import MISSING
 
+from reglue import __version__
 from reglue.errors import Stopped, UserError
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
+FIRST = {
+    "demo": "the whole pipeline on handwritten digits, in minutes",
+    "sample starter --out clothes": "images from the small model in this package",
+    "prepare photos store": "your own images: first a store of their latents,",
+    "train sit --store store --out run": "then a model (`reglue train --help` lists the recipes)",
+}
+"""What a newcomer needs: command line → what comes of it."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: where its options and its function are, and its line of help."""
+    """A command: where its options and its function are, and its line in the overview."""
 
     options: str
     """MODULE:NAME of the dataclass of options; the function has the module's name."""
     description: str
+    example: str
+    """A command line that works, without `reglue`; {recipe} stands for the recipe's name."""
+    heading: str = ""
+    """What stands above it and those that follow."""
 
     def load(self) -> type:
         """The dataclass of options."""
@@ -38,39 +52,100 @@ class Command:
 
 
 COMMANDS = {
-    "prepare": Command("reglue.commands.prepare:Prepare", "Images to a store of latents and features."),
-    "reencode": Command("reglue.commands.reencode:Reencode", "A store once more, in another latent space."),
-    "compress": Command("reglue.commands.compress:Compress", "Fit a compressor to a store's features."),
-    "autoencode": Command(
-        "reglue.commands.autoencode:Autoencode", "Train an autoencoder aligned with a vision encoder (ReaLS)."
+    "prepare": Command(
+        "reglue.commands.prepare:Prepare",
+        "Encode images into a store of latents and features.",
+        "prepare photos store --resolution 256 --features",
+        heading="from images to a report, in this order",
     ),
-    "train": Command("reglue.commands.train:Train", "Train a recipe on a store, or continue a run."),
-    "sample": Command("reglue.commands.sample:Sample", "Draw images from a run."),
-    "evaluate": Command("reglue.commands.evaluate:Evaluate", "Compare images with a reference."),
-    "probe": Command("reglue.commands.probe:Probe", "Measure what features and their codes still say."),
-    "head": Command("reglue.commands.train_head:TrainHead", "Train a head that segments or tells depth."),
-    "perceive": Command("reglue.commands.perceive:Perceive", "Tell from latents what generated images show."),
-    "import": Command("reglue.commands.import_run:ImportRun", "A published checkpoint to a run."),
-    "export": Command("reglue.commands.export_run:ExportRun", "A run to a published checkpoint."),
-    "verify": Command("reglue.commands.verify:Verify", "Whether a store's or a run's files are as they were written."),
-    "demo": Command("reglue.commands.demo:Demo", "All of it on handwritten digits, in minutes."),
+    "compress": Command(
+        "reglue.commands.compress:Compress",
+        "Fit a compressor to a store's features.",
+        "compress store --kind conv --channels 16",
+    ),
+    "train": Command(
+        "reglue.commands.train:Train",
+        "Train a recipe on a store, or resume a run.",
+        "train {recipe} --model B/2 --store store --out run",
+    ),
+    "sample": Command(
+        "reglue.commands.sample:Sample",
+        "Draw images from a run.",
+        "sample run --out samples --count 50 --guidance-scale 2",
+    ),
+    "evaluate": Command(
+        "reglue.commands.evaluate:Evaluate",
+        "Compare images with a reference: FID and other metrics.",
+        "evaluate samples --reference store --out report.json",
+    ),
+    "autoencode": Command(
+        "reglue.commands.autoencode:Autoencode",
+        "Train an autoencoder aligned with a vision encoder (ReaLS).",
+        "autoencode photos autoencoder --from sd-vae-ft-mse",
+        heading="autoencoders",
+    ),
+    "reencode": Command(
+        "reglue.commands.reencode:Reencode",
+        "Encode a store's images into another latent space.",
+        "reencode store other-store --autoencoder autoencoder",
+    ),
+    "probe": Command(
+        "reglue.commands.probe:Probe",
+        "Measure what features, codes and latents reveal about classes or masks.",
+        "probe store --out probe",
+        heading="semantics in features and latents",
+    ),
+    "head": Command(
+        "reglue.commands.train_head:TrainHead",
+        "Train a head for segmentation, class maps or depth on features.",
+        "head store --masks masks --out head",
+    ),
+    "perceive": Command(
+        "reglue.commands.perceive:Perceive",
+        "Apply heads to generated latents, beside the decoded images.",
+        "perceive run --head head --out seen",
+    ),
+    "import": Command(
+        "reglue.commands.import_run:ImportRun",
+        "Turn a published checkpoint into a run.",
+        "import REGLUE-B-2.pt --out official",
+        heading="published checkpoints",
+    ),
+    "export": Command(
+        "reglue.commands.export_run:ExportRun",
+        "Turn a run into a checkpoint for the published code.",
+        "export run --out weights.safetensors",
+    ),
+    "verify": Command(
+        "reglue.commands.verify:Verify",
+        "Check the files of a store or a run against their hashes.",
+        "verify store",
+        heading="and",
+    ),
+    "demo": Command(
+        "reglue.commands.demo:Demo",
+        "Train, sample and evaluate on handwritten digits, in minutes.",
+        "demo --out demo-output",
+    ),
 }
 
 
 def main() -> None:
-    """Run a subcommand. A user's mistake ends with one line and exit code 2, an interruption with 130.
+    """Run a command. A user's mistake ends with one line and exit code 2, an interruption with 130.
 
-    A job that was asked to stop, and has in good order, ends with 143. Anything else that goes wrong shows where, and
-    ends a process among others at once too.
+    A command that was asked to stop, and has saved its work, ends with 143. Anything else that goes wrong shows where,
+    and ends a process among others at once.
     """
     try:
-        options = parse(sys.argv[1:])
-        job_of(options)(options)
+        execute(parse(sys.argv[1:]))
         from reglue.training import distributed  # loaded by now; not for `--help`
 
         distributed.leave()
     except UserError as error:
         fail(str(error))
+    except BrokenPipeError:  # `reglue --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except Stopped as request:
@@ -86,65 +161,106 @@ def main() -> None:
         distributed.end(1)
 
 
-def fail(message: str, code: int = 2) -> None:
+def fail(message: str, code: int = 2) -> NoReturn:
     """Print one line and exit."""
-    from reglue.training import distributed
-
     print(f"reglue: {message}", file=sys.stderr)
-    distributed.end(code)
+    if "torch" in sys.modules:  # else the command was mistyped: no reason to wait for PyTorch
+        from reglue.training import distributed
+
+        distributed.end(code)
+    sys.exit(code)
 
 
-def job_of(options: Any) -> Callable[[Any], object]:
+def execute(options: Any) -> Any:
+    """Run the command that takes these options. Returns what its function returns."""
+    return function_of(type(options))(options)
+
+
+def function_of(options: type) -> Callable[[Any], Any]:
     """The function that takes these options: it has the name of the module that they are declared in."""
-    module = type(options).__module__
+    module = options.__module__
     return getattr(import_module(module), module.rpartition(".")[2])
 
 
 def parse(arguments: list[str]) -> Any:
-    """The options of the job that the arguments name. Prints what is wrong and exits with code 2 if they do not fit."""
-    asked = arguments[0] if arguments else ""
-    # Completions for a shell are of every option; all else needs the options of one job at most.
-    everything = asked.startswith("--tyro")
+    """The options of the command that the arguments name.
+
+    Prints what is asked for and exits with code 0 (`--help`, `--version`). Raises UserError for an unknown command or
+    recipe. Prints what is wrong and exits with code 2 if the options do not fit.
+    """
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        show(overview())
+    if name == "--version":
+        show(f"reglue {__version__}")
+    if name.startswith("--tyro"):
+        return completions(arguments)
+    command = COMMANDS[known(name, COMMANDS, "command")]
+    asks = not {"-h", "--help"}.isdisjoint(rest)
+    words, default = [name], dict[str, Any]()
+    if name == "train":
+        from reglue.papers import PAPERS
+
+        if asks and rest[0].startswith("-"):
+            show(recipes({recipe: paper.title for recipe, paper in PAPERS.items()}))
+        recipe, *rest = rest or [""]
+        words.append(known(recipe, PAPERS, "recipe"))
+        default["default"] = command.load()(PAPERS[recipe].recipe, MISSING, MISSING)
+    if asks:
+        from reglue.help import command_help
+
+        show(command_help(words, command.load(), command.example.replace("{recipe}", words[-1]), **default))
     return tyro.cli(
-        any_of([subcommand(name, everything or name == asked) for name in COMMANDS]),
-        prog="reglue",
-        description=DESCRIPTION,
-        args=arguments,
-        config=(
-            tyro.conf.ConsolidateSubcommandArgs,
-            tyro.conf.AvoidSubcommands,
-            tyro.conf.PositionalMetavarFromFieldName,
-        ),
+        command.load(),
+        prog=" ".join(["reglue", *words]),
+        args=rest,
+        config=(tyro.conf.PositionalMetavarFromFieldName,),
+        **default,
     )
 
 
-def subcommand(name: str, with_options: bool) -> Any:
-    """The type that tyro makes a subcommand of; without options it is a line of help alone."""
-    command = COMMANDS[name]
-    if not with_options:
-        kind = make_dataclass(name, [])
-    elif name == "train":
-        kind = recipes(command.load())
-    else:
-        kind = command.load()
-    return Annotated[kind, tyro.conf.subcommand(name, description=command.description)]
+def known(name: str, names: Iterable[str], what: str) -> str:
+    """The name, if it is one of the names. Raises UserError with the closest one otherwise."""
+    if name not in names:
+        problem = f"unknown {what} {name}" if name else f"no {what} given"
+        close = "".join(f" did you mean {near}?" for near in get_close_matches(name, names, 1))
+        raise UserError(f"{problem};{close} choose from {', '.join(names)}")
+    return name
 
 
-def recipes(train: type) -> Any:
-    """One subcommand of `train` per published recipe, whose values are the defaults of its options."""
-    from reglue.papers import PAPERS
+def show(text: str) -> NoReturn:
+    """Print what was asked for and exit."""
+    print(text.rstrip(), flush=True)
+    sys.exit()
 
-    return any_of(
+
+def overview() -> str:
+    """The help of `reglue` itself."""
+    lines = ["usage: reglue COMMAND [options]", "", DESCRIPTION, "", "start here:"]
+    lines += [f"  reglue {line:<36}{what}" for line, what in FIRST.items()]
+    for name, command in COMMANDS.items():
+        lines += ["", f"{command.heading}:"] if command.heading else []
+        lines.append(f"  {name:<13}{command.description}")
+    return "\n".join([*lines, "", "`reglue COMMAND --help` lists a command's options, `reglue --version` the version."])
+
+
+def recipes(titles: dict[str, str]) -> str:
+    """The help of `reglue train` without a recipe."""
+    lines = [f"  {name:<9}{title}" for name, title in titles.items()]
+    example = COMMANDS["train"].example.replace("{recipe}", "reglue")
+    return "\n".join(
         [
-            Annotated[
-                train,
-                tyro.conf.subcommand(name, default=train(paper.recipe, MISSING, MISSING), description=paper.title),
-            ]
-            for name, paper in PAPERS.items()
+            "usage: reglue train RECIPE --store PATH --out PATH [options]",
+            *["", "recipes:", *lines, "", "example:", f"  reglue {example}", ""],
+            "`reglue train RECIPE --help` lists the options, with the recipe's values as defaults.",
         ]
     )
 
 
-def any_of(kinds: list[Any]) -> Any:
-    """The union of types."""
-    return reduce(or_, kinds)
+def completions(arguments: list[str]) -> Any:
+    """Print or write the completions for a shell, which are of every option of every command, and exit."""
+    kinds: list[Any] = [
+        Annotated[command.load(), tyro.conf.subcommand(name, description=command.description)]
+        for name, command in COMMANDS.items()
+    ]
+    return tyro.cli(reduce(or_, kinds), prog="reglue", args=arguments, config=(tyro.conf.ConsolidateSubcommandArgs,))

@@ -234,18 +234,23 @@ class OptimiserConfig:
     """AdamW and what surrounds it, for any network."""
 
     steps: int = 400_000
+    """Training steps, counted from the start of the run."""
     batch_size: int = 256
     """Images per step, over all processes and accumulated parts."""
     accumulate: int = 1
     """Parts that a process cuts its share of the batch into, to save memory."""
     learning_rate: float = 1e-4
+    """Of AdamW, after the warm-up."""
     warmup: int = 0
     """Steps over which the learning rate rises from 0."""
     decay: Literal["constant", "cosine"] = "constant"
     """Course of the learning rate after the warm-up; cosine falls to 0 at the last step."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's first and second moments."""
     weight_decay: float = 0.0
+    """Of AdamW, decoupled from the gradient."""
     epsilon: float = 1e-8
+    """Added to AdamW's denominator."""
     clip: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
     ema: float = 0.9999
@@ -392,6 +397,7 @@ class Recipe:
     """One way to train a denoiser."""
 
     name: str
+    """Recorded in the run."""
     model: str = "B/2"
     """S/2, B/2, L/2, XL/2 or DEPTHxWIDTHxHEADS/PATCH."""
     backbone: str = "sit"

@@ -20,6 +20,12 @@ class Stopped(Exception):  # noqa: N818, since it is no error
     """
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The message of an error as one line of at most so many characters; its type where it has none."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:most] or type(error).__name__
+
+
 def require(
     options: object,
     *names: str,

@@ -1,23 +1,31 @@
-"""Writing files whole or not at all, and dataclasses of plain data as JSON."""
+"""Files: written whole or not at all, and read so that any damage becomes one line that names the file."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
+from itertools import cycle
+from math import isfinite
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from cattrs import transform_error
 from cattrs.errors import BaseValidationError
+from cattrs.gen import mapping_structure_factory
 from cattrs.preconf.json import make_converter
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from reglue.errors import UserError
+from reglue.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    _N = TypeVar("_N", bound=nn.Module)
 
 BESIDE = ".reglue-tmp"
 """What the name of a file or folder ends with that is being written, before it takes its place. Nobody else's."""
@@ -121,19 +129,6 @@ def refuse_filled(path: Path) -> None:
         raise UserError(f"{path} holds other files; choose a new or an empty folder for --out")
 
 
-def accept_older(kind: Any, values: Mapping[Any, Any]) -> None:
-    """Fields of the type `kind`, a Literal, may hold other values in older files: `values` says what those meant."""
-
-    def structure(value: Any, _: Any) -> Any:
-        # By identity, since True and 1 are equal.
-        value = next((new for old, new in values.items() if old is value), value)
-        if value not in get_args(kind):
-            raise ValueError(f"{value!r} is none of {get_args(kind)}")
-        return value
-
-    _converter.register_structure_hook_func(lambda asked: asked == kind, structure)
-
-
 def plain(value: Any) -> Any:
     """A dataclass as what JSON can hold: dicts, lists, strings and numbers."""
     return _converter.unstructure(value)
@@ -144,19 +139,158 @@ def to_json(value: Any) -> str:
     return json.dumps(plain(value), indent=1)
 
 
-def structured(text: str, kind: type[_T]) -> _T:
-    """Inverse of `to_json`. Raises ValueError, in one line, for anything but a `kind`; unknown keys are refused."""
+def parse_json(text: str | bytes, kind: type[_T]) -> _T:
+    """Inverse of `to_json`: a value of the type `kind`, checked as closely as Python's types tell.
+
+    Raises ValueError, with a reason of one line, for anything else: what is no JSON, NaN and infinite numbers, numbers
+    beyond 64 bits, keys that are unknown or missing, and values of another type.
+    """
     try:
-        return _converter.structure(json.loads(text), kind)
+        text = text.decode() if isinstance(text, bytes) else text
+        content = json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    try:
+        return _converter.structure(content, kind)
     except BaseValidationError as error:
         raise ValueError(transform_error(error)[0]) from error
     except (AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"no {kind.__name__}") from error
+        raise ValueError(f"it is no {getattr(kind, '__name__', kind)}") from error
 
 
-def from_json(file: Path, kind: type[_T], remedy: str) -> _T:
-    """Read what `to_json` wrote. Raises UserError that names the file and says what to do, for anything else."""
+def read_json(file: Path, kind: type[_T], remedy: str) -> _T:
+    """What `to_json` wrote into a file. Raises UserError, naming the file, if it is missing or anything else.
+
+    `remedy` says what the user can do then, and ends the message.
+    """
+    with _naming(file, remedy):
+        return parse_json(file.read_bytes(), kind)
+
+
+def read_jsonl(file: Path, kind: type[_T], remedy: str | None) -> list[_T]:
+    """The lines of a file to which one is added at a time; none if there is no file yet.
+
+    A last line that was cut short is passed over: the process died while it wrote it. Any other damage raises UserError
+    as `read_json` does, or, with a `remedy` of None, has the line passed over too.
+    """
+    with _naming(file, remedy or "delete it"):
+        lines = file.read_bytes().split(b"\n") if file.exists() else []
+    values: list[_T] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line:
+                values.append(parse_json(line, kind))
+        except ValueError as error:
+            if remedy is not None and number < len(lines):
+                raise _damaged(file, f"line {number}: {one_line(error)}", remedy) from error
+    return values
+
+
+@contextmanager
+def opened_tensors(file: Path, remedy: str) -> Iterator[Any]:
+    """A safetensors file as `safe_open` of safetensors opens it, to read some of it in the block.
+
+    Raises UserError as `read_json` does, also for a tensor that is asked for and not there.
+    """
+    with _naming(file, remedy), safe_open(file, "pt") as opened:
+        yield opened
+
+
+def read_tensors(file: Path, remedy: str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU. Raises UserError as `read_json` does."""
+    with opened_tensors(file, remedy) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
+
+
+def read_network(make: Callable[[], _N], file: Path, remedy: str) -> _N:
+    """A network with the weights of a safetensors file, on the CPU, in the precision in which `make` builds it.
+
+    It is built without memory, so that sizes in a damaged file cannot ask for too much of it. Raises UserError as
+    `read_json` does, also for weights of another network.
+    """
+    import torch  # slow to import
+
+    tensors = read_tensors(file, remedy)
     try:
-        return structured(file.read_text(), kind)
-    except ValueError as error:
-        raise UserError(f"{file} is damaged or of another version of this program ({error}); {remedy}") from error
+        with torch.device("meta"):
+            network = make()
+        own = network.state_dict()
+        network.load_state_dict(
+            {key: value.to(own[key].dtype, copy=True) if key in own else value for key, value in tensors.items()},
+            assign=True,
+        )
+    except (RuntimeError, ValueError, TypeError) as error:  # what torch raises for sizes that cannot be, or do not fit
+        raise UserError(f"{file} does not fit the network it should hold ({one_line(error)}); {remedy}") from error
+    return network
+
+
+@contextmanager
+def _naming(file: Path, remedy: str) -> Iterator[None]:
+    """Whatever reading a file raises in the block, as one line that names the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing; {remedy}") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _damaged(file, one_line(error), remedy) from error
+
+
+def _damaged(file: Path, reason: str, remedy: str) -> UserError:
+    return UserError(f"{file} is damaged ({reason}); {remedy}")
+
+
+def _integer(digits: str) -> int:
+    number = int(digits)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{digits[:20]} is no number of 64 bits")
+    return number
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not isfinite(number):
+        raise ValueError(f"{digits[:20]} is no finite number")
+    return number
+
+
+def _structure_plain(kind: type, *others: type) -> None:
+    """Take values of a plain type for just that: cattrs by itself takes 2.7 for 2, and any text for True."""
+
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) not in (kind, *others) or (kind is str and "\0" in value):
+            raise ValueError(f"{value!r} is no {kind.__name__}")
+        return kind(value)
+
+    _converter.register_structure_hook(kind, structure)
+
+
+@_converter.register_structure_hook_factory(lambda kind: get_origin(kind) is tuple)
+def _structure_tuple(kind: Any, converter: Any) -> Callable[[Any, Any], Any]:
+    """Take lists for tuples, and nothing else: cattrs by itself takes text for its letters."""
+    parts = get_args(kind)
+    endless = parts[-1] is ...
+    hooks = [(part, converter.get_structure_hook(part)) for part in parts if part is not ...]
+
+    def structure(value: Any, _: Any) -> Any:
+        if not isinstance(value, list) or (len(value) != len(hooks) and not endless):
+            raise ValueError(f"it is no list of {'any length' if endless else len(hooks)}")
+        return tuple(hook(item, part) for item, (part, hook) in zip(value, cycle(hooks), strict=False))
+
+    return structure
+
+
+@_converter.register_structure_hook_factory(lambda kind: get_origin(kind) is dict)
+def _structure_dict(kind: Any, converter: Any) -> Callable[[Any, Any], Any]:
+    """Take objects for dicts, and nothing else: cattrs by itself takes an empty list for an empty one."""
+    inner = mapping_structure_factory(kind, converter)
+
+    def structure(value: Any, _: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("it is no object")
+        return inner(value, kind)
+
+    return structure
+
+
+for _kind, _others in {bool: (), int: (), float: (int,), str: ()}.items():
+    _structure_plain(_kind, *_others)

@@ -139,8 +139,8 @@ class ImageModel:
 
     @property
     def default_sampling(self) -> Sampling:
-        """What the recipe says, but for guidance that this model cannot have: it lacks classes or the modality."""
-        sampling = self.record.recipe.sampling
+        """What the recipe says, but for guidance that this model cannot have: by classes, modalities or models it lacks."""
+        sampling = replace(self.record.recipe.sampling, auto_scale=1.0)
         if not self.record.class_names:
             sampling = replace(sampling, guidance_scale=1.0, **dict.fromkeys(MODALITY_SCALES, None))
         return replace(sampling, **dict.fromkeys(self._unfitting_scales(sampling), 1.0))  # type: ignore[arg-type]
@@ -241,7 +241,8 @@ class ImageModel:
 
         Image i depends on `seed` and i alone, whatever `batch_size` is; `progress` shows a bar. How they are drawn is
         `sampling`, `default_sampling` if not given, of which any field may be changed: `steps=50, guidance_scale=2.0`.
-        `condition` has the values (N, …) of conditions other than the class. `controls` are given to the loop over time (`diffusion.controls`).
+        `condition` has the values (N, …) of conditions other than the class. `controls` are given to the loop over time
+        (`diffusion.controls`).
 
         Returns a list of PIL images, or for `output="tensor"` uint8 (N, 3, height, width) on the CPU.
 
@@ -267,7 +268,7 @@ class ImageModel:
                 others = {name: values[start : start + batch_size] for name, values in (condition or {}).items()}
                 given = self.condition([labels[i] for i in indices], others)
                 room = min(batch_size, len(labels))
-                watching = (*controls, Progress(bar.update))
+                watching = [*(c.of(slice(start, start + batch_size)) for c in controls), Progress(bar.update)]
                 state = self.draw(indices, given, seed, sampling, room=room, controls=watching)
                 batches.append(torch.from_numpy(self.decode(state, sampling.rounding)))
         pixels = torch.cat(batches) if batches else torch.empty(0, *self.record.resolution, 3, dtype=torch.uint8)
@@ -382,16 +383,20 @@ class ImageModel:
         They are in float32 or float64, as `sampling` says. `weaker` is the second model of autoguidance. A compiled
         model evaluates batches of `room` images, if that is more, so that a smaller last batch needs no compilation.
         Adaptive samplers take image by image, since their steps would otherwise depend on which images are drawn
-        together. `controls` see every step.
+        together. `controls` see every step; they are for the images `indices`, in their order.
         """
         sampling, device = self.resolved(sampling), self.device
+        if sampling.auto_scale != 1 and weaker is None:
+            raise UserError(f"auto-scale {sampling.auto_scale}: autoguidance needs a weaker model; choose 1")
         adaptive = SAMPLERS[sampling.sampler].adaptive
         if adaptive and len(indices) > 1:
             one_by_one = [{name: value[i : i + 1] for name, value in condition.items()} for i in range(len(indices))]
             return concatenate_states(
                 [
-                    self.draw([i], one, seed, sampling, weaker=weaker, controls=controls)
-                    for i, one in zip(indices, one_by_one, strict=True)
+                    self.draw(
+                        [i], one, seed, sampling, weaker=weaker, controls=[c.of(slice(n, n + 1)) for c in controls]
+                    )
+                    for n, (i, one) in enumerate(zip(indices, one_by_one, strict=True))
                 ]
             )
         filling = max(room - len(indices), 0) if self.compile and not adaptive else 0
@@ -442,7 +447,6 @@ def _visible_signature() -> Signature:
     changes = [
         Parameter(part.name, Parameter.KEYWORD_ONLY, default=None, annotation=hints[part.name] | None)
         for part in fields(Sampling)
-        if part.name != "auto_scale"  # There is no weaker model here.
     ]
     return Signature([*own, *changes], return_annotation="list[Image.Image] | Tensor")
 

@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from reglue.data.pictures import image_grid
+from reglue.data.pictures import enlarge, image_grid
 from reglue.files import replacing
 
 PICTURE_WIDTH = 1600
@@ -156,11 +156,7 @@ def _picture(images: np.ndarray, columns: int | None = None) -> str:
 
 def _paired(images: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """A row of images over a row of colours, enlarged to the same size without smoothing: uint8 (2N, H, W, 3)."""
-    height, width = images.shape[1:3]
-    enlarged = [
-        np.asarray(Image.fromarray(colour).resize((width, height), Image.Resampling.NEAREST)) for colour in colours
-    ]
-    return np.concatenate([images, np.stack(enlarged)])
+    return np.concatenate([images, enlarge(colours, images.shape[1:3])])
 
 
 def _duration(seconds: float) -> str:
@@ -171,7 +167,7 @@ def _duration(seconds: float) -> str:
 
 
 def _loss_curves(runs: Sequence[RunResult]) -> str:
-    """One panel per loss term as SVG that takes the page's text colour; runs beside each other, on the same axes."""
+    """One panel per loss term as SVG that takes the page's text colour; runs above each other, on the same axes."""
     # Slow to import, and only the demo draws plots.
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -180,28 +176,21 @@ def _loss_curves(runs: Sequence[RunResult]) -> str:
     terms = list(dict.fromkeys(term for run in runs for term in run.losses))
     if not terms:
         return ""
-    if len(runs) == 1:
-        columns = min(len(terms), 4)
-        rows = -(-len(terms) // columns)
-    else:
-        rows, columns = len(terms), len(runs)
+    colours = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "reglue",
         "font.family": "sans-serif",
         "axes.spines.top": False,
         "axes.spines.right": False,
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+        **dict.fromkeys(colours, INK),
     }
     with mpl.rc_context(style):
-        figure = Figure(figsize=(10.5, 2.5 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey="none" if len(runs) == 1 else "row")
-        for panel in panels.flat[len(terms) * len(runs) :]:
-            panel.set_axis_off()
-        for number, term in enumerate(terms):
+        figure = Figure(figsize=(10.5, 2.5 * len(runs)), layout="constrained")
+        panels = figure.subplots(len(runs), len(terms), squeeze=False, sharex=True, sharey="col")
+        for term, column in zip(terms, panels.T, strict=True):
             drawn = [value for run in runs for _, value in run.losses.get(term, ())]
-            for column, (run, colour) in enumerate(zip(runs, CURVES * len(runs), strict=False)):
-                panel = panels.flat[number] if len(runs) == 1 else panels[number, column]
+            for run, panel, colour in zip(runs, column, CURVES * len(runs), strict=False):
                 panel.set_title(term if len(runs) == 1 else f"{run.name}: {term}", loc="left", fontsize=10)
                 panel.grid(alpha=0.25, linewidth=0.5)
                 # Alignment, a negated cosine, has no logarithm.
@@ -211,8 +200,8 @@ def _loss_curves(runs: Sequence[RunResult]) -> str:
                     panel.yaxis.set_major_formatter("{x:g}")
                     panel.yaxis.set_minor_formatter(NullFormatter())
                 _draw_curve(panel, run.losses.get(term, ()), colour)
-                if number >= len(terms) - (columns if len(runs) == 1 else 1):
-                    panel.set_xlabel("step")
+        for panel in panels[-1]:
+            panel.set_xlabel("step")
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()

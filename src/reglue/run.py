@@ -14,14 +14,15 @@ from huggingface_hub import snapshot_download
 
 from reglue.config import Recipe
 from reglue.data.batches import denoiser_config
-from reglue.data.store import Store, compressor_of, holds_codes
+from reglue.data.manifest import compressor_of, holds_codes
+from reglue.data.store import Store
 from reglue.data.targets import decoded, target_columns, target_compressor
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.encoders.compressors import Compressor, CompressorSpec, load_compressor
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
-from reglue.files import from_json, replacing, to_json
+from reglue.files import read_json, replacing, to_json
 from reglue.training import checkpoints
 
 FILE = "run.json"
@@ -121,7 +122,7 @@ class RunRecord:
         path = folder / FILE
         if not path.is_file():
             raise UserError(f"{folder} is not a run: it has no {FILE}; make one with `reglue train`")
-        return from_json(path, cls, "train anew, or put back the file")
+        return read_json(path, cls, "train anew, or put back the file")
 
     def write(self, folder: Path) -> None:
         """Write the record into a run folder, whole or not at all."""

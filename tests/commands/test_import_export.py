@@ -242,9 +242,9 @@ def test_an_autoencoder_that_nobody_named_is_said_to_be_assumed(
 ) -> None:
     write("repa", tmp_path / "in.pt")
     named = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "named", autoencoder=PUBLISHED, heads=HEADS))
-    assert "assumed" not in capsys.readouterr().out
+    assert "assuming" not in capsys.readouterr().out
     assumed = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", heads=HEADS))
-    assert "assumed are those of sd-vae-ft-mse, decoded by sd-vae-ft-ema" in capsys.readouterr().out
+    assert "assuming sd-vae-ft-mse, decoded by sd-vae-ft-ema" in capsys.readouterr().out
     records = [RunRecord.read(run) for run in (named, assumed)]
     assert [record.autoencoder_assumed for record in records] == [False, True]
     assert [record.decoder for record in records] == [None, "sd-vae-ft-ema"]
@@ -270,8 +270,8 @@ def in_channels(channels: int, rows: int) -> Any:
     [
         ("sit", 16, 128, "has 16 input channels and no local map"),
         ("repa", 3, 12, "has 3 input channels, fewer than the 4"),
-        ("repa", 16, 64, "has 16 channels, where published redi models have 12"),
-        ("reg", 32, 128, "has 32 channels, where published reglue models have 20"),
+        ("repa", 16, 64, "has 16 channels, but published redi models have 12"),
+        ("reg", 32, 128, "has 32 channels, but published reglue models have 20"),
     ],
 )
 def test_other_channels_than_the_published_ones_need_an_autoencoder(

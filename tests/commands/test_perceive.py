@@ -36,8 +36,9 @@ from reglue.encoders.alignment import (
 )
 from reglue.encoders.autoencoders import Autoencoder, AutoencoderSpec, Moments
 from reglue.encoders.vision import load_encoder
-from reglue.files import from_json
+from reglue.files import read_json
 from reglue.perception.heads import Head, HeadSpec, load_head
+from reglue.training import precision
 
 PATCH, SIDE = 4, 16
 """Image pixels along a side of the tiny encoder's patches, and of its images."""
@@ -113,7 +114,7 @@ def test_a_run_is_perceived_from_its_latents_and_its_local_map(
     views = {(one.head, one.view) for one in report.agreement}
     # The alignment network speaks for the last layer alone.
     assert views == {(name, "local") for name in heads} | {(name, "alignment") for name in heads if name != "deep"}
-    written = from_json(tmp_path / "seen" / "perception.json", Perception, "")
+    written = read_json(tmp_path / "seen" / "perception.json", Perception, "")
     assert (written.agreement, written.heads, written.images) == (report.agreement, report.heads, 5)
     assert written.protocol["labels"] == [0, 1, 2, 0, 1]
     for one in report.agreement:
@@ -195,7 +196,8 @@ def fit_alignment(images: Path, encoder_name: str, folder: Path) -> None:
     latents, target = Blocks().encode(pixels / 127.5 - 1).mean, encoder.describe(pixels).features
     torch.manual_seed(0)
     described = {**json.loads(json.dumps(replace(encoder.spec).__dict__)), "layers": [1, 4]}
-    network = AlignmentNetwork(AlignmentSpec(3, 64, encoder.spec.width, encoder.spec.grid, described))
+    length = target.square().sum(1).mean().sqrt().item()
+    network = AlignmentNetwork(AlignmentSpec(3, 64, encoder.spec.width, encoder.spec.grid, described, length, length))
     optimiser = torch.optim.Adam(network.parameters(), 1e-2)
     for _ in range(150):
         optimiser.zero_grad()
@@ -205,6 +207,7 @@ def fit_alignment(images: Path, encoder_name: str, folder: Path) -> None:
     save_alignment(network, folder / "alignment.safetensors")
 
 
+@pytest.mark.trains
 def test_a_head_is_right_on_both_paths(
     tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +216,7 @@ def test_a_head_is_right_on_both_paths(
                     device="cpu"))  # fmt: skip
     train_head(TrainHead(tmp_path / "store", tmp_path / "bright", masks=masks, steps=150, learning_rate=2e-2,
                          device="cpu"))  # fmt: skip
-    record = from_json(tmp_path / "bright" / "training.json", HeadRecord, "")
+    record = read_json(tmp_path / "bright" / "training.json", HeadRecord, "")
     assert (record.scores["mean_iou"].value or 0) > 0.8
     fit_alignment(images, tiny_encoder, tmp_path / "aligned")
     monkeypatch.setattr(module, "load_autoencoder", lambda name, device: Blocks())
@@ -232,7 +235,7 @@ def test_a_head_is_right_on_both_paths(
 def test_a_class_head_is_the_pooled_classifier_at_every_patch(store: Path, heads: dict[str, Path]) -> None:
     head = load_head(heads["classes"])
     assert head.spec.class_names == ("circle", "square", "stripes")
-    record = from_json(heads["classes"] / "training.json", HeadRecord, "")
+    record = read_json(heads["classes"] / "training.json", HeadRecord, "")
     assert set(record.scores) == {"accuracy"}
     # Linear: the mean of the patches' scores is the score of their mean, which the classifier was fitted to.
     features = torch.randn(2, head.spec.width, 4, 4)
@@ -241,6 +244,7 @@ def test_a_class_head_is_the_pooled_classifier_at_every_patch(store: Path, heads
     assert torch.allclose(scores.mean((2, 3), keepdim=True), pooled, atol=1e-5)
 
 
+@pytest.mark.trains
 def test_a_depth_head_tells_the_depth_it_was_shown(tiny_encoder: str, tiny_autoencoder: str, tmp_path: Path) -> None:
     images, masks, _ = draw_blocks(tmp_path, 40)
     for file in masks.rglob("*.png"):
@@ -252,11 +256,12 @@ def test_a_depth_head_tells_the_depth_it_was_shown(tiny_encoder: str, tiny_autoe
                     device="cpu"))  # fmt: skip
     head = train_head(TrainHead(tmp_path / "store", tmp_path / "head", depth=tmp_path / "depths", device="cpu"))
     assert head.spec.depth_range == (2.0, 6.0)
-    scores = from_json(tmp_path / "head" / "training.json", HeadRecord, "").scores
+    scores = read_json(tmp_path / "head" / "training.json", HeadRecord, "").scores
     assert (scores["correlation"].value or 0) > 0.75
     assert (scores["relative_error"].value or 1) < 0.5
 
 
+@pytest.mark.trains
 def test_a_published_depth_head_reads_latents_that_were_aligned_before_the_final_norm(
     tiny_images: Path, tiny_encoder: str, tmp_path: Path
 ) -> None:
@@ -366,13 +371,13 @@ def test_the_network_is_compiled_for_one_shape(
     shapes: list[tuple[int, ...]] = []
 
     def compiled(function: Callable[..., dict[str, Tensor]], _: torch.device) -> Callable[..., dict[str, Tensor]]:
-        def recorded(state: dict[str, Tensor], time: Tensor, label: Tensor) -> dict[str, Tensor]:
-            shapes.append(tuple(label.shape))
-            return function(state, time, label)
+        def recorded(state: dict[str, Tensor], time: Tensor, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+            shapes.append(tuple(condition["class"].shape))
+            return function(state, time, condition)
 
         return recorded
 
-    monkeypatch.setattr(module.distributed, "compiled", compiled)
+    monkeypatch.setattr(precision, "compiled_for_shapes", compiled)
     options = Perceive(run, tmp_path / "seen", count=3, head=(heads["foreground"],), batch_size=2, device="cpu")
     perceive(replace(options, compile=True, steps=2, guidance_scale=1.0))
     assert set(shapes) == {(2,)}, "the last batch is filled up"
@@ -410,6 +415,7 @@ def test_an_alignment_network_that_does_not_say_whose_features_it_gives(
     assert "does not say whose features" in said
 
 
+@pytest.mark.trains
 def test_a_local_map_of_the_last_layer_is_read_as_that_layer(
     store: Path, heads: dict[str, Path], tiny_images: Path, tmp_path: Path
 ) -> None:
@@ -428,4 +434,4 @@ def test_a_local_map_of_the_last_layer_is_read_as_that_layer(
         )
         for view in ("local", "original")
     ]
-    assert (maps[0] == maps[1]).mean() > 0.9
+    assert (maps[0] == maps[1]).mean() > 0.85

@@ -25,14 +25,19 @@ from safetensors import SafetensorError
 from webdataset.writer import ShardWriter
 
 import reglue.commands.prepare
+import reglue.data.decoding
+import reglue.data.manifest
 import reglue.data.store
+import reglue.data.store_writer
 from helpers import CLASSES, mistake
 from reglue.cli import parse
 from reglue.commands.compress import Compress, compress
 from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.probe import Probe, probe
 from reglue.commands.train import train
+from reglue.data.decoding import MOST_WORKERS, decoded, default_workers
 from reglue.data.images import ImageFolder, crop_to
+from reglue.data.opening import open_images
 from reglue.data.sources import Subset
 from reglue.data.store import Store
 from reglue.encoders.autoencoders import load_autoencoder
@@ -130,7 +135,7 @@ def test_lower_precision_is_recorded_and_changes_the_third_digit(options, tmp_pa
 
 def test_the_networks_do_not_wait_for_the_disk(options, monkeypatch: pytest.MonkeyPatch):
     """The next block is encoded while one is written."""
-    write_shard, describe = reglue.data.store.write_shard, reglue.commands.prepare.describe
+    write_shard, describe = reglue.data.store_writer.write_shard, reglue.commands.prepare.encode_columns
     encoding_second = threading.Event()
     described = []
 
@@ -144,8 +149,8 @@ def test_the_networks_do_not_wait_for_the_disk(options, monkeypatch: pytest.Monk
         assert encoding_second.wait(30), "nothing was encoded meanwhile"
         return write_shard(*arguments)
 
-    monkeypatch.setattr(reglue.commands.prepare, "describe", noted)
-    monkeypatch.setattr(reglue.data.store, "write_shard", slow)
+    monkeypatch.setattr(reglue.commands.prepare, "encode_columns", noted)
+    monkeypatch.setattr(reglue.data.store_writer, "write_shard", slow)
     assert len(prepare(options())) == 24
 
 
@@ -153,9 +158,9 @@ def test_a_device_has_the_next_batch_before_it_is_done_with_one(options, monkeyp
     """And no block is written before its last batch has been copied."""
     order: list[str] = []
     describe, put, write_shard = (
-        reglue.commands.prepare.describe,
+        reglue.commands.prepare.encode_columns,
         reglue.commands.prepare.put,
-        reglue.data.store.write_shard,
+        reglue.data.store_writer.write_shard,
     )
 
     def noted(*arguments):
@@ -170,10 +175,10 @@ def test_a_device_has_the_next_batch_before_it_is_done_with_one(options, monkeyp
         order.append(f"write {column} {index}")
         return write_shard(folder, column, index, *more)
 
-    monkeypatch.setattr(reglue.commands.prepare, "describe", noted)
+    monkeypatch.setattr(reglue.commands.prepare, "encode_columns", noted)
     monkeypatch.setattr(reglue.commands.prepare, "put", lambda *a, **k: (order.append("put"), put(*a, **k)))
     monkeypatch.setattr(reglue.commands.prepare, "mark", marked)
-    monkeypatch.setattr(reglue.data.store, "write_shard", wrote)
+    monkeypatch.setattr(reglue.data.store_writer, "write_shard", wrote)
     prepare(options(shard_size=24, batch_size=8))
     assert order[:8] == ["describe 0", "put", "describe 1", "put", "wait 0", "describe 2", "put", "wait 1"]
     assert order[8:10] == ["wait 2", "write label 0"]
@@ -204,7 +209,7 @@ def test_a_gpu_copies_what_it_found_by_itself_into_the_block(monkeypatch: pytest
 
 def test_several_threads_write_the_store_of_one(options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     alone = prepare(options(shard_size=3))
-    original, together = reglue.data.store.write_shard, threading.Barrier(2)
+    original, together = reglue.data.store_writer.write_shard, threading.Barrier(2)
 
     def meet(folder, column, index, *more):
         if column == "label":
@@ -212,20 +217,29 @@ def test_several_threads_write_the_store_of_one(options, tmp_path: Path, monkeyp
         return original(folder, column, index, *more)
 
     assert reglue.commands.prepare.writers_for(torch.device("cuda")) == 2
-    monkeypatch.setattr(reglue.data.store, "write_shard", meet)
+    monkeypatch.setattr(reglue.data.store_writer, "write_shard", meet)
     monkeypatch.setattr(reglue.commands.prepare, "writers_for", lambda _: 2)
     store = prepare(options(shard_size=3, out=tmp_path / "many"))
     assert shards_of(store.folder) == shards_of(alone.folder)
     assert len((store.folder / "prepare.jsonl").read_text().splitlines()) == 8
 
 
-def test_every_core_decodes_unless_told_otherwise(options, monkeypatch: pytest.MonkeyPatch):
+def test_every_core_decodes_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch):
     cores = len(os.sched_getaffinity(0))
-    expected = min(cores, reglue.commands.prepare.MOST_WORKERS)
-    assert reglue.commands.prepare._workers(options(workers=None)) == expected
-    assert reglue.commands.prepare._workers(options(workers=0)) == 0
+    assert default_workers() == min(cores, MOST_WORKERS)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * cores))
-    assert reglue.commands.prepare._workers(options(workers=None)) == 1
+    assert default_workers() == 1
+
+
+def test_decoding_asks_for_no_more_processes_than_it_can_use(tiny_images: Path, monkeypatch: pytest.MonkeyPatch):
+    images = open_images(tiny_images)
+    asked: list[int] = []
+    monkeypatch.setattr(
+        reglue.data.decoding, "DataLoader", lambda *_, num_workers, **__: asked.append(num_workers) or []
+    )
+    for workers, batches in ((0, [[0]]), (4, [[0], [1]]), (1, [[0], [1]])):
+        decoded(images, batches, (16, 16), workers)
+    assert asked == [0, 2, 1]
 
 
 def test_statistics_are_over_a_random_sample_and_not_the_first_class(options):
@@ -347,7 +361,7 @@ def test_the_default_run_keeps_its_fingerprint(options, tiny_images: Path):
     manifest = json.loads((out / "manifest.json").read_text())
     for later in ("reading", "subset", "flips"):
         del manifest["source"][later]
-    manifest["hash"] = reglue.data.store._hash(manifest)
+    manifest["hash"] = reglue.data.manifest._hash(manifest)
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1))
     assert len(prepare(options())) == 24
 
@@ -432,16 +446,16 @@ def test_a_subset_is_part_of_what_the_store_is(options):
 
 KILLED = """
 import os, pathlib, signal, sys
-import reglue.data.store as store
+import reglue.data.store_writer as store_writer
 from reglue.commands import prepare as job
 calls = iter(range(100))
-hash_file = store._sha256
+hash_file = store_writer.file_sha256
 def dying(path):
     # In the second block of the last process, between writing a shard and putting it in place.
     if next(calls) == 6 and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return hash_file(path)
-store._sha256 = dying
+store_writer.file_sha256 = dying
 job.prepare(eval(sys.argv[1], {**vars(job), "PosixPath": pathlib.Path}))
 """
 
@@ -552,7 +566,7 @@ def test_a_file_that_cannot_be_written_leaves_no_half(options, tmp_path: Path):
     ],
 )
 def test_a_full_disk_is_said_in_one_line(options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception):
-    save = reglue.data.store.save_file
+    save = reglue.data.store_writer.save_file
 
     def full(tensors, path, metadata):
         if "features-00001" in str(path):
@@ -560,7 +574,7 @@ def test_a_full_disk_is_said_in_one_line(options, tmp_path: Path, monkeypatch: p
             raise error
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(reglue.data.store, "save_file", full)
+    monkeypatch.setattr(reglue.data.store_writer, "save_file", full)
     with pytest.raises(UserError, match=r"features-00001\.safetensors: No space left on device.*free some space"):
         prepare(options())
     assert not (tmp_path / "store" / "features-00001.safetensors").exists()
@@ -569,6 +583,7 @@ def test_a_full_disk_is_said_in_one_line(options, tmp_path: Path, monkeypatch: p
     assert len(prepare(options())) == 24
 
 
+@pytest.mark.trains
 def test_features_in_eight_bits_take_half_the_disk_and_serve_all_that_read_them(options, tmp_path: Path):
     full, half = (
         prepare(options(out=tmp_path / dtype, features_dtype=dtype, per_class=4)) for dtype in ("float16", "int8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-import reglue.commands.probe
-from helpers import run_reglue
+from reglue import cli
+from reglue.commands import probe as command
 from reglue.commands.compress import Compress, compress
 from reglue.commands.prepare import Prepare, prepare
-from reglue.commands.probe import Probe, as_markdown, probe
+from reglue.commands.probe import Probe, probe
 from reglue.data.store import Store
 from reglue.errors import UserError
+from reglue.perception import probing
+from reglue.perception.labelled import Parts
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def store(tiny_store: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reglue.commands.probe, "TIMED_SECONDS", 0.01)
+    monkeypatch.setattr(probing, "TIMED_SECONDS", 0.01)
 
 
 def options(store: Path, out: Path, **changes) -> Probe:
@@ -72,8 +75,8 @@ def test_everything_in_a_store_is_probed(store: Path, tmp_path: Path):
 def test_a_score_that_is_a_lower_bound_is_said_to_be(store: Path, tmp_path: Path):
     report = probe(options(store, tmp_path / "out", conv=False, columns=("local.pca-4",)))
     first, *others = (replace(one, at_end=False) for one in report.results)
-    assert "lower bound" not in as_markdown(replace(report, results=(first, *others)))
-    shown = as_markdown(replace(report, results=(replace(first, at_end=True, chosen=1000.0), *others)))
+    assert "lower bound" not in probing.probe_table(replace(report, results=(first, *others)))
+    shown = probing.probe_table(replace(report, results=(replace(first, at_end=True, chosen=1000.0), *others)))
     assert shown.splitlines()[-1].startswith("The best penalty for local.pca-4 (linear, pooled) was 1000, at the end")
 
 
@@ -90,15 +93,15 @@ def test_an_interrupted_run_continues_and_a_new_column_is_added(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     whole = probe(options(store, tmp_path / "whole"))
-    measured, calls = reglue.commands.probe._measure, []
+    measured, calls = command.run_probe, []
 
-    def counting(options, read, kind, *rest):
+    def counting(read, kind, *rest):
         calls.append((read.name, kind))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return measured(options, read, kind, *rest)
+        return measured(read, kind, *rest)
 
-    monkeypatch.setattr(reglue.commands.probe, "_measure", counting)
+    monkeypatch.setattr(command, "run_probe", counting)
     with pytest.raises(KeyboardInterrupt):
         probe(options(store, tmp_path / "out"))
     assert len(json.loads((tmp_path / "out/report.json").read_text())["results"]) == 3
@@ -130,22 +133,22 @@ def test_mirror_images_take_no_part(tmp_path: Path, tiny_images: Path, tiny_enco
     )
     masks = draw_masks(tmp_path / "masks", tiny_images)
     for changes, images in (({}, 24), ({"masks": masks}, 19)):
-        split = reglue.commands.probe._split(options(folder, tmp_path / "out", **changes), flipped, None)
-        rows = torch.cat([split.fitting.rows, split.selection.rows, split.measured.rows])
+        rows = torch.cat([part.rows for part in parts_of(options(folder, tmp_path / "out", **changes))])
         assert len(rows) == images
         assert set(rows.tolist()) <= set(flipped.originals.tolist())
-        assert split.without_mask == 24 - images
+
+
+def parts_of(given: Probe) -> Parts:
+    return given.draw_parts(given.labelled(Store.open(given.store)))
 
 
 def test_images_are_measured_that_no_probe_was_fitted_to(store: Path, tmp_path: Path):
-    split = reglue.commands.probe._split(options(store, tmp_path), Store.open(store), None)
-    rows = [set(part.rows.tolist()) for part in (split.fitting, split.selection, split.measured)]
+    parts = parts_of(options(store, tmp_path))
+    rows = [set(part.rows.tolist()) for part in parts]
     assert set.union(*rows) == set(range(24))
     assert sum(map(len, rows)) == 24
-    other = reglue.commands.probe._split(options(store, tmp_path, seed=1), Store.open(store), None)
-    assert set(other.measured.rows.tolist()) != rows[2]
-    few = reglue.commands.probe._split(options(store, tmp_path, images=12), Store.open(store), None)
-    assert sum(len(part.rows) for part in (few.fitting, few.selection, few.measured)) == 12
+    assert set(parts_of(options(store, tmp_path, seed=1)).measured.rows.tolist()) != rows[2]
+    assert sum(map(len, parts_of(options(store, tmp_path, images=12)))) == 12
 
 
 def test_a_second_store_is_measured_on_with_the_first_ones_compressors(
@@ -182,9 +185,10 @@ def draw_masks(folder: Path, images: Path) -> Path:
     return folder
 
 
+@pytest.mark.trains
 def test_masks_are_told_from_maps_alone(store: Path, tmp_path: Path, tiny_images: Path):
     masks = draw_masks(tmp_path / "masks", tiny_images)
-    report = probe(options(store, tmp_path / "out", masks=masks, steps=200, learning_rate=1e-2))
+    report = probe(options(store, tmp_path / "out", masks=masks, steps=60, learning_rate=3e-2))
     assert (report.metric, report.classes, report.without_mask) == ("mIoU", 2, 5)
     assert report.fitted + report.selected + report.measured == 19
     assert {one.probe for one in report.results} == {"linear", "conv"}
@@ -197,7 +201,7 @@ def test_masks_are_told_from_maps_alone(store: Path, tmp_path: Path, tiny_images
         probe(options(store, tmp_path / "no", masks=masks, columns=("cls",)))
     next(masks.rglob("*.png")).unlink()
     with pytest.raises(UserError, match="masks-sha256"):
-        probe(options(store, tmp_path / "out", masks=masks, steps=200, learning_rate=1e-2))
+        probe(options(store, tmp_path / "out", masks=masks, steps=60, learning_rate=3e-2))
 
 
 def test_other_settings_and_other_files_are_refused(store: Path, tmp_path: Path):
@@ -234,13 +238,15 @@ def test_what_cannot_be_is_refused_in_one_line(tiny_store: Path, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_prints_a_table(tiny_store: Path, tmp_path: Path):
-    result = run_reglue(
-        "probe", tiny_store, "--out", tmp_path / "out", "--no-conv", "--columns", "cls", "local.pca-4",
-        "--steps", "5", "--device", "cpu",
-    )  # fmt: skip
-    assert "| cls | linear, pooled |" in result.stdout
-    assert "chance" in result.stdout
+def test_the_command_prints_a_table(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["probe", tiny_store, "--out", tmp_path / "out", "--no-conv", "--columns", "cls", "local.pca-4"]
+    monkeypatch.setattr(sys, "argv", ["reglue", *map(str, arguments), "--steps", "5", "--device", "cpu"])
+    cli.main()
+    printed = capsys.readouterr().out
+    assert "| cls | linear, pooled |" in printed
+    assert "chance" in printed
 
 
 def test_codes_of_one_layer_are_probed_too(store: Path, tmp_path: Path, tiny_store: Path):

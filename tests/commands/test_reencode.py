@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+import reglue.commands.reencode
 from helpers import TINY_RECIPE
 from reglue.cli import parse
 from reglue.commands.compress import Compress, compress
@@ -17,6 +18,7 @@ from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.reencode import Reencode, reencode
 from reglue.commands.train import train
 from reglue.commands.verify import Verify, verify
+from reglue.data.manifest import write_manifest
 from reglue.data.store import Store
 from reglue.errors import UserError
 
@@ -92,7 +94,7 @@ def test_interrupted_before_the_semantics_it_continues(
 
     options = Reencode(tiny_store, tmp_path / "second", another_autoencoder, workers=0)
     with monkeypatch.context() as patched:
-        patched.setattr(Store, "take_semantics", stop)
+        patched.setattr(reglue.commands.reencode, "add_semantics", stop)
         with pytest.raises(KeyboardInterrupt):
             reencode(options)
     assert "cls" not in Store.open(options.out).manifest.columns
@@ -182,7 +184,7 @@ def test_class_tokens_that_the_first_store_has_no_more_are_named(
     manifest = Store.open(first).manifest
     cls = manifest.columns["cls"]
     others = replace(cls, shards=tuple(replace(shard, sha256="0" * 64) for shard in cls.shards))
-    Store(first, replace(manifest, columns={**manifest.columns, "cls": others})).finish()
+    write_manifest(first, replace(manifest, columns={**manifest.columns, "cls": others}))
     (options.out / "cls-00001.safetensors").unlink()
     with pytest.raises(UserError, match=r"second/cls-00001\.safetensors is missing .* has another one now"):
         reencode(options)

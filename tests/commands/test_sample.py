@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -24,8 +22,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import reglue
+import reglue.commands.sample
 import reglue.samples
-from helpers import CLASSES, TINY_RECIPE, mistake, reglue_command
+from helpers import CLASSES, TINY_RECIPE, mistake, run_reglue
+from processes import Reglue, run_ranks
 from reglue import pipeline as generation
 from reglue.cli import parse
 from reglue.commands.sample import Sample, sample
@@ -33,7 +33,7 @@ from reglue.config import Sampling
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError
-from reglue.image_sets import open_images
+from reglue.metrics.image_sets import open_image_set
 from reglue.pipeline import load
 from reglue.run import RunRecord, Start
 from reglue.samples import plan
@@ -84,13 +84,7 @@ def test_noise_and_labels_are_the_same_bits_whatever_the_batch(
 
 def test_two_processes_draw_the_images_of_one(tiny_run: Path, tmp_path: Path) -> None:
     sample(Sample(tiny_run, tmp_path / "one", count=6, device="cpu"))
-    subprocess.run(
-        [
-            *reglue_command()[:1], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "reglue",
-            "sample", str(tiny_run), "--out", str(tmp_path / "two"), "--count=6", "--device=cpu",
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    run_ranks(2, "sample", tiny_run, "--out", tmp_path / "two", "--count=6", "--device=cpu")
     assert abs(pixels(tmp_path / "one") - pixels(tmp_path / "two")).max() <= 1
     files = [(tmp_path / name / "samples.json").read_text() for name in ("one", "two")]
     assert files[0] == files[1]
@@ -121,15 +115,16 @@ def test_a_smaller_count_leaves_the_labels_of_all_images(tiny_run: Path, tmp_pat
 def test_killed_while_writing_and_drawn_to_the_end(tiny_run: Path, tmp_path: Path) -> None:
     expected = sample(Sample(tiny_run, tmp_path / "expected", count=40, batch_size=4, device="cpu"))
     out = tmp_path / "out"
-    command = reglue_command("sample", tiny_run, "--out", out, "--count=40", "--batch-size=4", "--device=cpu")
-    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL) as process:
-        while not list(out.glob("*.png")):
-            assert process.poll() is None
-            time.sleep(0.005)
-        process.kill()
+    command = ("sample", tiny_run, "--out", out, "--count=40", "--batch-size=4", "--device=cpu")
+    process = Reglue(*command)
+    while not list(out.glob("*.png")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
     before = pixels(out)  # what is there is whole
     assert len(before) < 40
-    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300)
+    run_reglue(*command)
     assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in expected.iterdir())
     assert abs(pixels(out) - pixels(expected)).max() <= 1
 
@@ -323,7 +318,7 @@ def test_npz_holds_the_same_images(tiny_run: Path, tmp_path: Path, monkeypatch: 
 def test_endings_of_archives_may_be_capitals(tiny_run: Path, tmp_path: Path) -> None:
     out = sample(Sample(tiny_run, tmp_path / "images.NPZ", count=2, steps=1, device="cpu"))
     assert len(np.load(out)["arr_0"]) == 2
-    measured = open_images(out, None, 2, "cpu").images
+    measured = open_image_set(out).images
     assert measured
     assert len(measured) == 2
 
@@ -542,7 +537,7 @@ def test_a_damaged_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
     file = run / "checkpoints" / "00000006" / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"ema\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"ema\.safetensors is damaged"):
         load(run, device="cpu")
 
 

@@ -18,7 +18,7 @@ from reglue.run import RunRecord
 
 def run(*arguments: object) -> None:
     options = cli.parse([str(argument) for argument in arguments])
-    cli.job_of(options)(options)
+    cli.execute(options)
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 24), (20, 12)], ids=["even", "odd"])

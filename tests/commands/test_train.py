@@ -42,6 +42,7 @@ def assert_same_bits(run: Path, other: Path, step: int) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_learns(recipe: str, tiny_store: Path, tmp_path: Path) -> None:
     more = ["--local.compressor=pca-4"] if recipe == "redi" else []
@@ -110,6 +111,7 @@ def test_accumulated_parts_give_the_same_step_up_to_rounding(tiny_store: Path, t
             torch.testing.assert_close(value, four[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.trains
 def test_online_targets_equal_cached_ones(tiny_store: Path, tmp_path: Path) -> None:
     cached = train(options("repa", tiny_store, tmp_path / "cached", "--optimisation.steps=5"))
     online = train(

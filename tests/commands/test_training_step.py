@@ -343,6 +343,7 @@ def test_runs_with_and_without_threads_are_the_same(tiny_store: Path, tmp_path: 
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+@pytest.mark.trains
 def test_run_with_decoded_targets_learns(tiny_store: Path, tmp_path: Path) -> None:
     command = ["train", "repa", "--store", str(tiny_store), "--out", str(tmp_path / "run"), *TINY_RECIPE]
     run = train(parse([*command, "--optimisation.steps=40", "--alignment.targets=decoded"]))

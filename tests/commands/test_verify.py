@@ -81,5 +81,5 @@ def test_a_run_is_read_and_its_store_verified(
     assert "is not there (any more), and was not verified" in capsys.readouterr().out
     weights = run / "checkpoints" / "00000006" / "ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"ema\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"ema\.safetensors is damaged"):
         verify(Verify(run))

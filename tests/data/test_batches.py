@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import reglue.data.store
+import reglue.data.manifest
 from reglue.commands.compress import Compress, compress
 from reglue.config import Recipe
 from reglue.data.batches import CPU, HostBatch, TrainingData, denoiser_config
@@ -214,7 +214,7 @@ def store_without_features(tiny_store: Path, tmp_path_factory: pytest.TempPathFa
         file.unlink()
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["columns"]["features"]
-    manifest["hash"] = reglue.data.store._hash(manifest)
+    manifest["hash"] = reglue.data.manifest._hash(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 

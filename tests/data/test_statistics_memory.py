@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from reglue.data.store import Contents, Source, StoreWriter
+from reglue.data.manifest import Contents, Source
+from reglue.data.store_writer import StoreWriter
 from reglue.encoders.autoencoders import load_autoencoder
 
 ROWS, CHANNELS, SIDE = 16, 192, 16

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 
 import reglue.data.store
 from reglue.data.images import UnreadableImage
-from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits, is_intact, restored
+from reglue.data.manifest import Contents, Source, is_intact
+from reglue.data.store import Store, dequantised, quantised
+from reglue.data.store_writer import StoreWriter, add_codes
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.encoders.compressors import CompressorSpec
 from reglue.errors import UserError
@@ -308,7 +310,7 @@ def test_codes_are_added_with_statistics(tmp_path: Path):
     store = write_store(tmp_path / "store")
     codes = torch.randn(len(store), 2, 4, 4)
     spec = CompressorSpec("pca", 6, 0, 2, "cafe")
-    added = store.add_codes("pca-2", spec, iter(codes.split([8, 0, 3])))
+    added = add_codes(store, "pca-2", spec, iter(codes.split([8, 0, 3])))
     assert torch.equal(added.read("local.pca-2", torch.arange(len(store)))["local"], codes)
     assert Store.open(store.folder).manifest == added.manifest
     assert added.manifest.compressors == {"pca-2": spec}
@@ -318,7 +320,7 @@ def test_codes_are_added_with_statistics(tmp_path: Path):
     (store.folder / "local.pca-2-00000.safetensors").unlink()
     with pytest.raises(UserError, match="run the same `reglue compress` again"):
         Store.open(store.folder)
-    assert not Store.open(store.folder, to_be_replaced="local.pca-2").is_whole("local.pca-2")
+    assert not Store.open(store.folder, to_be_replaced="local.pca-2").has_whole("local.pca-2")
 
 
 @given(
@@ -331,9 +333,9 @@ def test_eight_bits_lose_half_a_step_of_the_channel_at_most(seed: int, sizes: li
     noise = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
     features = (noise * torch.tensor(sizes)[:, None, None]).to(dtype)
     features[0, 0] = 0
-    stored = in_8_bits(features)
+    stored = quantised(features)
     assert stored["features"].dtype == torch.int8
-    again = restored(stored)["features"]
+    again = dequantised(stored)["features"]
     assert again.dtype == torch.float16
     # Half a step, what float16 rounds off the scale and the product, and its smallest numbers.
     allowed = features.float().abs().amax((2, 3), keepdim=True) * (0.5 / 127 + 2**-10) + 2e-5
@@ -344,6 +346,6 @@ def test_eight_bits_lose_half_a_step_of_the_channel_at_most(seed: int, sizes: li
 def test_eight_bits_do_not_hide_what_is_not_finite(bad: float):
     features = torch.ones(1, 2, 2, 2)
     features[0, 1, 0, 0] = bad
-    again = restored(in_8_bits(features))["features"]
+    again = dequantised(quantised(features))["features"]
     assert not again[0, 1].isfinite().all()
     assert torch.allclose(again[0, 0].float(), features[0, 0], atol=1e-3)

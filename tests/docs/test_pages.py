@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -32,8 +33,9 @@ from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train import Train, train
 from reglue.commands.train_head import TrainHead
-from reglue.config import SamplerName
 from reglue.data.images import crop_to
+from reglue.diffusion.samplers import SAMPLERS
+from reglue.help import declared
 from reglue.papers import PAPERS
 from reglue.published.weights import PUBLISHED_DECODER
 from reglue.reals.config import Perceptual
@@ -43,7 +45,12 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs/methods").glob("[a-z]*.md"))
 
 
-ALL_PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EVERY_PAGE = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+ALL_PAGES = [page for page in EVERY_PAGE if page.name not in ("log.md", "CHANGELOG.md")]
+"""Those whose commands must work: the others are history."""
+UNWRAPPED = ("design.md", "performance.md", "reals.md", "scaling.md", "starter-kit.md", "study.md")
+WRAPPED = [page for page in ALL_PAGES if page.name not in UNWRAPPED]
+GUIDANCE_SCALE = "samples.sampling.guidance_scale 2.8"
 IMAGENET = "On ImageNet with eight GPUs"
 """The section with the commands that reproduce a method."""
 PARSED = "parsed"
@@ -181,13 +188,13 @@ def test_a_page_of_a_method(
     done = []
     for arguments in commands(section(page, IMAGENET)):
         options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
-        cli.job_of(options)(options)
+        cli.execute(options)
         done.append(arguments[0])
     assert {"prepare", "train", "sample"} <= set(done)
     assert done[-1] == "evaluate"
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["reference"], report["reference_count"]) == (REFERENCE, 24)
-    assert report["protocol"]["sampling"]["guidance"]["scale"] == 1
+    assert report["protocol"]["sampling"]["guidance_scale"] == 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -224,13 +231,13 @@ def test_what_latents_show(
         mask.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((np.asarray(Image.open(file).convert("L")) > 127).astype(np.uint8)).save(mask)
     aligned = smaller(cli.parse(commands(section(page, IMAGENET))[0]), tiny_encoder, tiny_autoencoder)
-    autoencoder = cli.job_of(aligned)(replace(aligned, out=tmp_path / "reals-study/aligned-kl-1e-05"))
+    autoencoder = cli.execute(replace(aligned, out=tmp_path / "reals-study/aligned-kl-1e-05"))
     prepare(Prepare(Path("photos"), Path("aligned"), 16, str(autoencoder), tiny_encoder, workers=0, device="cpu"))
     tiny = ["--model=1x32x2/2", "--optimisation.steps=1", "--optimisation.batch-size=4", "--preview-every=0"]
     train(cli.parse(["train", "sit", "--store", "aligned", "--out", "sit-run", *tiny, "--device=cpu"]))
     for arguments in commands(section(page, "What latents show")):
         options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
-        cli.job_of(options)(options)
+        cli.execute(options)
     for out in ("seen", "seen-generated"):
         assert (tmp_path / out / "perception.json").is_file()
 
@@ -247,7 +254,7 @@ def test_the_page_of_resolutions(
     shutil.copytree(tiny_images, tmp_path / "imagenet/train")
     for arguments in commands((ROOT / "docs/resolutions.md").read_text()):
         options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
-        cli.job_of(options)(options)
+        cli.execute(options)
     assert "positions: of 8×8 tokens, counted in 4×4" in capsys.readouterr().out
     assert RunRecord.read(tmp_path / "run-wide").resolution == (32, 48)
     assert {Image.open(file).size for file in (tmp_path / "wide").glob("*.png")} == {(48, 32)}
@@ -261,10 +268,31 @@ def test_the_page_about_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         options = cli.parse(arguments)
         out = sample(replace(options, count=2, steps=2, device="cpu"))
         assert len(list(out.glob("*.png"))) == 2
-    assert all(f"`{name}`" in page.read_text() for name in get_args(SamplerName))
+    assert all(f"`{name}`" in page.read_text() for name in SAMPLERS)
 
 
-def test_the_readme(
+def test_the_readme_fits_a_screen() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 90
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for place, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+        target = page.parent / place if place else page
+        assert target.exists(), f"{place} is not there"
+        titles = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize("page", WRAPPED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_wrap_at_120(page: Path) -> None:
+    lines = [line for line in page.read_text().splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 120] == []
+
+
+def test_the_guide(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     tiny_images: Path,
@@ -274,28 +302,26 @@ def test_the_readme(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_images, tmp_path / "photos")
     (tmp_path / "photos/square").rename(tmp_path / "photos/spaniel")
-    for arguments in commands((ROOT / "README.md").read_text()):
+    for arguments in commands((ROOT / "docs/guide.md").read_text()):
         options = smaller(cli.parse(arguments), tiny_encoder, tiny_autoencoder)
         if isinstance(options, ImportRun):
             run = replace(options, heads=2, autoencoder=tiny_autoencoder)
             export_run(ExportRun(tmp_path / "run", options.file))  # stands for the published file
             options = run
-        cli.job_of(options)(options)
+        cli.execute(options)
     assert (tmp_path / "report.json").is_file()
+    assert (tmp_path / "other-store/manifest.json").is_file()
     assert (tmp_path / "weights.safetensors").is_file()
 
-    (python,) = [content for mark, content in blocks((ROOT / "README.md").read_text()) if mark == "python"]
     sent = {}
 
     def push(folder: Path, name: str, private: bool) -> None:
         sent[name] = (folder / "README.md").read_text()
 
-    monkeypatch.setattr("reglue.run.push", push)
-    exec(python)
-    assert (tmp_path / "first.png").is_file()
-    assert sent.keys() == {"owner/name"}
+    monkeypatch.setattr("reglue.published.sharing.push", push)
+    reglue.load("run").push_to_hub("owner/name")
     found = json.loads((tmp_path / "report.json").read_text())["metrics"]["frechet_distance"]["value"]
-    for text in (f"| {found:.6g} |", "samples.sampling.guidance.scale 2.8", "samples.seed 0", "versions.torch"):
+    for text in (f"| {found:.6g} |", GUIDANCE_SCALE, "samples.seed 0", "versions.torch"):
         assert text in sent["owner/name"], text
 
 
@@ -306,16 +332,19 @@ def test_the_page_about_python(
     shutil.copytree(tiny_images, tmp_path / "photos")
     run = shutil.copytree(tiny_run, tmp_path / "run")
     (run / "run.json").write_text((run / "run.json").read_text().replace('"square"', '"spaniel"'))
+    sent = []
+    monkeypatch.setattr("reglue.published.sharing.push", lambda folder, name, private: sent.append(name))
     page = (ROOT / "docs/python.md").read_text()
     python = [content for mark, content in blocks(page) if mark == "python"]
-    assert len(python) == 3
+    assert len(python) == 4
     for content in python:
         exec(content, {})
+    assert (tmp_path / "first.png").is_file()
     assert (tmp_path / "shared/README.md").is_file()
+    assert sent == ["owner/name"]
     assert len(list((tmp_path / "new-run/reports").glob("*.json"))) == 1
     cells = [cell.strip() for line in page.splitlines() if line.startswith("| `") for cell in line.split("|")[1:3]]
     assert [f"`{name}`" for name in reglue.__all__ if f"`{name}`" not in cells] == [], "every public name has its row"
-    assert "docs/python.md" in (ROOT / "README.md").read_text()
 
 
 def test_every_published_recipe_has_a_page_that_states_its_result() -> None:
@@ -326,12 +355,20 @@ def test_every_published_recipe_has_a_page_that_states_its_result() -> None:
         assert f"| B/2 | 400K | none | {paper.published_fid} |" in pages[name]
 
 
-def test_inline_commands_name_options_that_exist() -> None:
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_sentences_name_options_that_exist(page: Path) -> None:
     """`reglue …` in running text parses, with what a sentence leaves out put in place."""
-    missing = {"train": ["--store", "store", "--out", "run"], "sample": ["run", "--out", "samples"]}
-    for page in ALL_PAGES:
-        for text in re.findall(r"`reglue ((?:train|sample) (?![^`]*--help)[^`]*)`", page.read_text()):
-            arguments = shlex.split(text)
-            needed = missing[arguments[0]]
-            given = [word for word in needed if word not in arguments] if arguments[0] == "sample" else needed
-            cli.parse([*arguments, *given])
+    for text in re.findall(rf"`reglue ((?:{'|'.join(cli.COMMANDS)})\b[^`]*)`", page.read_text()):
+        name, *words = shlex.split(text)
+        if "--help" in words or "…" in words:
+            continue
+        recipe = [words.pop(0) if words else "sit"] if name == "train" else []
+        known = list(declared(cli.COMMANDS[name].load()))
+        if words and any(words[-1] in option.flags and option.type is not bool for option in known):
+            words.append("1")  # A sentence may name an option without a value.
+        needed = [option for option in known if option.required and option.name != "name"]
+        places = [option.name for option in needed if option.positional]
+        given = len(list(takewhile(lambda word: not word.startswith("-"), words)))
+        absent = [option.flags[0] for option in needed if not option.positional and option.flags[0] not in words]
+        options = [word for flag in absent for word in (flag, "something")]
+        cli.parse([name, *recipe, *words[:given], *places[given:], *words[given:], *options])

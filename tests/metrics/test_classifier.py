@@ -21,6 +21,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(module, "BATCH_SIZE", 16)
 
 
+@pytest.mark.trains
 def test_it_learns_what_can_be_seen_in_images_of_any_shape(quick):
     classifier = train_classifier(*bars(240), classes=3, seed=0, progress=False)
     images, labels = bars(90, seed=1)
@@ -31,6 +32,7 @@ def test_it_learns_what_can_be_seen_in_images_of_any_shape(quick):
     assert classifier.predict(images[:1]) == classifier.predict(images)[:1]
 
 
+@pytest.mark.trains
 def test_the_seed_decides_and_the_global_state_does_not(quick):
     state = torch.get_rng_state()
     first = train_classifier(*bars(32), classes=4, seed=5, progress=False)

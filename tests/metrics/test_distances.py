@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from reglue.metrics import distances
 from reglue.metrics.distances import (
@@ -107,16 +109,11 @@ def test_symmetric_root_squares_to_the_matrix():
     torch.testing.assert_close(symmetric_root(matrix) @ symmetric_root(matrix), matrix)
 
 
-def test_kernel_distance_is_the_unbiased_estimate():
-    x, y = normal(6, 3), normal(6, 3, seed=1) + 0.5
-    total = 0.0
-    for i in range(6):
-        for j in range(6):
-            if i != j:
-                total += ((x[i] @ x[j] / 3 + 1) ** 3 + (y[i] @ y[j] / 3 + 1) ** 3).item() / 30
-            total -= 2 * ((x[i] @ y[j] / 3 + 1) ** 3).item() / 36
+def test_kernel_distance_agrees_with_torch_fidelity():
+    x, y = normal(60, 16), normal(60, 16, seed=1) + 0.2
+    theirs = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=60, verbose=False)
     measured = kernel_distance(x, y, subsets=4, subset_size=100, generator=np.random.default_rng(0))
-    assert measured.mean == pytest.approx(total, rel=1e-10)
+    assert measured.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
     assert measured.std == pytest.approx(0.0, abs=1e-10)
 
 
@@ -226,6 +223,15 @@ def test_sets_of_one_image_are_decided_without_comparing_all_pairs(monkeypatch):
     same = normal(1, 16).expand(40, 16).float() * 100
     scores = manifold_scores(generated=same, real=same.clone())
     assert (scores.precision.mean(), scores.recall.mean(), scores.coverage.mean()) == (1, 1, 0)
+
+
+def test_precision_and_recall_agree_with_torch_fidelity():
+    generated, real = normal(80, 4), normal(90, 4, seed=1) + 0.7
+    theirs = prc_features_to_metric(generated, real, prc_neighborhood=3, verbose=False)
+    scores = manifold_scores(generated=generated, real=real)
+    for name in ("precision", "recall"):
+        assert 0.1 < theirs[name] < 0.9
+        assert float(getattr(scores, name).mean()) == pytest.approx(theirs[name])
 
 
 def test_precision_and_recall_are_not_exchanged():

@@ -1,11 +1,14 @@
-"""LPIPS against its own package, and distances by a vision encoder."""
+"""LPIPS against torch-fidelity's, and distances by a vision encoder."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch_fidelity.sample_similarity_lpips as theirs
 from safetensors.torch import save_file
 
 from reglue.encoders.vision import load_encoder
@@ -31,15 +34,18 @@ def as_package(network: Lpips) -> dict[str, torch.Tensor]:
     return named
 
 
-def test_distances_are_those_of_the_package(network: Lpips) -> None:
-    package = pytest.importorskip("lpips")
-    theirs = package.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
-    theirs.load_state_dict(as_package(network), strict=False)
-    first, second = torch.rand(2, 2, 3, 40, 32) * 2 - 1
-    expected = theirs(first, second).flatten()
+def test_distances_are_torch_fidelitys(network: Lpips, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = {name: value for name, value in as_package(network).items() if name.startswith("lin")}
+    vgg = SimpleNamespace(features=deepcopy(network.features))
+    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: layers)
+    monkeypatch.setattr(theirs, "torchvision_load_pretrained_vgg16", lambda: vgg)
+    reference = theirs.SampleSimilarityLPIPS("lpips")
+    first, second = torch.randint(0, 256, (2, 2, 3, 40, 32), dtype=torch.uint8)
+    expected = reference(first, second)
     assert expected.min() > 0
-    torch.testing.assert_close(network(first, second), expected, rtol=1e-5, atol=1e-7)
-    assert network(first, first).tolist() == [0, 0]
+    found = network(*(images / 127.5 - 1 for images in (first, second)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert network(first / 255, first / 255).tolist() == [0, 0]
 
 
 def test_one_file_or_two_of_either_naming_load_alike(network: Lpips, tmp_path: Path) -> None:
@@ -69,12 +75,24 @@ def test_files_that_hold_no_tensors_are_named(content: bytes | None, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
+class Trap:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
-    torch.save({"features.0.weight": Path("/")}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match=r"evil\.pth: no file of tensors"):
+    torch.save({"features.0.weight": Trap(tmp_path / "sprung")}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"evil\.pth: holds more than data"):
         load_lpips([tmp_path / "evil.pth"])
+    assert not (tmp_path / "sprung").exists()
 
 
+@pytest.mark.trains
 def test_gradients_flow_through_both(network: Lpips, tiny_encoder: str) -> None:
     encoder = load_encoder(tiny_encoder, 16, (1, 4))
     original = torch.rand(1, 3, 16, 16) * 2 - 1

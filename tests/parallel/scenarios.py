@@ -19,7 +19,7 @@ def main() -> None:
     torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # type: ignore[reportAttributeAccessIssue]
     for text in sys.argv[1:]:
         options = cli.parse(json.loads(text))
-        cli.job_of(options)(options)
+        cli.execute(options)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def sampling(run: Path, out: Path) -> list[str]:
 def run_here(*jobs: list[str]) -> None:
     for arguments in jobs:
         options = cli.parse(arguments)
-        cli.job_of(options)(options)
+        cli.execute(options)
 
 
 def run_on(processes: int, *jobs: list[str]) -> None:

@@ -14,7 +14,7 @@ from reglue.perception.agreement import Agreement, ClassAgreement, DepthAgreemen
 def agreed(agreement: Agreement, maps: torch.Tensor, reference: torch.Tensor, batch: int = 100):
     for one, other in zip(maps.split(batch), reference.split(batch), strict=True):
         agreement.update(one, other)
-    return agreement.figures(seed=0)
+    return agreement.estimates(seed=0)
 
 
 def test_classes_by_hand():

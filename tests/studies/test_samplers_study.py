@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reglue.commands.sample import PROTOCOL
-from reglue.files import from_json
+from reglue.files import read_json
 from samplers import Results, Setting, Study, settings, study, table
 
 
@@ -50,6 +50,6 @@ def test_results_of_before_tolerances_were_chosen_can_be_read(tmp_path: Path) ->
     nothing = {"fid": None, "pixel_distance": None, "seconds": None}
     file = tmp_path / "results.json"
     file.write_text(json.dumps({"options": {}, "settings": [{**measured, **nothing}]}))
-    (read,) = from_json(file, Results, "").settings
+    (read,) = read_json(file, Results, "").settings
     assert read.setting == Setting("dopri5", 0, 1.0)
     assert read.setting.name == "dopri5"

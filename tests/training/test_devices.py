@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reglue.commands.prepare import Prepare, describe
+from reglue.commands.prepare import Prepare, encode_columns
 from reglue.config import Recipe, Sampling
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
@@ -117,7 +117,7 @@ def test_preparing(dtype: Literal["float16", "int8"], tiny_encoder: str, tiny_au
     options = Prepare(Path("photos"), Path("store"), 16, features=True, features_dtype=dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         pixels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8, device=CUDA)
-        columns = describe(pixels, on_gpu(autoencoder), on_gpu(encoder), options)
+        columns = encode_columns(pixels, on_gpu(autoencoder), on_gpu(encoder), options)
     assert list(columns) == ["latent", "cls", "features"]
     assert {tensor.device for tensors in columns.values() for tensor in tensors.values()} == {CUDA}
 

@@ -245,7 +245,7 @@ def test_jobs_of_one_process_do_not_write_the_same_files_from_several(
     options = cli.parse([job, *map(str, given[job])])
     under_torchrun(monkeypatch, local_rank=1)
     with pytest.raises(UserError, match=f"^{job} works in one process; start it without torchrun$"):
-        cli.job_of(options)(options)
+        cli.execute(options)
     assert not list(tmp_path.iterdir())
 
 

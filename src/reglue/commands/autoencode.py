@@ -14,11 +14,12 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from reglue.data.images import ImageSource
-from reglue.data.sources import Reading, open_images
+from reglue.data.opening import open_images
+from reglue.data.sources import Reading
 from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError, require
-from reglue.files import TakesPaths, from_json, replacing, to_json
+from reglue.files import TakesPaths, read_json, replacing, to_json
 from reglue.reals.adversary import check_size
 from reglue.reals.config import Architecture, AutoencoderRecipe
 from reglue.reals.measuring import Judges, latent_mean_std, load_judges, semantic_lengths
@@ -256,7 +257,7 @@ def create_or_resume(
         versions={name: version(name) for name in ("reglue", "torch", "diffusers", "safetensors")},
     )
     if path.is_file():
-        before = from_json(path, TrainingRecord, "choose a new folder, or delete this one")
+        before = read_json(path, TrainingRecord, "choose a new folder, or delete this one")
         different = differences(before, record)
         if different:
             raise UserError(

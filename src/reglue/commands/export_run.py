@@ -22,13 +22,15 @@ ENDINGS = (".safetensors", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class ExportRun(TakesPaths):
-    """Write a run's weights as SiT, REPA, ReDi, REG or REGLUE name them, in their time convention."""
+    """Write a run's weights under the names, and in the time convention, of SiT's, REPA's, ReDi's, REG's or REGLUE's
+    code."""
 
     run: Positional[Path]
     """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
     out: Path
-    """.safetensors holds the averaged weights, with step and path in its metadata; .pt or .pth holds
-    {ema, model, args, steps}, as the published code reads. Published samplers take the path as an option."""
+    """File to write. A .safetensors file holds the averaged weights, with step and path in its metadata; a .pt or .pth
+    file holds {ema, model, args, steps}, as the published code reads it. Published samplers take the path as an
+    option."""
     step: int | None = None
     """Checkpoint to export; the last one if not given."""
 
@@ -36,7 +38,7 @@ class ExportRun(TakesPaths):
 def export_run(options: ExportRun) -> Path:
     """Export the run. Returns the file, which is written whole or not at all.
 
-    Raises UserError for a run whose parts no published code has together, and for another ending of the file.
+    Raises UserError for a run with a combination of parts that no published code has, and for another kind of file.
     """
     if options.out.suffix not in ENDINGS:
         raise UserError(f"--out {options.out}: choose a file that ends in {', '.join(ENDINGS)}")
@@ -56,7 +58,7 @@ def export_run(options: ExportRun) -> Path:
         if options.out.suffix == ".safetensors":
             save_file(averaged, beside, {STEP: str(step)} | {name: str(value) for name, value in arguments.items()})
         else:
-            # An imported or shared run has no others than the averaged weights.
+            # An imported or shared run has the averaged weights alone.
             has_others = (checkpoint / checkpoints.MODEL).is_file()
             others = published(checkpoints.MODEL) if has_others else averaged
             torch.save({"model": others, "ema": averaged, "args": arguments, "steps": step}, beside)
@@ -65,7 +67,7 @@ def export_run(options: ExportRun) -> Path:
 
 
 def arguments_of(record: RunRecord) -> dict[str, str | int]:
-    """What the weights do not tell, as the published trainings' options name it; `reglue import` reads it again."""
+    """What the shapes of the weights leave open, under the names of the published options, for `reglue import`."""
     arguments: dict[str, str | int] = {PREDICTION: VELOCITY[0], PATH_TYPE: record.recipe.path}
     if record.denoiser.alignment_depth:
         arguments[ENCODER_DEPTH] = record.denoiser.alignment_depth
@@ -73,9 +75,10 @@ def arguments_of(record: RunRecord) -> dict[str, str | int]:
 
 
 def refuse_own_scales(recipe: Recipe) -> None:
-    """Raise UserError for a recipe that scales a modality by the store's statistics: such files have no room for it."""
+    """Raise UserError for a recipe that scales a modality by the store's statistics, which the files cannot hold."""
     for part in recipe.learned_parts:
         if part.unit_variance:
             raise UserError(
-                f"no published code has {part.prefix}unit-variance: its statistics would be lost in the file"
+                f"the published code has no {part.prefix}unit-variance: the file would lose its statistics, so this "
+                "run cannot be exported"
             )

@@ -42,40 +42,41 @@ PATHS_BY_PUBLISHED_NAME: dict[str, PathName] = {"linear": "linear", "cosine": "c
 
 @dataclass(frozen=True)
 class ImportRun(TakesPaths):
-    """Turn a checkpoint of SiT, REPA, ReDi, REG or REGLUE into a run; nothing that is in the file is executed.
+    """Turn a checkpoint of SiT, REPA, ReDi, REG or REGLUE into a run. Nothing in the file is executed.
 
-    The shapes of the weights tell which method it is. The run can be sampled, evaluated, shared and exported, but not
-    trained on.
+    The method is recognised by the shapes of the weights. The run can be sampled, evaluated, shared and exported, but
+    its training cannot be continued.
     """
 
     file: Positional[Path]
-    """.pt, .pth or .safetensors: weights alone, or {model, ema, …}, of which the averaged ones are taken."""
+    """A .pt, .pth or .safetensors file: weights alone, or {model, ema, …}, of which the averaged weights are used."""
     out: Path
     """Folder of the run: new or empty."""
     compressor: Path | None = None
-    """What made the model's local maps: REGLUE's compressor .pth, ReDi's PCA file, or a folder of ours. Sampling does
-    not need it."""
+    """The compressor of the model's local maps: REGLUE's .pth, ReDi's PCA file, or a compressor's folder in a store or
+    run. Sampling does not need it."""
     statistics: Path | None = None
-    """Mean and std of the features, which REGLUE keeps beside its compressor: .npz, or a dict in .npy, .pt or .pkl."""
+    """With --compressor: mean and standard deviation of the features, which REGLUE keeps in a file of their own: .npz,
+    or a dict in .npy, .pt or .pkl."""
     autoencoder: str | None = None
-    """Whose latents it learned: a folder in diffusers' layout (ReaLS's too), or a name. Default: as published, with
-    sd-vae-ft-mse for learning and sd-vae-ft-ema for decoding; they need not be at hand yet. Files do not say it, so it
-    must be given where the channels are not the published ones."""
+    """The autoencoder whose latents the model learned: a name, or a folder in diffusers' layout (ReaLS's too). Default:
+    the published sd-vae-ft-mse, decoded by sd-vae-ft-ema, neither of which is needed yet. Checkpoints do not record it,
+    so give it if the model has other channels than published."""
     encoder: str | None = None
-    """The vision encoder that it was trained with, to be recorded; sampling does not need it."""
+    """The vision encoder that the model was trained with, for the record. Sampling does not need it."""
     class_names: Path | None = None
-    """A text file with the name of a class per line, in the order of the labels. Default: their numbers."""
+    """Text file with the names of the classes, one per line, in the order of the labels. Default: their numbers."""
     heads: int | None = None
-    """Attention heads, for widths that no published model has."""
+    """Attention heads, for models of a width that was not published."""
     resolution: int | tuple[int, int] | None = None
-    """Side, or height and width, of the images in pixels: for learned position embeddings that are not square."""
+    """Side of the images in pixels, or height and width: for learned position embeddings that are not square."""
 
 
 def import_run(options: ImportRun) -> Path:
     """Import the checkpoint. Returns the run folder, which is written whole or not at all.
 
-    Raises UserError, with what was found and what was expected, for a file that is something else, parts that do
-    not fit the model, and an output folder with other files.
+    Raises UserError, with what was found and what was expected, for a file that is no such checkpoint, parts that do
+    not fit the model, and an output folder that holds other files.
     """
     published = read_official(options.file)
     autoencoder, decoder = chosen_autoencoder(options.autoencoder)
@@ -114,8 +115,8 @@ def import_run(options: ImportRun) -> Path:
     )
     if record.autoencoder_assumed:
         print(
-            f"The file does not say whose latents it learned: assumed are those of {autoencoder.name}, decoded by "
-            f"{decoder}, as published. If they are another's (ReaLS's, for example), import it with --autoencoder."
+            f"The file does not record its autoencoder: assuming {autoencoder.name}, decoded by {decoder}, as "
+            "published. If it was another (ReaLS's, for example), import the file with --autoencoder."
         )
     return options.out
 
@@ -131,9 +132,9 @@ def with_scales(model: OfficialModel, recipe: Recipe, autoencoder: AutoencoderSp
 
 
 def chosen_autoencoder(name: str | None) -> tuple[AutoencoderSpec, str | None]:
-    """Whose latents the model learned, and what decodes them if that is another. Raises UserError for unknown names.
+    """The autoencoder whose latents the model learned, and the name of the one that decodes them if that is another.
 
-    The published autoencoders are known without being there; any other is loaded.
+    The published ones need not be downloaded; any other is loaded. Raises UserError for an unknown name.
     """
     if name is None:
         return PUBLISHED_AUTOENCODER, PUBLISHED_DECODER
@@ -143,7 +144,7 @@ def chosen_autoencoder(name: str | None) -> tuple[AutoencoderSpec, str | None]:
 
 
 def recognised(options: ImportRun, published: PublishedFile, autoencoder: AutoencoderSpec) -> OfficialModel:
-    """The model in the file. Raises UserError, naming the file, if it is none."""
+    """The model in the file. Raises UserError, naming the file, if there is none."""
     size = options.resolution
     grid = None if size is None else autoencoder.latent_size((size, size) if isinstance(size, int) else size)
     depth = published.arguments.get(ENCODER_DEPTH)
@@ -160,35 +161,37 @@ def recognised(options: ImportRun, published: PublishedFile, autoencoder: Autoen
 
 
 def refuse_unpublished_channels(file: Path, model: OfficialModel) -> None:
-    """Raise UserError where the shapes speak against the published autoencoder: for a local map of other channels.
+    """Raise UserError if the local map has other channels than published, unless the autoencoder is given.
 
-    A model of 16 channels may have learned the latents of another autoencoder, as well as 4 and a local map of 12.
+    A model of 16 channels may have learned 16 latent channels, or 4 and a local map of 12: the shapes do not tell.
     """
     local, latents, found = RECIPES[model.family].local, model.config.modalities[0].channels, model.config.channels
     published = int(local.compressor.rpartition("-")[2]) if local.present else 0
     if found - latents != published:
         raise UserError(
-            f"{file} has {found} channels, where published {model.family} models have {latents + published}: choose "
-            f"the autoencoder whose latents it learned with --autoencoder ({PUBLISHED_AUTOENCODER.name}, if {latents} "
+            f"{file} has {found} channels, but published {model.family} models have {latents + published}: name the "
+            f"autoencoder whose latents it learned with --autoencoder ({PUBLISHED_AUTOENCODER.name}, if {latents} "
             "channels are latents and the others a local map)"
         )
 
 
 def published_path(file: Path, arguments: dict[str, Any]) -> PathName:
-    """The path that a model was trained on, linear if its file does not say.
+    """The path that a model was trained on, linear if its file does not record it.
 
-    Raises UserError for one that we do not have, and for a model that predicts something else than velocities.
+    Raises UserError for an unknown path, and for a model that does not predict velocities.
     """
     prediction, path = arguments.get(PREDICTION, VELOCITY[0]), str(arguments.get(PATH_TYPE, "linear"))
     if prediction not in VELOCITY:
         raise UserError(f"{file} predicts {prediction}; only models that predict velocities can be imported")
     if path.lower() not in PATHS_BY_PUBLISHED_NAME:
-        raise UserError(f"{file} was trained on the path {path}; known are {', '.join(PATHS_BY_PUBLISHED_NAME)}")
+        raise UserError(
+            f"{file} was trained on the path {path}; choose a model trained on {', '.join(PATHS_BY_PUBLISHED_NAME)}"
+        )
     return PATHS_BY_PUBLISHED_NAME[path.lower()]
 
 
 def recipe_of(family: Family, config: DenoiserConfig, path: PathName) -> Recipe:
-    """The paper's recipe, with the sizes and the parts that were found."""
+    """The paper's recipe, with the sizes and parts of the model."""
     paper = RECIPES[family]
     sizes = (config.depth, config.width, config.heads, config.patch)
     known = (name for name, size in MODEL_SIZES.items() if (size.depth, size.width, size.heads, size.patch) == sizes)
@@ -212,13 +215,13 @@ def recipe_of(family: Family, config: DenoiserConfig, path: PathName) -> Recipe:
         learn_sigma=config.learn_sigma,
         local=local,
         alignment=alignment,
-        # Whatever they were trained in, the published codes sample in float32.
+        # Whatever precision they were trained in, the published codes sample in float32.
         optimisation=replace(paper.optimisation, precision="float32"),
     )
 
 
 def encoder_of(name: str | None, model: OfficialModel, resolution: tuple[int, int]) -> EncoderSpec | None:
-    """What the vision encoder is, with the layers that the method uses. Raises UserError if its width is another."""
+    """The vision encoder, with the layers that the method uses. Raises UserError if its width is not the model's."""
     if name is None:
         return None
     spec = load_encoder(name, resolution).spec
@@ -228,7 +231,7 @@ def encoder_of(name: str | None, model: OfficialModel, resolution: tuple[int, in
     ):
         if width not in (0, spec.width):
             raise UserError(f"--encoder {name} is {spec.width} wide, but the model's {what} is {width} wide")
-    # REGLUE compresses the last four layers, the others have but the last one.
+    # REGLUE compresses the last four layers, the others use the last one alone.
     return spec if model.family == "reglue" else replace(spec, layers=spec.layers[-1:])
 
 
@@ -236,7 +239,7 @@ def compressor_of(options: ImportRun, model: OfficialModel, encoder: EncoderSpec
     """The compressor that goes with the model. Raises UserError if its channels are not the model's."""
     if options.compressor is None:
         if options.statistics is not None:
-            raise UserError("--statistics are those of a compressor: give it too, with --compressor")
+            raise UserError("--statistics belong to a compressor: give it too, with --compressor")
         return None
     channels = channels_of(model.config, LocalSemantics.modality)
     if not channels:
@@ -254,7 +257,7 @@ def compressor_of(options: ImportRun, model: OfficialModel, encoder: EncoderSpec
 
 
 def class_names(file: Path | None, count: int) -> tuple[str, ...]:
-    """One name per class. Raises UserError if the file has another number of them."""
+    """One name per class. Raises UserError if the file has more or fewer names."""
     if file is None:
         return tuple(map(str, range(count)))
     names = read_class_names(file)

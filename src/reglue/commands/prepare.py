@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 import tyro
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tyro.conf import Positional
 
 from reglue.config import Precision
-from reglue.data.images import ImageSource, UnreadableImage, grey_peaks
-from reglue.data.sources import Reading, Subset, is_on_hub, open_images
-from reglue.data.store import Contents, Source, Store, StoreWriter, in_8_bits
+from reglue.data.decoding import decoded
+from reglue.data.images import ImageSource, UnreadableImage
+from reglue.data.manifest import Contents, Source
+from reglue.data.opening import is_on_hub, open_images
+from reglue.data.sources import Reading, Subset
+from reglue.data.store import Store, quantised
+from reglue.data.store_writer import StoreWriter
 from reglue.encoders.autoencoders import Autoencoder, load_autoencoder
 from reglue.encoders.vision import VisionEncoder, load_encoder
 from reglue.errors import UserError, require
@@ -33,8 +35,6 @@ from reglue.training import distributed
 from reglue.training.precision import autocast, matmul_precision
 
 NO_ENCODER = "none"
-MOST_WORKERS = 16
-"""Processes that decode unless more are asked for: each keeps two batches of decoded images in memory."""
 DARK = 4096
 """16-bit images whose values all lie below this, a sixteenth of the range, are probably of 12 bits or fewer."""
 
@@ -186,7 +186,8 @@ def fill(
     Other processes decode ahead, and threads write and hash behind, so that the networks wait for neither. A GPU has
     the next batch before it is done with one, and copies by itself what it has found.
     """
-    batches = iter(decoded(images, options, blocks, device))
+    batch_indices = [list(batch) for block in blocks for batch in _batches_of(block, options.batch_size)]
+    batches = decoded(images, batch_indices, options.size, options.workers, pinned=device.type == "cuda")
     peaks: list[int] = []
     with (
         ThreadPoolExecutor(writers := writers_for(device)) as threads,
@@ -199,7 +200,7 @@ def fill(
             columns: dict[str, dict[str, Tensor]] = {}
             names: list[str] = []
             skipped: list[UnreadableImage] = []
-            for batch in (next(batches) for _ in _split(block, options.batch_size)):
+            for batch in (next(batches) for _ in _batches_of(block, options.batch_size)):
                 if batch.failure:
                     raise batch.failure
                 peaks += batch.peaks
@@ -209,9 +210,9 @@ def fill(
                     tqdm.write(f"skipped {images.path / image.name}: {image.reason}", file=sys.stderr)
                     skipped.append(image)
                 if batch.names:
-                    described = describe(batch.pixels.to(device, non_blocking=True), autoencoder, encoder, options)
-                    described["label"] = {"label": batch.labels}
-                    put(columns, described, at=len(names), rows=len(block))
+                    encoded = encode_columns(batch.pixels.to(device, non_blocking=True), autoencoder, encoder, options)
+                    encoded["label"] = {"label": batch.labels}
+                    put(columns, encoded, at=len(names), rows=len(block))
                     wait_for_last, wait = wait, mark(device)
                     wait_for_last()
                     names += batch.names
@@ -226,7 +227,7 @@ def fill(
             }
             if len(written) == writers:  # No more wait for the disk, since each takes its room in memory.
                 written.popleft().result()
-            written.append(threads.submit(write, writer, wait, block, names, skipped, filled, measured))
+            written.append(threads.submit(write_when_copied, writer, wait, block, names, skipped, filled, measured))
         for block_written in written:
             block_written.result()
     return peaks
@@ -237,7 +238,7 @@ def writers_for(device: torch.device) -> int:
     return 2 if device.type == "cuda" else 1
 
 
-def write(
+def write_when_copied(
     writer: StoreWriter,
     wait: Callable[[], object],
     block: range,
@@ -271,80 +272,7 @@ def peak_rss_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-class _Crop(NamedTuple):
-    """An image as a process that decodes hands it over. A stream knows a label only while it reads the image."""
-
-    name: str
-    label: int
-    pixels: Tensor
-    peaks: list[int]
-    """Its highest grey value if it has 16 bits and had to be decoded."""
-
-
-class _Batch(NamedTuple):
-    """Decoded images with names and labels (B,) int64, uint8 pixels (B, 3, h, w), and those that cannot be read."""
-
-    names: list[str]
-    labels: Tensor
-    pixels: Tensor
-    peaks: list[int]
-    unreadable: list[UnreadableImage]
-    failure: UserError | None
-    """Why the source cannot be read at all. It travels as data, since a DataLoader would wrap it in a traceback."""
-
-
-class _Crops(Dataset):
-    """The images of a source, decoded and cropped."""
-
-    def __init__(self, images: ImageSource, size: tuple[int, int]):
-        self.images, self.size = images, size
-
-    def __getitem__(self, index: int) -> _Crop | UnreadableImage | UserError:
-        try:
-            with grey_peaks() as peaks:
-                pixels = self.images.load(index, self.size)
-            if isinstance(pixels, UnreadableImage):
-                return pixels
-            return _Crop(self.images.names[index], self.images.labels[index], pixels, peaks)
-        except UserError as error:
-            return error
-
-
-def decoded(images: ImageSource, options: Prepare, blocks: list[range], device: torch.device) -> Iterator[_Batch]:
-    """The batches of all blocks in order, decoded by other processes ahead of their use. None straddles two blocks."""
-    batches = [list(part) for block in blocks for part in _split(block, options.batch_size)]
-    return iter(
-        DataLoader(
-            _Crops(images, options.size),
-            batch_sampler=batches,
-            collate_fn=_collate,
-            num_workers=min(_workers(options), 1 if images.sequential else len(batches)),
-            pin_memory=device.type == "cuda",
-        )
-    )
-
-
-def _workers(options: Prepare) -> int:
-    """How many processes decode for this one: by default all cores, shared with torchrun's other processes here."""
-    if options.workers is not None:
-        return options.workers
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), MOST_WORKERS)
-
-
-def _collate(items: list[_Crop | UnreadableImage | UserError]) -> _Batch:
-    crops = [item for item in items if isinstance(item, _Crop)]
-    return _Batch(
-        [crop.name for crop in crops],
-        torch.tensor([crop.label for crop in crops], dtype=torch.int64),
-        torch.stack([crop.pixels for crop in crops]) if crops else torch.empty(0, dtype=torch.uint8),
-        [peak for crop in crops for peak in crop.peaks],
-        [item for item in items if isinstance(item, UnreadableImage)],
-        next((item for item in items if isinstance(item, UserError)), None),
-    )
-
-
-def _split(block: range, size: int) -> list[range]:
+def _batches_of(block: range, size: int) -> list[range]:
     return [block[start : start + size] for start in range(0, len(block), size)]
 
 
@@ -354,7 +282,7 @@ def _column_names(options: Prepare) -> list[str]:
 
 
 @torch.inference_mode()
-def describe(
+def encode_columns(
     pixels: Tensor, autoencoder: Autoencoder, encoder: VisionEncoder | None, options: Prepare
 ) -> dict[str, dict[str, Tensor]]:
     """The columns of uint8 images (B, 3, h, w) on the models' device."""
@@ -371,7 +299,7 @@ def describe(
         if options.features:
             eight_bits = options.features_dtype == "int8"
             features = described.features
-            columns["features"] = in_8_bits(features) if eight_bits else {"features": features.half()}
+            columns["features"] = quantised(features) if eight_bits else {"features": features.half()}
     return columns
 
 

@@ -10,7 +10,9 @@ from tyro.conf import Positional
 
 from reglue.commands.prepare import NO_ENCODER, Prepare, prepare
 from reglue.config import Precision
-from reglue.data.store import MANIFEST, Manifest, Store, read_manifest, refuse_others
+from reglue.data.manifest import MANIFEST, Manifest, read_manifest, refuse_others
+from reglue.data.store import Store
+from reglue.data.store_writer import add_semantics, replace_lost_files
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.errors import UserError
 from reglue.files import TakesPaths
@@ -56,13 +58,13 @@ def reencode(options: Reencode) -> Store:
     first = Store.open(options.store)
     manifest = first.manifest
     second = _with_semantics(options, first)
-    if second is not None and distributed.broadcast_object(all(map(second.is_whole, second.manifest.columns))):
+    if second is not None and distributed.broadcast_object(all(map(second.has_whole, second.manifest.columns))):
         if rank == 0:
             print(f"{options.out} is complete already: {len(first)} images")
         return Store.open(options.out)
     manifest.source.open()  # Refuses images that have changed, before anything is made of them.
     if second is not None and rank == 0:
-        second.restore(first)
+        replace_lost_files(second, first)
     distributed.barrier()
     latents = prepare(_of_latents(options, manifest), semantics_of=None if second is None else second.manifest)
     if latents.manifest.skipped != manifest.skipped:
@@ -70,7 +72,7 @@ def reencode(options: Reencode) -> Store:
             f"{options.out} lacks other images than {options.store}: some can no longer be read; prepare both anew"
         )
     if rank == 0 and second is None:
-        latents.take_semantics(first)
+        add_semantics(latents, first)
     distributed.barrier()
     return Store.open(options.out)
 

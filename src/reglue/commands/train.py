@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from reglue import fine_tuning
 from reglue.config import Recipe
 from reglue.data.batches import HostBatch, TrainingData
+from reglue.data.manifest import compressor_of
 from reglue.data.pictures import image_grid
 from reglue.data.prefetch import READERS
-from reglue.data.store import Store, compressor_of
+from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS

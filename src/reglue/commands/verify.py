@@ -10,7 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue.data.store import Store, is_intact, read_manifest
+from reglue.data.manifest import MANIFEST, PARTIAL, is_intact, read_manifest
+from reglue.data.store import Store
 from reglue.encoders.compressors import CompressorSpec, load_compressor
 from reglue.errors import UserError
 from reglue.files import TakesPaths
@@ -36,9 +37,12 @@ def verify(options: Verify) -> Path:
     Every damaged file is named on stderr as it is found. Raises UserError if there is one, and for a folder that is
     neither a store nor a run.
     """
-    if (options.folder / RECORD).is_file():
-        return verify_run(options.folder)
-    return verify_store(options.folder)
+    folder = options.folder
+    if (folder / RECORD).is_file():
+        return verify_run(folder)
+    if not any((folder / name).is_file() for name in (MANIFEST, PARTIAL)):
+        raise UserError(f"{folder} has neither a {MANIFEST} nor a {RECORD}; give the folder of a store or a run")
+    return verify_store(folder)
 
 
 def verify_store(folder: Path) -> Path:
@@ -80,7 +84,10 @@ def verify_run(folder: Path) -> Path:
     """Read checkpoints and compressor of a run, verify its store. Raises UserError for what is damaged or another."""
     record = RunRecord.read(folder)
     for step in tqdm(checkpoints.steps(folder), desc=f"read the checkpoints of {folder}", unit="checkpoint"):
-        for file in sorted(checkpoints.find(folder, step).glob("*.safetensors")):
+        checkpoint = checkpoints.find(folder, step)
+        # A run that was imported or shared has averaged weights alone.
+        for_training = [checkpoint / name for name in (checkpoints.MODEL, checkpoints.OPTIMISER)]
+        for file in (checkpoint / checkpoints.EMA, *(for_training if any(map(Path.exists, for_training)) else ())):
             checkpoints.read_weights(file)
     for modality, spec in record.compressors.items():
         compressor = folder / COMPRESSORS / modality

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reglue.config import LearnedPart, Recipe
-from reglue.data.store import CLASS_TOKEN_CODES, Store, compressor_of, value_of
+from reglue.data.manifest import CLASS_TOKEN_CODES, compressor_of, value_of
+from reglue.data.store import Store
 from reglue.data.targets import Tokens, alignment_targets, target_columns
 from reglue.diffusion.conditions import CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig

@@ -138,7 +138,7 @@ def _json_rows(file: Path) -> Iterator[tuple[Any, Any]]:
     try:
         # Pairs and not a dict, which would keep the last of several labels without a word.
         content = json.loads(_text(file), object_pairs_hook=list)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from error
     pairs = content[0][1] if _is_pairs(content) and content and content[0][0] == "labels" else content
     if not _is_pairs(pairs):

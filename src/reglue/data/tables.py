@@ -20,7 +20,7 @@ from torch import Tensor
 from reglue.data.images import ImageSource, OneAtATime, UnreadableImage, load_crop
 from reglue.data.labels import ClassIndex, index_labels
 from reglue.data.sources import HUB, Computed, Reading, class_names_of, repeated
-from reglue.errors import UserError
+from reglue.errors import UserError, one_line
 
 ROWS_AT_ONCE = 16
 """Rows of a parquet file that are held in memory together."""
@@ -42,7 +42,7 @@ def load(path: Path, files: Sequence[Path], reading: Reading) -> ImageSource:
     except UserError:
         raise
     except Exception as error:  # `datasets` raises errors of the network, the disk and of every format.
-        raise UserError(f"`datasets` cannot load {path}: {_one_line(error)}") from error
+        raise UserError(f"`datasets` cannot load {path}: {one_line(error)}") from error
 
 
 def load_saved(path: Path, reading: Reading) -> ImageSource:
@@ -50,7 +50,7 @@ def load_saved(path: Path, reading: Reading) -> ImageSource:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise UserError(f"`datasets` cannot load {path}: {_one_line(error)}") from error
+        raise UserError(f"`datasets` cannot load {path}: {one_line(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
         saved = saved[_choose_split(saved, path, reading)]
     elif reading.split:
@@ -82,7 +82,7 @@ def _builder(path: Path, files: Sequence[Path], reading: Reading) -> datasets.Da
             return datasets.load_dataset_builder(kind, data_files=[str(file.resolve()) for file in files])
         return datasets.load_dataset_builder(str(path).removeprefix(HUB), reading.configuration)
     except Exception as error:
-        raise UserError(f"`datasets` cannot load {path}: {_one_line(error)}") from error
+        raise UserError(f"`datasets` cannot load {path}: {one_line(error)}") from error
 
 
 def _choose_split(splits: Iterable[Any], path: Path, reading: Reading) -> str:
@@ -209,7 +209,7 @@ def _parquet(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file, memory_map=True)
     except pa.ArrowException as error:
-        raise UserError(f"{file} is no whole parquet file ({_one_line(error)}); fetch it again") from error
+        raise UserError(f"{file} is no whole parquet file ({one_line(error)}); fetch it again") from error
 
 
 class DatasetImages:
@@ -319,7 +319,7 @@ class StreamedImages:
             raise UserError(f"{self.path} ends before image {index} of --count {self._count}; lower it") from None
         except Exception as error:  # The network and any file format may fail here.
             self._next = -1
-            raise UserError(f"cannot read on in {self.path} ({_one_line(error)}); run the same again") from error
+            raise UserError(f"cannot read on in {self.path} ({one_line(error)}); run the same again") from error
         return self._row
 
 
@@ -389,7 +389,3 @@ def _file_of(cell: Any) -> Path | bytes:
 
 def _row_name(index: int) -> str:
     return f"row-{index}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

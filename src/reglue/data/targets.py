@@ -16,7 +16,8 @@ from torch import Tensor
 
 from reglue.config import Recipe
 from reglue.data.images import UnreadableImage
-from reglue.data.store import Store, codes_column, restored
+from reglue.data.manifest import codes_column
+from reglue.data.store import Store, dequantised
 from reglue.encoders.compressors import load_compressor
 from reglue.encoders.vision import EncoderSpec, load_encoder
 from reglue.errors import UserError
@@ -87,7 +88,7 @@ class CachedTargets(AlignmentTargets):
 
     def tokens(self, read: Mapping[str, Tensor]) -> Tokens:
         """See `AlignmentTargets.tokens`."""
-        return Tokens(read["cls"], restored(read)["features"])
+        return Tokens(read["cls"], dequantised(read)["features"])
 
 
 class DecodedTargets(AlignmentTargets):

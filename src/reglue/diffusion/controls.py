@@ -29,6 +29,10 @@ class Control:
         """The state that the step has led to, at `times`."""
         return state
 
+    def of(self, images: slice) -> Control:
+        """The same control for some of the images that it was made for."""
+        return self
+
 
 class Controlled(Velocity):
     """A velocity function with the `velocity` hooks of controls."""

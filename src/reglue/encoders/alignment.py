@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reglue.errors import UserError
-from reglue.files import replacing, structured, to_json
+from reglue.files import opened_tensors, parse_json, read_network, replacing, to_json
 
 FILE = "alignment.safetensors"
 _METADATA = "spec"
+_REMEDY = "run `reglue autoencode` again"
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,6 @@ def load_alignment(folder: Path | str, device: str | torch.device = "cpu") -> Al
         raise UserError(
             f"{folder} has no {FILE}: give a folder that `reglue autoencode` made with --alignment.weight above 0"
         )
-    try:
-        with safe_open(file, "pt") as opened:
-            spec = structured((opened.metadata() or {})[_METADATA], AlignmentSpec)
-            weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 not a dict
-        network = AlignmentNetwork(spec)
-        network.load_state_dict(weights)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} holds no alignment network ({reason}); run `reglue autoencode` again") from error
-    return network.eval().to(device)
+    with opened_tensors(file, _REMEDY) as opened:
+        spec = parse_json((opened.metadata() or {}).get(_METADATA, ""), AlignmentSpec)
+    return read_network(lambda: AlignmentNetwork(spec), file, _REMEDY).eval().to(device)

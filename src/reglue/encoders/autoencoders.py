@@ -9,7 +9,6 @@ the raw latents. Models live in (raw − mean)/std.
 """
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from importlib import import_module, resources
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reglue.encoders.known import AUTOENCODERS_ON_HUB, GATED_AUTOENCODERS, STARTER
 from reglue.encoders.taef2 import taef2_decoder, taef2_encoder
-from reglue.errors import UserError
+from reglue.errors import UserError, one_line
+from reglue.files import opened_tensors, read_json, read_network, read_tensors
 from reglue.hub import fetch
 
 if TYPE_CHECKING:
@@ -31,28 +30,10 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DecoderOutput
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-STARTER = "starter"
-HUB_NAMES = {
-    "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse",
-    "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
-    "sdxl-vae": "stabilityai/sdxl-vae",
-    "sd3-vae": "stabilityai/stable-diffusion-3-medium-diffusers/vae",
-    "flux-vae": "black-forest-labs/FLUX.1-schnell/vae",
-    "dc-ae-f32c32": "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers",
-    "dc-ae-f64c128": "mit-han-lab/dc-ae-f64c128-in-1.0-diffusers",
-    "dc-ae-f128c512": "mit-han-lab/dc-ae-f128c512-in-1.0-diffusers",
-    "dc-ae-f32c32-sana": "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers",
-    "taesd": "madebyollin/taesd",
-    "taesdxl": "madebyollin/taesdxl",
-    "taesd3": "madebyollin/taesd3",
-    "taef1": "madebyollin/taef1",
-}
-"""Short names of autoencoders on the Hugging Face hub: OWNER/REPOSITORY[/SUBFOLDER]."""
-GATED = {"sd3-vae", "flux-vae"}
-"""Those whose pages ask for terms to be accepted first."""
 CONFIG = "config.json"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 MEAN_STD = "mean_std.json"
+REMEDY = "fetch it again"
 TAEF2_FILES = ("taef2_encoder.safetensors", "taef2_decoder.safetensors")
 
 
@@ -272,12 +253,12 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu") -> Autoencod
 
 def autoencoder_names() -> list[str]:
     """The short names that `load_autoencoder` knows."""
-    return [STARTER, *HUB_NAMES]
+    return [STARTER, *AUTOENCODERS_ON_HUB]
 
 
 def _fetch(name: str) -> Path:
     """The local folder of an autoencoder on the hub."""
-    owner, _, rest = HUB_NAMES.get(name, name).partition("/")
+    owner, _, rest = AUTOENCODERS_ON_HUB.get(name, name).partition("/")
     repository, _, subfolder = rest.partition("/")
     if not repository or name.startswith(("/", ".", "~")):
         raise UserError(
@@ -291,7 +272,7 @@ def _fetch(name: str) -> Path:
         [prefix + CONFIG, prefix + DIFFUSERS_WEIGHTS],
         instead="put them into a folder, and give that folder",
         optional=prefix + MEAN_STD,
-        gated=name in GATED,
+        gated=name in GATED_AUTOENCODERS,
     )
 
 
@@ -301,33 +282,27 @@ def _load_diffusers(name: str, folder: Path) -> PosteriorAutoencoder | Determini
         if not file.is_file():
             raise UserError(f"autoencoder {folder}: {file.name} is missing; a diffusers folder has it beside the rest")
     class_name = _class_name(config_file)
-    kind = DIFFUSERS_KINDS[class_name]
-    network = _read_network(_class_of_diffusers(class_name, folder), folder)
-    config = dict(network.config)
-    _check_sizes(config, folder)
-    patch = config["patch_size"][0] if kind.autoencoder is Flux2Autoencoder else 1
-    channels = (config.get("vq_embed_dim") or config["latent_channels"]) * patch**2
-    shift, scale = _normalisation(network, channels, folder)
-    spec = AutoencoderSpec(
-        name=name,
-        kind=class_name,
-        weights_sha256=_sha256(weights),
-        latent_channels=channels,
-        downsampling=2 ** (len(config[kind.widths]) - 1) * patch,
-        shift=shift,
-        scale=scale,
-    )
+    kind, network_class = DIFFUSERS_KINDS[class_name], _class_of_diffusers(class_name, folder)
+    try:
+        network = _read_network(network_class, folder)
+        config = dict(network.config)
+        _check_sizes(config, folder)
+        patch = config["patch_size"][0] if kind.autoencoder is Flux2Autoencoder else 1
+        channels = (config.get("vq_embed_dim") or config["latent_channels"]) * patch**2
+        shift, scale = _normalisation(network, channels, folder)
+        downsampling = 2 ** (len(config[kind.widths]) - 1) * patch
+    except UserError:
+        raise
+    except Exception as error:  # diffusers does not check a configuration: a wrong value may fail anywhere.
+        raise UserError(f"{config_file} describes no {class_name} ({one_line(error)}); {REMEDY}") from error
+    spec = AutoencoderSpec(name, class_name, _sha256(weights), channels, downsampling, shift, scale)
     return kind.autoencoder(network, spec)
 
 
 def _class_name(config_file: Path) -> str:
     """Which of `DIFFUSERS_KINDS` a folder's configuration describes."""
     folder, known = config_file.parent, ", ".join(DIFFUSERS_KINDS)
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise UserError(f"autoencoder {folder}: config.json is no JSON ({error}); fetch it again") from error
-    class_name = config.get("_class_name") if isinstance(config, dict) else None
+    class_name = read_json(config_file, dict[str, Any], "fetch it again").get("_class_name")
     if not isinstance(class_name, str):
         raise UserError(
             f"autoencoder {folder}: config.json is not in diffusers' layout: it lacks _class_name, the autoencoder's "
@@ -378,7 +353,8 @@ def _read_network(network_class: Any, folder: Path) -> Any:
     from diffusers.utils import logging
 
     weights = folder / DIFFUSERS_WEIGHTS
-    _check_is_safetensors(weights)
+    with opened_tensors(weights, REMEDY):
+        pass
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # What it would warn of is refused below.
     try:
@@ -392,8 +368,6 @@ def _read_network(network_class: Any, folder: Path) -> Any:
         )
     except RuntimeError as error:
         raise _unfitting(weights, str(error)) from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"autoencoder {folder}: config.json describes no {network_class.__name__} ({error})") from error
     finally:
         logging.set_verbosity(verbosity)
     # diffusers fills missing weights with noise.
@@ -425,8 +399,8 @@ def _normalisation(network: Any, channels: int, folder: Path) -> tuple[tuple[flo
 
 def _read_mean_std(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel."""
+    content = read_json(file, dict[str, Any], "mend it, or take it away to use config.json")
     try:
-        content = json.loads(file.read_text())
         mean, std = (torch.tensor(content[key], dtype=torch.float64).expand(channels) for key in ("mean", "std"))
         valid = mean.isfinite().all() and std.isfinite().all() and std.min() > 0
     except (ValueError, KeyError, TypeError, RuntimeError):
@@ -444,15 +418,14 @@ def _load_taef2(name: str, folder: Path) -> Taef2Autoencoder:
     for file in files:
         if not file.is_file():
             raise UserError(f"autoencoder {name}: {file} is missing; TAEF2 needs both {' and '.join(TAEF2_FILES)}")
-    encoder_state = _read_weights(files[0])
+    encoder_state = read_tensors(files[0], REMEDY)
     # Its two ends tell the sizes: the first convolution (width, 3, 3, 3) and the last (latent channels, width, 3, 3).
     first, last = encoder_state.get("0.weight"), encoder_state.get("14.weight")
     if first is None or last is None:
         raise UserError(f"{files[0]} does not hold the encoder of TAEF2: it has no 0.weight and 14.weight")
     width, latent_channels = first.shape[0], last.shape[0]
-    encoder, decoder = taef2_encoder(width, latent_channels), taef2_decoder(width, latent_channels)
-    _load_weights(encoder, files[0])
-    _load_weights(decoder, files[1])
+    encoder = read_network(lambda: taef2_encoder(width, latent_channels), files[0], REMEDY)
+    decoder = read_network(lambda: taef2_decoder(width, latent_channels), files[1], REMEDY)
     spec = AutoencoderSpec(
         name=name,
         kind="TAEF2",
@@ -463,27 +436,6 @@ def _load_taef2(name: str, folder: Path) -> Taef2Autoencoder:
         scale=(1.0,) * latent_channels,
     )
     return Taef2Autoencoder(encoder, decoder, spec)
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    _check_is_safetensors(file)
-    return load_file(file)
-
-
-def _check_is_safetensors(file: Path) -> None:
-    try:
-        with safe_open(file, "pt"):
-            pass
-    except SafetensorError as error:
-        raise UserError(f"{file} is not a safetensors file ({error})") from error
-
-
-def _load_weights(network: nn.Module, file: Path) -> None:
-    """Fill the network from a file; half-precision weights become float32."""
-    try:
-        network.load_state_dict(_read_weights(file))
-    except RuntimeError as error:
-        raise _unfitting(file, str(error)) from error
 
 
 def _unfitting(file: Path, reason: str) -> UserError:

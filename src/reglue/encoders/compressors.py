@@ -8,23 +8,19 @@ REGLUE's convolutional autoencoder (arXiv 2512.16636), also as a variational one
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from cattrs.errors import BaseValidationError
-from cattrs.preconf.json import make_converter
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reglue.errors import UserError
-from reglue.files import replacing
+from reglue.files import read_json, read_network, replacing, to_json
 
 CompressorKind = Literal["conv", "pca", "mlp"]
 CompressedColumn = Literal["features", "cls"]
@@ -54,8 +50,8 @@ class CompressorSpec:
     column: CompressedColumn = "features"
     """What it was fitted to."""
     layers: tuple[int, ...] | None = field(default=None, compare=False)
-    """Blocks of the encoder whose features it takes, ascending; None, as in older files and for class tokens: all that
-    its store has. The hash tells compressors apart: it covers the statistics of what they take."""
+    """Blocks of the encoder whose features it takes, ascending; None for class tokens, and for all that its store
+    has. The hash tells compressors apart: it covers the statistics of what they take."""
 
 
 class Compressor(nn.Module, ABC):
@@ -118,7 +114,7 @@ class Compressor(nn.Module, ABC):
         with replacing(folder / WEIGHTS_FILE) as beside:
             save_file({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, beside)
         with replacing(folder / SPEC_FILE) as beside:
-            beside.write_text(json.dumps(asdict(spec), indent=1))
+            beside.write_text(to_json(spec))
         return spec
 
 
@@ -306,22 +302,11 @@ def resize(code: Tensor, grid: tuple[int, int]) -> Tensor:
 def load_compressor(folder: Path | str) -> Compressor:
     """Load what `Compressor.save` wrote, in eval mode on the CPU. Raises UserError for a missing or damaged file."""
     folder = Path(folder)
-    try:
-        spec = make_converter(forbid_extra_keys=True).structure(
-            json.loads((folder / SPEC_FILE).read_text()), CompressorSpec
-        )
-        weights = load_file(folder / WEIGHTS_FILE)
-        compressor = _from_weights(spec, weights)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{error.filename or folder} is missing: no compressor there; make one with `reglue compress`"
-        ) from error
-    except (ValueError, BaseValidationError, SafetensorError, RuntimeError, KeyError) as error:
-        raise UserError(f"the compressor in {folder} is damaged; delete it and run `reglue compress` again") from error
+    remedy = f"delete {folder} and run `reglue compress` again"
+    spec = read_json(folder / SPEC_FILE, CompressorSpec, remedy)
+    compressor = read_network(lambda: _empty(spec), folder / WEIGHTS_FILE, remedy).eval()
     if compressor.weights_sha256() != spec.weights_sha256:
-        raise UserError(
-            f"{folder / WEIGHTS_FILE} does not belong to {SPEC_FILE} beside it; run `reglue compress` again"
-        )
+        raise UserError(f"{folder / WEIGHTS_FILE} does not belong to {SPEC_FILE} beside it; {remedy}")
     return compressor
 
 
@@ -343,11 +328,12 @@ def conv_compressor_from_published(state_dict: Mapping[str, Tensor], mean: Tenso
     return compressor.eval()
 
 
-def _from_weights(spec: CompressorSpec, weights: dict[str, Tensor]) -> Compressor:
+def _empty(spec: CompressorSpec) -> Compressor:
+    """A compressor of these sizes, its weights still to be filled in."""
     if spec.kind == "pca":
-        compressor = PcaCompressor(weights["mean"], weights["std"], weights["centre"], weights["components"])
+        vector = torch.empty(spec.channels_in)
+        compressor = PcaCompressor(vector, vector, vector, torch.empty(spec.channels, spec.channels_in))
     else:
         compressor = LEARNED[spec.kind](spec.channels_in, spec.hidden, spec.channels, variational=spec.variational)
-        compressor.load_state_dict(weights)
     compressor.column, compressor.layers = spec.column, spec.layers
-    return compressor.eval()
+    return compressor

@@ -17,96 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reglue.errors import UserError
+from reglue.encoders.known import KNOWN_ENCODERS, NORMALISE_RESIZE, STARTER, Steps, recognise
+from reglue.errors import UserError, one_line
+from reglue.files import parse_json, read_json, read_tensors
 from reglue.hub import fetch
 
 if TYPE_CHECKING:
     from timm.models import Eva, VisionTransformer
 
 
-Steps = tuple[Literal["normalise", "resize"], Literal["normalise", "resize"]]
-"""The order in which an image in [0, 1] is standardised and brought to the network's input size. Bicubic weights sum to
-1, so the two orders agree but for rounding; the published features are reproduced to the bit by their own."""
-
-NORMALISE_RESIZE: Steps = ("normalise", "resize")
-RESIZE_NORMALISE: Steps = ("resize", "normalise")
-
-
-@dataclass(frozen=True)
-class Family:
-    """What networks of one kind share: how they are fed, and the tensors that give them away."""
-
-    steps: Steps
-    tensors: frozenset[str]
-    """Those of `TELLING_TENSORS` that their weights have."""
-    recognisable: bool = True
-    """False where networks that compute something else have the same tensors: then a file alone does not tell."""
-
-
-TELLING_TENSORS = frozenset({"cls_token", "pos_embed", "norm_pre.weight", "attn_pool.latent", "blocks.0.ls1.gamma"})
-
-# REPA standardises first for DINOv2, and resizes first for CLIP. A patch of 16 leaves an image as it is, as REPA does
-# with DINO and MAE, so that their order only shows in a folder with another `reglue_input`.
-DINO_V2 = Family(NORMALISE_RESIZE, frozenset({"cls_token", "pos_embed", "blocks.0.ls1.gamma"}))
-DINO_V3 = Family(NORMALISE_RESIZE, frozenset({"cls_token"}))
-# DINO and MAE are plain vision transformers, as many others are.
-PLAIN = Family(NORMALISE_RESIZE, frozenset({"cls_token", "pos_embed"}), recognisable=False)
-# OpenAI's networks use an approximate GELU, which other CLIPs of the same shapes do not.
-CLIP = Family(RESIZE_NORMALISE, frozenset({"cls_token", "pos_embed", "norm_pre.weight"}), recognisable=False)
-# Their own image processors resize first.
-SIGLIP_2 = Family(RESIZE_NORMALISE, frozenset({"pos_embed", "attn_pool.latent"}))
-PE = Family(RESIZE_NORMALISE, frozenset({"cls_token", "pos_embed", "norm_pre.weight", "attn_pool.latent"}))
-PE_GIANT = Family(RESIZE_NORMALISE, PE.tensors - {"cls_token"})
-
-
-@dataclass(frozen=True)
-class KnownEncoder:
-    """One row of the table of short names: a timm architecture, and the shapes by which its weights are recognised.
-
-    Mean, standard deviation and the repository of the weights are timm's own for that architecture.
-    """
-
-    architecture: str
-    family: Family
-    width: int
-    depth: int
-    patch_size: int
-    registers: int = 0
-
-
-KNOWN_ENCODERS = {
-    "dinov2-s": KnownEncoder("vit_small_patch14_dinov2.lvd142m", DINO_V2, 384, 12, 14),
-    "dinov2-b": KnownEncoder("vit_base_patch14_dinov2.lvd142m", DINO_V2, 768, 12, 14),
-    "dinov2-l": KnownEncoder("vit_large_patch14_dinov2.lvd142m", DINO_V2, 1024, 24, 14),
-    "dinov2-g": KnownEncoder("vit_giant_patch14_dinov2.lvd142m", DINO_V2, 1536, 40, 14),
-    "dinov2-s-reg": KnownEncoder("vit_small_patch14_reg4_dinov2.lvd142m", DINO_V2, 384, 12, 14, 4),
-    "dinov2-b-reg": KnownEncoder("vit_base_patch14_reg4_dinov2.lvd142m", DINO_V2, 768, 12, 14, 4),
-    "dinov2-l-reg": KnownEncoder("vit_large_patch14_reg4_dinov2.lvd142m", DINO_V2, 1024, 24, 14, 4),
-    "dinov2-g-reg": KnownEncoder("vit_giant_patch14_reg4_dinov2.lvd142m", DINO_V2, 1536, 40, 14, 4),
-    "dinov3-s": KnownEncoder("vit_small_patch16_dinov3.lvd1689m", DINO_V3, 384, 12, 16, 4),
-    "dinov3-b": KnownEncoder("vit_base_patch16_dinov3.lvd1689m", DINO_V3, 768, 12, 16, 4),
-    "dinov3-l": KnownEncoder("vit_large_patch16_dinov3.lvd1689m", DINO_V3, 1024, 24, 16, 4),
-    "dino-b": KnownEncoder("vit_base_patch16_224.dino", PLAIN, 768, 12, 16),
-    "mae-b": KnownEncoder("vit_base_patch16_224.mae", PLAIN, 768, 12, 16),
-    "mae-l": KnownEncoder("vit_large_patch16_224.mae", PLAIN, 1024, 24, 16),
-    "clip-b": KnownEncoder("vit_base_patch16_clip_quickgelu_224.openai", CLIP, 768, 12, 16),
-    "clip-l": KnownEncoder("vit_large_patch14_clip_quickgelu_224.openai", CLIP, 1024, 24, 14),
-    "siglip2-b": KnownEncoder("vit_base_patch16_siglip_256.v2_webli", SIGLIP_2, 768, 12, 16),
-    "siglip2-l": KnownEncoder("vit_large_patch16_siglip_256.v2_webli", SIGLIP_2, 1024, 24, 16),
-    "siglip2-so400m": KnownEncoder("vit_so400m_patch16_siglip_256.v2_webli", SIGLIP_2, 1152, 27, 16),
-    "pe-t": KnownEncoder("vit_pe_core_tiny_patch16_384.fb", PE, 192, 12, 16),
-    "pe-s": KnownEncoder("vit_pe_core_small_patch16_384.fb", PE, 384, 12, 16),
-    "pe-b": KnownEncoder("vit_pe_core_base_patch16_224.fb", PE, 768, 12, 16),
-    "pe-l": KnownEncoder("vit_pe_core_large_patch14_336.fb", PE, 1024, 24, 14),
-    "pe-g": KnownEncoder("vit_pe_core_gigantic_patch14_448.fb", PE_GIANT, 1536, 50, 14),
-}
-STARTER = "starter"
 WEIGHTS = "model.safetensors"
+REMEDY = "fetch it again"
 _CLASSIFIER = re.compile(r"(head|head_dist)\.(weight|bias)$|(visual\.)?proj$")
 """Tensors of a classifier or projection after the pooled vector, as timm and OpenAI name them."""
 
@@ -148,8 +72,7 @@ Pooling = Literal["class token or mean", "attention"]
 class EncoderSpec:
     """What decides an encoder's output, as plain data. Two specs are equal when their features are the same.
 
-    Sizes are (height, width) in pixels; `grid` is in patches. Fields with a default came later: it says what was done
-    before, so that older stores and runs still mean the same.
+    Sizes are (height, width) in pixels; `grid` is in patches.
     """
 
     name: str = field(compare=False)
@@ -173,16 +96,16 @@ class EncoderSpec:
     image_std: tuple[float, ...]
     interpolation: str
     antialias: bool
-    steps: Steps = NORMALISE_RESIZE
+    steps: Steps
     """The order of standardising and resizing."""
-    final_norm: bool = True
+    final_norm: bool
     """Whether the final norm was applied to the features of each layer. The class token always comes after it."""
-    pooling: Pooling = "class token or mean"
+    pooling: Pooling
     """How the vector for the whole image is made: the network's class token, or the mean over patches where
     `prefix_tokens` says that it has none; or the network's own attention pooling."""
-    prefix_tokens: int | None = field(default=None, compare=False)
-    """Tokens before the patches: the class token and registers. The architecture decides it; None: not recorded."""
-    registers: int | None = field(default=None, compare=False)
+    prefix_tokens: int = field(compare=False)
+    """Tokens before the patches: the class token and registers. The architecture decides it."""
+    registers: int = field(compare=False)
     """How many of them are registers."""
 
     @property
@@ -394,7 +317,7 @@ def _find_source(name: str) -> _Source:
     if path.is_dir():
         return _source_from_folder(path.resolve())
     if path.is_file():
-        known = KNOWN_ENCODERS[_recognise(path)]
+        known = KNOWN_ENCODERS[recognise(path)]
         return _Source(str(path.resolve()), known.architecture, path, steps=known.family.steps)
 
     architecture_name, at, file = name.partition("@")
@@ -432,15 +355,18 @@ def _source_from_folder(folder: Path) -> _Source:
             raise UserError(
                 f"encoder {folder}: {file.name} is missing; timm's layout is config.json, model.safetensors"
             )
+    config = read_json(config_file, dict[str, Any], REMEDY)
     try:
-        config = json.loads(config_file.read_text())
-        architecture = config["architecture"]
-        input_rule = InputRule(**config.get("reglue_input", {}))
+        return _Source(
+            str(folder),
+            config["architecture"],
+            weights,
+            dict(config.get("model_args", {})),
+            dict(config.get("pretrained_cfg", {})),
+            parse_json(json.dumps(config.get("reglue_input", {})), InputRule),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"encoder {folder}: config.json is not in timm's layout ({error!r})") from error
-    return _Source(
-        str(folder), architecture, weights, config.get("model_args", {}), config.get("pretrained_cfg", {}), input_rule
-    )
 
 
 def _fetch_weights(name: str, architecture: str) -> Path:
@@ -455,38 +381,6 @@ def _fetch_weights(name: str, architecture: str) -> Path:
     return fetch(f"encoder {name}", repository, [WEIGHTS], instead=f"give it as {name}@FILE") / WEIGHTS
 
 
-def _recognise(file: Path) -> str:
-    """The short name of the architecture whose weights a file holds. Raises UserError if there is not just one."""
-    shapes = _tensor_shapes(file)
-    width, *_, patch_size = shapes.get("patch_embed.proj.weight", [0, 0])
-    depth = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
-    registers = next((shapes[key][1] for key in ("reg_token", "register_tokens") if key in shapes), 0)
-    telling = TELLING_TENSORS & shapes.keys()
-    fitting = {
-        name: known.family
-        for name, known in KNOWN_ENCODERS.items()
-        if (known.width, known.depth, known.patch_size, known.registers) == (width, depth, patch_size, registers)
-        and known.family.tensors == telling
-    }
-    if len(fitting) == 1 and all(family.recognisable for family in fitting.values()):
-        return next(iter(fitting))
-    if fitting:
-        choices = " or ".join(f"{name}@{file}" for name in fitting)
-        raise UserError(f"{file} may hold more than one network: say which, as {choices}, or as timm:NAME@{file}")
-    raise UserError(
-        f"{file} holds no encoder of the table (found width {width}, {depth} blocks, patch "
-        f"{patch_size}, {registers} registers): say which network it is, as NAME@{file}"
-    )
-
-
-def _tensor_shapes(file: Path) -> dict[str, list[int]]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 not a dict
-    except SafetensorError as error:
-        raise UserError(f"{file} is not a safetensors file ({error})") from error
-
-
 def _empty_network(source: _Source) -> "VisionTransformer | Eva":
     """The network without memory for its weights, to read off its shape."""
     with torch.device("meta"):
@@ -494,13 +388,17 @@ def _empty_network(source: _Source) -> "VisionTransformer | Eva":
 
 
 def _load_network(source: _Source, input_size: tuple[int, int]) -> "VisionTransformer | Eva":
+    # Without the classifier of the training, since with it timm would load a file in which others are missing.
+    tensors = read_tensors(source.weights, REMEDY)
+    state = {key: value for key, value in tensors.items() if not _CLASSIFIER.match(key)}
+    if not state:  # timm would fetch its own weights.
+        raise UserError(f"{source.weights} is damaged (it holds no weights); {REMEDY}")
     try:
-        # Without the classifier of the training, since with it timm would load a file in which others are missing.
-        state = {key: value for key, value in load_file(source.weights).items() if not _CLASSIFIER.match(key)}
         network = _create(source, img_size=input_size, pretrained=True, state_dict=state)
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{source.weights} does not fit the network {source.architecture}: {reason}") from error
+    except (RuntimeError, KeyError) as error:
+        raise UserError(
+            f"{source.weights} does not fit the network {source.architecture}: {one_line(error)}"
+        ) from error
     return network
 
 
@@ -523,8 +421,14 @@ def _create(
         network = timm.create_model(
             source.architecture, pretrained=pretrained, pretrained_cfg_overlay=overlay, **arguments
         )
-    except TypeError as error:
-        raise UserError(f"encoder {source.architecture} cannot be built with {arguments}: {error}") from error
+        # A configuration may leave these out, or have anything for them.
+        for statistic in ("mean", "std"):
+            torch.tensor(list(cast(Any, network).pretrained_cfg[statistic]), dtype=torch.float64).reshape(3)
+    except Exception as error:  # timm checks nothing: wrong arguments may fail anywhere.
+        if pretrained and isinstance(error, RuntimeError | KeyError):  # These are about the weights.
+            raise
+        what = f"config.json of {source.name}" if source.model_args or source.pretrained_cfg else source.architecture
+        raise UserError(f"encoder {what} cannot be built with {arguments}: {one_line(error)}") from error
     if not isinstance(network, VisionTransformer | Eva):
         raise UserError(f"encoder {source.architecture} is not a vision transformer: it has no grid of patch tokens")
     return network

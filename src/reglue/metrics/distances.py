@@ -19,6 +19,10 @@ BLOCK = 1024
 """Rows handled at once by functions that compare every row with every other."""
 MOST_PAIRS = BLOCK * BLOCK
 """Of a block, that are worth being compared by differences of their features."""
+NEIGHBOURS = 3
+"""Of precision and recall, as published."""
+DENSITY_NEIGHBOURS = 5
+"""Of density and coverage, as published."""
 
 
 class Gaussian(NamedTuple):
@@ -35,20 +39,19 @@ class GaussianStatistics:
     lose digits when the mean is far from zero, as summing squares would.
     """
 
-    def __init__(self, width: int):
-        self.count = 0
-        self.mean = torch.zeros(width, dtype=torch.float64)
-        self._scatter = torch.zeros(width, width, dtype=torch.float64)
+    def __init__(self, width: int, count: int = 0, mean: Tensor | None = None, scatter: Tensor | None = None):
+        """Of nothing, or of what others have seen; `scatter` (D, D) sums products of deviations from the mean."""
+        self.count = count
+        self.mean = torch.zeros(width, dtype=torch.float64) if mean is None else mean
+        self.scatter = torch.zeros(width, width, dtype=torch.float64) if scatter is None else scatter
 
     def update(self, features: Tensor) -> Self:
         """Adds a batch (B, D) of any size, floating type and device; returns itself."""
         for block in features.detach().split(BLOCK):
             rows = block.to("cpu", torch.float64)
-            batch = GaussianStatistics(len(self.mean))
-            batch.count, batch.mean = len(rows), rows.mean(0)
-            rows = rows - batch.mean
-            batch._scatter = rows.T @ rows
-            self.merge(batch)
+            mean = rows.mean(0)
+            rows = rows - mean
+            self.merge(GaussianStatistics(len(mean), len(rows), mean, rows.T @ rows))
         return self
 
     def merge(self, other: "GaussianStatistics") -> Self:
@@ -56,26 +59,14 @@ class GaussianStatistics:
         count = self.count + other.count
         if other.count:
             shift = other.mean - self.mean
-            self._scatter += other._scatter + torch.outer(shift, shift) * (self.count * other.count / count)
+            self.scatter += other.scatter + torch.outer(shift, shift) * (self.count * other.count / count)
             self.mean = self.mean + shift * (other.count / count)
             self.count = count
         return self
 
     @property
-    def scatter(self) -> Tensor:
-        """Summed products of deviations from the mean, (D, D) float64."""
-        return self._scatter
-
-    @classmethod
-    def of(cls, count: int, mean: Tensor, scatter: Tensor) -> Self:
-        """What has been seen elsewhere: `count`, `mean` and `scatter` of its statistics."""
-        made = cls(len(mean))
-        made.count, made.mean, made._scatter = count, mean, scatter
-        return made
-
-    @property
     def gaussian(self) -> Gaussian:
-        """What has been seen, as a normal distribution; ValueError below two rows."""
+        """Of what has been seen, a normal distribution; ValueError below two rows."""
         return Gaussian(self.mean, self.covariance)
 
     @property
@@ -83,7 +74,7 @@ class GaussianStatistics:
         """The unbiased covariance (D, D); ValueError below two rows."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least two rows, not {self.count}")
-        return self._scatter / (self.count - 1)
+        return self.scatter / (self.count - 1)
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
@@ -145,7 +136,7 @@ class KernelDistance:
     mean: float
     std: float
     resampled: Tensor = field(compare=False)
-    """(R,) float64: the mean with the images of the first set counted as each resample says."""
+    """(R,) float64: the mean with the images of the first set counted as often as each resample has them."""
 
 
 def kernel_distance(
@@ -161,7 +152,7 @@ def kernel_distance(
 
     Averaged over `subsets` random pairs of subsets of `subset_size` rows (or of all rows of the smaller set, if that
     has fewer) without repetition. Being unbiased it may be slightly negative. Takes features (N, D) and (M, D);
-    ValueError below two rows. `counts` (R, N) says how often each resample has each row of the first set.
+    ValueError below two rows. `counts` (R, N) are how often each resample has each row of the first set.
 
     Products are taken in the features' own type and sums in float64: for float32 this is twice as fast as float64
     throughout, and moves the distance by a hundred-thousandth of its scatter between subsets.
@@ -221,7 +212,7 @@ def _cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ManifoldScores:
-    """What each image says about the overlap of two sets; each figure is the mean of a tensor."""
+    """The overlap of two sets, image by image; each figure is the mean of a tensor."""
 
     precision: Tensor
     """(N,) per generated image: 1 if it lies in the manifold of the real ones (it looks real), otherwise 0."""
@@ -234,7 +225,7 @@ class ManifoldScores:
 
 
 def manifold_scores(
-    *, generated: Tensor, real: Tensor, neighbours: int = 3, density_neighbours: int = 5
+    *, generated: Tensor, real: Tensor, neighbours: int = NEIGHBOURS, density_neighbours: int = DENSITY_NEIGHBOURS
 ) -> ManifoldScores:
     """Precision and recall of Kynkäänniemi et al. (2019), density and coverage of Naeem et al. (2020).
 
@@ -369,14 +360,14 @@ class _Block:
         parts = [self.of.shift(part) for part in self.of.columns.split(BLOCK)]
         squares = torch.cat([torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist").square_() for y in parts], dim=1)
         largest = float(squares.max())
-        # Copies are at distance 0, though rounding says otherwise.
+        # Copies are at distance 0, but for rounding.
         return squares.masked_fill_(squares <= (x.shape[1] + 32) * torch.finfo(torch.float64).eps * largest, 0)
 
 
 def inception_scores(logits: Tensor, counts: Tensor, split_size: int = 5000) -> Tensor:
     """The Inception Score of Salimans et al. (2016) of each resample: exp of the mean KL(p(y|x) ‖ p(y)); (R,) float64.
 
-    `logits` (N, C) are the network's, for ADM's score without the bias of its last layer; `counts` (R, N) says how
+    `logits` (N, C) are the network's, for ADM's score without the bias of its last layer; `counts` (R, N) are how
     often each resample has each image, all ones being the set itself. As in ADM's evaluator the score is the mean over
     splits of `split_size` images in the order given, the last of which may be shorter.
     """

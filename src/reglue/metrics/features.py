@@ -1,4 +1,4 @@
-"""From images to the features that distances are measured on: feature networks, and what they say about a set."""
+"""From images to the features that distances are measured on: feature networks, and the features of a set."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from reglue.encoders.vision import KNOWN_ENCODERS, InputRule, VisionEncoder, load_encoder
+from reglue.encoders.known import KNOWN_ENCODERS
+from reglue.encoders.vision import InputRule, VisionEncoder, load_encoder
 from reglue.metrics.distances import GaussianStatistics
 
 FeatureKind = Literal["class-token", "patch-mean"]
@@ -23,7 +24,7 @@ FD_DINOV2_SIZE = 224
 
 
 class Description(NamedTuple):
-    """What a feature network says about a batch of images."""
+    """What a feature network gives for a batch of images."""
 
     features: Tensor
     """(B, D)."""
@@ -62,7 +63,7 @@ class FeatureNetwork(ABC):
 
 @dataclass
 class FeatureSet:
-    """What a network says about a set of images."""
+    """What a network gives for a set of images."""
 
     features: Tensor
     """(N, D) float32 on the CPU."""
@@ -75,22 +76,12 @@ class FeatureSet:
 
 
 def describe_images(network: FeatureNetwork, batches: Iterable[Tensor], *, keep_spatial: bool = False) -> FeatureSet:
-    """What a network says about images that come as uint8 batches (B, 3, H, W), of which one at a time is held.
+    """The features of images that come as uint8 batches (B, 3, H, W), of which one at a time is held.
 
     Spatial features double the memory; they are kept on request, and otherwise become statistics alone.
     """
-    features = [torch.empty(0, network.width)]
-    logits: list[Tensor] = []
-    spatial = GaussianStatistics(network.spatial_width) if network.spatial_width else None
-    waiting: list[Tensor] = []
-    kept = [torch.empty(0, network.spatial_width)]
-
-    def count_waiting() -> None:
-        # Some hundred rows at once, since each update touches the whole of a large matrix.
-        if spatial is not None and waiting:
-            spatial.update(torch.cat(waiting))
-            waiting.clear()
-
+    features, logits, kept = [torch.empty(0, network.width)], [], [torch.empty(0, network.spatial_width)]
+    spatial, waiting = GaussianStatistics(network.spatial_width), []
     for pixels in batches:
         found = network.describe(pixels)
         features.append(found.features.float().cpu())
@@ -99,19 +90,25 @@ def describe_images(network: FeatureNetwork, batches: Iterable[Tensor], *, keep_
         if found.spatial is not None:
             waiting.append(found.spatial.float().cpu())
             kept += waiting[-1:] if keep_spatial else []
+            # Some hundred rows at once, since each update touches the whole of a large matrix.
             if sum(map(len, waiting)) >= 512:
-                count_waiting()
-    count_waiting()
+                spatial.update(torch.cat(waiting))
+                waiting = []
+    if waiting:
+        spatial.update(torch.cat(waiting))
+    has_spatial = network.spatial_width > 0
     return FeatureSet(
         features=torch.cat(features),
         logits=torch.cat(logits) if logits else None,
-        spatial=spatial,
-        spatial_features=torch.cat(kept) if keep_spatial and spatial is not None else None,
+        spatial=spatial if has_spatial else None,
+        spatial_features=torch.cat(kept) if keep_spatial and has_spatial else None,
     )
 
 
 class EncoderFeatures(FeatureNetwork):
     """A vision encoder with the preprocessing that stores are made with, for images of one size."""
+
+    without_logits = "a vision encoder has no classes"
 
     def __init__(self, encoder: VisionEncoder, kind: FeatureKind = "class-token"):
         spec = encoder.spec
@@ -121,10 +118,9 @@ class EncoderFeatures(FeatureNetwork):
         self.features_name = kind
         self.image_size = spec.image_size
         self.input_rule = f"{spec.interpolation} to {spec.input_size[0]}×{spec.input_size[1]} without antialias"
-        self.without_logits = "a vision encoder has no classes"
 
     def describe(self, pixels: Tensor) -> Description:
-        """As the encoder says."""
+        """Class tokens, or means over the patches of the last layer."""
         found = self.encoder.describe(pixels.to(self.encoder.image_mean.device))
         patches = found.features[:, -self.width :]
         return Description(found.class_token if self.kind == "class-token" else patches.mean((2, 3)), None, None)
@@ -139,6 +135,10 @@ class DinoV2Features(FeatureNetwork):
     a file may hold a fine-tuned network.
     """
 
+    features_name = "class-token"
+    input_rule = f"bicubic to {FD_DINOV2_SIZE}×{FD_DINOV2_SIZE} with antialias (Pillow)"
+    without_logits = EncoderFeatures.without_logits
+
     def __init__(self, name: str, device: str | torch.device = "cpu"):
         # The size of image that an encoder shows to its network as 224 pixels, patch for patch.
         image_size = FD_DINOV2_SIZE * InputRule().image_pixels_per_patch // KNOWN_ENCODERS[FD_DINOV2_ENCODER].patch_size
@@ -147,21 +147,16 @@ class DinoV2Features(FeatureNetwork):
         assert spec.input_size == (FD_DINOV2_SIZE, FD_DINOV2_SIZE)
         self.name, self.sha256, self.width = spec.name, spec.weights_sha256, spec.width
         self.distance_name = _dinov2_distance_name(spec.name)
-        self.features_name = "class-token"
-        self.input_rule = f"bicubic to {FD_DINOV2_SIZE}×{FD_DINOV2_SIZE} with antialias (Pillow)"
-        self.without_logits = "a vision encoder has no classes"
 
     @torch.no_grad()
     def describe(self, pixels: Tensor) -> Description:
         """The class token after the final norm."""
         side = (FD_DINOV2_SIZE, FD_DINOV2_SIZE)
-        resized = [
-            np.array(Image.fromarray(image).resize(side, Image.Resampling.BICUBIC))
-            for image in pixels.permute(0, 2, 3, 1).cpu().numpy()
-        ]
+        images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+        resized = np.stack([np.array(image.resize(side, Image.Resampling.BICUBIC)) for image in images])
         encoder = self.encoder
-        images = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(encoder.image_mean)
-        tokens = encoder.network.forward_features((images / 255 - encoder.image_mean) / encoder.image_std)
+        inputs = torch.from_numpy(resized).permute(0, 3, 1, 2).to(encoder.image_mean)
+        tokens = encoder.network.forward_features((inputs / 255 - encoder.image_mean) / encoder.image_std)
         return Description(tokens[:, 0], None, None)
 
 

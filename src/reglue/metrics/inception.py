@@ -6,7 +6,6 @@ by the bilinear rule of TensorFlow 1 without antialias.
 
 import hashlib
 import io
-import pickle
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from reglue.errors import UserError
 from reglue.metrics.features import Description, FeatureNetwork
+from reglue.pickles import read_untrusted_tensors
 
 INCEPTION = "inception"
 """The name by which the network is loaded from the internet, or from torch.hub's cache."""
@@ -30,7 +29,7 @@ SPATIAL_SIDE = 17
 """Height and width of that map."""
 WIDTH = 2048
 FIRST_TENSOR = "Conv2d_1a_3x3.conv.weight"
-"""A name that tells these weights from other networks'."""
+"""The name of a tensor that other networks do not have."""
 LOGITS = ("fc.weight", "fc.bias")
 OTHERWISE = "--feature-network FILE; --feature-network store or an encoder's name measures another distance without it"
 """What to do without a download, in the words of `reglue evaluate`."""
@@ -92,7 +91,7 @@ def load_inception(
     the weights cannot be downloaded: `otherwise` says by which option to give them.
     """
     weights = file or _downloaded(otherwise)
-    state = _read(weights)
+    state = read_untrusted_tensors(weights)
     without_logits = "" if all(name in state for name in LOGITS) else f"{weights.name} holds no layer of class scores"
     with torch.random.fork_rng(devices=[]):
         network = InceptionNetwork()
@@ -102,7 +101,10 @@ def load_inception(
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{weights} does not fit torch-fidelity's Inception network: {reason}") from error
+        raise UserError(
+            f"{weights} does not fit torch-fidelity's Inception network ({reason}); give its .pth, or safetensors with "
+            "its names (scripts/convert_inception.py makes one of a TorchScript file)"
+        ) from error
     with weights.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     # Convolutions are faster with the channels last: 1.45 times on a core of an EPYC CPU, and GPUs prefer it too.
@@ -120,22 +122,6 @@ def is_inception(file: Path) -> bool:
             return FIRST_TENSOR in tensors.keys()  # noqa: SIM118 not a dict
     except (SafetensorError, OSError):
         return False
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        reason = error.strerror or "it is not there"
-        raise UserError(f"the Inception's weights {file} cannot be read ({reason}); name a file of them") from error
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"{file} holds no plain tensors ({reason}); give torch-fidelity's .pth, or safetensors with its names "
-            "(scripts/convert_inception.py makes one of a TorchScript file)"
-        ) from error
 
 
 def _downloaded(otherwise: str) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 DEAD = 0.01
 """A channel is dead if the images explain less than this share of the variance of what is drawn in it."""
 ENOUGH = 4
-"""Fewer images than these say too little of a spread to call a channel dead."""
+"""With fewer images than these no channel is called dead: the spread is too uncertain."""
 
 
 class LatentSummary(NamedTuple):
@@ -42,7 +42,7 @@ class LatentSummary(NamedTuple):
 
     @property
     def dead(self) -> tuple[int, ...]:
-        """The channels that say next to nothing of an image; none, where there are too few images to tell."""
+        """The channels that carry next to nothing of an image; none, where there are too few images to know."""
         if self.images < ENOUGH:
             return ()
         return tuple(channel for channel, share in enumerate(self.shares) if share < DEAD)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reglue.encoders.vision import VisionEncoder
 from reglue.errors import UserError
+from reglue.pickles import read_untrusted_tensors
 
 STAGE_ENDS = (3, 8, 15, 22, 29)
 """Indices into torchvision's VGG16 of the last activation before each pooling, and of the very last one."""
@@ -69,7 +67,11 @@ def load_lpips(files: Sequence[Path], option: str = "--perceptual.network") -> L
     """
     found: dict[str, Tensor] = {}
     for file in files:
-        for name, tensor in _tensors(file, option).items():
+        try:
+            tensors = read_untrusted_tensors(file)
+        except UserError as error:
+            raise UserError(f"{option} {error}") from None
+        for name, tensor in tensors.items():
             name = re.sub(r"^net\.slice\d+\.", "features.", name)
             found[re.sub(r"^lins?\.?(\d)\.model\.\d\.", r"layers.\1.", name)] = tensor
     names = " and ".join(map(str, files))
@@ -106,17 +108,3 @@ def encoder_distance(first: Tensor, second: Tensor, layers: int) -> Tensor:
 def _unit(features: Tensor) -> Tensor:
     """Features (B, C, h, w), of norm 1 at every position."""
     return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
-
-
-def _tensors(file: Path, option: str) -> dict[str, Tensor]:
-    if not file.is_file():
-        or_encoder = "encoder, or " if option == "--perceptual.network" else ""
-        raise UserError(f"{option} {file}: there is no such file; give {or_encoder}the files of LPIPS")
-    try:
-        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{option} {file}: no file of tensors ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{option} {file}: no dictionary of tensors, as torchvision and lpips save them")
-    return state

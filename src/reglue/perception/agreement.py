@@ -1,12 +1,13 @@
 """How well two maps of one image agree: of the class of every pixel, or of its depth.
 
-Figures come with a standard error, by bootstrap over images, and with what the same maps give when each is compared
-with the map of another image: agreement that says nothing of the image, such as things being in the middle.
+Estimates come with a standard error, by bootstrap over images, and with what the same maps give when each is compared
+with the map of another image: agreement that has nothing to do with the image, such as things being in the middle.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,12 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reglue.perception.probes import RESAMPLES, confusions, mean_iou
 from reglue.seeds import generator
+
+IGNORE = 255
+"""Pixels of masks with this class are neither learned nor measured."""
+RESAMPLES = 200
+"""Bootstrap samples of images, for standard errors."""
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """One measure of agreement. A value is None where it is not defined, as the correlation of constants."""
 
     value: float | None
@@ -47,19 +52,17 @@ class Agreement(ABC):
             self._unrelated.append(self.counts(maps[-len(before) :], before))
         self._last = reference[-1:]
 
-    def figures(self, seed: int) -> dict[str, Figure]:
-        """The figures by name. `seed` is that of the bootstrap."""
+    def estimates(self, seed: int) -> dict[str, Estimate]:
+        """The estimates by name. `seed` is that of the bootstrap."""
         counts = torch.cat(self._related)
         values = self.measure(counts.sum(0))
         unrelated = self.measure(torch.cat(self._unrelated).sum(0)) if self._unrelated else {}
-        draws = generator(seed, "agreement bootstrap").integers(len(counts), size=(RESAMPLES, len(counts)))
-        resampled = [self.measure(counts[torch.from_numpy(draw)].sum(0)) for draw in draws]
-        figures = {}
+        resampled = [self.measure(total) for total in resampled_totals(counts, generator(seed, "agreement bootstrap"))]
+        estimates = {}
         for name in self.names:
-            defined = [one[name] for one in resampled if not np.isnan(one[name])]
-            error = float(np.std(defined)) if len(counts) > 1 and defined else float("nan")
-            figures[name] = Figure(_number(values[name]), _number(error), _number(unrelated.get(name, float("nan"))))
-        return figures
+            error = standard_error([one[name] for one in resampled]) if len(counts) > 1 else float("nan")
+            estimates[name] = Estimate(*map(_number, (values[name], error, unrelated.get(name, float("nan")))))
+        return estimates
 
     @abstractmethod
     def counts(self, maps: Tensor, reference: Tensor) -> Tensor:
@@ -112,5 +115,46 @@ class DepthAgreement(Agreement):
         return {"correlation": correlation, "relative_error": relative / count}
 
 
+def confusions(predicted: Tensor, targets: Tensor, classes: int) -> Tensor:
+    """How many pixels of each class (row) were taken for each (column): (n, classes, classes) int64, per image.
+
+    `predicted` and `targets` are (n, H, W); pixels with target 255 are left out.
+    """
+    counts = [
+        (classes * target[target != IGNORE].long() + guess[target != IGNORE]).bincount(minlength=classes**2)
+        for guess, target in zip(predicted, targets, strict=True)
+    ]
+    return torch.stack(counts).unflatten(1, (classes, classes))
+
+
+def mean_iou(confusion: Tensor) -> float:
+    """Intersection over union, averaged over the classes that occur in targets or predictions; NaN if none does.
+
+    `confusion` (classes, classes) counts pixels, rows by target and columns by prediction.
+    """
+    intersection = confusion.diagonal()
+    union = confusion.sum(0) + confusion.sum(1) - intersection
+    return float((intersection[union > 0] / union[union > 0]).double().mean())
+
+
+def resampled_totals(counts: Tensor, draws: np.random.Generator, resamples: int = RESAMPLES) -> Tensor:
+    """The sums of counts (N, …) over images that are drawn with repetition: (resamples, …) float64."""
+    drawn = torch.from_numpy(draws.integers(len(counts), size=(resamples, len(counts))))
+    weights = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
+    return (weights @ counts.flatten(1).double()).unflatten(1, counts.shape[1:])
+
+
+def standard_error(resampled: Sequence[float]) -> float:
+    """The bootstrap's, of a figure by its values on resamples; NaN if none is defined."""
+    defined = [value for value in resampled if not np.isnan(value)]
+    return float(np.std(defined)) if defined else float("nan")
+
+
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else value
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> str:
+    """Rows of cells as a table in Markdown; the first `texts` columns hold text, the others numbers."""
+    lines = [heads, ["---"] * texts + ["---:"] * (len(heads) - texts), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""Heads: small modules that tell, from a vision encoder's features, the class or the depth of every pixel.
+"""Heads: small modules that predict, from a vision encoder's features, the class or the depth of every pixel.
 
 They are made for real features, by `reglue head` or by DINOv2's authors (arXiv 2304.07193), and work on whatever gives
 such features: an alignment network makes them of generated latents (ReaLS, arXiv 2502.00359), without more training.
@@ -6,20 +6,21 @@ such features: an alignment network makes them of generated latents (ReaLS, arXi
 
 from __future__ import annotations
 
-import pickle
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reglue.encoders.vision import KNOWN_ENCODERS, EncoderSpec, VisionFeatures
+from reglue.encoders.known import KNOWN_ENCODERS
+from reglue.encoders.vision import EncoderSpec, VisionFeatures
 from reglue.errors import UserError
-from reglue.files import from_json, replacing, to_json
+from reglue.files import read_json, read_network, replacing, to_json
+from reglue.pickles import read_untrusted_tensors
 
 Task = Literal["segmentation", "depth"]
 
@@ -30,7 +31,7 @@ BATCH_NORM_EPSILON = 1e-5
 DEPTH_LAYERS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
 """The blocks that DINOv2's depth heads on four layers read, by the number of blocks."""
 DEPTH_RANGES = {"nyu": (0.001, 10.0), "kitti": (0.001, 80.0)}
-"""Metres between which the published depth heads tell, by the data set in the file's name."""
+"""Metres between which the published depth heads predict, by the data set in the file's name."""
 DEPTH_ENLARGEMENT = 4
 """The published depth heads read features at four times the grid."""
 DEPTH_FLOOR = 0.1
@@ -43,7 +44,7 @@ VOC_CLASSES = (
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What a head reads and what it tells, as plain data."""
+    """What a head reads and what it predicts, as plain data."""
 
     task: Task
     architecture: str
@@ -53,9 +54,9 @@ class HeadSpec:
     layers: tuple[int, ...]
     """Blocks whose features are read, ascending; 0 is the first."""
     outputs: int
-    """Channels of the last convolution: classes, depth bins, or 1 for a depth that is told at once."""
+    """Channels of the last convolution: classes, depth bins, or 1 for a depth without bins."""
     encoder_sha256: str | None = None
-    """Of the encoder's weights; None for a published head, whose file does not say it."""
+    """Of the encoder's weights; None for a published head, whose file does not record it."""
     encoder: str | None = field(default=None, compare=False)
     """What `load_encoder` took to load it."""
     final_norm: bool = True
@@ -67,8 +68,8 @@ class HeadSpec:
     class_names: tuple[str, ...] = ()
     """Of a segmentation."""
     depth_range: tuple[float, float] | None = None
-    """Least and greatest depth, in the unit that it was trained with. Bins divide it evenly; other heads may tell
-    depths outside."""
+    """Least and greatest depth, in the unit that it was trained with. Bins divide it evenly; other heads may
+    predict depths outside."""
 
     @property
     def channels(self) -> int:
@@ -80,18 +81,16 @@ class HeadSpec:
 
         Only `encoder.layers` count as there to be read.
         """
-        mine = (self.width, self.encoder_sha256 or encoder.weights_sha256, self.architecture)
-        theirs = (encoder.width, encoder.weights_sha256, encoder.architecture)
+        sides = ("after", "before") if self.final_norm else ("before", "after")
+        remedy = "" if self.final_norm else " (`prepare` and `autoencode` take the others with --no-final-norm)"
+        same = (self.encoder_sha256 or encoder.weights_sha256, self.architecture)
         if self.width != encoder.width:
             reason = f"features of width {self.width}, and {what} has features of width {encoder.width}"
-        elif mine != theirs:
+        elif same != (encoder.weights_sha256, encoder.architecture):
             own = self.encoder or self.architecture
             reason = f"the encoder {own}, and {what} has features of another one, {encoder.name}"
         elif self.final_norm != encoder.final_norm:
-            sides = ("after", "before") if self.final_norm else ("before", "after")
-            reason = f"features {sides[0]} the encoder's final norm, and {what} has them {sides[1]} it"
-            if not self.final_norm:
-                reason += " (`prepare` and `autoencode` take the others with --no-final-norm)"
+            reason = f"features {sides[0]} the encoder's final norm, and {what} has them {sides[1]} it{remedy}"
         elif not set(self.layers) <= set(encoder.layers):
             reason = f"layers {list(self.layers)} of the encoder, and {what} has {list(encoder.layers)}"
         else:
@@ -113,34 +112,26 @@ class Head(nn.Module):
         self.register_buffer("std", torch.ones(spec.channels) if std is None else std.float().clone())
         self.layers = head_layers(spec.channels, spec.outputs, spec.hidden)
 
-    def forward(
-        self, seen: VisionFeatures, layers: tuple[int, ...], size: tuple[int, int], *, any_length: bool = False
-    ) -> Tensor:
+    def forward(self, seen: VisionFeatures, layers: tuple[int, ...], size: tuple[int, int]) -> Tensor:
         """What is seen of images (B), at the blocks `layers`, to scores (B, classes, *size) or depth (B, 1, *size).
 
         Results are enlarged bilinearly to `size` (height, width). A head that reads the class token takes that of each
         of its layers, from `seen.class_tokens`.
-
-        `any_length` is for features whose direction alone means something, as those of an alignment network that
-        learned cosines: at every position they are brought to the root mean square length of the head's features.
         """
         inputs = self._inputs(seen, layers).float()
-        if any_length:
-            inputs = self._at_usual_length(inputs)
-        if self.spec.task == "depth" and self.spec.outputs > 1:
+        has_bins = self.spec.task == "depth" and self.spec.outputs > 1
+        if has_bins:
             inputs = F.interpolate(inputs, scale_factor=DEPTH_ENLARGEMENT, mode="bilinear", align_corners=False)
         scores = self.layers((inputs - self.mean[:, None, None]) / self.std[:, None, None])
-        if self.spec.task == "depth" and self.spec.depth_range is not None and self.spec.outputs > 1:
+        if has_bins and self.spec.depth_range is not None:
             scores = _expected_depth(scores, self.spec.depth_range)
         return F.interpolate(scores, size, mode="bilinear", align_corners=False)
 
     @torch.inference_mode()
-    def predict(
-        self, seen: VisionFeatures, layers: tuple[int, ...], size: tuple[int, int], *, any_length: bool = False
-    ) -> Tensor:
+    def predict(self, seen: VisionFeatures, layers: tuple[int, ...], size: tuple[int, int]) -> Tensor:
         """The same as maps (B, *size): class numbers, int64, or depth, float32."""
-        told = self(seen, layers, size, any_length=any_length)
-        return told.argmax(1) if self.spec.task == "segmentation" else told[:, 0]
+        scores = self(seen, layers, size)
+        return scores.argmax(1) if self.spec.task == "segmentation" else scores[:, 0]
 
     def save(self, folder: Path) -> None:
         """Write `head.safetensors` and `head.json` into a folder that is there."""
@@ -148,12 +139,6 @@ class Head(nn.Module):
             save_file({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, beside)
         with replacing(folder / SPEC_FILE) as beside:
             beside.write_text(to_json(self.spec))
-
-    def _at_usual_length(self, inputs: Tensor) -> Tensor:
-        """Inputs (B, spec.channels, h, w) with the length that each layer's features usually have."""
-        squares = (self.mean.square() + self.std.square()).split(self.spec.width)
-        parts = zip(inputs.split(self.spec.width, dim=1), squares, strict=True)
-        return torch.cat([F.normalize(part, dim=1) * square.sum().sqrt() for part, square in parts], dim=1)
 
     def _inputs(self, seen: VisionFeatures, layers: tuple[int, ...]) -> Tensor:
         """The channels (B, spec.channels, h, w) that it reads."""
@@ -178,7 +163,7 @@ def head_layers(channels: int, outputs: int, hidden: int) -> nn.Sequential:
 def load_head(path: Path | str, device: str | torch.device = "cpu") -> Head:
     """A head in eval mode: a folder of `reglue head`, or a file of a linear head that DINOv2's authors published.
 
-    Published files (`dinov2_vits14_voc2012_linear_head.pth` and its kin, or their tensors as safetensors) are
+    Published files (`dinov2_vits14_voc2012_linear_head.pth` and the like, or their tensors as safetensors) are
     recognised by their tensors' names and shapes; `kitti` in the name of a depth head makes its depths end at 80 m in
     place of 10 m. Depth heads read features and class token before the encoder's final norm. Raises UserError for
     anything else.
@@ -187,7 +172,8 @@ def load_head(path: Path | str, device: str | torch.device = "cpu") -> Head:
     if path.is_dir():
         head = _load_folder(path)
     elif path.is_file():
-        head = _published(_read(path), path)
+        tensors = read_untrusted_tensors(path)
+        head = _published({name.removeprefix("decode_head."): one.float() for name, one in tensors.items()}, path)
     else:
         raise UserError(f"{path}: no such head; give a folder that `reglue head` made, or a file of a DINOv2 head")
     return head.eval().requires_grad_(False).to(device)
@@ -197,42 +183,30 @@ def _load_folder(folder: Path) -> Head:
     for file in (SPEC_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise UserError(f"{folder} has no {file}: give a folder that `reglue head` made")
-    head = Head(from_json(folder / SPEC_FILE, HeadSpec, REMEDY))
-    try:
-        head.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / WEIGHTS_FILE} does not fit {SPEC_FILE} beside it ({reason}); {REMEDY}") from error
-    return head
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a published file, without what their names begin with."""
-    try:
-        content = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{file} cannot be read as weights ({' '.join(str(error).split())[:100]})") from error
-    state: object = content
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        state = content["state_dict"]
-    named = state.items() if isinstance(state, dict) else ()
-    return {str(name).removeprefix("decode_head."): value.float() for name, value in named if isinstance(value, Tensor)}
+    spec = read_json(folder / SPEC_FILE, HeadSpec, REMEDY)
+    return read_network(lambda: Head(spec), folder / WEIGHTS_FILE, REMEDY)
 
 
 def _published(tensors: dict[str, Tensor], file: Path) -> Head:
     """A linear head of DINOv2. Raises UserError if these are not its tensors."""
     task: Task = "segmentation" if "conv_seg.weight" in tensors else "depth"
-    weight = tensors.get("conv_seg.weight" if task == "segmentation" else "conv_depth.weight")
-    bias = tensors.get("conv_seg.bias" if task == "segmentation" else "conv_depth.bias")
-    spec = None if weight is None else _published_spec(task, tuple(weight.shape), file)
-    if spec is None or weight is None or bias is None or bias.shape != weight.shape[:1]:
+    layer, nothing = "conv_seg" if task == "segmentation" else "conv_depth", torch.empty(0)
+    weight, bias = (tensors.get(f"{layer}.{name}", nothing) for name in ("weight", "bias"))
+    spec = _published_spec(task, tuple(weight.shape), file)
+    if spec is None or bias.shape != weight.shape[:1]:
         raise UserError(
             f"{file} holds no linear head of DINOv2 (conv_seg or conv_depth on the features of one of its networks); "
             "give such a file, or a folder that `reglue head` made"
         )
     head = Head(spec)
     if task == "segmentation":
-        head, weight, bias = _standardised_by(tensors, spec, weight, bias, file)
+        norm = [tensors.get(f"bn.{name}", nothing) for name in ("running_mean", "running_var", "weight", "bias")]
+        if any(part.shape != weight.shape[1:2] for part in norm):
+            raise UserError(f"{file}: its batch norm (bn) is missing or of another width; fetch the file again")
+        mean, variance, scale, shift = norm
+        head = Head(spec, mean, (variance + BATCH_NORM_EPSILON).sqrt())
+        # What the batch norm does after standardising becomes a part of the convolution.
+        weight, bias = weight * scale[:, None, None], bias + weight[:, :, 0, 0] @ shift
     head.layers.load_state_dict({"0.weight": weight, "0.bias": bias})
     return head
 
@@ -241,45 +215,27 @@ def _published_spec(task: Task, shape: tuple[int, ...], file: Path) -> HeadSpec 
     """By the shape of the last convolution: which of the networks, and how many of its layers. None if none fits."""
     if len(shape) != 4 or shape[2:] != (1, 1):
         return None
-    with_token = task == "depth"
-    channels = shape[1] // 2 if with_token else shape[1]
-    for count in (1, 4):
-        # Heads were published for the networks without registers, whose widths are 384, 768, 1024 and 1536. Four
-        # layers of the narrowest have as many channels as one of the widest, so that one's name is asked for too.
-        for name in ("dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g"):
-            known = KNOWN_ENCODERS[name]
-            if known.width * count != channels or (channels == 1536 and f"vit{name[-1]}14" not in file.name):
-                continue
-            last = tuple(range(known.depth - count, known.depth))
-            classes = shape[0] if task == "segmentation" else 0
-            return HeadSpec(
-                task=task,
-                architecture=known.architecture,
-                width=known.width,
-                layers=DEPTH_LAYERS[known.depth] if with_token and count > 1 else last,
-                outputs=shape[0],
-                final_norm=not with_token,
-                class_token=with_token,
-                class_names=VOC_CLASSES if classes == len(VOC_CLASSES) else tuple(map(str, range(classes))),
-                depth_range=DEPTH_RANGES["kitti" if "kitti" in file.name else "nyu"] if with_token else None,
-            )
+    depth = task == "depth"
+    channels = shape[1] // 2 if depth else shape[1]  # Depth heads read the class token too.
+    # Heads were published for the networks without registers, whose widths are 384, 768, 1024 and 1536. Four layers of
+    # the narrowest have as many channels as one of the widest, so that one's name is asked for too.
+    for count, name in itertools.product((1, 4), ("dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g")):
+        known = KNOWN_ENCODERS[name]
+        if known.width * count != channels or (channels == 1536 and f"vit{name[-1]}14" not in file.name):
+            continue
+        names = VOC_CLASSES if shape[0] == len(VOC_CLASSES) else tuple(map(str, range(shape[0])))
+        return HeadSpec(
+            task=task,
+            architecture=known.architecture,
+            width=known.width,
+            layers=DEPTH_LAYERS[known.depth] if depth and count > 1 else tuple(range(known.depth - count, known.depth)),
+            outputs=shape[0],
+            final_norm=not depth,
+            class_token=depth,
+            class_names=() if depth else names,
+            depth_range=DEPTH_RANGES["kitti" if "kitti" in file.name else "nyu"] if depth else None,
+        )
     return None
-
-
-def _standardised_by(
-    tensors: dict[str, Tensor], spec: HeadSpec, weight: Tensor, bias: Tensor, file: Path
-) -> tuple[Head, Tensor, Tensor]:
-    """A head that standardises by the statistics of a published batch norm, and its convolution's weight and bias.
-
-    Scale and shift of the batch norm, which come after standardising, become a part of these.
-    """
-    names = ("running_mean", "running_var", "weight", "bias")
-    norm = [tensors.get(f"bn.{name}") for name in names]
-    if any(part is None or part.shape != weight.shape[1:2] for part in norm):
-        raise UserError(f"{file}: its batch norm (bn) is missing or of another width; fetch the file again")
-    mean, variance, scale, shift = (part for part in norm if part is not None)
-    head = Head(spec, mean, (variance + BATCH_NORM_EPSILON).sqrt())
-    return head, weight * scale[:, None, None], bias + weight[:, :, 0, 0] @ shift
 
 
 def _expected_depth(scores: Tensor, depth_range: tuple[float, float]) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,35 +55,24 @@ def _load(
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder of {what}s, {what} files named as the images")
     choices = [[folder / Path(name).with_suffix(ending) for ending in endings] for name in names]
-    paths = [next((path for path in of_one if path.is_file()), None) for of_one in choices]
-    found = [index for index, path in enumerate(paths) if path is not None]
+    paths = [next(filter(Path.is_file, of_one), None) for of_one in choices]
+    found = {index: path for index, path in enumerate(paths) if path is not None}
     if not found:
         raise UserError(f"{folder} has no {what} for any image; that of {names[0]} would be {choices[0][0]}")
-    cropped = None
-    for position, index in enumerate(tqdm(found, desc=f"{what}s", unit="image", leave=False)):
-        path = paths[index]
-        assert path is not None
+    cropped: np.ndarray | None = None  # Filled one by one: a list would hold them twice.
+    for position, (index, path) in enumerate(tqdm(found.items(), desc=f"{what}s", unit="image", leave=False)):
         whole = read(path)
         _check_proportions(whole, path, images / names[index])
         one = np.asarray(crop_mask(whole, size))
-        if cropped is None:
-            cropped = np.empty((len(found), *size), dtype=one.dtype)
+        cropped = np.empty((len(found), *size), dtype=one.dtype) if cropped is None else cropped
         cropped[position] = one
     assert cropped is not None
-    return torch.tensor(found), cropped
+    return torch.tensor(list(found)), cropped
 
 
 def read_depth(path: Path) -> Image.Image:
     """The depths of a file, as an image of 32-bit floats. Raises UserError for anything else."""
-    try:
-        if path.suffix == ".npy":
-            depths = np.load(path, allow_pickle=False)
-            mode = "L"
-        else:
-            with Image.open(path) as file:
-                depths, mode = np.asarray(file), file.mode
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read ({error}); mend it or remove it") from error
+    depths, mode = _read(path)
     if depths.ndim != 2 or mode not in ("L", "I", "I;16", "F") or depths.dtype.kind not in "uif":
         raise UserError(f"{path} holds no depth map; save it as a greyscale PNG or as an array (height, width)")
     return Image.fromarray(depths.astype(np.float32))
@@ -91,17 +80,23 @@ def read_depth(path: Path) -> Image.Image:
 
 def read_mask(path: Path) -> Image.Image:
     """The class numbers of a file, as an image of 8 bits. Raises UserError for anything else."""
-    try:
-        with Image.open(path) as file:
-            numbers = np.asarray(file)
-            mode = file.mode
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read ({error}); mend it or remove it") from error
+    numbers, mode = _read(path)
     if numbers.ndim != 2 or mode not in ("1", "L", "P", "I", "I;16"):
         raise UserError(f"{path} holds colours (mode {mode}), not class numbers; save it as a palette or greyscale PNG")
     if numbers.max(initial=0) > 255 or numbers.min(initial=0) < 0:
         raise UserError(f"{path} holds class {numbers.max()}; class numbers lie between 0 and 254, and 255 is ignored")
     return Image.fromarray(numbers.astype(np.uint8))
+
+
+def _read(path: Path) -> tuple[np.ndarray, str]:
+    """The numbers of a picture or an array, and the mode of the picture. Raises UserError if it is damaged."""
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False), "L"
+        with Image.open(path) as file:
+            return np.asarray(file), file.mode
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read ({error}); mend it or remove it") from error
 
 
 def crop_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:

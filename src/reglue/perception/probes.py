@@ -1,4 +1,4 @@
-"""Probes: how much a small model can tell from features, and so how much of their meaning compression keeps.
+"""Probes: how well a small model predicts from features, and so how much of their meaning compression keeps.
 
 A linear probe of classes is ridge regression in closed form. Probes of maps, linear or convolutional, are trained by
 gradient descent on the cross-entropy. Either way a part of the training images, which the fit does not see, chooses the
@@ -18,26 +18,23 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from reglue.metrics.distances import GaussianStatistics
+from reglue.perception.agreement import IGNORE, RESAMPLES, confusions, mean_iou, resampled_totals, standard_error
 from reglue.perception.heads import head_layers
 from reglue.seeds import generator, permutation
 
-IGNORE = 255
-"""Pixels of masks with this class are neither learned nor measured."""
 NO_TARGET = -100
 """Stands for them where 255 may be a class like others."""
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 """Ridge penalties to choose from, on inputs of unit variance and squared errors averaged over examples."""
 EVALUATIONS = 10
 """How often a training is looked at, to choose where to stop."""
-RESAMPLES = 200
-"""Bootstrap samples of images, for the standard error of a mean intersection over union."""
 VALUES_AT_ONCE = 2**24
 """Input values read at once by whatever passes over all examples."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What probes are fitted to and measured on: inputs, read a few at a time, and what is to be told from them."""
+    """What probes are fitted to and measured on: inputs, read a few at a time, and what to predict from them."""
 
     read: Callable[[Tensor], Tensor]
     """Rows (n,) to inputs (n, C, h, w), float32 and of about unit variance."""
@@ -74,22 +71,6 @@ class Predictor(Protocol):
 
 
 @dataclass(frozen=True)
-class Constant:
-    """The probe that looks at nothing: the most common class."""
-
-    number: int
-
-    @classmethod
-    def fit(cls, targets: Tensor) -> Constant:
-        """The most common class of targets (N, …), ignored pixels left out."""
-        return cls(int(targets[_counted(targets)].long().bincount().argmax()))
-
-    def predict(self, inputs: Tensor, size: tuple[int, int] | None) -> Tensor:
-        """That class for every input, or pixel."""
-        return torch.full((len(inputs), *(size or ())), self.number)
-
-
-@dataclass(frozen=True)
 class LinearProbe:
     """Scores of classes x·weight + bias, of inputs averaged over positions or of all their values."""
 
@@ -119,28 +100,68 @@ class Fitted:
 
 
 def fit_linear(fitting: Examples, selection: Examples, classes: int, flat: bool) -> Fitted:
-    """Ridge regression to one-hot classes, in float64 and streamed: memory is a few matrices (D, D).
+    """Ridge regression to one-hot classes; the penalty has the best accuracy on `selection`.
 
-    The penalty is the one of `PENALTIES` whose fit to `fitting` has the best accuracy on `selection`, the largest
-    among equals; the probe returned is then fitted to both.
+    `flat`: every value at every position is an input of its own; otherwise positions are averaged.
     """
     channels, height, width = fitting.shape
-    wide = channels * height * width if flat else channels
-    statistics = GaussianStatistics(wide + classes)
-    for inputs, targets in fitting.batches("ridge"):
-        statistics.update(_joint(inputs, targets, classes, flat))
-    candidates = [ridge(statistics, wide, penalty, flat) for penalty in PENALTIES]
-    correct = torch.zeros(len(candidates), dtype=torch.int64)
-    for inputs, targets in selection.batches("choose the penalty"):
-        correct += torch.stack([(probe.predict(inputs) == targets).sum() for probe in candidates])
-        statistics.update(_joint(inputs, targets, classes, flat))
-    best = max(range(len(PENALTIES)), key=lambda index: (int(correct[index]), index))
+
+    def rows(inputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.cat([_vectors(inputs, flat), F.one_hot(targets, classes).double()], dim=1)
+
+    def wrong(scores: Tensor, one_hot: Tensor) -> Tensor:
+        return (scores.argmax(1) != one_hot.argmax(1)).sum()
+
+    values = channels * height * width if flat else channels
+    fitted = _fit_ridge(fitting, selection, values, classes, rows, wrong, flat)
+    return replace(fitted, selection_score=1 + fitted.selection_score)
+
+
+def fit_depth(fitting: Examples, selection: Examples) -> Fitted:
+    """Ridge regression of the depth at every position; the penalty has the least squared error on `selection`.
+
+    The depth of a position is the mean of its pixels', those of unknown depth left out. The probe has one output.
+    """
+
+    def squared_error(depth: Tensor, known: Tensor) -> Tensor:
+        return (depth - known).square().sum()
+
+    return _fit_ridge(fitting, selection, fitting.shape[0], 1, _depth_rows, squared_error)
+
+
+def _fit_ridge(
+    fitting: Examples,
+    selection: Examples,
+    width: int,
+    outputs: int,
+    rows: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    flat: bool = False,
+) -> Fitted:
+    """Ridge regression in float64, streamed: memory is a few matrices (width + outputs, width + outputs).
+
+    `rows` makes rows [x (width,), y (outputs,)] of a batch, and `loss` sums over rows how far predictions are from y.
+    The penalty is the one of `PENALTIES` whose fit to `fitting` has the least loss on `selection`, the largest among
+    equals; the probe returned is then fitted to both, and its score is minus the mean loss.
+    """
+    statistics, seen = GaussianStatistics(width + outputs), 0
+    for batch in fitting.batches("ridge"):
+        statistics.update(rows(*batch))
+    candidates = [ridge(statistics, width, penalty, flat) for penalty in PENALTIES]
+    losses = torch.zeros(len(candidates), dtype=torch.float64)
+    for batch in selection.batches("choose the penalty"):
+        joint = rows(*batch)
+        x, y = joint.split((width, outputs), dim=1)
+        losses += torch.stack([loss(x @ probe.weight + probe.bias, y) for probe in candidates])
+        seen += len(joint)
+        statistics.update(joint)
+    best = min(range(len(PENALTIES)), key=lambda index: (float(losses[index]), -index))
     return Fitted(
-        probe=ridge(statistics, wide, PENALTIES[best], flat),
+        probe=ridge(statistics, width, PENALTIES[best], flat),
         chosen=PENALTIES[best],
-        selection_score=int(correct[best]) / max(len(selection), 1),
+        selection_score=-float(losses[best]) / max(seen, 1),
         # The largest of equals may end a plateau, beyond which nothing better is to be expected.
-        at_end=best == 0 or bool(best == len(PENALTIES) - 1 and correct[best] > correct[best - 1]),
+        at_end=best == 0 or bool(best == len(PENALTIES) - 1 and losses[best] < losses[best - 1]),
     )
 
 
@@ -163,7 +184,7 @@ def ridge(statistics: GaussianStatistics, width: int, penalty: float, flat: bool
 class MapProbe(nn.Module):
     """Scores of classes from a map: linear at every position, or Conv1×1 → ReLU → Conv3×3 → ReLU → linear.
 
-    The class of an image is told by the mean of the scores over positions; those of pixels by bilinear enlargement.
+    The class of an image has the highest mean score over positions; scores of pixels are enlarged bilinearly.
     """
 
     def __init__(self, channels: int, classes: int, hidden: int):
@@ -185,7 +206,7 @@ class MapProbe(nn.Module):
 
 
 @dataclass(frozen=True)
-class Training:
+class ProbeTraining:
     """How a `MapProbe` is trained: Adam with a cosine to 0."""
 
     hidden: int
@@ -197,7 +218,7 @@ class Training:
     device: torch.device
 
 
-def fit_map(fitting: Examples, selection: Examples, classes: int, training: Training) -> Fitted:
+def fit_map(fitting: Examples, selection: Examples, classes: int, training: ProbeTraining) -> Fitted:
     """Train a `MapProbe` on the cross-entropy, and keep it as it was when it did best on `selection`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(generator(training.seed, "probe weights").integers(2**63)))
@@ -218,7 +239,7 @@ def fit_map(fitting: Examples, selection: Examples, classes: int, training: Trai
         optimizer.step()
         schedule.step()
         if step % max(1, training.steps // EVALUATIONS) == 0 or step == training.steps:
-            score = measure(probe, selection, classes, training.seed, resamples=0).value
+            score = measure_probe(probe, selection, classes, training.seed, resamples=0).value
             if score > best.selection_score:
                 best = Fitted(probe, step, score)
                 state = {name: value.clone() for name, value in probe.state_dict().items()}
@@ -226,33 +247,9 @@ def fit_map(fitting: Examples, selection: Examples, classes: int, training: Trai
     return best
 
 
-def fit_depth(fitting: Examples, selection: Examples) -> Fitted:
-    """Ridge regression of the depth at every position, in float64 and streamed; its penalty is chosen as in
-    `fit_linear`, by the squared error on `selection`.
-
-    The depth of a position is the mean of its pixels', those of unknown depth left out. The probe has one output; the
-    selection score is the share of the depth's variance that it explains (below 0 if it does worse than the mean).
-    """
-    channels = fitting.shape[0]
-    statistics = GaussianStatistics(channels + 1)
-    for inputs, targets in fitting.batches("ridge"):
-        statistics.update(_depth_rows(inputs, targets))
-    candidates = [ridge(statistics, channels, penalty, flat=False) for penalty in PENALTIES]
-    errors, seen = torch.zeros(len(candidates), dtype=torch.float64), GaussianStatistics(1)
-    for inputs, targets in selection.batches("choose the penalty"):
-        rows = _depth_rows(inputs, targets)
-        inside, depth = rows[:, :channels], rows[:, channels:]
-        errors += torch.stack([(inside @ probe.weight + probe.bias - depth).square().sum() for probe in candidates])
-        seen.update(depth)
-        statistics.update(rows)
-    best = min(range(len(PENALTIES)), key=lambda index: (float(errors[index]), -index))
-    explained = 1 - float(errors[best]) / max(seen.count * float(seen.covariance), 1e-12) if seen.count > 1 else 0.0
-    return Fitted(ridge(statistics, channels, PENALTIES[best], flat=False), PENALTIES[best], explained)
-
-
 @dataclass(frozen=True)
 class Score:
-    """How well a probe tells classes from examples that it was not fitted to."""
+    """How well a probe predicts the classes of examples that it was not fitted to."""
 
     value: float
     """Accuracy of images, or mean intersection over union of pixels; 0 to 1."""
@@ -262,49 +259,28 @@ class Score:
     """Of masks."""
 
 
-def measure(probe: Predictor, examples: Examples, classes: int, seed: int, resamples: int = RESAMPLES) -> Score:
+def score_of_chance(fitting: Tensor, measured: Tensor, classes: int) -> float:
+    """What predicting the most common class of targets `fitting` for all targets `measured` scores."""
+    common = int(fitting[_counted(fitting)].long().bincount().argmax())
+    predicted = torch.full_like(measured, common)
+    if measured.ndim == 1:
+        return float((predicted == measured).double().mean())
+    return mean_iou(confusions(predicted, measured, classes).sum(0))
+
+
+def measure_probe(probe: Predictor, examples: Examples, classes: int, seed: int, resamples: int = RESAMPLES) -> Score:
     """The score of a probe on examples. `seed` is that of the bootstrap."""
     size = _size(examples)
     if size is None:
-        correct = sum(
-            int((probe.predict(inputs, None) == targets).sum()) for inputs, targets in examples.batches("measure")
-        )
-        share = correct / len(examples)
+        batches = examples.batches("measure")
+        share = sum(int((probe.predict(inputs, None) == targets).sum()) for inputs, targets in batches) / len(examples)
         return Score(share, (share * (1 - share) / len(examples)) ** 0.5, None)
     at_once = max(1, min(64, VALUES_AT_ONCE // (classes * size[0] * size[1])))
-    counts = torch.cat(
-        [
-            confusions(probe.predict(inputs, size), targets, classes)
-            for inputs, targets in examples.batches("measure", at_once)
-        ]
-    )
-    draws = generator(seed, "probe bootstrap").integers(len(counts), size=(resamples, len(counts)))
-    resampled = [mean_iou(counts[torch.from_numpy(draw)].sum(0)) for draw in draws]
-    total = counts.sum(0)
-    error = float(np.nanstd(resampled)) if resamples else float("nan")
+    batches = examples.batches("measure", at_once)
+    counts = torch.cat([confusions(probe.predict(inputs, size), targets, classes) for inputs, targets in batches])
+    total, resampled = counts.sum(0), resampled_totals(counts, generator(seed, "probe bootstrap"), resamples)
+    error = standard_error([mean_iou(one) for one in resampled])
     return Score(mean_iou(total), error, float(total.diagonal().sum() / total.sum()))
-
-
-def confusions(predicted: Tensor, targets: Tensor, classes: int) -> Tensor:
-    """How many pixels of each class (row) were taken for each (column): (n, classes, classes) int64, per image.
-
-    `predicted` and `targets` are (n, H, W); pixels with target 255 are left out.
-    """
-    counts = [
-        (classes * target[target != IGNORE].long() + guess[target != IGNORE]).bincount(minlength=classes**2)
-        for guess, target in zip(predicted, targets, strict=True)
-    ]
-    return torch.stack(counts).unflatten(1, (classes, classes))
-
-
-def mean_iou(confusion: Tensor) -> float:
-    """Intersection over union, averaged over the classes that occur in targets or predictions; NaN if none does.
-
-    `confusion` (classes, classes) counts pixels, rows by target and columns by prediction.
-    """
-    intersection = confusion.diagonal()
-    union = confusion.sum(0) + confusion.sum(1) - intersection
-    return float((intersection[union > 0] / union[union > 0]).double().mean())
 
 
 def _vectors(inputs: Tensor, flat: bool) -> Tensor:
@@ -312,13 +288,8 @@ def _vectors(inputs: Tensor, flat: bool) -> Tensor:
     return inputs.flatten(1).double() if flat else inputs.double().mean((2, 3))
 
 
-def _joint(inputs: Tensor, targets: Tensor, classes: int, flat: bool) -> Tensor:
-    """Rows [x, one-hot y] for the statistics of a ridge regression."""
-    return torch.cat([_vectors(inputs, flat), F.one_hot(targets, classes).double()], dim=1)
-
-
 def _depth_rows(inputs: Tensor, targets: Tensor) -> Tensor:
-    """Rows [x (C,), depth] of the positions of inputs (n, C, h, w) whose depth targets (n, H, W) tell."""
+    """Rows [x (C,), depth] of the positions of inputs (n, C, h, w) whose depth is known by targets (n, H, W)."""
     known = targets.isfinite()
     grid = (inputs.shape[2], inputs.shape[3])
     share = F.adaptive_avg_pool2d(known.double()[:, None], grid)

@@ -17,7 +17,7 @@ from reglue.encoders.compressors import (
     load_compressor,
 )
 from reglue.errors import UserError
-from reglue.published.pickles import read_untrusted
+from reglue.pickles import read_untrusted
 from reglue.published.weights import state_dict_in
 
 

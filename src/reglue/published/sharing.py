@@ -117,7 +117,7 @@ def train_command(record: RunRecord) -> str | None:
     if record.recipe.name not in PAPERS or record.seed is None:
         return None
     words = ["reglue", "train", record.recipe.name, "--store", record.store or "STORE", "--out", "RUN"]
-    words += _changes(PAPERS[record.recipe.name].recipe, record.recipe)
+    words += changed_options(PAPERS[record.recipe.name].recipe, record.recipe)
     if record.seed:
         words += ["--seed", str(record.seed)]
     if start := record.start:
@@ -209,7 +209,7 @@ def _read_report(file: Path) -> Report | None:
         content = json.loads(file.read_text())
     except FileNotFoundError:
         raise UserError(f"{file}: no such report") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
         return None
@@ -247,7 +247,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + str(key), value
 
 
-def _changes(published: Any, ours: Any, prefix: str = "") -> Iterator[str]:
+def changed_options(published: Any, ours: Any, prefix: str = "") -> Iterator[str]:
     """The options that turn one recipe into the other."""
     for part in fields(published):
         before, now = getattr(published, part.name), getattr(ours, part.name)
@@ -255,7 +255,7 @@ def _changes(published: Any, ours: Any, prefix: str = "") -> Iterator[str]:
         if before == now:
             continue
         if is_dataclass(before):
-            yield from _changes(before, now, f"{option}.")
+            yield from changed_options(before, now, f"{option}.")
         elif isinstance(now, bool):
             yield f"--{option}" if now else f"--{prefix}no-{part.name.replace('_', '-')}"
         else:

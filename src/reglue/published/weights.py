@@ -25,7 +25,7 @@ from reglue.diffusion.embeddings import FREQUENCIES, MAX_PERIOD, position_embedd
 from reglue.diffusion.modalities import Modality
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.errors import UserError
-from reglue.published.pickles import read_untrusted
+from reglue.pickles import read_untrusted
 
 Family = Literal["sit", "repa", "redi", "reg", "reglue"]
 

@@ -20,6 +20,7 @@ class Architecture:
     widths: tuple[int, ...] = (128, 256, 512, 512)
     """Channels of each stage; every stage after the first halves the image, so four of them are f8."""
     latent_channels: int = 4
+    """Channels of the latents."""
     layers_per_block: int = 2
     """Residual blocks per stage."""
     norm_groups: int = 32

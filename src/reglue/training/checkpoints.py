@@ -11,16 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reglue.errors import UserError
-from reglue.files import BESIDE, from_json, to_json
+from reglue.files import BESIDE, opened_tensors, read_json, read_tensors, to_json
 from reglue.training import distributed
 from reglue.training.parallel import local_rows, on_cpu, own_rows
 
@@ -31,6 +30,7 @@ FOLDER = "checkpoints"
 VISIBLE_WITHIN = 120.0
 """Seconds: network file systems keep listings for a minute by default."""
 MODEL, EMA, OPTIMISER, PROGRESS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "progress.json"
+REMEDY = "delete its folder to go on from the one before"
 
 
 @dataclass(frozen=True)
@@ -239,10 +239,7 @@ def weights_sha256(run: Path, step: int | None = None) -> str:
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file. Raises UserError if it is missing or damaged."""
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read ({error}); delete its folder to go on from the one before") from None
+    return read_tensors(file, REMEDY)
 
 
 def restore(folder: Path, model: nn.Module, ema: Tensors, optimiser: torch.optim.Optimizer) -> int:
@@ -251,11 +248,14 @@ def restore(folder: Path, model: nn.Module, ema: Tensors, optimiser: torch.optim
     However the model was spread when it was written, and is now: with shards, a process reads its own rows alone.
     Raises UserError if a file is missing, damaged or of another model.
     """
+    step = read_json(folder / PROGRESS, Progress, REMEDY).step
     _fill(model.state_dict(), folder / MODEL)
     if ema:
         _fill(ema, folder / EMA)
-    with _opened(folder / OPTIMISER) as stored:
+    with opened_tensors(folder / OPTIMISER, REMEDY) as stored:
         trained = [(name, p) for name, p in model.named_parameters() if f"{name}.step" in stored.keys()]  # noqa: SIM118
+    if step and not trained:
+        raise UserError(f"{folder / OPTIMISER} is damaged (it has no tensors of this model); {REMEDY}")
     for _, parameter in trained:
         # load_state_dict would do as well, but it counts parameters where these names are safe against reordering.
         optimiser.state[parameter] = {
@@ -264,22 +264,13 @@ def restore(folder: Path, model: nn.Module, ema: Tensors, optimiser: torch.optim
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     _fill(_optimiser_tensors(model, optimiser), folder / OPTIMISER)
-    return from_json(folder / PROGRESS, Progress, "delete its folder to go on from the one before").step
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as stored:
-            yield stored
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read ({error}); delete its folder to go on from the one before") from None
+    return step
 
 
 @torch.no_grad()
 def _fill(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Copy what a file holds into tensors of the same names. Raises UserError if they do not fit."""
-    with _opened(file) as stored:
+    with opened_tensors(file, REMEDY) as stored:
         for name in sorted(tensors.keys() ^ set(stored.keys())):
             raise UserError(f"{file} does not fit this model: {name} is only in one of them")
         for name, tensor in tensors.items():

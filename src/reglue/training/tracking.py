@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from reglue.errors import UserError
-from reglue.files import replacing
+from reglue.files import read_jsonl, replacing
 
 FILE = "metrics.jsonl"
 
@@ -40,7 +40,7 @@ class JsonLines:
         """Continue the log after a step: later lines are of work that was lost and will be done again."""
         self.run = run
         if (run / FILE).is_file():
-            kept = [line for line in read(run) if line["step"] <= after_step]
+            kept = [line for line in read(run) if line.get("step", 0) <= after_step]
             with replacing(run / FILE) as beside:
                 beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
@@ -111,11 +111,5 @@ class Trackers:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's log; a last line that was cut short is passed over."""
-    lines: list[dict[str, Any]] = []
-    for text in (run / FILE).read_text().splitlines() if (run / FILE).is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+    """All lines of a run's log, as `read_jsonl` reads them."""
+    return read_jsonl(run / FILE, dict[str, Any], "mend that line, or delete it")

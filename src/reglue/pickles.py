@@ -21,6 +21,8 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from reglue.errors import UserError
@@ -213,6 +215,22 @@ def read_untrusted(file: Path) -> Any:
         # Not the libraries' own words, which are for programmers, or advise to execute the file.
         problem = f"damaged, cut short, or no checkpoint; fetch it again ({type(error).__name__})"
         raise UserError(f"{file}: {_instead_of_checkpoint(file) or problem}") from None
+
+
+def read_untrusted_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of safetensors, or of what `read_untrusted` reads, by name: those of its `state_dict`, if
+    it has one. Raises UserError as that does, and for a file without tensors."""
+    try:
+        content = load_file(file) if file.suffix == ".safetensors" and file.is_file() else read_untrusted(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged, or no safetensors; fetch it again ({_first_line(error)})") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    named = content.items() if isinstance(content, dict) else ()
+    tensors = {str(name): value for name, value in named if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{file}: holds no tensors by name")
+    return tensors
 
 
 def _instead_of_checkpoint(file: Path) -> str | None:

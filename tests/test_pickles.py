@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA, IncrementalPCA
 
 from reglue.errors import UserError
+from reglue.pickles import read_untrusted
 from reglue.published.compressors import read_official_compressor, read_statistics
-from reglue.published.pickles import read_untrusted
 from reglue.published.weights import read_official
 
 FEATURES = np.random.default_rng(0).standard_normal((200, 12)) @ np.random.default_rng(1).standard_normal((12, 12))

@@ -1,0 +1,107 @@
+"""Opening images of whatever kind: folders, tar shards, parquet files, and whatever `datasets` loads.
+
+Preparing resumes, and many processes share it, so images are read by their index. Three ways lead there without a
+second copy on the disk: files of a folder, byte ranges of a tar file (found by `tarfile`), and rows of a parquet file
+(found by pyarrow). `datasets` itself would first copy tar and parquet files into its own Arrow files, which doubles
+the disk that they take; it is left to what only it can load: data sets it has saved, and the hub, which it downloads.
+With `--streaming` it reads tar files, parquet files and the hub in order, and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from types import ModuleType
+
+from braceexpand import braceexpand
+
+from reglue.data.images import ImageFolder, ImageSource, list_folder
+from reglue.data.sources import HUB, Chosen, Mirrored, Reading, Relabelled, Subset
+from reglue.data.tars import TarImages, name_in_tar
+from reglue.errors import UserError
+
+DATA_FILES = (".tar", ".parquet")
+
+
+def is_on_hub(path: Path) -> bool:
+    """Whether images are `hf:OWNER/NAME`, and no files here."""
+    return str(path).startswith(HUB)
+
+
+def open_images(
+    path: Path, reading: Reading = Reading(), subset: Subset | None = None, flips: bool = False
+) -> ImageSource:
+    """Images at a path, of whatever kind is there.
+
+    `path` is a folder of images, a .tar or .parquet file, a folder of such, a pattern (`shard-{00..99}.tar`,
+    `*.parquet`), a data set that `datasets` has saved, or `hf:OWNER/NAME`. With `flips`, images 2i and 2i + 1 are an
+    image and its mirror image. Raises UserError for what is missing or cannot be told.
+    """
+    images = _open_whole(path, reading)
+    if subset:
+        if images.sequential:
+            raise UserError("--share and --per-class need all labels at once; leave them out, or --streaming")
+        images = Chosen(images, subset)
+    return Mirrored(images) if flips else images
+
+
+def _open_whole(path: Path, reading: Reading) -> ImageSource:
+    if is_on_hub(path) or reading.streaming:
+        local_files = not is_on_hub(path) and not path.is_dir()
+        return _tables().load(path, _files(path, reading) if local_files else (), reading)
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _tables().load_saved(path, reading)
+    files = _files_in(path, reading) if path.is_dir() else _files(path, reading)
+    if files and files[0].suffix == ".parquet":
+        return _tables().ParquetImages(path, files, reading)
+    images = TarImages(path, files, reading) if files else _open_folder(path, reading)
+    return Relabelled(images, reading, name_in_tar if files else str) if reading.labels else images
+
+
+def _tables() -> ModuleType:
+    from reglue.data import tables  # Only now: `datasets` takes seconds to import.
+
+    return tables
+
+
+def _open_folder(path: Path, reading: Reading) -> ImageFolder:
+    for option in ("class_names", "image_column", "label_column", "configuration", "split"):
+        if getattr(reading, option) and not (option == "class_names" and reading.labels):
+            raise UserError(f"--{option.replace('_', '-')} is not for {path}, a folder of images; leave it out")
+    return ImageFolder.unlabelled(path) if reading.no_labels or reading.labels else ImageFolder.open(path)
+
+
+def _files(path: Path, reading: Reading) -> list[Path]:
+    """The tar or parquet files that a path or a pattern means, in order."""
+    if reading.split or reading.configuration:
+        raise UserError(f"--split and --configuration are for data sets, not for {path}; name the files of one split")
+    files = [path]
+    if not path.exists():
+        try:
+            # Path.glob takes no pattern that begins at the root.
+            matches = {name: sorted(glob.glob(name)) for name in braceexpand(str(path))}  # noqa: PTH207
+        except ValueError as error:
+            raise UserError(f"{path} is no pattern ({error}); write for example shard-{{00..99}}.tar") from error
+        for name, found in matches.items():
+            if not found:
+                raise UserError(f"{name}: no such folder or file; give images, .tar, .parquet, or {HUB}OWNER/NAME")
+        files = [Path(name) for found in matches.values() for name in found]
+    for file in files:
+        if file.suffix not in DATA_FILES:
+            raise UserError(f"{file} is neither a folder nor a .tar or .parquet file; unpack it into a folder first")
+    if len({file.suffix for file in files}) > 1:
+        raise UserError(f"{path} means tar and parquet files; name the ones or the others")
+    return files
+
+
+def _files_in(folder: Path, reading: Reading) -> list[Path]:
+    """The tar or parquet files of a folder and of its folders; none if it holds images."""
+    images, folders = list_folder(folder)
+    beside = [file for file in sorted(folder.iterdir()) if file.suffix in DATA_FILES]
+    # One class folder tells; to look into all of them would take as long as to list the images.
+    below = (folder / folders[0]).iterdir() if folders and not beside else ()
+    if not beside and not any(file.suffix in DATA_FILES for file in below):
+        return []
+    if images:
+        raise UserError(f"{folder} holds images (such as {images[0]}) beside {beside[0].name}; keep either")
+    return _tables().files_of_split(folder, beside, reading)

@@ -1,0 +1,290 @@
+"""Sets of images to compare: folders, NPZ files, stores, and runs that draw theirs when they are read."""
+
+from __future__ import annotations
+
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from reglue import run as runs
+from reglue.data.images import ImageFolder, ImageSource, UnreadableImage, crop_to, decode
+from reglue.data.manifest import MANIFEST, PARTIAL
+from reglue.data.store import Store
+from reglue.errors import UserError
+from reglue.metrics.distances import Gaussian
+from reglue.samples import PROTOCOL, Draw, archived_protocol, protocol_in, write_samples
+
+IMAGE_ARRAYS = ("arr_0.npy", "images.npy")
+"""Where an .npz file may keep its images."""
+DAMAGE = (zipfile.BadZipFile, OSError, EOFError, ValueError)
+"""What reading a damaged .npz file raises."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Every so many batches of a set of images: those that one of several processes reads."""
+
+    size: int
+    """Images per batch; the last one of the set may have fewer."""
+    rank: int = 0
+    processes: int = 1
+
+    def batches(self, count: int) -> Iterator[range]:
+        """The numbers of the images in each batch of the share, of `count` images in all."""
+        for start in range(self.rank * self.size, count, self.processes * self.size):
+            yield range(start, min(start + self.size, count))
+
+
+class Images(ABC):
+    """Images that can be read in batches."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def first_size(self) -> tuple[int, int]:
+        """Height and width of the first image that can be read, upright."""
+
+    @abstractmethod
+    def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
+        """The images of a share, a batch at a time, each uint8 (3, *resolution) or why it cannot be read."""
+
+    def name(self, number: int) -> str:
+        """What one of them is called in reports."""
+        return str(number)
+
+    def protocol(self) -> dict[str, Any] | None:
+        """How they were sampled, if that is recorded."""
+        return None
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One side of a comparison."""
+
+    path: Path
+    """As it was given; for a run as the reference, that of its training store."""
+    images: Images | None
+    """None where a file holds statistics alone."""
+    store: Store | None = None
+    """The store whose images these are, if they are one's."""
+    pool: Gaussian | None = None
+    """Mean and covariance of the Inception's pool features, where a file has them: ADM's `mu` and `sigma`."""
+    spatial: Gaussian | None = None
+    """The same of its spatial features: `mu_s` and `sigma_s`."""
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run."""
+    return (path / runs.FILE).is_file()
+
+
+def open_image_set(path: Path) -> ImageSet:
+    """A folder of images, an .npz file or a store. Raises UserError for anything else."""
+    if path.suffix.lower() == ".npz":
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give a folder of images, or an .npz file")
+        names = _names(path)
+        pool, spatial = (_read_gaussian(path, *both, names) for both in (("mu", "sigma"), ("mu_s", "sigma_s")))
+        has_images = pool is None or any(name in names for name in IMAGE_ARRAYS)
+        return ImageSet(path, _NpzImages(path, names) if has_images else None, None, pool, spatial)
+    if any((path / name).is_file() for name in (MANIFEST, PARTIAL)):
+        return _of_store(Store.open(path))
+    folder = ImageFolder.open(path)
+    return ImageSet(path, _FolderImages(folder, len(folder)))
+
+
+def drawn_images(drawing: Draw) -> ImageSet:
+    """Images of a run, which are drawn when they are read first: those that are not there yet."""
+    return ImageSet(drawing.run, _DrawnImages(drawing))
+
+
+def open_training_images(run: Path) -> ImageSet:
+    """The images that a run was trained on. Raises UserError if its store is gone or has changed."""
+    record = runs.RunRecord.read(run)
+    remedy = "give the training store as the reference"
+    if record.store is None:
+        raise UserError(f"{run} was not trained here, so it has no training store; give a reference")
+    if not (Path(record.store) / MANIFEST).is_file():
+        raise UserError(f"{run} was trained on the store {record.store}, which is gone; {remedy}")
+    store = Store.open(record.store)
+    if not record.trained_on(store):
+        raise UserError(f"{record.store} is not the store that {run} was trained on; {remedy}")
+    return _of_store(store)
+
+
+def _of_store(store: Store) -> ImageSet:
+    return ImageSet(store.folder, _StoreImages(store), store)
+
+
+class _SourceImages(Images):
+    """Some of the images of a source."""
+
+    source: ImageSource
+    rows: range
+    """Their indices in the source."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
+        for numbers in share.batches(len(self)):
+            yield [self.source.load(self.rows[number], resolution) for number in numbers]
+
+    def name(self, number: int) -> str:
+        return self.source.names[self.rows[number]]
+
+
+class _FolderImages(_SourceImages):
+    """The first `count` images of a folder."""
+
+    def __init__(self, folder: ImageFolder, count: int):
+        self.source, self.rows = folder, range(count)
+
+    def first_size(self) -> tuple[int, int]:
+        first_reason = ""
+        for name in self.source.names:  # One that cannot be read is skipped later, too.
+            try:
+                image = decode(self.source.path / name)
+                return image.height, image.width
+            except Exception as error:  # Decoders raise nearly anything on malformed bytes.
+                first_reason = first_reason or f"{name}: {' '.join(str(error).split())}"
+        raise UserError(f"no image in {self.source.path} can be read; the first, {first_reason}")
+
+    def protocol(self) -> dict[str, Any] | None:
+        path = self.source.path / PROTOCOL
+        protocol = protocol_in(path.read_text(), path) if path.is_file() else None
+        if protocol and "labels" in protocol:
+            protocol["labels"] = protocol["labels"][: len(self)]
+        return protocol
+
+
+class _DrawnImages(_FolderImages):
+    """Images that are drawn when they are read first."""
+
+    def __init__(self, drawing: Draw):
+        self.drawing, self.rows = drawing, range(drawing.count)
+
+    def first_size(self) -> tuple[int, int]:
+        return runs.RunRecord.read(self.drawing.run).resolution
+
+    @cached_property
+    def source(self) -> ImageSource:
+        return ImageFolder.open(write_samples(self.drawing))
+
+
+class _StoreImages(_SourceImages):
+    """The images that a store was made from, without mirror images. They may be gone unless they are read."""
+
+    def __init__(self, store: Store):
+        made_of = store.manifest.source
+        self.store, self.rows = store, range(0, made_of.count, 2 if made_of.flips else 1)
+
+    def first_size(self) -> tuple[int, int]:
+        return self.store.manifest.source.resolution
+
+    @cached_property
+    def source(self) -> ImageSource:
+        try:
+            return self.store.manifest.source.open()
+        except UserError as error:
+            raise UserError(
+                f"the store {self.store.folder} has no features of this network, so its images are needed, but "
+                f"{error}; put them back, or choose the store's encoder as the feature network"
+            ) from error
+
+
+class _NpzImages(Images):
+    """The images of an .npz file, streamed: the array is never whole in memory."""
+
+    def __init__(self, path: Path, names: list[str]):
+        """`names` are the arrays of the file."""
+        member = next((name for name in IMAGE_ARRAYS if name in names), None)
+        if member is None:
+            has = ", ".join(names) or "nothing"
+            raise UserError(f"{path} has no array arr_0 or images, nor statistics mu and sigma; it has {has}")
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+                shape, fortran, dtype = _read_header(file)
+        except DAMAGE as error:
+            raise UserError(f"{path} is not a whole .npz file: {error}") from error
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+            raise UserError(f"{path}: {member} is {dtype} {shape}, but images are uint8 (N, H, W, 3) in C order")
+        if 0 in shape:
+            raise UserError(f"{path}: {member} holds no images, its shape is {shape}")
+        self.path, self.member, self.shape = path, member, shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def first_size(self) -> tuple[int, int]:
+        return self.shape[1], self.shape[2]
+
+    def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
+        # Other processes' batches are read and dropped: the file may be compressed.
+        bytes_per_image = int(np.prod(self.shape[1:]))
+        own = set(share.batches(len(self)))
+        with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
+            _read_header(file)
+            for numbers in Share(share.size).batches(len(self)):
+                try:
+                    content = file.read(len(numbers) * bytes_per_image)
+                except DAMAGE as error:
+                    raise UserError(f"{self.path} is damaged: {error}") from error
+                if len(content) < len(numbers) * bytes_per_image:
+                    raise UserError(f"{self.path} is cut short: {self.member} ends within image {numbers[-1]}")
+                if numbers in own:
+                    pixels = np.frombuffer(content, dtype=np.uint8).reshape(len(numbers), *self.shape[1:])
+                    yield [_to_size(image, resolution) for image in pixels]
+
+    def protocol(self) -> dict[str, Any] | None:
+        return archived_protocol(self.path)
+
+
+def _to_size(image: np.ndarray, resolution: tuple[int, int]) -> Tensor:
+    if image.shape[:2] != resolution:
+        image = np.asarray(crop_to(Image.fromarray(image), resolution))
+    return torch.tensor(image).permute(2, 0, 1)
+
+
+def _names(path: Path) -> list[str]:
+    """The arrays of an .npz file, as files of the archive. Raises UserError if it is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except DAMAGE as error:
+        raise UserError(f"{path} is not a whole .npz file: {error}") from error
+
+
+def _read_gaussian(path: Path, mean_name: str, covariance_name: str, names: list[str]) -> Gaussian | None:
+    """Statistics of an .npz file, if it has them. Raises UserError for arrays that are no mean and covariance."""
+    if not {f"{mean_name}.npy", f"{covariance_name}.npy"} <= set(names):
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            mean, covariance = (arrays[name].astype(np.float64) for name in (mean_name, covariance_name))
+    except DAMAGE as error:
+        raise UserError(f"{path}: {mean_name} or {covariance_name} cannot be read: {error}") from error
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise UserError(
+            f"{path}: {mean_name} is {mean.shape} and {covariance_name} {covariance.shape}, but a mean is (D,) and a "
+            "covariance (D, D)"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{path}: {mean_name} or {covariance_name} holds numbers that are not finite")
+    return Gaussian(torch.from_numpy(mean), torch.from_numpy(covariance))
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and type of the array that begins here; leaves the file at its first number."""
+    is_first = np.lib.format.read_magic(file) == (1, 0)
+    return (np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0)(file)

@@ -1,0 +1,152 @@
+"""One side of a comparison as its feature network sees it, described by as many processes as there are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from reglue.data.store import Store
+from reglue.errors import UserError
+from reglue.metrics.distances import DENSITY_NEIGHBOURS, NEIGHBOURS, Gaussian, GaussianStatistics
+from reglue.metrics.features import EncoderFeatures, FeatureNetwork, FeatureSet, describe_images
+from reglue.metrics.image_sets import Images, ImageSet, Share
+from reglue.metrics.inception import Inception
+from reglue.training import distributed
+
+LEAST_IMAGES = max(NEIGHBOURS, DENSITY_NEIGHBOURS) + 1
+"""Fewer do not have as many neighbours."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Features of a set of images, and the Gaussians that are compared."""
+
+    path: Path
+    pool: Gaussian
+    spatial: Gaussian | None
+    features: FeatureSet | None
+    """None where a file holds statistics alone."""
+    size: tuple[int, int] | None
+    """Height and width at which the network was given the images; None if it was given none."""
+    origin: str
+    """Where the features came from."""
+    given: bool
+    """Whether the Gaussians come from a file, and not from the features."""
+    skipped: tuple[str, ...] = ()
+    """Names of images that could not be read."""
+
+    @property
+    def count(self) -> int | None:
+        """Of images whose features are known."""
+        return len(self.features.features) if self.features else None
+
+
+def describe_side(
+    network: FeatureNetwork,
+    side: ImageSet,
+    name: str,
+    share: Share,
+    *,
+    resolution: tuple[int, int] | None = None,
+    keep_spatial: bool = False,
+) -> Side:
+    """Features and Gaussians of one side, computed, or as far as its store or file has them.
+
+    `name` is that of the side, for messages. `share` is what this process describes of what all return. `resolution`
+    (height, width) is the size that images are brought to first. `keep_spatial` keeps spatial features one by one, as
+    resampling needs them. Raises UserError for a file whose statistics are of another network, and for too few images.
+    """
+    given = side.pool is not None and isinstance(network, Inception)
+    found, size, origin, skipped = None, None, "statistics in the file", []
+    if isinstance(network, EncoderFeatures) and side.store and _has_features(side.store, network):
+        origin, size = "class tokens cached in the store", network.image_size
+        found = FeatureSet(side.store.read("cls", side.store.originals)["cls"].float(), None, None)
+    elif side.images is not None:
+        origin = "computed from the images"
+        size = resolution or network.image_size or side.images.first_size()
+        found, skipped = _describe_images(network, side.images, size, name, share, keep_spatial)
+    elif not given:
+        raise UserError(f"{side.path} holds no images, and its statistics are the Inception's; give the images too")
+    if found:
+        refuse_too_few(len(found.features), f"{side.path} has {len(found.features)} readable images")
+    pool, spatial = side.pool, found.spatial.gaussian if found and found.spatial else None
+    if pool is not None and given:
+        for gaussian, width in ((pool, network.width), (side.spatial, network.spatial_width)):
+            if gaussian is not None and len(gaussian.mean) != width:
+                raise UserError(f"{side.path} has statistics of {len(gaussian.mean)} features, not of {width}")
+        spatial = side.spatial or spatial
+        if found:
+            origin = f"{'FID and sFID' if side.spatial else 'FID'} from the statistics in the file, all else {origin}"
+    else:
+        assert found is not None
+        pool = GaussianStatistics(network.width).update(found.features).gaussian
+    return Side(side.path, pool, spatial, found, size, origin, given, tuple(skipped))
+
+
+def refuse_too_few(count: int, found: str) -> None:
+    """Raise UserError where there are fewer images than neighbours to look for; `found` says what there is."""
+    if count < LEAST_IMAGES:
+        raise UserError(f"{found}; at least {LEAST_IMAGES} are needed for a comparison")
+
+
+def _has_features(store: Store, network: EncoderFeatures) -> bool:
+    """Whether the network would give the store's class tokens. Choices for the patches do not matter."""
+    cached, spec = store.manifest.encoder, network.encoder.spec
+    if network.kind != "class-token" or cached is None:
+        return False
+    return replace(cached, layers=spec.layers, final_norm=spec.final_norm) == spec
+
+
+def _describe_images(
+    network: FeatureNetwork, images: Images, size: tuple[int, int], name: str, share: Share, keep_spatial: bool
+) -> tuple[FeatureSet, list[str]]:
+    """The features of all images, in their order, of which each process describes a share, and the unreadable names."""
+    numbers: list[int] = []
+    found = describe_images(network, _readable(images, size, name, share, numbers), keep_spatial=keep_spatial)
+    described = distributed.all_gather(torch.tensor(numbers, dtype=torch.int64))
+    skipped = [images.name(number) for number in sorted({*range(len(images))} - {*described.tolist()})]
+    if share.processes == 1:
+        return found, skipped
+    order = described.argsort()
+    nothing = torch.zeros(0, 0)
+    logits = distributed.all_gather(nothing if found.logits is None else found.logits)
+    spatial = distributed.all_gather(nothing if found.spatial_features is None else found.spatial_features)
+    return FeatureSet(
+        features=distributed.all_gather(found.features)[order],
+        logits=logits[order] if len(logits) else None,
+        spatial=_of_all_processes(found.spatial) if found.spatial else None,
+        spatial_features=spatial[order] if len(spatial) else None,
+    ), skipped
+
+
+def _of_all_processes(statistics: GaussianStatistics) -> GaussianStatistics:
+    """Statistics of what all processes have seen."""
+    own = (torch.tensor(statistics.count), statistics.mean, statistics.scatter)
+    counts, means, scatters = (distributed.all_gather(part[None]) for part in own)
+    merged = GaussianStatistics(len(statistics.mean))
+    for count, mean, scatter in zip(counts.tolist(), means, scatters, strict=True):
+        merged.merge(GaussianStatistics(len(mean), count, mean, scatter))
+    return merged
+
+
+def _readable(images: Images, size: tuple[int, int], name: str, share: Share, numbers: list[int]) -> Iterator[Tensor]:
+    """The readable images of a share, uint8 (B, 3, *size), a batch at a time; their numbers are added to `numbers`."""
+    count = len(images)
+    with tqdm(total=count, unit="image", desc=name, disable=share.rank > 0) as progress:
+        for within, batch in zip(share.batches(count), images.batches(size, share), strict=True):
+            readable = []
+            for number, image in zip(within, batch, strict=True):
+                if isinstance(image, Tensor):
+                    readable.append(image)
+                    numbers.append(number)
+                else:
+                    tqdm.write(f"skipped {image.name} of the {name}: {image.reason}", file=sys.stderr)
+            if readable:
+                yield torch.stack(readable)
+            progress.update(min(len(batch) * share.processes, count - progress.n))
