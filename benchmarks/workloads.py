@@ -113,7 +113,11 @@ class Workload:
             ),
             encoder=EncoderSpec(
                 *("random", "random", "0", width, DEPTH, LAYERS, 14, tokens, size, size, half, half, "bicubic", False),
-                *(("normalise", "resize"), True, "class token or mean", 5, 4),
+                steps=("normalise", "resize"),
+                final_norm=True,
+                pooling="class token or mean",
+                prefix_tokens=5,
+                registers=4,
             ),
             features=True,
             features_dtype=features_dtype,
