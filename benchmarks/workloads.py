@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common import Comparison
+from reglue.commands.demo import DEMO_RECIPE
 from reglue.config import Precision, Recipe
 from reglue.data.manifest import Contents, Source
 from reglue.data.store import Store, quantised
@@ -73,7 +74,7 @@ class Workload:
             "demo": ("6x128x2/2", 8, 128, 256),
             "toy": ("2x32x2/2", 4, 32, 64),
         }[data]
-        base = RECIPES[recipe]
+        base = DEMO_RECIPE if data == "demo" and recipe == "reglue" else RECIPES[recipe]
         sized = replace(
             base,
             model=model or default,
