@@ -1,156 +1,166 @@
-"""How much of its time `reglue prepare` spends in the networks, and where the rest goes.
+"""`reglue prepare`, beside its bare networks and beside the published preprocessing.
 
-    python benchmarks/prepare_speed.py --images PHOTOS --resolution 128 --autoencoder TAEF2 --encoder DINOV2-S
+    python benchmarks/prepare_speed.py --official PUBLISHED --images PHOTOS --count 4096
 
-The job and the networks' bare forward passes on ready tensors take turns. Ratios are given of the time on the clock
-and of the time on a core of the process that encodes, which on a busy machine is the one to trust. The other stages are
-timed by themselves, per image: what runs in other processes or threads (decoding, writing) costs the networks nothing
-where there are cores to spare.
-
-The job begins with starting processes that decode and ends with writing the last shards, while the networks wait: take
-so many images that this does not matter, thousands on a GPU.
+Theirs is two commands: `dataset_tools.py convert` crops images into PNG files, `encode` makes moments of them, one at a
+time and on a GPU alone; without one only `convert` runs. First both have to crop alike. Ours starts no interpreter and
+theirs two, so take thousands of images.
 """
 
 from __future__ import annotations
 
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import numpy as np
 import torch
-import tyro
+from PIL import Image
+from torch import Tensor
 
-from common import Timed, alternate, report
-from reglue.commands import prepare as job
-from reglue.commands.prepare import Prepare, peak_rss_mib
+import official
+import reglue
+from common import Comparison, alternate, report, run, speedups
+from reglue.commands.prepare import NO_ENCODER, Prepare, prepare
 from reglue.config import Precision
-from reglue.data.images import UnreadableImage
+from reglue.data.images import ImageSource, UnreadableImage
 from reglue.data.opening import open_images
-from reglue.data.store_writer import StoreWriter, write_shard
+from reglue.data.sources import Reading
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import load_encoder
+from reglue.errors import UserError
 from reglue.training.precision import autocast
-from workloads import random_images
 
-BARE = 1024
-"""Images for what is timed by itself, at most: they lie in memory, and the job's are more where they should be."""
+AT_HAND = 1024
+"""Decoded images for the bare networks, at most."""
 
 
 @dataclass(frozen=True)
-class PrepareSpeed:
-    """The speed of `reglue prepare`."""
+class PrepareSpeed(Comparison):
+    """Images to latent moments, and to features where an encoder is named: images per second.
+
+    Beside the published code leave the encoder out: theirs runs in the training step.
+    """
 
     images: Path | None = None
-    """Photographs; smooth random ones if not given."""
+    """A folder of photographs. Default: smooth random ones."""
+    count: int = 512
+    """Random images, where no folder is given."""
     resolution: int = 256
     autoencoder: str = "starter"
-    encoder: str = "starter"
-    batch_sizes: tuple[int, ...] = (16,)
+    """starter, or a folder in diffusers' layout (KL autoencoder)."""
+    encoder: str = NO_ENCODER
+    batch_size: int = 16
     precision: Precision = "float32"
     workers: int | None = None
-    """Processes that decode. Default: as `prepare` chooses."""
-    count: int = 64
-    """Images: the first of those in --images."""
-    conditions: Annotated[Timed, tyro.conf.arg(name="")] = field(default_factory=Timed)
+    """Processes that decode. Default: as `reglue prepare` chooses."""
 
 
-def main(options: PrepareSpeed) -> None:
-    """Measure and print."""
-    device = options.conditions.begin()
-    with tempfile.TemporaryDirectory() as folder:
-        images = options.images or random_images(Path(folder), options.count, options.resolution)
-        figures = {str(size): measured(options, images, size, device) for size in options.batch_sizes}
-    report("prepare_speed", options, {"per_batch_size": figures, "peak_memory_mib": peak_rss_mib()}, device)
-
-
-def measured(options: PrepareSpeed, images: Path, batch_size: int, device: torch.device) -> dict[str, Any]:
-    """Images per second of the job and of the bare networks, their ratio, and milliseconds per image of each stage."""
-    every = open_images(images, Prepare.reading, None)
-    size = (options.resolution, options.resolution)
-    count = min(options.count, len(every))
-    asked = Prepare(
-        images, Path("unused"), options.resolution, options.autoencoder, options.encoder, features=True,
-        batch_size=batch_size, shard_size=64, precision=options.precision, workers=options.workers,
-        device=options.conditions.device,
-    )  # fmt: skip
-    autoencoder = load_autoencoder(asked.autoencoder, device=device).to(memory_format=torch.channels_last)
-    encoder = load_encoder(asked.encoder, size, device=device)
-
-    loading = time.process_time()
-    crops = [every.load(index, size) for index in range(0, count, -(-count // BARE))]
-    decode = (time.process_time() - loading) / len(crops)
-    pixels = torch.stack([crop for crop in crops if not isinstance(crop, UnreadableImage)]).to(device)
-    batches = pixels.split(batch_size)
-    ready = [
-        ((part.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last), encoder.preprocess(part))
-        for part in batches
-    ]
-
-    def autoencode() -> None:
-        with torch.inference_mode(), autocast(device, options.precision):
-            for part, _ in ready:
-                autoencoder.encode(part)
-
-    def see() -> None:
-        with torch.inference_mode(), autocast(device, options.precision):
-            for _, part in ready:
-                encoder.network.forward_intermediates(part, indices=list(encoder.spec.layers), norm=True)
-
-    def describe() -> None:
-        for part in batches:
-            job.describe(part, autoencoder, encoder, asked)
-
-    contents = job.contents_of(replace(asked, share=1.0), every, autoencoder, encoder)
-    contents = replace(contents, source=replace(contents.source, count=count))
-
-    def whole() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            writer = StoreWriter(Path(folder) / "store", contents)
-            job.fill(writer, writer.pending, every, autoencoder, encoder, asked, device, quiet=True)
-
-    contestants = {"autoencoder": autoencode, "encoder": see, "describe": describe, "job": whole}
-    timed = alternate(contestants, options.conditions.repeats, device)
-    images_of = {name: count if name == "job" else len(pixels) for name in timed}
-    clock = {name: timing.median / images_of[name] for name, timing in timed.items()}
-    core = {name: timing.cpu_median / images_of[name] for name, timing in timed.items()}
-    described = job.describe(batches[0], autoencoder, encoder, asked)
-    stages = {
-        "decode_and_crop": decode,
-        "copy_to_block": core_seconds(lambda: job.put({}, described, at=0, rows=len(batches[0]))) / len(batches[0]),
-        "write_and_hash": writing(described) / len(batches[0]),
-        **{f"{name}_in_all" if name == "job" else name: seconds for name, seconds in core.items()},
+def main(options: PrepareSpeed) -> str:
+    """Check that both crop alike, then time all. Returns the line of JSON."""
+    device = options.begin()
+    count, resolution = (4, 32) if options.toy else (options.count, options.resolution)
+    with TemporaryDirectory() as temporary:
+        images = options.images or random_images(Path(temporary), count, resolution)
+        source = open_images(images, Reading(), None)
+        at_hand = decoded(source, range(min(len(source), AT_HAND)), resolution)
+        contestants: dict[str, Callable[[], object]] = {
+            "ours": partial(ours, options, images, resolution),
+            "networks": networks(options, at_hand, device),
+        }
+        figures: dict[str, Any] = {"images": len(source)}
+        if options.official:
+            figures["pixel_difference"] = pixel_difference(options.official, source, resolution)
+            assert figures["pixel_difference"] <= 1, figures
+            contestants["theirs"] = partial(theirs, options, options.official, images, resolution, device)
+        figures["seconds"] = seconds = alternate(contestants, options.repeats, device)
+    rate = len(source) / seconds["ours"].median
+    figures |= {
+        "images_per_second": rate,
+        "share_of_networks": rate * seconds["networks"].median / len(at_hand),
+        "times_faster": speedups(seconds) if device.type == "cuda" else {},  # On a CPU half of theirs is missing.
     }
-    figures = {
-        "images_per_second": 1 / clock["job"],
-        "bare_images_per_second": 1 / (clock["autoencoder"] + clock["encoder"]),
-        "share_of_bare_by_clock": (clock["autoencoder"] + clock["encoder"]) / clock["job"],
-        "share_of_bare_by_core": (core["autoencoder"] + core["encoder"]) / core["job"],
-        "milliseconds_per_image_on_a_core": {name: 1e3 * seconds for name, seconds in stages.items()},
-    }
-    print(batch_size, figures, flush=True)
-    return figures
+    return report(options, figures, device)
 
 
-def core_seconds(stage: Callable[[], object]) -> float:
-    """Seconds of a core that a stage takes."""
-    started = time.process_time()
-    stage()
-    return time.process_time() - started
+def ours(options: PrepareSpeed, images: Path, resolution: int) -> None:
+    """The command, on a new store."""
+    same = {name: getattr(options, name) for name in ("batch_size", "precision", "workers", "device")}
+    with TemporaryDirectory() as folder:
+        store, features = Path(folder) / "store", options.encoder != NO_ENCODER
+        prepare(Prepare(images, store, resolution, options.autoencoder, options.encoder, features=features, **same))
 
 
-def writing(described: dict[str, dict[str, torch.Tensor]]) -> float:
-    """Seconds of a core to write and hash a batch."""
-    columns = {column: {name: t.cpu() for name, t in tensors.items()} for column, tensors in described.items()}
-    rows = len(columns["cls"]["cls"])
-    with tempfile.TemporaryDirectory() as folder:
-        names = [f"{row}.png" for row in range(rows)]
-        return core_seconds(
-            lambda: [write_shard(Path(folder), column, 0, names, tensors) for column, tensors in columns.items()]
-        )
+def networks(options: PrepareSpeed, crops: Tensor, device: torch.device) -> Callable[[], None]:
+    """The forward passes that the command needs, on images that are there."""
+    autoencoder = load_autoencoder(options.autoencoder, device=device).to(memory_format=torch.channels_last)
+    size = (crops.shape[2], crops.shape[3])
+    encoder = None if options.encoder == NO_ENCODER else load_encoder(options.encoder, size, device=device)
+    batches = crops.to(device).split(options.batch_size)
+
+    @torch.inference_mode()
+    def forward() -> None:
+        for pixels in batches:
+            images = (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+            with autocast(device, options.precision):
+                autoencoder.encode(images)
+                if encoder:
+                    encoder.describe(pixels)
+
+    return forward
+
+
+def theirs(options: PrepareSpeed, folder: Path, images: Path, resolution: int, device: torch.device) -> None:
+    """Their two commands; the first alone on a CPU."""
+    starter = Path(reglue.__path__[0]) / "starter/autoencoder"
+    autoencoder = starter if options.autoencoder == "starter" else options.autoencoder
+    with TemporaryDirectory() as out:
+        convert(folder, images, f"{out}/images", resolution)
+        if device.type == "cuda":
+            places = (f"--source={out}/images", f"--dest={out}/moments")
+            official.preprocess(folder, "encode", f"--model-url={autoencoder}", *places)
+
+
+def convert(folder: Path, images: Path, out: str, resolution: int, *more: str) -> None:
+    """Their decoding and cropping."""
+    crop = ("--transform=center-crop-dhariwal", f"--resolution={resolution}x{resolution}")
+    official.preprocess(folder, "convert", f"--source={images}", f"--dest={out}", *crop, *more)
+
+
+def pixel_difference(folder: Path, source: ImageSource, resolution: int) -> int:
+    """The largest difference between ours and theirs in the first few images, in 8 bits."""
+    first = sorted(range(len(source)), key=lambda index: source.names[index])[:8]
+    with TemporaryDirectory() as out:
+        convert(folder, source.path, out, resolution, f"--max-images={len(first)}")
+        files = sorted(Path(out).rglob("*.png"))  # Numbered in the order of the paths.
+        expected = np.stack([np.array(Image.open(file).convert("RGB"), np.int16) for file in files])
+    return int(np.abs(decoded(source, first, resolution).permute(0, 2, 3, 1).numpy() - expected).max())
+
+
+def decoded(source: ImageSource, indices: Iterable[int], resolution: int) -> Tensor:
+    """Images of a source, uint8 (N, 3, H, W). Raises UserError for one that cannot be read."""
+    images: list[Tensor] = []
+    for index in indices:
+        image = source.load(index, (resolution, resolution))
+        if isinstance(image, UnreadableImage):
+            raise UserError(f"--images: {source.path / image.name}: {image.reason}; take it out")
+        images.append(image)
+    return torch.stack(images)
+
+
+def random_images(folder: Path, count: int, resolution: int) -> Path:
+    """Smooth random images a little larger than the resolution, in two classes."""
+    random = np.random.default_rng(0)
+    for i in range(count):
+        file = folder / f"class-{i % 2}" / f"{i:05d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((resolution + 64, resolution + 32), Image.Resampling.BICUBIC).save(file)
+    return folder
 
 
 if __name__ == "__main__":
-    main(tyro.cli(PrepareSpeed, description=__doc__))
+    run(PrepareSpeed, main, __doc__)

@@ -1,146 +1,222 @@
-"""The speed of our training step, in all its variants: targets, compilation, recomputation, precision.
+"""The training step of `reglue train`, beside the published one.
 
-    python benchmarks/train_speed.py --model B/2 --compile blocks --targets int8
+    python benchmarks/train_speed.py --official PUBLISHED --model B/2 --compile blocks
 
-Weights, images and features are random; sizes, arithmetic and files are those of training. `images_per_second` and
-`ms_per_step` are the mean over `--repeats` steps in a row, waiting for data included, and nothing waits for the device
-between them. The parts (`ms_read`, `ms_finish`, `ms_without_reading`) are the shortest of a few, each by itself, since
-other programs on a machine only make them longer.
+First both have to compute the same loss from the same weights and draws. Ours is then the step on a store of random
+rows, which it reads ahead; theirs is the loop of their train.py with its tensors in memory.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass, field, replace
-from itertools import count
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import Timed, alternate, matrix_rate, peak_gpu_memory_mib, peak_memory_mib, report
-from counting import training_flops
+import official
+from common import alternate, matmul_rate, report, run, speedups
+from counting import parameters, training_flops
+from official import CLS, LOCAL
+from reglue.commands.train import DenoiserTask, Losses, Train
 from reglue.config import Compile, Precision
 from reglue.data.batches import HostBatch, TrainingData
-from reglue.data.prefetch import prefetch
+from reglue.data.prefetch import READERS, prefetch
+from reglue.diffusion.conditions import CLASS
+from reglue.diffusion.denoiser import Denoiser
+from reglue.diffusion.modalities import LATENT
+from reglue.diffusion.objective import TrainingSample, loss_terms
+from reglue.diffusion.paths import LINEAR, PATHS
+from reglue.run import RunRecord
 from reglue.training import distributed
-from reglue.training.precision import autocast
-from training_step import TrainingStep
-from workloads import LAYERS, Data, RandomOnline, Workload, random_encoder, random_store
+from reglue.training.loop import Means, ema_decay
+from reglue.training.precision import compile_parts, to_compile
+from workloads import CLASSES, LAYERS, OfModel, RandomOnline, Workload
 
-WARMUP = 3
-"""Steps that are not timed."""
+AGREEMENT = 1e-4
+"""Largest relative difference of a term of the loss, ours against theirs, in float32."""
+Targets = Literal["cached", "int8", "decoded", "online"]
 
 
 @dataclass(frozen=True)
-class TrainSpeed:
-    """What is timed."""
+class TrainSpeed(OfModel):
+    """Noise, forward, backward, clipping, AdamW, moving average: seconds of a step."""
 
-    conditions: Annotated[Timed, tyro.conf.arg(name="")] = field(default_factory=lambda: Timed(repeats=20))
     recipe: Literal["sit", "repa", "redi", "reg", "reglue"] = "reglue"
-    data: Data = "imagenet"
-    """Sizes: ImageNet at 256 px (SD-VAE, DINOv2-B), those of `reglue demo`, or a toy's."""
-    model: str | None = None
-    """B/2, XL/2, … or DEPTHxWIDTHxHEADS/PATCH. Default: B/2, or the data's own."""
+    """The published code has reglue alone."""
     batch_size: int = 256
-    targets: Literal["cached", "int8", "decoded", "online"] = "cached"
-    """int8: cached in 8 bits. online: a DINOv2-B with registers and random weights, on random pixels."""
-    precision: Precision = "bfloat16"
-    compile: Compile = "no"
-    checkpoint_blocks: float = 0.0
-    """Share of the blocks that are computed again in the backward pass."""
-    deterministic: bool = True
-    """As `reglue train --deterministic`: what it costs is what the other way saves."""
-    workers: int = 4
-    """Threads that read ahead; 0: the step waits for its data."""
+    steps: int = 1
+    """Steps of a turn. On a GPU many, since a turn starts with nothing read ahead."""
+    compile: tuple[Compile, ...] = ("no",)
+    targets: tuple[Targets, ...] = ("cached",)
+    """Of alignment: cached features in float16 or int8, decoded from codes, or online (DINOv2-B, random weights)."""
+    workers: int | None = None
+    """Threads that read ahead. Default: as `reglue train` chooses."""
+    official_precision: official.MixedPrecision = "no"
+    """Of theirs, in accelerate's words. Their train.sh has fp16, which needs a GPU."""
+    encoder_in_step: bool = False
+    """Theirs runs DINOv2-B and the compressor in every step, as published. Otherwise it reads their results."""
+
+
+class TrainingStep:
+    """What `reglue train` gives to its loop, and a step of that loop (`training.loop.fit`)."""
+
+    def __init__(self, data: TrainingData, start: Denoiser, precision: Precision, compile: Compile = "no") -> None:
+        """`start`: a model to copy, which is quicker than to draw initial weights."""
+        recipe = data.recipe
+        recipe = replace(recipe, optimisation=replace(recipe.optimisation, precision=precision))
+        losses = Losses(deepcopy(start), PATHS[recipe.path])
+        compile_parts(losses, losses.denoiser.backbone.blocks, to_compile(compile, data.device))
+        options = Train(recipe, data.store.folder, Path("nowhere"))
+        self.task = DenoiserTask(options, RunRecord.of(data.store, recipe, 0), data, 1, losses)
+        weights = losses.denoiser.state_dict()
+        self.averages, self.weights = list(self.task.ema.values()), [weights[name] for name in self.task.ema]
+        self.means = Means()
+
+    def __call__(self, batch: HostBatch) -> dict[str, Tensor]:
+        """One step. Returns the terms of its loss, and the gradient's norm as `gradient_norm`."""
+        task = self.task
+        with distributed.deterministic(task.device, True):
+            terms = task.backward(batch, 0, last_part=True) | task.before_update(0)
+            self.means.add(terms)
+            task.optimiser.step()
+            task.optimiser.zero_grad(set_to_none=True)
+            decay = ema_decay(task.optimisation, 0)
+            torch._foreach_lerp_(self.averages, self.weights, 1 - decay)  # type: ignore[reportPrivateImportUsage]
+        return terms
 
 
 def main(options: TrainSpeed) -> str:
-    """Measure, and print the line."""
-    device = options.conditions.begin()
+    """Check that both compute the same loss, then time both. Returns the line of JSON."""
+    device = options.begin()
+    workload, batch = options.workload(options.recipe), 4 if options.toy else options.batch_size
+    start = workload.random_model()
+    figures: dict[str, Any] = {"parameters": parameters(workload.config), "batch_size": batch}
+    contestants: dict[str, Callable[[], object]] = {}
+    if options.official:
+        figures["loss_difference"] = loss_difference(options.official, workload, start)
+        assert figures["loss_difference"] < AGREEMENT, figures
+        contestants[f"theirs {options.official_precision}"] = theirs(options, options.official, workload, start, batch)
+    parts: dict[str, Callable[[], object]] = {}
+    target_flops: dict[str, int] = {}
     with TemporaryDirectory() as folder:
-        figures = measured(options, Path(folder) / "store", device)
-    return report("train_speed", options, figures, device)
-
-
-def measured(options: TrainSpeed, folder: Path, device: torch.device) -> dict[str, Any]:
-    """The figures of a training step."""
-    workload = Workload.of(options.data, options.model, options.recipe)
-    batch = options.batch_size
-    toy = options.data == "toy"
-    store = random_store(folder, workload, 2 * batch, "int8" if options.targets == "int8" else "float16")
-    targets = "decoded" if options.targets == "decoded" else "cached"
-    recipe = replace(workload.recipe, alignment=replace(workload.recipe.alignment, targets=targets))
-    data = TrainingData(store, recipe, workload.config, 0, device)
-    if options.targets == "online" and data.targets is not None:
-        data.targets = RandomOnline(random_encoder(workload, LAYERS[-1:], device))
-    torch.manual_seed(0)
-    train = TrainingStep(
-        recipe, workload.config, device, options.precision, options.compile,
-        checkpoint_blocks=options.checkpoint_blocks, deterministic=options.deterministic,
-    )  # fmt: skip
-    repeats = options.conditions.repeats
-    positions = (range(n * batch, (n + 1) * batch) for n in count())
-
-    def step(draft: HostBatch) -> None:
-        with autocast(device, options.precision):
-            sample = data.finish(draft)
-        train(sample)
-
-    def shortest(action: Callable[[], object]) -> float:
-        return 1e3 * alternate({"action": action}, 3, device)["action"].minimum
-
-    draft = data.read(range(batch))
-    with FlopCounterMode(display=False) as target_flops, sdpa_kernel(SDPBackend.MATH):
-        data.finish(draft)
-    started = time.perf_counter()
-    step(draft)
-    distributed.synchronize(device)
-    first_step = time.perf_counter() - started
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    # The data has no end, so that the threads read as far ahead after the steps as before them, if they can.
-    with closing(prefetch(data.read, positions, options.workers, device)) as drafts:
-        milliseconds = 1e3 * mean_of(lambda: step(next(drafts)), repeats, device)
-    peak_memory, peak_gpu_memory = peak_memory_mib(), peak_gpu_memory_mib(device)
-    rate = matrix_rate(device, options.precision, 256 if toy else None)
-    flops = training_flops(workload.config) * batch
-    features = store.manifest.columns["features"] if options.targets in ("cached", "int8") else None
-    return {
-        "images_per_second": 1e3 * batch / milliseconds,
-        "ms_per_step": milliseconds,
-        "ms_first_step": 1e3 * first_step,
-        "ms_read": shortest(lambda: data.read(range(batch))),
-        "ms_finish": shortest(lambda: data.finish(draft)),
-        "ms_without_reading": shortest(lambda: step(draft)),
-        # What has to be computed, not what is: without recomputation.
-        "flops_per_step": flops,
-        "flops_of_targets": target_flops.get_total_flops(),
-        "matrix_flops_per_second": rate,
-        "share_of_matrix_rate": 1e3 * flops / milliseconds / rate,
-        "bytes_of_features_per_image": sum(shard.bytes for shard in features.shards) / len(store) if features else 0,
-        "peak_memory_mib": peak_memory,
-        "peak_gpu_memory_mib": peak_gpu_memory,
+        for targets in options.targets:
+            data = training_data(targets, Path(folder) / targets, workload, batch, device)
+            rows = data.read(range(batch))
+            parts |= {
+                f"read {targets}": partial(data.read, range(batch)),
+                f"finish {targets}": partial(data.finish, rows),
+            }
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+                data.finish(rows)
+            target_flops[targets] = counter.get_total_flops() // batch
+            for precision, compile in product(options.precision, options.compile):
+                name = f"ours {precision}, {targets}" + ("" if compile == "no" else f", compiled {compile}")
+                contestants[name] = ours(options, data, start, batch, precision, compile)
+        figures["seconds_per_step"] = measured = alternate(contestants, options.repeats, device, options.steps)
+        figures["seconds_of_parts"] = alternate(parts, options.repeats, device)
+    flops = training_flops(workload.config)
+    rates = {precision: matmul_rate(device, precision, options.toy) for precision in options.precision}
+    figures |= {
+        "images_per_second": {name: batch / step.median for name, step in measured.items()},
+        "times_faster": speedups(measured),
+        "flops_per_image": flops,
+        "flops_of_targets_per_image": target_flops,
+        "matmul_flops_per_second": rates,
+        "share_of_matmul_rate": {
+            name: flops * batch / measured[name].median / rate
+            for precision, rate in rates.items()
+            for name in measured
+            if name.startswith(f"ours {precision},")
+        },
     }
+    return report(options, figures, device)
 
 
-def mean_of(step: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Seconds of one of many steps in a row, after WARMUP others."""
-    for _ in range(WARMUP):
-        step()
-    distributed.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    distributed.synchronize(device)
-    return (time.perf_counter() - started) / repeats
+def loss_difference(folder: Path, workload: Workload, start: Denoiser) -> float:
+    """The largest relative difference of a term of the loss between ours and theirs, on the same draws, in float32."""
+    config = workload.config
+    theirs = official.model(folder, start, fused_attention=True)
+    state = {name: torch.randn(2, *shape) for name, shape in config.shapes().items()}
+    images, label = torch.cat([state[LATENT], state[LOCAL]], dim=1), torch.arange(2)
+    rows, columns = config.token_grid
+    tokens = torch.randn(2, 1 + rows * columns, config.alignment_width)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        expected = official.losses(folder, theirs.eval(), images, state[CLS], label, tokens)
+        torch.manual_seed(1)
+        time = torch.rand(2, 1, 1, 1).flatten()
+        latent, local = torch.randn_like(images).split([state[LATENT].shape[1], state[LOCAL].shape[1]], dim=1)
+        noise = {LATENT: latent, LOCAL: local, CLS: torch.randn_like(state[CLS])}
+        terms = loss_terms(start, LINEAR, TrainingSample(state, noise, time, {CLASS: label}, tokens))
+    differences = [(terms[name] - value).abs() / value.abs() for name, value in expected.items()]
+    return torch.stack(differences).max().item()  # NaN if one is.
+
+
+def theirs(options: TrainSpeed, folder: Path, workload: Workload, start: Denoiser, batch: int) -> Callable[[], object]:
+    """A turn of the published step."""
+    device, shapes = options.begin(), workload.config.shapes()
+    model = official.model(folder, start, fused_attention=True)
+    weights = workload.recipe.loss_weights(0)
+    step = official.TrainingStep(folder, model, weights, options.official_precision, device.type == "cpu")
+    channels, *grid = shapes[LATENT]
+    moments = as_loaded(torch.randn(batch, 2 * channels, *grid), device)
+    label = as_loaded(torch.randint(CLASSES, (batch,)), device)
+    if options.encoder_in_step:
+        encoder = workload.random_encoder(LAYERS, device)
+        pixels = as_loaded(torch.randint(256, (batch, 3, *encoder.spec.image_size), dtype=torch.uint8), device)
+        semantics = official.Encoder(folder, encoder, workload.local_channels, pixels, workload.config.grid)
+    else:
+        rows, columns = workload.config.token_grid
+        sizes = (shapes[LOCAL], shapes[CLS], (1 + rows * columns, workload.token_width))
+        codes, cls, tokens = (torch.randn(batch, *size, device=device) for size in sizes)
+        semantics = lambda: (codes, cls, tokens)  # noqa: E731
+
+    def turn() -> None:
+        for _ in range(options.steps):
+            step(moments.to(device), label.to(device), semantics)
+
+    return turn
+
+
+def as_loaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor as their DataLoader hands it over: in pinned memory where there is a GPU to copy it."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def training_data(targets: Targets, folder: Path, workload: Workload, batch: int, device: torch.device) -> TrainingData:
+    """A random store, twice as large as a batch, and what `reglue train` reads of it."""
+    store = workload.random_store(folder, 2 * batch, "int8" if targets == "int8" else "float16")
+    alignment = replace(workload.recipe.alignment, targets="decoded" if targets == "decoded" else "cached")
+    data = TrainingData(store, replace(workload.recipe, alignment=alignment), workload.config, 0, device)
+    if targets == "online" and data.targets:
+        data.targets = RandomOnline(workload.random_encoder(LAYERS[-1:], device))
+    return data
+
+
+def ours(
+    options: TrainSpeed, data: TrainingData, start: Denoiser, batch: int, precision: Precision, compile: Compile
+) -> Callable[[], object]:
+    """A turn of our step, with threads that read ahead and end with the turn."""
+    step, device = TrainingStep(data, start, precision, compile), data.device
+    default = 0 if device.type == "cpu" else READERS
+    workers = default if options.workers is None else options.workers
+
+    def turn() -> None:
+        positions = (range(i * batch, (i + 1) * batch) for i in range(options.steps))
+        for rows in prefetch(data.read, positions, workers, device):
+            step(rows)
+
+    return turn
 
 
 if __name__ == "__main__":
-    main(tyro.cli(TrainSpeed, description=__doc__))
+    run(TrainSpeed, main, __doc__)

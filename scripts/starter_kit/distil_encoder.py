@@ -2,10 +2,12 @@
 
     python scripts/starter_kit/distil_encoder.py --images imagenette-224.tar --teacher dinov2-s@FILE --out encoder
 
-Each of the student's last four layers predicts one of the teacher's last four through a linear head of its own, and so
-does the class token; the heads are thrown away. So "the last four layers" of the student differ as the teacher's do.
-Both see the same views, cut to the same grid of patches. The teacher describes them once, before the training.
+Each of the student's last four layers predicts one of the teacher's through a linear head of its own, and so does the
+class token; the heads are thrown away. Both see the same views, cut to the same grid of patches. The teacher describes
+them once, before the training.
 """
+
+from __future__ import annotations
 
 import json
 import time
@@ -17,15 +19,17 @@ import numpy as np
 import timm
 import torch
 import tyro
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from views import random_view, read_images, to_array
+from views import random_view, read_images, to_tensor
 
 from reglue.encoders.vision import VisionEncoder, load_encoder
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+"""timm's entry whose sizes the arguments override."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,6 @@ class DistilEncoder:
     """Folder to write, in timm's layout."""
     minutes: float = 15.0
     """Time to train, after the teacher's features are there; the learning rate falls to zero over it."""
-    save_minutes: float = 6.0
-    """Write what there is after so many minutes, and again after as many."""
     views: int = 10_000
     """Crops and shapes that the teacher describes, at most."""
     teacher_minutes: float = 10.0
@@ -65,10 +67,6 @@ class DistilEncoder:
     seed: int = 0
 
 
-ARCHITECTURE = "vit_tiny_patch16_224"
-"""timm's entry whose sizes the arguments override."""
-
-
 def distil_encoder(options: DistilEncoder) -> None:
     """Describe views with the teacher, train the student on them, save it."""
     torch.set_num_threads(options.threads)
@@ -76,47 +74,38 @@ def distil_encoder(options: DistilEncoder) -> None:
     rng = np.random.default_rng(options.seed)
 
     teacher = load_encoder(options.teacher, options.teacher_size)
-    photographs, _ = read_images(options.images, "train", options.image_limit)
+    photographs = read_images(options.images, "train", options.image_limit)
     order = np.concatenate([rng.permutation(len(photographs)) for _ in range(-(-options.views // len(photographs)))])
-    views = np.empty((options.views, 3, options.teacher_size, options.teacher_size), np.uint8)
-    for row in tqdm(range(options.views), desc="views"):
-        view = random_view(photographs[order[row]], options.teacher_size, options.shape_share, rng)
-        views[row] = to_array([view])[0]
-    del photographs
-
-    class_tokens, features = describe_all(teacher, views, options.teacher_minutes)
+    views = torch.stack(
+        [
+            to_tensor(random_view(photographs[row], options.teacher_size, options.shape_share, rng))
+            for row in tqdm(order[: options.views], desc="views")
+        ]
+    )
+    class_tokens, features = describe(teacher, views, options.teacher_minutes)
     count = len(features)
-    views = views[:count]
-    targets = Targets(class_tokens, features)
-    inputs = student_inputs(views, options.size)
-    small_inputs = student_inputs(views, options.size // 2)
-    del views
+    inputs, small_inputs = (reduced(views[:count], size) for size in (options.size, options.size // 2))
 
     grid = teacher.spec.grid
-    model_args: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "img_size": options.size,
         "patch_size": options.size // grid[0],
         "embed_dim": options.width,
         "depth": options.depth,
         "num_heads": options.heads,
     }
-    student = timm.create_model(ARCHITECTURE, num_classes=0, **model_args)
+    student = timm.create_model(ARCHITECTURE, num_classes=0, **sizes)
     assert isinstance(student, VisionTransformer)
-    teacher_width, layers = teacher.spec.width, len(teacher.spec.layers)
-    heads = nn.ModuleList(nn.Linear(options.width, teacher_width) for _ in range(layers + 1))
-    mean, std = teacher.image_mean, teacher.image_std
-
+    layers = len(teacher.spec.layers)
+    heads = nn.ModuleList(nn.Linear(options.width, teacher.spec.width) for _ in range(layers + 1))
     parameters = [*student.parameters(), *heads.parameters()]
-    optimiser = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        options.learning_rate,
-        betas=(0.9, 0.98),
-    )
-    start, step, elapsed, saves, row = time.monotonic(), 0, 0.0, 1, count
-    order = np.arange(count)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, options.learning_rate, betas=(0.9, 0.98))
+
+    start, step, elapsed, row = time.monotonic(), 0, 0.0, count
     with tqdm(total=100, desc="training", unit="%") as progress:
         while elapsed < 1:
             if row + options.batch_size > count:
@@ -125,21 +114,23 @@ def distil_encoder(options: DistilEncoder) -> None:
             row += options.batch_size
 
             pixels = small_inputs[rows] if rng.random() < options.small_share else inputs[rows]
+            # The teacher's features of a flipped image are nearly its features flipped: twice the views for nothing.
             flip = bool(rng.random() < 0.5)
             pixels = pixels.flip(-1) if flip else pixels
-            images = F.interpolate((pixels / 255 - mean) / std, (options.size, options.size), mode="bicubic")
+            wanted = features[rows].unflatten(1, grid)
+            wanted = (wanted.flip(2) if flip else wanted).flatten(1, 2)
+            normalised = (pixels / 255 - teacher.image_mean) / teacher.image_std
+            images = F.interpolate(normalised, (options.size, options.size), mode="bicubic")
             described = student.forward_intermediates(images, indices=layers, norm=True, output_fmt="NLC")
             final, tokens = cast(tuple[Tensor, list[Tensor]], described)
-            class_token, wanted = targets.take(rows, grid, flip)
             predicted = torch.cat([head(token) for head, token in zip(heads, tokens, strict=False)], dim=-1)
-            patch_loss = F.mse_loss(predicted, wanted)
-            class_loss = F.mse_loss(heads[layers](final[:, 0]), class_token)
-            loss = patch_loss + class_loss
+            patch_loss = F.mse_loss(predicted, wanted.float())
+            class_loss = F.mse_loss(heads[layers](final[:, 0]), class_tokens[rows].float())
 
             for group in optimiser.param_groups:
                 group["lr"] = options.learning_rate * min(1.0, (step + 1) / 100) * (1 - elapsed)
             optimiser.zero_grad()
-            loss.backward()
+            (patch_loss + class_loss).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
 
@@ -147,78 +138,56 @@ def distil_encoder(options: DistilEncoder) -> None:
             elapsed = (time.monotonic() - start) / (60 * options.minutes)
             progress.update(100 * elapsed - progress.n)
             progress.set_postfix(step=step, patches=f"{patch_loss:.3f}", class_token=f"{class_loss:.3f}")
-            if elapsed * options.minutes > saves * options.save_minutes:
-                save_timm_folder(options.out, student, model_args, mean, std)
-                saves += 1
-
     print(f"{step} steps with {options.batch_size} views each")
-    save_timm_folder(options.out, student, model_args, mean, std)
+    save_timm_folder(options.out, student, sizes, teacher)
 
 
-class Targets:
-    """The teacher's class tokens and features, standardised per channel when they are taken."""
+@torch.no_grad()
+def describe(teacher: VisionEncoder, views: Tensor, minutes: float) -> tuple[Tensor, Tensor]:
+    """The teacher's class tokens (N, D) and features (N, patches, layers·D) in float16, standardised per channel.
 
-    def __init__(self, class_tokens: Tensor, features: Tensor):
-        """Take float16 (N, D) and (N, patches, layers·D)."""
-        self.class_tokens, self.features = class_tokens, features
-        sample = features[:1000].double()
-        self.feature_mean, self.feature_std = sample.mean((0, 1)).float(), sample.std((0, 1)).float()
-        self.class_mean = class_tokens.double().mean(0).float()
-        self.class_std = class_tokens.double().std(0).float()
-
-    def take(self, rows: Tensor, grid: tuple[int, int], flip: bool) -> tuple[Tensor, Tensor]:
-        """Class tokens (B, D) and features (B, patches, layers·D), standardised; flipped as the images are.
-
-        The teacher's features of a flipped image are nearly its features flipped, which doubles the views for nothing.
-        """
-        features = self.features[rows].unflatten(1, grid)
-        features = (features.flip(2) if flip else features).flatten(1, 2)
-        return (
-            (self.class_tokens[rows] - self.class_mean) / self.class_std,
-            (features - self.feature_mean) / self.feature_std,
-        )
-
-
-def describe_all(teacher: VisionEncoder, views: NDArray[np.uint8], minutes: float) -> tuple[Tensor, Tensor]:
-    """The teacher's class tokens (N, D) and features (N, patches, layers·D), in float16; as many as there is time."""
-    spec = teacher.spec
-    class_tokens = torch.empty(len(views), spec.width, dtype=torch.float16)
-    features = torch.empty(len(views), spec.grid[0] * spec.grid[1], spec.feature_channels, dtype=torch.float16)
-    batch, start = 32, time.monotonic()
-    for row in tqdm(range(0, len(views), batch), desc="teacher"):
-        described = teacher.describe(torch.from_numpy(views[row : row + batch]))
-        class_tokens[row : row + batch] = described.class_token
-        features[row : row + batch] = described.features.flatten(2).mT
+    Of as many views (N, 3, H, W) uint8 as there is time for.
+    """
+    class_tokens: list[Tensor] = []
+    features: list[Tensor] = []
+    start = time.monotonic()
+    for batch in tqdm(views.split(32), desc="teacher"):
+        described = teacher.describe(batch)
+        class_tokens.append(described.class_token.half())
+        features.append(described.features.flatten(2).mT.half())
         if time.monotonic() - start > 60 * minutes:
-            return class_tokens[: row + batch], features[: row + batch]
-    return class_tokens, features
+            break
+    return standardised(torch.cat(class_tokens)), standardised(torch.cat(features))
 
 
-def student_inputs(views: NDArray[np.uint8], size: int) -> Tensor:
-    """The views reduced to size × size, as uint8."""
-    reduced = [
-        F.interpolate(chunk.float(), (size, size), mode="bilinear", antialias=True).round().byte()
-        for chunk in torch.from_numpy(views).split(256)
-    ]
-    return torch.cat(reduced)
+def standardised(values: Tensor) -> Tensor:
+    """Values (N, …, channels) with mean 0 and deviation 1 of each channel, by the first thousand."""
+    sample = values[:1000].flatten(0, -2).double()
+    return ((values - sample.mean(0)) / sample.std(0)).half()
 
 
-def save_timm_folder(folder: Path, model: nn.Module, model_args: dict[str, Any], mean: Tensor, std: Tensor) -> None:
+def reduced(views: Tensor, size: int) -> Tensor:
+    """The views at size × size, uint8."""
+    parts = (F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True) for part in views.split(256))
+    return torch.cat([part.round().byte() for part in parts])
+
+
+def save_timm_folder(folder: Path, model: nn.Module, sizes: dict[str, Any], teacher: VisionEncoder) -> None:
     """Write `config.json` and `model.safetensors` (float16)."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architecture": ARCHITECTURE,
         "num_classes": 0,
-        "model_args": model_args,
+        "model_args": sizes,
         "pretrained_cfg": {
-            "mean": [round(value, 6) for value in mean.flatten().tolist()],
-            "std": [round(value, 6) for value in std.flatten().tolist()],
-            "input_size": [3, model_args["img_size"], model_args["img_size"]],
+            "mean": teacher.spec.image_mean,
+            "std": teacher.spec.image_std,
+            "input_size": [3, sizes["img_size"], sizes["img_size"]],
             "interpolation": "bicubic",
             "first_conv": "patch_embed.proj",
             "license": "apache-2.0",
         },
-        "reglue_input": {"image_pixels_per_patch": model_args["patch_size"], "minimum_input": model_args["img_size"]},
+        "reglue_input": {"image_pixels_per_patch": sizes["patch_size"], "minimum_input": sizes["img_size"]},
     }
     weights = {key: value.half().contiguous() for key, value in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
@@ -226,4 +195,4 @@ def save_timm_folder(folder: Path, model: nn.Module, model_args: dict[str, Any],
 
 
 if __name__ == "__main__":
-    distil_encoder(tyro.cli(DistilEncoder))
+    distil_encoder(tyro.cli(DistilEncoder, description=__doc__))

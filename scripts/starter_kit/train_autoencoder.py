@@ -6,22 +6,23 @@ The loss is L1 on pixels and on their differences, with a little KL. At the end 
 and written into the configuration, so that normalised latents have mean 0 and standard deviation 1.
 """
 
+from __future__ import annotations
+
 import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from views import random_view, read_images, to_array
+from views import random_view, read_images, to_tensor
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,6 @@ class TrainAutoencoder:
     """Folder to write, in the layout of diffusers."""
     minutes: float = 20.0
     """Time to train; the learning rate falls to zero over it."""
-    save_minutes: float = 6.0
-    """Write what there is after so many minutes, and again after as many."""
     views: int = 8_000
     """Crops and shapes to train on, made once."""
     image_limit: int = 5_000
@@ -64,14 +63,13 @@ def train_autoencoder(options: TrainAutoencoder) -> None:
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
 
-    photographs, _ = read_images(options.images, "train", options.image_limit)
-    made = [
-        random_view(photographs[i % len(photographs)], options.size, options.shape_share, rng)
-        for i in tqdm(range(options.views), desc="views")
-    ]
-    views = torch.from_numpy(to_array(made))
-    del photographs, made
-
+    photographs = read_images(options.images, "train", options.image_limit)
+    views = torch.stack(
+        [
+            to_tensor(random_view(photographs[i % len(photographs)], options.size, options.shape_share, rng))
+            for i in tqdm(range(options.views), desc="views")
+        ]
+    )
     levels = len(options.widths)
     config: dict[str, Any] = {
         "block_out_channels": options.widths,
@@ -83,20 +81,21 @@ def train_autoencoder(options: TrainAutoencoder) -> None:
         "sample_size": options.size,
         "mid_block_add_attention": False,
     }
-    autoencoder = AutoencoderKL(**config)
+    autoencoder: Any = AutoencoderKL(**config)
     nn.Module.to(autoencoder, memory_format=torch.channels_last)
     average = copy.deepcopy(autoencoder).requires_grad_(False)
     optimiser = torch.optim.AdamW(autoencoder.parameters(), options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
 
-    start, step, elapsed, saves = time.monotonic(), 0, 0.0, 1
+    start, step, elapsed = time.monotonic(), 0, 0.0
     with tqdm(total=100, desc="training", unit="%") as progress:
         while elapsed < 1:
             rows = rng.choice(len(views), options.batch_size, replace=False)
             images = random_scale(views[rows].float() / 127.5 - 1, rng).to(memory_format=torch.channels_last)
-            posterior = encode(autoencoder, images)
-            decoded = cast(DecoderOutput, autoencoder.decode(cast(Any, posterior.sample()))).sample
-            kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-            pixels, differences = F.l1_loss(decoded, images), difference_loss(decoded, images)
+            posterior: DiagonalGaussianDistribution = autoencoder.encode(images).latent_dist
+            decoded: Tensor = autoencoder.decode(posterior.sample()).sample
+            kl = posterior.kl().mean() / posterior.mean[0].numel()
+            pixels = F.l1_loss(decoded, images)
+            differences = sum(F.l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (2, 3))
             loss = pixels + options.difference_weight * differences + options.kl_weight * kl
 
             for group in optimiser.param_groups:
@@ -107,8 +106,7 @@ def train_autoencoder(options: TrainAutoencoder) -> None:
             optimiser.step()
             decay = min(options.ema_decay, (step + 1) / (step + 10))
             with torch.no_grad():
-                for mean, value in zip(average.parameters(), autoencoder.parameters(), strict=True):
-                    mean.lerp_(value, 1 - decay)
+                torch._foreach_lerp_(list(average.parameters()), list(autoencoder.parameters()), 1 - decay)  # type: ignore[reportPrivateImportUsage]
 
             step += 1
             elapsed = (time.monotonic() - start) / (60 * options.minutes)
@@ -116,28 +114,14 @@ def train_autoencoder(options: TrainAutoencoder) -> None:
             psnr = -10 * torch.log10(F.mse_loss(decoded.detach().clamp(-1, 1), images) / 4)
             progress.set_postfix(step=step, pixels=f"{pixels:.4f}", kl=f"{kl:.2f}", psnr=f"{psnr:.2f}")
 
-            if elapsed * options.minutes > saves * options.save_minutes:
-                save(average, views[:1000], options.out)
-                saves += 1
-
-    save(average, views[:2000], options.out)
-
-
-def encode(autoencoder: AutoencoderKL, images: Tensor) -> DiagonalGaussianDistribution:
-    """The distribution of the images' latents."""
-    return cast(AutoencoderKLOutput, autoencoder.encode(images)).latent_dist
-
-
-def save(autoencoder: AutoencoderKL, views: Tensor, folder: Path) -> None:
-    """Measure the latents of the views, write them into the configuration, and save in float16."""
-    mean, std = latent_statistics(autoencoder, views)
-    tqdm.write(f"latent mean {mean:.4f}, std {std:.4f}")
-    autoencoder.register_to_config(scaling_factor=1 / std, shift_factor=mean, force_upcast=False)
-    copy.deepcopy(autoencoder).half().save_pretrained(folder)
+    mean, std = latent_statistics(average, views[:2000])
+    print(f"{step} steps; latent mean {mean:.4f}, standard deviation {std:.4f}")
+    average.register_to_config(scaling_factor=1 / std, shift_factor=mean, force_upcast=False)
+    average.half().save_pretrained(options.out)
 
 
 def random_scale(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """The images at half size, or a crop of two thirds of their side."""
+    """The images at half size, or a crop of five eighths of their side."""
     if rng.random() < 0.5:
         return F.avg_pool2d(images, 2)
     side = images.shape[-1] * 5 // 8
@@ -145,22 +129,14 @@ def random_scale(images: Tensor, rng: np.random.Generator) -> Tensor:
     return images[:, :, top : top + side, left : left + side]
 
 
-def difference_loss(decoded: Tensor, images: Tensor) -> Tensor:
-    """Mean absolute error of the differences of neighbouring pixels, along both axes."""
-    return sum((F.l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (2, 3)), torch.zeros(()))
-
-
 @torch.no_grad()
-def latent_statistics(autoencoder: AutoencoderKL, views: Tensor) -> tuple[float, float]:
+def latent_statistics(autoencoder: Any, views: Tensor) -> tuple[float, float]:
     """Mean and standard deviation over all elements of sampled latents, in float64; the views at both sizes count."""
-    latents = []
-    for chunk in views.split(100):
-        images = chunk.float() / 127.5 - 1
-        sampled = (encode(autoencoder, scaled).sample() for scaled in (images, F.avg_pool2d(images, 2)))
-        latents.extend(sample.double().flatten() for sample in sampled)
-    values = torch.cat(latents)
-    return values.mean().item(), values.std().item()
+    parts = [part.float() / 127.5 - 1 for part in views.split(100)]
+    sizes = [*parts, *(F.avg_pool2d(part, 2) for part in parts)]
+    latents = torch.cat([autoencoder.encode(images).latent_dist.sample().double().flatten() for images in sizes])
+    return latents.mean().item(), latents.std().item()
 
 
 if __name__ == "__main__":
-    train_autoencoder(tyro.cli(TrainAutoencoder))
+    train_autoencoder(tyro.cli(TrainAutoencoder, description=__doc__))

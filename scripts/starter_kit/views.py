@@ -4,6 +4,8 @@ The share is there because the kit also has to describe and reconstruct handwrit
 No handwriting is used: the shapes are thresholded photographs, random strokes and letters of Pillow's own font.
 """
 
+from __future__ import annotations
+
 import io
 import math
 import string
@@ -12,40 +14,38 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch import Tensor
 from tqdm import tqdm
 
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png"}
 
 
-def read_images(source: Path, split: str, limit: int | None = None) -> tuple[list[Image.Image], list[str]]:
-    """Images and class names of one split of a tar file or folder laid out as `split/class/image`.
+def read_images(source: Path, split: str, limit: int) -> list[Image.Image]:
+    """Images of one split of a tar file or folder laid out as `split/class/image`.
 
-    With a limit: that many images, evenly spread over the sorted files, so that every class is among them.
+    At most so many, evenly spread over the sorted files, so that every class is among them.
     """
-    read = _files_of_tar(source, split) if source.is_file() else _files_of_folder(source / split)
-    files = sorted(read, key=lambda file: file[0])
-    if limit is not None:
-        files = [files[i] for i in np.linspace(0, len(files) - 1, min(limit, len(files))).astype(int)]
-    images = [Image.open(io.BytesIO(data)).convert("RGB") for _, data in tqdm(files, desc=f"{split} images")]
-    return images, [Path(name).parent.name for name, _ in files]
+    files = sorted(_files(source, split), key=lambda file: file[0])
+    chosen = [files[i] for i in np.linspace(0, len(files) - 1, min(limit, len(files))).astype(int)]
+    return [Image.open(io.BytesIO(data)).convert("RGB") for _, data in tqdm(chosen, desc=f"{split} images")]
 
 
-def _files_of_tar(source: Path, split: str) -> Iterator[tuple[str, bytes]]:
+def _files(source: Path, split: str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents."""
+    if source.is_dir():
+        for path in (source / split).rglob("*"):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                yield str(path), path.read_bytes()
+        return
     with tarfile.open(source) as tar:
         for member in tar:
             path = Path(member.name)
-            if member.isfile() and split in path.parts and path.suffix.lower() in IMAGE_SUFFIXES:
-                file = tar.extractfile(member)
-                assert file is not None
+            file = tar.extractfile(member) if split in path.parts and path.suffix.lower() in IMAGE_SUFFIXES else None
+            if file:
                 yield member.name, file.read()
-
-
-def _files_of_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            yield str(path), path.read_bytes()
 
 
 def random_view(image: Image.Image, size: int, shape_share: float, rng: np.random.Generator) -> Image.Image:
@@ -57,9 +57,9 @@ def random_view(image: Image.Image, size: int, shape_share: float, rng: np.rando
     return _strokes(size, rng) if rng.random() < 0.65 else _glyph(size, rng)
 
 
-def to_array(images: list[Image.Image]) -> NDArray[np.uint8]:
-    """RGB images of one size as (B, 3, H, W)."""
-    return np.stack([np.asarray(image) for image in images]).transpose(0, 3, 1, 2)
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:

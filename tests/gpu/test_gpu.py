@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import convergence
 import reglue.training.loop
-import store_reads
-from common import Comparison, Measured, measured
-from comparisons import training
-from comparisons.training import Training
+import sample_speed
+import train_speed
 from helpers import TINY_RECIPE
 from reglue.cli import parse
 from reglue.commands.prepare import Prepare, prepare
@@ -43,8 +38,8 @@ from reglue.papers import RECIPES
 from reglue.pipeline import from_noise
 from reglue.training import checkpoints, distributed, parallel
 from reglue.training.precision import SamplingNetwork, autocast
-from training_step import TrainingStep
-from workloads import Workload
+from sample_speed import SampleSpeed
+from train_speed import TrainingStep, TrainSpeed
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -139,10 +134,9 @@ def test_a_compiled_step_is_the_eager_one(compile: Compile, data: TrainingData) 
 
     def sums(compile: Compile) -> dict[str, float]:
         torch.compiler.reset()
-        step = TrainingStep(RECIPE, data.config, CUDA, "float32", compile, awake(data))
-        for first in (0, 4):
-            step(data.sample(range(first, first + 4)))
-        return {name: value.item() for name, value in step.sums.items()}
+        step = TrainingStep(data, awake(data), "float32", compile)
+        terms = [step(data.read(range(first, first + 4))) for first in (0, 4)]
+        return {name: sum(of_step[name].item() for of_step in terms) for name in terms[0]}
 
     assert sums(compile) == pytest.approx(sums("no"), rel=1e-3)
 
@@ -175,36 +169,14 @@ def test_a_compiled_sampler_draws_what_the_eager_one_does(precision: Precision, 
             assert (compiled[name] - expected).norm() <= 1.5 * rounding + 1e-3 * expected.norm(), name
 
 
-def test_processes_read_a_store_into_pinned_memory(tiny_store: Path, tmp_path: Path) -> None:
-    """As a benchmark does it, each in one that has looked for a GPU before it started them."""
-    out = tmp_path / "reads.json"
-    sizes = ["--columns", "latent", "--images", "8", "--batch-sizes", "4", "--processes", "1", "2"]
-    command = [sys.executable, store_reads.__file__, "--store", tiny_store, "--pinned", *sizes, "--out", out]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=300)
-    reads = json.loads(out.read_text())["figures"]["reads"]
-    assert [read["processes"] for read in reads] == [1, 2, 1, 2]
-
-
-def test_what_does_not_fit_is_gone_before_half_of_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contestants of the benchmark that take six tenths of the memory per image, one after the other."""
-    torch.cuda.empty_cache()
-    size, tried = int(0.6 * torch.cuda.mem_get_info(CUDA)[0]), []
-
-    def timings(options: Training, workload: Workload, start: Any, store: Store, *_: Any) -> dict[str, Measured]:
-        tried.append(len(store))
-
-        def make() -> dict[str, Callable[[], object]]:
-            return {"": torch.empty(size * len(store), dtype=torch.uint8, device=CUDA).zero_}
-
-        return measured({"first": make, "second": make}, 1, CUDA)
-
-    monkeypatch.setattr(training, "timings", timings)
-    start: Any = None
-    found = training.fitting_timings(Training(Comparison(toy=True)), Workload.of("toy"), start, None, CUDA)
-    assert tried == [4, 2, 1]
-    for name in ("first", "second"):
-        assert found[name].peak_gpu_memory_mib == pytest.approx(size / 2**20, rel=0.05)
+def test_the_benchmarks_run_on_a_gpu() -> None:
+    """With data in pinned memory, read ahead by threads."""
+    toy: Any = {"toy": True, "repeats": 1, "device": "cuda"}
+    trained = json.loads(train_speed.main(TrainSpeed(**toy, steps=3, workers=2, compile=("blocks",))))
+    drawn = json.loads(sample_speed.main(SampleSpeed(**toy, compile=("no", "model"))))
+    for line, figure in ((trained, "seconds_per_step"), (drawn, "seconds_per_batch")):
+        assert line["hardware"]["gpu"]
+        assert all(one["median"] > 0 for one in line["figures"][figure].values())
 
 
 def test_a_study_runs_on_a_gpu(tiny_store: Path, tiny_images: Path, tmp_path: Path) -> None:

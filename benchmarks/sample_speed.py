@@ -1,0 +1,126 @@
+"""The sampling loop of `reglue sample`, beside the published one.
+
+    python benchmarks/sample_speed.py --official PUBLISHED --model B/2 --compile no model
+
+First both have to draw the same from the same weights and noise. Ours is then `ImageModel.draw`, its own noise
+included; theirs is the sampler of their generate.py: float32, TF32 on a GPU, attention not fused. Neither decodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import official
+from common import alternate, report, run, speedups
+from counting import forward_flops
+from official import CLS, LOCAL
+from reglue.config import Sampling
+from reglue.diffusion.conditions import CLASS
+from reglue.diffusion.guidance import Velocity, guided_velocity
+from reglue.diffusion.modalities import LATENT, State
+from reglue.diffusion.samplers import SAMPLERS, integrate, stochastic_times
+from reglue.encoders.autoencoders import load_autoencoder
+from reglue.pipeline import ImageModel
+from reglue.run import RunRecord
+from reglue.training.precision import SamplingNetwork, matmul_precision
+from workloads import CLASSES, OfModel
+
+AGREEMENT = 1e-4
+"""Largest difference of a sample, as a share of the largest value, in float32."""
+
+
+@dataclass(frozen=True)
+class SampleSpeed(OfModel):
+    """Euler–Maruyama with all modalities guided on an interval: seconds of a batch."""
+
+    batch_size: int = 64
+    steps: int = 250
+    guidance_scale: float = 2.3
+    guidance_interval: tuple[float, float] = (0.0, 0.9)
+    compile: tuple[Literal["no", "model"], ...] = ("no",)
+    """Without and with `reglue sample --compile`."""
+
+
+def main(options: SampleSpeed) -> str:
+    """Check that both draw the same, then time both. Returns the line of JSON."""
+    device = options.begin()
+    steps, batch = (5, 2) if options.toy else (options.steps, options.batch_size)
+    workload = options.workload()
+    sampling = Sampling(
+        "euler-maruyama", steps, guidance_scale=options.guidance_scale, guidance_interval=options.guidance_interval
+    )
+    denoiser = workload.random_model().to(device).eval()
+    label = torch.arange(batch) % CLASSES
+    start = {name: torch.randn(batch, *shape, device=device) for name, shape in workload.config.shapes().items()}
+    figures: dict[str, Any] = {"batch_size": batch, "steps": steps}
+    contestants: dict[str, Callable[[], object]] = {}
+
+    if (folder := options.official) is not None:
+        theirs = official.model(folder, denoiser, fused_attention=False).to(device).eval()
+
+        def draw_theirs(state: State, label: Tensor, steps: int) -> Tensor:
+            scale, interval = options.guidance_scale, options.guidance_interval
+            return official.samples(folder, theirs, state, label.to(device), steps, scale, interval)
+
+        two = {name: x[:2] for name, x in start.items()}
+        torch.manual_seed(3)
+        expected = draw_theirs(two, label[:2], 4)
+        torch.manual_seed(3)
+        network, condition = SamplingNetwork(denoiser, "float32"), {CLASS: label[:2].to(device)}
+        velocity = guided_velocity(network, condition, workload.config.modalities, sampling.guidance)
+        found = our_samples(velocity, two, 4)
+        figures["sample_difference"] = ((found - expected).abs().max() / expected.abs().max()).item()
+        assert figures["sample_difference"] < AGREEMENT, figures
+
+        def call_theirs() -> None:
+            with matmul_precision(device, "tf32"):
+                draw_theirs(start, label, steps)
+
+        contestants["theirs float32"] = call_theirs
+
+    with TemporaryDirectory() as store:
+        record = RunRecord.of(workload.random_store(Path(store), 4), workload.recipe, 0)
+    autoencoder = load_autoencoder("starter", device)  # Asked for, and not used.
+    for precision, compile in product(options.precision, options.compile):
+        name = f"ours {precision}" + ("" if compile == "no" else ", compiled")
+        image_model = ImageModel(record, denoiser, autoencoder, compile=compile == "model")
+        contestants[name] = partial(
+            image_model.draw, range(batch), {CLASS: label.to(device)}, 0, sampling.changed(precision=precision)
+        )
+    measured = alternate(contestants, options.repeats, device)
+    figures |= {
+        "seconds_per_batch": measured,
+        "times_faster": speedups(measured),
+        "flops_per_evaluation": forward_flops(workload.config),
+    }
+    return report(options, figures, device)
+
+
+@torch.no_grad()
+def our_samples(velocity: Velocity, start: State, steps: int) -> Tensor:
+    """Latents and map (B, C + K, H, W) by our sampler, with noise in the order in which the published one draws it."""
+    channels = start[LATENT].shape[1]
+
+    def noise() -> Iterator[State]:
+        while True:
+            maps = torch.randn_like(torch.cat([start[LATENT], start[LOCAL]], dim=1), dtype=torch.float64)
+            cls = torch.randn_like(start[CLS], dtype=torch.float64)
+            yield {LATENT: maps[:, :channels], LOCAL: maps[:, channels:], CLS: cls}
+
+    times = [dict.fromkeys(start, time) for time in stochastic_times(steps)]
+    exact = {name: x.double() for name, x in start.items()}
+    state = integrate(SAMPLERS["euler-maruyama"].step, velocity, exact, times, noise=noise())
+    return torch.cat([state[LATENT], state[LOCAL]], dim=1)
+
+
+if __name__ == "__main__":
+    run(SampleSpeed, main, __doc__)
