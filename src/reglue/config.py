@@ -72,7 +72,7 @@ class Part:
     weight: float = 0.0
     """Weight of this term in the loss; 0 leaves the part out of the model."""
     schedule: tuple[tuple[int, float], ...] = ()
-    """Changes of the weight: pairs of a step and the weight from then on."""
+    """Changes of the weight during training: pairs of a step and the weight from then on."""
 
     def __post_init__(self) -> None:
         require(self, "weight", prefix=self.prefix, at_least=0)
@@ -127,9 +127,9 @@ class Latent(LearnedPart):
     weight: float = 1.0
     unit_variance: bool = False
     """Scale each channel to mean 0 and standard deviation 1 on the store's images, in place of the autoencoder's own
-    shift and scale: for images unlike those that the autoencoder was made for."""
+    shift and scale: for images unlike those that the autoencoder was trained on."""
     one_scale: bool = False
-    """With unit_variance: one mean and standard deviation over all channels, as ReaLS has it (arXiv 2502.00359)."""
+    """With unit_variance: one mean and standard deviation for all channels, as in ReaLS (arXiv 2502.00359)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,9 +146,9 @@ class LocalSemantics(LearnedPart):
     prefix = "--local."
     modality, kind = "local", "map"
     compressor: str = "conv-16"
-    """Name of the compressor in the store: what `reglue compress` made."""
+    """Name of the compressor in the store, made by `reglue compress`."""
     dropout: float = 0.0
-    """Share of samples that are trained without the map, for representation guidance (ReDi: 0.2)."""
+    """Share of samples trained without the map, for representation guidance (ReDi: 0.2)."""
     unit_variance: bool = False
     """Divide the map by its standard deviation, per channel (the published methods do not)."""
 
@@ -169,8 +169,8 @@ class ClassToken(LearnedPart):
     prefix = "--class-token."
     modality, kind, is_class_token = "cls", "token", True
     compressor: str | None = None
-    """Name of a compressor in the store (`reglue compress --column cls`), whose codes are learned in place of the token
-    itself, as published. The alignment's target is the token itself in any case."""
+    """Name of a compressor in the store (`reglue compress --column cls`), whose codes are learned in place of the
+    published token itself. The alignment's target is always the token."""
     unit_variance: bool = False
     """Divide the token by its standard deviation, per channel (the published methods do not)."""
 
@@ -213,12 +213,12 @@ class Alignment(Part):
 
     prefix = "--alignment."
     after_block: int | None = None
-    """After which block, counted from 1; the published depth for the model's size if not given."""
+    """Block after which hidden tokens are aligned, counted from 1. Default: the published one for the model's size."""
     hidden: int = 2048
     """Hidden width of the projector."""
     targets: Literal["cached", "decoded", "online"] = "cached"
-    """cached: features from the store (--features). decoded: what the compressor's decoder makes of the codes in the
-    store, without features. online: computed from the images in every step."""
+    """cached: features from the store (--features). decoded: features decoded from the compressor's codes in the store.
+    online: computed from the images in every step."""
     compressor: str | None = None
     """With targets decoded: name of the compressor in the store. Default: that of --local.compressor."""
 
@@ -238,13 +238,13 @@ class OptimiserConfig:
     batch_size: int = 256
     """Images per step, over all processes and accumulated parts."""
     accumulate: int = 1
-    """Parts that a process cuts its share of the batch into, to save memory."""
+    """Micro-batches per step in each process, to save memory (gradient accumulation)."""
     learning_rate: float = 1e-4
     """Of AdamW, after the warm-up."""
     warmup: int = 0
     """Steps over which the learning rate rises from 0."""
     decay: Literal["constant", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up; cosine falls to 0 at the last step."""
+    """Schedule of the learning rate after the warm-up; cosine ends at 0."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of AdamW's first and second moments."""
     weight_decay: float = 0.0
@@ -252,17 +252,16 @@ class OptimiserConfig:
     epsilon: float = 1e-8
     """Added to AdamW's denominator."""
     clip: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Clip the norm of the gradient to this; 0 does not clip."""
     ema: float = 0.9999
     """Decay of the moving average of the weights, per step."""
     ema_warmup: bool = False
     """Begin with a shorter average, min(decay, (1 + step) / (10 + step)), for short runs."""
     precision: Precision = "float32"
-    """Precision of the matrix products. tf32: float32 whose products a GPU rounds to TF32, and float32 elsewhere."""
+    """Precision of matrix products. tf32: float32, whose products a GPU rounds to TF32."""
     compile: Compile = "no"
-    """Compile with torch.compile, slower to start and faster after. blocks: one block of the transformer, which serves
-    for all of them. model: the whole network and its losses at once, which takes longest to start. auto: blocks on a
-    GPU, no on a CPU."""
+    """torch.compile: slower to start, faster after. blocks: one block of the transformer, used for all of them. model:
+    the whole network with its losses, slowest to start. auto: blocks on a GPU, no on a CPU."""
 
     def __post_init__(self) -> None:
         prefix = "--optimisation."
@@ -277,12 +276,12 @@ class Optimisation(OptimiserConfig):
     """How a denoiser is trained."""
 
     time_shift: float = 1.0
-    """Training times are t = s·u / (1 + (s − 1)·u) for uniform u: 1 is uniform, more is noisier (SD3, eq. 23)."""
+    """Training times are t = s·u / (1 + (s − 1)·u) for uniform u; 1 is uniform, above 1 is noisier (SD3, eq. 23)."""
     label_dropout: float = 0.1
-    """Share of samples that are trained with the null label, for classifier-free guidance."""
+    """Share of samples trained without their class, for classifier-free guidance."""
     checkpoint_blocks: float = 0.0
-    """Share of the blocks, from the first on, whose activations are computed again in the backward pass in place of
-    being kept: less memory for up to a third more time, and the same gradients."""
+    """Share of the blocks whose activations are recomputed in the backward pass (activation checkpointing): less memory
+    for up to a third more time, with the same gradients."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -307,29 +306,30 @@ class Sampling:
     guidance_scale: float = 1.0
     """Classifier-free guidance scale; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guided only between these times; 0 is data, 1 is noise."""
+    """Times between which guidance acts; 0 is data, 1 is noise."""
     local_scale: float | None = None
-    """Guidance scale of the local map; as guidance_scale if not given, 1 leaves the map conditional."""
+    """Guidance scale of the local map; 1 leaves it conditional. Default: the guidance scale."""
     cls_scale: float | None = None
-    """Guidance scale of the class token; likewise."""
+    """Guidance scale of the class token; 1 leaves it conditional. Default: the guidance scale."""
     other_scales: Mapping[str, float] = field(default_factory=dict[str, float])
     """Guidance scales of other modalities, by name."""
     representation_scale: float = 1.0
-    """Representation guidance, for models that were trained with dropped local maps; 1 is none."""
+    """Scale of representation guidance, for models trained with dropped local maps; 1 is none."""
     auto_scale: float = 1.0
-    """Autoguidance, by a weaker model; 1 is none."""
+    """Scale of autoguidance by a weaker model; 1 is none."""
     guided_channels: int | Literal["all"] = "all"
-    """Classifier-free guidance moves so many latent channels, the first ones, or all. SiT's recipe says 3, as published
-    for the four channels of its autoencoder; in spaces of more channels, all is the better choice."""
+    """Guide this many latent channels, the first ones, or all. SiT's recipe guides 3, as published for an autoencoder
+    of four; with more channels, all is the better choice."""
     guiders: Mapping[str, float] = field(default_factory=dict[str, float])
     """Scales of registered guiders of your own, by name."""
     rounding: Rounding = "truncate"
-    """Pixels to 8 bits: truncate 255·(x+1)/2, as REPA, REG and REGLUE do, or round 127.5·x+128, as SiT and ReDi do."""
+    """Rounding of pixels to 8 bits: truncate 255·(x+1)/2, as REPA, REG and REGLUE do, or round 127.5·x+128, as SiT and
+    ReDi do."""
     state_precision: StatePrecision | None = None
-    """Precision in which steps add up. If not given: float64 for euler, heun and euler-maruyama, as published, and
-    float32 for the others."""
+    """Precision in which steps are summed. Default: float64 for euler, heun and euler-maruyama, as published, float32
+    for the others."""
     precision: Precision | None = None
-    """Precision of the network's matrix products; that of training if not given."""
+    """Precision of the network's matrix products. Default: that of training."""
     relative_tolerance: float = 1e-3
     """Error that dopri5 allows per step, as a share of the values."""
     absolute_tolerance: float = 1e-6
@@ -411,8 +411,8 @@ class Recipe:
     learn_sigma: bool = False
     """Twice the output channels, half of them unused, as in SiT's published checkpoints."""
     position_grid: tuple[int, int] | None = None
-    """Rows and columns of tokens in which positions are counted: a finer grid has its tokens in between. Default: the
-    model's own grid, as published; with --from, that of the run it starts from, so that no position is new to it."""
+    """Grid of tokens in which positions are counted; the tokens of a finer grid lie between. Default: the model's own,
+    as published; with --from, that of the other run, so that no position is new."""
     latent: Latent = field(default_factory=Latent)
     local: LocalSemantics = field(default_factory=LocalSemantics)
     class_token: ClassToken = field(default_factory=ClassToken)
@@ -423,7 +423,7 @@ class Recipe:
     alignment: Alignment = field(default_factory=Alignment)
     optimisation: Optimisation = field(default_factory=Optimisation)
     sampling: Sampling = field(default_factory=Sampling)
-    """What `reglue sample` does unless told otherwise; also used for previews."""
+    """The defaults of `reglue sample`, also used for previews."""
 
     def __post_init__(self) -> None:
         model_size(self.model)

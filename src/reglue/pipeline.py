@@ -139,7 +139,7 @@ class ImageModel:
 
     @property
     def default_sampling(self) -> Sampling:
-        """What the recipe says, but for guidance that this model cannot have: by classes, modalities or models it lacks."""
+        """What the recipe says, but for guidance by what this model lacks: classes, a modality, a weaker model."""
         sampling = replace(self.record.recipe.sampling, auto_scale=1.0)
         if not self.record.class_names:
             sampling = replace(sampling, guidance_scale=1.0, **dict.fromkeys(MODALITY_SCALES, None))

@@ -46,23 +46,23 @@ class Draw(SamplingOverrides, TakesPaths):
     out: Path
     """A folder for PNG files, or a file that ends in .npz."""
     count: int = 50
-    """How many images."""
+    """Number of images."""
     seed: int = 0
     """Image i depends on the seed and i alone."""
     labels: Literal["balanced", "random"] = "balanced"
-    """Classes in turn, or drawn at random (by seed and index)."""
+    """balanced: the classes in turn. random: drawn by seed and index."""
     classes: tuple[str, ...] = ()
-    """Only these classes, by number or name; all if not given."""
+    """Only these classes, by number or name. Default: all."""
     step: int | None = None
-    """Checkpoint to use; the last one if not given."""
+    """Checkpoint to use. Default: the last."""
     weaker_run: Path | None = None
-    """A run on the same store whose model guides by being worse (autoguidance), by --auto-scale, 2 if not given."""
+    """A weaker run on the same store, for autoguidance by --auto-scale (2 if not given)."""
     autoencoder: str | None = None
     """Decode with another autoencoder than the run's own."""
     batch_size: int = 32
-    """Images at once in each process; does not change them beyond rounding."""
+    """Images per batch in each process; changes images by rounding alone."""
     compile: bool = False
-    """Compile the network: slower to start, faster after; does not change images beyond rounding."""
+    """Compile the network: slower to start, faster after; changes images by rounding alone."""
     device: str = "auto"
     """auto, cpu or cuda."""
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import convergence
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +18,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import convergence
 import reglue.training.loop
 import sample_speed
 import train_speed

@@ -40,60 +40,60 @@ UNLABELLED = Reading(no_labels=True)
 
 @dataclass(frozen=True)
 class Autoencode(TakesPaths):
-    """Train an autoencoder, from scratch or from another, so that its latents say what a vision encoder sees.
+    """Train an autoencoder, from scratch or from a published one, whose latents are aligned with a vision encoder
+    (ReaLS).
 
-    The result is a folder for `reglue prepare --autoencoder`. The same command again continues where it stopped, with
-    the same bits. Many GPUs share the work: torchrun … -m reglue autoencode …
+    The result is a folder for `reglue prepare --autoencoder`. The same command again resumes with the same bits. Many
+    GPUs share the work: torchrun … -m reglue autoencode …
     """
 
     images: Positional[Path]
-    """Images of whatever kind `reglue prepare` takes, a folder with folders too: classes make no difference."""
+    """Images of any kind that `reglue prepare` takes; their classes are ignored."""
     out: Positional[Path]
-    """Folder of the autoencoder: new, or one to continue."""
+    """Folder of the autoencoder: new, or one to resume."""
     recipe: Annotated[AutoencoderRecipe, tyro.conf.arg(name="")] = field(default_factory=AutoencoderRecipe)
     source: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Begin with this AutoencoderKL in place of a new one: a short name, a name on the hub (OWNER/REPOSITORY) or a
-    folder in diffusers' layout."""
+    """Start from this AutoencoderKL: a short name, a name on the hub (OWNER/REPOSITORY) or a folder in diffusers'
+    layout. Default: from scratch."""
     resolution: int | tuple[int, int] = 256
     """Side of the images in pixels, or height and width. Images are scaled to cover it, then cropped."""
     encoder: str = "dinov2-b-reg"
-    """What the latents are aligned with: starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights.
-    DINOv2's published heads read networks without registers, such as dinov2-b. The figures encoder_distance and
-    frechet_distance are distances by it too, which the training has brought down; --measure-lpips and
-    --measure-inception are by networks that it has not seen."""
+    """Vision encoder to align with: starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights.
+    DINOv2's published heads read encoders without registers, such as dinov2-b. encoder_distance and frechet_distance
+    are measured by it too, although training reduces them; --measure-lpips and --measure-inception use networks that
+    training has not seen."""
     final_norm: bool = True
     """Align with features after the encoder's final norm. DINOv2's published depth heads read those before it."""
     validation: float | Path = 0.05
-    """Share of the images that is held out to measure on, or another folder of images."""
+    """Share of the images held out for evaluation, or another folder of images."""
     validation_images: int = 5000
-    """Of those, at most so many are measured."""
+    """Evaluate on at most this many of them."""
     measure_lpips: tuple[Path, ...] = ()
-    """Measure LPIPS too, whatever the loss: its files, as --perceptual.network takes them. Without them it is measured
-    where it is the loss."""
+    """Measure LPIPS even if it is not the loss: its files, as for --perceptual.network."""
     measure_inception: str | None = None
-    """Measure rFID too: inception, whose weights are downloaded, or a file of them, as --feature-network of `reglue
-    evaluate`. It is of the images held out, at most --validation-images: published figures are of 50000."""
+    """Measure rFID too: inception, whose weights are downloaded, or a file of them, as for --feature-network of `reglue
+    evaluate`. It is measured on the held-out images, at most --validation-images; published figures use 50000."""
     statistics_images: int = 10_000
-    """The latents' mean and standard deviation are taken over so many training images, drawn at random."""
+    """Number of training images, drawn at random, over which the latents' mean and standard deviation are computed."""
     seed: int = 0
-    """Decides the initial weights, the held-out images, the order of the others and every draw."""
+    """Seed of the initial weights, the held-out images, the order of the others and all noise."""
     evaluate_every: int | None = None
-    """Steps between measurements and pictures. Default: an epoch, the steps that see as many images as there are."""
+    """Steps between evaluations, with pictures. Default: one epoch."""
     log_every: int = 100
-    """Steps between lines of metrics.jsonl, at which latents that collapse or blow up end the training."""
+    """Steps between lines of metrics.jsonl, where training ends if the latents collapse or diverge."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 2
-    """How many checkpoints stay; 0 keeps all."""
+    """Number of checkpoints to keep; 0 keeps all."""
     track: tuple[str, ...] = ()
     """Trackers beside metrics.jsonl, by the names under which they are in reglue.training.tracking.TRACKERS."""
     workers: int = 2
-    """Threads that decode images ahead of their use, for each of torchrun's processes; 0 decodes when asked."""
+    """Threads that decode images ahead, per process of torchrun; 0 decodes when needed."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
     deterministic: bool = True
-    """On a GPU too, the same command gives the same bits as far as PyTorch warns of nothing: gradients of attention and
-    of resampling may differ in their last bits."""
+    """The same bits from the same command on a GPU too, as far as PyTorch can: gradients of attention and of resampling
+    may differ in their last bits."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -50,59 +50,58 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Compress(TakesPaths):
-    """Learn to write the features of a store in few channels, and add the codes as column local.NAME.
+    """Fit a compressor to a store's features, and add its codes to the store as column local.NAME.
 
-    With --column cls it is the class tokens, and their codes become column cls.NAME. The same command again continues
-    where an interrupted one stopped.
+    With --column cls it compresses the class tokens, into column cls.NAME. The same command again continues where an
+    interrupted one stopped.
     """
 
     store: Positional[Path]
     """A store prepared with --features."""
     kind: CompressorKind = "conv"
-    """conv: REGLUE's convolutional autoencoder; pca: ReDi's principal components; mlp: an autoencoder with one hidden
-    layer that looks at every position by itself."""
+    """conv: REGLUE's convolutional autoencoder. pca: ReDi's principal components. mlp: an autoencoder with one hidden
+    layer, applied at every position."""
     column: CompressedColumn = "features"
-    """features: the map of patch features; cls: the class token, by pca or mlp. A recipe learns its codes in place of
+    """features: the map of patch features. cls: the class token, by pca or mlp; a recipe learns its codes in place of
     the token with --class-token.compressor NAME."""
     layers: Literal["last"] | tuple[int, ...] | None = None
-    """last, or blocks of the encoder, 0 is the first: features of these alone are taken, of those that the store has.
-    Several must be neighbours there. Default: all. ReDi takes the last one."""
+    """last, or blocks of the encoder, counted from 0 and adjacent in the store: only their features are compressed.
+    Default: all that the store has. ReDi uses the last one."""
     channels: int = 16
-    """Channels of the codes. Of ReDi's file, given as --fitted, so many components are taken, the first ones."""
+    """Channels of the codes. With --fitted and ReDi's file: how many of its components to use, the first ones."""
     hidden: int = 256
-    """conv, mlp: channels between."""
+    """conv, mlp: hidden channels."""
     kl_weight: float = 0.0
-    """conv, mlp: above 0, the encoder gives a normal distribution of codes, and this weighs its KL divergence from the
-    standard normal, summed over an image's code, beside the mean squared error. Sampled in training; afterwards its
-    mean is the code. REGLUE measured 1e-6, and found it worse than none."""
+    """conv, mlp: above 0, the compressor is variational: weight of the KL divergence from the standard normal, summed
+    over an image's code, beside the mean squared error. Codes are sampled in training and are the means afterwards.
+    REGLUE tried 1e-6, and found it worse than none."""
     epochs: int = 25
-    """conv, mlp: passes over the training images. What the last one gives is kept."""
+    """conv, mlp: passes over the training images. The compressor after the last one is kept."""
     cosine_epochs: int = 100
-    """conv, mlp: the learning rate falls along a cosine that would end after so many epochs."""
+    """conv, mlp: epochs after which the cosine decay of the learning rate would end."""
     batch_size: int | None = None
-    """conv, mlp: images per step. Default: 4096 as published, but no more than a 64th of the images (and 16 at
-    least)."""
+    """conv, mlp: images per step. Default: 4096 as published, but at most a 64th of the images, and at least 16."""
     micro_batch: int = 256
-    """conv, mlp: images on the device at once, and over which batch statistics are taken."""
+    """conv, mlp: images on the device at once, which share batch statistics."""
     learning_rate: float = 1e-3
-    """conv, mlp: of Adam, at the start."""
+    """conv, mlp: initial learning rate of Adam."""
     final_learning_rate: float = 1e-4
-    """conv, mlp: at the end of the cosine."""
+    """conv, mlp: learning rate at the end of the cosine."""
     validation: float = 0.05
-    """Share of the images that are held out to measure the compressor."""
+    """Share of the images held out to evaluate the compressor."""
     seed: int = 0
-    """Of the weights, the order of images and what is held out."""
+    """Seed of the weights, the order of the images and the held-out share."""
     fitted: Path | None = None
-    """Folder of a compressor (RUN/compressor or STORE/compressors/NAME), REGLUE's published .pth or ReDi's PCA file:
-    nothing is fitted, its codes are added. For another resolution of images, which a model is to be fine-tuned on,
-    other images to compare with, or the published codes. The store must have the features that it was fitted to, from
-    the same encoder and layers; a published file does not say which layers, and is taken to mean --layers."""
+    """Apply a fitted compressor in place of fitting one: a folder (RUN/compressors/NAME or STORE/compressors/NAME),
+    REGLUE's published .pth or ReDi's PCA file. For images at another resolution to fine-tune on, for other images to
+    compare with, or for the published codes. The store must hold the features that it was fitted to, of the same
+    encoder and layers; published files do not record their layers, so name them with --layers."""
     statistics: Path | None = None
-    """With --fitted: mean and std of the features, which REGLUE keeps beside its compressor: .npz, or a dict in .npy,
-    .pt or .pkl."""
+    """With --fitted: mean and standard deviation of the features, which REGLUE keeps in a file of their own: .npz, or a
+    dict in .npy, .pt or .pkl."""
     name: str | None = None
-    """Of the compressor within the store. Default: KIND-CHANNELS, such as conv-16, with -last or -layers-10-11 behind
-    it if these alone are taken, and -kl if variational."""
+    """Name of the compressor in the store. Default: KIND-CHANNELS, such as conv-16, followed by -last or -layers-10-11
+    if it reads these alone, and by -kl if it is variational."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 

@@ -85,13 +85,13 @@ class Demo(TakesPaths):
     out: Path = Path("demo-output")
     """Folder for everything; the same command again continues in it."""
     compare: bool = False
-    """Train plain SiT for as many steps too, and show both."""
+    """Also train plain SiT for as many steps, and show both."""
     samples_per_class: int = 20
     """Images of each digit, guided and unguided each."""
     steps: int = SMALL.steps
     """Training steps."""
     seed: int = 0
-    """Decides the held-out digits, the training and the samples."""
+    """Seed of the held-out digits, the training and the samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,20 +47,19 @@ class Evaluate(TakesPaths):
     """
 
     images: Positional[Path]
-    """A folder of images, a .npz file (uint8 (N, H, W, 3) as arr_0 or images), a store, or a run.
-
-    A run draws them first, by the protocol of its recipe, into `evaluated` beneath it; the same command continues.
-    """
+    """A folder of images, an .npz file (uint8 (N, H, W, 3) as arr_0 or images), a store, or a run. A run first draws
+    them as its recipe says, into its folder `evaluated`; the same command again continues."""
     reference: Path | None = None
-    """The same; ADM's reference batches too, and of a run its training store. Default: that of the run in IMAGES."""
+    """What to compare with: any of the same, ADM's reference batches included; of a run, its training store. Default:
+    the training store of the run in IMAGES."""
     out: Path | None = None
-    """Where the report goes, a .json file. That about a run's images is written into the run's reports folder too, from
-    where its model card takes it; that about other images is only printed if not given."""
+    """JSON file for the report. A report on a run's images also goes into the run's folder `reports`, for its model
+    card; one on other images is only printed by default."""
     protocol: str | None = None
-    """How the images were made, where no samples.json beside them says so: a sentence, or a .json file with an object.
-    It goes into the report, as stated by you."""
+    """How the images were made, if no samples.json beside them says so: a sentence, or a .json file with an object. The
+    report quotes it as yours."""
     count: int | None = None
-    """Images to draw from a run; 50000 if not given."""
+    """Images to draw from a run. Default: 50000."""
     feature_network: str = INCEPTION
     """inception, or store for the encoder of the reference's store, or any vision encoder, or a file of weights.
 
@@ -68,20 +67,20 @@ class Evaluate(TakesPaths):
     encoders are named as in `reglue prepare`: starter, a short name, timm:NAME, NAME@FILE, a folder or a file.
     """
     features: FeatureKind = "class-token"
-    """What stands for an image in a vision encoder; patch-mean is the mean over the patches of the last layer."""
+    """Features of an image in a vision encoder: its class token, or the mean over the patches of the last layer."""
     resolution: int | tuple[int, int] | None = None
-    """Side, or height and width, to which both sides are scaled and cropped first. Default: each as it is for the
-    Inception and FD-DINOv2; for other encoders the store's, or that of the first image."""
+    """Side, or height and width, to which all images are scaled and cropped first. Default: unchanged for Inception and
+    FD-DINOv2; for other encoders the store's, or that of the first image."""
     resamples: int = 1000
-    """Random resamples of the images, for the intervals; 0 gives none."""
+    """Random resamples of the images, for the intervals; 0 computes none."""
     kernel_subsets: int = 100
-    """KID is averaged over so many random subsets."""
+    """Random subsets over which KID is averaged."""
     kernel_subset_size: int = 1000
     """Images per subset; all, if there are fewer."""
     seed: int = 0
-    """Of the random subsets and resamples."""
+    """Seed of subsets and resamples."""
     batch_size: int = 64
-    """Images at once, for the network and for drawing. Changes speed and memory; results change by rounding alone."""
+    """Images processed at once: affects speed and memory, and results by rounding alone."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 

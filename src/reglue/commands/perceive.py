@@ -51,16 +51,17 @@ class Perceive(Draw):
     out: Path
     """Folder of the results (picture.png, perception.json, images, maps): new or empty."""
     head: tuple[Path, ...] = field(kw_only=True)
-    """Heads: folders of `reglue head`, or files of linear heads that DINOv2's authors published."""
+    """Heads: folders made by `reglue head`, or DINOv2's published linear heads."""
     images: Path | None = None
-    """Encode images of this folder (or of whatever `reglue prepare` takes) in place of drawing: the control that tells
-    the generator's errors from those of the features. The run may then be the folder of an autoencoder that
-    `reglue autoencode` aligned. Options that are about drawing are refused then."""
+    """Encode the images of this folder (or anything that `reglue prepare` takes) in place of drawing: a control that
+    separates the generator's errors from those of the features. RUN may then be an autoencoder that `reglue autoencode`
+    trained, and options for drawing are refused."""
     sources: Annotated[tuple[Estimator, ...], tyro.conf.arg(name="from")] = ()
-    """What gives features without the image: alignment (the alignment network of the run's autoencoder, on latents) or
-    local (the decoder of the run's compressor, on the local map). Default: what the run has and the heads can read."""
+    """Where features come from without the image: alignment (the alignment network of the run's autoencoder, on
+    latents) or local (the decoder of the run's compressor, on the local map). Default: what the run has and the heads
+    can read."""
     encoder: str | None = None
-    """Where the vision encoder is now, if it has moved: as for `reglue prepare`."""
+    """The vision encoder, if it has moved: as for `reglue prepare`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

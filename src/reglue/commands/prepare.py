@@ -48,47 +48,48 @@ class Prepare(TakesPaths):
     """
 
     images: Positional[Path]
-    """Folder of images, with a sub-folder per class or unconditional. Or .tar (WebDataset) or .parquet: file, folder or
-    pattern ('shard-{00..99}.tar'). Or what `datasets` has saved, or hf:OWNER/NAME."""
+    """A folder of images, with one sub-folder per class, or none (unconditional). Or .tar (WebDataset) or .parquet
+    files: a file, a folder or a pattern ('shard-{00..99}.tar'). Or a data set that `datasets` has saved, or
+    hf:OWNER/NAME."""
     out: Positional[Path]
-    """Folder of the store: new, empty, or left over from the same command."""
+    """Folder of the store: new, empty, or begun by the same command."""
     resolution: int | tuple[int, int] = 256
     """Side of the prepared images in pixels, or height and width. Images are scaled to cover it, then cropped."""
     autoencoder: str = "sd-vae-ft-mse"
-    """starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]) or a folder in diffusers' layout:
-    AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, VQModel, AutoencoderTiny or AutoencoderDC."""
+    """Autoencoder: starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]) or a folder in diffusers'
+    layout (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, VQModel, AutoencoderTiny or AutoencoderDC)."""
     encoder: str = "dinov2-b-reg"
-    """starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights; none stores latents alone."""
+    """Vision encoder: starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights. none stores latents
+    alone."""
     layers: tuple[int, ...] | None = None
-    """Blocks of the encoder whose features are stored, 0 is the first. Default: the last four."""
+    """Blocks of the encoder whose features are stored, counted from 0. Default: the last four."""
     final_norm: bool = True
     """Apply the encoder's final norm to the features of each of these blocks."""
     features: bool = False
     """Store the patch features too, which `reglue compress` learns from."""
     features_dtype: Literal["float16", "int8"] = "float16"
-    """With --features: precision in which they are stored. int8 takes half the disk, with a scale for every channel of
-    every image."""
+    """With --features: their precision on disk. int8 takes half the space, with one scale per channel and image."""
     statistics_images: int = 10_000
-    """Means and standard deviations are taken over so many images, drawn at random."""
+    """Number of images, drawn at random, over which means and standard deviations are computed."""
     flips: bool = False
-    """Store the mirror image of every image too: twice the rows, the time and the disk."""
+    """Store the mirror image of every image too: twice the rows, time and disk space."""
     share: float = 1.0
-    """Take this share of each class, at random, at least one image."""
+    """Keep this share of each class, drawn at random, but at least one image."""
     per_class: int | None = None
-    """Take at most so many images of each class, at random."""
+    """Keep at most this many images of each class, drawn at random."""
     seed: int = 0
-    """Of what is drawn at random."""
+    """Seed of all random choices."""
     batch_size: int = 16
-    """Images encoded at once. Changes speed and memory; results change by rounding alone."""
+    """Images encoded at once: affects speed and memory, and results by rounding alone."""
     shard_size: int = 256
     """Images per file of the store. A shard is held in memory until it is written."""
     dtype: Literal["float32", "float16"] = "float32"
     """Precision in which latents are stored."""
     precision: Precision = "float32"
-    """Precision of the networks' matrix products. bfloat16 is faster where the processor or GPU has it; what is stored
-    then differs in the third digit."""
+    """Precision of the networks' matrix products. bfloat16 is faster where the processor or GPU supports it; stored
+    values then differ in the third digit."""
     workers: int | None = None
-    """Processes that decode images, for each of torchrun's; 0 decodes in the same one. Default: one for each core, at
+    """Processes that decode images, per process of torchrun; 0 decodes in the main process. Default: one per core, at
     most 16."""
     strict: bool = False
     """Stop at the first image that cannot be read, instead of reporting and skipping it."""

@@ -24,17 +24,17 @@ PRECISION: Precision = "float32"
 
 @dataclass(frozen=True)
 class Reencode(TakesPaths):
-    """Make a second store of a store's images with other latents, to compare autoencoders at the price of one encoder.
+    """Encode a store's images into another latent space, to compare autoencoders at the price of one encoder.
 
-    Class tokens, features and codes are the first store's: linked where both are on one disk, copied otherwise. The
-    images are read again. Many GPUs or machines share the work as in `reglue prepare`; the same command continues, and
-    makes again what is missing.
+    Class tokens, features and codes are those of the first store: linked if both are on one disk, copied otherwise. The
+    images are read again. GPUs and machines share the work as in `reglue prepare`. The same command again continues,
+    and restores what is missing.
     """
 
     store: Positional[Path]
     """Folder that `reglue prepare` made."""
     out: Positional[Path]
-    """Folder of the second store: new, empty, or left over from the same command."""
+    """Folder of the second store: new, empty, or begun by the same command."""
     autoencoder: str
     """starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]) or a folder in diffusers' layout:
     AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, VQModel, AutoencoderTiny or AutoencoderDC."""
@@ -43,7 +43,7 @@ class Reencode(TakesPaths):
     batch_size: int = 16
     """Images encoded at once. Changes speed and memory; results change by rounding alone."""
     workers: int = 2
-    """Processes that decode images, for each of torchrun's; 0 decodes in the same one."""
+    """Processes that decode images, per process of torchrun; 0 decodes in the main process."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 

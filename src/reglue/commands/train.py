@@ -37,47 +37,47 @@ from reglue.training.watchdog import watchdog
 
 @dataclass(frozen=True)
 class Train(TakesPaths):
-    """Train a recipe on a store. The same command again continues where it stopped, with the same bits."""
+    """Train a recipe on a store, or resume a run. The same command again resumes with the same bits."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     store: Path
     """Folder that `reglue prepare` made."""
     out: Path
-    """Folder of the run: new, or one to continue."""
+    """Folder of the run: new, or one to resume."""
     seed: int = 0
-    """Decides the initial weights, the order of images and every draw."""
+    """Seed of the initial weights, the order of the images and all noise."""
     start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Folder of a run whose weights are the start (fine-tuning), OWNER/NAME of one on the Hugging Face hub, or starter,
-    the small model of this package. Resolution, classes and parts may differ; what both have must be equal in size. To
-    continue, it is not needed any more."""
+    """Start from another run's weights (fine-tuning): its folder, OWNER/NAME on the Hugging Face hub, or starter, the
+    small model in this package. Resolution, classes and parts may differ; shared parts must have equal sizes. Not
+    needed to resume."""
     start_step: Annotated[int | None, tyro.conf.arg(name="from-step")] = None
-    """Which checkpoint of that run. Default: its last."""
+    """Checkpoint of that run. Default: the last."""
     start_weights: Annotated[Weights, tyro.conf.arg(name="from-weights")] = "ema"
-    """Its averaged weights, or those that were trained."""
+    """Its averaged weights (ema) or the trained ones (model)."""
     log_every: int = 100
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 10_000
     """Steps between checkpoints."""
     keep: int = 3
-    """How many checkpoints stay; 0 keeps all."""
+    """Number of checkpoints to keep; 0 keeps all."""
     preview_every: int = 10_000
-    """Steps between grids of samples from the averaged weights; 0 draws none."""
+    """Steps between previews, drawn from the averaged weights; 0 draws none."""
     preview_count: int = 16
-    """Images per grid."""
+    """Images per preview."""
     preview_steps: int = 50
-    """Sampling steps of the grids."""
+    """Sampling steps of a preview."""
     workers: int | None = None
-    """Threads that read samples ahead of their use. Default: 4 with a GPU, none without."""
+    """Threads that read samples ahead. Default: 4 on a GPU, none on a CPU."""
     device: str = "auto"
     """auto, cpu or cuda."""
     deterministic: bool = True
-    """On a GPU too, the same command gives the same bits, continued or not, on the same kind of GPU with the same
-    versions. Without it attention's backward pass is a little faster."""
+    """The same bits from the same command on a GPU too, resumed or not, on the same kind of GPU with the same versions.
+    Without it, attention's backward pass is slightly faster."""
     track: tuple[str, ...] = ()
     """Trackers beside metrics.jsonl, by the names under which they are in reglue.training.tracking.TRACKERS."""
     shards: int = 1
-    """Under torchrun: how many processes share one copy of the model. With 1 each has its own; more are for models that
-    outgrow one device."""
+    """Under torchrun: number of processes that share one copy of the model, for models larger than one device. 1 keeps
+    a whole copy in each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,9 +22,9 @@ from reglue.training import checkpoints
 
 @dataclass(frozen=True)
 class Verify(TakesPaths):
-    """Read every file of a store, copied for example, and compare it with the hash that the store's manifest holds.
+    """Compare every file of a store, after copying it for example, with the hash in the store's manifest.
 
-    Of a run, the checkpoints are read and its training store is verified, if it is where it was.
+    Of a run, the checkpoints are read, and its training store is verified if it is still where it was.
     """
 
     folder: Positional[Path]

@@ -31,21 +31,23 @@ class Reading(TakesPaths):
     labels: Path | None = None
     """Table of labels for a folder or tar shards: a .csv with columns file and label, or a .json {"FILE": LABEL, …}."""
     no_labels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Take all images, at any depth of a folder, as one class."""
+    """Treat all images, at any depth of the folder, as one class."""
     class_names: Path | None = None
     """Text file with the names of the classes, one per line, for labels that are numbers or a stream."""
     image_column: str | None = None
-    """Column of images, or ending of images in tar shards. Default: the only one."""
+    """Column of the images, or their file ending in tar shards. Default: the only one."""
     label_column: str | None = None
-    """Column of labels; in tar shards an ending or a key in .json. Default: the only one; .cls or key label."""
+    """Column of the labels; in tar shards a file ending, or a key in .json. Default: the only one, .cls or the key
+    label."""
     configuration: str | None = None
-    """Of a data set that has several."""
+    """Configuration of a data set that has several."""
     split: str | None = None
-    """Of a data set that has several. Default: train."""
+    """Split of a data set that has several. Default: train."""
     streaming: bool = False
-    """Read in order through `datasets` and keep nothing on the disk. One process decodes; resuming reads again."""
+    """Read in order through `datasets`, without keeping the data set on disk. One process decodes, and resuming reads
+    from the start again."""
     count: int | None = None
-    """How many images of a stream to take. Needed where the stream does not state its length."""
+    """Images to take from a stream; needed if the stream does not state its length."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -74,8 +74,8 @@ class Kl(Part):
 
     prefix = "--kl."
     weight: float = 1e-6
-    """The knob to turn: too little leaves a space that is hard to learn, too much blurs (ReaLS, Fig. 5). SD-VAE's
-    published 1e-6 is of another unit: it is 2e-8 here."""
+    """Too little leaves a space that is hard to learn, too much blurs (ReaLS, Fig. 5). The unit is not the SD-VAE's,
+    whose published 1e-6 is 2e-8 here."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class LatentAlignment(Part):
 
     prefix = "--alignment."
     weight: float = 0.5
-    """Of the patches: 1 − cosine of the encoder's patch features and what each latent position says of them."""
+    """Weight of 1 − cosine between the encoder's patch features and their prediction from each latent position."""
     class_weight: float = 0.5
-    """Of the whole: 1 − cosine of the encoder's class token and what the pooled latents say of it."""
+    """Weight of 1 − cosine between the encoder's class token and its prediction from the pooled latents."""
     hidden: int = 1024
-    """Hidden width of the network."""
+    """Hidden width of the alignment network."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,11 +110,11 @@ class Adversary(Part):
     """Weight of this term, times the ratio of gradient norms at the decoder's last layer; 0 leaves it out. VQGAN and
     SD-VAE: 0.5. The ratio is that of the step before, where VQGAN takes the current one: 0 in the first step."""
     start: int = 50_001
-    """The step before which there is no such term."""
+    """First training step with the adversarial loss."""
     width: int = 64
-    """Channels of its first layer."""
+    """Channels of the discriminator's first layer."""
     layers: int = 3
-    """Of stride 2; each doubles the channels, up to eight times the first."""
+    """Layers of stride 2 in the discriminator; each doubles the channels, up to eight times the first."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,7 +135,7 @@ class AutoencoderRecipe:
         steps=100_000, batch_size=32, warmup=1000, betas=(0.5, 0.9), clip=1.0, ema=0.999, ema_warmup=True
     )
     flips: bool = True
-    """Half of the images are shown mirrored. Not for digits and letters."""
+    """Mirror half of the images at random; not for digits and letters."""
 
     def loss_weights(self, step: int) -> dict[str, float]:
         """The weight of each term of the loss at a step, under the names of the terms; absent parts have none.
