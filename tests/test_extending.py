@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -16,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 import reglue
-from reglue.config import Optimisation, Recipe
+from reglue.config import Optimisation, OtherModality, Recipe
+from reglue.data.store_writer import add_column
 from reglue.diffusion.backbones import BACKBONES
 from reglue.diffusion.conditions import CONDITIONS
 from reglue.diffusion.guidance import GUIDERS
@@ -176,6 +178,20 @@ def test_a_modality_has_a_guidance_scale_of_its_own(
     # Fine-tuning drops what the next recipe does not have.
     raw = model.raw(plain, "components")
     assert not torch.equal(raw, plain["components"].float()), "it is learned at unit variance"
+
+
+def test_a_column_of_ones_own_is_learned(tiny_store: Path, tmp_path: Path) -> None:
+    store = reglue.Store.open(shutil.copytree(tiny_store, tmp_path / "store"))
+    brightness = store.read("latent", torch.arange(len(store)))["mean"].float().mean((1, 2, 3))[:, None]
+    store = add_column(store, "brightness", brightness.split(store.shard_rows))
+    token = OtherModality(0.1, modality="brightness", kind="token", source="brightness", unit_variance=True)
+    run = train(tiny(others=(token,)), store.folder, tmp_path / "run")
+    model = reglue.load(run, device="cpu")
+    assert model.draw([0], model.condition([0]), 0, model.default_sampling)["brightness"].shape == (1, 1)
+    with pytest.raises(ValueError, match=r"shard 0 of .* has 10 rows, and column other 9"):
+        add_column(store, "other", [brightness[:9], brightness[9:19], brightness[19:]])
+    with pytest.raises(UserError, match="needs column depth"):
+        train(tiny(others=(replace(token, source="depth"),)), store.folder, tmp_path / "depth")
 
 
 def test_a_sampler_and_guidance_draw_alike_by_name(parts: object, tiny_run: Path, tmp_path: Path) -> None:

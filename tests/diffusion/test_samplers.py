@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ def test_shifted_grids(steps: int, shift: float) -> None:
 def test_dopri5_keeps_its_tolerance(mean: float, deviation: float) -> None:
     exact = mean + deviation * noise()["latent"]
     # It is kept per step, as far as the method can tell; 1e-3 was seen to end 0.1 beside such a solution.
-    tolerances = {"relative_tolerance": 1e-6, "absolute_tolerance": 1e-6}
+    tolerances: dict[str, Any] = {"relative_tolerance": 1e-6, "absolute_tolerance": 1e-6}
     result = solve(dopri5, gaussian(mean, deviation), noise(), [1, 0], **tolerances)["latent"]
     assert (result - exact).abs().max() < 1e-4
 

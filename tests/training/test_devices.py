@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_guided_samples_and_their_pixels(sampler: str, tiny_store: Path) -> None
     config = denoiser_config(store, recipe)
     shapes, models = config.shapes(), [Denoiser(config), Denoiser(config)]
     autoencoder = load_autoencoder(store.manifest.autoencoder.name)
-    scales = {"local_scale": 1.5, "cls_scale": 1.2, "representation_scale": 1.1, "auto_scale": 1.5}
+    scales: dict[str, Any] = {"local_scale": 1.5, "cls_scale": 1.2, "representation_scale": 1.1, "auto_scale": 1.5}
     how = Sampling(sampler, 5, guidance_scale=2.0, guidance_interval=(0.2, 0.8), guided_channels=2, **scales)
 
     def noise() -> Iterator[State]:

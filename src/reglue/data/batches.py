@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +26,6 @@ from reglue.seeds import generator, normals, permutation
 CPU = torch.device("cpu")
 
 
-def value_in(column: str, tensors: Mapping[str, Any]) -> str:
-    """Under which name the tensors of a column hold its values: `mean` where they are those of a distribution."""
-    return "mean" if "mean" in tensors else value_of(column)
-
-
 def unit_variance(store: Store, column: str, one_scale: bool = False) -> Normalisation:
     """The normalisation to mean 0 and standard deviation 1 by the store's statistics: per channel, or over all."""
     statistics = store.manifest.statistics[column]
@@ -49,7 +43,7 @@ def modalities(store: Store, recipe: Recipe) -> tuple[Modality, ...]:
 
 def _modality(store: Store, part: LearnedPart) -> Modality:
     column = store.manifest.columns[part.column]
-    channels = column.tensors[value_in(part.column, column.tensors)].shape[0]
+    channels = column.tensors[value_of(part.column)].shape[0]
     normalisation = None
     if part.unit_variance:
         normalisation = unit_variance(store, part.column, part.one_scale)
@@ -86,7 +80,7 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
             "alignment needs; prepare with it among --layers, or use --alignment.targets online"
         )
     latents = manifest.columns[LATENT].tensors
-    _, *grid = latents[value_in(LATENT, latents)].shape
+    _, *grid = latents[value_of(LATENT)].shape
     return recipe.denoiser_config(
         modalities(store, recipe),
         (grid[0], grid[1]),
@@ -234,7 +228,7 @@ class TrainingData:
         state: State = {}
         for modality in self.config.modalities:
             stored = batch.columns[modality.name]
-            value = stored[value_in(modality.column, stored)].float()
+            value = stored[value_of(modality.column)].float()
             if "std" in stored:
                 value = value + stored["std"].float() * batch.noise["posterior"]
             if modality.normalisation:

@@ -98,6 +98,11 @@ class Store:
             return torch.arange(len(self))
         return torch.tensor([row for row, name in enumerate(self._names) if not name.endswith(FLIPPED)])
 
+    @property
+    def shard_rows(self) -> list[int]:
+        """How many rows each shard has, the same in every column."""
+        return [shard.rows for shard in self.manifest.columns["label"].shards]
+
     def read(self, column: str, rows: Tensor, channels: slice = slice(None)) -> dict[str, Tensor]:
         """Rows of a column in the order asked for, each tensor (len(rows), …) on the CPU; what is in 8 bits as float16.
 

@@ -213,26 +213,35 @@ def join_columns(columns: list[Column]) -> Column:
 
 
 def add_codes(store: Store, name: str, compressor: CompressorSpec, shards: Iterable[Tensor]) -> Store:
-    """Write the codes of a compressor as a column (`codes_column`) of a store and return the store with it.
+    """Write the codes of a compressor as a column (`codes_column`). See `add_column`."""
+    return add_column(store, codes_column(name, compressor.column), shards, compressor)
 
-    `shards` gives the codes, (n, K, h, w) or (n, K), of the store's shards in order, n rows each (none for an empty
-    shard). The manifest changes last and at once: until then the store is what it was.
+
+def add_column(store: Store, column: str, shards: Iterable[Tensor], compressor: CompressorSpec | None = None) -> Store:
+    """Write values of your own as a column of a store, which a recipe can learn, and return the store with it.
+
+    `shards` gives the values, (n, K, h, w) or (n, K), of the store's shards in order, n rows each (none for an empty
+    shard); `Store.shard_rows` says how many. `compressor` is what made them, if they are codes. The manifest changes
+    last and at once: until then the store is what it was. Raises ValueError for another number of rows.
     """
-    column, folder = codes_column(name, compressor.column), store.folder
+    folder = store.folder
     written: list[Column] = []
     start = 0
-    for index, (codes, shard) in enumerate(zip(shards, store.manifest.columns["label"].shards, strict=True)):
+    for index, (values, shard) in enumerate(zip(shards, store.manifest.columns["label"].shards, strict=True)):
+        if len(values) != shard.rows:
+            raise ValueError(f"shard {index} of {folder} has {shard.rows} rows, and column {column} {len(values)}")
         names = store.names(torch.arange(start, start + shard.rows))
-        written.append(write_shard(folder, column, index, names, {value_of(column): codes}))
+        written.append(write_shard(folder, column, index, names, {value_of(column): values}))
         start += shard.rows
     content = join_columns(written)
     added = Store(folder, replace(store.manifest, columns={**store.manifest.columns, column: content}))
     statistics = added.statistics(column, torch.arange(len(store)))
     before = read_manifest(folder)  # Another process may have added other codes meanwhile.
+    made_by = {compressor_of(column): compressor} if compressor else {}
     manifest = replace(
         before,
         columns={**before.columns, column: content},
-        compressors={**before.compressors, compressor_of(column): compressor},
+        compressors={**before.compressors, **made_by},
         statistics={**before.statistics, column: statistics},
     )
     return Store(folder, write_manifest(folder, manifest))
