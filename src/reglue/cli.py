@@ -21,7 +21,7 @@ import tyro
 from tyro import MISSING
 
 from reglue import __version__
-from reglue.errors import Stopped, UserError
+from reglue.errors import Stopped, UserError, command_line
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
 FIRST = {
@@ -137,7 +137,8 @@ def main() -> None:
     and ends a process among others at once.
     """
     try:
-        execute(parse(sys.argv[1:]))
+        with command_line():
+            execute(parse(sys.argv[1:]))
         from reglue.training import distributed  # loaded by now; not for `--help`
 
         distributed.leave()

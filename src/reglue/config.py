@@ -21,7 +21,7 @@ from reglue.diffusion.paths import PathName
 from reglue.diffusion.predictions import PREDICTIONS
 from reglue.diffusion.samplers import SAMPLERS, StatePrecision, adaptive_solver
 from reglue.diffusion.schedules import SCHEDULES
-from reglue.errors import UserError, require
+from reglue.errors import UserError, option, require
 from reglue.overrides import overrides_of
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -60,15 +60,17 @@ def model_size(name: str) -> ModelSize:
         depth, width, heads, patch = map(int, match.groups())
         if min(depth, width, heads, patch) > 0:
             return ModelSize(depth, width, heads, patch, alignment_depth=-(-depth // 3))
-    raise UserError(f"--model {name}: choose {', '.join(MODEL_SIZES)}, or DEPTHxWIDTHxHEADS/PATCH such as 8x192x6/2")
+    raise UserError(
+        f"{option('model')} {name}: choose {', '.join(MODEL_SIZES)}, or DEPTHxWIDTHxHEADS/PATCH such as 8x192x6/2"
+    )
 
 
 @dataclass(frozen=True)
 class Part:
     """A term of the loss with its weight."""
 
-    prefix: ClassVar[str] = "--"
-    """What stands before its options on the command line."""
+    prefix: ClassVar[str] = ""
+    """What stands before the names of its options."""
     weight: float = 0.0
     """Weight of this term in the loss; 0 leaves the part out of the model."""
     schedule: tuple[tuple[int, float], ...] = ()
@@ -78,7 +80,7 @@ class Part:
         require(self, "weight", prefix=self.prefix, at_least=0)
         for _, weight in self.schedule:
             if not 0 <= weight < math.inf:
-                raise UserError(f"{self.prefix}schedule {weight}: choose weights of at least 0")
+                raise UserError(f"{option(self.prefix + 'schedule')} {weight}: choose weights of at least 0")
         steps = [step for step, _ in self.schedule]
         if steps != sorted(steps):
             raise UserError(f"weight schedule {self.schedule}: the steps must ascend")
@@ -122,7 +124,7 @@ class LearnedPart(Part):
 class Latent(LearnedPart):
     """The autoencoder's latents: always there."""
 
-    prefix = "--latent."
+    prefix = "latent."
     modality, kind = LATENT, "map"
     weight: float = 1.0
     unit_variance: bool = False
@@ -135,7 +137,8 @@ class Latent(LearnedPart):
         super().__post_init__()
         if self.one_scale and not self.unit_variance:
             raise UserError(
-                "--latent.one-scale is about the store's statistics: add --latent.unit-variance, or leave it out"
+                f"{option('latent.one_scale')} applies to the store's statistics alone: "
+                f"add {option('latent.unit_variance')}, or leave it out"
             )
 
 
@@ -143,7 +146,7 @@ class Latent(LearnedPart):
 class LocalSemantics(LearnedPart):
     """The compressed map of the vision encoder's features, as channels beside the latents (ReDi, REGLUE)."""
 
-    prefix = "--local."
+    prefix = "local."
     modality, kind = "local", "map"
     compressor: str = "conv-16"
     """Name of the compressor in the store, made by `reglue compress`."""
@@ -166,7 +169,7 @@ class LocalSemantics(LearnedPart):
 class ClassToken(LearnedPart):
     """The vision encoder's class token, as a token of its own in front (REG, REGLUE)."""
 
-    prefix = "--class-token."
+    prefix = "class_token."
     modality, kind, is_class_token = "cls", "token", True
     compressor: str | None = None
     """Name of a compressor in the store (`reglue compress --column cls`), whose codes are learned in place of the
@@ -184,6 +187,7 @@ class ClassToken(LearnedPart):
 class OtherModality(LearnedPart):
     """A modality of your own: a column of the store, learned beside the others."""
 
+    prefix = "others."
     modality: str = ""
     """Its name, which states, losses and guidance scales know it by."""
     kind: Literal["map", "token"] = "map"
@@ -197,7 +201,7 @@ class OtherModality(LearnedPart):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "dropout", prefix="others ", at_least=0, less_than=1)
+        require(self, "dropout", prefix=self.prefix, at_least=0, less_than=1)
         if not self.modality or not self.source:
             raise UserError("a modality of your own needs a name (modality) and a column of the store (source)")
 
@@ -211,7 +215,7 @@ class OtherModality(LearnedPart):
 class Alignment(Part):
     """Hidden tokens aligned with the vision encoder's, class token included where the model has one (REPA)."""
 
-    prefix = "--alignment."
+    prefix = "alignment."
     after_block: int | None = None
     """Block after which hidden tokens are aligned, counted from 1. Default: the published one for the model's size."""
     hidden: int = 2048
@@ -226,7 +230,10 @@ class Alignment(Part):
         super().__post_init__()
         require(self, "after_block", "hidden", prefix=self.prefix, at_least=1)
         if self.compressor is not None and self.targets != "decoded":
-            raise UserError(f"--alignment.compressor {self.compressor} is for --alignment.targets decoded alone")
+            raise UserError(
+                f"{option('alignment.compressor')} {self.compressor} is for {option('alignment.targets')} decoded "
+                "alone; leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -264,7 +271,7 @@ class OptimiserConfig:
     the whole network with its losses, slowest to start. auto: blocks on a GPU, no on a CPU."""
 
     def __post_init__(self) -> None:
-        prefix = "--optimisation."
+        prefix = "optimisation."
         require(self, "steps", "batch_size", "accumulate", prefix=prefix, at_least=1)
         require(self, "learning_rate", prefix=prefix, more_than=0)
         require(self, "warmup", "weight_decay", "epsilon", "clip", prefix=prefix, at_least=0)
@@ -285,7 +292,7 @@ class Optimisation(OptimiserConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        prefix = "--optimisation."
+        prefix = "optimisation."
         require(self, "time_shift", prefix=prefix, more_than=0)
         require(self, "checkpoint_blocks", prefix=prefix, at_least=0, at_most=1)
         require(self, "label_dropout", prefix=prefix, at_least=0, less_than=1)
@@ -337,21 +344,21 @@ class Sampling:
 
     def __post_init__(self) -> None:
         # Named as for `sample` and in Python; for `train` there is more in front.
-        require(self, "steps", prefix="", at_least=1)
-        require(self, "time_shift", "relative_tolerance", "absolute_tolerance", prefix="", more_than=0)
-        require(self, "guidance_scale", "local_scale", "cls_scale", "representation_scale", "auto_scale", prefix="")
+        require(self, "steps", at_least=1)
+        require(self, "time_shift", "relative_tolerance", "absolute_tolerance", more_than=0)
+        require(self, "guidance_scale", "local_scale", "cls_scale", "representation_scale", "auto_scale")
         if self.guided_channels != "all":
-            require(self, "guided_channels", prefix="", at_least=1)
+            require(self, "guided_channels", at_least=1)
         lowest, highest = self.guidance_interval
         if not 0 <= lowest <= highest <= 1:
-            raise UserError(f"guidance-interval {lowest} {highest}: choose 0 ≤ lowest ≤ highest ≤ 1")
-        refuse_unknown("sampler", self.sampler, SAMPLERS)
+            raise UserError(f"{option('guidance_interval')} {lowest} {highest}: choose 0 ≤ lowest ≤ highest ≤ 1")
+        refuse_unknown(option("sampler"), self.sampler, SAMPLERS)
         for name in self.guiders:
             refuse_unknown("guider", name, GUIDERS)
         for part in fields(self):
             value, choices = getattr(self, part.name), CHOICES.get(part.name)
             if choices and value is not None and value not in choices:
-                raise UserError(f"{part.name.replace('_', '-')} {value}: choose {', '.join(choices)}")
+                raise UserError(f"{option(part.name)} {value}: choose {', '.join(choices)}")
 
     @property
     def guidance(self) -> Guidance:
@@ -427,13 +434,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         model_size(self.model)
-        refuse_unknown("backbone", self.backbone, BACKBONES)
-        refuse_unknown("prediction", self.prediction, PREDICTIONS)
-        refuse_unknown("times", self.times, SCHEDULES)
+        refuse_unknown(option("backbone"), self.backbone, BACKBONES)
+        refuse_unknown(option("prediction"), self.prediction, PREDICTIONS)
+        refuse_unknown(option("times"), self.times, SCHEDULES)
         for name in self.conditions:
             refuse_unknown("condition", name, CONDITIONS)
         if not self.latent.present:
-            raise UserError("--latent.weight must be positive: a latent diffusion model learns its latents")
+            raise UserError(
+                f"{option('latent.weight')} 0: choose more than 0, since every model here learns the latents"
+            )
         if len(names := [part.modality for part in self.learned_parts]) > len({*names}):
             raise UserError(f"modalities {', '.join(names)}: all need different names")
 

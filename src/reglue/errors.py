@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf, isfinite
+
+_on_command_line = False
 
 
 class UserError(Exception):
@@ -26,10 +30,29 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return " ".join(text.split())[:most] or type(error).__name__
 
 
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Inside, messages spell options as on the command line, whichever thread writes them."""
+    global _on_command_line
+    before, _on_command_line = _on_command_line, True
+    try:
+        yield
+    finally:
+        _on_command_line = before
+
+
+def option(name: str, on_command_line: str = "") -> str:
+    """How whoever is asked spells an option: `alignment.targets` in Python, `--alignment.targets` on the command line.
+
+    `name` is the field's, with underscores; `on_command_line` is what the command line calls it, if that is another.
+    """
+    return f"--{(on_command_line or name).replace('_', '-')}" if _on_command_line else name
+
+
 def require(
     options: object,
     *names: str,
-    prefix: str = "--",
+    prefix: str = "",
     at_least: float = -inf,
     more_than: float = -inf,
     at_most: float = inf,
@@ -37,8 +60,8 @@ def require(
 ) -> None:
     """Raise UserError unless these fields of a dataclass of options hold finite numbers within the bounds.
 
-    A field may be a number or a tuple of them; None passes. `prefix` is what stands before the field's name on the
-    command line.
+    A field may be a number or a tuple of them; None passes. `prefix` names the parts that hold the dataclass:
+    `optimisation.`.
     """
     for name in names:
         value = getattr(options, name)
@@ -48,4 +71,4 @@ def require(
             bounds = {"at least": at_least, "more than": more_than, "at most": at_most, "less than": less_than}
             wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if isfinite(bound))
             given = " ".join(map(str, numbers))
-            raise UserError(f"{prefix}{name.replace('_', '-')} {given}: choose {wanted or 'a finite number'}")
+            raise UserError(f"{option(prefix + name)} {given}: choose {wanted or 'a finite number'}")

@@ -126,7 +126,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def refuse_filled(path: Path) -> None:
     """Raise UserError if `path` is there and not an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} holds other files; choose a new or an empty folder for --out")
+        raise UserError(f"{path} holds other files; choose a new or an empty folder")
 
 
 def plain(value: Any) -> Any:

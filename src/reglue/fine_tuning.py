@@ -14,7 +14,7 @@ from reglue.config import Recipe
 from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import Denoiser
 from reglue.encoders.autoencoders import AutoencoderSpec
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.run import FILE, RunRecord, Start, Weights, find_run, known_as
 from reglue.training import checkpoints, distributed
 
@@ -77,7 +77,7 @@ class Beginning:
             yield "positions: of {}×{} tokens, counted in {}×{}".format(*record.denoiser.token_grid, *grid)
         changed = changed_meanings(self.source, record)
         if changed:
-            yield f"not what it was there, so that it has to be learned anew: {', '.join(changed)}"
+            yield f"another than there, to be learned again: {', '.join(changed)}"
 
 
 def begin(out: Path, run: Path | None, step: int | None, weights: Weights) -> Beginning | None:
@@ -96,20 +96,26 @@ def _begin(out: Path, run: Path | None, step: int | None, weights: Weights) -> B
     if not (out / FILE).is_file():
         return None if run is None else _opened(run, step, weights)
     before = RunRecord.read(out)
-    started = before.start
+    started, start_from = before.start, option("start", "from")
     if run and (started is None or Path(started.run).resolve() != run.resolve()):
         what = f"from {started.run}" if started else "with random weights"
-        raise UserError(f"{out} is a run that started {what}, not from {run}; leave --from out, or choose a new --out")
+        raise UserError(
+            f"{out} is a run that started {what}, not from {run}; leave {start_from} out, or choose another folder"
+        )
     if run and started and (step or started.step, weights) != (started.step, started.weights):
         what = f"with the {started.weights} weights of step {started.step}"
-        raise UserError(f"{out} is a run that started {what} of {run}; leave --from out, or choose a new --out")
+        raise UserError(
+            f"{out} is a run that started {what} of {run}; leave {start_from} out, or choose another folder"
+        )
     if started is None:
         return None
     if checkpoints.steps(out):
         return Beginning(started, before.recipe.position_grid, None, {})
     again = _opened(Path(started.run), started.step, started.weights)  # It died before it had taken the weights.
     if again.start.sha256 != started.sha256:
-        raise UserError(f"{out} started from a checkpoint of {started.run} that has changed; choose a new --out")
+        raise UserError(
+            f"{out} started from a checkpoint of {started.run} that has changed since; choose another folder"
+        )
     return again
 
 
@@ -120,7 +126,8 @@ def _opened(run: Path, step: int | None, weights: Weights) -> Beginning:
     file = checkpoint / FILES[weights]
     if not file.is_file():
         raise UserError(
-            f"{checkpoint} has no {file.name}; use --from-weights {'ema' if weights == 'model' else 'model'}"
+            f"{checkpoint} has no {file.name}; choose {option('start_weights', 'from-weights')} "
+            f"{'ema' if weights == 'model' else 'model'}"
         )
     tensors = checkpoints.read_weights(file)
     with file.open("rb") as opened:
@@ -154,8 +161,8 @@ def refuse_unfitting(run: str, there: Mapping[str, Tensor], here: Mapping[str, T
     if unfitting:
         more = f" and {len(unfitting) - NAMED} more" if len(unfitting) > NAMED else ""
         raise UserError(
-            f"--from {run} does not fit: {', '.join(unfitting[:NAMED])}{more}; choose the --model of that run, and a "
-            "store and parts of its widths and channels"
+            f"{option('start', 'from')} {run} does not fit: {', '.join(unfitting[:NAMED])}{more}; choose the "
+            f"{option('model')} of that run, and a store and parts of its widths and channels"
         )
 
 

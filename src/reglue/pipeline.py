@@ -27,7 +27,7 @@ from reglue.diffusion.paths import PATHS
 from reglue.diffusion.samplers import SAMPLERS, StatePrecision, integrate
 from reglue.diffusion.schedules import SCHEDULES, Schedule
 from reglue.encoders.autoencoders import Autoencoder, load_autoencoder
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.published import sharing
 from reglue.run import FILE as RECORD
 from reglue.run import RunRecord, find_run
@@ -96,7 +96,7 @@ def decoder(
     for part, what in (("latent_channels", "latent channels"), ("downsampling", "pixels of a latent along a side")):
         if getattr(found.spec, part) != getattr(expected, part):
             raise UserError(
-                f"--autoencoder {name or own} has {getattr(found.spec, part)} {what}, "
+                f"{option('autoencoder')} {name or own} has {getattr(found.spec, part)} {what}, "
                 f"the run has {getattr(expected, part)}"
             )
     if name is None and record.decoder is None:
@@ -107,7 +107,7 @@ def decoder(
         if changed:
             raise UserError(
                 f"autoencoder {own} is not the one that the run was trained with, {', '.join(changed)} differ: "
-                "put the old one back or choose one with --autoencoder"
+                f"put the old one back, or choose one with {option('autoencoder')}"
             )
     return found
 
@@ -152,13 +152,12 @@ class ImageModel:
         """
         for name, lacking in self._unfitting_scales(sampling).items():
             raise UserError(
-                f"{name.replace('_', '-')} {getattr(sampling, name)}: this model has no {lacking} to guide with; "
-                "choose 1"
+                f"{option(name)} {getattr(sampling, name)}: this model has no {lacking} to guide with; choose 1"
             )
         learned = [modality.name for modality in self.record.denoiser.modalities]
         for name in sampling.other_scales:
             if name not in learned:
-                raise UserError(f"other-scales {name}: this model learns {', '.join(learned)}")
+                raise UserError(f"{option('other_scales')} {name}: this model learns {', '.join(learned)}")
         return replace(
             sampling,
             state_precision=sampling.state_precision or SAMPLERS[sampling.sampler].state_precision,
@@ -170,16 +169,14 @@ class ImageModel:
         config, recipe = self.record.denoiser, self.record.recipe
         of_classes = ("guidance_scale", *MODALITY_SCALES)
         lacking = {
-            option: what
-            for option, what in MODALITY_SCALES.items()
-            if not config.modality(option.removesuffix("_scale"))
+            name: what for name, what in MODALITY_SCALES.items() if not config.modality(name.removesuffix("_scale"))
         }
         if not hidden_modalities(config.modalities):
             lacking["representation_scale"] = "local map"
         elif self.record.start is None and not any(part.dropout for part in recipe.learned_parts):
-            lacking["representation_scale"] = "branch without its map (trained with --local.dropout 0)"
+            lacking["representation_scale"] = f"branch without its map (trained with {option('local.dropout')} 0)"
         if not recipe.optimisation.label_dropout and self.record.start is None:
-            unconditional = "branch without labels (trained with --optimisation.label-dropout 0)"
+            unconditional = f"branch without labels (trained with {option('optimisation.label_dropout')} 0)"
             lacking |= dict.fromkeys(of_classes, unconditional)
         if not self.record.class_names:
             lacking |= dict.fromkeys(of_classes, "classes")
@@ -387,7 +384,9 @@ class ImageModel:
         """
         sampling, device = self.resolved(sampling), self.device
         if sampling.auto_scale != 1 and weaker is None:
-            raise UserError(f"auto-scale {sampling.auto_scale}: autoguidance needs a weaker model; choose 1")
+            raise UserError(
+                f"{option('auto_scale')} {sampling.auto_scale}: autoguidance needs a weaker model; choose 1"
+            )
         adaptive = SAMPLERS[sampling.sampler].adaptive
         if adaptive and len(indices) > 1:
             one_by_one = [{name: value[i : i + 1] for name, value in condition.items()} for i in range(len(indices))]

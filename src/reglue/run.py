@@ -122,7 +122,7 @@ class RunRecord:
         path = folder / FILE
         if not path.is_file():
             raise UserError(f"{folder} is not a run: it has no {FILE}; make one with `reglue train`")
-        return read_json(path, cls, "train anew, or put back the file")
+        return read_json(path, cls, "put the file back, or train again in a new folder")
 
     def write(self, folder: Path) -> None:
         """Write the record into a run folder, whole or not at all."""

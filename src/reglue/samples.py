@@ -23,7 +23,7 @@ from reglue.data.picture_writer import THREADS, PictureWriter
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import State
-from reglue.errors import UserError, require
+from reglue.errors import UserError, option, require
 from reglue.files import TakesPaths, read_json, replacing
 from reglue.pipeline import ImageModel, evaluations, load
 from reglue.run import find_run, known_as
@@ -221,7 +221,8 @@ def weaker_model(options: Draw, model: ImageModel) -> Denoiser:
     config = weaker.denoiser.config
     if config.shapes() != model.denoiser.config.shapes():
         raise UserError(
-            f"--weaker-run {options.weaker_run} was trained on other modalities or sizes than {options.run}"
+            f"{option('weaker_run')} {options.weaker_run} was trained on other modalities or sizes than {options.run}; "
+            "choose a run on the same store"
         )
     different = fine_tuning.changed_meanings(weaker.record, model.record)
     if not any(modality.is_class_token for modality in config.modalities):
@@ -230,7 +231,7 @@ def weaker_model(options: Draw, model: ImageModel) -> Denoiser:
         different.append("classes")
     if different:
         raise UserError(
-            f"--weaker-run {options.weaker_run} was trained with another {', another '.join(different)} than "
+            f"{option('weaker_run')} {options.weaker_run} was trained with another {', another '.join(different)} than "
             f"{options.run}; choose a run that differs in its model or its training alone"
         )
     return weaker.denoiser
@@ -275,7 +276,7 @@ def protocol_of(options: Draw, drawing: Drawing) -> dict[str, Any]:
 
 def read_protocol(path: Path) -> dict[str, Any]:
     """The protocol of images that are to be continued. Raises UserError if the file does not hold it (any more)."""
-    remedy = "choose a new --out, or delete the folder and draw anew"
+    remedy = "choose another folder, or delete this one and draw the images again"
     protocol = read_json(path, dict[str, Any], remedy)
     if not (isinstance(protocol.get("sampling"), dict) and isinstance(protocol.get("labels"), list)):
         raise UserError(f"{path} is damaged (it holds no protocol of samples); {remedy}")
@@ -292,7 +293,7 @@ def create_or_resume(folder: Path, protocol: dict[str, Any], rank: int) -> None:
     if path.is_file():
         protocol = joined(folder, read_protocol(path), protocol, complete=is_drawn(folder, protocol))
     elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds other files; choose a new or an empty folder for --out")
+        raise UserError(f"{folder} holds other files; choose a new or an empty folder")
     distributed.barrier()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -312,11 +313,11 @@ def is_finished(archive: Path, protocol: dict[str, Any]) -> bool:
         return False
     before = archived_protocol(archive) or {}
     if not {"labels", "sampling"} <= before.keys():
-        raise UserError(f"{archive} is there, and does not say how its images were drawn; choose a new --out")
+        raise UserError(f"{archive} is there already, but does not say how its images were drawn; choose another file")
     joined(archive, before, protocol, complete=True)
     has, asked = len(before["labels"]), len(protocol["labels"])
     if has != asked:
-        raise UserError(f"{archive} holds {has} images, not {asked}, and takes no more; choose a new --out")
+        raise UserError(f"{archive} holds {has} images, not {asked}, and takes no more; choose another file")
     return True
 
 
@@ -334,6 +335,6 @@ def joined(place: Path, before: dict[str, Any], protocol: dict[str, Any], *, com
     free = ("versions",) if complete else ()
     different = sorted(key for key in protocol if key not in free and shortened[0].get(key) != shortened[1][key])
     if different:
-        raise UserError(f"{place} holds samples of another protocol ({', '.join(different)}); choose a new --out")
+        raise UserError(f"{place} holds samples of another protocol ({', '.join(different)}); choose another place")
     # Fewer images take none away, and the protocol describes all that are there.
     return max(before, protocol, key=lambda p: len(p["labels"]))

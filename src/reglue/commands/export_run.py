@@ -11,7 +11,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from reglue.config import Recipe
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.files import TakesPaths, replacing
 from reglue.published.weights import ENCODER_DEPTH, PATH_TYPE, PREDICTION, STEP, VELOCITY, export_official, family_of
 from reglue.run import RunRecord, find_run
@@ -79,6 +79,6 @@ def refuse_own_scales(recipe: Recipe) -> None:
     for part in recipe.learned_parts:
         if part.unit_variance:
             raise UserError(
-                f"the published code has no {part.prefix}unit-variance: the file would lose its statistics, so this "
-                "run cannot be exported"
+                f"the published code has no {option(part.prefix + 'unit_variance')}: the file would lose its "
+                "statistics, so this run cannot be exported"
             )

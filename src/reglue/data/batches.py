@@ -20,7 +20,7 @@ from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.modalities import LATENT, Modality, Normalisation, State
 from reglue.diffusion.objective import TrainingSample
 from reglue.encoders.compressors import resize
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.seeds import generator, normals, permutation
 
 CPU = torch.device("cpu")
@@ -60,10 +60,10 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
     """
     manifest = store.manifest
     needed = [*(part.column for part in recipe.learned_parts), *target_columns(recipe)]
-    how = {"cls": "--encoder NAME", "features": "--features"}
+    how = {"cls": "`reglue prepare … --encoder NAME`", "features": "`reglue prepare … --features`"}
     for column in needed:
         if column not in manifest.columns:
-            command = f"`reglue prepare … {how[column]}`" if column in how else _compress_command(store, column)
+            command = how.get(column) or _compress_command(store, column)
             has = ", ".join(sorted(manifest.columns))
             raise UserError(
                 f"recipe {recipe.name} needs column {column}, which {store.folder} lacks (it has {has}); "
@@ -77,7 +77,7 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
     if target_columns(recipe) and encoder is not None and encoder.layers[-1] != encoder.depth - 1:
         raise UserError(
             f"{store.folder} holds layers {list(encoder.layers)}, not the last one ({encoder.depth - 1}) that "
-            "alignment needs; prepare with it among --layers, or use --alignment.targets online"
+            f"alignment needs; prepare with it among {option('layers')}, or choose {option('alignment.targets')} online"
         )
     latents = manifest.columns[LATENT].tensors
     _, *grid = latents[value_of(LATENT)].shape
@@ -90,16 +90,14 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
 
 
 def _compress_command(store: Store, column: str) -> str:
-    """What makes a column of codes, as far as the name tells."""
-    of_class_token = column.startswith(CLASS_TOKEN_CODES)
+    """What makes a column of codes, as far as its name shows."""
+    of = f"{store.folder} --column cls" if column.startswith(CLASS_TOKEN_CODES) else f"{store.folder}"
     name = compressor_of(column).removeprefix(CLASS_TOKEN_CODES)
     kind, _, sizes = name.partition("-")
     channels, _, layers = sizes.partition("-")
     if channels.isdecimal() and layers in ("", "last"):
-        options = f"--kind {kind} --channels {channels}{' --layers last' if layers else ''}"
-    else:
-        options = f"--name {name}"
-    return f"`reglue compress {store.folder}{' --column cls' if of_class_token else ''} {options}`"
+        return f"`reglue compress {of} --kind {kind} --channels {channels}{' --layers last' if layers else ''}`"
+    return f"`reglue compress {of} --name {name}`"
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from reglue.data.images import is_image
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 
 Label = str | int
 """The name of a class, or its number."""
@@ -37,10 +37,10 @@ class ClassIndex:
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(self.names):
             return number
         if _is_missing(label):
-            raise UserError(f"{image} has no label ({label!r}); remove it, or take no labels with --no-labels")
+            raise UserError(f"{image} has no label ({label!r}); remove it, or use {option('no_labels')}")
         raise UserError(
             f"{image} has label {label!r}, but {self.owner} has {len(self.names)} classes, such as "
-            f"{', '.join(self.names[:2])}; fix the label, or take no labels with --no-labels"
+            f"{', '.join(self.names[:2])}; fix the label, or use {option('no_labels')}"
         )
 
 
@@ -60,7 +60,7 @@ def index_labels(
         missing = _is_missing(label)
         if missing or isinstance(label, bool) or not isinstance(label, Label):
             what = f"no label ({label!r})" if missing else f"label {label!r}, neither a name nor a whole number"
-            raise UserError(f"{name_of(i)} of {owner} has {what}; fix it, or take no labels with --no-labels")
+            raise UserError(f"{name_of(i)} of {owner} has {what}; fix it, or use {option('no_labels')}")
     kinds = set(labels)
     numbers = {label: int(label) for label in kinds if isinstance(label, int) or _is_number(label)}
     all_numbers = len(numbers) == len(kinds)
@@ -92,7 +92,7 @@ def read_table(file: Path, named: Callable[[str], str] = str) -> dict[str, Label
     """
     kinds = {".csv": _csv_rows, ".json": _json_rows}
     if file.suffix.lower() not in kinds:
-        raise UserError(f"--labels {file}: give a .csv or a .json file")
+        raise UserError(f"{option('labels')} {file}: give a .csv or a .json file")
     table: dict[str, Label] = {}
     for name, label in kinds[file.suffix.lower()](file):
         if not isinstance(name, str) or isinstance(label, bool) or not isinstance(label, Label) or label == "":

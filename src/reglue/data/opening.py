@@ -18,7 +18,7 @@ from braceexpand import braceexpand
 from reglue.data.images import ImageFolder, ImageSource, list_folder
 from reglue.data.sources import HUB, Chosen, Mirrored, Reading, Relabelled, Subset
 from reglue.data.tars import TarImages, name_in_tar
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 
 DATA_FILES = (".tar", ".parquet")
 
@@ -40,7 +40,10 @@ def open_images(
     images = _open_whole(path, reading)
     if subset:
         if images.sequential:
-            raise UserError("--share and --per-class need all labels at once; leave them out, or --streaming")
+            raise UserError(
+                f"{option('share')} and {option('per_class')} need all labels at once; leave them or "
+                f"{option('streaming')} out"
+            )
         images = Chosen(images, subset)
     return Mirrored(images) if flips else images
 
@@ -65,16 +68,19 @@ def _tables() -> ModuleType:
 
 
 def _open_folder(path: Path, reading: Reading) -> ImageFolder:
-    for option in ("class_names", "image_column", "label_column", "configuration", "split"):
-        if getattr(reading, option) and not (option == "class_names" and reading.labels):
-            raise UserError(f"--{option.replace('_', '-')} is not for {path}, a folder of images; leave it out")
+    for name in ("class_names", "image_column", "label_column", "configuration", "split"):
+        if getattr(reading, name) and not (name == "class_names" and reading.labels):
+            raise UserError(f"{option(name)} is not for {path}, a folder of images; leave it out")
     return ImageFolder.unlabelled(path) if reading.no_labels or reading.labels else ImageFolder.open(path)
 
 
 def _files(path: Path, reading: Reading) -> list[Path]:
     """The tar or parquet files that a path or a pattern means, in order."""
     if reading.split or reading.configuration:
-        raise UserError(f"--split and --configuration are for data sets, not for {path}; name the files of one split")
+        raise UserError(
+            f"{option('split')} and {option('configuration')} are for data sets, not for {path}; name the files of one "
+            "split"
+        )
     files = [path]
     if not path.exists():
         try:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reglue.data.images import ImageSource, UnreadableImage
 from reglue.data.labels import index_labels, look_up, read_class_names, read_table
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.files import TakesPaths
 from reglue.seeds import permutation
 
@@ -52,9 +52,9 @@ class Reading(TakesPaths):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.labels and self.no_labels:
-            raise UserError("--labels gives labels and --no-labels takes none; leave one out")
+            raise UserError(f"{option('labels')} gives labels and {option('no_labels')} takes none; leave one out")
         if self.count is not None and (self.count < 1 or not self.streaming):
-            raise UserError(f"--count {self.count}: choose at least 1, with --streaming")
+            raise UserError(f"{option('count')} {self.count}: choose at least 1, with {option('streaming')}")
 
     def found_from_anywhere(self) -> Reading:
         """The same with absolute paths, to be kept."""

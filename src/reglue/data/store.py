@@ -42,7 +42,7 @@ from reglue.data.manifest import (
 )
 from reglue.data.read_ahead import expect
 from reglue.data.sources import FLIPPED
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.files import opened_tensors, parse_json
 
 SHARD_REMEDY = "delete it and run the command that made it again"
@@ -231,7 +231,7 @@ class Store:
         if not (mean.isfinite().all() and std.isfinite().all()):
             raise UserError(
                 f"column {column} of {self.folder} has values that are not finite; check the weights of the network "
-                "that made it, or store it with --dtype float32 in a new folder"
+                f"that made it, or store it with {option('dtype')} float32 in a new folder"
             )
         return Statistics(len(rows), tuple(mean.tolist()), tuple(std.tolist()))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from reglue.data.images import ImageSource, OneAtATime, UnreadableImage, load_crop
 from reglue.data.labels import ClassIndex, index_labels
 from reglue.data.sources import HUB, Computed, Reading, class_names_of, repeated
-from reglue.errors import UserError, one_line
+from reglue.errors import UserError, one_line, option
 
 ROWS_AT_ONCE = 16
 """Rows of a parquet file that are held in memory together."""
@@ -54,7 +54,7 @@ def load_saved(path: Path, reading: Reading) -> ImageSource:
     if isinstance(saved, datasets.DatasetDict):
         saved = saved[_choose_split(saved, path, reading)]
     elif reading.split:
-        raise UserError(f"{path} has no splits; leave --split out")
+        raise UserError(f"{path} has no splits; leave {option('split')} out")
     return DatasetImages(path, saved, reading)
 
 
@@ -89,7 +89,7 @@ def _choose_split(splits: Iterable[Any], path: Path, reading: Reading) -> str:
     known = [str(name) for name in splits]
     wanted = reading.split or (known[0] if len(known) == 1 else "train")
     if known and wanted not in known:
-        raise UserError(f"{path} has no split {wanted} (it has {', '.join(known)}); choose one with --split")
+        raise UserError(f"{path} has no split {wanted} (it has {', '.join(known)}); choose one with {option('split')}")
     return wanted
 
 
@@ -209,7 +209,7 @@ def _parquet(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file, memory_map=True)
     except pa.ArrowException as error:
-        raise UserError(f"{file} is no whole parquet file ({one_line(error)}); fetch it again") from error
+        raise UserError(f"{file} is not a whole parquet file ({one_line(error)}); fetch it again") from error
 
 
 class DatasetImages:
@@ -264,16 +264,17 @@ class StreamedImages:
         """Raises UserError if neither the stream nor the user states its columns, classes and length."""
         self.path = path
         if stream.features is None:
-            raise UserError(f"{path} does not list its columns until it is read; leave --streaming out")
+            raise UserError(f"{path} does not list its columns until it is read; leave {option('streaming')} out")
         columns = _columns(stream.features, reading, path)
         if columns.label and columns.class_names is None:
             raise UserError(
-                f"{path} does not list its classes until it is read; name them with --class-names, or use --no-labels"
+                f"{path} does not list its classes until it is read; name them with "
+                f"{option('class_names')}, or use {option('no_labels')}"
             )
         known = stream.info.splits[split].num_examples if stream.info.splits and split in stream.info.splits else None
         count = reading.count or known
         if not count:
-            raise UserError(f"{path} does not state how many images it has; choose a number with --count")
+            raise UserError(f"{path} does not state how many images it has; choose a number with {option('count')}")
         self._count = count
         self._columns = columns
         self._stream = _undecoded(stream, columns)
@@ -316,7 +317,9 @@ class StreamedImages:
                 self._row = next(self._rows)
                 self._next += 1
         except StopIteration:
-            raise UserError(f"{self.path} ends before image {index} of --count {self._count}; lower it") from None
+            raise UserError(
+                f"{self.path} ends before image {index} of {option('count')} {self._count}; lower it"
+            ) from None
         except Exception as error:  # The network and any file format may fail here.
             self._next = -1
             raise UserError(f"cannot read on in {self.path} ({one_line(error)}); run the same again") from error
@@ -327,20 +330,26 @@ def _columns(features: datasets.Features, reading: Reading, path: Path) -> _Colu
     """Which columns hold images and labels: those that were named, or the only ones that can."""
     has = f"it has {', '.join(features)}"
     if reading.labels:
-        raise UserError(f"--labels is for folders and tar shards; name a column of {path} with --label-column ({has})")
-    for column, option in ((reading.image_column, "--image-column"), (reading.label_column, "--label-column")):
-        in_json = option == "--label-column" and column in (features.get("json") or {})
+        raise UserError(
+            f"{option('labels')} is for folders and tar shards; name a column of {path} with "
+            f"{option('label_column')} ({has})"
+        )
+    for name in ("image_column", "label_column"):
+        column = getattr(reading, name)
+        in_json = name == "label_column" and column in (features.get("json") or {})
         if column is not None and column not in features and not in_json:
-            raise UserError(f"{path} has no column {column} ({has}); change {option}")
+            raise UserError(f"{path} has no column {column} ({has}); change {option(name)}")
     image = reading.image_column
     if image is None:
         typed = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         possible = typed or [name for name, kind in features.items() if _may_be_image(kind)]
         if len(possible) != 1:
-            raise UserError(f"{path} has {len(possible) or 'no'} columns of images ({has}); name it by --image-column")
+            raise UserError(
+                f"{path} has {len(possible) or 'no'} columns of images ({has}); name one with {option('image_column')}"
+            )
         image = possible[0]
     elif not _may_be_image(features[image]):
-        raise UserError(f"column {image} of {path} holds no image files ({has}); change --image-column")
+        raise UserError(f"column {image} of {path} holds no image files ({has}); change {option('image_column')}")
     if reading.no_labels:
         return _Columns(image, None, None)
     label = reading.label_column or _label_column(features, path)
@@ -357,7 +366,7 @@ def _label_column(features: datasets.Features, path: Path) -> str:
     if len(possible) != 1:
         raise UserError(
             f"{path} has {len(possible) or 'no'} columns of labels (it has {', '.join(features)}); name one with "
-            "--label-column, or use --no-labels"
+            f"{option('label_column')}, or use {option('no_labels')}"
         )
     return possible[0]
 

@@ -20,7 +20,7 @@ from reglue.data.manifest import codes_column
 from reglue.data.store import Store, dequantised
 from reglue.encoders.compressors import load_compressor
 from reglue.encoders.vision import EncoderSpec, load_encoder
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 
 
 class Tokens(NamedTuple):
@@ -108,7 +108,8 @@ class DecodedTargets(AlignmentTargets):
         if compressor.layers and compressor.layers[-1] != encoder.depth - 1:
             raise UserError(
                 f"compressor {name} has layers {list(compressor.layers)}, not the last one ({encoder.depth - 1}) that "
-                "alignment needs; name another with --alignment.compressor, or use --alignment.targets cached"
+                f"alignment needs; name another with {option('alignment.compressor')}, or choose "
+                f"{option('alignment.targets')} cached"
             )
         self.compressor = compressor.requires_grad_(False).to(device)
 
@@ -130,7 +131,10 @@ class OnlineTargets(AlignmentTargets):
         self.store, self.source = store, store.manifest.source
         self.images = self.source.open()
         if self.images.sequential:
-            raise UserError(f"{self.source.path} is a stream, read in order alone; use --alignment.targets cached")
+            raise UserError(
+                f"{self.source.path} is a stream, which is read in order only; choose "
+                f"{option('alignment.targets')} cached"
+            )
         self.index_of = {name: index for index, name in enumerate(self.images.names)}
         last_layer = (encoder.depth - 1,)
         self.encoder = load_encoder(

@@ -16,7 +16,7 @@ from torch import Tensor
 from reglue.data.images import UnreadableImage, is_image, load_crop
 from reglue.data.labels import index_labels
 from reglue.data.sources import Computed, Reading, class_names_of, repeated
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 
 
 class _Member(NamedTuple):
@@ -95,12 +95,12 @@ def _samples(file: Path) -> Iterator[tuple[str, dict[str, _Member]]]:
     with file.open("rb") as content:
         content.seek(-min(tarfile.BLOCKSIZE, file.stat().st_size), 2)
         if any(content.read()):  # `tarfile` does not notice a cut header, nor missing files at the end.
-            raise UserError(f"{file} is no whole tar file (it has no end mark); fetch it again, or unpack it first")
+            raise UserError(f"{file} is not a whole tar file (it has no end mark); fetch it again, or unpack it first")
     try:
         for key, group in itertools.groupby(members(), key=lambda member: member[0]):
             yield key, {ending: member for _, ending, member in group}
     except tarfile.TarError as error:
-        raise UserError(f"{file} is no whole tar file ({error}); fetch it again, or unpack it first") from error
+        raise UserError(f"{file} is not a whole tar file ({error}); fetch it again, or unpack it first") from error
 
 
 def _key_and_ending(name: str) -> tuple[str, str]:
@@ -120,7 +120,7 @@ def _image_of(members: dict[str, _Member], sample: str, reading: Reading) -> str
     wanted = (reading.image_column or "").lower().removeprefix(".")
     endings = [ending for ending in members if (ending == wanted if wanted else is_image(f"a.{ending}"))]
     if len(endings) > 1:
-        raise UserError(f"{sample} has images {', '.join(endings)}; choose one with --image-column")
+        raise UserError(f"{sample} has images {', '.join(endings)}; choose one with {option('image_column')}")
     return endings[0] if endings else None
 
 
@@ -134,12 +134,14 @@ def _label_of(members: dict[str, _Member], file: Any, name: str, reading: Readin
         try:
             about = json.loads(_read(file, members["json"]))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"the .json beside {name} is not JSON ({error}); fix it, or use --no-labels") from error
+            raise UserError(
+                f"the .json beside {name} is not JSON ({error}); fix it, or use {option('no_labels')}"
+            ) from error
         if isinstance(about, dict) and (column or "label") in about:
             return about[column or "label"]
     raise UserError(
         f"{name} has no label: no file .{ending} and no key {column or 'label'} in a .json beside it; name either with "
-        "--label-column, or use --labels or --no-labels"
+        f"{option('label_column')}, or use {option('labels')} or {option('no_labels')}"
     )
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.files import opened_tensors, parse_json, read_network, replacing, to_json
 
 FILE = "alignment.safetensors"
@@ -130,7 +130,8 @@ def load_alignment(folder: Path | str, device: str | torch.device = "cpu") -> Al
     file = Path(folder) / FILE
     if not file.is_file():
         raise UserError(
-            f"{folder} has no {FILE}: give a folder that `reglue autoencode` made with --alignment.weight above 0"
+            f"{folder} has no {FILE}; give a folder that `reglue autoencode` made with {option('alignment.weight')} "
+            "above 0"
         )
     with opened_tensors(file, _REMEDY) as opened:
         spec = parse_json((opened.metadata() or {}).get(_METADATA, ""), AlignmentSpec)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.files import read_json, read_network, replacing, to_json
 
 CompressorKind = Literal["conv", "pca", "mlp"]
@@ -238,7 +238,9 @@ class PcaCompressor(Compressor):
         """
         width = mean.shape[0]
         if channels > width:
-            raise UserError(f"--channels {channels}: the features have only {width} channels; choose at most so many")
+            raise UserError(
+                f"{option('channels')} {channels}: choose at most {width}, the number of channels of the features"
+            )
         device = mean.device
         total = torch.zeros(width, dtype=torch.float64, device=device)
         products = torch.zeros(width, width, dtype=torch.float64, device=device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reglue.encoders.vision import VisionEncoder
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.pickles import read_untrusted_tensors
 
 STAGE_ENDS = (3, 8, 15, 22, 29)
@@ -58,19 +58,19 @@ class Lpips(nn.Module):
         return total
 
 
-def load_lpips(files: Sequence[Path], option: str = "--perceptual.network") -> Lpips:
+def load_lpips(files: Sequence[Path], given_by: str = "perceptual.network") -> Lpips:
     """LPIPS from files that together hold VGG16 and the linear layers, safetensors or PyTorch's (tensors alone).
 
     Names may be torchvision's (`features.0.weight`) or those of the package lpips (`net.slice1.0.weight`,
-    `lin0.model.1.weight`). Raises UserError, naming the files and the option that gave them, for one that cannot be
-    read or if something is missing.
+    `lin0.model.1.weight`). Raises UserError, naming the files and the option that they are `given_by`, for one
+    that cannot be read or if something is missing.
     """
     found: dict[str, Tensor] = {}
     for file in files:
         try:
             tensors = read_untrusted_tensors(file)
         except UserError as error:
-            raise UserError(f"{option} {error}") from None
+            raise UserError(f"{option(given_by)} {error}") from None
         for name, tensor in tensors.items():
             name = re.sub(r"^net\.slice\d+\.", "features.", name)
             found[re.sub(r"^lins?\.?(\d)\.model\.\d\.", r"layers.\1.", name)] = tensor
@@ -81,11 +81,11 @@ def load_lpips(files: Sequence[Path], option: str = "--perceptual.network") -> L
     missing = sorted(needed - state.keys())
     if missing:
         what = "VGG16" if missing[0].startswith("features") else "LPIPS's linear layers (vgg.pth of the package lpips)"
-        raise UserError(f"{option} {names}: {what} is missing there ({missing[0]}); add the file that has it")
+        raise UserError(f"{option(given_by)} {names}: {what} is missing ({missing[0]}); add the file that has it")
     try:
         network.load_state_dict({name: state[name].float() for name in needed})
     except RuntimeError as error:
-        raise UserError(f"{option} {names}: not VGG16 ({' '.join(str(error).split())[:160]})") from error
+        raise UserError(f"{option(given_by)} {names}: not VGG16 ({' '.join(str(error).split())[:160]})") from error
     return network
 
 

@@ -82,7 +82,11 @@ class HeadSpec:
         Only `encoder.layers` count as there to be read.
         """
         sides = ("after", "before") if self.final_norm else ("before", "after")
-        remedy = "" if self.final_norm else " (`prepare` and `autoencode` take the others with --no-final-norm)"
+        remedy = (
+            ""
+            if self.final_norm
+            else " (`reglue prepare --no-final-norm` and `reglue autoencode --no-final-norm` take the others)"
+        )
         same = (self.encoder_sha256 or encoder.weights_sha256, self.architecture)
         if self.width != encoder.width:
             reason = f"features of width {self.width}, and {what} has features of width {encoder.width}"

@@ -16,7 +16,7 @@ from reglue.encoders.compressors import (
     conv_compressor_from_published,
     load_compressor,
 )
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.pickles import read_untrusted
 from reglue.published.weights import state_dict_in
 
@@ -55,7 +55,7 @@ def read_compressor(path: Path, statistics: Path | None, components: int) -> Com
         return _pca(content, path, components)
     weights = state_dict_in(content, path)
     if statistics is None:
-        raise UserError(f"{path} needs the statistics of its features too: give their file with --statistics")
+        raise UserError(f"{path} has no statistics of its features: give their file with {option('statistics')}")
     mean, std = read_statistics(statistics)
     try:
         return conv_compressor_from_published(weights, mean, std)
@@ -106,7 +106,7 @@ def _numbers(value: Any, name: str, file: Path) -> Tensor:
 
 def _refuse(statistics: Path | None, why: str) -> None:
     if statistics is not None:
-        raise UserError(f"--statistics {statistics} is not needed: {why}")
+        raise UserError(f"{option('statistics')} {statistics}: leave it out, since {why}")
 
 
 def _description(value: Any) -> str:

@@ -107,7 +107,7 @@ def read_reports(run: Path | None, named: Sequence[Path] = (), step: int | None 
     for file in named:
         report = _read_report(file)
         if report is None:
-            raise UserError(f"{file} is no report of `reglue evaluate --out`: it has no metrics")
+            raise UserError(f"{file} is not a report of `reglue evaluate --out`: it has no metrics")
         reports.append(report)
     return reports
 
@@ -116,12 +116,12 @@ def train_command(record: RunRecord) -> str | None:
     """The command that trains a run, with every option that differs from the paper's; None for an imported run."""
     if record.recipe.name not in PAPERS or record.seed is None:
         return None
-    words = ["reglue", "train", record.recipe.name, "--store", record.store or "STORE", "--out", "RUN"]
+    words = ["reglue", "train", record.recipe.name, *_given(store=record.store or "STORE", out="RUN")]
     words += changed_options(PAPERS[record.recipe.name].recipe, record.recipe)
     if record.seed:
-        words += ["--seed", str(record.seed)]
+        words += _given(seed=record.seed)
     if start := record.start:
-        words += ["--from", start.run, "--from-step", str(start.step), "--from-weights", start.weights]
+        words += _given(**{"from": start.run, "from-step": start.step, "from-weights": start.weights})
     return shlex.join(words)
 
 
@@ -251,16 +251,22 @@ def changed_options(published: Any, ours: Any, prefix: str = "") -> Iterator[str
     """The options that turn one recipe into the other."""
     for part in fields(published):
         before, now = getattr(published, part.name), getattr(ours, part.name)
-        option = prefix + part.name.replace("_", "-")
+        own = part.name.replace("_", "-")
         if before == now:
             continue
         if is_dataclass(before):
-            yield from changed_options(before, now, f"{option}.")
+            yield from changed_options(before, now, f"{prefix}{own}.")
         elif isinstance(now, bool):
-            yield f"--{option}" if now else f"--{prefix}no-{part.name.replace('_', '-')}"
+            yield f"--{prefix}{'' if now else 'no-'}{own}"
         else:
-            yield f"--{option}"
+            yield f"--{prefix}{own}"
             yield from _words(now)
+
+
+def _given(**values: Any) -> Iterator[str]:
+    for name, value in values.items():
+        yield f"--{name}"
+        yield from _words(value)
 
 
 def _words(value: Any) -> Iterator[str]:

@@ -22,7 +22,7 @@ from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.embeddings import FREQUENCIES, MAX_PERIOD, position_embedding
 from reglue.diffusion.modalities import Modality
 from reglue.encoders.autoencoders import AutoencoderSpec
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.files import opened_tensors, read_tensors
 from reglue.pickles import read_untrusted
 
@@ -295,7 +295,7 @@ def _recognise(
     if local_channels < 0:
         raise UserError(
             f"the checkpoint has {channels} input channels, fewer than the {latent_channels} latent channels: choose "
-            "the autoencoder whose latents it learned with --autoencoder"
+            f"the autoencoder whose latents it learned, with {option('autoencoder')}"
         )
     learn_sigma = outputs == 2 * patch**2 * channels
     if not learn_sigma and outputs != patch**2 * channels:
@@ -303,12 +303,13 @@ def _recognise(
     if learn_sigma and local_channels:
         raise UserError(
             f"the checkpoint has {channels} input channels and no local map (it is SiT's kind), but the latents have "
-            f"{latent_channels}: choose the autoencoder whose latents it learned with --autoencoder"
+            f"{latent_channels}: choose the autoencoder whose latents it learned, with {option('autoencoder')}"
         )
     token_grid, learned = _positions(published, has_class_token, patch, grid)
     if heads is None and width not in PUBLISHED_HEADS:
         raise UserError(
-            f"width {width} is none of {sorted(PUBLISHED_HEADS)}: say how many attention heads with --heads"
+            f"width {width} is none of {sorted(PUBLISHED_HEADS)}: give the number of attention heads with "
+            f"{option('heads')}"
         )
     depth = _blocks(published)
     if not depth:
@@ -352,7 +353,7 @@ def _positions(
     width, tokens = positions.shape[-1], positions.shape[1] - has_class_token
     asked = None if grid is None else (grid[0] // patch, grid[1] // patch)
     if asked and asked[0] * asked[1] != tokens:
-        raise UserError(f"pos_embed is of {tokens} patches, but --resolution asks for {asked[0]}×{asked[1]}")
+        raise UserError(f"pos_embed is of {tokens} patches, but {option('resolution')} asks for {asked[0]}×{asked[1]}")
     grids = [(tokens // columns, columns) for columns in range(1, tokens + 1) if tokens % columns == 0]
     tolerance = 1e-5 if positions.dtype == torch.float32 else 1e-2  # half precision rounds numbers up to 1 so much
     for candidate in sorted(grids, key=lambda sides: abs(sides[0] - sides[1])) if width % 4 == 0 else []:
@@ -360,14 +361,15 @@ def _positions(
         if torch.allclose(positions.float(), fixed, atol=tolerance):
             if asked and asked != candidate:
                 raise UserError(
-                    f"pos_embed is of {candidate[0]}×{candidate[1]} patches, but --resolution asks for "
+                    f"pos_embed is of {candidate[0]}×{candidate[1]} patches, but {option('resolution')} asks for "
                     f"{asked[0]}×{asked[1]}"
                 )
             return candidate, False
     side = round(tokens**0.5)
     if not asked and side**2 != tokens:
         raise UserError(
-            f"pos_embed has {tokens} learned patch positions, which is not a square grid: say --resolution HEIGHT WIDTH"
+            f"pos_embed has {tokens} learned patch positions, which is not a square grid: give "
+            f"{option('resolution')} HEIGHT WIDTH"
         )
     return asked or (side, side), True
 

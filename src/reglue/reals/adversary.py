@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 
 MAX_WEIGHT = 1e4
 """The adaptive weight is no larger, as in VQGAN."""
@@ -51,8 +51,8 @@ def check_size(image_size: tuple[int, int], layers: int) -> None:
             side //= 2
         if side < 3:  # The last two convolutions take a pixel each, and one has to be left.
             raise UserError(
-                f"--adversary.layers {layers}: images of {image_size[0]}×{image_size[1]} pixels are too small for it; "
-                "choose fewer layers or a larger --resolution"
+                f"{option('adversary.layers')} {layers}: images of {image_size[0]}×{image_size[1]} pixels are too "
+                f"small for so many; choose fewer layers or a larger {option('resolution')}"
             )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from reglue.config import OptimiserConfig, Part
-from reglue.errors import UserError, require
+from reglue.errors import UserError, option, require
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Architecture:
     """Attention in the middle, at the latents' size."""
 
     def __post_init__(self) -> None:
-        prefix = "--architecture."
+        prefix = "architecture."
         require(self, "latent_channels", "layers_per_block", "norm_groups", "widths", prefix=prefix, at_least=1)
         for width in self.widths:
             if width % self.norm_groups:
                 raise UserError(
-                    f"--architecture.widths {' '.join(map(str, self.widths))}: {width} is no multiple of "
-                    f"--architecture.norm-groups {self.norm_groups}"
+                    f"{option('architecture.widths')} {' '.join(map(str, self.widths))}: {width} is not a multiple of "
+                    f"{option('architecture.norm_groups')} {self.norm_groups}; change one of the two"
                 )
         if not self.widths:
-            raise UserError("--architecture.widths: give at least one")
+            raise UserError(f"{option('architecture.widths')}: give at least one")
 
     @property
     def downsampling(self) -> int:
@@ -50,7 +50,7 @@ class Architecture:
 class Perceptual(Part):
     """Reconstructions that look the same to a network, not only pixel by pixel."""
 
-    prefix = "--perceptual."
+    prefix = "perceptual."
     weight: float = 0.1
     """Weight of this term; 0 leaves it out. With LPIPS, SD-VAE's weight is 1."""
     network: tuple[str, ...] = ("encoder",)
@@ -60,7 +60,7 @@ class Perceptual(Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.network:
-            raise UserError("--perceptual.network: give encoder, or the files of LPIPS")
+            raise UserError(f"{option('perceptual.network')}: give encoder, or the files of LPIPS")
 
     @property
     def by_encoder(self) -> bool:
@@ -72,7 +72,7 @@ class Perceptual(Part):
 class Kl(Part):
     """Kullback-Leibler divergence of the posterior from a standard normal distribution, in nats per latent number."""
 
-    prefix = "--kl."
+    prefix = "kl."
     weight: float = 1e-6
     """Too little leaves a space that is hard to learn, too much blurs (ReaLS, Fig. 5). The unit is not the SD-VAE's,
     whose published 1e-6 is 2e-8 here."""
@@ -82,7 +82,7 @@ class Kl(Part):
 class LatentAlignment(Part):
     """Latents from which a small network can tell what the vision encoder sees; the rest of ReaLS is an SD-VAE."""
 
-    prefix = "--alignment."
+    prefix = "alignment."
     weight: float = 0.5
     """Weight of 1 − cosine between the encoder's patch features and their prediction from each latent position."""
     class_weight: float = 0.5
@@ -105,7 +105,7 @@ class LatentAlignment(Part):
 class Adversary(Part):
     """A patch discriminator (PatchGAN, hinge loss), as in VQGAN and the SD-VAE."""
 
-    prefix = "--adversary."
+    prefix = "adversary."
     weight: float = 0.0
     """Weight of this term, times the ratio of gradient norms at the decoder's last layer; 0 leaves it out. VQGAN and
     SD-VAE: 0.5. The ratio is that of the step before, where VQGAN takes the current one: 0 in the first step."""

@@ -17,7 +17,7 @@ from reglue.config import Precision
 from reglue.data.pictures import enlarge, heat_of, image_grid
 from reglue.encoders.alignment import LatentSemantics, cosine_similarities, similarity_maps
 from reglue.encoders.vision import VisionEncoder, load_encoder
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.metrics.distances import GaussianStatistics, frechet_distance
 from reglue.metrics.inception import INCEPTION, Inception, load_inception
 from reglue.metrics.latents import DEAD, ENOUGH, LatentStatistics, LatentSummary
@@ -78,10 +78,13 @@ def load_judges(
     layers = tuple(sorted({max(1, depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)}))
     encoder = VisionEncoder(encoder.network, replace(encoder.spec, layers=layers)).to(device)
     if (lpips or not perceptual.by_encoder) and min(size) < SMALLEST:
-        instead = "leave out --measure-lpips" if lpips else "use --perceptual.network encoder"
-        raise UserError(f"--resolution {size[0]}×{size[1]}: LPIPS needs {SMALLEST} pixels at least; {instead}")
+        without = f"leave out {option('measure_lpips')}" if lpips else f"use {option('perceptual.network')} encoder"
+        raise UserError(
+            f"{option('resolution')} {size[0]}×{size[1]}: LPIPS needs at least {SMALLEST} pixels along each side; "
+            f"{without}"
+        )
     of_loss = None if perceptual.by_encoder else load_lpips([Path(file) for file in perceptual.network]).to(device)
-    measured = load_lpips([Path(file) for file in lpips], "--measure-lpips").to(device) if lpips else of_loss
+    measured = load_lpips([Path(file) for file in lpips], "measure_lpips").to(device) if lpips else of_loss
     return Judges(encoder, of_loss, measured, _inception(inception, device) if inception else None)
 
 
@@ -89,9 +92,10 @@ def _inception(name: str, device: torch.device) -> Inception:
     """The network of rFID by its file or its name."""
     if name != INCEPTION and not Path(name).is_file():
         raise UserError(
-            f"--measure-inception {name}: there is no such file; give {INCEPTION}, or a file of its weights"
+            f"{option('measure_inception')} {name}: no such file; give {INCEPTION}, or a file of its weights"
         )
-    return load_inception(None if name == INCEPTION else Path(name), device, otherwise="--measure-inception FILE")
+    file = None if name == INCEPTION else Path(name)
+    return load_inception(file, device, otherwise=f"{option('measure_inception')} FILE")
 
 
 @torch.no_grad()
@@ -179,18 +183,16 @@ def check_latents(latents: LatentSummary, step: int, sound: int | None) -> None:
     """
     kept = f"the checkpoint of step {sound} is the last sound one" if sound else "there is no sound checkpoint yet"
     best = max(latents.shares)
-    told = f"at step {step} (standard deviation {latents.std:.3g}, of the best channel the images explain {best:.2%})"
+    when = f"at step {step} (standard deviation {latents.std:.3g}; of the best channel, images explain {best:.2%})"
+    rate, weight = option("optimisation.learning_rate"), option("kl.weight")
     if not math.isfinite(latents.std) or latents.std > BLOWN_UP:
-        raise UserError(
-            f"the latents have blown up {told}; raise --kl.weight or lower --optimisation.learning-rate, in a new "
-            f"folder; {kept}"
-        )
+        raise UserError(f"the latents have blown up {when}; raise {weight} or lower {rate}, in a new folder; {kept}")
     if latents.std < VANISHED:
-        raise UserError(f"the latents have vanished {told}; raise --kl.weight, in a new folder; {kept}")
+        raise UserError(f"the latents have vanished {when}; raise {weight}, in a new folder; {kept}")
     if latents.images >= ENOUGH and best < COLLAPSED:
         raise UserError(
-            f"the latents have collapsed {told}; lower --kl.weight, or --optimisation.learning-rate if that is small "
-            f"already, in a new folder; {kept}"
+            f"the latents have collapsed {when}; lower {weight}, or {rate} if that is small already, in a new folder; "
+            f"{kept}"
         )
 
 
@@ -200,8 +202,9 @@ def warning_of_dead_channels(latents: LatentSummary, step: int) -> str | None:
         return None
     named, count = ", ".join(map(str, latents.dead)), len(latents.signal)
     return (
-        f"warning: step {step}: of latent channels {named} of 0 to {count - 1} the images explain less than "
-        f"{DEAD:.0%}: dead, unless the training has just begun; if they stay so, lower --kl.weight or choose fewer"
+        f"warning: step {step}: images explain less than {DEAD:.0%} of the variance of latent channels {named} "
+        f"(of 0 to {count - 1}): they are dead, unless training has just begun; if they stay so, lower "
+        f"{option('kl.weight')} or choose fewer channels"
     )
 
 

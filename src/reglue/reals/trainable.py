@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from reglue.encoders.alignment import AlignmentNetwork, AlignmentSpec, LatentSemantics
 from reglue.encoders.autoencoders import Autoencoder, KlAutoencoder
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.reals.adversary import PatchDiscriminator
 from reglue.reals.config import Adversary, Architecture
 
@@ -95,6 +95,7 @@ def network_of(autoencoder: Autoencoder) -> AutoencoderKL:
     spec = autoencoder.spec
     if not isinstance(autoencoder, KlAutoencoder):
         raise UserError(
-            f"--from {spec.name} is an {spec.kind}; give an AutoencoderKL, the only kind that is trained here"
+            f"{option('source', 'from')} {spec.name} is an {spec.kind}; give an "
+            "AutoencoderKL, the only kind that is trained here"
         )
     return autoencoder.network

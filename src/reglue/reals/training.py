@@ -16,6 +16,7 @@ from tqdm import tqdm
 from reglue.diffusion.objective import weighted_sum
 from reglue.encoders.alignment import AlignmentSpec, cosine_similarities
 from reglue.encoders.vision import VisionEncoder
+from reglue.errors import option
 from reglue.files import to_json
 from reglue.metrics.latents import LatentStatistics, LatentSummary
 from reglue.metrics.perceptual import encoder_distance, encoder_features
@@ -33,7 +34,6 @@ class AutoencoderTask(Task[tuple[Tensor, Tensor]]):
     """Training an autoencoder, with its alignment network and its adversary."""
 
     name = "autoencode"
-    remedy = "lower --optimisation.learning-rate, or raise --kl.weight, in a new folder"
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class AutoencoderTask(Task[tuple[Tensor, Tensor]]):
         """`average` is a copy of the model's autoencoder, to become its moving average."""
         optimiser, ema = adamw(model.parameters(), recipe.optimisation), average.state_dict()
         super().__init__(recipe.optimisation, device, part, model, optimiser, model.autoencoder, ema)
+        self.remedy = f"lower {option('optimisation.learning_rate')}, or raise {option('kl.weight')}, in a new folder"
         self.recipe, self.judges, self.trained, self.average = recipe, judges, model, average
         self.samples, self.held_out, self.workers = samples, held_out, workers
         self.summary: LatentSummary | None = None

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.files import BESIDE, opened_tensors, read_json, read_tensors, to_json
 from reglue.training import distributed
 from reglue.training.parallel import local_rows, on_cpu, own_rows
@@ -190,7 +190,7 @@ def refuse_fewer_steps(run: Path, asked: int) -> None:
     done = max(steps(run), default=0)
     if done > asked:
         raise UserError(
-            f"{run} has {done} steps already, more than --optimisation.steps {asked}; choose {done} or more"
+            f"{run} has {done} steps already, more than {option('optimisation.steps')} {asked}; choose {done} or more"
         )
 
 
@@ -225,7 +225,7 @@ def last_of_all(run: Path) -> Path | None:
         if time.monotonic() > deadline:
             raise UserError(
                 f"{folder} is not visible to every process, {VISIBLE_WITHIN:.0f} seconds after the first one saw it; "
-                "--out must be a folder that all machines share"
+                "put the run into a folder that all machines share"
             )
         time.sleep(0.2)
     return folder

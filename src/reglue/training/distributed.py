@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 
 try:
     import resource
@@ -44,30 +44,31 @@ def resolve_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    given = f"{option('device')} {name}"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name} is not a device; use auto, cpu or cuda") from None
+        raise UserError(f"{given}: choose auto, cpu or cuda") from None
     if device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise UserError(f"--device {name}: jobs run on auto, cpu or cuda alone")
+        raise UserError(f"{given}: choose auto, cpu or cuda")
     if not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this machine has no NVIDIA GPU that PyTorch can see; use --device cpu")
+        raise UserError(f"{given}: this machine has no NVIDIA GPU that PyTorch can see; choose cpu")
     # What `deterministic` needs, read once, at the first matrix product; as large as it is on new GPUs in any case.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     count, own = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
     if _announced() > 1 and own is not None:
         if int(own) >= count:
             raise UserError(
-                f"--device {name}: process {own} of this machine has no GPU of its own, it sees {count}; start "
-                f"--nproc-per-node {count}, let every process see all GPUs of its machine, or use --device cpu"
+                f"{given}: process {own} of this machine has no GPU of its own, it sees {count}; start {count} "
+                "processes per machine, let every process see all GPUs of its machine, or choose cpu"
             )
         if device.index not in (None, int(own)):
-            raise UserError(f"--device {name} is for one process, not for {_announced()}; use --device cuda")
+            raise UserError(f"{given} is for one process, not for {_announced()}; choose cuda")
         return torch.device("cuda", int(own))
     if device.index is not None and device.index >= count:
-        raise UserError(f"--device {name}: there are {count} GPUs, counted from cuda:0; use --device cuda")
+        raise UserError(f"{given}: there are {count} GPUs, counted from cuda:0; choose cuda")
     return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from reglue.config import Precision
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.training import distributed
 
 
 def check_shards(shards: int, processes: int) -> None:
     """Raise UserError if the processes cannot share copies of the model among so many."""
     if shards < 1 or processes % shards:
-        raise UserError(f"--shards {shards} does not divide {processes} processes; choose a divisor, or 1 for none")
+        raise UserError(
+            f"{option('shards')} {shards} does not divide {processes} processes; choose a divisor, or 1 for none"
+        )
 
 
 def parallelise(

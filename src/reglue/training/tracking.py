@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from PIL import Image
 from tqdm import tqdm
 
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.files import read_jsonl, replacing
 
 FILE = "metrics.jsonl"
@@ -68,7 +68,7 @@ def check_trackers(names: Collection[str]) -> None:
     """Raise UserError for a name that is not in TRACKERS."""
     for name in names:
         if name not in TRACKERS:
-            raise UserError(f"--track {name}: no such tracker; choose from {', '.join(sorted(TRACKERS))}")
+            raise UserError(f"{option('track')} {name}: no such tracker; choose from {', '.join(sorted(TRACKERS))}")
 
 
 class Trackers:
