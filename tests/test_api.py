@@ -121,17 +121,17 @@ def test_numbers_are_indices_and_text_is_a_name_first(model: reglue.ImageModel) 
         ({"classes": [0, 1], "count": 3}, "count 3, but 2 classes"),
         ({"count": -1}, "count -1"),
         ({"classes": 0, "sampler": "dopri"}, "choose euler, heun, euler-maruyama, adams-bashforth, dopri5"),
-        ({"classes": 0, "state_precision": "float16"}, "state-precision float16: choose float32, float64"),
+        ({"classes": 0, "state_precision": "float16"}, "state_precision float16: choose float32, float64"),
         ({"classes": 0, "precision": "int8"}, "precision int8: choose float32, tf32, bfloat16"),
-        ({"classes": 0, "time_shift": -1.0}, "time-shift -1.0: choose more than 0"),
+        ({"classes": 0, "time_shift": -1.0}, "time_shift -1.0: choose more than 0"),
         ({"classes": 0, "rounding": "up"}, "choose truncate, round"),
         ({"classes": 0, "steps": 0}, "steps 0: choose at least 1"),
         ({"classes": 0, "batch_size": 0}, "batch_size must be at least 1"),
         ({"classes": 0, "seed": -1}, "seed -1: choose 0 or more"),
         ({"classes": [1.5]}, "class 1.5: choose 0 to 2"),
-        ({"classes": 0, "guidance_scale": float("inf")}, "guidance-scale inf: choose a finite number"),
-        ({"classes": 0, "guided_channels": 0}, "guided-channels 0: choose at least 1"),
-        ({"classes": 0, "guidance_interval": (0.5, 0.1)}, "guidance-interval"),
+        ({"classes": 0, "guidance_scale": float("inf")}, "guidance_scale inf: choose a finite number"),
+        ({"classes": 0, "guided_channels": 0}, "guided_channels 0: choose at least 1"),
+        ({"classes": 0, "guidance_interval": (0.5, 0.1)}, "guidance_interval"),
         ({"classes": 0, "output": "jpeg"}, "choose 'pil' or 'tensor'"),
     ],
 )
@@ -147,7 +147,7 @@ def test_an_unknown_option_is_a_type_error(model: reglue.ImageModel) -> None:
 
 
 def test_autoguidance_needs_a_weaker_model(model: reglue.ImageModel) -> None:
-    with pytest.raises(UserError, match=r"auto-scale 2\.0: autoguidance needs a weaker model"):
+    with pytest.raises(UserError, match=r"auto_scale 2\.0: autoguidance needs a weaker model"):
         model.generate(0, auto_scale=2.0)
 
 

@@ -98,7 +98,7 @@ def test_sampling_is_changed_by_what_is_given() -> None:
         ({"guiders": {"mine": 1.0}}, "guider mine: choose classifier-free"),
         ({"guidance_interval": (0.5, 0.1)}, "choose 0 ≤ lowest ≤ highest ≤ 1"),
         ({"steps": 0}, "steps 0: choose at least 1"),
-        ({"guided_channels": 0}, "guided-channels 0: choose at least 1"),
+        ({"guided_channels": 0}, "guided_channels 0: choose at least 1"),
     ],
 )
 def test_sampling_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:

@@ -173,7 +173,7 @@ def test_a_modality_has_a_guidance_scale_of_its_own(
         for scales in ({"guidance_scale": 1.0}, {"guidance_scale": 1.0, "other_scales": {"components": 3.0}})
     )
     assert not torch.equal(plain["components"], guided["components"])
-    with pytest.raises(UserError, match=r"other-scales depth: this model learns latent, local, cls, components"):
+    with pytest.raises(UserError, match=r"other_scales depth: this model learns latent, local, cls, components"):
         model.generate([0], other_scales={"depth": 2.0})
     # Fine-tuning drops what the next recipe does not have.
     raw = model.raw(plain, "components")

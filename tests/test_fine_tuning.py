@@ -75,7 +75,7 @@ def test_another_resolution_and_other_classes(
     assert f"taken: {taken}\n" in printed
     assert "classes: 2 of 3 are known, and the null label" in printed
     assert "positions: of 4×6 tokens, counted in 4×4" in printed
-    assert "not what it was" not in printed
+    assert "another than there" not in printed
 
     (image,) = reglue.load(run, device="cpu").generate("zebra", steps=2)
     assert image.size == (24, 16)
@@ -130,14 +130,14 @@ def test_what_means_something_else_is_said(
     tiny_run: Path, tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(options("reglue", tiny_store, tmp_path / "run", "--from", tiny_run, "--local.compressor=pca-4"))
-    assert "has to be learned anew: compressor" in capsys.readouterr().out
+    assert "to be learned again: compressor" in capsys.readouterr().out
 
 
 def test_another_scale_is_another_meaning(
     tiny_run: Path, tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(options("reglue", tiny_store, tmp_path / "run", "--from", tiny_run, "--latent.unit-variance"))
-    assert "has to be learned anew: scale of latent\n" in capsys.readouterr().out
+    assert "to be learned again: scale of latent\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", ["--from-step=1", "--from-weights=model"])
@@ -155,7 +155,8 @@ def test_a_run_that_began_with_others_is_not_continued(
     [
         (
             ["--model=2x48x2/2"],
-            r"backbone\.blocks\.0\.attention\.out\.bias is 32 there and 48 here, .* and \d+ more; choose the --model",
+            r"^start .*backbone\.blocks\.0\.attention\.out\.bias is 32 there and 48 here, .* and \d+ more; "
+            "choose the model of that run",
         ),
         (["--model=3x32x2/2"], r"backbone\.blocks\.2\.attention\.out\.bias is missing there and 32 here"),
         (["--local.weight=0"], r"patches\.weight is 32×7×2×2 there and 32×3×2×2 here"),
@@ -182,7 +183,7 @@ def test_weights_that_are_not_there(tiny_run: Path, tiny_store: Path, tmp_path: 
     (checkpoints.find(source) / checkpoints.MODEL).unlink()
     arguments = ["--store", tiny_store, "--out", tmp_path / "run", *TINY_RECIPE, "--from", source]
     said = mistake(capsys, monkeypatch, "train", "reglue", *arguments, "--from-weights=model")
-    assert "has no model.safetensors; use --from-weights ema" in said
+    assert "has no model.safetensors; choose --from-weights ema" in said
 
 
 def test_options_about_another_run_need_one(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,13 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import mistake
+from reglue import cli
 from reglue.cli import parse
 from reglue.commands.autoencode import Autoencode
 from reglue.commands.compress import Compress
 from reglue.commands.prepare import Prepare
 from reglue.commands.sample import Sample
 from reglue.commands.train_head import TrainHead, train_head
-from reglue.errors import UserError, require
+from reglue.config import Alignment, OptimiserConfig, Sampling
+from reglue.errors import UserError, command_line, option, require
 
 TRAIN = ("train", "reglue", "--store=s", "--out=r")
 JOBS = {
@@ -60,14 +66,14 @@ def test_all_numbers_must_be_finite_and_in_bounds(numbers: list[float], bounds: 
         if all(map(fits, value if isinstance(value, tuple) else (value,))):
             require(Holder(value), "some_number", **bounds)
         else:
-            with pytest.raises(UserError, match=r"^--some-number .*: choose "):
+            with pytest.raises(UserError, match=r"^some_number .*: choose "):
                 require(Holder(value), "some_number", **bounds)
 
 
 def test_the_message_says_what_was_given_and_what_to_choose() -> None:
-    with pytest.raises(UserError, match=r"^--part\.some-number 0\.5 1\.5: choose at least 0 and less than 1$"):
-        require(Holder((0.5, 1.5)), "some_number", prefix="--part.", at_least=0, less_than=1)
-    with pytest.raises(UserError, match=r"^--some-number nan: choose a finite number$"):
+    with pytest.raises(UserError, match=r"^part\.some_number 0\.5 1\.5: choose at least 0 and less than 1$"):
+        require(Holder((0.5, 1.5)), "some_number", prefix="part.", at_least=0, less_than=1)
+    with pytest.raises(UserError, match=r"^some_number nan: choose a finite number$"):
         require(Holder(math.nan), "some_number")
 
 
@@ -126,12 +132,85 @@ def test_the_message_says_what_was_given_and_what_to_choose() -> None:
     ],
 )
 def test_a_value_that_cannot_be_is_refused(job: str, option: str, value: str) -> None:
-    with pytest.raises(UserError) as raised:
+    with command_line(), pytest.raises(UserError) as raised:
         parse([*JOBS[job], option, *value.split()])
     told = str(raised.value)
-    # Sampling is asked for by `train`, `sample` and in Python, so its messages have no dashes and no prefix.
-    assert told.startswith(f"{option.removeprefix('--sampling.')} {value}: choose ")
+    # Sampling is asked for by `train`, `sample` and in Python, so its messages have no prefix.
+    assert told.startswith(f"{option.replace('--sampling.', '--')} {value}: choose ")
     assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("in_python", "on_command_line", "told", "told_on_command_line"),
+    [
+        (
+            lambda: OptimiserConfig(learning_rate=0.0),
+            ("--optimisation.learning-rate", "0.0"),
+            "optimisation.learning_rate 0.0: choose more than 0",
+            "--optimisation.learning-rate 0.0: choose more than 0",
+        ),
+        (
+            lambda: Alignment(compressor="a_b", targets="online"),
+            ("--alignment.compressor", "a_b", "--alignment.targets", "online"),
+            "alignment.compressor a_b is for alignment.targets decoded alone; leave it out",
+            "--alignment.compressor a_b is for --alignment.targets decoded alone; leave it out",
+        ),
+        (
+            lambda: Sampling(guidance_interval=(0.9, 0.1)),
+            ("--sampling.guidance-interval", "0.9", "0.1"),
+            "guidance_interval 0.9 0.1: choose 0 ≤ lowest ≤ highest ≤ 1",
+            "--guidance-interval 0.9 0.1: choose 0 ≤ lowest ≤ highest ≤ 1",
+        ),
+    ],
+)
+def test_a_message_spells_options_as_whoever_made_the_mistake_does(
+    in_python: Callable[[], object], on_command_line: tuple[str, ...], told: str, told_on_command_line: str,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert mistake(capsys, monkeypatch, *TRAIN, *on_command_line) == f"reglue: {told_on_command_line}"
+    with pytest.raises(UserError) as raised:  # afterwards: the command line has left nothing behind
+        in_python()
+    assert str(raised.value) == told
+
+
+def test_options_are_spelt_in_threads_as_outside_and_may_have_another_name_on_the_command_line() -> None:
+    def seen() -> list[str]:
+        with ThreadPoolExecutor(1) as thread:
+            return [thread.submit(option, *names).result() for names in (("a.b_c",), ("start_step", "from-step"))]
+
+    assert seen() == ["a.b_c", "start_step"]
+    with command_line():
+        with command_line():
+            assert seen() == ["--a.b-c", "--from-step"]
+        assert seen() == ["--a.b-c", "--from-step"]
+    assert seen() == ["a.b_c", "start_step"]
+
+
+SPELT_BY_THE_COMMAND_LINE = ("commands", "cli.py", "help.py", "papers.py")
+
+
+def messages(node: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of every string that is neither a docstring nor has a whole command (`reglue …`) in it."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+            continue
+        text = ast.unparse(child) if isinstance(child, ast.JoinedStr) else getattr(child, "value", None)
+        if not isinstance(text, str):
+            yield from messages(child)
+        elif "reglue " not in text:
+            yield child.lineno, text  # type: ignore[reportAttributeAccessIssue]
+
+
+def test_only_commands_spell_options_as_the_command_line_does() -> None:
+    package = Path(cli.__file__).parent
+    found = [
+        f"{file.relative_to(package.parent)}:{line}: {text}"
+        for file in sorted(package.rglob("*.py"))
+        if file.relative_to(package).parts[0] not in SPELT_BY_THE_COMMAND_LINE
+        for line, text in messages(ast.parse(file.read_text()))
+        if re.search("--[a-z]", text)
+    ]
+    assert not found, "spell these by `errors.option`:\n" + "\n".join(found)
 
 
 def test_values_given_in_python_become_those_of_the_command_line() -> None:
@@ -187,5 +266,5 @@ def test_schedules_hold_weights(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 def test_a_head_looks_at_its_folder_before_its_training(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds other files; choose a new or an empty folder for --out"):
+    with pytest.raises(UserError, match=r"holds other files; choose a new or an empty folder$"):
         train_head(TrainHead(Path("no-store"), tmp_path, device="cpu"))

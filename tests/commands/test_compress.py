@@ -190,11 +190,11 @@ def test_micro_batches_are_parts_of_a_batch(folder: Path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"validation": 1.0}, "--validation 1.0"),
-        ({"epochs": 0}, "--epochs 0"),
-        ({"seed": -1}, "--seed -1"),
+        ({"validation": 1.0}, "validation 1.0"),
+        ({"epochs": 0}, "epochs 0"),
+        ({"seed": -1}, "seed -1"),
         ({"name": "../escape"}, "--name"),
-        ({"kind": "pca", "channels": 1000}, "--channels 1000"),
+        ({"kind": "pca", "channels": 1000}, "channels 1000"),
         ({"store": Path("nowhere")}, "nowhere is not a store"),
         ({"learning_rate": 1e30, "channels": 2}, "learning-rate"),
     ],
@@ -296,8 +296,8 @@ def test_a_map_and_a_class_token_may_have_compressors_of_one_name(folder: Path):
     [
         ({"column": "cls"}, "--kind conv needs a map"),
         ({"kind": "pca", "kl_weight": 1e-6}, "--kl-weight is for"),
-        ({"kl_weight": -1.0}, "--kl-weight -1.0"),
-        ({"kl_weight": float("nan")}, "--kl-weight nan"),
+        ({"kl_weight": -1.0}, "kl_weight -1.0"),
+        ({"kl_weight": float("nan")}, "kl_weight nan"),
     ],
 )
 def test_kinds_and_columns_that_do_not_fit_are_refused(options, says: str):
@@ -412,7 +412,7 @@ def test_a_published_compressor_that_does_not_fit_is_refused(
         "give it too, with --fitted": ["--statistics", statistics],
         "page.pth: is a web page": ["--fitted", tmp_path / "page.pth"],
         "nowhere.pth: no such file": ["--fitted", tmp_path / "nowhere.pth"],
-        "is not needed": ["--fitted", folder / "compressors" / "conv-4", "--statistics", statistics],
+        "leave it out, since": ["--fitted", folder / "compressors" / "conv-4", "--statistics", statistics],
     }.items():
         assert says in mistake(capsys, monkeypatch, "compress", folder, *arguments)
     assert {path.name for path in (folder / "compressors").iterdir()} == {"conv-4", "pca-4"}

@@ -221,7 +221,7 @@ def test_missing_input_and_senseless_options_are_named(tmp_path, tiny_store, tin
         evaluate(settings(tmp_path / "nothing.npz", tiny_store))
     with pytest.raises(UserError, match="nowhere: no such folder"):
         evaluate(settings(tiny_images, tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="--kernel-subset-size 1"):
+    with pytest.raises(UserError, match="kernel_subset_size 1"):
         settings(tiny_images, tiny_store, kernel_subset_size=1)
 
 

@@ -314,7 +314,7 @@ def test_learned_positions_are_kept(autoencoder: str, tmp_path: Path) -> None:
     assert torch.equal(read_official(export_run(ExportRun(run, tmp_path / "out.pt"))).weights["pos_embed"], learned)
 
     write("repa", tmp_path / "wide.pt", lambda weights: weights.update(pos_embed=learned[:, :8]))
-    with pytest.raises(UserError, match="--resolution"):
+    with pytest.raises(UserError, match="resolution HEIGHT WIDTH"):
         import_run(ImportRun(tmp_path / "wide.pt", tmp_path / "wide", heads=HEADS))
     wide = import_run(ImportRun(tmp_path / "wide.pt", tmp_path / "wide", heads=HEADS, resolution=(32, 64)))
     assert RunRecord.read(wide).denoiser.grid == (4, 8)

@@ -309,7 +309,10 @@ def edited(head: Path, to: Path, **changes: Any) -> Path:
     [
         ({"encoder_sha256": "0" * 64}, "the head was made for the encoder"),
         ({"width": 8}, "features of width 8, and the alignment network"),
-        ({"final_norm": False}, "take the others with --no-final-norm"),
+        (
+            {"final_norm": False},
+            "`reglue prepare --no-final-norm` and `reglue autoencode --no-final-norm` take the others",
+        ),
         ({"layers": (0, 1)}, "layers [0, 1]"),
     ],
 )

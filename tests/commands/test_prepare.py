@@ -299,10 +299,10 @@ def test_strict_stops_at_a_bad_image(options, own_images: Path):
     [
         ({"resolution": 18}, "multiples of 4"),
         ({"resolution": 17}, "multiples of 2"),
-        ({"resolution": 0}, "--resolution 0"),
+        ({"resolution": 0}, "resolution 0"),
         ({"layers": (9,)}, r"blocks 0 to 4"),
-        ({"batch_size": 0}, "--batch-size 0"),
-        ({"seed": -1}, "--seed -1"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"seed": -1}, "seed -1"),
         ({"encoder": "none"}, "--features needs an encoder"),
         ({"features": False, "features_dtype": "int8"}, "--features-dtype int8 .* add --features"),
         ({"encoder": "dino-v99"}, "dino-v99"),
@@ -405,7 +405,7 @@ def test_shards_and_streams_give_the_rows_that_the_folder_gives(options, tiny_im
 def test_a_stream_that_is_too_short_is_said_in_one_line(options, tiny_images: Path, tmp_path: Path):
     tars = write_tars(tiny_images, tmp_path / "tars")
     more = ("--streaming", "--count", "25", "--no-labels")
-    with pytest.raises(UserError, match="ends before image 24 of --count 25") as caught:
+    with pytest.raises(UserError, match="ends before image 24 of count 25") as caught:
         prepare(parse(arguments(options(images=tars, workers=1), *more)))
     assert "\n" not in str(caught.value)
 

@@ -220,11 +220,11 @@ def test_other_settings_and_other_files_are_refused(store: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"held_out": 1.0}, "--held-out 1.0"),
-        ({"selection": 0.0}, "--selection 0.0"),
-        ({"steps": 0}, "--steps 0"),
-        ({"images": 3}, "--images 3"),
-        ({"seed": -1}, "--seed -1"),
+        ({"held_out": 1.0}, "held_out 1.0"),
+        ({"selection": 0.0}, "selection 0.0"),
+        ({"steps": 0}, "steps 0"),
+        ({"images": 3}, "images 3"),
+        ({"seed": -1}, "seed -1"),
         ({"validation_masks": Path("masks")}, "--validation-masks belongs"),
         ({"columns": ("local.conv-99",)}, "--columns local.conv-99: choose from features, features.last, local.conv-4"),
         ({"store": Path("nowhere")}, "nowhere is not a store"),

@@ -204,9 +204,9 @@ def test_what_was_never_trained_does_not_guide(tiny_run: Path, tmp_path: Path) -
     model = load(folder, device="cpu")
     assert model.default_sampling.guidance_scale == 1
     for name, says in (
-        ("guidance_scale", "has no branch without labels \\(trained with --optimisation.label-dropout 0"),
+        ("guidance_scale", "has no branch without labels \\(trained with optimisation.label_dropout 0"),
         ("cls_scale", "has no branch without labels"),
-        ("representation_scale", "has no branch without its map \\(trained with --local.dropout 0"),
+        ("representation_scale", "has no branch without its map \\(trained with local.dropout 0"),
     ):
         with pytest.raises(UserError, match=says):
             model.generate(0, sampling=model.default_sampling.changed(**{name: 2.0}))
@@ -345,8 +345,8 @@ def test_a_finished_archive_is_not_drawn_again(
         sample(options)
         assert "images.npz is complete already: 3 images" in capsys.readouterr().out
         for changes, message in (
-            ({"seed": 1}, r"images\.npz holds samples of another protocol \(seed\); choose a new --out"),
-            ({"count": 4}, r"images\.npz holds 3 images, not 4, .*choose a new --out"),
+            ({"seed": 1}, r"images\.npz holds samples of another protocol \(seed\); choose another place"),
+            ({"count": 4}, r"images\.npz holds 3 images, not 4, .*choose another file"),
             ({"count": 2}, r"images\.npz holds 3 images, not 2"),
         ):
             with pytest.raises(UserError, match=message):
@@ -359,7 +359,7 @@ def test_a_finished_archive_is_not_drawn_again(
     ("arrays", "message"),
     [
         (None, r"the protocol cannot be read \(it is no archive\)"),
-        ({"arr_0": np.zeros((3, 16, 16, 3), np.uint8)}, "does not say how its images were drawn; choose a new --out"),
+        ({"arr_0": np.zeros((3, 16, 16, 3), np.uint8)}, "does not say how its images were drawn; choose another file"),
         ({"protocol": np.array('{"labels": []}')}, "does not say how its images were drawn"),
         ({"protocol": np.array("[]")}, "is not a JSON object"),
         ({"protocol": np.array([{}], dtype=object)}, "the protocol cannot be read"),
@@ -514,7 +514,7 @@ def test_guided_channels_are_chosen_when_sampling(
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"sampling": {}, "labels": 3}'])
 def test_a_damaged_protocol_is_named(tiny_run: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "samples.json").write_text(content)
-    with pytest.raises(UserError, match=r"samples\.json is damaged.*; choose a new --out, or") as raised:
+    with pytest.raises(UserError, match=r"samples\.json is damaged.*; choose another folder, or") as raised:
         sample(Sample(tiny_run, tmp_path, count=1, steps=1, device="cpu"))
     assert len(str(raised.value).splitlines()) == 1
     assert (tmp_path / "samples.json").read_text() == content

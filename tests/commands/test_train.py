@@ -144,8 +144,8 @@ def test_an_exploding_loss_is_named_and_keeps_the_last_checkpoint(tiny_store: Pa
         ("reglue", ["--local.compressor=conv-99"], "local.conv-99"),
         ("reglue", ["--model=2x32x2/3"], "patches of 3"),
         ("reglue", ["--optimisation.batch-size=7", "--optimisation.accumulate=2"], "does not divide"),
-        ("sit", ["--device=cuda"], "--device"),
-        ("sit", ["--shards=2"], "--shards 2 does not divide 1 processes"),
+        ("sit", ["--device=cuda"], "device cuda: this machine has no NVIDIA GPU"),
+        ("sit", ["--shards=2"], "shards 2 does not divide 1 processes"),
         ("repa", ["--alignment.after-block=5"], "only 2 blocks"),
     ],
 )
@@ -186,7 +186,7 @@ def test_a_finished_run_can_be_prolonged(tiny_store: Path, tmp_path: Path) -> No
 
 def test_a_run_cannot_be_shortened(tiny_store: Path, tmp_path: Path) -> None:
     run = train(options("sit", tiny_store, tmp_path / "run", "--optimisation.steps=5"))
-    with pytest.raises(UserError, match=r"has 5 steps already, more than --optimisation\.steps 4; choose 5 or more"):
+    with pytest.raises(UserError, match=r"has 5 steps already, more than optimisation\.steps 4; choose 5 or more"):
         train(options("sit", tiny_store, run, "--optimisation.steps=4"))
     assert RunRecord.read(run).recipe.optimisation.steps == 5
 

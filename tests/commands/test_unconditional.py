@@ -31,7 +31,7 @@ def test_unlabelled_images_of_another_shape(
     run = train(parse(["train", "reglue", "--store", str(store), "--out", str(tmp_path / "run"), *TINY_RECIPE, *steps]))
     out = sample(Sample(run, tmp_path / "out", count=3, device="cpu"))
     assert np.asarray(Image.open(out / "000002.png")).shape == (16, 32, 3)
-    with pytest.raises(UserError, match=r"guidance-scale 2\.0: this model has no classes"):
+    with pytest.raises(UserError, match=r"guidance_scale 2\.0: this model has no classes"):
         sample(Sample(run, tmp_path / "guided", count=1, guidance_scale=2.0, device="cpu"))
     with pytest.raises(UserError, match="without classes"):
         sample(Sample(run, tmp_path / "class", count=1, classes=("0",), device="cpu"))

@@ -269,7 +269,7 @@ def test_a_tar_file_cut_short(rows, tmp_path: Path):
     images = open_images(path)
     for end in (last.offset, last.offset + 100, last.offset_data + 5):  # Before and in a header, in an image.
         path.write_bytes(content[:end])
-        with pytest.raises(UserError, match=r"a\.tar is no whole tar file"):
+        with pytest.raises(UserError, match=r"a\.tar is not a whole tar file"):
             open_images(path)
     result = images.load(23, SIZE)  # Cut since it was opened.
     assert isinstance(result, UnreadableImage)
@@ -425,23 +425,23 @@ def test_what_cannot_be_told_is_asked_for_by_its_option(rows, tmp_path: Path):
         (tmp_path / "shard-{0..3.tar", Reading(), "no such folder or file|is no pattern"),
         (unlabelled / "shard-{00..09}.tar", Reading(no_labels=True), r"shard-03\.tar: no such"),
         (tmp_path / "photo.png", Reading(), "neither a folder nor"),
-        (unlabelled, Reading(), r"has no label.*--label-column"),
+        (unlabelled, Reading(), r"has no label.*label_column"),
         (two, Reading(), r"images png, mask\.png|images mask\.png, png"),
         (gap, Reading(no_labels=True), r"passes over shard-00\.tar"),
         (mixed, Reading(), r"photo\.png\) beside no\.parquet"),
-        (tmp_path / "squeezed.tar", Reading(), "no whole tar file"),
-        (tmp_path / "cut.parquet", Reading(), r"cut\.parquet is no whole parquet file"),
+        (tmp_path / "squeezed.tar", Reading(), "not a whole tar file"),
+        (tmp_path / "cut.parquet", Reading(), r"cut\.parquet is not a whole parquet file"),
         (tmp_path / "no.parquet", Reading(), r"no columns of labels \(it has photo, other\)"),
         (tmp_path / "twice.parquet", Reading(), "2 columns of images"),
         (tmp_path / "blind.parquet", Reading(), "no columns of images"),
         (tmp_path / "twice.parquet", Reading(image_column="foto"), "no column foto"),
         (tmp_path / "twice.parquet", Reading(image_column="kind"), "column kind .* holds no image files"),
         (tmp_path / "twice.parquet", Reading(label_column="sort"), "no column sort"),
-        (tmp_path / "no.parquet", Reading(split="train"), "--split and --configuration are for data sets"),
-        (tmp_path / "no.parquet", Reading(labels=tmp_path / "a.csv"), "--labels is for folders and tar shards"),
+        (tmp_path / "no.parquet", Reading(split="train"), "split and configuration are for data sets"),
+        (tmp_path / "no.parquet", Reading(labels=tmp_path / "a.csv"), "^labels is for folders and tar shards"),
         (parquet, Reading(split="dev"), r"no split dev \(it has train, test\)"),
-        (tmp_path / "numbers.parquet", Reading(streaming=True, count=3, label_column="kind"), "--class-names"),
-        (tmp_path / "no.parquet", Reading(streaming=True, no_labels=True), "--count"),
+        (tmp_path / "numbers.parquet", Reading(streaming=True, count=3, label_column="kind"), "class_names, or use no_labels$"),
+        (tmp_path / "no.parquet", Reading(streaming=True, no_labels=True), "with count$"),
         (Path("hf:no-one/nothing"), Reading(), "cannot load hf:no-one/nothing"),
     ]
     for path, reading, says in cases:
@@ -480,7 +480,7 @@ def test_negative_numbers_are_no_labels(names: bool, rows, nested: Path, tmp_pat
         (tmp_path / "a.parquet", None, r"a\.parquet/0"),
         (tmp_path / "saved", None, "row-0"),
     ):
-        with pytest.raises(UserError, match=rf"{image} .*has no label \('?-1'?\); .*--no-labels"):
+        with pytest.raises(UserError, match=rf"{image} .*has no label \('?-1'?\); .*no_labels"):
             open_images(path, Reading(labels=table, class_names=class_names))
 
 
@@ -498,7 +498,7 @@ def test_a_blank_line_between_names_of_classes_is_refused(rows, tmp_path: Path):
 def test_a_stream_shorter_than_its_count_says_so(rows, tmp_path: Path):
     path, _ = bare_parquet(rows, tmp_path)
     images = open_images(path, Reading(streaming=True, no_labels=True, count=30))
-    with pytest.raises(UserError, match="ends before image 29 of --count 30"):
+    with pytest.raises(UserError, match="ends before image 29 of count 30"):
         images.load(29, SIZE)
 
 

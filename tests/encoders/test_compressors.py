@@ -78,7 +78,7 @@ def test_all_components_restore_the_features():
 
 
 def test_more_components_than_channels_are_refused():
-    with pytest.raises(UserError, match="--channels 7"):
+    with pytest.raises(UserError, match=r"^channels 7: choose at most 6"):
         fit_pca(CHANNELS + 1)
 
 

@@ -61,8 +61,8 @@ def test_one_file_or_two_of_either_naming_load_alike(network: Lpips, tmp_path: P
         assert not any(parameter.requires_grad for parameter in loaded.parameters())
     with pytest.raises(UserError, match=r"vgg16\.pth: LPIPS's linear layers"):
         load_lpips([tmp_path / "vgg16.pth"])
-    with pytest.raises(UserError, match=r"^--measure-lpips .*vgg\.pth: VGG16 is missing"):
-        load_lpips([tmp_path / "vgg.pth"], "--measure-lpips")
+    with pytest.raises(UserError, match=r"^measure_lpips .*vgg\.pth: VGG16 is missing"):
+        load_lpips([tmp_path / "vgg.pth"], "measure_lpips")
 
 
 @pytest.mark.parametrize("content", [None, b"nonsense", b""])

@@ -323,7 +323,7 @@ def test_the_card_shows_intervals_and_warnings_of_an_evaluation(tiny_run: Path, 
 
 def test_a_named_report_must_be_one(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text("{}")
-    with pytest.raises(UserError, match=r"none\.json is no report"):
+    with pytest.raises(UserError, match=r"none\.json is not a report"):
         read_reports(tiny_run, [tmp_path / "none.json"])
     with pytest.raises(UserError, match=r"gone\.json: no such report"):
         read_reports(tiny_run, [tmp_path / "gone.json"])

@@ -122,7 +122,7 @@ def test_anything_else_is_refused_with_what_was_found(change, message: str) -> N
 
 
 def test_unknown_width_asks_for_the_heads() -> None:
-    with pytest.raises(UserError, match="--heads"):
+    with pytest.raises(UserError, match=r"give the number of attention heads with heads$"):
         import_official(published("sit"))
 
 

@@ -77,16 +77,16 @@ def test_parts_without_weight_have_no_term() -> None:
     [
         (
             lambda: Architecture(widths=(6, 9), norm_groups=3) and Architecture(widths=(6, 8), norm_groups=3),
-            "8 is no mul",
+            "8 is not a mul",
         ),
         (lambda: Architecture(widths=()), "give at least one"),
-        (lambda: Architecture(latent_channels=0), "--architecture.latent-channels 0"),
-        (lambda: Adversary(layers=0), "--adversary.layers 0"),
-        (lambda: LatentAlignment(hidden=0), "--alignment.hidden 0"),
-        (lambda: Perceptual(network=()), "--perceptual.network"),
-        (lambda: AutoencoderRecipe(kl=Kl(-1)), "--kl.weight -1"),
-        (lambda: AutoencoderRecipe(alignment=LatentAlignment(class_weight=-1)), "--alignment.class-weight -1"),
-        (lambda: AutoencoderRecipe(kl=Kl(1, schedule=((5, -2.0),))), "--kl.schedule -2"),
+        (lambda: Architecture(latent_channels=0), "architecture.latent_channels 0"),
+        (lambda: Adversary(layers=0), "adversary.layers 0"),
+        (lambda: LatentAlignment(hidden=0), "alignment.hidden 0"),
+        (lambda: Perceptual(network=()), "perceptual.network"),
+        (lambda: AutoencoderRecipe(kl=Kl(-1)), "kl.weight -1"),
+        (lambda: AutoencoderRecipe(alignment=LatentAlignment(class_weight=-1)), "alignment.class_weight -1"),
+        (lambda: AutoencoderRecipe(kl=Kl(1, schedule=((5, -2.0),))), "kl.schedule -2"),
     ],
 )
 def test_impossible_values_are_named(make, says: str) -> None:

@@ -91,13 +91,15 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
 
 def _compress_command(store: Store, column: str) -> str:
     """What makes a column of codes, as far as its name shows."""
-    of = f"{store.folder} --column cls" if column.startswith(CLASS_TOKEN_CODES) else f"{store.folder}"
     name = compressor_of(column).removeprefix(CLASS_TOKEN_CODES)
     kind, _, sizes = name.partition("-")
     channels, _, layers = sizes.partition("-")
-    if channels.isdecimal() and layers in ("", "last"):
-        return f"`reglue compress {of} --kind {kind} --channels {channels}{' --layers last' if layers else ''}`"
-    return f"`reglue compress {of} --name {name}`"
+    by_sizes = channels.isdecimal() and layers in ("", "last")
+    return (
+        f"`reglue compress {store.folder}{' --column cls' if column.startswith(CLASS_TOKEN_CODES) else ''} "
+        f"{f'--kind {kind} --channels {channels}' if by_sizes else f'--name {name}'}"
+        f"{' --layers last' if by_sizes and layers else ''}`"
+    )
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
