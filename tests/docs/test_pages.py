@@ -48,8 +48,6 @@ PAGES = sorted((ROOT / "docs/methods").glob("[a-z]*.md"))
 EVERY_PAGE = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 ALL_PAGES = [page for page in EVERY_PAGE if page.name not in ("log.md", "CHANGELOG.md")]
 """Those whose commands must work: the others are history."""
-UNWRAPPED = ("design.md", "extending.md")
-WRAPPED = [page for page in ALL_PAGES if page.name not in UNWRAPPED]
 GUIDANCE_SCALE = "samples.sampling.guidance_scale 2.8"
 IMAGENET = "On ImageNet with eight GPUs"
 """The section with the commands that reproduce a method."""
