@@ -336,8 +336,9 @@ def kinds_of(file: str) -> list[str]:
 
 
 def files_in(folder: Path) -> list[str]:
+    """Without reports, which tests that evaluate the run leave in it."""
     found = [path for suffix in ("json", "jsonl", "safetensors") for path in folder.rglob(f"*.{suffix}")]
-    return sorted(str(path.relative_to(folder)) for path in found)
+    return sorted(str(path.relative_to(folder)) for path in found if path.parent.name != "reports")
 
 
 def matching(folder: Path, pattern: str) -> list[str]:

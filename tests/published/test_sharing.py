@@ -120,7 +120,7 @@ def test_a_saved_run_is_a_run_without_what_training_needs(tiny_run: Path, tiny_s
     assert files(again.save(tmp_path / "again")) == SHARED
     with pytest.raises(UserError, match="holds other files"):
         model.save(folder)
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
         train(
             parse(
                 [
