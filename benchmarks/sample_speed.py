@@ -23,7 +23,6 @@ import official
 from common import alternate, report, run, speedups
 from counting import forward_flops
 from official import CLS, LOCAL
-from reglue.config import Sampling
 from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.guidance import Velocity, guided_velocity
 from reglue.diffusion.modalities import LATENT, State
@@ -31,6 +30,7 @@ from reglue.diffusion.samplers import SAMPLERS, integrate, stochastic_times
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.pipeline import ImageModel
 from reglue.run import RunRecord
+from reglue.sampling import Sampling
 from reglue.training.precision import SamplingNetwork, matmul_precision
 from workloads import CLASSES, OfModel
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 import reglue
 from reglue.cli import COMMANDS
-from reglue.config import Sampling
 from reglue.errors import UserError
+from reglue.sampling import Sampling
 
 
 def test_every_command_is_a_function_away() -> None:

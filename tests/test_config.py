@@ -3,12 +3,13 @@ from typing import Any
 
 import pytest
 
-from reglue.config import LocalSemantics, Part, Recipe, Sampling, SamplingOverrides, model_size
+from reglue.config import LocalSemantics, Part, Recipe, model_size
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import Modality
 from reglue.errors import UserError
 from reglue.overrides import field_docstrings
 from reglue.papers import PAPERS, RECIPES
+from reglue.sampling import Sampling, SamplingOverrides
 
 
 def modalities(recipe: Recipe, **channels: int) -> tuple[Modality, ...]:
@@ -95,7 +96,10 @@ def test_sampling_is_changed_by_what_is_given() -> None:
     [
         ({"sampler": "midpoint"}, "sampler midpoint: choose euler, heun, euler-maruyama, adams-bashforth, dopri5"),
         ({"rounding": "up"}, "rounding up: choose truncate, round"),
-        ({"guiders": {"mine": 1.0}}, "guider mine: choose classifier-free"),
+        ({"guiders": {"mine": 1.0}}, "guider mine: none is registered"),
+        ({"guiders": {"auto": 2.0}}, "guider auto: none is registered"),
+        ({"other_scales": {"local": 2.0}}, "other_scales local: use local_scale"),
+        ({"other_scales": {"depth": float("nan")}}, "other_scales depth nan: choose a finite number"),
         ({"guidance_interval": (0.5, 0.1)}, "choose 0 ≤ lowest ≤ highest ≤ 1"),
         ({"steps": 0}, "steps 0: choose at least 1"),
         ({"guided_channels": 0}, "guided_channels 0: choose at least 1"),

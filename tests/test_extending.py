@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -21,10 +22,13 @@ from reglue.config import Optimisation, OtherModality, Recipe
 from reglue.data.store_writer import add_column
 from reglue.diffusion.backbones import BACKBONES
 from reglue.diffusion.conditions import CONDITIONS
+from reglue.diffusion.controls import Previews
 from reglue.diffusion.guidance import GUIDERS
 from reglue.diffusion.samplers import SAMPLERS
+from reglue.diffusion.schedules import SCHEDULES, Schedule
 from reglue.errors import UserError
 from reglue.run import RunRecord
+from reglue.sampling import Sampling
 from reglue.training import checkpoints
 from reglue.training.tracking import TRACKERS
 
@@ -153,7 +157,7 @@ def test_a_condition_steers_what_is_drawn(parts: object, tiny_store: Path, tmp_p
     assert (draws[0][:2] - unconditional[:2]).abs().max() > 1
     with pytest.raises(UserError, match=r"condition tone: this model has class, brightness"):
         model.generate([0], condition={"tone": asked[:1]})
-    with pytest.raises(UserError, match=r"condition brightness has 3 values for 1 images"):
+    with pytest.raises(UserError, match=r"brightness has values of the shape \(3, 2\); 1 images need \(1, 2\)"):
         model.generate([0], condition={"brightness": asked})
 
 
@@ -161,9 +165,8 @@ def test_a_modality_has_a_guidance_scale_of_its_own(
     parts: dict[str, types.ModuleType], tiny_store: Path, tmp_path: Path
 ) -> None:
     run = train(parts["A modality"].with_components(tiny()), tiny_store, tmp_path / "run")
-    assert {"latent", "local", "cls", "components", "alignment", "loss"} <= set(
-        __import__("json").loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    )
+    first_line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"latent", "local", "cls", "components", "alignment", "loss"} <= first_line.keys()
     record = RunRecord.read(run)
     assert record.compressors.keys() == {"local", "components"}
     assert (run / "compressors" / "components" / "compressor.json").is_file()
@@ -175,7 +178,6 @@ def test_a_modality_has_a_guidance_scale_of_its_own(
     assert not torch.equal(plain["components"], guided["components"])
     with pytest.raises(UserError, match=r"other_scales depth: this model learns latent, local, cls, components"):
         model.generate([0], other_scales={"depth": 2.0})
-    # Fine-tuning drops what the next recipe does not have.
     raw = model.raw(plain, "components")
     assert not torch.equal(raw, plain["components"].float()), "it is learned at unit variance"
 
@@ -268,6 +270,85 @@ def test_parts_work_on_the_command_line(tiny_store: Path, tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, script, *words, *more], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert '"backbone": "plain"' in (tmp_path / "run" / "run.json").read_text()
+
+
+def test_without_a_class_a_sample_has_no_other_condition(parts: object, tiny_store: Path) -> None:
+    """The unconditional branch of guidance is without all of them, so it is trained."""
+    from reglue.data.batches import TrainingData, denoiser_config
+
+    store, recipe = reglue.Store.open(tiny_store), tiny(conditions={"brightness": 0.3})
+    sample = TrainingData(store, recipe, denoiser_config(store, recipe), 0).sample(range(2000))
+    without_class, without = sample.condition["class"] == 3, ~sample.condition["brightness"].any(1)
+    assert without_class.float().mean().item() == pytest.approx(0.1, abs=0.03)
+    assert without[without_class].all()
+    assert without.float().mean().item() == pytest.approx(0.1 + 0.9 * 0.3, abs=0.04)
+
+
+def test_a_run_names_the_part_that_is_not_registered(parts: object, tiny_store: Path, tmp_path: Path) -> None:
+    run = train(tiny(backbone="plain"), tiny_store, tmp_path / "run")
+    plain = BACKBONES.pop("plain")
+    try:
+        with pytest.raises(UserError, match=r"names a part that is not here: backbone plain: choose sit; import"):
+            reglue.load(run, device="cpu")
+    finally:
+        BACKBONES["plain"] = plain
+    with pytest.raises(UserError, match="no published code has a model with backbone plain"):
+        reglue.export_run(reglue.ExportRun(run, tmp_path / "out.pt"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modality": "loss"}, "modality 'loss': choose a name of small letters, digits and _, and none of alignment"),
+        ({"modality": "my.map"}, "modality 'my.map': choose a name"),
+        ({"modality": "latent"}, "modalities latent, local, cls, latent: all need different names"),
+        ({"source": ""}, r"modality components needs a column of the store \(source\)"),
+        (
+            {"kind": "token"},
+            r"components is a token, and column local.pca-4 of .* holds \(4, 4, 4\) per image",
+        ),
+    ],
+)
+def test_a_modality_that_cannot_be_is_refused(
+    changes: dict[str, Any], message: str, tiny_store: Path, tmp_path: Path
+) -> None:
+    good: dict[str, Any] = {"modality": "components", "kind": "map", "source": "local.pca-4"}
+    with pytest.raises(UserError, match=message):
+        train(tiny(others=(OtherModality(0.5, **{**good, **changes}),)), tiny_store, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conditions": {"class": 0.5}}, "conditions class 0.5: use optimisation.label_dropout"),
+        ({"conditions": {"brightness": 1.5}}, "conditions brightness 1.5: choose at least 0, below 1"),
+        ({"sampling": Sampling(other_scales={"depth": 2.0})}, "sampling.other_scales depth: this recipe learns latent"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(parts: object, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(reglue.recipes["reglue"], **changes)
+
+
+def test_previews_are_counted_for_each_batch(tiny_run: Path) -> None:
+    shown: list[float] = []
+    previews = Previews(lambda predicted, times: shown.append(round(times["latent"], 2)), every=2)
+    model = reglue.load(tiny_run, device="cpu")
+    model.generate([0, 1], batch_size=1, sampler="euler", steps=3, controls=[previews])
+    assert shown == [0.33, 0.33]
+
+
+def test_a_schedule_of_times_waits_for_a_denoiser_that_takes_them() -> None:
+    class Lead(Schedule):
+        def times(self, clock: float, names: Any) -> dict[str, float]:
+            return {name: clock if name == "latent" else max(0.0, clock - 0.3) for name in names}
+
+    SCHEDULES["lead"] = Lead()
+    try:
+        with pytest.raises(UserError, match="times lead: the denoiser takes one time for all; choose shared"):
+            tiny(times="lead")
+    finally:
+        del SCHEDULES["lead"]
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,9 @@ from reglue.commands.compress import Compress
 from reglue.commands.prepare import Prepare
 from reglue.commands.sample import Sample
 from reglue.commands.train_head import TrainHead, train_head
-from reglue.config import Alignment, OptimiserConfig, Sampling
+from reglue.config import Alignment, OptimiserConfig
 from reglue.errors import UserError, command_line, option, require
+from reglue.sampling import Sampling
 
 TRAIN = ("train", "reglue", "--store=s", "--out=r")
 JOBS = {

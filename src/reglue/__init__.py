@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from reglue.commands.train import Train, train
     from reglue.commands.train_head import TrainHead, train_head
     from reglue.commands.verify import Verify, verify
-    from reglue.config import Recipe, Sampling
+    from reglue.config import Recipe
     from reglue.data.store import Store
     from reglue.diffusion.controls import Control
     from reglue.encoders.autoencoders import load_autoencoder
@@ -36,13 +36,14 @@ if TYPE_CHECKING:
     from reglue.papers import RECIPES as recipes  # noqa: N811 a module's public names are its attributes
     from reglue.perception.heads import load_head
     from reglue.pipeline import ImageModel, load
+    from reglue.sampling import Sampling
 
 # Name → module, or module and the name there. Imported when first used: `import reglue` need not wait for PyTorch.
 _HOMES = {
     # using models
     "load": "reglue.pipeline",
     "ImageModel": "reglue.pipeline",
-    "Sampling": "reglue.config",
+    "Sampling": "reglue.sampling",
     "Control": "reglue.diffusion.controls",
     # the commands
     "Prepare": "reglue.commands.prepare",

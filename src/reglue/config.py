@@ -9,23 +9,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from reglue.diffusion.backbones import BACKBONES
 from reglue.diffusion.conditions import CLASS, CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
-from reglue.diffusion.guidance import GUIDERS, Guidance
 from reglue.diffusion.modalities import LATENT, Modality, Normalisation
 from reglue.diffusion.paths import PathName
 from reglue.diffusion.predictions import PREDICTIONS
-from reglue.diffusion.samplers import SAMPLERS, StatePrecision, adaptive_solver
 from reglue.diffusion.schedules import SCHEDULES
 from reglue.errors import UserError, option, require
-from reglue.overrides import overrides_of
+from reglue.sampling import Precision, Sampling, refuse_unknown
 
-Precision = Literal["float32", "tf32", "bfloat16"]
-Rounding = Literal["truncate", "round"]
 Compile = Literal["auto", "no", "blocks", "model"]
 
 
@@ -183,6 +179,12 @@ class ClassToken(LearnedPart):
         return "cls" if self.compressor is None else f"cls.{self.compressor}"
 
 
+RESERVED = frozenset(
+    ("alignment", "gradient_norm", "images_per_second", "learning_rate", "loss", "posterior", "step", "time", "type")
+)
+"""Names that logs, batches and modules use for other things."""
+
+
 @dataclass(frozen=True)
 class OtherModality(LearnedPart):
     """A modality of your own: a column of the store, learned beside the others."""
@@ -202,8 +204,13 @@ class OtherModality(LearnedPart):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "dropout", prefix=self.prefix, at_least=0, less_than=1)
-        if not self.modality or not self.source:
-            raise UserError("a modality of your own needs a name (modality) and a column of the store (source)")
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.modality) or self.modality in RESERVED:
+            raise UserError(
+                f"modality {self.modality!r}: choose a name of small letters, digits and _, and none of "
+                f"{', '.join(sorted(RESERVED))}"
+            )
+        if not self.source:
+            raise UserError(f"modality {self.modality} needs a column of the store (source)")
 
     @property
     def column(self) -> str:
@@ -299,107 +306,6 @@ class Optimisation(OptimiserConfig):
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How images are drawn from a trained model: the one declaration of these options, for recipes and all commands."""
-
-    sampler: str = "euler-maruyama"
-    """euler, heun, euler-maruyama, adams-bashforth or dopri5."""
-    steps: int = 250
-    """Intervals of the time grid: as many evaluations, except that Heun takes two in each. dopri5 chooses its
-    own."""
-    time_shift: float = 1.0
-    """Times of the grid are t = s·u / (1 + (s − 1)·u) for equally spaced u: above 1, more of them are near noise, below
-    1, near data; 1 is published. dopri5 has no grid."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance scale; 1 is none."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times between which guidance acts; 0 is data, 1 is noise."""
-    local_scale: float | None = None
-    """Guidance scale of the local map; 1 leaves it conditional. Default: the guidance scale."""
-    cls_scale: float | None = None
-    """Guidance scale of the class token; 1 leaves it conditional. Default: the guidance scale."""
-    other_scales: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Guidance scales of other modalities, by name."""
-    representation_scale: float = 1.0
-    """Scale of representation guidance, for models trained with dropped local maps; 1 is none."""
-    auto_scale: float = 1.0
-    """Scale of autoguidance by a weaker model; 1 is none."""
-    guided_channels: int | Literal["all"] = "all"
-    """Guide this many latent channels, the first ones, or all. SiT's recipe guides 3, as published for an autoencoder
-    of four; with more channels, all is the better choice."""
-    guiders: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Scales of registered guiders of your own, by name."""
-    rounding: Rounding = "truncate"
-    """Rounding of pixels to 8 bits: truncate 255·(x+1)/2, as REPA, REG and REGLUE do, or round 127.5·x+128, as SiT and
-    ReDi do."""
-    state_precision: StatePrecision | None = None
-    """Precision in which steps are summed. Default: float64 for euler, heun and euler-maruyama, as published, float32
-    for the others."""
-    precision: Precision | None = None
-    """Precision of the network's matrix products. Default: that of training."""
-    relative_tolerance: float = 1e-3
-    """Error that dopri5 allows per step, as a share of the values."""
-    absolute_tolerance: float = 1e-6
-    """Error that dopri5 allows per step in any case."""
-
-    def __post_init__(self) -> None:
-        # Named as for `sample` and in Python; for `train` there is more in front.
-        require(self, "steps", at_least=1)
-        require(self, "time_shift", "relative_tolerance", "absolute_tolerance", more_than=0)
-        require(self, "guidance_scale", "local_scale", "cls_scale", "representation_scale", "auto_scale")
-        if self.guided_channels != "all":
-            require(self, "guided_channels", at_least=1)
-        lowest, highest = self.guidance_interval
-        if not 0 <= lowest <= highest <= 1:
-            raise UserError(f"{option('guidance_interval')} {lowest} {highest}: choose 0 ≤ lowest ≤ highest ≤ 1")
-        refuse_unknown(option("sampler"), self.sampler, SAMPLERS)
-        for name in self.guiders:
-            refuse_unknown("guider", name, GUIDERS)
-        for part in fields(self):
-            value, choices = getattr(self, part.name), CHOICES.get(part.name)
-            if choices and value is not None and value not in choices:
-                raise UserError(f"{option(part.name)} {value}: choose {', '.join(choices)}")
-
-    @property
-    def guidance(self) -> Guidance:
-        """The same as guidance asks for it."""
-        named = {"local": self.local_scale, "cls": self.cls_scale}
-        return Guidance(
-            scale=self.guidance_scale,
-            scales={name: scale for name, scale in named.items() if scale is not None} | dict(self.other_scales),
-            interval=self.guidance_interval,
-            representation_scale=self.representation_scale,
-            auto_scale=self.auto_scale,
-            guided_channels=None if self.guided_channels == "all" else self.guided_channels,
-            others=self.guiders,
-        )
-
-    def changed(self, **overrides: Any) -> Sampling:
-        """The same with what is given (not None) in place of its own. Raises UserError for what cannot be."""
-        result = replace(self, **{name: value for name, value in overrides.items() if value is not None})
-        if SAMPLERS[result.sampler].adaptive:
-            adaptive_solver()  # It says at once if it is missing.
-        return result
-
-
-CHOICES = {
-    "rounding": get_args(Rounding),
-    "state_precision": get_args(StatePrecision),
-    "precision": get_args(Precision),
-}
-"""The options of sampling with a few possible values."""
-SamplingOverrides: Any = overrides_of(Sampling)
-"""The base of options that may change single values of a `Sampling`: its fields by keyword, None for those that do
-not."""
-
-
-def refuse_unknown(what: str, name: str, known: Mapping[str, Any]) -> None:
-    """Raise UserError, listing what is registered, for a name that is not."""
-    if name not in known:
-        raise UserError(f"{what} {name}: choose {', '.join(known)}")
-
-
-@dataclass(frozen=True)
 class Recipe:
     """One way to train a denoiser."""
 
@@ -426,7 +332,8 @@ class Recipe:
     others: tuple[OtherModality, ...] = ()
     """Modalities of your own."""
     conditions: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Registered conditions besides the class, by name, and the share of samples that are trained without each."""
+    """Registered conditions besides the class, by name, and the share of samples trained without each. Samples trained
+    without their class are trained without the others too, for the unconditional branch of guidance."""
     alignment: Alignment = field(default_factory=Alignment)
     optimisation: Optimisation = field(default_factory=Optimisation)
     sampling: Sampling = field(default_factory=Sampling)
@@ -437,14 +344,24 @@ class Recipe:
         refuse_unknown(option("backbone"), self.backbone, BACKBONES)
         refuse_unknown(option("prediction"), self.prediction, PREDICTIONS)
         refuse_unknown(option("times"), self.times, SCHEDULES)
-        for name in self.conditions:
+        if self.times != "shared":
+            raise UserError(f"{option('times')} {self.times}: the denoiser takes one time for all; choose shared")
+        for name, share in self.conditions.items():
             refuse_unknown("condition", name, CONDITIONS)
+            if name == CLASS or not 0 <= share < 1:
+                remedy = (
+                    f"use {option('optimisation.label_dropout')}" if name == CLASS else "choose at least 0, below 1"
+                )
+                raise UserError(f"{option('conditions')} {name} {share}: {remedy}")
         if not self.latent.present:
             raise UserError(
                 f"{option('latent.weight')} 0: choose more than 0, since every model here learns the latents"
             )
         if len(names := [part.modality for part in self.learned_parts]) > len({*names}):
             raise UserError(f"modalities {', '.join(names)}: all need different names")
+        for name in self.sampling.other_scales:
+            if name not in names:
+                raise UserError(f"{option('sampling.other_scales')} {name}: this recipe learns {', '.join(names)}")
 
     @property
     def learned_parts(self) -> tuple[LearnedPart, ...]:

@@ -17,6 +17,10 @@ class UserError(Exception):
     """
 
 
+class UnknownPart(UserError):  # noqa: N818, it is a UserError
+    """A part that is asked for by a name under which nothing is registered."""
+
+
 class Stopped(Exception):  # noqa: N818, since it is no error
     """A command was asked to stop (SIGTERM, SIGINT) and has stopped: its work is saved, and the same command continues.
 

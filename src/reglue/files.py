@@ -20,7 +20,7 @@ from cattrs.gen import mapping_structure_factory
 from cattrs.preconf.json import make_converter
 from safetensors import SafetensorError, safe_open
 
-from reglue.errors import UserError, one_line
+from reglue.errors import UnknownPart, UserError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -153,9 +153,19 @@ def parse_json(text: str | bytes, kind: type[_T]) -> _T:
     try:
         return _converter.structure(content, kind)
     except BaseValidationError as error:
+        if unknown := _unknown_part(error):
+            raise unknown from error
         raise ValueError(transform_error(error)[0]) from error
     except (AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"it is no {getattr(kind, '__name__', kind)}") from error
+
+
+def _unknown_part(error: BaseException) -> UnknownPart | None:
+    """The one among what went wrong, if any."""
+    if isinstance(error, UnknownPart):
+        return error
+    inside = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    return next((found for each in inside if (found := _unknown_part(each))), None)
 
 
 def read_json(file: Path, kind: type[_T], remedy: str) -> _T:
@@ -233,6 +243,8 @@ def _naming(file: Path, remedy: str) -> Iterator[None]:
         raise UserError(f"{file} is missing; {remedy}") from error
     except (OSError, SafetensorError, ValueError) as error:
         raise _damaged(file, one_line(error), remedy) from error
+    except UnknownPart as error:
+        raise UserError(f"{file} names a part that is not here: {error}; import the file that registers it") from error
 
 
 def _damaged(file: Path, reason: str, remedy: str) -> UserError:

@@ -215,6 +215,7 @@ def changed_meanings(there: RunRecord, here: RunRecord) -> list[str]:
     changed = {
         "autoencoder": not same_latents(there.autoencoder, here.autoencoder),
         "path": there.recipe.path != here.recipe.path,
+        "prediction": there.recipe.prediction != here.recipe.prediction,
         **{f"compressor of {a.name}": there.compressors.get(a.name) != here.compressors.get(a.name) for a, _ in shared},
         "encoder": len(set(encoders)) == 2,
         **{f"scale of {a.name}": a.normalisation != b.normalisation for a, b in shared},

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reglue.config import Alignment, ClassToken, LocalSemantics, Optimisation, Recipe, Sampling
+from reglue.config import Alignment, ClassToken, LocalSemantics, Optimisation, Recipe
+from reglue.sampling import Sampling
 
 
 @dataclass(frozen=True)

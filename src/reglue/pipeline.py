@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reglue.config import Precision, Rounding, Sampling
 from reglue.diffusion.conditions import CLASS, Condition
 from reglue.diffusion.controls import Control, Progress
 from reglue.diffusion.denoiser import Denoiser
@@ -31,14 +30,12 @@ from reglue.errors import UserError, option
 from reglue.published import sharing
 from reglue.run import FILE as RECORD
 from reglue.run import RunRecord, find_run
+from reglue.sampling import MODALITY_SCALES, Precision, Rounding, Sampling
 from reglue.training import checkpoints
 from reglue.training.distributed import resolve_device
 from reglue.training.precision import SamplingNetwork
 
 STATE_PRECISIONS: dict[StatePrecision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
-
-MODALITY_SCALES = {"local_scale": "local map", "cls_scale": "class token"}
-"""The options of `Sampling` that are about one modality, NAME_scale, and what it is called in messages."""
 
 
 def load(
@@ -139,10 +136,10 @@ class ImageModel:
 
     @property
     def default_sampling(self) -> Sampling:
-        """What the recipe says, but for guidance by what this model lacks: classes, a modality, a weaker model."""
+        """What the recipe says, but for guidance by what this model lacks: a condition, a modality, a weaker model."""
         sampling = replace(self.record.recipe.sampling, auto_scale=1.0)
-        if not self.record.class_names:
-            sampling = replace(sampling, guidance_scale=1.0, **dict.fromkeys(MODALITY_SCALES, None))
+        if self._lacks_unconditional():
+            sampling = replace(sampling, guidance_scale=1.0, other_scales={}, **dict.fromkeys(MODALITY_SCALES, None))
         return replace(sampling, **dict.fromkeys(self._unfitting_scales(sampling), 1.0))  # type: ignore[arg-type]
 
     def resolved(self, sampling: Sampling) -> Sampling:
@@ -155,19 +152,28 @@ class ImageModel:
                 f"{option(name)} {getattr(sampling, name)}: this model has no {lacking} to guide with; choose 1"
             )
         learned = [modality.name for modality in self.record.denoiser.modalities]
-        for name in sampling.other_scales:
+        for name, scale in sampling.other_scales.items():
             if name not in learned:
                 raise UserError(f"{option('other_scales')} {name}: this model learns {', '.join(learned)}")
+            if scale != 1 and (lacking := self._lacks_unconditional()):
+                raise UserError(f"{option('other_scales')} {name}: this model has no {lacking} to guide with; choose 1")
         return replace(
             sampling,
             state_precision=sampling.state_precision or SAMPLERS[sampling.sampler].state_precision,
             precision=sampling.precision or self.record.recipe.optimisation.precision,
         )
 
+    def _lacks_unconditional(self) -> str:
+        """What this model lacks for classifier-free guidance; nothing if it can be guided so."""
+        if not any(self.record.denoiser.conditions.values()):
+            return "classes"
+        if not self.record.recipe.optimisation.label_dropout and self.record.start is None:
+            return f"branch without labels (trained with {option('optimisation.label_dropout')} 0)"
+        return ""
+
     def _unfitting_scales(self, sampling: Sampling) -> dict[str, str]:
         """The names of the scales that ask for what this model lacks, and what that is."""
         config, recipe = self.record.denoiser, self.record.recipe
-        of_classes = ("guidance_scale", *MODALITY_SCALES)
         lacking = {
             name: what for name, what in MODALITY_SCALES.items() if not config.modality(name.removesuffix("_scale"))
         }
@@ -175,11 +181,8 @@ class ImageModel:
             lacking["representation_scale"] = "local map"
         elif self.record.start is None and not any(part.dropout for part in recipe.learned_parts):
             lacking["representation_scale"] = f"branch without its map (trained with {option('local.dropout')} 0)"
-        if not recipe.optimisation.label_dropout and self.record.start is None:
-            unconditional = f"branch without labels (trained with {option('optimisation.label_dropout')} 0)"
-            lacking |= dict.fromkeys(of_classes, unconditional)
-        if not self.record.class_names:
-            lacking |= dict.fromkeys(of_classes, "classes")
+        if unconditional := self._lacks_unconditional():
+            lacking |= dict.fromkeys(("guidance_scale", *MODALITY_SCALES), unconditional)
         return {name: what for name, what in lacking.items() if getattr(sampling, name) not in (None, 1)}
 
     def to(self, device: str | torch.device) -> ImageModel:
@@ -201,9 +204,13 @@ class ImageModel:
         for name, values in (others or {}).items():
             if name not in condition:
                 raise UserError(f"condition {name}: this model has {', '.join(condition) or 'none'}")
-            if len(values) != len(labels):
-                raise UserError(f"condition {name} has {len(values)} values for {len(labels)} images")
-            condition[name] = values.to(self.device)
+            null = condition[name]
+            if values.shape != null.shape:
+                raise UserError(
+                    f"condition {name} has values of the shape {tuple(values.shape)}; {len(labels)} images need "
+                    f"{tuple(null.shape)}"
+                )
+            condition[name] = values.to(null)
         return condition
 
     @overload
@@ -257,6 +264,7 @@ class ImageModel:
         if seed < 0:
             raise UserError(f"seed {seed}: choose 0 or more")
         sampling = (sampling or self.default_sampling).changed(**changes)
+        self.condition(labels, condition)  # It says at once if these are not values for as many images.
         batches: list[Tensor] = []
         total = evaluations(sampling, len(labels), batch_size)
         with tqdm(total=total, desc="generate", unit="evaluation", disable=not progress) as bar:
@@ -398,7 +406,9 @@ class ImageModel:
                     for n, (i, one) in enumerate(zip(indices, one_by_one, strict=True))
                 ]
             )
-        filling = max(room - len(indices), 0) if self.compile and not adaptive else 0
+        # Controls are for these images alone.
+        plain = not adaptive and all(isinstance(control, Progress) for control in controls)
+        filling = max(room - len(indices), 0) if self.compile and plain else 0
         if filling:
             condition = {n: torch.cat([v, v[-1:].expand(filling, *v.shape[1:])]) for n, v in condition.items()}
         config = self.record.denoiser

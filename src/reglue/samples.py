@@ -18,7 +18,6 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from reglue import fine_tuning
-from reglue.config import Sampling, SamplingOverrides
 from reglue.data.picture_writer import THREADS, PictureWriter
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import Denoiser
@@ -27,6 +26,7 @@ from reglue.errors import UserError, option, require
 from reglue.files import TakesPaths, read_json, replacing
 from reglue.pipeline import ImageModel, evaluations, load
 from reglue.run import find_run, known_as
+from reglue.sampling import Sampling, SamplingOverrides
 from reglue.seeds import generator
 from reglue.training import checkpoints, distributed
 
@@ -209,7 +209,15 @@ def plan(options: Draw, model: ImageModel) -> Drawing:
     """What the options ask of a model. Raises UserError for what it cannot do."""
     weaker = weaker_model(options, model) if options.weaker_run else None
     changes = {part.name: getattr(options, part.name) for part in fields(Sampling)}
-    changes["auto_scale"] = (changes["auto_scale"] or WEAKER_SCALE) if weaker else None
+    if weaker:
+        own = model.record.recipe.sampling.auto_scale
+        given = changes["auto_scale"]
+        changes["auto_scale"] = given if given is not None else own if own != 1 else WEAKER_SCALE
+    elif changes["auto_scale"] not in (None, 1):
+        raise UserError(
+            f"{option('auto_scale')} {changes['auto_scale']}: autoguidance needs a weaker model; name one with "
+            f"{option('weaker_run')}"
+        )
     sampling = model.default_sampling.changed(**changes)
     return Drawing(model, weaker, model.resolved(sampling), choose_labels(options, model), options.seed)
 
@@ -219,10 +227,11 @@ def weaker_model(options: Draw, model: ImageModel) -> Denoiser:
     assert options.weaker_run
     weaker = load(options.weaker_run, device=options.device)
     config = weaker.denoiser.config
-    if config.shapes() != model.denoiser.config.shapes():
+    own = model.denoiser.config
+    if (config.shapes(), config.conditions.keys()) != (own.shapes(), own.conditions.keys()):
         raise UserError(
-            f"{option('weaker_run')} {options.weaker_run} was trained on other modalities or sizes than {options.run}; "
-            "choose a run on the same store"
+            f"{option('weaker_run')} {options.weaker_run} was trained on other modalities, conditions or sizes than "
+            f"{options.run}; choose a run on the same store"
         )
     different = fine_tuning.changed_meanings(weaker.record, model.record)
     if not any(modality.is_class_token for modality in config.modalities):

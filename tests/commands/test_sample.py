@@ -29,7 +29,6 @@ from processes import Reglue, run_ranks
 from reglue import pipeline as generation
 from reglue.cli import parse
 from reglue.commands.sample import Sample, sample
-from reglue.config import Sampling
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError
@@ -37,6 +36,7 @@ from reglue.metrics.image_sets import open_image_set
 from reglue.pipeline import load
 from reglue.run import RunRecord, Start
 from reglue.samples import plan
+from reglue.sampling import Sampling
 
 
 def pixels(folder: Path) -> np.ndarray:

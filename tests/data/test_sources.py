@@ -440,7 +440,11 @@ def test_what_cannot_be_told_is_asked_for_by_its_option(rows, tmp_path: Path):
         (tmp_path / "no.parquet", Reading(split="train"), "split and configuration are for data sets"),
         (tmp_path / "no.parquet", Reading(labels=tmp_path / "a.csv"), "^labels is for folders and tar shards"),
         (parquet, Reading(split="dev"), r"no split dev \(it has train, test\)"),
-        (tmp_path / "numbers.parquet", Reading(streaming=True, count=3, label_column="kind"), "class_names, or use no_labels$"),
+        (
+            tmp_path / "numbers.parquet",
+            Reading(streaming=True, count=3, label_column="kind"),
+            "class_names, or use no_labels$",
+        ),
         (tmp_path / "no.parquet", Reading(streaming=True, no_labels=True), "with count$"),
         (Path("hf:no-one/nothing"), Reading(), "cannot load hf:no-one/nothing"),
     ]

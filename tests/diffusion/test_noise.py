@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from reglue import pipeline
-from reglue.config import Sampling
 from reglue.diffusion import noise
 from reglue.diffusion.noise import drawn_ahead
 from reglue.pipeline import load
+from reglue.sampling import Sampling
 from reglue.seeds import generator
 
 CPU = torch.device("cpu")

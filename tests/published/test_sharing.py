@@ -23,7 +23,7 @@ from reglue.commands.autoencode import Autoencode, autoencode
 from reglue.commands.export_run import ExportRun, export_run
 from reglue.commands.sample import sample
 from reglue.commands.train import train
-from reglue.config import Alignment, LocalSemantics, OptimiserConfig, Sampling
+from reglue.config import Alignment, LocalSemantics, OptimiserConfig
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.compressors import load_compressor
@@ -31,6 +31,7 @@ from reglue.errors import UserError
 from reglue.published.sharing import read_reports, train_command
 from reglue.reals.config import AutoencoderRecipe, LatentAlignment, Perceptual
 from reglue.run import RunRecord, Start
+from reglue.sampling import Sampling
 
 FAST: dict[str, Any] = {"sampler": "euler", "steps": 2, "output": "tensor"}
 SHARED = [

@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reglue.commands.prepare import Prepare, encode_columns
-from reglue.config import Recipe, Sampling
+from reglue.config import Recipe
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
@@ -36,6 +36,7 @@ from reglue.papers import RECIPES
 from reglue.pipeline import to_pixels
 from reglue.reals.adversary import PatchDiscriminator
 from reglue.reals.trainable import AlignedAutoencoder
+from reglue.sampling import Sampling
 from reglue.training.precision import SamplingNetwork
 from solving import at
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from reglue.config import Sampling
 from reglue.diffusion.conditions import Condition
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.modalities import State
 from reglue.pipeline import ImageModel, load
+from reglue.sampling import Sampling
 from reglue.training.precision import SamplingNetwork, autocast, compiled_for_shapes
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from reglue.commands.evaluate import Evaluate, evaluate
 from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train import Train, train
-from reglue.config import Alignment, ClassToken, Latent, LocalSemantics, Optimisation, Recipe, Sampling
+from reglue.config import Alignment, ClassToken, Latent, LocalSemantics, Optimisation, Recipe
 from reglue.data.images import ImageFolder, UnreadableImage
 from reglue.data.pictures import colours_of
 from reglue.data.store import Store
@@ -37,6 +37,7 @@ from reglue.papers import RECIPES
 from reglue.pipeline import ImageModel, load
 from reglue.published.sharing import changed_options
 from reglue.report import DemoReport, Nearest, RunResult, Semantics, write_report
+from reglue.sampling import Sampling
 from reglue.training.tracking import read as read_metrics
 
 LOCAL_CHANNELS = 8

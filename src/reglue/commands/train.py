@@ -22,7 +22,7 @@ from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.paths import Path as Interpolant
-from reglue.diffusion.samplers import SAMPLERS, adaptive_solver
+from reglue.diffusion.samplers import SAMPLERS
 from reglue.encoders.compressors import SPEC_FILE, load_compressor
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
@@ -164,8 +164,10 @@ def train(options: Train) -> Path:
     store = Store.open(options.store)
     part = part_size(optimisation, processes)
     parallel.check_shards(options.shards, processes)
-    if options.preview_every and SAMPLERS[recipe.sampling.sampler].adaptive:
-        adaptive_solver()  # If it is missing, say so before hours of training rather than at the first pictures.
+    if options.preview_every:
+        SAMPLERS[
+            recipe.sampling.sampler
+        ].check()  # If it is missing, say so before hours of training rather than at the first pictures.
 
     record = RunRecord.of(store, recipe, options.seed)
     if start:

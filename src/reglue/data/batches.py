@@ -15,7 +15,7 @@ from reglue.config import LearnedPart, Recipe
 from reglue.data.manifest import CLASS_TOKEN_CODES, compressor_of, value_of
 from reglue.data.store import Store
 from reglue.data.targets import Tokens, alignment_targets, target_columns
-from reglue.diffusion.conditions import CONDITIONS
+from reglue.diffusion.conditions import CLASS, CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.modalities import LATENT, Modality, Normalisation, State
 from reglue.diffusion.objective import TrainingSample
@@ -43,7 +43,13 @@ def modalities(store: Store, recipe: Recipe) -> tuple[Modality, ...]:
 
 def _modality(store: Store, part: LearnedPart) -> Modality:
     column = store.manifest.columns[part.column]
-    channels = column.tensors[value_of(part.column)].shape[0]
+    tensor = column.tensors.get(value_of(part.column))
+    if tensor is None or len(tensor.shape) != (3 if part.kind == "map" else 1):
+        raise UserError(
+            f"modality {part.modality} is a {part.kind}, and column {part.column} of {store.folder} holds "
+            f"{tensor.shape if tensor else 'something else'} per image; choose another column or kind"
+        )
+    channels = tensor.shape[0]
     normalisation = None
     if part.unit_variance:
         normalisation = unit_variance(store, part.column, part.one_scale)
@@ -204,9 +210,10 @@ class TrainingData:
         noise = normals(generators, {"posterior": self.shapes[LATENT], **self.shapes}, pinned=self.store.pinned)
 
         of_conditions = (uniform[1], *uniform[len(uniform) - len(dropout) + 1 :])
+        without_class = uniform[1] < dropout[CLASS]  # and so without any other: the branch that guidance asks for
         condition = {
             name: CONDITIONS[name].drop(
-                CONDITIONS[name].read(self.store, rows), u < share, self.config.conditions[name]
+                CONDITIONS[name].read(self.store, rows), without_class | (u < share), self.config.conditions[name]
             )
             for (name, share), u in zip(dropout.items(), of_conditions, strict=True)
         }

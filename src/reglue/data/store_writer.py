@@ -222,9 +222,12 @@ def add_column(store: Store, column: str, shards: Iterable[Tensor], compressor: 
 
     `shards` gives the values, (n, K, h, w) or (n, K), of the store's shards in order, n rows each (none for an empty
     shard); `Store.shard_rows` says how many. `compressor` is what made them, if they are codes. The manifest changes
-    last and at once: until then the store is what it was. Raises ValueError for another number of rows.
+    last and at once: until then the store is what it was. Raises ValueError for another number of rows, and for the
+    name of a column that is there already, unless it holds codes.
     """
     folder = store.folder
+    if compressor is None and column in store.manifest.columns:
+        raise ValueError(f"{folder} has a column {column} already; choose another name")
     written: list[Column] = []
     start = 0
     for index, (values, shard) in enumerate(zip(shards, store.manifest.columns["label"].shards, strict=True)):

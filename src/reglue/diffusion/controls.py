@@ -65,9 +65,13 @@ class Previews(Control):
     """Shows, after every few steps, the data that the last evaluation pointed to."""
 
     def __init__(self, show: Callable[[State, Times], object], every: int = 1, path: Path = LINEAR) -> None:
-        """`show` gets the predicted data x̂₀ and the times that the step has led to."""
+        """`show` gets the predicted data x̂₀ and the times that the step has led to; `path` is the model's."""
         self.show, self.every, self.path = show, every, path
         self.steps, self.predicted = 0, State()
+
+    def of(self, images: slice) -> Control:
+        """The same, which counts steps anew."""
+        return Previews(self.show, self.every, self.path)
 
     def velocity(self, velocity: State, state: State, times: Times) -> State:
         """See `Control.velocity`."""

@@ -205,6 +205,8 @@ class Denoiser(nn.Module):
             tokens = torch.cat([*(self.tokens[m.name](state[m.name]) for m in config.tokens), tokens], dim=1)
         time_embedding = self.time_embedding(time)
         embeddings = [embed(condition[name]) for name, embed in self.conditions.items()]
+        if not embeddings:
+            embeddings = [torch.zeros_like(time_embedding)]
         conditioning = torch.stack(embeddings).sum(0) if len(embeddings) > 1 else embeddings[0]
         tokens, tap = self.backbone(tokens + self.positions, time_embedding, conditioning, config.alignment_depth)
 
@@ -218,11 +220,11 @@ class Denoiser(nn.Module):
 
     def _aligned(self, tap: Tensor | None) -> Tensor | None:
         """The hidden tokens that alignment pairs with the encoder's: without tokens that it knows nothing of."""
-        unpaired = [i for i, m in enumerate(self.config.tokens) if not m.is_class_token]
-        if tap is None or not unpaired:
+        tokens = self.config.tokens
+        if tap is None or all(m.is_class_token for m in tokens):
             return tap
-        kept = [i for i in range(tap.shape[1]) if i not in unpaired]
-        return tap[:, kept]
+        paired = [tap[:, i : i + 1] for i, m in enumerate(tokens) if m.is_class_token]
+        return torch.cat([*paired, tap[:, len(tokens) :]], dim=1)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, rows·columns, p·p·channels), ordered (p_row, p_column, channel), → (B, channels, H, W)."""

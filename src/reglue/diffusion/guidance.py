@@ -122,7 +122,7 @@ class ClassifierFree(Guider):
         if modality != LATENT or channels is None:
             return self.guidance.scale_of(modality)
         per_channel = torch.ones(like.shape[1], dtype=like.dtype, device=like.device)
-        per_channel[:channels] = self.guidance.scale
+        per_channel[:channels] = self.guidance.scale_of(modality)
         return per_channel.view(1, -1, 1, 1)
 
 
@@ -189,6 +189,8 @@ GUIDERS: dict[str, Callable[[Guidance, Guided], Guider | None]] = {
     "auto": auto,
 }
 """What builds a guider, or None where `Guidance` does not ask for it."""
+OWN_GUIDERS = frozenset(GUIDERS)
+"""Those that have a scale of their own in `Guidance`; `others` has the scales of all that are registered besides."""
 
 
 class GuidedVelocity(Velocity):
@@ -236,6 +238,8 @@ class GuidedVelocity(Velocity):
             state = concatenate_states(states) if len(own) > 1 else states[0]
             condition = concatenate_states(conditions) if len(own) > 1 else conditions[0]
             size = batch_size(state)
+            if len({*times.values()}) > 1:
+                raise ValueError("this denoiser takes one time for all modalities; use the schedule `shared`")
             time = torch.full((size,), times[LATENT], dtype=self.dtype, device=state[LATENT].device)
             velocities = split_state(network(state, time, condition).velocity, len(own))
             results |= dict(zip(own, velocities, strict=True))

@@ -1,4 +1,4 @@
-"""What a network's output means: from what it predicts to a velocity, and what it is trained to predict.
+"""What a network's output means: from what it predicts to a velocity. The loss is that of velocities.
 
 To add one, write a `PredictionKind` and register it in `PREDICTIONS`; recipes name it.
 """

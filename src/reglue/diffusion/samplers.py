@@ -254,6 +254,8 @@ class Sampler:
     """How often the velocity is evaluated in so many steps; None if nobody knows beforehand."""
     stochastic: bool = False
     """Whether a step draws noise, all but the last."""
+    check: Callable[[], object] = lambda: None
+    """Raises UserError if what the step needs is not installed."""
     adaptive: bool = False
     """Whether steps depend on the whole batch, so that images are drawn one at a time."""
     state_precision: StatePrecision = "float32"
@@ -279,6 +281,7 @@ SAMPLERS: dict[str, Sampler] = {
         dopri5,
         whole_intervals,
         evaluations=lambda steps: None,
+        check=adaptive_solver,
         adaptive=True,
         options=("relative_tolerance", "absolute_tolerance"),
     ),

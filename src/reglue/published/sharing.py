@@ -113,8 +113,11 @@ def read_reports(run: Path | None, named: Sequence[Path] = (), step: int | None 
 
 
 def train_command(record: RunRecord) -> str | None:
-    """The command that trains a run, with every option that differs from the paper's; None for an imported run."""
-    if record.recipe.name not in PAPERS or record.seed is None:
+    """The command that trains a run, with every option that differs from the paper's.
+
+    None for an imported run, and where modalities of one's own were learned, which the command line cannot say.
+    """
+    if record.recipe.name not in PAPERS or record.seed is None or record.recipe.others:
         return None
     words = ["reglue", "train", record.recipe.name, *_given(store=record.store or "STORE", out="RUN")]
     words += changed_options(PAPERS[record.recipe.name].recipe, record.recipe)
@@ -270,8 +273,8 @@ def _given(**values: Any) -> Iterator[str]:
 
 
 def _words(value: Any) -> Iterator[str]:
-    if isinstance(value, tuple):
-        for item in value:
+    if isinstance(value, tuple | Mapping):
+        for item in value.items() if isinstance(value, Mapping) else value:
             yield from _words(item)
     else:
         yield str(value)

@@ -192,6 +192,15 @@ def channels_of(config: DenoiserConfig, name: str) -> int:
 
 def family_of(config: DenoiserConfig) -> Family:
     """The published family whose models are built like this one. Raises UserError, by name, if there is none."""
+    published = {Latent.modality, LocalSemantics.modality, ClassToken.modality}
+    strangers = [
+        *(f"modality {modality.name}" for modality in config.modalities if modality.name not in published),
+        *(f"condition {name}" for name in config.conditions if name != CLASS),
+        *([f"backbone {config.backbone}"] if config.backbone != "sit" else []),
+        *([f"prediction {config.prediction}"] if config.prediction != "velocity" else []),
+    ]
+    if strangers:
+        raise UserError(f"no published code has a model with {', '.join(strangers)}")
     with_class_token, with_local = (channels_of(config, part.modality) > 0 for part in (ClassToken, LocalSemantics))
     if config.learn_sigma and (with_class_token or with_local or config.alignment_width):
         other = "a class token" if with_class_token else "a local map" if with_local else "alignment"

@@ -1,0 +1,126 @@
+"""How images are drawn from a trained model: every option of it is declared here, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
+from math import isfinite
+from typing import Any, Literal, get_args
+
+from reglue.diffusion.guidance import GUIDERS, OWN_GUIDERS, Guidance
+from reglue.diffusion.samplers import SAMPLERS, StatePrecision
+from reglue.errors import UnknownPart, UserError, option, require
+from reglue.overrides import overrides_of
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+Rounding = Literal["truncate", "round"]
+MODALITY_SCALES = {"local_scale": "local map", "cls_scale": "class token"}
+"""The options of `Sampling` that are about one modality, NAME_scale, and what it is called in messages."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn from a trained model: the one declaration of these options, for recipes and all commands."""
+
+    sampler: str = "euler-maruyama"
+    """euler, heun, euler-maruyama, adams-bashforth or dopri5."""
+    steps: int = 250
+    """Intervals of the time grid: as many evaluations, except that Heun takes two in each. dopri5 chooses its
+    own."""
+    time_shift: float = 1.0
+    """Times of the grid are t = s·u / (1 + (s − 1)·u) for equally spaced u: above 1, more of them are near noise, below
+    1, near data; 1 is published. dopri5 has no grid."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times between which guidance acts; 0 is data, 1 is noise."""
+    local_scale: float | None = None
+    """Guidance scale of the local map; 1 leaves it conditional. Default: the guidance scale."""
+    cls_scale: float | None = None
+    """Guidance scale of the class token; 1 leaves it conditional. Default: the guidance scale."""
+    other_scales: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Guidance scales of other modalities, by name."""
+    representation_scale: float = 1.0
+    """Scale of representation guidance, for models trained with dropped local maps; 1 is none."""
+    auto_scale: float = 1.0
+    """Scale of autoguidance by a weaker model; 1 is none."""
+    guided_channels: int | Literal["all"] = "all"
+    """Guide this many latent channels, the first ones, or all. SiT's recipe guides 3, as published for an autoencoder
+    of four; with more channels, all is the better choice."""
+    guiders: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Scales of registered guiders of your own, by name."""
+    rounding: Rounding = "truncate"
+    """Rounding of pixels to 8 bits: truncate 255·(x+1)/2, as REPA, REG and REGLUE do, or round 127.5·x+128, as SiT and
+    ReDi do."""
+    state_precision: StatePrecision | None = None
+    """Precision in which steps are summed. Default: float64 for euler, heun and euler-maruyama, as published, float32
+    for the others."""
+    precision: Precision | None = None
+    """Precision of the network's matrix products. Default: that of training."""
+    relative_tolerance: float = 1e-3
+    """Error that dopri5 allows per step, as a share of the values."""
+    absolute_tolerance: float = 1e-6
+    """Error that dopri5 allows per step in any case."""
+
+    def __post_init__(self) -> None:
+        # Named as for `sample` and in Python; for `train` there is more in front.
+        require(self, "steps", at_least=1)
+        require(self, "time_shift", "relative_tolerance", "absolute_tolerance", more_than=0)
+        require(self, "guidance_scale", "local_scale", "cls_scale", "representation_scale", "auto_scale")
+        if self.guided_channels != "all":
+            require(self, "guided_channels", at_least=1)
+        lowest, highest = self.guidance_interval
+        if not 0 <= lowest <= highest <= 1:
+            raise UserError(f"{option('guidance_interval')} {lowest} {highest}: choose 0 ≤ lowest ≤ highest ≤ 1")
+        refuse_unknown(option("sampler"), self.sampler, SAMPLERS)
+        for name in self.guiders:
+            refuse_unknown("guider", name, [known for known in GUIDERS if known not in OWN_GUIDERS])
+        for name in self.other_scales:
+            if f"{name}_scale" in MODALITY_SCALES:
+                raise UserError(f"{option('other_scales')} {name}: use {option(f'{name}_scale')}")
+        for what, scales in (("other_scales", self.other_scales), ("guiders", self.guiders)):
+            for name, scale in scales.items():
+                if not isfinite(scale):
+                    raise UserError(f"{option(what)} {name} {scale}: choose a finite number")
+        for part in fields(self):
+            value, choices = getattr(self, part.name), CHOICES.get(part.name)
+            if choices and value is not None and value not in choices:
+                raise UserError(f"{option(part.name)} {value}: choose {', '.join(choices)}")
+
+    @property
+    def guidance(self) -> Guidance:
+        """The same as guidance asks for it."""
+        named = {name.removesuffix("_scale"): getattr(self, name) for name in MODALITY_SCALES}
+        return Guidance(
+            scale=self.guidance_scale,
+            scales={name: scale for name, scale in named.items() if scale is not None} | dict(self.other_scales),
+            interval=self.guidance_interval,
+            representation_scale=self.representation_scale,
+            auto_scale=self.auto_scale,
+            guided_channels=None if self.guided_channels == "all" else self.guided_channels,
+            others=self.guiders,
+        )
+
+    def changed(self, **overrides: Any) -> Sampling:
+        """The same with what is given (not None) in place of its own. Raises UserError for what cannot be."""
+        result = replace(self, **{name: value for name, value in overrides.items() if value is not None})
+        SAMPLERS[result.sampler].check()
+        return result
+
+
+CHOICES = {
+    "rounding": get_args(Rounding),
+    "state_precision": get_args(StatePrecision),
+    "precision": get_args(Precision),
+}
+"""The options of sampling with a few possible values."""
+SamplingOverrides: Any = overrides_of(Sampling)
+"""The base of options that may change single values of a `Sampling`: its fields by keyword, None for those that do
+not."""
+
+
+def refuse_unknown(what: str, name: str, known: Collection[str]) -> None:
+    """Raise UnknownPart, listing what is registered, for a name that is not."""
+    if name not in known:
+        remedy = f"choose {', '.join(known)}" if known else "none is registered"
+        raise UnknownPart(f"{what} {name}: {remedy}")
