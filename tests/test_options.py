@@ -263,6 +263,8 @@ def test_types_of_options_are_not_looked_up_on_import() -> None:
 def test_schedules_hold_weights(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     told = mistake(capsys, monkeypatch, *TRAIN, "--local.schedule", "5", "-0.5")
     assert told == "reglue: --local.schedule -0.5: choose weights of at least 0"
+    told = mistake(capsys, monkeypatch, *TRAIN, "--local.schedule", "5", "0.5", "3", "1")
+    assert told == "reglue: --local.schedule ((5, 0.5), (3, 1.0)): give the steps in ascending order"
 
 
 def test_a_head_looks_at_its_folder_before_its_training(tmp_path: Path) -> None:

@@ -74,12 +74,13 @@ class Part:
 
     def __post_init__(self) -> None:
         require(self, "weight", prefix=self.prefix, at_least=0)
+        schedule = option(self.prefix + "schedule")
         for _, weight in self.schedule:
             if not 0 <= weight < math.inf:
-                raise UserError(f"{option(self.prefix + 'schedule')} {weight}: choose weights of at least 0")
+                raise UserError(f"{schedule} {weight}: choose weights of at least 0")
         steps = [step for step, _ in self.schedule]
         if steps != sorted(steps):
-            raise UserError(f"weight schedule {self.schedule}: the steps must ascend")
+            raise UserError(f"{schedule} {self.schedule}: give the steps in ascending order")
 
     @property
     def present(self) -> bool:

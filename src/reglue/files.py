@@ -157,7 +157,7 @@ def parse_json(text: str | bytes, kind: type[_T]) -> _T:
             raise unknown from error
         raise ValueError(transform_error(error)[0]) from error
     except (AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"it is no {getattr(kind, '__name__', kind)}") from error
+        raise ValueError(f"it is not a valid {getattr(kind, '__name__', kind)}") from error
 
 
 def _unknown_part(error: BaseException) -> UnknownPart | None:
@@ -254,14 +254,14 @@ def _damaged(file: Path, reason: str, remedy: str) -> UserError:
 def _integer(digits: str) -> int:
     number = int(digits)
     if not -(2**63) <= number < 2**63:
-        raise ValueError(f"{digits[:20]} is no number of 64 bits")
+        raise ValueError(f"{digits[:20]} is not a 64-bit integer")
     return number
 
 
 def _finite(digits: str) -> float:
     number = float(digits)
     if not isfinite(number):
-        raise ValueError(f"{digits[:20]} is no finite number")
+        raise ValueError(f"{digits[:20]} is not a finite number")
     return number
 
 
@@ -270,7 +270,7 @@ def _structure_plain(kind: type, *others: type) -> None:
 
     def structure(value: Any, _: Any) -> Any:
         if type(value) not in (kind, *others) or (kind is str and "\0" in value):
-            raise ValueError(f"{value!r} is no {kind.__name__}")
+            raise ValueError(f"{value!r} is not of type {kind.__name__}")
         return kind(value)
 
     _converter.register_structure_hook(kind, structure)
@@ -285,7 +285,7 @@ def _structure_tuple(kind: Any, converter: Any) -> Callable[[Any, Any], Any]:
 
     def structure(value: Any, _: Any) -> Any:
         if not isinstance(value, list) or (len(value) != len(hooks) and not endless):
-            raise ValueError(f"it is no list of {'any length' if endless else len(hooks)}")
+            raise ValueError(f"it is not a list{'' if endless else f' of {len(hooks)}'}")
         return tuple(hook(item, part) for item, (part, hook) in zip(value, cycle(hooks), strict=False))
 
     return structure
@@ -298,7 +298,7 @@ def _structure_dict(kind: Any, converter: Any) -> Callable[[Any, Any], Any]:
 
     def structure(value: Any, _: Any) -> Any:
         if not isinstance(value, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
         return inner(value, kind)
 
     return structure

@@ -154,11 +154,11 @@ def archived_protocol(archive: Path) -> dict[str, Any] | None:
     """The protocol in an .npz file, if it has one. Raises UserError for a damaged file."""
     try:
         if not is_zipfile(archive):
-            raise ValueError("it is no archive")
+            raise ValueError("it is not an archive")
         with np.load(archive, allow_pickle=False) as arrays:
             text = str(arrays["protocol"]) if "protocol" in arrays.files else None
     except (ValueError, OSError, BadZipFile) as error:
-        raise UserError(f"{archive}: the protocol cannot be read ({error}); mend or remove the file") from error
+        raise UserError(f"{archive}: the protocol cannot be read ({error}); fix or remove the file") from error
     return None if text is None else protocol_in(text, archive)
 
 
@@ -167,9 +167,9 @@ def protocol_in(text: str, path: Path) -> dict[str, Any]:
     try:
         protocol = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: the protocol is not JSON ({error}); mend or remove it") from error
+        raise UserError(f"{path}: the protocol is not JSON ({error}); fix or remove it") from error
     if not isinstance(protocol, dict):
-        raise UserError(f"{path}: the protocol is not a JSON object; mend or remove it")
+        raise UserError(f"{path}: the protocol is not a JSON object; fix or remove it")
     return protocol
 
 

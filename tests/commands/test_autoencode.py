@@ -528,7 +528,7 @@ def test_dead_channels_are_named_at_an_evaluation(
     save_file(weights, file, {"format": "pt"})
     more = ["--from", str(tmp_path / "half-dead"), "--optimisation.steps=1", "--optimisation.learning-rate=1e-9"]
     out = run(tiny_images, tmp_path / "out", tiny_encoder, *more, architecture=False)
-    assert capsys.readouterr().err.count("latent channels 1 of 0 to 2") == len(figures(out)) == 2
+    assert capsys.readouterr().err.count("latent channels 1 (of 0 to 2)") == len(figures(out)) == 2
     for line in (*figures(out), *training_lines(out)):
         assert line["dead_channels"] == 1
         assert line["latent_std"] > 10 > line["signal_std"]

@@ -422,7 +422,7 @@ def test_what_cannot_be_told_is_asked_for_by_its_option(rows, tmp_path: Path):
         (mixed / name).write_bytes((tmp_path / name).read_bytes())
     cases: list[tuple[Path, Reading, str]] = [
         (tmp_path / "nowhere", Reading(), "nowhere: no such folder or file"),
-        (tmp_path / "shard-{0..3.tar", Reading(), "no such folder or file|is no pattern"),
+        (tmp_path / "shard-{0..3.tar", Reading(), "no such folder or file|is not a pattern"),
         (unlabelled / "shard-{00..09}.tar", Reading(no_labels=True), r"shard-03\.tar: no such"),
         (tmp_path / "photo.png", Reading(), "neither a folder nor"),
         (unlabelled, Reading(), r"has no label.*label_column"),

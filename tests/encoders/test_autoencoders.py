@@ -487,7 +487,7 @@ def test_unfitting_folders_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert "lacks _class_name, the autoencoder's class; add it if you know it" in refusal(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    assert "config.json is damaged (it is no object)" in refusal(tmp_path)
+    assert "config.json is damaged (it is not an object)" in refusal(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "config.json is damaged" in refusal(tmp_path)
 

@@ -227,7 +227,9 @@ def _source(options: Compress, store: Store, fitted: Compressor | None) -> Sourc
                 f"--fitted {options.fitted} takes layers {list(layers)}, but {store.folder} holds "
                 f"{list(encoder.layers)}; prepare it with the same encoder and --layers"
             ) from error
-        raise UserError(f"--layers: {error} of {store.folder}; choose of these, or prepare it anew") from error
+        raise UserError(
+            f"--layers: {error} of {store.folder}; choose from these, or prepare the store again"
+        ) from error
 
 
 def _dashed(layers: tuple[int, ...]) -> str:

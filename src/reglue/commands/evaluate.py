@@ -181,7 +181,7 @@ def images_of(options: Evaluate) -> ImageSet:
     run, count = options.images, options.count or 50_000
     if not is_run(run):
         if options.count is not None:
-            raise UserError(f"--count {options.count}: {run} is no run, and only runs draw images; leave it out")
+            raise UserError(f"--count {options.count}: {run} is not a run, and only runs draw images; leave it out")
         return open_image_set(run)
     folder = run / DRAWN / f"step-{checkpoints.find(run).name}"
     return drawn_images(Draw(run, folder, count, batch_size=options.batch_size, device=options.device))
@@ -251,7 +251,7 @@ def stated_protocol(statement: str | None) -> dict[str, Any] | None:
         except FileNotFoundError:
             raise UserError(f"--protocol {statement}: no such file; name a .json file, or write a sentence") from None
         except ValueError as error:
-            raise UserError(f"--protocol {statement} is not JSON ({error}); mend it, or write a sentence") from error
+            raise UserError(f"--protocol {statement} is not JSON ({error}); fix it, or write a sentence") from error
         if not isinstance(content, dict):
             raise UserError(f"--protocol {statement} holds no JSON object; write one, or a sentence")
     if not content:

@@ -87,7 +87,7 @@ def _files(path: Path, reading: Reading) -> list[Path]:
             # Path.glob takes no pattern that begins at the root.
             matches = {name: sorted(glob.glob(name)) for name in braceexpand(str(path))}  # noqa: PTH207
         except ValueError as error:
-            raise UserError(f"{path} is no pattern ({error}); write for example shard-{{00..99}}.tar") from error
+            raise UserError(f"{path} is not a pattern ({error}); write for example shard-{{00..99}}.tar") from error
         for name, found in matches.items():
             if not found:
                 raise UserError(f"{name}: no such folder or file; give images, .tar, .parquet, or {HUB}OWNER/NAME")

@@ -79,7 +79,9 @@ class StoreWriter:
         else:
             strangers = [entry.name for entry in self.folder.iterdir() if entry.suffix != BESIDE]
             if strangers:
-                raise UserError(f"{self.folder} is no store but holds {strangers[0]}; choose a new or an empty folder")
+                raise UserError(
+                    f"{self.folder} is not a store, but holds {strangers[0]}; choose a new or an empty folder"
+                )
             has = asked
             with replacing(self.folder / PARTIAL) as beside:
                 beside.write_text(to_json(asked))

@@ -307,8 +307,8 @@ def _class_name(config_file: Path) -> str:
         )
     if class_name not in DIFFUSERS_KINDS:
         raise UserError(
-            f"autoencoder {folder}: config.json says {class_name}, which is no known autoencoder of images; choose a "
-            f"folder of one of {known}"
+            f"autoencoder {folder}: config.json says {class_name}, which is not a known autoencoder of images; choose "
+            f"a folder of one of {known}"
         )
     return class_name
 

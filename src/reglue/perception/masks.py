@@ -96,7 +96,7 @@ def _read(path: Path) -> tuple[np.ndarray, str]:
         with Image.open(path) as file:
             return np.asarray(file), file.mode
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read ({error}); mend it or remove it") from error
+        raise UserError(f"{path} cannot be read ({error}); fix it or remove it") from error
 
 
 def crop_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -283,7 +283,7 @@ def _words(value: Any) -> Iterator[str]:
 def push(folder: Path, name: str, private: bool) -> str:
     """Make the repository `OWNER/NAME` hold what a folder holds. Returns its address. Raises UserError."""
     if not NAME.fullmatch(name):
-        raise UserError(f"{name!r} is no name on the Hugging Face hub: give OWNER/NAME")
+        raise UserError(f"{name!r} is not a name on the Hugging Face hub; give OWNER/NAME")
     try:
         api = HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)

@@ -65,7 +65,7 @@ class ImageSamples:
             if not isinstance(image, UnreadableImage):
                 return image
             tqdm.write(f"skipped {self.images.path / image.name}: {image.reason}", file=sys.stderr)
-        raise UserError(f"{self.images.path}: {REPLACEMENTS} images in a row cannot be read; mend or remove them")
+        raise UserError(f"{self.images.path}: {REPLACEMENTS} images in a row cannot be read; fix or remove them")
 
 
 def all_of(

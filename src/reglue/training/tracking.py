@@ -112,4 +112,4 @@ class Trackers:
 
 def read(run: Path) -> list[dict[str, Any]]:
     """All lines of a run's log, as `read_jsonl` reads them."""
-    return read_jsonl(run / FILE, dict[str, Any], "mend that line, or delete it")
+    return read_jsonl(run / FILE, dict[str, Any], "fix that line, or delete it")
