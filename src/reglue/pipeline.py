@@ -25,11 +25,11 @@ from reglue.diffusion.noise import drawn_ahead
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.samplers import SAMPLERS, StatePrecision, integrate
 from reglue.diffusion.schedules import SCHEDULES, Schedule
-from reglue.encoders.autoencoders import Autoencoder, load_autoencoder
+from reglue.encoders.autoencoders import Autoencoder
 from reglue.errors import UserError, option
 from reglue.published import sharing
 from reglue.run import FILE as RECORD
-from reglue.run import RunRecord, find_run
+from reglue.run import RunRecord, decoder, find_run
 from reglue.sampling import MODALITY_SCALES, Precision, Rounding, Sampling
 from reglue.training import checkpoints
 from reglue.training.distributed import resolve_device
@@ -74,39 +74,6 @@ def load(
         int(checkpoint.name),
         compile,
     )
-
-
-def decoder(
-    record: RunRecord, device: torch.device, name: str | None = None, folder: Path | None = None
-) -> Autoencoder:
-    """The autoencoder that turns a run's latents into images. Raises UserError if it is not the run's own.
-
-    A `name` that is given replaces it on purpose, and only channels and downsampling must fit: latents are scaled as
-    the run has recorded. Relative names in the record are looked for in the run's `folder` first: a shared run brings
-    its own autoencoder along.
-    """
-    expected = record.autoencoder
-    own = record.decoder or expected.name
-    if folder is not None and (folder / own).is_dir():
-        own = str(folder / own)
-    found = load_autoencoder(name or own, device)
-    for part, what in (("latent_channels", "latent channels"), ("downsampling", "pixels of a latent along a side")):
-        if getattr(found.spec, part) != getattr(expected, part):
-            raise UserError(
-                f"{option('autoencoder')} {name or own} has {getattr(found.spec, part)} {what}, "
-                f"the run has {getattr(expected, part)}"
-            )
-    if name is None and record.decoder is None:
-        # What was never seen cannot be compared.
-        seen = found.spec if expected.weights_sha256 else replace(found.spec, weights_sha256=None)
-        compared = (part.name for part in fields(expected) if part.compare)
-        changed = [part for part in compared if getattr(seen, part) != getattr(expected, part)]
-        if changed:
-            raise UserError(
-                f"autoencoder {own} is not the one that the run was trained with, {', '.join(changed)} differ: "
-                f"put the old one back, or choose one with {option('autoencoder')}"
-            )
-    return found
 
 
 @dataclass

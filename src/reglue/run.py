@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import torch
 from huggingface_hub import snapshot_download
 
 from reglue.config import Recipe
@@ -18,10 +19,10 @@ from reglue.data.manifest import compressor_of, holds_codes
 from reglue.data.store import Store
 from reglue.data.targets import decoded, target_columns, target_compressor
 from reglue.diffusion.denoiser import DenoiserConfig
-from reglue.encoders.autoencoders import AutoencoderSpec
+from reglue.encoders.autoencoders import Autoencoder, AutoencoderSpec, load_autoencoder
 from reglue.encoders.compressors import Compressor, CompressorSpec, load_compressor
 from reglue.encoders.vision import EncoderSpec
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.files import read_json, replacing, to_json
 from reglue.training import checkpoints
 
@@ -152,6 +153,39 @@ class RunRecord:
         if self.recipe.optimisation.decay == "constant":
             free.add("recipe.optimisation.steps")
         return [name for name in names if name not in free]
+
+
+def decoder(
+    record: RunRecord, device: torch.device, name: str | None = None, folder: Path | None = None
+) -> Autoencoder:
+    """The autoencoder that turns a run's latents into images. Raises UserError if it is not the run's own.
+
+    A `name` that is given replaces it on purpose, and only channels and downsampling must fit: latents are scaled as
+    the run has recorded. Relative names in the record are looked for in the run's `folder` first: a shared run brings
+    its own autoencoder along.
+    """
+    expected = record.autoencoder
+    own = record.decoder or expected.name
+    if folder is not None and (folder / own).is_dir():
+        own = str(folder / own)
+    found = load_autoencoder(name or own, device)
+    for part, what in (("latent_channels", "latent channels"), ("downsampling", "pixels of a latent along a side")):
+        if getattr(found.spec, part) != getattr(expected, part):
+            raise UserError(
+                f"{option('autoencoder')} {name or own} has {getattr(found.spec, part)} {what}, "
+                f"the run has {getattr(expected, part)}"
+            )
+    if name is None and record.decoder is None:
+        # What was never seen cannot be compared.
+        seen = found.spec if expected.weights_sha256 else replace(found.spec, weights_sha256=None)
+        compared = (part.name for part in fields(expected) if part.compare)
+        changed = [part for part in compared if getattr(seen, part) != getattr(expected, part)]
+        if changed:
+            raise UserError(
+                f"autoencoder {own} is not the one that the run was trained with, {', '.join(changed)} differ: "
+                f"put the old one back, or choose one with {option('autoencoder')}"
+            )
+    return found
 
 
 def find_compressor(record: RunRecord, run: Path | None, modality: str) -> Compressor | None:

@@ -30,10 +30,10 @@ from reglue.diffusion.embeddings import position_embedding
 from reglue.diffusion.modalities import LATENT
 from reglue.encoders.compressors import load_compressor
 from reglue.errors import UserError
-from reglue.pipeline import decoder, load
+from reglue.pipeline import load
 from reglue.published.sharing import model_card
 from reglue.published.weights import import_official, read_official
-from reglue.run import RunRecord
+from reglue.run import RunRecord, decoder
 from reglue.training.checkpoints import read_weights
 
 

@@ -26,8 +26,8 @@ from reglue.diffusion.samplers import SAMPLERS
 from reglue.encoders.compressors import SPEC_FILE, load_compressor
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
-from reglue.pipeline import ImageModel, decoder
-from reglue.run import COMPRESSORS, RunRecord, Weights
+from reglue.pipeline import ImageModel
+from reglue.run import COMPRESSORS, RunRecord, Weights, decoder
 from reglue.training import checkpoints, distributed, parallel, stopping
 from reglue.training.loop import Task, adamw, fit, part_size
 from reglue.training.precision import autocast, compile_parts, matmul_precision, to_compile
