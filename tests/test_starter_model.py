@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from importlib import resources
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import reglue
-from helpers import run_reglue
+from helpers import reglue_command
 
 LARGEST_FILE = 5_000_000
 SAMPLES = 4
@@ -41,7 +42,9 @@ def test_what_it_draws_has_the_shape_of_its_class(model: reglue.ImageModel) -> N
 
 
 def test_the_command_needs_no_network_and_no_folder(tmp_path: Path) -> None:
-    finished = run_reglue("sample", "starter", "--out", str(tmp_path / "samples"), "--count", "10", "--steps", "2")
+    # From a new interpreter and another folder, as a user starts it: other tests fork their processes.
+    command = reglue_command("sample", "starter", "--out", "samples", "--count", "10", "--steps", "2")
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert len(list((tmp_path / "samples").glob("*.png"))) == 10
     protocol = json.loads((tmp_path / "samples" / "samples.json").read_text())
