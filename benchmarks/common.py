@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -22,10 +21,12 @@ from torch.utils.benchmark import Measurement, TaskSpec, timer
 
 from reglue.config import Precision
 from reglue.errors import UserError
+from reglue.machine import commit, machine
 from reglue.training.distributed import resolve_device
 from reglue.training.precision import matmul_precision
 
 ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
 PACKAGES = ("torch", "timm", "diffusers", "numpy", "safetensors", "pillow")
 
 
@@ -106,31 +107,6 @@ def matmul_rate(device: torch.device, precision: Precision, toy: bool) -> float:
         return 2 * size**3 / alternate({"mm": multiply}, 5, device, calls=10)["mm"].median
 
 
-def commit_of(folder: Path) -> str | None:
-    """The commit of a checkout, with `-changed` behind it where files differ; None without git."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=-changed", "--exclude=*"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """The machine, as far as figures depend on it."""
-    cpu = platform.processor()
-    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
-        models = (line.partition(":")[2] for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
-        cpu = next(models, cpu).strip()
-    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "gpu": gpu and gpu.name,
-        "gpu_memory_gib": gpu and gpu.total_memory / 2**30,
-        "cuda": torch.version.cuda if gpu else None,
-    }
-
-
 def plain(value: Any) -> Any:
     """A value as JSON has it: measurements by median and spread, numbers to five digits, paths as text."""
     if isinstance(value, Measurement):
@@ -144,16 +120,23 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def report(options: Benchmark, figures: Mapping[str, Any], device: torch.device = torch.device("cpu")) -> str:
+def report(options: Benchmark, figures: Mapping[str, Any], device: torch.device = CPU) -> str:
     """Print figures and all that they depend on as one line of JSON. Returns the line."""
+    gpu = device if device.type == "cuda" else None
     content: dict[str, Any] = {
         "benchmark": type(options).__name__,
         "figures": figures,
         "options": asdict(options),
-        "hardware": hardware(device),
+        "hardware": {
+            "cpu": machine(CPU),
+            "threads": torch.get_num_threads(),
+            "load_average": os.getloadavg()[0],
+            "gpu": gpu and machine(gpu),
+            "cuda": gpu and torch.version.cuda,
+        },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "commit": commit_of(ROOT),
-        "official_commit": commit_of(folder) if (folder := getattr(options, "official", None)) else None,
+        "commit": commit(ROOT),
+        "official_commit": commit(folder) if (folder := getattr(options, "official", None)) else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     line = json.dumps(plain(content))

@@ -10,7 +10,7 @@ import importlib
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
@@ -22,14 +22,11 @@ from torch import Tensor, nn
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import LATENT, State
 from reglue.diffusion.objective import ALIGNMENT
-from reglue.encoders.vision import VisionEncoder
 from reglue.errors import UserError
 from reglue.published.weights import export_official
 from reglue.training.precision import matmul_precision
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
-Semantics = Callable[[], tuple[Tensor, Tensor, Tensor]]
-"""Codes (B, K, H, W), class token (B, D) and all tokens (B, 1 + N, D) of a step's images."""
 LOCAL, CLS = "local", "cls"
 """The modalities beside the latents that their model learns."""
 LATENT_SCALE = 0.18215
@@ -131,46 +128,22 @@ class TrainingStep:
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8)
         self.model, self.optimiser = self.accelerator.prepare(model, optimiser)
 
-    def __call__(self, moments: Tensor, label: Tensor, semantics: Semantics) -> None:
-        """One step on moments (B, 2C, H, W) and labels (B,) on the device."""
-        with matmul_precision(self.accelerator.device, "tf32"):  # --allow-tf32 in their train.sh
-            self._step(moments, label, semantics)
-
-    def _step(self, moments: Tensor, label: Tensor, semantics: Semantics) -> None:
+    def __call__(self, moments: Tensor, label: Tensor, codes: Tensor, cls: Tensor, tokens: Tensor) -> None:
+        """One step on moments (B, 2C, H, W), labels (B,), codes (B, K, H, W), class tokens (B, D) and all tokens
+        (B, 1 + N, D) on the device."""
         accelerator = self.accelerator
-        with torch.no_grad():
-            latent = self.train.sample_posterior(moments, latents_scale=LATENT_SCALE)
-            with accelerator.autocast():
-                codes, cls, tokens = semantics()
-            images = torch.cat([latent, codes], dim=1)
-        with accelerator.accumulate(self.model):
-            terms = losses(self.folder, self.model, images, cls, label, tokens)
-            weighted = {name: self.weights[name] * term for name, term in terms.items()}
-            loss = weighted[LATENT] + weighted[LOCAL] + weighted[ALIGNMENT] + weighted[CLS]
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimiser.step()
-            self.optimiser.zero_grad(set_to_none=True)
-            self.train.update_ema(self.ema, self.model)
-        for value in (loss, *weighted.values(), norm):  # Six numbers are fetched from the device in every step.
-            accelerator.gather(value).mean().detach().item()
-
-
-class Encoder:
-    """The vision encoder and the compressor inside their step, on images (B, 3, H, W) uint8 that lie on the CPU."""
-
-    def __init__(self, folder: Path, encoder: VisionEncoder, channels: int, images: Tensor, grid: tuple[int, int]):
-        (module,) = load(folder, "compressor")
-        self.device = encoder.image_mean.device
-        sizes = [encoder.spec.feature_channels, 256, channels]
-        self.compressor = module.EncoderDecoder(sizes).encoder.to(self.device).eval()
-        self.encoder, self.images, self.grid = encoder, images, grid
-
-    def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Semantics`. The network is timm's, with fused attention: theirs comes from a hub and is no faster."""
-        described = self.encoder.describe(self.images.to(self.device))
-        features, cls = described.features, described.class_token
-        last = features[:, -self.encoder.spec.width :].flatten(2).transpose(1, 2)
-        codes = self.compressor((features - 0.1) / 1.1)  # As long as with statistics of a data set.
-        resized = nn.functional.interpolate(codes, size=self.grid, mode="bilinear")
-        return resized, cls, torch.cat([cls.unsqueeze(1), last], dim=1)
+        with matmul_precision(accelerator.device, "tf32"):  # --allow-tf32 in their train.sh
+            with torch.no_grad():
+                latent = self.train.sample_posterior(moments, latents_scale=LATENT_SCALE)
+                images = torch.cat([latent, codes], dim=1)
+            with accelerator.accumulate(self.model):
+                terms = losses(self.folder, self.model, images, cls, label, tokens)
+                weighted = {name: self.weights[name] * term for name, term in terms.items()}
+                loss = weighted[LATENT] + weighted[LOCAL] + weighted[ALIGNMENT] + weighted[CLS]
+                accelerator.backward(loss)
+                norm = accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+                self.optimiser.step()
+                self.optimiser.zero_grad(set_to_none=True)
+                self.train.update_ema(self.ema, self.model)
+            for value in (loss, *weighted.values(), norm):  # Six numbers are fetched from the device in every step.
+                accelerator.gather(value).mean().detach().item()

@@ -53,7 +53,6 @@ class PrepareSpeed(Comparison):
     autoencoder: str = "starter"
     """starter, or a folder in diffusers' layout (KL autoencoder)."""
     encoder: str = NO_ENCODER
-    batch_size: int = 16
     precision: Precision = "float32"
     workers: int | None = None
     """Processes that decode. Default: as `reglue prepare` chooses."""
@@ -88,7 +87,7 @@ def main(options: PrepareSpeed) -> str:
 
 def ours(options: PrepareSpeed, images: Path, resolution: int) -> None:
     """The command, on a new store."""
-    same = {name: getattr(options, name) for name in ("batch_size", "precision", "workers", "device")}
+    same = {name: getattr(options, name) for name in ("precision", "workers", "device")}
     with TemporaryDirectory() as folder:
         store, features = Path(folder) / "store", options.encoder != NO_ENCODER
         prepare(Prepare(images, store, resolution, options.autoencoder, options.encoder, features=features, **same))
@@ -99,7 +98,7 @@ def networks(options: PrepareSpeed, crops: Tensor, device: torch.device) -> Call
     autoencoder = load_autoencoder(options.autoencoder, device=device).to(memory_format=torch.channels_last)
     size = (crops.shape[2], crops.shape[3])
     encoder = None if options.encoder == NO_ENCODER else load_encoder(options.encoder, size, device=device)
-    batches = crops.to(device).split(options.batch_size)
+    batches = crops.to(device).split(Prepare.batch_size)
 
     @torch.inference_mode()
     def forward() -> None:

@@ -28,7 +28,7 @@ from reglue.data.prefetch import READERS, prefetch
 from reglue.data.store import Store
 from reglue.papers import RECIPES
 from reglue.run import needed_columns
-from workloads import Data, Workload
+from workloads import Workload
 
 GPUS = 8
 """That read at the same time."""
@@ -42,22 +42,18 @@ class ReadSpeed(Benchmark):
     """A store to read. Default: one of random rows."""
     made: Path = Path("store-reads")
     """Where that one is, or is made."""
-    data: Data = "imagenet"
-    """Sizes of the store that is made."""
     rows: int = 1024
     """Of the store that is made: 1.6 MB each in ImageNet's sizes."""
     batch_size: int = 32
     images: int = 2048
     """Rows that are read from the page cache. From the disk each is read once."""
-    workers: int = READERS
-    """Threads that read."""
 
 
 def main(options: ReadSpeed) -> str:
     """Measure, and print the table and then the line of JSON. Returns the line."""
     torch.set_num_threads(1)
     if options.store is None and not (options.made / "manifest.json").is_file():
-        Workload.of(options.data).random_store(options.made, options.rows)
+        Workload.of("imagenet").random_store(options.made, options.rows)
     store = Store.open(options.store or options.made)
     codes = next((column for column in store.manifest.columns if column.startswith(LOCAL_CODES)), "")
     rows: list[dict[str, Any]] = []
@@ -88,7 +84,7 @@ def of_recipe(options: ReadSpeed, store: Store, recipe: Recipe) -> dict[str, Any
         count = len(store) if cache == "cold" else max(options.images, len(store))
         batches = [range(first, first + options.batch_size) for first in range(0, count, options.batch_size)]
         images, wall, core = len(batches) * options.batch_size, time.perf_counter(), core_seconds()
-        deque(prefetch(data.read, batches, options.workers), maxlen=0)
+        deque(prefetch(data.read, batches, READERS), maxlen=0)
         wall, core = time.perf_counter() - wall, core_seconds() - core
         figures |= {f"{cache}: images/s": round(images / wall), f"{cache}: per second of a core": round(images / core)}
     return figures

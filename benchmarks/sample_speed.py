@@ -36,6 +36,8 @@ from workloads import CLASSES, OfModel
 
 AGREEMENT = 1e-4
 """Largest difference of a sample, as a share of the largest value, in float32."""
+SCALE, INTERVAL = 2.3, (0.0, 0.9)
+"""Of the guidance."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,6 @@ class SampleSpeed(OfModel):
 
     batch_size: int = 64
     steps: int = 250
-    guidance_scale: float = 2.3
-    guidance_interval: tuple[float, float] = (0.0, 0.9)
     compile: tuple[Literal["no", "model"], ...] = ("no",)
     """Without and with `reglue sample --compile`."""
 
@@ -55,9 +55,7 @@ def main(options: SampleSpeed) -> str:
     device = options.begin()
     steps, batch = (5, 2) if options.toy else (options.steps, options.batch_size)
     workload = options.workload()
-    sampling = Sampling(
-        "euler-maruyama", steps, guidance_scale=options.guidance_scale, guidance_interval=options.guidance_interval
-    )
+    sampling = Sampling("euler-maruyama", steps, guidance_scale=SCALE, guidance_interval=INTERVAL)
     denoiser = workload.random_model().to(device).eval()
     label = torch.arange(batch) % CLASSES
     start = {name: torch.randn(batch, *shape, device=device) for name, shape in workload.config.shapes().items()}
@@ -68,8 +66,7 @@ def main(options: SampleSpeed) -> str:
         theirs = official.model(folder, denoiser, fused_attention=False).to(device).eval()
 
         def draw_theirs(state: State, label: Tensor, steps: int) -> Tensor:
-            scale, interval = options.guidance_scale, options.guidance_interval
-            return official.samples(folder, theirs, state, label.to(device), steps, scale, interval)
+            return official.samples(folder, theirs, state, label.to(device), steps, SCALE, INTERVAL)
 
         two = {name: x[:2] for name, x in start.items()}
         torch.manual_seed(3)

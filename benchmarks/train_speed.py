@@ -39,31 +39,27 @@ from reglue.run import RunRecord
 from reglue.training import distributed
 from reglue.training.loop import Means, ema_decay
 from reglue.training.precision import compile_parts, to_compile
-from workloads import CLASSES, LAYERS, OfModel, RandomOnline, Workload
+from workloads import CLASSES, OfModel, Workload
 
 AGREEMENT = 1e-4
 """Largest relative difference of a term of the loss, ours against theirs, in float32."""
-Targets = Literal["cached", "int8", "decoded", "online"]
+Targets = Literal["cached", "int8", "decoded"]
 
 
 @dataclass(frozen=True)
 class TrainSpeed(OfModel):
     """Noise, forward, backward, clipping, AdamW, moving average: seconds of a step."""
 
-    recipe: Literal["sit", "repa", "redi", "reg", "reglue"] = "reglue"
-    """The published code has reglue alone."""
     batch_size: int = 256
     steps: int = 1
     """Steps of a turn. On a GPU many, since a turn starts with nothing read ahead."""
     compile: tuple[Compile, ...] = ("no",)
     targets: tuple[Targets, ...] = ("cached",)
-    """Of alignment: cached features in float16 or int8, decoded from codes, or online (DINOv2-B, random weights)."""
+    """Of alignment: cached features in float16 or int8, or decoded from codes."""
     workers: int | None = None
     """Threads that read ahead. Default: as `reglue train` chooses."""
     official_precision: official.MixedPrecision = "no"
     """Of theirs, in accelerate's words. Their train.sh has fp16, which needs a GPU."""
-    encoder_in_step: bool = False
-    """Theirs runs DINOv2-B and the compressor in every step, as published. Otherwise it reads their results."""
 
 
 class TrainingStep:
@@ -97,7 +93,7 @@ class TrainingStep:
 def main(options: TrainSpeed) -> str:
     """Check that both compute the same loss, then time both. Returns the line of JSON."""
     device = options.begin()
-    workload, batch = options.workload(options.recipe), 4 if options.toy else options.batch_size
+    workload, batch = options.workload(), 4 if options.toy else options.batch_size
     start = workload.random_model()
     figures: dict[str, Any] = {"parameters": parameters(workload.config), "batch_size": batch}
     contestants: dict[str, Callable[[], object]] = {}
@@ -111,10 +107,8 @@ def main(options: TrainSpeed) -> str:
         for targets in options.targets:
             data = training_data(targets, Path(folder) / targets, workload, batch, device)
             rows = data.read(range(batch))
-            parts |= {
-                f"read {targets}": partial(data.read, range(batch)),
-                f"finish {targets}": partial(data.finish, rows),
-            }
+            parts[f"read {targets}"] = partial(data.read, range(batch))
+            parts[f"finish {targets}"] = partial(data.finish, rows)
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 data.finish(rows)
             target_flops[targets] = counter.get_total_flops() // batch
@@ -170,19 +164,13 @@ def theirs(options: TrainSpeed, folder: Path, workload: Workload, start: Denoise
     channels, *grid = shapes[LATENT]
     moments = as_loaded(torch.randn(batch, 2 * channels, *grid), device)
     label = as_loaded(torch.randint(CLASSES, (batch,)), device)
-    if options.encoder_in_step:
-        encoder = workload.random_encoder(LAYERS, device)
-        pixels = as_loaded(torch.randint(256, (batch, 3, *encoder.spec.image_size), dtype=torch.uint8), device)
-        semantics = official.Encoder(folder, encoder, workload.local_channels, pixels, workload.config.grid)
-    else:
-        rows, columns = workload.config.token_grid
-        sizes = (shapes[LOCAL], shapes[CLS], (1 + rows * columns, workload.token_width))
-        codes, cls, tokens = (torch.randn(batch, *size, device=device) for size in sizes)
-        semantics = lambda: (codes, cls, tokens)  # noqa: E731
+    rows, columns = workload.config.token_grid
+    sizes = (shapes[LOCAL], shapes[CLS], (1 + rows * columns, workload.token_width))
+    semantics = [torch.randn(batch, *size, device=device) for size in sizes]
 
     def turn() -> None:
         for _ in range(options.steps):
-            step(moments.to(device), label.to(device), semantics)
+            step(moments.to(device), label.to(device), *semantics)
 
     return turn
 
@@ -196,10 +184,7 @@ def training_data(targets: Targets, folder: Path, workload: Workload, batch: int
     """A random store, twice as large as a batch, and what `reglue train` reads of it."""
     store = workload.random_store(folder, 2 * batch, "int8" if targets == "int8" else "float16")
     alignment = replace(workload.recipe.alignment, targets="decoded" if targets == "decoded" else "cached")
-    data = TrainingData(store, replace(workload.recipe, alignment=alignment), workload.config, 0, device)
-    if targets == "online" and data.targets:
-        data.targets = RandomOnline(workload.random_encoder(LAYERS[-1:], device))
-    return data
+    return TrainingData(store, replace(workload.recipe, alignment=alignment), workload.config, 0, device)
 
 
 def ours(

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
-import timm
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from common import Comparison
 from reglue.commands.demo import DEMO_RECIPE
@@ -20,13 +14,12 @@ from reglue.config import Precision, Recipe
 from reglue.data.manifest import Contents, Source
 from reglue.data.store import Store, quantised
 from reglue.data.store_writer import StoreWriter, add_codes
-from reglue.data.targets import AlignmentTargets, Tokens
 from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.modalities import LATENT, Modality
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.encoders.compressors import ConvCompressor
-from reglue.encoders.vision import EncoderSpec, VisionEncoder, load_encoder
+from reglue.encoders.vision import EncoderSpec
 from reglue.papers import RECIPES
 
 DOWNSAMPLING, LATENT_CHANNELS = 8, 4
@@ -49,9 +42,9 @@ class OfModel(Comparison):
     precision: tuple[Precision, ...] = ("bfloat16",)
     """Of our matrix products; each is a contestant, as is each of `--compile`."""
 
-    def workload(self, recipe: str = "reglue") -> Workload:
+    def workload(self) -> Workload:
         """What is asked for."""
-        return Workload.of("toy", None, recipe) if self.toy else Workload.of(self.data, self.model, recipe)
+        return Workload.of("toy") if self.toy else Workload.of(self.data, self.model)
 
 
 @dataclass(frozen=True)
@@ -145,39 +138,3 @@ class Workload:
         spec = ConvCompressor(len(LAYERS) * width, 256, self.local_channels).save(folder / "compressors" / name)
         counts = (shard.rows for shard in store.manifest.columns["label"].shards)
         return add_codes(store, name, spec, (torch.randn(count, self.local_channels, *tokens) for count in counts))
-
-    def random_encoder(self, layers: tuple[int, ...], device: torch.device) -> VisionEncoder:
-        """DINOv2-B with registers, or a toy's tiny network, with random weights, which do not change its speed."""
-        published = self.token_width == 768
-        name = "vit_base_patch14_reg4_dinov2" if published else "vit_tiny_patch16_224"
-        tiny = {"img_size": 64, "patch_size": 16, "embed_dim": self.token_width, "depth": DEPTH, "num_heads": 2}
-        sizes: dict[str, Any] = {"img_size": 224} if published else tiny
-        config = {
-            "architecture": name,
-            "model_args": sizes,
-            "pretrained_cfg": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
-            "reglue_input": {"image_pixels_per_patch": 16, "minimum_input": 16},
-        }
-        rows, columns = self.config.token_grid
-        with TemporaryDirectory() as folder:
-            network = timm.create_model(name, num_classes=0, **sizes)
-            save_file(network.state_dict(), Path(folder) / "model.safetensors")
-            (Path(folder) / "config.json").write_text(json.dumps(config))
-            return load_encoder(folder, (rows * 16, columns * 16), layers, device)
-
-
-class RandomOnline(AlignmentTargets):
-    """Online targets whose images need no decoding: the encoder on random pixels, alike for all rows."""
-
-    def __init__(self, encoder: VisionEncoder) -> None:
-        self.encoder = encoder
-        self.pixels = torch.randint(256, (3, *encoder.spec.image_size), dtype=torch.uint8)
-
-    def read(self, rows: Tensor) -> dict[str, Tensor]:
-        """See `AlignmentTargets.read`."""
-        return {"pixels": self.pixels.repeat(len(rows), 1, 1, 1)}
-
-    def tokens(self, read: Mapping[str, Tensor]) -> Tokens:
-        """See `AlignmentTargets.tokens`."""
-        described = self.encoder.describe(read["pixels"])
-        return Tokens(described.class_token, described.features)

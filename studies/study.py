@@ -17,12 +17,9 @@ of several questions is trained once. Everything is in the folder --work, which 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -55,6 +52,7 @@ from reglue.data.store import Store
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.errors import Stopped, UserError
 from reglue.files import read_jsonl, read_tensors, replacing
+from reglue.machine import commit, machine
 from reglue.metrics.distances import GaussianStatistics
 from reglue.metrics.features import describe_images, load_encoder_features
 from reglue.metrics.inception import INCEPTION, load_inception
@@ -340,7 +338,8 @@ class Study:
         """Add a line to `results.jsonl`, which is written whole or not at all."""
         line = {"arm": arm, "step": step, "by": by, "figures": figures, **about, "machine": machine(self.device)}
         line["versions"] = {name: version(name) for name in ("reglue", "torch", "timm", "diffusers", "numpy")}
-        self.lines.append(line | {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")})
+        line |= {"commit": commit(Path(__file__).parent), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        self.lines.append(line)
         self.work.mkdir(parents=True, exist_ok=True)
         with replacing(self.work / "results.jsonl") as beside:
             beside.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
@@ -599,25 +598,6 @@ def divided(images: Path, share: float, out: Path) -> list[Path]:
             to.mkdir(parents=True, exist_ok=True)
             shutil.copy(files[index], to)
     return sides
-
-
-def machine(device: torch.device) -> str:
-    """What computes: the GPU's name, or the processor's with the number of its cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text().splitlines() if described.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{[*names, platform.processor()][0]}, {os.cpu_count()} cores"
-
-
-def commit() -> str | None:
-    """The commit of this repository, with `-changed` behind it where files differ; None without git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=-changed"]
-    try:
-        return subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def main(arguments: list[str] | None = None) -> None:

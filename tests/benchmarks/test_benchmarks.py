@@ -40,7 +40,7 @@ from reglue.sampling import Sampling
 from reglue.training.checkpoints import find
 from sample_speed import SampleSpeed
 from train_speed import TrainingStep, TrainSpeed
-from workloads import RandomOnline, Workload
+from workloads import Workload
 
 CPU = torch.device("cpu")
 OFFICIAL = Path(os.environ["REGLUE_OFFICIAL"]) if "REGLUE_OFFICIAL" in os.environ else None
@@ -64,9 +64,9 @@ def figures_of(line: str) -> Any:
         (SampleSpeed(**TOY), sample_speed.main, {"seconds_per_batch", "flops_per_evaluation", "steps"}),
         (PrepareSpeed(**TOY, workers=0), prepare_speed.main, {"seconds", "images_per_second", "share_of_networks"}),
         (
-            Counting(models=("2x32x2/2",), resolutions=((16, 16),), gpus=(8,)),
+            Counting(models=("2x32x2/2",), resolutions=((16, 16),)),
             counting.main,
-            {"models", "resolutions", "gpus"},
+            {"models", "resolutions"},
         ),
     ],
     ids=["train", "sample", "prepare", "count"],
@@ -108,14 +108,11 @@ def test_ours_and_theirs_crop_the_same() -> None:
 
 
 @needs_official
-@pytest.mark.parametrize("encoder_in_step", [False, True])
-def test_what_theirs_copies_in_a_step_is_as_its_loader_has_it(
-    encoder_in_step: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_theirs_copies_in_a_step_is_as_its_loader_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[int, ...]] = []
     monkeypatch.setattr(train_speed, "as_loaded", lambda tensor, _: (loaded.append(tuple(tensor.shape)), tensor)[1])
-    train_speed.main(TrainSpeed(**TOY, official=OFFICIAL, encoder_in_step=encoder_in_step))
-    assert loaded == [(4, 8, 8, 8), (4,), *([(4, 3, 64, 64)] if encoder_in_step else [])]
+    train_speed.main(TrainSpeed(**TOY, official=OFFICIAL))
+    assert loaded == [(4, 8, 8, 8), (4,)]
 
 
 def test_theirs_has_its_batches_in_pinned_memory_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,15 +212,14 @@ def test_a_turn_reads_for_itself_and_leaves_no_thread(
     assert steps == [workers > 0] * 6
 
 
-@pytest.mark.parametrize("targets", ["cached", "int8", "decoded", "online"])
-def test_targets_are_made_in_every_step(targets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    tokens = RandomOnline.tokens
-    monkeypatch.setattr(RandomOnline, "tokens", lambda self, read: (calls.append(1), tokens(self, read))[1])
+@pytest.mark.parametrize("targets", ["cached", "int8", "decoded"])
+def test_making_targets_is_timed_and_counted(targets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = []
+    finish = TrainingData.finish
+    monkeypatch.setattr(TrainingData, "finish", lambda self, rows: (finished.append(1), finish(self, rows))[1])
     figures = figures_of(train_speed.main(TrainSpeed(**TOY, targets=(targets,), steps=2)))
-    # Once to count, two turns of two steps, two turns of finishing by itself.
-    assert len(calls) == (1 + 4 + 2 if targets == "online" else 0)
-    assert (figures["flops_of_targets_per_image"][targets] > 0) == (targets in ("decoded", "online"))
+    assert len(finished) == 1 + 4 + 2  # Once to count, two turns of two steps, two turns of finishing by itself.
+    assert (figures["flops_of_targets_per_image"][targets] > 0) == (targets == "decoded")
     assert figures["seconds_of_parts"].keys() == {f"read {targets}", f"finish {targets}"}
 
 
@@ -340,16 +336,14 @@ def test_parameters_are_those_of_the_published_models(recipe: str, model: str, p
 
 
 def test_the_tables_of_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    options = Counting(
-        models=("2x32x2/2",), model="2x32x2/2", resolutions=((16, 16), (16, 32)), gpus=(8,), recipe="sit"
-    )
+    options = Counting(models=("2x32x2/2",), model="2x32x2/2", resolutions=((64, 64), (64, 128)))
     figures = figures_of(counting.main(options))
     square, oblong = figures["resolutions"]
-    assert (square["tokens"], oblong["tokens"]) == ("1 (1×1)", "2 (1×2)")
+    assert (square["tokens"], oblong["tokens"]) == ("16 (4×4)", "32 (4×8)")
     for count in ("forward, GFLOP", "activations, MiB"):
         assert oblong[count] > 1.5 * square[count] > 0
-    assert [row["shards"] for row in figures["gpus"]] == [1, 8]
-    assert figures["models"][0]["activations, MiB"] == pytest.approx(
-        activation_bytes(Workload.of("imagenet", "2x32x2/2", "sit").config) / 2**20, rel=1e-4
-    )
-    assert "| 8 | 2x32x2/2 | 8 |" in capsys.readouterr().out
+    config, (model,) = Workload.of("imagenet", "2x32x2/2").config, figures["models"]
+    assert model["activations, MiB"] == pytest.approx(activation_bytes(config) / 2**20, rel=1e-4)
+    assert model["whole, GiB"] == pytest.approx((20 + 2) * model["weights, M"] * 1e6 / 2**30, rel=1e-3)
+    assert 1 / 8 < model["8 shards, GiB"] / model["whole, GiB"] < 1
+    assert "| 2x32x2/2 | " in capsys.readouterr().out
