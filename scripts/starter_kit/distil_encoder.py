@@ -3,8 +3,7 @@
     python scripts/starter_kit/distil_encoder.py --images imagenette-224.tar --teacher dinov2-s@FILE --out encoder
 
 Each of the student's last four layers predicts one of the teacher's through a linear head of its own, and so does the
-class token; the heads are thrown away. Both see the same views, cut to the same grid of patches. The teacher describes
-them once, before the training.
+class token; the heads are thrown away. Both see the same views, cut to the same grid of patches.
 """
 
 from __future__ import annotations
@@ -20,16 +19,21 @@ import timm
 import torch
 import tyro
 from safetensors.torch import save_file
+from shared import minimise, random_views
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from views import random_view, read_images, to_tensor
 
 from reglue.encoders.vision import VisionEncoder, load_encoder
 
-ARCHITECTURE = "vit_tiny_patch16_224"
-"""timm's entry whose sizes the arguments override."""
+ARCHITECTURE, WIDTH, DEPTH, HEADS = "vit_tiny_patch16_224", 128, 6, 4
+"""timm's entry, and what of its sizes is other."""
+TEACHER_SIZE, SIZE = 128, 64
+"""Side of the views that the teacher describes, and of the student's input, in pixels."""
+SMALL = 0.3
+"""Share of batches seen at half the size and enlarged, as prepared images of half the input size are."""
+BATCH, LEARNING_RATE = 32, 1.5e-3
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class DistilEncoder:
     """Options of the distillation."""
 
     images: Path
-    """A tar file or a folder laid out as train/class/image."""
+    """A tar file laid out as `train/class/image`."""
     teacher: str
     """Any encoder with one patch per 16 image pixels, as `load_encoder` names it."""
     out: Path
@@ -50,95 +54,50 @@ class DistilEncoder:
     """Time for the teacher; views that it has not described by then are left out."""
     image_limit: int = 10_000
     """Photographs to read."""
-    teacher_size: int = 128
-    """Side of the views that the teacher describes, in pixels."""
-    size: int = 64
-    """Side of the student's input in pixels."""
-    shape_share: float = 0.25
-    """Share of views that are bright shapes on a dark ground."""
-    small_share: float = 0.3
-    """Share of batches seen at half the size and enlarged, as prepared images of half the input size are."""
-    batch_size: int = 32
-    learning_rate: float = 1.5e-3
-    width: int = 128
-    depth: int = 6
-    heads: int = 4
     threads: int = 1
-    seed: int = 0
 
 
 def distil_encoder(options: DistilEncoder) -> None:
     """Describe views with the teacher, train the student on them, save it."""
     torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    rng = np.random.default_rng(options.seed)
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
 
-    teacher = load_encoder(options.teacher, options.teacher_size)
-    photographs = read_images(options.images, "train", options.image_limit)
-    order = np.concatenate([rng.permutation(len(photographs)) for _ in range(-(-options.views // len(photographs)))])
-    views = torch.stack(
-        [
-            to_tensor(random_view(photographs[row], options.teacher_size, options.shape_share, rng))
-            for row in tqdm(order[: options.views], desc="views")
-        ]
-    )
+    teacher = load_encoder(options.teacher, TEACHER_SIZE)
+    views = random_views(options.images, options.image_limit, options.views, TEACHER_SIZE, rng)
     class_tokens, features = describe(teacher, views, options.teacher_minutes)
-    count = len(features)
-    inputs, small_inputs = (reduced(views[:count], size) for size in (options.size, options.size // 2))
+    count, grid, layers = len(features), teacher.spec.grid, len(teacher.spec.layers)
+    inputs, small_inputs = (reduced(views[:count], size) for size in (SIZE, SIZE // 2))
 
-    grid = teacher.spec.grid
-    sizes: dict[str, Any] = {
-        "img_size": options.size,
-        "patch_size": options.size // grid[0],
-        "embed_dim": options.width,
-        "depth": options.depth,
-        "num_heads": options.heads,
-    }
+    sizes: dict[str, Any] = {"img_size": SIZE, "patch_size": SIZE // grid[0], "embed_dim": WIDTH}
+    sizes |= {"depth": DEPTH, "num_heads": HEADS}
     student = timm.create_model(ARCHITECTURE, num_classes=0, **sizes)
     assert isinstance(student, VisionTransformer)
-    layers = len(teacher.spec.layers)
-    heads = nn.ModuleList(nn.Linear(options.width, teacher.spec.width) for _ in range(layers + 1))
+    heads = nn.ModuleList(nn.Linear(WIDTH, teacher.spec.width) for _ in range(layers + 1))
     parameters = [*student.parameters(), *heads.parameters()]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, options.learning_rate, betas=(0.9, 0.98))
+    matrices, vectors = ([p for p in parameters if (p.ndim > 1) == matrix] for matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, LEARNING_RATE, betas=(0.9, 0.98))
 
-    start, step, elapsed, row = time.monotonic(), 0, 0.0, count
-    with tqdm(total=100, desc="training", unit="%") as progress:
-        while elapsed < 1:
-            if row + options.batch_size > count:
-                order, row = rng.permutation(count), 0
-            rows = torch.from_numpy(order[row : row + options.batch_size])
-            row += options.batch_size
-
-            pixels = small_inputs[rows] if rng.random() < options.small_share else inputs[rows]
-            # The teacher's features of a flipped image are nearly its features flipped: twice the views for nothing.
-            flip = bool(rng.random() < 0.5)
-            pixels = pixels.flip(-1) if flip else pixels
-            wanted = features[rows].unflatten(1, grid)
-            wanted = (wanted.flip(2) if flip else wanted).flatten(1, 2)
-            normalised = (pixels / 255 - teacher.image_mean) / teacher.image_std
-            images = F.interpolate(normalised, (options.size, options.size), mode="bicubic")
-            described = student.forward_intermediates(images, indices=layers, norm=True, output_fmt="NLC")
-            final, tokens = cast(tuple[Tensor, list[Tensor]], described)
-            predicted = torch.cat([head(token) for head, token in zip(heads, tokens, strict=False)], dim=-1)
-            patch_loss = F.mse_loss(predicted, wanted.float())
-            class_loss = F.mse_loss(heads[layers](final[:, 0]), class_tokens[rows].float())
-
-            for group in optimiser.param_groups:
-                group["lr"] = options.learning_rate * min(1.0, (step + 1) / 100) * (1 - elapsed)
-            optimiser.zero_grad()
-            (patch_loss + class_loss).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-
-            step += 1
-            elapsed = (time.monotonic() - start) / (60 * options.minutes)
-            progress.update(100 * elapsed - progress.n)
-            progress.set_postfix(step=step, patches=f"{patch_loss:.3f}", class_token=f"{class_loss:.3f}")
-    print(f"{step} steps with {options.batch_size} views each")
+    per_epoch = count // BATCH
+    for step, progress in minimise(optimiser, options.minutes):
+        if step % per_epoch == 0:
+            order = torch.from_numpy(rng.permutation(count)).split(BATCH)
+        rows = order[step % per_epoch]
+        pixels = small_inputs[rows] if rng.random() < SMALL else inputs[rows]
+        wanted = features[rows].unflatten(1, grid)
+        # The teacher's features of a flipped image are nearly its features flipped: twice the views for nothing.
+        if rng.random() < 0.5:
+            pixels, wanted = pixels.flip(-1), wanted.flip(2)
+        normalised = (pixels / 255 - teacher.image_mean) / teacher.image_std
+        images = F.interpolate(normalised, (SIZE, SIZE), mode="bicubic")
+        described = student.forward_intermediates(images, indices=layers, norm=True, output_fmt="NLC")
+        final, tokens = cast(tuple[Tensor, list[Tensor]], described)
+        predicted = torch.cat([head(token) for head, token in zip(heads, tokens, strict=False)], dim=-1)
+        patch_loss = F.mse_loss(predicted, wanted.flatten(1, 2).float())
+        class_loss = F.mse_loss(heads[layers](final[:, 0]), class_tokens[rows].float())
+        (patch_loss + class_loss).backward()
+        progress.set_postfix(step=step, patches=f"{patch_loss:.3f}", class_token=f"{class_loss:.3f}")
     save_timm_folder(options.out, student, sizes, teacher)
 
 
@@ -148,9 +107,7 @@ def describe(teacher: VisionEncoder, views: Tensor, minutes: float) -> tuple[Ten
 
     Of as many views (N, 3, H, W) uint8 as there is time for.
     """
-    class_tokens: list[Tensor] = []
-    features: list[Tensor] = []
-    start = time.monotonic()
+    class_tokens, features, start = [], [], time.monotonic()
     for batch in tqdm(views.split(32), desc="teacher"):
         described = teacher.describe(batch)
         class_tokens.append(described.class_token.half())

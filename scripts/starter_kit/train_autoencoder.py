@@ -9,7 +9,6 @@ and written into the configuration, so that normalised latents have mean 0 and s
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,18 @@ import torch
 import tyro
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from shared import minimise, random_views
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
-from views import random_view, read_images, to_tensor
+
+SIZE = 64
+"""Side of a view in pixels; half of the batches are halved to half that side."""
+WIDTHS = (16, 32, 64)
+"""Channels per resolution, from the full one; each one more halves the grid."""
+BATCH, LEARNING_RATE, EMA = 8, 2e-3, 0.998
+KL, DIFFERENCES = 1e-4, 0.5
+"""Weights beside the L1 of pixels: of the KL divergence to a standard normal, a mean over latent elements; and of the
+L1 of differences of neighbouring pixels, which keeps edges sharp."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class TrainAutoencoder:
     """Options of the training."""
 
     images: Path
-    """A tar file or a folder laid out as train/class/image."""
+    """A tar file laid out as `train/class/image`."""
     out: Path
     """Folder to write, in the layout of diffusers."""
     minutes: float = 20.0
@@ -39,83 +46,49 @@ class TrainAutoencoder:
     """Crops and shapes to train on, made once."""
     image_limit: int = 5_000
     """Photographs to read."""
-    size: int = 64
-    """Side of a view in pixels; half of the batches are halved to half that side."""
-    shape_share: float = 0.25
-    """Share of views that are bright shapes on a dark ground."""
-    batch_size: int = 8
-    learning_rate: float = 2e-3
-    kl_weight: float = 1e-4
-    """Of the KL divergence to a standard normal, a mean over latent elements, against an L1 per pixel."""
-    difference_weight: float = 0.5
-    """Of the L1 of differences of neighbouring pixels, which keeps edges sharp."""
-    ema_decay: float = 0.998
-    latent_channels: int = 4
-    widths: tuple[int, ...] = (16, 32, 64)
-    """Channels per resolution, from the full one; each one more halves the grid."""
     threads: int = 1
-    seed: int = 0
 
 
 def train_autoencoder(options: TrainAutoencoder) -> None:
     """Train, measure the latents, save."""
     torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    rng = np.random.default_rng(options.seed)
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
 
-    photographs = read_images(options.images, "train", options.image_limit)
-    views = torch.stack(
-        [
-            to_tensor(random_view(photographs[i % len(photographs)], options.size, options.shape_share, rng))
-            for i in tqdm(range(options.views), desc="views")
-        ]
-    )
-    levels = len(options.widths)
+    views = random_views(options.images, options.image_limit, options.views, SIZE, rng)
     config: dict[str, Any] = {
-        "block_out_channels": options.widths,
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": WIDTHS,
+        "down_block_types": ("DownEncoderBlock2D",) * len(WIDTHS),
+        "up_block_types": ("UpDecoderBlock2D",) * len(WIDTHS),
         "layers_per_block": 1,
-        "latent_channels": options.latent_channels,
+        "latent_channels": 4,
         "norm_num_groups": 8,
-        "sample_size": options.size,
+        "sample_size": SIZE,
         "mid_block_add_attention": False,
     }
     autoencoder: Any = AutoencoderKL(**config)
     nn.Module.to(autoencoder, memory_format=torch.channels_last)
     average = copy.deepcopy(autoencoder).requires_grad_(False)
-    optimiser = torch.optim.AdamW(autoencoder.parameters(), options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimiser = torch.optim.AdamW(autoencoder.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
 
-    start, step, elapsed = time.monotonic(), 0, 0.0
-    with tqdm(total=100, desc="training", unit="%") as progress:
-        while elapsed < 1:
-            rows = rng.choice(len(views), options.batch_size, replace=False)
-            images = random_scale(views[rows].float() / 127.5 - 1, rng).to(memory_format=torch.channels_last)
-            posterior: DiagonalGaussianDistribution = autoencoder.encode(images).latent_dist
-            decoded: Tensor = autoencoder.decode(posterior.sample()).sample
-            kl = posterior.kl().mean() / posterior.mean[0].numel()
-            pixels = F.l1_loss(decoded, images)
-            differences = sum(F.l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (2, 3))
-            loss = pixels + options.difference_weight * differences + options.kl_weight * kl
-
-            for group in optimiser.param_groups:
-                group["lr"] = options.learning_rate * min(1.0, (step + 1) / 100) * (1 - elapsed)
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
-            optimiser.step()
-            decay = min(options.ema_decay, (step + 1) / (step + 10))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(autoencoder.parameters()), 1 - decay)  # type: ignore[reportPrivateImportUsage]
-
-            step += 1
-            elapsed = (time.monotonic() - start) / (60 * options.minutes)
-            progress.update(100 * elapsed - progress.n)
-            psnr = -10 * torch.log10(F.mse_loss(decoded.detach().clamp(-1, 1), images) / 4)
-            progress.set_postfix(step=step, pixels=f"{pixels:.4f}", kl=f"{kl:.2f}", psnr=f"{psnr:.2f}")
+    for step, progress in minimise(optimiser, options.minutes):
+        # The weights of the step before; at first all of the initial ones.
+        with torch.no_grad():
+            decay = min(EMA, step / (step + 9))
+            torch._foreach_lerp_(list(average.parameters()), list(autoencoder.parameters()), 1 - decay)  # type: ignore[reportPrivateImportUsage]
+        rows = rng.choice(len(views), BATCH, replace=False)
+        images = random_scale(views[rows].float() / 127.5 - 1, rng).to(memory_format=torch.channels_last)
+        posterior: DiagonalGaussianDistribution = autoencoder.encode(images).latent_dist
+        decoded: Tensor = autoencoder.decode(posterior.sample()).sample
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        pixels = F.l1_loss(decoded, images)
+        differences = sum(F.l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (2, 3))
+        (pixels + DIFFERENCES * differences + KL * kl).backward()
+        psnr = -10 * torch.log10(F.mse_loss(decoded.detach().clamp(-1, 1), images) / 4)
+        progress.set_postfix(step=step, pixels=f"{pixels:.4f}", kl=f"{kl:.2f}", psnr=f"{psnr:.2f}")
 
     mean, std = latent_statistics(average, views[:2000])
-    print(f"{step} steps; latent mean {mean:.4f}, standard deviation {std:.4f}")
+    print(f"latent mean {mean:.4f}, standard deviation {std:.4f}")
     average.register_to_config(scaling_factor=1 / std, shift_factor=mean, force_upcast=False)
     average.half().save_pretrained(options.out)
 
