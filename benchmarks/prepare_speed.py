@@ -28,7 +28,6 @@ from reglue.commands.prepare import NO_ENCODER, Prepare, prepare
 from reglue.config import Precision
 from reglue.data.images import ImageSource, UnreadableImage
 from reglue.data.opening import open_images
-from reglue.data.sources import Reading
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
@@ -64,7 +63,7 @@ def main(options: PrepareSpeed) -> str:
     count, resolution = (4, 32) if options.toy else (options.count, options.resolution)
     with TemporaryDirectory() as temporary:
         images = options.images or random_images(Path(temporary), count, resolution)
-        source = open_images(images, Reading(), None)
+        source = open_images(images)
         at_hand = decoded(source, range(min(len(source), AT_HAND)), resolution)
         contestants: dict[str, Callable[[], object]] = {
             "ours": partial(ours, options, images, resolution),
@@ -141,23 +140,19 @@ def pixel_difference(folder: Path, source: ImageSource, resolution: int) -> int:
 
 def decoded(source: ImageSource, indices: Iterable[int], resolution: int) -> Tensor:
     """Images of a source, uint8 (N, 3, H, W). Raises UserError for one that cannot be read."""
-    images: list[Tensor] = []
-    for index in indices:
-        image = source.load(index, (resolution, resolution))
+    images = [source.load(index, (resolution, resolution)) for index in indices]
+    for image in images:
         if isinstance(image, UnreadableImage):
             raise UserError(f"--images: {source.path / image.name}: {image.reason}; take it out")
-        images.append(image)
-    return torch.stack(images)
+    return torch.stack([image for image in images if isinstance(image, Tensor)])
 
 
 def random_images(folder: Path, count: int, resolution: int) -> Path:
-    """Smooth random images a little larger than the resolution, in two classes."""
+    """Smooth random images a little larger than the resolution, without classes."""
     random = np.random.default_rng(0)
     for i in range(count):
-        file = folder / f"class-{i % 2}" / f"{i:05d}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        coarse.resize((resolution + 64, resolution + 32), Image.Resampling.BICUBIC).save(file)
+        coarse.resize((resolution + 64, resolution + 32), Image.Resampling.BICUBIC).save(folder / f"{i:05d}.jpg")
     return folder
 
 

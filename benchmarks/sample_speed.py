@@ -57,30 +57,26 @@ def main(options: SampleSpeed) -> str:
     workload = options.workload()
     sampling = Sampling("euler-maruyama", steps, guidance_scale=SCALE, guidance_interval=INTERVAL)
     denoiser = workload.random_model().to(device).eval()
-    label = torch.arange(batch) % CLASSES
+    label = torch.arange(batch, device=device) % CLASSES
     start = {name: torch.randn(batch, *shape, device=device) for name, shape in workload.config.shapes().items()}
     figures: dict[str, Any] = {"batch_size": batch, "steps": steps}
     contestants: dict[str, Callable[[], object]] = {}
-
-    if (folder := options.official) is not None:
-        theirs = official.model(folder, denoiser, fused_attention=False).to(device).eval()
-
-        def draw_theirs(state: State, label: Tensor, steps: int) -> Tensor:
-            return official.samples(folder, theirs, state, label.to(device), steps, SCALE, INTERVAL)
-
-        two = {name: x[:2] for name, x in start.items()}
-        torch.manual_seed(3)
-        expected = draw_theirs(two, label[:2], 4)
-        torch.manual_seed(3)
-        network, condition = SamplingNetwork(denoiser, "float32"), {CLASS: label[:2].to(device)}
+    if options.official:
+        theirs = official.model(options.official, denoiser, fused_attention=False).to(device).eval()
+        draw_theirs = partial(official.samples, options.official, theirs, scale=SCALE, interval=INTERVAL)
+        two, condition = {name: x[:2] for name, x in start.items()}, {CLASS: label[:2]}
+        network = SamplingNetwork(denoiser, "float32")
         velocity = guided_velocity(network, condition, workload.config.modalities, sampling.guidance)
+        torch.manual_seed(3)
+        expected = draw_theirs(two, label[:2], steps=4)
+        torch.manual_seed(3)
         found = our_samples(velocity, two, 4)
         figures["sample_difference"] = ((found - expected).abs().max() / expected.abs().max()).item()
         assert figures["sample_difference"] < AGREEMENT, figures
 
         def call_theirs() -> None:
             with matmul_precision(device, "tf32"):
-                draw_theirs(start, label, steps)
+                draw_theirs(start, label, steps=steps)
 
         contestants["theirs float32"] = call_theirs
 
@@ -90,9 +86,8 @@ def main(options: SampleSpeed) -> str:
     for precision, compile in product(options.precision, options.compile):
         name = f"ours {precision}" + ("" if compile == "no" else ", compiled")
         image_model = ImageModel(record, denoiser, autoencoder, compile=compile == "model")
-        contestants[name] = partial(
-            image_model.draw, range(batch), {CLASS: label.to(device)}, 0, sampling.changed(precision=precision)
-        )
+        ways = sampling.changed(precision=precision)
+        contestants[name] = partial(image_model.draw, range(batch), {CLASS: label}, 0, ways)
     measured = alternate(contestants, options.repeats, device)
     figures |= {
         "seconds_per_batch": measured,

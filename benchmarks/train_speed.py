@@ -119,16 +119,17 @@ def main(options: TrainSpeed) -> str:
         figures["seconds_of_parts"] = alternate(parts, options.repeats, device)
     flops = training_flops(workload.config)
     rates = {precision: matmul_rate(device, precision, options.toy) for precision in options.precision}
+    images = {name: batch / step.median for name, step in measured.items()}
     figures |= {
-        "images_per_second": {name: batch / step.median for name, step in measured.items()},
+        "images_per_second": images,
         "times_faster": speedups(measured),
         "flops_per_image": flops,
         "flops_of_targets_per_image": target_flops,
         "matmul_flops_per_second": rates,
         "share_of_matmul_rate": {
-            name: flops * batch / measured[name].median / rate
+            name: flops * images[name] / rate
             for precision, rate in rates.items()
-            for name in measured
+            for name in images
             if name.startswith(f"ours {precision},")
         },
     }
@@ -191,13 +192,13 @@ def ours(
     options: TrainSpeed, data: TrainingData, start: Denoiser, batch: int, precision: Precision, compile: Compile
 ) -> Callable[[], object]:
     """A turn of our step, with threads that read ahead and end with the turn."""
-    step, device = TrainingStep(data, start, precision, compile), data.device
-    default = 0 if device.type == "cpu" else READERS
-    workers = default if options.workers is None else options.workers
+    step, workers = TrainingStep(data, start, precision, compile), options.workers
+    if workers is None:
+        workers = 0 if data.device.type == "cpu" else READERS
 
     def turn() -> None:
         positions = (range(i * batch, (i + 1) * batch) for i in range(options.steps))
-        for rows in prefetch(data.read, positions, workers, device):
+        for rows in prefetch(data.read, positions, workers, data.device):
             step(rows)
 
     return turn
