@@ -32,11 +32,11 @@ LOCAL, CLS = "local", "cls"
 LATENT_SCALE = 0.18215
 
 
-def load(folder: Path, *modules: str) -> list[ModuleType]:
-    """Import modules of a checkout. Raises UserError, naming what is missing."""
+def load(folder: Path, module: str) -> ModuleType:
+    """Import a module of a checkout. Raises UserError, naming what is missing."""
     sys.path.insert(0, str(folder))
     try:
-        return [importlib.import_module(name) for name in modules]
+        return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"--official {folder}: {error}; check out the published code there") from None
     finally:
@@ -54,8 +54,7 @@ def preprocess(folder: Path, *arguments: str) -> None:
 def model(folder: Path, ours: Denoiser, *, fused_attention: bool) -> nn.Module:
     """Their model with the weights of ours. Their train.py fuses attention, their generate.py does not."""
     config = ours.config
-    (sit,) = load(folder, "models.sit")
-    theirs = sit.SiT(
+    theirs = load(folder, "models.sit").SiT(
         input_size=config.grid[0],
         patch_size=config.patch,
         in_channels=config.channels,
@@ -81,8 +80,7 @@ def losses(folder: Path, model: nn.Module, images: Tensor, cls: Tensor, label: T
     Drawn from PyTorch's generator: times (B, 1, 1, 1) on the CPU, noise like `images` (B, C + K, H, W), noise like
     `cls` (B, D). In training mode their model then drops labels.
     """
-    (module,) = load(folder, "loss")
-    loss = module.SILoss(prediction="v", path_type="linear", weighting="uniform")
+    loss = load(folder, "loss").SILoss(prediction="v", path_type="linear", weighting="uniform")
     latent, local, alignment, _, _, token = loss(model, images, {"y": label}, zs=[tokens], cls_token=cls)
     terms = {LATENT: latent, LOCAL: local, CLS: token, ALIGNMENT: alignment}
     return {name: term.mean() for name, term in terms.items()}
@@ -96,8 +94,7 @@ def samples(
 
     Drawn from PyTorch's generator in each step: noise like the maps, then like the class token.
     """
-    (module,) = load(folder, "samplers")
-    return module.euler_maruyama_sampler(
+    return load(folder, "samplers").euler_maruyama_sampler(
         model,
         torch.cat([start[LATENT], start[LOCAL]], dim=1),
         label,
@@ -120,7 +117,7 @@ class TrainingStep:
         from accelerate import Accelerator  # type: ignore[reportMissingImports]
 
         self.folder, self.weights = folder, weights
-        (self.train,) = load(folder, "train")
+        self.train = load(folder, "train")
         self.accelerator: Any = Accelerator(mixed_precision=precision, cpu=cpu)
         model.to(self.accelerator.device).train()
         self.ema = deepcopy(model).requires_grad_(False).eval()

@@ -148,11 +148,13 @@ def decoded(source: ImageSource, indices: Iterable[int], resolution: int) -> Ten
 
 
 def random_images(folder: Path, count: int, resolution: int) -> Path:
-    """Smooth random images a little larger than the resolution, without classes."""
+    """Smooth random images a little larger than the resolution, in two classes."""
     random = np.random.default_rng(0)
     for i in range(count):
+        file = folder / f"class-{i % 2}" / f"{i:05d}.jpg"
+        file.parent.mkdir(exist_ok=True)
         coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        coarse.resize((resolution + 64, resolution + 32), Image.Resampling.BICUBIC).save(folder / f"{i:05d}.jpg")
+        coarse.resize((resolution + 64, resolution + 32), Image.Resampling.BICUBIC).save(file)
     return folder
 
 

@@ -137,14 +137,10 @@ def save_timm_folder(folder: Path, model: nn.Module, sizes: dict[str, Any], teac
         "num_classes": 0,
         "model_args": sizes,
         "pretrained_cfg": {
-            "mean": teacher.spec.image_mean,
-            "std": teacher.spec.image_std,
-            "input_size": [3, sizes["img_size"], sizes["img_size"]],
-            "interpolation": "bicubic",
-            "first_conv": "patch_embed.proj",
-            "license": "apache-2.0",
+            **{"mean": teacher.spec.image_mean, "std": teacher.spec.image_std, "input_size": [3, SIZE, SIZE]},
+            **{"interpolation": "bicubic", "first_conv": "patch_embed.proj", "license": "apache-2.0"},
         },
-        "reglue_input": {"image_pixels_per_patch": sizes["patch_size"], "minimum_input": sizes["img_size"]},
+        "reglue_input": {"image_pixels_per_patch": sizes["patch_size"], "minimum_input": SIZE},
     }
     weights = {key: value.half().contiguous() for key, value in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors")

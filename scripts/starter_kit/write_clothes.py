@@ -37,8 +37,8 @@ def write_clothes(options: WriteClothes) -> None:
     """Write both parts, whole or not at all. Raises UserError if the data are not there and cannot be fetched."""
     try:
         parts = {
-            "train": FashionMNIST(str(options.source), train=True, download=True),
-            "held-out": FashionMNIST(str(options.source), train=False, download=True),
+            part: FashionMNIST(str(options.source), train=part == "train", download=True)
+            for part in ("train", "held-out")
         }
     except (OSError, RuntimeError) as error:  # what torchvision raises without a network, or for damaged files
         raise UserError(
@@ -46,11 +46,11 @@ def write_clothes(options: WriteClothes) -> None:
         ) from error
     with new_folder(options.out) as beside:
         for part, images in parts.items():
-            for name in NAMES:
-                (beside / part / name).mkdir(parents=True)
             for i in tqdm(range(len(images)), desc=f"write {part}", unit="image"):
                 image, label = images[i]
-                image.save(beside / part / NAMES[label] / f"{i:05d}.png")
+                folder = beside / part / NAMES[label]
+                folder.mkdir(parents=True, exist_ok=True)
+                image.save(folder / f"{i:05d}.png")
 
 
 if __name__ == "__main__":
