@@ -183,7 +183,7 @@ def compress(options: Compress) -> Store:
     mean, std = (torch.tensor(each[source.channels], device=device) for each in (statistics.mean, statistics.std))
     std = torch.where(std > 1e-6, std, 1.0)  # A channel that never changes stays 0 instead of becoming NaN.
     if fits:  # Its codes were damaged.
-        compressor = load_compressor(folder).to(device)
+        compressor = load_compressor(folder, f"delete {folder} and run it again").to(device)
     elif fitted:
         compressor = fitted.to(device)
     elif options.kind == "pca":

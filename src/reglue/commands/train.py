@@ -224,4 +224,5 @@ def take_compressors(store: Store, record: RunRecord, out: Path) -> None:
     for modality in record.denoiser.modalities:
         folder = out / COMPRESSORS / modality.name
         if modality.name in record.compressors and not (folder / SPEC_FILE).is_file():
-            load_compressor(store.folder / COMPRESSORS / compressor_of(modality.column)).save(folder)
+            source = store.folder / COMPRESSORS / compressor_of(modality.column)
+            load_compressor(source, f"delete {source} and run `reglue compress` again").save(folder)
