@@ -312,7 +312,7 @@ class Study:
     def __init__(self, options: Options):
         self.options, self.work, self.device = options, options.work, resolve_device(options.device)
         self.networks: dict[str, Any] = {}
-        self.lines = read_jsonl(self.work / "results.jsonl", dict[str, Any], "mend that line, or delete it")
+        self.lines = read_jsonl(self.work / "results.jsonl", dict[str, Any], "fix that line, or delete that line alone")
 
     def answer(self, question: str, arms: Sequence[Arm]) -> None:
         """Train, draw and measure what is missing, and write the report whenever all arms have come further."""

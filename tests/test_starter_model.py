@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from importlib import resources
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 import reglue
 from helpers import reglue_command
+from reglue.cli import parse
 
 LARGEST_FILE = 5_000_000
 SAMPLES = 4
@@ -64,3 +66,9 @@ def test_its_files_are_small_and_name_no_folder() -> None:
     files = [file for file in Path(str(resources.files("reglue.starter"))).rglob("*") if file.is_file()]
     assert max(file.stat().st_size for file in files) < LARGEST_FILE
     assert not [file for file in files if file.suffix == ".json" and '"/' in file.read_text()]
+
+
+def test_the_command_of_its_card_is_the_one_that_trained_it(model: reglue.ImageModel) -> None:
+    card = (Path(str(resources.files("reglue.starter"))) / "model" / "README.md").read_text()
+    (command,) = (line for line in card.splitlines() if line.startswith("reglue train "))
+    assert parse(shlex.split(command)[1:]).recipe == model.record.recipe

@@ -196,7 +196,7 @@ def find_compressor(record: RunRecord, run: Path | None, modality: str) -> Compr
         places.append(Path(record.store) / COMPRESSORS / compressor_of(column))
     for place in places if modality in record.compressors else []:
         if place.is_dir():
-            compressor = load_compressor(place)
+            compressor = load_compressor(place, "delete it and run the command that wrote it again")
             if compressor.spec() == record.compressors[modality]:
                 return compressor
     return None

@@ -636,8 +636,9 @@ def test_two_processes_share_the_images(kind, tmp_path, tiny_run, tiny_images, t
         np.savez(images, noise)
     else:
         images = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
-    common = ["--feature-network", tiny_encoder, "--resamples=5", "--device=cpu", "--batch-size=2"]
-    common += ["--count=7"] if kind == "run" else []
+    common = ["--feature-network", tiny_encoder, "--resamples=5", "--device=cpu"]
+    # Of a run's images the second process gets none to describe, but drawing them is common work.
+    common += ["--count=7", "--batch-size=8"] if kind == "run" else ["--batch-size=2"]
     reports = {name: tmp_path / f"{name}.json" for name in ("one", "two")}
     command = ["evaluate", str(images), "--reference", str(tiny_images), *common, "--out"]
     first, second = run_ranks(2, *command, reports["two"])

@@ -529,7 +529,7 @@ def test_a_mistake_that_one_process_meets_ends_all(options, own_images: Path):
     assert ended.returncode != 0
     assert len([line for line in ended.stderr.splitlines() if "text.jpg" in line]) == 1
     assert "reglue: " in ended.stderr
-    assert "reglue/jobs" not in ended.stderr, "a traceback of ours; that of the launcher is there anyway"
+    assert "reglue/commands" not in ended.stderr, "a traceback of ours; that of the launcher is there anyway"
     with pytest.raises(UserError, match="half-written"):
         Store.open(options().out)
 

@@ -17,7 +17,7 @@ from reglue.config import OptimiserConfig
 from reglue.errors import Stopped, UserError
 from reglue.training import checkpoints, stopping
 from reglue.training.loop import Means, Task, adamw, ema_decay, fit, learning_rate, part_size
-from reglue.training.tracking import TRACKERS, read
+from reglue.training.tracking import TRACKERS, JsonLines, read
 
 CONFIG = OptimiserConfig(
     steps=7, batch_size=4, accumulate=2, learning_rate=0.1, warmup=2, decay="cosine", ema=0.5, clip=1.0
@@ -112,7 +112,7 @@ def test_what_is_done_when(tmp_path: Path) -> None:
         (0, True), (2, False), (3, False), (3, True), (4, False), (6, False), (6, True), (7, False), (7, True)
     ]  # fmt: skip
     of_last_step = [event for event, step in task.events if step == 7]
-    assert of_last_step == ["check", "evaluate", "check", "preview"]
+    assert of_last_step == ["check", "evaluate", "preview", "check"]
     assert sorted(picture.name for picture in (run / "previews").iterdir()) == [
         "00000000.png", "00000004.png", "00000007.png",
     ]  # fmt: skip
@@ -274,3 +274,9 @@ def test_a_line_that_was_cut_short_is_written_again(tmp_path: Path, whole: Path)
         file.write(json.dumps({"step": 4, "loss": 1.0})[:-5])
     train(Line(), tmp_path / "run")
     assert lines(tmp_path / "run") == lines(whole)
+
+
+def test_figures_that_are_not_finite_are_left_out_of_the_log(tmp_path: Path) -> None:
+    record = JsonLines(tmp_path, -1)
+    record.log(3, {"loss": 0.5, "rate": float("inf"), "validation": {"distance": float("nan"), "psnr": 20.0}})
+    assert read(tmp_path) == [{"step": 3, "loss": 0.5, "validation": {"psnr": 20.0}}]

@@ -86,7 +86,7 @@ class Autoencode(TakesPaths):
     keep: int = 2
     """Number of checkpoints to keep; 0 keeps all."""
     track: tuple[str, ...] = ()
-    """Trackers beside metrics.jsonl, by the names under which they are in reglue.training.tracking.TRACKERS."""
+    """Registered trackers of your own, by name: figures and pictures go there too, beside metrics.jsonl."""
     workers: int = 2
     """Threads that decode images ahead, per process of torchrun; 0 decodes when needed."""
     device: str = "auto"

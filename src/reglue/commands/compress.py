@@ -152,7 +152,7 @@ class Compress(TakesPaths):
 
 
 def compress(options: Compress) -> Store:
-    """Fit a compressor and write its codes. Raises UserError for anything that the user can mend."""
+    """Fit a compressor and write its codes. Raises UserError for anything that the user can fix."""
     device = distributed.alone("compress", options.device)
     fitted = options.read_fitted()
     if fitted:
@@ -175,6 +175,7 @@ def compress(options: Compress) -> Store:
     fits = _is_the_one(folder, store.manifest.compressors.get(name))
     _same_options_as_before(folder, options.decisive(fitted), begun=fits)
     if fits and store.has_whole(options.codes):
+        shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)  # Left, if the process died before it could.
         print(f"{store.folder} has compressor {name} already")
         return store
 
@@ -183,7 +184,7 @@ def compress(options: Compress) -> Store:
     mean, std = (torch.tensor(each[source.channels], device=device) for each in (statistics.mean, statistics.std))
     std = torch.where(std > 1e-6, std, 1.0)  # A channel that never changes stays 0 instead of becoming NaN.
     if fits:  # Its codes were damaged.
-        compressor = load_compressor(folder).to(device)
+        compressor = load_compressor(folder, f"delete {folder} and run it again").to(device)
     elif fitted:
         compressor = fitted.to(device)
     elif options.kind == "pca":

@@ -132,7 +132,7 @@ class Probe(ProbingOptions):
 
 
 def probe(options: Probe) -> ProbeReport:
-    """Fit and measure all probes, print a table and write it. Raises UserError for anything that the user can mend."""
+    """Fit and measure all probes, print a table and write it. Raises UserError for anything that the user can fix."""
     device = distributed.alone("probe", options.device)
     store = Store.open(options.store)
     second = None if options.validation is None else second_store(options.validation, store)

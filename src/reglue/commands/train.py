@@ -74,7 +74,7 @@ class Train(TakesPaths):
     """The same bits from the same command on a GPU too, resumed or not, on the same kind of GPU with the same versions.
     Without it, attention's backward pass is slightly faster."""
     track: tuple[str, ...] = ()
-    """Trackers beside metrics.jsonl, by the names under which they are in reglue.training.tracking.TRACKERS."""
+    """Registered trackers of your own, by name: figures and pictures go there too, beside metrics.jsonl."""
     shards: int = 1
     """Under torchrun: number of processes that share one copy of the model, for models larger than one device. 1 keeps
     a whole copy in each."""
@@ -224,4 +224,5 @@ def take_compressors(store: Store, record: RunRecord, out: Path) -> None:
     for modality in record.denoiser.modalities:
         folder = out / COMPRESSORS / modality.name
         if modality.name in record.compressors and not (folder / SPEC_FILE).is_file():
-            load_compressor(store.folder / COMPRESSORS / compressor_of(modality.column)).save(folder)
+            source = store.folder / COMPRESSORS / compressor_of(modality.column)
+            load_compressor(source, f"delete {source} and run `reglue compress` again").save(folder)

@@ -68,7 +68,7 @@ class HeadRecord:
 
 
 def train_head(options: TrainHead) -> Head:
-    """Train and measure a head and write it. Raises UserError for anything that the user can mend."""
+    """Train and measure a head and write it. Raises UserError for anything that the user can fix."""
     refuse_filled(options.out)  # Before the training rather than after it.
     device = distributed.alone("head", options.device)
     store = Store.open(options.store)

@@ -72,7 +72,7 @@ def damaged_compressors(folder: Path, compressors: dict[str, CompressorSpec]) ->
     """The names of a store's compressors that are missing or others than those that made its codes."""
     for name, spec in compressors.items():
         try:
-            intact = load_compressor(folder / "compressors" / name).spec() == spec
+            intact = load_compressor(folder / "compressors" / name, "run `reglue compress` again").spec() == spec
         except UserError as error:
             print(error, file=sys.stderr)
             intact = False
@@ -91,7 +91,7 @@ def verify_run(folder: Path) -> Path:
             checkpoints.read_weights(file)
     for modality, spec in record.compressors.items():
         compressor = folder / COMPRESSORS / modality
-        if compressor.is_dir() and load_compressor(compressor).spec() != spec:
+        if compressor.is_dir() and load_compressor(compressor, "copy it again").spec() != spec:
             raise UserError(f"{compressor} is not the compressor that the run was trained with; copy it again")
     print(f"{folder}: checkpoints {', '.join(map(str, checkpoints.steps(folder))) or '(none)'} can be read whole")
     if record.store is None or record.store_hash is None:

@@ -102,7 +102,7 @@ class DecodedTargets(AlignmentTargets):
         self.store, self.column = store, codes_column(name, "features")
         self.last_layer = slice(-encoder.width, None)
         folder = store.folder / "compressors" / name
-        compressor = load_compressor(folder)
+        compressor = load_compressor(folder, f"delete {folder} and run `reglue compress` again")
         if compressor.spec() != store.manifest.compressors[name]:
             raise UserError(f"the compressor in {folder} did not make column {self.column}; put back the one that did")
         if compressor.layers and compressor.layers[-1] != encoder.depth - 1:

@@ -70,7 +70,7 @@ class Previews(Control):
         self.steps, self.predicted = 0, State()
 
     def of(self, images: slice) -> Control:
-        """The same, which counts steps anew."""
+        """The same, which counts steps from the start."""
         return Previews(self.show, self.every, self.path)
 
     def velocity(self, velocity: State, state: State, times: Times) -> State:

@@ -301,10 +301,12 @@ def resize(code: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.interpolate(code, size=grid, mode="bilinear", align_corners=False)
 
 
-def load_compressor(folder: Path | str) -> Compressor:
-    """Load what `Compressor.save` wrote, in eval mode on the CPU. Raises UserError for a missing or damaged file."""
+def load_compressor(folder: Path | str, remedy: str = "give a folder that `reglue compress` wrote") -> Compressor:
+    """Load what `Compressor.save` wrote, in eval mode on the CPU.
+
+    Raises UserError, which ends in the `remedy`, for a missing or damaged file.
+    """
     folder = Path(folder)
-    remedy = f"delete {folder} and run `reglue compress` again"
     spec = read_json(folder / SPEC_FILE, CompressorSpec, remedy)
     compressor = read_network(lambda: _empty(spec), folder / WEIGHTS_FILE, remedy).eval()
     if compressor.weights_sha256() != spec.weights_sha256:

@@ -137,8 +137,10 @@ class _SourceImages(Images):
         return len(self.rows)
 
     def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
-        for numbers in share.batches(len(self)):
-            yield [self.source.load(self.rows[number], resolution) for number in numbers]
+        source = self.source  # Made here, in every process: drawing images is common work.
+        return (
+            [source.load(self.rows[number], resolution) for number in numbers] for numbers in share.batches(len(self))
+        )
 
     def name(self, number: int) -> str:
         return self.source.names[self.rows[number]]

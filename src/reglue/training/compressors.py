@@ -44,7 +44,7 @@ class Fit(NamedTuple):
 
     mse: float
     explained: float
-    """1 − squared error / squared deviation from the store's mean of each channel."""
+    """1 − squared error / squared deviation from the store's mean of each channel; 0 where nothing deviates."""
 
 
 @torch.inference_mode()
@@ -58,4 +58,4 @@ def measure(compressor: Compressor, source: Source, rows: Tensor) -> Fit:
         error += (compressor.expand(compressor.compress(features)) - features).double().square().sum()
         deviation += features.double().square().sum()
         count += features.numel()
-    return Fit((error / count).item(), (1 - error / deviation).item())
+    return Fit((error / count).item(), (1 - error / deviation).item() if deviation else 0.0)

@@ -138,8 +138,11 @@ def fit(
         trackers = stack.enter_context(closing(Trackers(run, track, step or -1))) if rank == 0 else None
         writer = stack.enter_context(closing(checkpoints.Writer(run, keep, sharded)))
         if evaluate_first and not step:
-            evaluate(task, step, trackers, saved)
-            preview(task, step, trackers)
+            evaluate(task, step, trackers)
+            undrawn = preview(task, step, trackers)
+            check(task, step, trackers, saved)
+            if undrawn:
+                raise undrawn
         ahead = (part for future in range(step, steps) for part in parts_of(future))
         batches = stack.enter_context(closing(prefetch(task.read, ahead, workers, task.device)))
         progress = stack.enter_context(
@@ -178,15 +181,19 @@ def fit(
                     progress.set_postfix({name: f"{line[name]:.4g}" for name in task.shown})
                 task.check(step, saved)
                 means, logged_step, logged_time = Means(), step, time.perf_counter()
+            # Figures and pictures come before the checkpoint: a process that is killed in between makes them again, and
+            # none is missing.
             if evaluation_due:
-                # Before the checkpoint: a process that is killed in between measures again, and no figure is missing.
-                evaluate(task, step, trackers, saved)
+                evaluate(task, step, trackers)
             writer.check()
+            undrawn = preview(task, step, trackers) if preview_due else None
+            if evaluation_due:
+                check(task, step, trackers, saved)
             if checkpoint_due or stop:
                 writer.save(step, model, ema, optimiser)
                 saved = step
-            if preview_due:
-                preview(task, step, trackers)  # After it: a picture that cannot be drawn costs no step.
+            if undrawn:
+                raise undrawn  # Now: a picture that cannot be drawn costs no step.
             if evaluation_due or preview_due:
                 logged_time = time.perf_counter()
             if stop and step < steps:
@@ -196,19 +203,29 @@ def fit(
     distributed.barrier()
 
 
-def evaluate(task: Task[Any], step: int, trackers: Trackers | None, saved: int | None) -> None:
+def evaluate(task: Task[Any], step: int, trackers: Trackers | None) -> None:
     """Measure and log in the first process, which alone has trackers, while the others wait."""
     if trackers:
         trackers.log(step, task.evaluate(step))
+    distributed.barrier()
+
+
+def check(task: Task[Any], step: int, trackers: Trackers | None, saved: int | None) -> None:
+    """Have the first process look whether what it measured speaks against going on, while the others wait."""
+    if trackers:
         task.check(step, saved)
     distributed.barrier()
 
 
-def preview(task: Task[Any], step: int, trackers: Trackers | None) -> None:
-    """Have a picture drawn, and keep it."""
-    picture = task.preview(step)
-    if trackers and picture:
-        trackers.image(step, "previews", picture)
+def preview(task: Task[Any], step: int, trackers: Trackers | None) -> Exception | None:
+    """Have a picture drawn, and keep it. Returns what went wrong, if anything did."""
+    try:
+        picture = task.preview(step)
+        if trackers and picture:
+            trackers.image(step, "previews", picture)
+    except Exception as error:
+        return error
+    return None
 
 
 def check_finite(values: Mapping[str, float], since: int, step: int, remedy: str) -> None:

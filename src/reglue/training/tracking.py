@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Collection
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,9 +46,9 @@ class JsonLines:
                 beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line."""
+        """Append one line, without figures that are infinite or not a number, which JSON has no word for."""
         with (self.run / FILE).open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps(_finite({"step": step, **values}), allow_nan=False) + "\n")
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
         """Write one picture."""
@@ -108,6 +109,12 @@ class Trackers:
             self.others.pop(name, None)
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             tqdm.write(f"warning: tracker {name} failed and is left out from here on ({reason})", file=sys.stderr)
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The values without floats that are not finite, also within those that are named sets of figures."""
+    kept = {name: _finite(value) if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: value for name, value in kept.items() if not isinstance(value, float) or isfinite(value)}
 
 
 def read(run: Path) -> list[dict[str, Any]]:
