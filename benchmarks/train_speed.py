@@ -27,7 +27,7 @@ from common import alternate, matmul_rate, report, run, speedups
 from counting import parameters, training_flops
 from official import CLS, LOCAL
 from reglue.commands.train import DenoiserTask, Losses, Train
-from reglue.config import Compile, Precision
+from reglue.config import Compile
 from reglue.data.batches import HostBatch, TrainingData
 from reglue.data.prefetch import READERS, prefetch
 from reglue.diffusion.conditions import CLASS
@@ -36,6 +36,7 @@ from reglue.diffusion.modalities import LATENT
 from reglue.diffusion.objective import TrainingSample, loss_terms
 from reglue.diffusion.paths import LINEAR, PATHS
 from reglue.run import RunRecord
+from reglue.sampling import Precision
 from reglue.training import distributed
 from reglue.training.loop import Means, ema_decay
 from reglue.training.precision import compile_parts, to_compile

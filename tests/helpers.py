@@ -38,6 +38,7 @@ TINY_RECIPE = [
     "--optimisation.learning-rate=1e-3",
     "--alignment.hidden=32",
     "--sampling.steps=4",
+    "--sampling.precision=float32",
     "--log-every=5",
     "--preview-every=0",
     "--device=cpu",

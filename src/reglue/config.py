@@ -20,7 +20,7 @@ from reglue.diffusion.paths import PathName
 from reglue.diffusion.predictions import PREDICTIONS
 from reglue.diffusion.schedules import SCHEDULES
 from reglue.errors import UserError, option, require
-from reglue.sampling import Precision, Sampling, refuse_unknown
+from reglue.sampling import AutoPrecision, Sampling, refuse_unknown
 
 Compile = Literal["auto", "no", "blocks", "model"]
 
@@ -272,8 +272,9 @@ class OptimiserConfig:
     """Decay of the moving average of the weights, per step."""
     ema_warmup: bool = False
     """Begin with a shorter average, min(decay, (1 + step) / (10 + step)), for short runs."""
-    precision: Precision = "float32"
-    """Precision of matrix products. tf32: float32, whose products a GPU rounds to TF32."""
+    precision: AutoPrecision = "auto"
+    """Precision of matrix products. tf32: float32, whose products a GPU rounds to TF32. auto: bfloat16 where the
+    processor or GPU multiplies it faster, float32 elsewhere; a run keeps what it began with."""
     compile: Compile = "no"
     """torch.compile: slower to start, faster after. blocks: one block of the transformer, used for all of them. model:
     the whole network with its losses, slowest to start. auto: blocks on a GPU, no on a CPU."""

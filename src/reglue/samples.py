@@ -26,9 +26,10 @@ from reglue.errors import UserError, option, require
 from reglue.files import TakesPaths, read_json, replacing
 from reglue.pipeline import ImageModel, evaluations, load
 from reglue.run import find_run, known_as
-from reglue.sampling import Sampling, SamplingOverrides
+from reglue.sampling import AutoPrecision, Sampling, SamplingOverrides
 from reglue.seeds import generator
 from reglue.training import checkpoints, distributed
+from reglue.training.precision import settled
 
 PROTOCOL = "samples.json"
 WEAKER_SCALE = 2.0
@@ -88,8 +89,7 @@ def write_samples(options: Draw) -> Path:
         compile=options.compile,
     )
     drawing = plan(options, model)
-    as_npz = options.out.suffix.lower() == ".npz"
-    folder = options.out.with_suffix(".parts") if as_npz else options.out
+    as_npz, folder = is_archive(options.out), folder_of(options.out)
     protocol = protocol_of(options, drawing)
     if as_npz and is_finished(options.out, protocol):
         if rank == 0:
@@ -116,6 +116,16 @@ def write_samples(options: Draw) -> Path:
         write_archive(options.out, files, drawing.labels, protocol)
         _remove(folder)
     return options.out
+
+
+def is_archive(out: Path) -> bool:
+    """Whether images are to be in one file."""
+    return out.suffix.lower() == ".npz"
+
+
+def folder_of(out: Path) -> Path:
+    """Where the images lie, until they are all there if they are to be in one file."""
+    return out.with_suffix(".parts") if is_archive(out) else out
 
 
 def _remove(folder: Path) -> None:
@@ -218,8 +228,17 @@ def plan(options: Draw, model: ImageModel) -> Drawing:
             f"{option('auto_scale')} {changes['auto_scale']}: autoguidance needs a weaker model; name one with "
             f"{option('weaker_run')}"
         )
-    sampling = model.default_sampling.changed(**changes)
+    sampling = settled(model.default_sampling.changed(**changes), drawn_before(options.out), model.device)
     return Drawing(model, weaker, model.resolved(sampling), choose_labels(options, model), options.seed)
+
+
+def drawn_before(out: Path) -> AutoPrecision | None:
+    """The precision in which the images that lie at a place were drawn; None if there are none."""
+    place = out if is_archive(out) and out.exists() else folder_of(out) / PROTOCOL
+    if not place.exists():
+        return None
+    protocol = archived_protocol(place) if is_archive(place) else read_protocol(place)
+    return ((protocol or {}).get("sampling") or {}).get("precision")
 
 
 def weaker_model(options: Draw, model: ImageModel) -> Denoiser:

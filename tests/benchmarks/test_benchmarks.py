@@ -32,13 +32,13 @@ from prepare_speed import PrepareSpeed
 from read_speed import ReadSpeed
 from reglue.commands.prepare import Prepare
 from reglue.commands.train import Train, train
-from reglue.config import Optimisation, Precision
+from reglue.config import Optimisation
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
 from reglue.papers import RECIPES
 from reglue.pipeline import ImageModel
-from reglue.sampling import Sampling
+from reglue.sampling import Precision, Sampling
 from reglue.training.checkpoints import find
 from sample_speed import SampleSpeed
 from train_speed import TrainingStep, TrainSpeed

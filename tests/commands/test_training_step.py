@@ -26,7 +26,7 @@ import reglue.data.batches
 from helpers import TINY_RECIPE
 from reglue.cli import parse
 from reglue.commands.train import Losses, train
-from reglue.config import Compile, Precision, Recipe
+from reglue.config import Compile, Recipe
 from reglue.data import images
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
@@ -37,6 +37,7 @@ from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.papers import RECIPES
+from reglue.sampling import Precision
 from reglue.training import parallel
 from reglue.training.precision import autocast, compile_parts
 

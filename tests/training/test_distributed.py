@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from reglue import cli
-from reglue.config import Compile, Precision
+from reglue.config import Compile
 from reglue.errors import UserError
+from reglue.sampling import Precision
 from reglue.training import checkpoints, distributed, precision, stopping
 from reglue.training.precision import autocast, matmul_precision, to_compile
 

@@ -30,6 +30,7 @@ from reglue.reals.training import AutoencoderTask, alignment_spec
 from reglue.seeds import generator, permutation
 from reglue.training import checkpoints, distributed, stopping
 from reglue.training.loop import fit, part_size
+from reglue.training.precision import settled, to_precision
 from reglue.training.tracking import check_trackers, read
 from reglue.training.watchdog import watchdog
 
@@ -130,9 +131,12 @@ def autoencode(options: Autoencode) -> Path:
     finite or the latents collapse or blow up; Stopped after SIGTERM, with a checkpoint written.
     """
     check_trackers(options.track)
-    recipe, optimisation = options.recipe, options.recipe.optimisation
     rank, processes = distributed.join(options.device)
     device = distributed.resolve_device(options.device)
+    before = read_record(options.out)
+    optimisation = settled(options.recipe.optimisation, before and before.recipe.optimisation.precision, device)
+    recipe = replace(options.recipe, optimisation=optimisation)
+    options = replace(options, recipe=recipe)
     part = part_size(optimisation, processes)
     # The first process is the only one that measures.
     lpips, inception = (options.measure_lpips, options.measure_inception) if rank == 0 else ((), None)
@@ -157,6 +161,7 @@ def autoencode(options: Autoencode) -> Path:
             print(f"{options.out} is complete already: {optimisation.steps} steps")
         return options.out
 
+    precision = to_precision(optimisation.precision, device)
     samples = ImageSamples(images, training, options.size, shape, options.seed, "training", recipe.flips)
     held_out = replace(held_out, shape=shape)
     evaluate_every = options.evaluate_every or -(-len(training) // optimisation.batch_size)
@@ -175,7 +180,7 @@ def autoencode(options: Autoencode) -> Path:
     if rank == 0:
         chosen = permutation(options.seed, "latent statistics", 0, len(training))[: options.statistics_images]
         measured = ImageSamples(images, training[chosen.sort().values], options.size, shape, options.seed, "statistics")
-        mean, std = latent_mean_std(average, all_of(measured, part, options.workers, device), optimisation.precision)
+        mean, std = latent_mean_std(average, all_of(measured, part, options.workers, device), precision)
         if average.alignment:
             spread = torch.linspace(0, len(held_out) - 1, min(LENGTH_IMAGES, len(held_out))).long()
             described = all_of(replace(held_out, rows=held_out.rows[spread]), part, options.workers, device)
@@ -241,7 +246,7 @@ def create_or_resume(
     rank: int,
 ) -> TrainingRecord:
     """Make the folder, or check that it is this training's. Raises UserError, naming what differs."""
-    path = options.out / RECORD
+    before = read_record(options.out)
     by_share = held_out.images is images
     record = TrainingRecord(
         recipe=options.recipe,
@@ -256,8 +261,7 @@ def create_or_resume(
         images=str(options.images),
         versions={name: version(name) for name in ("reglue", "torch", "diffusers", "safetensors")},
     )
-    if path.is_file():
-        before = read_json(path, TrainingRecord, "choose a new folder, or delete this one")
+    if before:
         different = differences(before, record)
         if different:
             raise UserError(
@@ -273,6 +277,12 @@ def create_or_resume(
     distributed.barrier()
     if rank == 0:
         options.out.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside:
+        with replacing(options.out / RECORD) as beside:
             beside.write_text(to_json(record))
     return record
+
+
+def read_record(out: Path) -> TrainingRecord | None:
+    """The record of a training in its folder; None if there is none. Raises UserError if it is damaged."""
+    path = out / RECORD
+    return read_json(path, TrainingRecord, "choose a new folder, or delete this one") if path.is_file() else None

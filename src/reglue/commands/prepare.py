@@ -18,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue.config import Precision
 from reglue.data.decoding import decoded
 from reglue.data.images import ImageSource, UnreadableImage
 from reglue.data.manifest import Contents, Source
@@ -30,6 +29,7 @@ from reglue.encoders.autoencoders import Autoencoder, load_autoencoder
 from reglue.encoders.vision import VisionEncoder, load_encoder
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
+from reglue.sampling import Precision
 from reglue.seeds import permutation
 from reglue.training import distributed
 from reglue.training.precision import autocast, matmul_precision

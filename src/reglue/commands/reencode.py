@@ -9,13 +9,13 @@ from typing import Literal
 from tyro.conf import Positional
 
 from reglue.commands.prepare import NO_ENCODER, Prepare, prepare
-from reglue.config import Precision
 from reglue.data.manifest import MANIFEST, Manifest, read_manifest, refuse_others
 from reglue.data.store import Store
 from reglue.data.store_writer import add_semantics, replace_lost_files
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.errors import UserError
 from reglue.files import TakesPaths
+from reglue.sampling import Precision
 from reglue.training import distributed
 
 PRECISION: Precision = "float32"

@@ -28,9 +28,11 @@ from reglue.errors import UserError, require
 from reglue.files import TakesPaths
 from reglue.pipeline import ImageModel
 from reglue.run import COMPRESSORS, RunRecord, Weights, decoder
+from reglue.run import FILE as RECORD
+from reglue.sampling import Precision
 from reglue.training import checkpoints, distributed, parallel, stopping
 from reglue.training.loop import Task, adamw, fit, part_size
-from reglue.training.precision import autocast, compile_parts, matmul_precision, to_compile
+from reglue.training.precision import autocast, compile_parts, matmul_precision, settled, to_compile, to_precision
 from reglue.training.tracking import check_trackers
 from reglue.training.watchdog import watchdog
 
@@ -110,7 +112,8 @@ class DenoiserTask(Task[HostBatch]):
         self.name = f"train {self.recipe.name}"
         optimisation, model = self.recipe.optimisation, losses.denoiser
         blocks = model.backbone.blocks
-        self.losses = parallel.parallelise(losses, blocks, options.shards, data.device, optimisation.precision)
+        self.precision: Precision = to_precision(optimisation.precision, data.device)
+        self.losses = parallel.parallelise(losses, blocks, options.shards, data.device, self.precision)
         ema = {name: value.clone() for name, value in model.state_dict().items()}
         optimiser = adamw(model.parameters(), optimisation)
         super().__init__(optimisation, data.device, part, model, optimiser, averaged=model, ema=ema)
@@ -121,9 +124,8 @@ class DenoiserTask(Task[HostBatch]):
 
     def backward(self, batch: HostBatch, step: int, last_part: bool) -> dict[str, Tensor]:
         """See `Task`."""
-        precision = self.optimisation.precision
-        with matmul_precision(self.device, precision), parallel.accumulating(self.losses, last_part):
-            with autocast(self.device, precision):
+        with matmul_precision(self.device, self.precision), parallel.accumulating(self.losses, last_part):
+            with autocast(self.device, self.precision):
                 terms = self.losses(self.data.finish(batch))
             loss = weighted_sum(terms, self.recipe.loss_weights(step))
             (loss / self.optimisation.accumulate).backward()
@@ -158,9 +160,11 @@ def train(options: Train) -> Path:
     check_trackers(options.track)
     start = fine_tuning.begin(options.out, options.start, options.start_step, options.start_weights)
     recipe = start.recipe(options.recipe) if start else options.recipe
-    optimisation = recipe.optimisation
     rank, processes = distributed.join(options.device)
     device = distributed.resolve_device(options.device)
+    before = RunRecord.read(options.out).recipe.optimisation.precision if (options.out / RECORD).is_file() else None
+    optimisation = settled(recipe.optimisation, before, device)
+    recipe = replace(recipe, optimisation=optimisation)
     store = Store.open(options.store)
     part = part_size(optimisation, processes)
     parallel.check_shards(options.shards, processes)
@@ -201,7 +205,7 @@ def train(options: Train) -> Path:
 
 def create_or_resume(out: Path, record: RunRecord, rank: int) -> None:
     """Make the run folder, or check that it is this run's. Raises UserError, naming what differs."""
-    if (out / "run.json").is_file():
+    if (out / RECORD).is_file():
         before = RunRecord.read(out)
         if before.origin:
             raise UserError(f"{out} was imported from {before.origin} and cannot be trained on; choose a new --out")

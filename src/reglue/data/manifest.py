@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from reglue.config import Precision
 from reglue.data.images import ImageSource, UnreadableImage
 from reglue.data.opening import open_images
 from reglue.data.sources import Reading, Subset
@@ -20,6 +19,7 @@ from reglue.encoders.compressors import CompressedColumn, CompressorSpec
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
 from reglue.files import plain, read_json, replacing, to_json
+from reglue.sampling import Precision
 
 FORMAT = 1
 """Version of the layout on disk."""
