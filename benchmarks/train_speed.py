@@ -71,7 +71,9 @@ class TrainingStep:
         recipe = data.recipe
         recipe = replace(recipe, optimisation=replace(recipe.optimisation, precision=precision))
         losses = Losses(deepcopy(start), PATHS[recipe.path])
-        compile_parts(losses, losses.denoiser.backbone.blocks, to_compile(compile, data.device))
+        compile_parts(
+            losses, losses.denoiser.backbone.blocks, to_compile(compile, data.device, recipe.optimisation.steps)
+        )
         options = Train(recipe, data.store.folder, Path("nowhere"))
         self.task = DenoiserTask(options, RunRecord.of(data.store, recipe, 0), data, 1, losses)
         weights = losses.denoiser.state_dict()

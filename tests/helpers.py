@@ -35,6 +35,7 @@ TINY_RECIPE = [
     "--local.compressor=conv-4",
     "--optimisation.batch-size=8",
     "--optimisation.precision=float32",
+    "--optimisation.compile=no",
     "--optimisation.learning-rate=1e-3",
     "--alignment.hidden=32",
     "--sampling.steps=4",

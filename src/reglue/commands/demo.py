@@ -60,6 +60,7 @@ SMALL = Optimisation(
     clip=1.0,
     ema=0.995,
     ema_warmup=True,
+    compile="auto",
     time_shift=3.0,
 )
 """A schedule for minutes instead of days: a higher learning rate that falls, a shorter average, noisier times.

@@ -185,7 +185,7 @@ def train(options: Train) -> Path:
         checkpoints.save_start(options.out, model)  # From here on the other run is not needed.
     model.backbone.recomputed_blocks = round(optimisation.checkpoint_blocks * record.denoiser.depth)
     losses = Losses(model, PATHS[recipe.path])
-    compile_parts(losses, model.backbone.blocks, to_compile(optimisation.compile, device))
+    compile_parts(losses, model.backbone.blocks, to_compile(optimisation.compile, device, optimisation.steps))
     data = TrainingData(store, recipe, record.denoiser, options.seed, device)
     # On the CPU itself there is nothing to overlap: threads would take its cores from the step.
     workers = options.workers if options.workers is not None else 0 if device.type == "cpu" else READERS
