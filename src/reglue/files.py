@@ -215,7 +215,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """As `write_tensors`, in a folder that takes its place later: raises OSError or SafetensorError, and leaves a part."""
+    """As `write_tensors`, for a file that takes its place later: raises OSError or SafetensorError."""
     from safetensors.torch import save_file  # imports torch
 
     file.touch()

@@ -89,6 +89,9 @@ def test_two_processes_draw_the_images_of_one(tiny_run: Path, tmp_path: Path) ->
     assert abs(pixels(tmp_path / "one") - pixels(tmp_path / "two")).max() <= 1
     files = [(tmp_path / name / "samples.json").read_text() for name in ("one", "two")]
     assert files[0] == files[1]
+    assert (tmp_path / "two" / "samples.html").read_text() == (tmp_path / "one" / "samples.html").read_text()
+    table = (tmp_path / "two" / "samples.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table] == ["file_name", *(f"{i:06d}.png" for i in range(6))]
 
 
 def test_what_is_missing_is_drawn_again(tiny_run: Path, tmp_path: Path) -> None:
