@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
-from tyro.conf import Positional
 
 from reglue.data.manifest import MANIFEST, PARTIAL, is_intact, read_manifest
 from reglue.data.store import Store
 from reglue.encoders.compressors import CompressorSpec, load_compressor
 from reglue.errors import UserError
-from reglue.files import TakesPaths
+from reglue.options.verify import Verify
 from reglue.run import COMPRESSORS, RunRecord
 from reglue.run import FILE as RECORD
 from reglue.training import checkpoints
-
-
-@dataclass(frozen=True)
-class Verify(TakesPaths):
-    """Compare every file of a store, after copying it for example, with the hash in the store's manifest.
-
-    Of a run, the checkpoints are read, and its training store is verified if it is still where it was.
-    """
-
-    folder: Positional[Path]
-    """A store or a run."""
 
 
 def verify(options: Verify) -> Path:
