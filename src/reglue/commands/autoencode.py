@@ -17,6 +17,7 @@ from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
 from reglue.files import read_json, replacing, to_json
+from reglue.locks import writes
 from reglue.options.autoencode import Autoencode
 from reglue.reals.measuring import Judges, latent_mean_std, load_judges, semantic_lengths
 from reglue.reals.record import CONFIG, RECORD, TrainingRecord, differences, write_result
@@ -34,6 +35,7 @@ LENGTH_IMAGES = 1000
 UNLABELLED = Reading(no_labels=True)
 
 
+@writes()
 @watchdog
 @stopping.deferred()
 @distributed.repeatable(strict=False)

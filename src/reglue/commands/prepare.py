@@ -23,6 +23,7 @@ from reglue.data.store_writer import StoreWriter
 from reglue.encoders.autoencoders import Autoencoder, load_autoencoder
 from reglue.encoders.vision import VisionEncoder, load_encoder
 from reglue.errors import UserError
+from reglue.locks import writes
 from reglue.names import NO_ENCODER
 from reglue.options.prepare import Prepare
 from reglue.seeds import permutation
@@ -33,6 +34,7 @@ DARK = 4096
 """16-bit images whose values all lie below this, a sixteenth of the range, are probably of 12 bits or fewer."""
 
 
+@writes()
 def prepare(options: Prepare, *, semantics_of: Contents | None = None) -> Store:
     """Make a store, or continue one. Raises UserError for anything that the user can fix.
 

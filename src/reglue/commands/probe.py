@@ -16,6 +16,7 @@ from tqdm import tqdm
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.files import read_json, refuse_filled, replacing, to_json
+from reglue.locks import writes
 from reglue.options.probe import Probe, ProbingOptions
 from reglue.perception.agreement import IGNORE
 from reglue.perception.labelled import LabelledImages, Parts, draw_parts, open_input, with_classes, with_masks
@@ -37,6 +38,7 @@ from reglue.training import distributed
 REPORT, TABLE, FIGURE = "report.json", "report.md", "figure.png"
 
 
+@writes()
 def probe(options: Probe) -> ProbeReport:
     """Fit and measure all probes, print a table and write it. Raises UserError for anything that the user can fix."""
     device = distributed.alone("probe", options.device)

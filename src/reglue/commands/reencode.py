@@ -12,6 +12,7 @@ from reglue.data.store import Store
 from reglue.data.store_writer import add_semantics, replace_lost_files
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.errors import UserError
+from reglue.locks import writes
 from reglue.names import NO_ENCODER
 from reglue.options.prepare import Prepare
 from reglue.options.reencode import Reencode
@@ -21,6 +22,7 @@ PRECISION: Precision = "float32"
 """Of the second autoencoder's matrix products, whatever the first store's networks had."""
 
 
+@writes()
 def reencode(options: Reencode) -> Store:
     """Make the second store, continue it, or make again what it has lost.
 

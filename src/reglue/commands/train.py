@@ -22,6 +22,7 @@ from reglue.diffusion.paths import Path as Interpolant
 from reglue.diffusion.samplers import SAMPLERS
 from reglue.encoders.compressors import SPEC_FILE, load_compressor
 from reglue.errors import UserError
+from reglue.locks import writes
 from reglue.options.train import Train
 from reglue.pipeline import ImageModel
 from reglue.run import COMPRESSORS, RunRecord, decoder
@@ -91,6 +92,7 @@ class DenoiserTask(Task[HostBatch]):
         return Image.fromarray(image_grid(images, columns=math.ceil(options.preview_count**0.5)))
 
 
+@writes()
 @watchdog
 @stopping.deferred()
 @distributed.repeatable(strict=True)
