@@ -19,10 +19,11 @@ from reglue.encoders.alignment import LatentSemantics, cosine_similarities, simi
 from reglue.encoders.vision import VisionEncoder, load_encoder
 from reglue.errors import UserError, option
 from reglue.metrics.distances import GaussianStatistics, frechet_distance
-from reglue.metrics.inception import INCEPTION, Inception, load_inception
+from reglue.metrics.inception import Inception, load_inception
 from reglue.metrics.latents import DEAD, ENOUGH, LatentStatistics, LatentSummary
 from reglue.metrics.perceptual import Lpips, encoder_distance, load_lpips
 from reglue.metrics.reconstruction import psnr, ssim
+from reglue.names import INCEPTION
 from reglue.reals.config import Perceptual
 from reglue.reals.samples import ImageSamples, to_images, to_pixels
 from reglue.reals.trainable import AlignedAutoencoder, Reconstruction
