@@ -22,7 +22,7 @@ from sklearn.decomposition import PCA, IncrementalPCA
 from reglue.errors import UserError
 from reglue.pickles import read_untrusted
 from reglue.published.compressors import read_official_compressor, read_statistics
-from reglue.published.weights import read_official
+from reglue.published.containers import read_official
 
 FEATURES = np.random.default_rng(0).standard_normal((200, 12)) @ np.random.default_rng(1).standard_normal((12, 12))
 STATISTICS = {"mean": FEATURES.mean(0, dtype=np.float32), "std": FEATURES.std(0, dtype=np.float32) + 0.1}

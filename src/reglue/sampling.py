@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any, Literal, get_args
 
 from reglue.diffusion.guidance import GUIDERS, OWN_GUIDERS, Guidance
-from reglue.diffusion.samplers import SAMPLERS, StatePrecision
+from reglue.diffusion.samplers import SAMPLERS, Diffusion, StatePrecision
 from reglue.errors import UnknownPart, UserError, option, require
 from reglue.overrides import overrides_of
 
@@ -30,6 +30,9 @@ class Sampling:
     time_shift: float = 1.0
     """Times of the grid are t = s·u / (1 + (s − 1)·u) for equally spaced u: above 1, more of them are near noise, below
     1, near data; 1 is published. dopri5 has no grid."""
+    diffusion: Diffusion = "time"
+    """How much noise euler-maruyama adds, w_t: 2t for time, as REPA, REG and REGLUE do; 2σ_t for sigma, as SiT and ReDi
+    do. On the linear path both are the same."""
     guidance_scale: float = 1.0
     """Classifier-free guidance scale; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -109,6 +112,7 @@ class Sampling:
 
 
 CHOICES = {
+    "diffusion": get_args(Diffusion),
     "rounding": get_args(Rounding),
     "state_precision": get_args(StatePrecision),
     "precision": get_args(Precision),

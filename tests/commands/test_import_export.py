@@ -31,8 +31,9 @@ from reglue.diffusion.modalities import LATENT
 from reglue.encoders.compressors import load_compressor
 from reglue.errors import UserError
 from reglue.pipeline import load
+from reglue.published.containers import read_official
 from reglue.published.sharing import model_card
-from reglue.published.weights import import_official, read_official
+from reglue.published.weights import import_official
 from reglue.run import RunRecord, decoder
 from reglue.training.checkpoints import read_weights
 

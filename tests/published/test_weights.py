@@ -15,7 +15,9 @@ from torch import Tensor
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
 from reglue.diffusion.modalities import Modality
 from reglue.errors import UserError
-from reglue.published.weights import export_official, family_of, import_official, read_official, reverse_time
+from reglue.published.containers import read_official
+from reglue.published.families import family_of
+from reglue.published.weights import export_official, import_official, reverse_time
 
 GOLDEN = Path(__file__).parent.parent / "parity" / "golden"
 
