@@ -21,7 +21,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from math import prod
 from pathlib import Path
 from types import NoneType
@@ -38,7 +38,7 @@ TORCH_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How files begin that PyTorch wrote before version 1.6."""
 MOST_OPERATIONS = 500_000
 """Of one pickle. Checkpoints of the largest models have 60,000, their optimiser included."""
-MOST_OBJECTS = 200_000
+MOST_OBJECTS = 500_000
 """In the contents of a file, each counted as often as it is there."""
 DEEPEST = 100
 """How many lists and dicts may stand inside each other."""
@@ -363,7 +363,9 @@ def read_untrusted(file: Path) -> Any:
     UserError, naming the file, if it is missing, damaged, or holds or does anything else.
     """
     try:
-        return Contents().of(_read(file))
+        content = _read(file)
+        _refuse_large(content)
+        return _contents(content)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except MoreThanDataError as error:
@@ -484,40 +486,56 @@ def _read_npy(file: IO[bytes]) -> Any:
     return np.lib.format.read_array(file, allow_pickle=False)
 
 
-class Contents:
-    """Turns what was read into plain values, with arrays for their stand-ins: a tree, however it was written."""
+def _refuse_large(value: Any) -> None:
+    """Raise TooMuchError for what stands for too many objects, in the time that it takes to see each of them once."""
+    counts: dict[int, int] = {}
 
-    def __init__(self) -> None:
-        self.left = MOST_OBJECTS
-
-    def of(self, value: Any, depth: int = 0) -> Any:
-        """One value that was read, `depth` others deep. Raises NotNumbersError and TooMuchError."""
-        self.left -= 1
-        if self.left < 0 or depth > DEEPEST:
-            raise TooMuchError(f"more than {MOST_OBJECTS:,} objects" if self.left < 0 else "objects nested too deeply")
-        if isinstance(value, InertArray):
-            return self._array(value, depth)
+    def count(value: Any, depth: int) -> int:
         if isinstance(value, Inert):
-            return self.of(value.state, depth + 1)
-        if isinstance(value, dict):
-            return {_key(key): self.of(item, depth + 1) for key, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)([self.of(item, depth + 1) for item in value])
-        if isinstance(value, Tensor):
-            # One number can be written as a tensor of any size.
-            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise TooMuchError(f"a tensor of {value.numel():,} numbers")
-            return value.detach()
-        return value if isinstance(value, str | int | float | bytes | np.ndarray) else None
+            inside: Collection[Any] = (value.state, value.arguments)
+        elif isinstance(value, dict):
+            inside = value.values()
+        elif isinstance(value, list | tuple):
+            inside = value
+        else:
+            return 1
+        if depth > DEEPEST:
+            raise TooMuchError("objects nested too deeply")
+        if id(value) not in counts:
+            counts[id(value)] = MOST_OBJECTS  # should it be in itself
+            counts[id(value)] = 1 + sum(count(each, depth + 1) for each in inside)
+        return counts[id(value)]
 
-    def _array(self, value: InertArray, depth: int) -> Any:
-        shape, dtype, fortran, contents = value.parts()
-        if isinstance(contents, list):
-            return self.of(contents[0] if len(contents) == 1 else contents, depth + 1)
-        if not isinstance(contents, bytes):
-            raise NotNumbersError("an array without contents")
-        numbers = np.frombuffer(contents, dtype=dtype.to_numpy())  # in place: many arrays can be of the same bytes
-        return numbers.reshape(_shape(shape), order="F" if fortran else "C")
+    if count(value, 0) > MOST_OBJECTS:
+        raise TooMuchError(f"more than {MOST_OBJECTS:,} objects")
+
+
+def _contents(value: Any) -> Any:
+    """What was read, with arrays for their stand-ins: a tree, however it was written."""
+    if isinstance(value, InertArray):
+        return _array(value)
+    if isinstance(value, Inert):
+        return _contents(value.state)
+    if isinstance(value, dict):
+        return {_key(key): _contents(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)([_contents(item) for item in value])
+    if isinstance(value, Tensor):
+        # One number can be written as a tensor of any size.
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise TooMuchError(f"a tensor of {value.numel():,} numbers")
+        return value.detach()
+    return value if isinstance(value, str | int | float | bytes | np.ndarray) else None
+
+
+def _array(value: InertArray) -> Any:
+    shape, dtype, fortran, contents = value.parts()
+    if isinstance(contents, list):
+        return _contents(contents[0] if len(contents) == 1 else contents)
+    if not isinstance(contents, bytes):
+        raise NotNumbersError("an array without contents")
+    numbers = np.frombuffer(contents, dtype=dtype.to_numpy())  # in place: many arrays can be of the same bytes
+    return numbers.reshape(_shape(shape), order="F" if fortran else "C")
 
 
 def _shape(shape: Any) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ WRAPPERS = frozenset(
     {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_flat_param"}
 )
 """What DDP, torch.compile, FSDP, recomputation and Lightning put into names, anywhere and in any order."""
-AVERAGED = re.compile(r"(?:^|[._])(?:ema\d*|average|averaged|swa|shadow|polyak)(?:$|[._])", re.IGNORECASE)
+AVERAGED = re.compile(r"(?<![a-z])(?:ema|averaged?|swa|shadow|polyak)(?![a-z])", re.IGNORECASE)
 """In the name of a state dict, or in a prefix: averaged weights."""
 ARGUMENTS = ("args", "hyper_parameters", "config", "cfg")
 """Where containers keep the options of the training."""
@@ -48,9 +48,9 @@ class StateDict:
     weights: dict[str, Tensor]
 
     @property
-    def averaged(self) -> bool:
-        """Whether its place says so."""
-        return AVERAGED.search(self.place) is not None
+    def averaged(self) -> int:
+        """How often its place says so: `ema.ema_model` twice, and `ema.online_model` beside it once."""
+        return len(AVERAGED.findall(self.place))
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def weights_in(content: Any, file: Path, first: str) -> tuple[dict[str, Tensor],
     if not found:
         inside = ", ".join(map(str, list(content)[:4])) if isinstance(content, Mapping) else type(content).__name__
         raise UserError(f"{file}: expected a state dict or {{model, ema, …}}, found {inside or 'nothing'}")
-    averages = [each for each in found if each.averaged]
+    most = max(each.averaged for each in found)
+    averages = [each for each in found if most and each.averaged == most]
     taken = (averages or found)[0]
     weights: dict[str, Tensor] = dict(taken.weights)
     notes: list[str] = []
