@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tyro.conf import Positional
 
 from reglue.config import Recipe
 from reglue.errors import UserError, option
-from reglue.files import TakesPaths, replacing, to_json
+from reglue.files import TakesPaths, replacing, save_tensors, to_json
+from reglue.locks import writes
 from reglue.published.containers import RECORD, STEP
 from reglue.published.families import (
     ENCODER_DEPTH,
@@ -48,6 +48,7 @@ class ExportRun(TakesPaths):
     """Checkpoint to export; the last one if not given."""
 
 
+@writes()
 def export_run(options: ExportRun) -> Path:
     """Export the run. Returns the file, which is written whole or not at all.
 
@@ -71,7 +72,7 @@ def export_run(options: ExportRun) -> Path:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.out) as beside:
         if options.out.suffix == ".safetensors":
-            save_file(averaged, beside, {STEP: str(step)} | {name: str(value) for name, value in arguments.items()})
+            save_tensors(beside, averaged, {STEP: str(step)} | {name: str(value) for name, value in arguments.items()})
         else:
             # An imported or shared run has the averaged weights alone.
             has_others = (checkpoint / checkpoints.MODEL).is_file()

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from reglue.errors import UserError
-from reglue.files import opened_tensors, read_tensors
+from reglue.files import opened_tensors
 from reglue.pickles import read_untrusted
 
 WRAPPERS = frozenset(
@@ -80,8 +80,8 @@ def read_official(file: Path) -> PublishedFile:
     if file.suffix == ".safetensors":
         with opened_tensors(file, "fetch it again") as opened:
             texts = (opened.metadata() or {}).items()
+            content = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
         stated = {name: int(text) if STEP_DIGITS.fullmatch(text) else text for name, text in texts}
-        content = read_tensors(file, "fetch it again")
     else:
         content = read_untrusted(file)
     container = content if isinstance(content, dict) else {}
