@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tyro.conf import Positional
 
 from reglue.config import Recipe
 from reglue.errors import UserError, option
-from reglue.files import TakesPaths, replacing, save_tensors, to_json
+from reglue.files import replacing, save_tensors, to_json
 from reglue.locks import writes
+from reglue.options.export_run import ExportRun
 from reglue.published.containers import RECORD, STEP
 from reglue.published.families import (
     ENCODER_DEPTH,
@@ -31,21 +31,6 @@ from reglue.run import RunRecord, find_run
 from reglue.training import checkpoints
 
 ENDINGS = (".safetensors", ".pt", ".pth")
-
-
-@dataclass(frozen=True)
-class ExportRun(TakesPaths):
-    """Write a run's weights under the names, and in the time convention, of SiT's, REPA's, ReDi's, REG's or REGLUE's
-    code."""
-
-    run: Positional[Path]
-    """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
-    out: Path
-    """File to write. A .safetensors file holds the averaged weights; a .pt or .pth file {ema, model, args, steps}, as
-    the published code reads it. Published samplers take the path as an option. For `reglue import` the run's record
-    goes with them, in the metadata or the args: it names the classes, and the autoencoder with its folder."""
-    step: int | None = None
-    """Checkpoint to export; the last one if not given."""
 
 
 @writes()
