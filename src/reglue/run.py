@@ -127,6 +127,12 @@ class RunRecord:
         with replacing(folder / FILE) as beside:
             beside.write_text(to_json(self))
 
+    @property
+    def has_null_class(self) -> bool:
+        """Whether the model can stand for no class: it has no classes at all, or was trained without them too."""
+        trained = bool(self.recipe.optimisation.label_dropout) or self.start is not None
+        return trained or not self.denoiser.classes
+
     def trained_on(self, store: Store) -> bool:
         """Whether a store holds, to the bit, what this run was trained on."""
         there = {*needed_columns(self.recipe)} <= store.manifest.columns.keys()
