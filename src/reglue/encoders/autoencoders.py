@@ -362,15 +362,19 @@ def _of_diffusers(
     kind, network_class = DIFFUSERS_KINDS[class_name], _class_of_diffusers(class_name, config_file)
     refuse_not_finite(tensors, files[0])
     own = config_file.parent / MEAN_STD
+
+    def make() -> Any:
+        network = network_class.from_config(config)
+        _check_sizes(dict(network.config), config_file)
+        channels, downsampling = _latents(kind, network.config)
+        _try(kind.autoencoder(network, cast(AutoencoderSpec, None)), channels, downsampling)
+        return network
+
     try:
         with _quiet():
-            network = filled(lambda: network_class.from_config(config), tensors, files[0])
-        config = dict(network.config)
-        _check_sizes(config, config_file)
-        patch = config["patch_size"][0] if kind.autoencoder is Flux2Autoencoder else 1
-        channels = (config.get("vq_embed_dim") or config["latent_channels"]) * patch**2
+            network = filled(make, tensors, files[0])
+        channels, downsampling = _latents(kind, network.config)
         shift, scale = _read_mean_std(own, channels) if own.is_file() else _normalisation(network, channels)
-        downsampling = 2 ** (len(config[kind.widths]) - 1) * patch
     except UserError:
         raise
     except Exception as error:  # diffusers does not check a configuration: a wrong value may fail anywhere.
@@ -389,7 +393,7 @@ def _class_name(config: Mapping[str, Any], folder: Path) -> str:
         )
     if class_name not in DIFFUSERS_KINDS:
         raise UserError(
-            f"autoencoder {folder}: config.json says {class_name[:100]}, which is not a known autoencoder of images; "
+            f"autoencoder {folder}: config.json says {class_name[:100]!r}, which is not a known autoencoder of images; "
             f"choose a folder of one of {known}"
         )
     return class_name
@@ -404,6 +408,22 @@ def _class_of_diffusers(class_name: str, config_file: Path) -> Any:
             f"autoencoder {config_file}: the installed diffusers has no {class_name}; `pip install -U diffusers`"
         ) from error
     return getattr(module, class_name)
+
+
+def _latents(kind: _Kind, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Channels, and image pixels per latent pixel along each side."""
+    patch = config["patch_size"][0] if kind.autoencoder is Flux2Autoencoder else 1
+    channels = config.get("vq_embed_dim") or config["latent_channels"]
+    return channels * patch**2, 2 ** (len(config[kind.widths]) - 1) * patch
+
+
+def _try(autoencoder: Autoencoder, channels: int, downsampling: int) -> None:
+    """Raises, with a reason, unless images become latents of this size and images again. Nothing is computed: the
+    network is on the device `meta`."""
+    side = 4 * downsampling
+    latents = autoencoder.encode(torch.empty(1, 3, side, side)).mean
+    if latents.shape != (1, channels, 4, 4) or autoencoder.decode(latents).shape != (1, 3, side, side):
+        raise ValueError(f"images of {side}×{side} pixels do not become 4×4 latents of {channels} channels and back")
 
 
 def _check_sizes(config: dict[str, Any], file: Path) -> None:

@@ -447,7 +447,12 @@ def _sha256(files: Sequence[Path]) -> str:
 def _empty_network(source: _Source, tensors: int) -> "VisionTransformer | Eva":
     """The network without memory for its weights, to read off its shape. So many tensors are there to fill it."""
     with at_most(tensors):
-        return _create(source)
+        network = _create(source)
+        try:  # Some arguments are looked at only when it runs.
+            network.forward_features(torch.empty(1, 3, *cast(Any, network.patch_embed).img_size))
+        except Exception as error:
+            raise _unbuildable(source, source.model_args, error) from error
+    return network
 
 
 def _load_network(source: _Source, input_size: tuple[int, int], empty: nn.Module) -> "VisionTransformer | Eva":
@@ -509,8 +514,12 @@ def _create(
     except Exception as error:  # timm checks nothing: wrong arguments may fail anywhere.
         if pretrained and isinstance(error, RuntimeError | KeyError):  # These are about the weights.
             raise
-        what = f"config.json of {source.name}" if source.model_args or source.pretrained_cfg else source.architecture
-        raise UserError(f"encoder {what} cannot be built with {arguments}: {one_line(error)}") from error
+        raise _unbuildable(source, arguments, error) from error
     if not isinstance(network, VisionTransformer | Eva):
         raise UserError(f"encoder {source.architecture} is not a vision transformer: it has no grid of patch tokens")
     return network
+
+
+def _unbuildable(source: _Source, arguments: Mapping[str, Any], error: Exception) -> UserError:
+    what = f"config.json of {source.name}" if source.model_args or source.pretrained_cfg else source.architecture
+    return UserError(f"encoder {what} cannot be built with {str(arguments)[:300]}: {one_line(error)}")

@@ -30,7 +30,7 @@ WRAPPERS = ("state_dict", "model", "teacher", "model_state_dict", "module")
 """Under which a checkpoint may keep its tensors, beside what else training needs."""
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 """Of names, left by what wrapped a network in training."""
-LARGEST = 2**20
+LARGEST = 2**16
 """No network has a size or a number of parts beyond this."""
 DEEPEST = 64
 """No configuration is nested deeper."""
