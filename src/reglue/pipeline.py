@@ -112,8 +112,9 @@ class ImageModel:
     def resolved(self, sampling: Sampling) -> Sampling:
         """The same, with the precisions that are used where it leaves them open.
 
-        Raises UserError for guidance of, or by, what the model lacks.
+        Raises UserError for guidance of, or by, what the model lacks, and for a sampler that is not installed.
         """
+        SAMPLERS[sampling.sampler].check()
         for name, lacking in self._unfitting_scales(sampling).items():
             raise UserError(
                 f"{option(name)} {getattr(sampling, name)}: this model has no {lacking} to guide with; choose 1"

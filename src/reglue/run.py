@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -24,6 +23,7 @@ from reglue.encoders.compressors import Compressor, CompressorSpec, load_compres
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError, option
 from reglue.files import read_json, replacing, to_json
+from reglue.names import Weights
 from reglue.training import checkpoints
 
 FILE = "run.json"
@@ -44,9 +44,6 @@ NEEDED = [
 ]
 """Of a repository, what sampling reads."""
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-Weights = Literal["ema", "model"]
 
 
 @dataclass(frozen=True)

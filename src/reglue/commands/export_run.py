@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tyro.conf import Positional
 
 from reglue.config import Recipe
 from reglue.errors import UserError, option
-from reglue.files import TakesPaths, replacing
+from reglue.files import replacing
+from reglue.locks import writes
+from reglue.options.export_run import ExportRun
 from reglue.published.weights import ENCODER_DEPTH, PATH_TYPE, PREDICTION, STEP, VELOCITY, export_official, family_of
 from reglue.run import RunRecord, find_run
 from reglue.training import checkpoints
@@ -20,21 +20,7 @@ from reglue.training import checkpoints
 ENDINGS = (".safetensors", ".pt", ".pth")
 
 
-@dataclass(frozen=True)
-class ExportRun(TakesPaths):
-    """Write a run's weights under the names, and in the time convention, of SiT's, REPA's, ReDi's, REG's or REGLUE's
-    code."""
-
-    run: Positional[Path]
-    """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
-    out: Path
-    """File to write. A .safetensors file holds the averaged weights, with step and path in its metadata; a .pt or .pth
-    file holds {ema, model, args, steps}, as the published code reads it. Published samplers take the path as an
-    option."""
-    step: int | None = None
-    """Checkpoint to export; the last one if not given."""
-
-
+@writes()
 def export_run(options: ExportRun) -> Path:
     """Export the run. Returns the file, which is written whole or not at all.
 

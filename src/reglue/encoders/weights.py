@@ -113,7 +113,7 @@ def read_shapes(files: Sequence[Path], remedy: str = REMEDY) -> dict[str, Tensor
         if file.is_file() and is_pickled(file):
             tensors |= _read_pickled(file)
             continue
-        with opened_tensors(file, remedy) as opened:
+        with opened_tensors(file, remedy, sealed=False) as opened:
             for name in opened.keys():  # noqa: SIM118 not a dict
                 tensors[name] = torch.empty(opened.get_slice(name).get_shape(), device="meta")
     return {name: tensor.to("meta") for name, tensor in _unprefixed(tensors).items()}

@@ -21,10 +21,13 @@ from reglue.data.manifest import MANIFEST, PARTIAL
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.metrics.distances import Gaussian
-from reglue.samples import PROTOCOL, Draw, archived_protocol, protocol_in, write_samples
+from reglue.samples import PROTOCOL, archived_protocol, protocol_in, write_samples
+from reglue.sampling import Draw
 
 IMAGE_ARRAYS = ("arr_0", "images")
 """Where an .npz file may keep its images. An .npy file has one array alone."""
+ORIENTATION, TURNED = 0x0112, 5
+"""EXIF's tag, and the least of its values that exchange height and width."""
 MOST_FEATURES = 2**14
 """No statistics are of more."""
 
@@ -46,6 +49,9 @@ class Share:
 
 class Images(ABC):
     """Images that can be read in batches."""
+
+    other_sizes = 0
+    """How many of those that were read, at the size of the first, had another one."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -152,6 +158,15 @@ class _FolderImages(_SourceImages):
     def __init__(self, folder: ImageFolder, count: int):
         self.source, self.rows = folder, range(count)
 
+    def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
+        asked = resolution != self.first_size()
+        for numbers, batch in zip(share.batches(len(self)), super().batches(resolution, share), strict=True):
+            if not asked:  # Only the beginning of each file is read once more.
+                readable = [number for number, image in zip(numbers, batch, strict=True) if isinstance(image, Tensor)]
+                files = (self.source.path / self.name(number) for number in readable)
+                self.other_sizes += sum(_upright_size(file) != resolution for file in files)
+            yield batch
+
     def first_size(self) -> tuple[int, int]:
         first_reason = ""
         for name in self.source.names:  # One that cannot be read is skipped later, too.
@@ -236,6 +251,13 @@ class _ArchivedImages(Images):
         return archived_protocol(self.arrays.path) if self.arrays.path.suffix.lower() == ".npz" else None
 
 
+def _upright_size(file: Path) -> tuple[int, int]:
+    """Height and width of an image that can be read."""
+    with Image.open(file) as image:
+        turned = image.getexif().get(ORIENTATION, 1) >= TURNED
+        return image.size if turned else (image.height, image.width)
+
+
 def _to_size(image: np.ndarray, resolution: tuple[int, int]) -> Tensor:
     if image.shape[:2] != resolution:
         image = np.asarray(crop_to(Image.fromarray(image), resolution))
@@ -249,8 +271,8 @@ def _read_gaussian(arrays: ArrayFile, mean_name: str, covariance_name: str) -> G
     means, covariances = (arrays.header(name) for name in (mean_name, covariance_name))
     if len(means.shape) != 1 or covariances.shape != 2 * means.shape or means.shape[0] > MOST_FEATURES:
         raise UserError(
-            f"{arrays.path}: {mean_name} is {means.shape} and {covariance_name} {covariances.shape}, but a mean is (D,) "
-            f"and a covariance (D, D), with D up to {MOST_FEATURES}"
+            f"{arrays.path}: {mean_name} is {means.shape} and {covariance_name} {covariances.shape}, but a mean is "
+            f"(D,) and a covariance (D, D), with D up to {MOST_FEATURES}"
         )
     if "U" in (means.dtype.kind, covariances.dtype.kind):
         raise UserError(f"{arrays.path}: {mean_name} or {covariance_name} holds text, not numbers")
