@@ -23,6 +23,7 @@ from torch import Tensor
 from reglue.cli import parse
 from reglue.commands.autoencode import TrainingRecord, autoencode
 from reglue.commands.compress import Compress, compress
+from reglue.commands.evaluate import Evaluate, evaluate
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train_head import HeadRecord
 from reglue.commands.verify import Verify, verify
@@ -491,6 +492,13 @@ def test_a_flipped_bit_is_found_by_verify_and_by_what_reads_tensors(
                     assert outcome(read, folder, file) is None, f"{name} with another bit is read as if it were whole"
             put_back(file, content)
         capsys.readouterr()
+
+
+def test_a_flipped_bit_of_a_sample_is_not_measured(tiny_run: Path, tiny_encoder: str, tmp_path: Path) -> None:
+    folder = sample(Sample(tiny_run, tmp_path / "out", 6, steps=1, device="cpu"))
+    flip(folder / "000001.png", 0.5)
+    with pytest.raises(UserError, match=r"000001\.png is damaged"):
+        evaluate(Evaluate(folder, folder, feature_network=tiny_encoder, resamples=0, device="cpu"))
 
 
 def test_a_flipped_bit_of_an_archive_is_found(tiny_run: Path, tmp_path: Path) -> None:
