@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from reglue.config import MODEL_SIZES, ClassToken, LocalSemantics, Recipe, model_size
 from reglue.data.labels import read_class_names
 from reglue.diffusion.denoiser import DenoiserConfig
@@ -38,7 +41,7 @@ from reglue.published.weights import (
     OfficialModel,
     import_official,
 )
-from reglue.run import COMPRESSORS, RunRecord, versions
+from reglue.run import COMPRESSORS, FILE, RunRecord, versions
 from reglue.training import checkpoints
 
 PATHS_BY_PUBLISHED_NAME: dict[str, PathName] = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
@@ -81,6 +84,9 @@ def import_run(options: ImportRun) -> Path:
         start=stated.start if stated else None,
         versions=versions(),
     )
+    if is_imported(options.out, record, published.step, model.weights):
+        print(f"{options.out} is complete already")
+        return options.out
     with new_folder(options.out) as folder:
         record.write(folder)
         checkpoints.save_weights(folder, published.step, model.weights)
@@ -101,6 +107,14 @@ def import_run(options: ImportRun) -> Path:
             "published. If it was another (ReaLS's, for example), import the file with --autoencoder."
         )
     return options.out
+
+
+def is_imported(out: Path, record: RunRecord, step: int, weights: dict[str, Tensor]) -> bool:
+    """Whether a folder holds just this run already. Raises UserError for a damaged one."""
+    if not ((out / FILE).is_file() and RunRecord.read(out) == record and checkpoints.steps(out) == [step]):
+        return False
+    there = checkpoints.read_weights(checkpoints.find(out) / checkpoints.EMA)
+    return there.keys() == weights.keys() and all(torch.equal(there[name], one) for name, one in weights.items())
 
 
 def stated_record(file: Path, arguments: dict[str, Any]) -> RunRecord | None:
