@@ -20,7 +20,7 @@ from reglue.commands.export_run import ExportRun, export_run
 from reglue.commands.import_run import ImportRun, import_run
 from reglue.errors import UserError
 from reglue.published.containers import WRAPPERS, read_official
-from reglue.published.families import DIT
+from reglue.published.families import DIT, NAMES
 from reglue.run import RunRecord
 
 Weights = dict[str, Tensor]
@@ -168,8 +168,8 @@ def test_dits_are_refused_in_one_line(
         ("DiT.pt", {"model": "SiT-S/2"}, None, 1, "its options name the model"),
         ("DiT.pt", {"model": "DiT-S/2"}, "sit", 1, "family says so"),
         ("weights.pt", None, None, 0, "the second half of its outputs is zero"),
-        ("weights.pt", None, None, 1, "nothing says which: assuming sit"),
-        ("sit-or-dit.pt", None, None, 1, "nothing says which: assuming sit"),
+        ("weights.pt", None, None, 1, "nothing says which: assuming SiT (though"),
+        ("sit-or-dit.pt", None, None, 1, "nothing says which: assuming SiT (though"),
     ],
 )
 def test_what_speaks_for_sit_is_said(
@@ -198,7 +198,7 @@ def test_sit_without_sigma_has_repas_shapes_and_the_other_time(tmp_path: Path) -
 def test_another_family_than_the_shapes_say_is_refused(method: str, tmp_path: Path) -> None:
     torch.save(Golden(method).published, tmp_path / "in.pt")
     for family in {"sit", "repa", "redi", "reg", "reglue", DIT} - {method, "sit", DIT}:
-        with pytest.raises(UserError, match=rf"family {family}: by their shapes these weights are {method}'s"):
+        with pytest.raises(UserError, match=rf"family {family}: by their shapes these weights are {NAMES[method]}'s"):
             import_run(
                 ImportRun(tmp_path / "in.pt", tmp_path / "run", family=family, autoencoder="sd-vae-ft-mse", heads=4)
             )  # type: ignore[arg-type]

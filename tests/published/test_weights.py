@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pickle
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -236,3 +239,32 @@ def test_what_is_exported_fits_a_published_class(
     )  # fmt: skip
     back = import_official(published, latent_channels=latents, heads=2, classes=classes, alignment_depth=1)
     assert (back.config.classes, back.has_null) == (classes, has_null)
+
+
+@settings(max_examples=40, deadline=None)
+@given(method=st.sampled_from(["sit", "repa", "redi", "reg", "reglue"]), data=st.data())
+def test_any_weights_are_a_model_or_refused(method: str, data: st.DataObject) -> None:
+    weights = published(method)
+    for _ in range(data.draw(st.integers(1, 3))):
+        name = data.draw(st.sampled_from(sorted(weights)))
+        value = weights.pop(name)
+        match data.draw(st.sampled_from(["rename", "number", "reshape", "drop", "type"])):
+            case "rename":
+                weights[name.replace(data.draw(st.sampled_from(name.split("."))), data.draw(st.text(max_size=6)))] = (
+                    value
+                )
+            case "number":
+                number = data.draw(st.sampled_from(["7", "999999999", "9" * 5000, "²", "-1"]))
+                weights[re.sub(r"\d+", number, name)] = value
+                weights[re.sub(r"(decoder_)?blocks\.\d+", f"decoder_blocks.{number}", name)] = value
+            case "reshape":
+                shape = data.draw(st.lists(st.integers(0, 5), max_size=5))
+                weights[name] = torch.zeros(shape)
+            case "type":
+                weights[name] = value.to(data.draw(st.sampled_from([torch.int8, torch.bool, torch.float64])))
+            case _:
+                pass
+    start = time.process_time()
+    with contextlib.suppress(UserError):
+        import_official(weights, heads=4, classes=data.draw(st.sampled_from([None, 0, 1000, 1001, -1])))
+    assert time.process_time() - start < 3

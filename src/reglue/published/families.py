@@ -32,6 +32,8 @@ VELOCITY = ("v", "velocity")
 DIT = "dit"
 """A family with the shapes of SiT's that is not among the models here."""
 FAMILY_NAMES = re.compile(rf"(?<![a-z])(?:{DIT}|{'|'.join(get_args(Family))})(?![a-z])", re.IGNORECASE)
+NAMES = {"sit": "SiT", "repa": "REPA", "redi": "ReDi", "reg": "REG", "reglue": "REGLUE", DIT: "DiT"}
+"""As they are written."""
 CANNOT = "they cannot be imported: choose a checkpoint of SiT, REPA, ReDi, REG or REGLUE"
 OTHERS = {
     "in_blocks.": "U-ViT's",
@@ -61,7 +63,7 @@ def evidence_in(file: Path, arguments: Mapping[str, Any], said: str | None) -> l
     found = [Evidence(frozenset({said}), f"{option('family')} says so", firm=True)] if said else []
     if (ours := arguments.get(FAMILY)) in get_args(Family):
         found.append(Evidence(frozenset({str(ours)}), "its record says so"))
-    model = str(arguments.get("model", ""))
+    model = str(arguments.get("model", ""))[:40]
     if name := FAMILY_NAMES.search(model):
         # SiT's, REPA's, ReDi's, REG's and REGLUE's code all call their models SiT.
         found.append(_for_dit(name[0].lower() == DIT, f"its options name the model {model}"))
@@ -87,17 +89,20 @@ def choose_family(
     usual = family_of(config)
     alone = not (config.alignment_width or config.tokens or len(config.maps) > 1)
     possible = [usual, *(name for name in ("sit", DIT) if alone and name != usual)]
+    doubt = ""
     if config.learn_sigma:
-        unused = published[OUTPUTS].unflatten(0, (config.patch**2, -1))[:, config.channels :]
-        # SiT's get no gradient and stay as they began; DiT's predict the variance.
-        if not unused.any():
+        # SiT's second half of the outputs gets no gradient and stays as it began; DiT's predicts the variance.
+        if published[OUTPUTS].unflatten(0, (config.patch**2, -1))[:, config.channels :].any():
+            doubt = " (though the second half of its outputs is not zero, as DiT's is not)"
+        else:
             evidence = [*evidence, Evidence(frozenset({"sit"}), "the second half of its outputs is zero")]
-    choice, reasons = ", ".join(possible[:-1]) + f" or {possible[-1]}", list[str]()
+    shapes = f"By its shapes it is {' or '.join(NAMES[name] for name in possible)}"
+    reasons: list[str] = []
     for each in evidence:
         left = [name for name in possible if name in each.families]
         if each.firm and not left:
             raise UserError(
-                f"{option('family')} {' '.join(each.families)}: by their shapes these weights are {usual}'s"
+                f"{option('family')} {' '.join(each.families)}: by their shapes these weights are {NAMES[usual]}'s"
             )
         if 0 < len(left) < len(possible):
             possible = left
@@ -107,12 +112,14 @@ def choose_family(
             f"these weights are DiT's, since {reasons[-1]}; {CANNOT} (if they are SiT's, say {option('family')} sit)"
         )
     family = cast(Family, possible[0])
-    if not reasons and alone:
-        return family, (
-            f"By its shapes it is {choice}, and nothing says which: assuming {family}. If samples are noise, it is "
-            f"another one: name it with {option('family')}.",
-        )
-    return family, (f"By its shapes it is {choice}: {family}, since {' and '.join(reasons)}.",) if alone else ()
+    if not alone:
+        return family, ()
+    if reasons:
+        return family, (f"{shapes}: {NAMES[family]}, since {' and '.join(reasons)}.",)
+    return family, (
+        f"{shapes}, and nothing says which: assuming {NAMES[family]}{doubt}. If its samples are noise, it is another "
+        f"one: name it with {option('family')}.",
+    )
 
 
 def channels_of(config: DenoiserConfig, name: str) -> int:

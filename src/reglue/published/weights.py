@@ -183,28 +183,27 @@ def _with_uniform_names(
     Those begin after the block that is aligned. Returns the weights and that block, where it is known.
     """
     plain = {name.removeprefix("module."): value for name, value in published.items()}
-    late = [name for name in plain if name.startswith("decoder_blocks.")]
+    late = {name: int(m[1]) for name in plain if (m := re.match(r"decoder_blocks\.(\d{1,4})\.", name))}
     if late:
         first = _blocks(plain)
         if alignment_depth not in (None, first):
             raise UserError(
                 f"alignment depth {alignment_depth} given, but the file's decoder starts after block {first}"
             )
-        for name in late:
-            _, number, rest = name.split(".", 2)
-            plain[f"blocks.{int(number) + first}.{rest}"] = plain.pop(name)
+        for name, number in late.items():
+            plain[f"blocks.{number + first}.{name.split('.', 2)[2]}"] = plain.pop(name)
         alignment_depth = first
     return plain, alignment_depth
 
 
 def _with_one_projector(published: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Leave out all projectors but the first, of models that were aligned with several encoders; and say so."""
-    surplus = sorted({int(found[1]) for name in published if (found := re.match(r"projectors\.([1-9]\d*)\.", name))})
+    surplus = {name: m[1] for name in published if (m := re.match(r"projectors\.([1-9]\d*)\.", name))}
     if not surplus:
         return published, ()
-    left = {name: v for name, v in published.items() if not re.match(r"projectors\.[1-9]", name)}
-    which = ", ".join(map(str, surplus))
-    return left, (f"It was aligned with several encoders: projectors {which}, which only training uses, are left out.",)
+    which = ", ".join(dict.fromkeys(surplus.values()))
+    kept = {name: value for name, value in published.items() if name not in surplus}
+    return kept, (f"It was aligned with several encoders: projectors {which}, which only training uses, are left out.",)
 
 
 def _with_null_label(published: dict[str, Tensor], classes: int | None) -> tuple[dict[str, Tensor], bool]:
@@ -216,8 +215,12 @@ def _with_null_label(published: dict[str, Tensor], classes: int | None) -> tuple
 
 
 def _blocks(published: Mapping[str, Tensor]) -> int:
-    """How many blocks the weights are of."""
-    return 1 + max((int(m[1]) for name in published if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1)
+    """How many blocks the weights are of. Raises UserError if some are missing."""
+    numbers = {int(m[1]) for name in published if (m := re.match(r"blocks\.(\d{1,4})\.", name))}
+    if numbers != {*range(len(numbers))}:
+        missing = min({*range(len(numbers))} - numbers)
+        raise UserError(f"not a SiT-like checkpoint: it has blocks up to {max(numbers)}, but no blocks.{missing}")
+    return len(numbers)
 
 
 def _recognise(
