@@ -99,7 +99,7 @@ def test_sampling_is_changed_by_what_is_given() -> None:
         ({"guiders": {"mine": 1.0}}, "guider mine: none is registered"),
         ({"guiders": {"auto": 2.0}}, "guider auto: none is registered"),
         ({"other_scales": {"local": 2.0}}, "other_scales local: use local_scale"),
-        ({"other_scales": {"depth": float("nan")}}, "other_scales depth nan: choose a finite number"),
+        ({"other_scales": {"depth": float("nan")}}, "other_scales depth nan: choose at least 0"),
         ({"guidance_interval": (0.5, 0.1)}, "choose 0 ≤ lowest ≤ highest ≤ 1"),
         ({"steps": 0}, "steps 0: choose at least 1"),
         ({"guided_channels": 0}, "guided_channels 0: choose at least 1"),

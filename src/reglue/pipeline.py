@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from inspect import Parameter, Signature, signature
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from reglue.config import FORGOTTEN
 from reglue.diffusion.conditions import CLASS, Condition
 from reglue.diffusion.controls import Control, Progress
 from reglue.diffusion.denoiser import Denoiser
@@ -31,7 +33,8 @@ from reglue.published import sharing
 from reglue.run import FILE as RECORD
 from reglue.run import RunRecord, decoder, find_run
 from reglue.sampling import MODALITY_SCALES, Precision, Rounding, Sampling
-from reglue.training import checkpoints
+from reglue.training import checkpoints, distributed
+from reglue.training.checkpoints import Weights
 from reglue.training.distributed import resolve_device
 from reglue.training.precision import SamplingNetwork
 
@@ -42,12 +45,13 @@ def load(
     run: str | Path,
     *,
     step: int | None = None,
+    weights: Weights = "ema",
     device: str = "auto",
     autoencoder: str | None = None,
     revision: str | None = None,
     compile: bool = False,
 ) -> ImageModel:
-    """Load a trained model, with the averaged (EMA) weights.
+    """Load a trained model, with the averaged weights (`ema`) or those that were trained (`model`).
 
     `run` is a run folder, or `OWNER/NAME` of a model on the Hugging Face hub that `ImageModel.push_to_hub` put there,
     of which `revision` picks a version, or `starter`, the small model that this package brings along; a folder of that
@@ -58,21 +62,35 @@ def load(
     folder, target = find_run(run, revision), resolve_device(device)
     record = RunRecord.read(folder)
     checkpoint = checkpoints.find(folder, step)
-    weights = checkpoints.read_weights(checkpoint / checkpoints.EMA)
+    file = checkpoints.weights_file(checkpoint, weights, option("weights"))
+    tensors = checkpoints.read_weights(file)
     denoiser = Denoiser(record.denoiser)
     try:
-        denoiser.load_state_dict(weights)
+        denoiser.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(
-            f"{checkpoint / checkpoints.EMA} does not fit {folder / RECORD}: {' '.join(str(error).split())[:200]}"
-        ) from None
-    return ImageModel(
+        raise UserError(f"{file} does not fit {folder / RECORD}: {' '.join(str(error).split())[:200]}") from None
+    model = ImageModel(
         record,
         denoiser.to(target),
         decoder(record, target, autoencoder, folder),
         folder,
         int(checkpoint.name),
         compile,
+        weights,
+    )
+    if weights == "ema" and distributed.is_first() and (warning := warning_of_age(record, checkpoint)):
+        tqdm.write(warning, file=sys.stderr)
+    return model
+
+
+def warning_of_age(record: RunRecord, checkpoint: Path) -> str | None:
+    """A line for averaged weights that are younger than their average needs; None if they are not."""
+    share = record.initial_share(int(checkpoint.name))
+    if share < FORGOTTEN:
+        return None
+    trained = (checkpoint / checkpoints.MODEL).is_file()
+    return f"warning: {share:.0%} of the averaged weights of {checkpoint} are those that the run began with; " + (
+        f"{option('weights')} model takes the trained ones" if trained else "images will show it"
     )
 
 
@@ -89,6 +107,8 @@ class ImageModel:
     """Of training, at which the weights were taken."""
     compile: bool = False
     """Compile the denoiser when it is first used. Then batches should have one size: see `draw`."""
+    weights: Weights = "ema"
+    """Which ones of the checkpoint the denoiser has."""
     _networks: dict[tuple[Denoiser, Precision], SamplingNetwork] = field(
         default_factory=dict[tuple[Denoiser, Precision], SamplingNetwork], init=False, repr=False, compare=False
     )
@@ -292,6 +312,8 @@ class ImageModel:
         name: str | None,
         half_precision: bool,
     ) -> Path:
+        if self.weights != "ema":
+            raise UserError(f"{option('weights')} {self.weights}: averaged weights are shared; load the run with ema")
         files, shown = [Path(report) for report in reports], Path(picture) if picture else None
         weights = self.denoiser.state_dict()
         return sharing.save(

@@ -29,6 +29,7 @@ from reglue.run import find_run, known_as
 from reglue.sampling import Sampling, SamplingOverrides
 from reglue.seeds import generator
 from reglue.training import checkpoints, distributed
+from reglue.training.checkpoints import Weights
 
 PROTOCOL = "samples.json"
 WEAKER_SCALE = 2.0
@@ -55,6 +56,8 @@ class Draw(SamplingOverrides, TakesPaths):
     """Only these classes, by number or name. Default: all."""
     step: int | None = None
     """Checkpoint to use. Default: the last."""
+    weights: Weights = "ema"
+    """Its averaged weights (ema) or the trained ones (model)."""
     weaker_run: Path | None = None
     """A weaker run on the same store, for autoguidance by --auto-scale (2 if not given)."""
     autoencoder: str | None = None
@@ -69,7 +72,13 @@ class Draw(SamplingOverrides, TakesPaths):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "count", "batch_size", at_least=1)
-        require(self, "seed", at_least=0)
+        require(self, "seed", "step", at_least=0)
+        Sampling().changed(**self.changes)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields of `Sampling`, None where they are not given."""
+        return {part.name: getattr(self, part.name) for part in fields(Sampling)}
 
 
 def write_samples(options: Draw) -> Path:
@@ -83,6 +92,7 @@ def write_samples(options: Draw) -> Path:
     model = load(
         options.run,
         step=options.step,
+        weights=options.weights,
         device=options.device,
         autoencoder=options.autoencoder,
         compile=options.compile,
@@ -208,7 +218,7 @@ class Drawing:
 def plan(options: Draw, model: ImageModel) -> Drawing:
     """What the options ask of a model. Raises UserError for what it cannot do."""
     weaker = weaker_model(options, model) if options.weaker_run else None
-    changes = {part.name: getattr(options, part.name) for part in fields(Sampling)}
+    changes = options.changes
     if weaker:
         own = model.record.recipe.sampling.auto_scale
         given = changes["auto_scale"]
@@ -268,8 +278,8 @@ def protocol_of(options: Draw, drawing: Drawing) -> dict[str, Any]:
         "recipe": record.recipe.name,
         "model": record.recipe.model,
         "step": model.step,
-        "weights": "EMA",
-        "weights_sha256": checkpoints.weights_sha256(model.folder, model.step) if model.folder else None,
+        "weights": model.weights,
+        "weights_sha256": model.folder and checkpoints.weights_sha256(model.folder, model.step, model.weights),
         "sampling": asdict(drawing.sampling),
         "label_policy": options.labels,
         "labels": drawing.labels,

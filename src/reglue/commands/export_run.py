@@ -11,11 +11,12 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from reglue.config import Recipe
-from reglue.errors import UserError, option
+from reglue.errors import UserError, option, require
 from reglue.files import TakesPaths, replacing
 from reglue.published.weights import ENCODER_DEPTH, PATH_TYPE, PREDICTION, STEP, VELOCITY, export_official, family_of
 from reglue.run import RunRecord, find_run
 from reglue.training import checkpoints
+from reglue.training.checkpoints import Weights
 
 ENDINGS = (".safetensors", ".pt", ".pth")
 
@@ -28,11 +29,19 @@ class ExportRun(TakesPaths):
     run: Positional[Path]
     """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
     out: Path
-    """File to write. A .safetensors file holds the averaged weights, with step and path in its metadata; a .pt or .pth
+    """File to write. A .safetensors file holds the weights, with step and path in its metadata; a .pt or .pth
     file holds {ema, model, args, steps}, as the published code reads it. Published samplers take the path as an
     option."""
     step: int | None = None
     """Checkpoint to export; the last one if not given."""
+    weights: Weights = "ema"
+    """What a .safetensors file holds: the averaged weights (ema) or the trained ones (model)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "step", at_least=0)
+        if self.weights != "ema" and self.out.suffix in ENDINGS[1:]:
+            raise UserError(f"--weights {self.weights}: {self.out.suffix} files hold both; leave it out")
 
 
 def export_run(options: ExportRun) -> Path:
@@ -48,20 +57,21 @@ def export_run(options: ExportRun) -> Path:
     refuse_own_scales(record.recipe)
     family = family_of(record.denoiser)
 
-    def published(name: str) -> dict[str, Tensor]:
-        weights = export_official(family, record.denoiser, checkpoints.read_weights(checkpoint / name))
+    def published(file: Path) -> dict[str, Tensor]:
+        weights = export_official(family, record.denoiser, checkpoints.read_weights(file))
         return {key: value.contiguous() for key, value in weights.items()}
 
-    averaged, step, arguments = published(checkpoints.EMA), int(checkpoint.name), arguments_of(record)
+    asked = published(checkpoints.weights_file(checkpoint, options.weights, option("weights")))
+    step, arguments = int(checkpoint.name), arguments_of(record)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.out) as beside:
         if options.out.suffix == ".safetensors":
-            save_file(averaged, beside, {STEP: str(step)} | {name: str(value) for name, value in arguments.items()})
+            save_file(asked, beside, {STEP: str(step)} | {name: str(value) for name, value in arguments.items()})
         else:
             # An imported or shared run has the averaged weights alone.
-            has_others = (checkpoint / checkpoints.MODEL).is_file()
-            others = published(checkpoints.MODEL) if has_others else averaged
-            torch.save({"model": others, "ema": averaged, "args": arguments, "steps": step}, beside)
+            trained = checkpoint / checkpoints.MODEL
+            others = published(trained) if trained.is_file() else asked
+            torch.save({"model": others, "ema": asked, "args": arguments, "steps": step}, beside)
     print(f"{options.out}: {family} {record.recipe.model} of step {step}")
     return options.out
 

@@ -16,12 +16,13 @@ from reglue.diffusion.paths import PathName
 from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.encoders.compressors import Compressor
 from reglue.encoders.vision import EncoderSpec, load_encoder
-from reglue.errors import UserError
+from reglue.errors import UserError, require
 from reglue.files import TakesPaths, new_folder
 from reglue.papers import RECIPES
 from reglue.published.compressors import read_official_compressor
 from reglue.published.weights import (
     ENCODER_DEPTH,
+    MAP_DROPOUT,
     PATH_TYPE,
     PREDICTION,
     PUBLISHED_AUTOENCODER,
@@ -71,6 +72,10 @@ class ImportRun(TakesPaths):
     resolution: int | tuple[int, int] | None = None
     """Side of the images in pixels, or height and width: for learned position embeddings that are not square."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "heads", "resolution", at_least=1)
+
 
 def import_run(options: ImportRun) -> Path:
     """Import the checkpoint. Returns the run folder, which is written whole or not at all.
@@ -85,6 +90,7 @@ def import_run(options: ImportRun) -> Path:
         refuse_unpublished_channels(options.file, model)
     path = published_path(options.file, published.arguments)
     recipe = recipe_of(model.family, model.config, path)
+    recipe = replace(recipe, local=replace(recipe.local, dropout=map_dropout(model.family, published.arguments)))
     factor = autoencoder.downsampling
     resolution = (model.config.grid[0] * factor, model.config.grid[1] * factor)
     encoder = encoder_of(options.encoder, model, resolution)
@@ -188,6 +194,15 @@ def published_path(file: Path, arguments: dict[str, Any]) -> PathName:
             f"{file} was trained on the path {path}; choose a model trained on {', '.join(PATHS_BY_PUBLISHED_NAME)}"
         )
     return PATHS_BY_PUBLISHED_NAME[path.lower()]
+
+
+def map_dropout(family: Family, arguments: dict[str, Any]) -> float:
+    """The share of the training without the map, as the file records it; ReDi's 0.2 where it does not.
+
+    Without that, a published model could not be asked for representation guidance, which it may have been made for.
+    """
+    share = arguments.get(MAP_DROPOUT, 0.2 if family == "redi" else 0.0)
+    return float(share) if isinstance(share, int | float) and 0 <= share < 1 else 0.0
 
 
 def recipe_of(family: Family, config: DenoiserConfig, path: PathName) -> Recipe:

@@ -183,6 +183,7 @@ def load_subject(options: Perceive, device: torch.device) -> tuple[Subject, Imag
     model = load(
         options.run,
         step=options.step,
+        weights=options.weights,
         device=str(device),
         autoencoder=options.autoencoder,
         compile=options.compile,

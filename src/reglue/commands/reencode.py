@@ -14,7 +14,7 @@ from reglue.data.manifest import MANIFEST, Manifest, read_manifest, refuse_other
 from reglue.data.store import Store
 from reglue.data.store_writer import add_semantics, replace_lost_files
 from reglue.encoders.autoencoders import load_autoencoder
-from reglue.errors import UserError
+from reglue.errors import UserError, require
 from reglue.files import TakesPaths
 from reglue.training import distributed
 
@@ -46,6 +46,11 @@ class Reencode(TakesPaths):
     """Processes that decode images, per process of torchrun; 0 decodes in the main process."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "batch_size", at_least=1)
+        require(self, "workers", at_least=0)
 
 
 def reencode(options: Reencode) -> Store:

@@ -69,6 +69,8 @@ STEP_DIGITS = re.compile(r"[0-9]{1,18}")
 PREDICTION, PATH_TYPE, ENCODER_DEPTH = "prediction", "path_type", "encoder_depth"
 """Options of the published trainings that weights do not tell: what is predicted, the path, and after how many blocks
 the projector reads. In our safetensors files they are metadata."""
+MAP_DROPOUT = "dino_drop_prob"
+"""ReDi's option for the share of the training without the map; None is 0."""
 VELOCITY = ("v", "velocity")
 """How the published codes call what our models predict."""
 TIME_WEIGHT = "time_embedding.0.weight"
