@@ -1,15 +1,25 @@
+from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from reglue.config import LocalSemantics, Part, Recipe, model_size
+from reglue.config import Alignment, ClassToken, LocalSemantics, OtherModality, Part, Recipe, model_size
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import Modality
 from reglue.errors import UserError
 from reglue.overrides import field_docstrings
 from reglue.papers import PAPERS, RECIPES
+from reglue.reals.config import Adversary, AutoencoderRecipe, Kl, LatentAlignment, Perceptual
 from reglue.sampling import Sampling, SamplingOverrides
+
+
+def parts_of(recipe: type) -> Iterator[tuple[str, type[Part]]]:
+    """The parts of a kind of recipe, of every type that one of its fields may have."""
+    for name, hint in get_type_hints(recipe).items():
+        for kind in (hint, *get_args(hint)):
+            if isinstance(kind, type) and issubclass(kind, Part) and kind is not OtherModality:
+                yield f"{recipe.__name__}.{name}", kind
 
 
 def modalities(recipe: Recipe, **channels: int) -> tuple[Modality, ...]:
@@ -56,6 +66,49 @@ def test_a_part_with_weight_zero_is_absent() -> None:
     assert set(recipe.loss_weights(0)) == {"latent"}
 
 
+PARTS = {name: kind for kind in (Recipe, AutoencoderRecipe) for name, kind in parts_of(kind)}
+
+
+@pytest.mark.parametrize("kind", [*PARTS.values()], ids=[*PARTS])
+def test_a_schedule_makes_a_part_present(kind: type[Part]) -> None:
+    """Every part with a weight: what counts is whether it has one at any step."""
+    more: dict[str, Any] = {"class_weight": 0.0} if kind is LatentAlignment else {}
+    assert not kind(0.0, **more).present
+    assert not kind(0.0, ((10, 0.0),), **more).present
+    assert not kind(1.0, ((0, 0.0),), **more).present
+    assert kind(0.0, ((10, 0.5),), **more).present
+    assert kind(1.0, ((10, 0.0),), **more).present
+    assert [kind(0.0, ((10, 0.5),), **more).weight_at(step) for step in (0, 9, 10, 11)] == [0, 0, 0.5, 0.5]
+
+
+def test_a_part_that_comes_later_is_learned_from_the_start_with_weight_zero() -> None:
+    later = ((10, 0.5),)
+    recipe = Recipe(
+        "later",
+        local=LocalSemantics(0.0, later),
+        class_token=ClassToken(0.0, later),
+        others=(OtherModality(0.0, later, "depth", source="depth"),),
+        alignment=Alignment(0.0, later),
+    )
+    assert [part.modality for part in recipe.learned_parts] == ["latent", "local", "cls", "depth"]
+    assert recipe.loss_weights(9) == {"latent": 1, "local": 0, "cls": 0, "depth": 0, "alignment": 0}
+    assert recipe.loss_weights(10) == {"latent": 1, "local": 0.5, "cls": 0.5, "depth": 0.5, "alignment": 0.5}
+    autoencoder = AutoencoderRecipe(
+        perceptual=Perceptual(0.0, later), kl=Kl(0.0, later), alignment=LatentAlignment(0.0, later, 0.0),
+        adversary=Adversary(0.0, later, start=5),
+    )  # fmt: skip
+    assert autoencoder.loss_weights(4).keys() == {"reconstruction", "perceptual", "kl", "alignment", "class_alignment"}
+    assert [autoencoder.loss_weights(step)["adversary"] for step in (5, 9, 10)] == [0, 0, 0.5]
+    assert [autoencoder.loss_weights(step)["kl"] for step in (9, 10)] == [0, 0.5]
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "evening"])
+def test_models_named_by_their_time_are_sizes_like_others(name: str) -> None:
+    size = model_size(name)
+    assert size == model_size(f"{size.depth}x{size.width}x{size.heads}/{size.patch}")
+    assert size.width // size.heads == 64  # as the published ones have it
+
+
 def test_weights_follow_their_schedule() -> None:
     part = Part(1.0, ((250, 0.5), (500, 0.25)))
     assert [part.weight_at(step) for step in (0, 249, 250, 499, 500, 10_000)] == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
@@ -99,7 +152,7 @@ def test_sampling_is_changed_by_what_is_given() -> None:
         ({"guiders": {"mine": 1.0}}, "guider mine: none is registered"),
         ({"guiders": {"auto": 2.0}}, "guider auto: none is registered"),
         ({"other_scales": {"local": 2.0}}, "other_scales local: use local_scale"),
-        ({"other_scales": {"depth": float("nan")}}, "other_scales depth nan: choose at least 0"),
+        ({"other_scales": {"depth": float("nan")}}, "other_scales depth nan: choose a finite number"),
         ({"guidance_interval": (0.5, 0.1)}, "choose 0 ≤ lowest ≤ highest ≤ 1"),
         ({"steps": 0}, "steps 0: choose at least 1"),
         ({"guided_channels": 0}, "guided_channels 0: choose at least 1"),

@@ -89,7 +89,8 @@ class Part:
                 raise UserError(f"{schedule} {step}: choose steps of at least 0")
         steps = [step for step, _ in self.schedule]
         if steps != sorted({*steps}):
-            raise UserError(f"{schedule} {self.schedule}: give the steps in ascending order, each once")
+            given = " ".join(f"{step} {weight}" for step, weight in self.schedule)
+            raise UserError(f"{schedule} {given}: give the steps in ascending order, each once")
 
     @property
     def present(self) -> bool:

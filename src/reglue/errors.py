@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import inf, isfinite
 
@@ -64,15 +64,19 @@ def require(
 ) -> None:
     """Raise UserError unless these fields of a dataclass of options hold finite numbers within the bounds.
 
-    A field may be a number or a tuple of them; None passes. `prefix` names the parts that hold the dataclass:
-    `optimisation.`.
+    A field may be a number, a tuple of them or numbers by name; None passes. `prefix` names the parts that hold the
+    dataclass: `optimisation.`.
     """
     for name in names:
         value = getattr(options, name)
-        numbers = value if isinstance(value, tuple | list) else () if value is None else (value,)
+        by_name = isinstance(value, Mapping)
+        given = tuple(value.items()) if by_name else value if isinstance(value, tuple | list) else (value,)
+        numbers = tuple(value.values()) if by_name else () if value is None else given
         # Comparisons with NaN are false, so that it is in no bounds.
         if not all(at_least <= number <= at_most and more_than < number < less_than for number in numbers):
             bounds = {"at least": at_least, "more than": more_than, "at most": at_most, "less than": less_than}
             wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if isfinite(bound))
-            given = " ".join(map(str, numbers))
-            raise UserError(f"{option(prefix + name)} {given}: choose {wanted or 'a finite number'}")
+            if not all(map(isfinite, numbers)):
+                wanted = "a finite number" + (f", {wanted}" if wanted else "")
+            typed = " ".join(" ".join(map(str, each)) if by_name else str(each) for each in given)
+            raise UserError(f"{option(prefix + name)} {typed}: choose {wanted}")

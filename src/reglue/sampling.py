@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from math import inf, isfinite
 from typing import Any, Literal, get_args
 
 from reglue.diffusion.guidance import GUIDERS, OWN_GUIDERS, Guidance
@@ -66,8 +65,9 @@ class Sampling:
         # Named as for `sample` and in Python; for `train` there is more in front.
         require(self, "steps", at_least=1)
         require(self, "time_shift", "relative_tolerance", "absolute_tolerance", more_than=0)
-        scales = ("guidance_scale", "local_scale", "cls_scale", "representation_scale", "auto_scale")
+        scales = ("guidance_scale", "local_scale", "cls_scale", "other_scales", "representation_scale", "auto_scale")
         require(self, *scales, at_least=0)
+        require(self, "guiders")
         if self.guided_channels != "all":
             require(self, "guided_channels", at_least=1)
         lowest, highest = self.guidance_interval
@@ -79,12 +79,6 @@ class Sampling:
         for name in self.other_scales:
             if f"{name}_scale" in MODALITY_SCALES:
                 raise UserError(f"{option('other_scales')} {name}: use {option(f'{name}_scale')}")
-        for name, scale in self.other_scales.items():
-            if not 0 <= scale < inf:
-                raise UserError(f"{option('other_scales')} {name} {scale}: choose at least 0")
-        for name, scale in self.guiders.items():
-            if not isfinite(scale):
-                raise UserError(f"{option('guiders')} {name} {scale}: choose a finite number")
         for part in fields(self):
             value, choices = getattr(self, part.name), CHOICES.get(part.name)
             if choices and value is not None and value not in choices:
