@@ -17,13 +17,14 @@ from PIL import Image
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from reglue import fine_tuning
+from reglue import contact_sheet, fine_tuning
 from reglue.data.picture_writer import THREADS, PictureWriter
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import State
 from reglue.errors import UserError, option, require
 from reglue.files import TakesPaths, read_json, replacing
+from reglue.locks import writing
 from reglue.pipeline import ImageModel, evaluations, load
 from reglue.run import find_run, known_as
 from reglue.sampling import Sampling, SamplingOverrides
@@ -85,9 +86,16 @@ def write_samples(options: Draw) -> Path:
     """Draw the images that are missing, in every process. Returns where they are.
 
     The folder gets `000000.png` … and `samples.json` with the protocol and every label, those of more images that are
-    there already included. Raises UserError for a class outside the range, guidance without classes, or a folder or
-    file with images of another protocol.
+    there already included; at the end the table and the page of `contact_sheet`. Raises UserError for a class outside
+    the range, guidance without classes, or a folder or file with images of another protocol.
     """
+    as_npz = options.out.suffix.lower() == ".npz"
+    folder = options.out.with_suffix(".parts") if as_npz else options.out
+    with writing(options.out), writing(folder):
+        return _write_samples(options, folder, as_npz)
+
+
+def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
     rank, processes = distributed.join(options.device)
     model = load(
         options.run,
@@ -98,8 +106,6 @@ def write_samples(options: Draw) -> Path:
         compile=options.compile,
     )
     drawing = plan(options, model)
-    as_npz = options.out.suffix.lower() == ".npz"
-    folder = options.out.with_suffix(".parts") if as_npz else options.out
     protocol = protocol_of(options, drawing)
     if as_npz and is_finished(options.out, protocol):
         if rank == 0:
@@ -108,7 +114,7 @@ def write_samples(options: Draw) -> Path:
         return options.out
     create_or_resume(folder, protocol, rank)
     # Who draws what must not depend on what the other processes have drawn already.
-    mine = [i for i in range(rank, options.count, processes) if not (folder / f"{i:06d}.png").is_file()]
+    mine = [i for i in range(rank, options.count, processes) if not (folder / contact_sheet.picture(i)).is_file()]
     total = evaluations(drawing.sampling, len(mine), options.batch_size)
     room = min(options.batch_size, len(mine))
     with (
@@ -119,12 +125,14 @@ def write_samples(options: Draw) -> Path:
             indices = mine[start : start + options.batch_size]
             state = drawing.draw(indices, progress.update, room)
             pixels = model.pixels(state, drawing.sampling.rounding)
-            pictures.write([folder / f"{i:06d}.png" for i in indices], pixels)
+            pictures.write([folder / contact_sheet.picture(i) for i in indices], pixels)
     distributed.barrier()
     if as_npz and rank == 0:
-        files = [folder / f"{i:06d}.png" for i in range(options.count)]
+        files = [folder / contact_sheet.picture(i) for i in range(options.count)]
         write_archive(options.out, files, drawing.labels, protocol)
         _remove(folder)
+    elif rank == 0:
+        contact_sheet.describe(folder, read_protocol(folder / PROTOCOL))
     return options.out
 
 
@@ -134,7 +142,8 @@ def _remove(folder: Path) -> None:
     A folder that holds other files, such as those of a file manager, stays.
     """
     if folder.is_dir():
-        for file in (*folder.glob("*.png"), folder / PROTOCOL):
+        beside = (folder / name for name in (contact_sheet.PAGE, contact_sheet.TABLE, PROTOCOL))
+        for file in (*folder.glob("*.png"), *beside):
             file.unlink(missing_ok=True)
         with suppress(OSError):
             folder.rmdir()
@@ -297,7 +306,13 @@ def read_protocol(path: Path) -> dict[str, Any]:
     """The protocol of images that are to be continued. Raises UserError if the file does not hold it (any more)."""
     remedy = "choose another folder, or delete this one and draw the images again"
     protocol = read_json(path, dict[str, Any], remedy)
-    if not (isinstance(protocol.get("sampling"), dict) and isinstance(protocol.get("labels"), list)):
+    labels, names = protocol.get("labels"), protocol.get("class_names", [])
+    if not (
+        isinstance(protocol.get("sampling"), dict)
+        and isinstance(labels, list)
+        and isinstance(names, list)
+        and all(type(label) is int and (not names or 0 <= label < len(names)) for label in labels)
+    ):
         raise UserError(f"{path} is damaged (it holds no protocol of samples); {remedy}")
     return protocol
 
@@ -313,17 +328,19 @@ def create_or_resume(folder: Path, protocol: dict[str, Any], rank: int) -> None:
         protocol = joined(folder, read_protocol(path), protocol, complete=is_drawn(folder, protocol))
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds other files; choose a new or an empty folder")
+    contact_sheet.read_hashes(folder)  # A damaged table ends every process alike.
     distributed.barrier()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside:
             beside.write_text(json.dumps(protocol, indent=1))
+        contact_sheet.forget_missing(folder, protocol)
     distributed.barrier()
 
 
 def is_drawn(folder: Path, protocol: dict[str, Any]) -> bool:
     """Whether all images of a protocol are there."""
-    return all((folder / f"{i:06d}.png").is_file() for i in range(len(protocol["labels"])))
+    return all((folder / contact_sheet.picture(i)).is_file() for i in range(len(protocol["labels"])))
 
 
 def is_finished(archive: Path, protocol: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import reglue
 import reglue.commands.sample
@@ -32,6 +32,7 @@ from reglue.commands.sample import Sample, sample
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError
+from reglue.files import write_tensors
 from reglue.metrics.image_sets import open_image_set
 from reglue.pipeline import load
 from reglue.run import RunRecord, Start
@@ -88,6 +89,9 @@ def test_two_processes_draw_the_images_of_one(tiny_run: Path, tmp_path: Path) ->
     assert abs(pixels(tmp_path / "one") - pixels(tmp_path / "two")).max() <= 1
     files = [(tmp_path / name / "samples.json").read_text() for name in ("one", "two")]
     assert files[0] == files[1]
+    assert (tmp_path / "two" / "samples.html").read_text() == (tmp_path / "one" / "samples.html").read_text()
+    table = (tmp_path / "two" / "samples.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table] == ["file_name", *(f"{i:06d}.png" for i in range(6))]
 
 
 def test_what_is_missing_is_drawn_again(tiny_run: Path, tmp_path: Path) -> None:
@@ -255,7 +259,7 @@ def test_other_weights_are_another_protocol(tiny_run: Path, tmp_path: Path) -> N
     run = shutil.copytree(tiny_run, tmp_path / "run")
     out = sample(Sample(run, tmp_path / "out", count=1, steps=1, device="cpu"))
     file = run / "checkpoints" / "00000006" / "ema.safetensors"
-    save_file({name: value + 0.1 for name, value in load_file(file).items()}, file)
+    write_tensors(file, {name: value + 0.1 for name, value in load_file(file).items()})
     with pytest.raises(UserError, match=r"another protocol \(weights_sha256\)"):
         sample(Sample(run, out, count=2, steps=1, device="cpu"))
 

@@ -18,6 +18,7 @@ from reglue.encoders.compressors import Compressor
 from reglue.encoders.vision import EncoderSpec, load_encoder
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths, new_folder
+from reglue.locks import writes
 from reglue.papers import RECIPES
 from reglue.published.compressors import read_official_compressor
 from reglue.published.weights import (
@@ -77,6 +78,7 @@ class ImportRun(TakesPaths):
         require(self, "heads", "resolution", at_least=1)
 
 
+@writes()
 def import_run(options: ImportRun) -> Path:
     """Import the checkpoint. Returns the run folder, which is written whole or not at all.
 
