@@ -25,8 +25,8 @@ from reglue.sampling import Precision, Sampling, refuse_unknown
 Compile = Literal["auto", "no", "blocks", "model"]
 EmaWarmup = Literal["auto", "yes", "no"]
 
-FORGOTTEN = 0.01
-"""An average that holds less than this share of the weights it began with is theirs no more."""
+FORGOTTEN, YOUNG = 0.01, 0.03
+"""Shares of a moving average that the weights it began with hold: so little is nothing, and so much shows in images."""
 
 
 @dataclass(frozen=True)

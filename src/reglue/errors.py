@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf, isfinite
+from typing import Any, cast
 
 _on_command_line = False
 
@@ -68,15 +69,22 @@ def require(
     dataclass: `optimisation.`.
     """
     for name in names:
-        value = getattr(options, name)
-        by_name = isinstance(value, Mapping)
-        given = tuple(value.items()) if by_name else value if isinstance(value, tuple | list) else (value,)
-        numbers = tuple(value.values()) if by_name else () if value is None else given
+        typed = _typed(getattr(options, name))
         # Comparisons with NaN are false, so that it is in no bounds.
-        if not all(at_least <= number <= at_most and more_than < number < less_than for number in numbers):
+        if not all(at_least <= number <= at_most and more_than < number < less_than for _, number in typed):
             bounds = {"at least": at_least, "more than": more_than, "at most": at_most, "less than": less_than}
             wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if isfinite(bound))
-            if not all(map(isfinite, numbers)):
+            if not all(isfinite(number) for _, number in typed):
                 wanted = "a finite number" + (f", {wanted}" if wanted else "")
-            typed = " ".join(" ".join(map(str, each)) if by_name else str(each) for each in given)
-            raise UserError(f"{option(prefix + name)} {typed}: choose {wanted}")
+            raise UserError(f"{option(prefix + name)} {' '.join(text for text, _ in typed)}: choose {wanted}")
+
+
+def _typed(value: Any) -> list[tuple[str, float]]:
+    """Every number in the value of an option, and what is typed to give it."""
+    if value is None:
+        return []
+    if isinstance(value, Mapping):
+        named = cast(Mapping[str, float], value)
+        return [(f"{name} {number}", number) for name, number in named.items()]
+    several: Sequence[float] = value if isinstance(value, tuple | list) else [value]
+    return [(str(number), number) for number in several]

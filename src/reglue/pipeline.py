@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from inspect import Parameter, Signature, signature
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reglue.config import FORGOTTEN
+from reglue.config import YOUNG
 from reglue.diffusion.conditions import CLASS, Condition
 from reglue.diffusion.controls import Control, Progress
 from reglue.diffusion.denoiser import Denoiser
@@ -33,7 +33,7 @@ from reglue.published import sharing
 from reglue.run import FILE as RECORD
 from reglue.run import RunRecord, decoder, find_run
 from reglue.sampling import MODALITY_SCALES, Precision, Rounding, Sampling
-from reglue.training import checkpoints, distributed
+from reglue.training import checkpoints
 from reglue.training.checkpoints import Weights
 from reglue.training.distributed import resolve_device
 from reglue.training.precision import SamplingNetwork
@@ -69,7 +69,7 @@ def load(
         denoiser.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(f"{file} does not fit {folder / RECORD}: {' '.join(str(error).split())[:200]}") from None
-    model = ImageModel(
+    return ImageModel(
         record,
         denoiser.to(target),
         decoder(record, target, autoencoder, folder),
@@ -77,20 +77,6 @@ def load(
         int(checkpoint.name),
         compile,
         weights,
-    )
-    if weights == "ema" and distributed.is_first() and (warning := warning_of_age(record, checkpoint)):
-        tqdm.write(warning, file=sys.stderr)
-    return model
-
-
-def warning_of_age(record: RunRecord, checkpoint: Path) -> str | None:
-    """A line for averaged weights that are younger than their average needs; None if they are not."""
-    share = record.initial_share(int(checkpoint.name))
-    if share < FORGOTTEN:
-        return None
-    trained = (checkpoint / checkpoints.MODEL).is_file()
-    return f"warning: {share:.0%} of the averaged weights of {checkpoint} are those that the run began with; " + (
-        f"{option('weights')} model takes the trained ones" if trained else "images will show it"
     )
 
 
@@ -120,6 +106,17 @@ class ImageModel:
     def device(self) -> torch.device:
         """Where the model lives."""
         return self.denoiser.positions.device
+
+    def warning(self) -> str | None:
+        """A line if the averaged weights hold more than a few per cent of those that the run began with, else None."""
+        share = self.record.initial_share(self.step) if self.folder and self.weights == "ema" else 0.0
+        if not self.folder or share < YOUNG:
+            return None
+        trained = (checkpoints.find(self.folder, self.step) / checkpoints.MODEL).is_file()
+        return (
+            f"{share:.0%} of the averaged weights of step {self.step} are those that the run began with, and images "
+            "show it; " + (f"{option('weights')} model takes the trained ones" if trained else "train it for longer")
+        )
 
     @property
     def default_sampling(self) -> Sampling:
@@ -252,6 +249,8 @@ class ImageModel:
             raise UserError(f"seed {seed}: choose 0 or more")
         sampling = (sampling or self.default_sampling).changed(**changes)
         self.condition(labels, condition)  # It says at once if these are not values for as many images.
+        if warning := self.warning():
+            warnings.warn(warning, stacklevel=2)
         batches: list[Tensor] = []
         total = evaluations(sampling, len(labels), batch_size)
         with tqdm(total=total, desc="generate", unit="evaluation", disable=not progress) as bar:

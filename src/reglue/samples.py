@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -113,6 +114,8 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
             print(f"{options.out} is complete already: {options.count} images")
         return options.out
     create_or_resume(folder, protocol, rank)
+    if rank == 0 and (warning := model.warning()):
+        tqdm.write(f"warning: {warning}", file=sys.stderr)
     # Who draws what must not depend on what the other processes have drawn already.
     mine = [i for i in range(rank, options.count, processes) if not (folder / contact_sheet.picture(i)).is_file()]
     total = evaluations(drawing.sampling, len(mine), options.batch_size)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reglue.config import FORGOTTEN, OptimiserConfig
+from reglue.config import YOUNG, OptimiserConfig
 from reglue.data.prefetch import prefetch
 from reglue.errors import Stopped, UserError, option
 from reglue.training import checkpoints, distributed, parallel, stopping
@@ -234,7 +234,7 @@ def preview(task: Task[Any], step: int, trackers: Trackers | None) -> Exception 
 def warning_of_age(optimisation: OptimiserConfig) -> str | None:
     """A line for a training that is too short for its moving average; None if it is long enough."""
     share = optimisation.initial_share(optimisation.steps)
-    if share < FORGOTTEN:
+    if share < YOUNG:
         return None
     return (
         f"warning: after {optimisation.steps} steps {share:.0%} of the averaged weights will be those that training "
