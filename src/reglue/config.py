@@ -12,13 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from reglue.diffusion.backbones import BACKBONES
-from reglue.diffusion.conditions import CLASS, CONDITIONS
-from reglue.diffusion.denoiser import DenoiserConfig
-from reglue.diffusion.modalities import LATENT, Modality, Normalisation
-from reglue.diffusion.paths import PathName
-from reglue.diffusion.predictions import PREDICTIONS
-from reglue.diffusion.schedules import SCHEDULES
+from reglue.diffusion.specs import CLASS, LATENT, DenoiserConfig, Modality, Normalisation, PathName, registered
 from reglue.errors import UserError, option, require
 from reglue.sampling import Precision, Sampling, refuse_unknown
 
@@ -383,13 +377,13 @@ class Recipe:
     def __post_init__(self) -> None:
         model_size(self.model)
         require(self, "position_grid", at_least=1)
-        refuse_unknown(option("backbone"), self.backbone, BACKBONES)
-        refuse_unknown(option("prediction"), self.prediction, PREDICTIONS)
-        refuse_unknown(option("times"), self.times, SCHEDULES)
+        refuse_unknown(option("backbone"), self.backbone, registered("backbones.BACKBONES"))
+        refuse_unknown(option("prediction"), self.prediction, registered("predictions.PREDICTIONS"))
+        refuse_unknown(option("times"), self.times, registered("schedules.SCHEDULES"))
         if self.times != "shared":
             raise UserError(f"{option('times')} {self.times}: the denoiser takes one time for all; choose shared")
         for name, share in self.conditions.items():
-            refuse_unknown("condition", name, CONDITIONS)
+            refuse_unknown("condition", name, registered("conditions.CONDITIONS"))
             if name == CLASS or not 0 <= share < 1:
                 remedy = (
                     f"use {option('optimisation.label_dropout')}" if name == CLASS else "choose at least 0, below 1"

@@ -15,7 +15,8 @@ from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import Denoiser
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.errors import UserError, option
-from reglue.run import FILE, RunRecord, Start, Weights, find_run, known_as
+from reglue.names import Weights
+from reglue.run import FILE, RunRecord, Start, find_run, known_as
 from reglue.training import checkpoints, distributed
 
 LABELS = f"conditions.{CLASS}.weight"

@@ -29,12 +29,12 @@ from reglue.diffusion.samplers import SAMPLERS, StatePrecision, integrate
 from reglue.diffusion.schedules import SCHEDULES, Schedule
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.errors import UserError, option
+from reglue.names import Weights
 from reglue.published import sharing
 from reglue.run import FILE as RECORD
 from reglue.run import RunRecord, decoder, find_run
 from reglue.sampling import MODALITY_SCALES, Precision, Rounding, Sampling
 from reglue.training import checkpoints
-from reglue.training.checkpoints import Weights
 from reglue.training.distributed import resolve_device
 from reglue.training.precision import SamplingNetwork
 
@@ -129,8 +129,9 @@ class ImageModel:
     def resolved(self, sampling: Sampling) -> Sampling:
         """The same, with the precisions that are used where it leaves them open.
 
-        Raises UserError for guidance of, or by, what the model lacks.
+        Raises UserError for guidance of, or by, what the model lacks, and for a sampler that is not installed.
         """
+        SAMPLERS[sampling.sampler].check()
         for name, lacking in self._unfitting_scales(sampling).items():
             raise UserError(
                 f"{option(name)} {getattr(sampling, name)}: this model has no {lacking} to guide with; choose 1"

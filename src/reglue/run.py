@@ -25,8 +25,8 @@ from reglue.encoders.compressors import Compressor, CompressorSpec, load_compres
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError, option
 from reglue.files import read_json, replacing, to_json
+from reglue.names import Weights
 from reglue.training import checkpoints
-from reglue.training.checkpoints import Weights
 
 FILE = "run.json"
 COMPRESSORS = "compressors"

@@ -10,77 +10,32 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-from tyro.conf import Positional
 
 from reglue import contact_sheet, fine_tuning
 from reglue.data.picture_writer import THREADS, PictureWriter
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import State
-from reglue.errors import UserError, option, require
-from reglue.files import TakesPaths, read_json, replacing
+from reglue.errors import UserError, option
+from reglue.files import read_json, replacing
 from reglue.locks import writing
 from reglue.pipeline import ImageModel, evaluations, load
 from reglue.run import find_run, known_as
-from reglue.sampling import Sampling, SamplingOverrides
+from reglue.sampling import Draw, Sampling
 from reglue.seeds import generator
 from reglue.training import checkpoints, distributed
-from reglue.training.checkpoints import Weights
 
 PROTOCOL = "samples.json"
 WEAKER_SCALE = 2.0
 """Of autoguidance, where it is not given."""
 PACKED_AT_ONCE = 64
 """Pictures in memory while an archive is written."""
-
-
-@dataclass(frozen=True)
-class Draw(SamplingOverrides, TakesPaths):
-    """Which images of a run are drawn, and how: the sampling options that are not given are those of its recipe."""
-
-    run: Positional[Path]
-    """Folder of the run, OWNER/NAME of one on the Hugging Face hub, or starter, the small model of this package."""
-    out: Path
-    """A folder for PNG files, or a file that ends in .npz."""
-    count: int = 50
-    """Number of images."""
-    seed: int = 0
-    """Image i depends on the seed and i alone."""
-    labels: Literal["balanced", "random"] = "balanced"
-    """balanced: the classes in turn. random: drawn by seed and index."""
-    classes: tuple[str, ...] = ()
-    """Only these classes, by number or name. Default: all."""
-    step: int | None = None
-    """Checkpoint to use. Default: the last."""
-    weights: Weights = "ema"
-    """Its averaged weights (ema) or the trained ones (model)."""
-    weaker_run: Path | None = None
-    """A weaker run on the same store, for autoguidance by --auto-scale (2 if not given)."""
-    autoencoder: str | None = None
-    """Decode with another autoencoder than the run's own."""
-    batch_size: int = 32
-    """Images per batch in each process; changes images by rounding alone."""
-    compile: bool = False
-    """Compile the network: slower to start, faster after; changes images by rounding alone."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "count", "batch_size", at_least=1)
-        require(self, "seed", "step", at_least=0)
-        Sampling().changed(**self.changes)
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The fields of `Sampling`, None where they are not given."""
-        return {part.name: getattr(self, part.name) for part in fields(Sampling)}
 
 
 def write_samples(options: Draw) -> Path:
@@ -230,7 +185,7 @@ class Drawing:
 def plan(options: Draw, model: ImageModel) -> Drawing:
     """What the options ask of a model. Raises UserError for what it cannot do."""
     weaker = weaker_model(options, model) if options.weaker_run else None
-    changes = options.changes
+    changes = {part.name: getattr(options, part.name) for part in fields(Sampling)}
     if weaker:
         own = model.record.recipe.sampling.auto_scale
         given = changes["auto_scale"]

@@ -36,12 +36,12 @@ from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError
 from reglue.files import write_tensors
 from reglue.metrics.image_sets import open_image_set
+from reglue.names import Weights
 from reglue.pipeline import load
 from reglue.run import RunRecord, Start
 from reglue.samples import plan
 from reglue.sampling import Sampling
 from reglue.training import checkpoints
-from reglue.training.checkpoints import Weights
 
 
 def pixels(folder: Path) -> np.ndarray:

@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tyro.conf import Positional
 
 from reglue.config import Recipe
-from reglue.errors import UserError, option, require
-from reglue.files import TakesPaths, replacing
+from reglue.errors import UserError, option
+from reglue.files import replacing
 from reglue.locks import writes
+from reglue.options.export_run import ExportRun
 from reglue.published.weights import ENCODER_DEPTH, PATH_TYPE, PREDICTION, STEP, VELOCITY, export_official, family_of
 from reglue.run import RunRecord, find_run
 from reglue.training import checkpoints
-from reglue.training.checkpoints import Weights
 
 ENDINGS = (".safetensors", ".pt", ".pth")
-
-
-@dataclass(frozen=True)
-class ExportRun(TakesPaths):
-    """Write a run's weights under the names, and in the time convention, of SiT's, REPA's, ReDi's, REG's or REGLUE's
-    code."""
-
-    run: Positional[Path]
-    """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
-    out: Path
-    """File to write. A .safetensors file holds the weights, with step and path in its metadata; a .pt or .pth
-    file holds {ema, model, args, steps}, as the published code reads it. Published samplers take the path as an
-    option."""
-    step: int | None = None
-    """Checkpoint to export; the last one if not given."""
-    weights: Weights = "ema"
-    """What a .safetensors file holds: the averaged weights (ema) or the trained ones (model)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "step", at_least=0)
-        if self.weights != "ema" and self.out.suffix in ENDINGS[1:]:
-            raise UserError(f"--weights {self.weights}: {self.out.suffix} files hold both; leave it out")
 
 
 @writes()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from tyro.conf import Positional
 
 from reglue.config import MODEL_SIZES, ClassToken, LocalSemantics, Recipe, model_size
 from reglue.data.labels import read_class_names
@@ -16,9 +14,10 @@ from reglue.diffusion.paths import PathName
 from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.encoders.compressors import Compressor
 from reglue.encoders.vision import EncoderSpec, load_encoder
-from reglue.errors import UserError, require
-from reglue.files import TakesPaths, new_folder
+from reglue.errors import UserError
+from reglue.files import new_folder
 from reglue.locks import writes
+from reglue.options.import_run import ImportRun
 from reglue.papers import RECIPES
 from reglue.published.compressors import read_official_compressor
 from reglue.published.weights import (
@@ -40,42 +39,6 @@ from reglue.run import COMPRESSORS, RunRecord, versions
 from reglue.training import checkpoints
 
 PATHS_BY_PUBLISHED_NAME: dict[str, PathName] = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
-
-
-@dataclass(frozen=True)
-class ImportRun(TakesPaths):
-    """Turn a checkpoint of SiT, REPA, ReDi, REG or REGLUE into a run. Nothing in the file is executed.
-
-    The method is recognised by the shapes of the weights. The run can be sampled, evaluated, shared and exported, but
-    its training cannot be continued.
-    """
-
-    file: Positional[Path]
-    """A .pt, .pth or .safetensors file: weights alone, or {model, ema, …}, of which the averaged weights are used."""
-    out: Path
-    """Folder of the run: new or empty."""
-    compressor: Path | None = None
-    """The compressor of the model's local maps: REGLUE's .pth, ReDi's PCA file, or a compressor's folder in a store or
-    run. Sampling does not need it."""
-    statistics: Path | None = None
-    """With --compressor: mean and standard deviation of the features, which REGLUE keeps in a file of their own: .npz,
-    or a dict in .npy, .pt or .pkl."""
-    autoencoder: str | None = None
-    """The autoencoder whose latents the model learned: a name, or a folder in diffusers' layout (ReaLS's too). Default:
-    the published sd-vae-ft-mse, decoded by sd-vae-ft-ema, neither of which is needed yet. Checkpoints do not record it,
-    so give it if the model has other channels than published."""
-    encoder: str | None = None
-    """The vision encoder that the model was trained with, for the record. Sampling does not need it."""
-    class_names: Path | None = None
-    """Text file with the names of the classes, one per line, in the order of the labels. Default: their numbers."""
-    heads: int | None = None
-    """Attention heads, for models of a width that was not published."""
-    resolution: int | tuple[int, int] | None = None
-    """Side of the images in pixels, or height and width: for learned position embeddings that are not square."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "heads", "resolution", at_least=1)
 
 
 @writes()

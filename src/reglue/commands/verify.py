@@ -11,7 +11,6 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from PIL import Image
 from tqdm import tqdm
-from tyro.conf import Positional
 
 from reglue.commands.train_head import TRAINING, HeadRecord
 from reglue.contact_sheet import read_hashes
@@ -22,7 +21,8 @@ from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, load_autoencoder
 from reglue.encoders.compressors import CompressorSpec, load_compressor
 from reglue.errors import UserError, one_line
-from reglue.files import TakesPaths, opened_tensors, read_json
+from reglue.files import opened_tensors, read_json
+from reglue.options.verify import Verify
 from reglue.perception.heads import SPEC_FILE, WEIGHTS_FILE, load_head
 from reglue.reals.record import CONFIG, TrainingRecord
 from reglue.reals.record import RECORD as TRAINING_RECORD
@@ -32,17 +32,6 @@ from reglue.samples import PROTOCOL, archived_protocol, read_protocol
 from reglue.training import checkpoints, tracking
 
 COPY = "copy it again, or delete it and run the command that made it again"
-
-
-@dataclass(frozen=True)
-class Verify(TakesPaths):
-    """Read every file of a folder, after copying it for example, and compare it with the hash of what was written.
-
-    Of a run, its training store is verified too if it is still where it was.
-    """
-
-    folder: Positional[Path]
-    """A store, run, autoencoder, head or samples (folder or .npz file), or starter, the small model of this package."""
 
 
 @dataclass(frozen=True)

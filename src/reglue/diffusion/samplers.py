@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +18,12 @@ from torch import Tensor
 from reglue.diffusion.controls import Control, Controlled
 from reglue.diffusion.guidance import Velocity
 from reglue.diffusion.modalities import LATENT, State, Times
+from reglue.diffusion.specs import StatePrecision as StatePrecision
 from reglue.errors import UserError
 
 LAST_NOISY_TIME = 0.04
 """Where the stochastic samplers of SiT and REPA stop adding noise."""
 
-StatePrecision = Literal["float32", "float64"]
 Memory = dict[str, Any]
 """What a step may keep for the next one; empty at the start."""
 

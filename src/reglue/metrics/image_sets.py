@@ -21,7 +21,8 @@ from reglue.data.manifest import MANIFEST, PARTIAL
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.metrics.distances import Gaussian
-from reglue.samples import PROTOCOL, Draw, archived_protocol, protocol_in, write_samples
+from reglue.samples import PROTOCOL, archived_protocol, protocol_in, write_samples
+from reglue.sampling import Draw
 
 IMAGE_ARRAYS = ("arr_0.npy", "images.npy")
 """Where an .npz file may keep its images."""

@@ -157,3 +157,15 @@ class AutoencoderRecipe:
     def adversary_active(self, step: int) -> bool:
         """Whether the discriminator takes part in a step."""
         return self.adversary.present and step >= self.adversary.start
+
+
+def check_size(image_size: tuple[int, int], layers: int) -> None:
+    """Raises UserError for images (height, width) that are too small for a discriminator of so many layers."""
+    for side in image_size:
+        for _ in range(layers):
+            side //= 2
+        if side < 3:  # The last two convolutions take a pixel each, and one has to be left.
+            raise UserError(
+                f"{option('adversary.layers')} {layers}: images of {image_size[0]}×{image_size[1]} pixels are too "
+                f"small for so many; choose fewer layers or a larger {option('resolution')}"
+            )

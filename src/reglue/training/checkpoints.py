@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -20,11 +19,10 @@ from torch import Tensor, nn
 
 from reglue.errors import UserError, option
 from reglue.files import BESIDE, opened_tensors, read_json, read_tensors, save_tensors, seal, to_json
+from reglue.names import Weights
 from reglue.training import distributed
 from reglue.training.parallel import local_rows, on_cpu, own_rows
 
-Weights = Literal["ema", "model"]
-"""The averaged weights of a checkpoint, or those that were trained."""
 Tensors = Mapping[str, Tensor]
 Files = dict[str, dict[str, Tensor]]
 
