@@ -26,7 +26,7 @@ GROUPS = {
         prepare.seed prepare.count evaluate.count probe.images head.images perceive.images""",
     "model": """run model backbone path prediction times conditions learn-sigma position-grid latent local class-token
         alignment architecture autoencoder encoder layers final-norm kind column channels hidden conv head from
-        from-step from-weights step fitted compressor statistics heads family""",
+        from-step from-weights step weights fitted compressor statistics heads family""",
     "optimisation": """optimisation perceptual kl adversary kl-weight epochs cosine-epochs micro-batch learning-rate
         final-learning-rate seed steps batch-size compare""",
     "sampling": """sampling count classes sampler time-shift diffusion guidance-scale local-scale cls-scale
