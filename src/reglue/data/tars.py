@@ -15,7 +15,8 @@ from torch import Tensor
 
 from reglue.data.images import UnreadableImage, is_image, load_crop
 from reglue.data.labels import index_labels
-from reglue.data.sources import Computed, Reading, class_names_of, repeated
+from reglue.data.reading import Reading
+from reglue.data.sources import Computed, class_names_of, repeated
 from reglue.errors import UserError, option
 
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from reglue.encoders.alignment import FILE as ALIGNMENT_FILE
 from reglue.encoders.alignment import save_alignment
-from reglue.encoders.autoencoders import AutoencoderSpec
+from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, AutoencoderSpec
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
-from reglue.files import replacing, to_json
+from reglue.files import BESIDE, replacing, seal, to_json
 from reglue.reals.config import AutoencoderRecipe
 from reglue.reals.trainable import AlignedAutoencoder
-from reglue.run import differing
+from reglue.run import differing, told
+from reglue.sampling import Precision
 
+OPTIONS = ("resolution", "validation", "validation_images", "statistics_images", "seed")
+"""Fields of a record that are options of `autoencode`, beside those of its recipe."""
 RECORD, CONFIG, MEAN_STD = "training.json", "config.json", "mean_std.json"
 FORMAT = 1
 
@@ -49,15 +52,16 @@ class TrainingRecord:
     measured_with: dict[str, str] = field(default_factory=dict, compare=False)
     """The files of the networks behind the figures lpips and rfid."""
 
+    def settled(self, before: TrainingRecord | None, precision: Precision) -> TrainingRecord:
+        """The same with what its recipe leaves open decided: as it was `before`, if a training is continued."""
+        optimisation = self.recipe.optimisation.settled(before and before.recipe.optimisation, precision)
+        return replace(self, recipe=replace(self.recipe, optimisation=optimisation))
+
 
 def differences(before: TrainingRecord, now: TrainingRecord) -> list[str]:
-    """The names of what differs. The number of steps may, where the learning rate does not depend on it."""
-    compared = {part.name for part in fields(TrainingRecord) if part.compare}
-    names = [name for name in differing(before, now) if name.partition(".")[0] in compared]
-    names = [name for name in names if name not in ("encoder.name", "source.name")]
-    if now.recipe.optimisation.decay == "constant":
-        names = [name for name in names if name != "recipe.optimisation.steps"]
-    return names
+    """What differs, for a message. The number of steps may, where the learning rate does not depend on it."""
+    free = {"recipe.optimisation.steps"} if now.recipe.optimisation.decay == "constant" else ()
+    return told({name: values for name, values in differing(before, now).items() if name not in free}, OPTIONS)
 
 
 def write_result(out: Path, averaged: AlignedAutoencoder, mean: float, std: float, record: TrainingRecord) -> None:
@@ -67,12 +71,13 @@ def write_result(out: Path, averaged: AlignedAutoencoder, mean: float, std: floa
     moved last: the result is there whole or not at all.
     """
     (out / CONFIG).unlink(missing_ok=True)
-    beside = out / "result.tmp"
+    beside = out / f"result{BESIDE}"
     shutil.rmtree(beside, ignore_errors=True)
     # What diffusers' own pipelines and ours normalise by.
     averaged.network.register_to_config(scaling_factor=1 / std, shift_factor=mean, latents_mean=None, latents_std=None)
     try:
         averaged.network.save_pretrained(beside)
+        seal(beside / DIFFUSERS_WEIGHTS)
         config = json.loads((beside / CONFIG).read_text())
         config.pop("_name_or_path", None)  # The folder of --from is in the record.
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

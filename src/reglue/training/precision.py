@@ -9,24 +9,20 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from reglue.config import Compile, OptimiserConfig
+from reglue.config import Compile
 from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import Denoiser, Prediction
 from reglue.diffusion.modalities import State
 from reglue.machine import multiplies_bfloat16_faster
-from reglue.sampling import AutoPrecision, Precision, Sampling
+from reglue.sampling import AutoPrecision, Precision
 from reglue.training import distributed
-
-HasPrecision = TypeVar("HasPrecision", bound=OptimiserConfig | Sampling)
 
 
 def to_precision(asked: AutoPrecision, device: torch.device) -> Precision:
@@ -36,15 +32,9 @@ def to_precision(asked: AutoPrecision, device: torch.device) -> Precision:
     return "bfloat16" if multiplies_bfloat16_faster(device) else "float32"
 
 
-def settled(options: HasPrecision, recorded: AutoPrecision | None, device: torch.device) -> HasPrecision:
-    """The options of work that may continue elsewhere: where the precision is `auto`, the one that it was begun in.
-
-    Of new work nothing is `recorded`: then the first process's device decides for all processes, which must all ask.
-    """
-    if options.precision != "auto":
-        return options
-    precision = distributed.broadcast_object(to_precision(recorded or "auto", device))
-    return replace(options, precision=precision)
+def agreed(device: torch.device) -> Precision:
+    """What `auto` is in new work of all processes: what the first one's device multiplies fastest. All must ask."""
+    return distributed.broadcast_object(to_precision("auto", device))
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
