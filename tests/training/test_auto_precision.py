@@ -124,7 +124,7 @@ def test_a_run_keeps_what_it_began_with(tiny_store: Path, tmp_path: Path, fast_b
     expected, found = (load_file(each / "checkpoints" / "00000004" / "model.safetensors") for each in (whole, run))
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
-    with pytest.raises(UserError, match=r"other settings \(recipe\.optimisation\.precision\)"):
+    with pytest.raises(UserError, match=r"other settings: optimisation\.precision float32 \(was bfloat16\)"):
         trained("run", 6, "--optimisation.precision=float32")
     assert RunRecord.read(trained("here", 2)).recipe.optimisation.precision == "float32"
 
