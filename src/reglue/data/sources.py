@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import tyro
 from torch import Tensor
 
 from reglue.data.images import ImageSource, UnreadableImage
-from reglue.data.labels import index_labels, look_up, read_class_names, read_table
+from reglue.data.label_tables import Asked, ImageNames, look_up, read_table
+from reglue.data.labels import index_labels, read_class_names
 from reglue.errors import UserError, option
 from reglue.files import TakesPaths
 from reglue.seeds import permutation
@@ -29,16 +31,21 @@ class Reading(TakesPaths):
     """How images and labels are found in what is no folder with a sub-folder per class."""
 
     labels: Path | None = None
-    """Table of labels for a folder or tar shards: a .csv with columns file and label, or a .json {"FILE": LABEL, …}."""
+    """Table of labels for a folder or tar shards: a .csv or .tsv with columns such as file_name and label, or a .json
+    {"FILE": LABEL, …}."""
     no_labels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Treat all images, at any depth of the folder, as one class."""
+    class_level: int | None = None
+    """Folders of this level are the classes, where there are folders in folders: 2 for photos/animals/cat/1.jpg, in a
+    tar file too. Default: the first level."""
     class_names: Path | None = None
     """Text file with the names of the classes, one per line, for labels that are numbers or a stream."""
     image_column: str | None = None
-    """Column of the images, or their file ending in tar shards. Default: the only one."""
+    """Column of the images, in a table of labels that of their names; in tar shards their file ending. Default: the
+    only one."""
     label_column: str | None = None
     """Column of the labels; in tar shards a file ending, or a key in .json. Default: the only one, .cls or the key
-    label."""
+    label, and then the folders in the tar."""
     configuration: str | None = None
     """Configuration of a data set that has several."""
     split: str | None = None
@@ -55,6 +62,11 @@ class Reading(TakesPaths):
             raise UserError(f"{option('labels')} gives labels and {option('no_labels')} takes none; leave one out")
         if self.count is not None and (self.count < 1 or not self.streaming):
             raise UserError(f"{option('count')} {self.count}: choose at least 1, with {option('streaming')}")
+        if self.class_level is not None and (self.class_level < 1 or self.labels or self.no_labels):
+            raise UserError(
+                f"{option('class_level')} {self.class_level}: choose at least 1, without {option('labels')} or "
+                f"{option('no_labels')}"
+            )
 
     def found_from_anywhere(self) -> Reading:
         """The same with absolute paths, to be kept."""
@@ -97,8 +109,11 @@ class Relabelled:
         """`named` turns a name in the table into the name here: a.JPG of a tar file is a.jpg."""
         assert reading.labels is not None
         self._images = images
-        self.path, self.names = images.path, images.names
-        labels = look_up(read_table(reading.labels, named), images.names, reading.labels, images.path)
+        self.path, self.names, self.notes = images.path, images.names, images.notes
+        known = ImageNames(images.names, images.path, reading.labels, named)
+        # In tar files, the other option names the ending of the images.
+        asked = Asked(reading.image_column if named is str else None, reading.label_column)
+        labels = look_up(read_table(reading.labels, known, asked), images.names, reading.labels, images.path)
         self.labels, self.class_names = index_labels(
             labels, images.names.__getitem__, class_names_of(reading), str(reading.labels)
         )
@@ -130,7 +145,7 @@ class Chosen:
             order = permutation(subset.seed, "subset of a class", label, len(of_class)).numpy()
             drawn.append(of_class[order[:wanted]])
         self._images, self._indices = images, np.sort(np.concatenate(drawn))
-        self.path, self.class_names = images.path, images.class_names
+        self.path, self.class_names, self.notes = images.path, images.class_names, images.notes
         self.names: Sequence[str] = Computed(len(self), lambda i: images.names[self._indices[i]])
         self.labels: Sequence[int] = labels[self._indices].tolist()
 
@@ -153,6 +168,7 @@ class Mirrored:
         self._images = images
         self._last: tuple[Any, Tensor | UnreadableImage] | None = None
         self.path, self.class_names, self.sequential = images.path, images.class_names, images.sequential
+        self.notes = images.notes
         self.names: Sequence[str] = Computed(len(self), lambda i: images.names[i // 2] + FLIPPED * (i % 2))
         self.labels: Sequence[int] = Computed(len(self), lambda i: images.labels[i // 2])
 
@@ -184,3 +200,12 @@ def repeated(names: Sequence[str]) -> str:
     """The first name that occurs twice, of names of which one does."""
     seen: set[str] = set()
     return next(name for name in names if name in seen or seen.add(name))
+
+
+def distinct_names(files: Sequence[Path]) -> list[str]:
+    """The names of files; where two are equal, all of their paths within the folder that they share."""
+    names = [file.name for file in files]
+    if len(set(names)) == len(names):
+        return names
+    shared = os.path.commonpath([file.absolute().parent for file in files])
+    return [file.absolute().relative_to(shared).as_posix() for file in files]
