@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import reglue
 from helpers import TINY_RECIPE, mistake
@@ -19,6 +19,7 @@ from reglue.commands.train import Train, train
 from reglue.data.store import Store
 from reglue.diffusion.embeddings import position_embedding
 from reglue.errors import UserError
+from reglue.files import write_tensors
 from reglue.fine_tuning import LABELS, rows_of_labels
 from reglue.run import RunRecord, find_run
 from reglue.training import checkpoints
@@ -107,7 +108,7 @@ def test_a_run_that_died_before_it_took_the_weights_needs_the_same_ones(
 
     shutil.rmtree(run / "checkpoints")
     file = checkpoints.find(source) / checkpoints.EMA
-    save_file({name: value + 1 for name, value in load_file(file).items()}, file)
+    write_tensors(file, {name: value + 1 for name, value in load_file(file).items()})
     with pytest.raises(UserError, match="has changed"):
         train(options("reglue", tiny_store, run))
 

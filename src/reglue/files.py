@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
@@ -12,7 +14,7 @@ from itertools import cycle
 from math import isfinite
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from cattrs import transform_error
 from cattrs.errors import BaseValidationError
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 BESIDE = ".reglue-tmp"
 """What the name of a file or folder ends with that is being written, before it takes its place. Nobody else's."""
+LONGEST_HEADER = 100_000_000
+"""Bytes: what the safetensors library takes."""
 _T = TypeVar("_T")
 _converter = make_converter(forbid_extra_keys=True)
 
@@ -86,7 +90,7 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.touch()
         mode = beside.stat().st_mode
         yield beside
-        beside.chmod(mode)  # safetensors makes files that only their owner may read; this one is as any other new file.
+        beside.chmod(mode)  # Some libraries make files that only their owner may read; this one is as any other.
         beside.replace(path)
     except (OSError, SafetensorError) as error:
         # safetensors wraps the system's error in its own, of which only the text is left.
@@ -196,31 +200,124 @@ def read_jsonl(file: Path, kind: type[_T], remedy: str | None) -> list[_T]:
     return values
 
 
+SEAL = "sha256"
+"""In the header of a tensor file of ours: the SHA-256 of the file as it is with zeros in the place of this one."""
+_UNSEALED = "0" * 64
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all, with its own hash in its header (`SEAL`).
+
+    Raises UserError if it cannot be written.
+    """
+    with replacing(file) as beside:
+        save_tensors(beside, tensors, metadata)
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """As `write_tensors`, in a folder that takes its place later: raises OSError or SafetensorError, and leaves a part."""
+    from safetensors.torch import save_file  # imports torch
+
+    file.touch()
+    mode = file.stat().st_mode
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # safetensors writes several keys in random order, and the same tensors must have the same bytes: `seal` sorts them.
+    save_file(own, file, metadata or {SEAL: _UNSEALED})
+    file.chmod(mode)  # safetensors makes files that only their owner may read; this one is as any other new file.
+    seal(file)
+
+
+def seal(file: Path) -> None:
+    """Put the hash of a safetensors file into its header: in place where there is room for it, else as a new file.
+
+    For files that other libraries have written; a process that dies meanwhile leaves a damaged one.
+    """
+    with file.open("r+b") as stream:
+        header = _header(stream)
+        metadata = header.get("__metadata__", {})
+        if metadata.get(SEAL) != _UNSEALED:
+            header["__metadata__"] = dict(sorted({**metadata, SEAL: _UNSEALED}.items()))
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)  # The format wants tensors aligned.
+            with replacing(file) as beside, beside.open("wb") as other:
+                other.write(len(text).to_bytes(8, "little") + text)
+                shutil.copyfileobj(stream, other, 2**20)
+            return seal(file)
+        digest, place = _digest(stream)
+        stream.seek(place)
+        stream.write(digest.encode())
+
+
+def seal_of(file: Path) -> tuple[str | None, str]:
+    """The hash in the header of a safetensors file, None if it has none, and the one that it should be.
+
+    Raises ValueError if the header is damaged.
+    """
+    with file.open("rb") as stream:
+        written = _header(stream).get("__metadata__", {}).get(SEAL)
+        return written, _digest(stream)[0]
+
+
+def _header(stream: BinaryIO) -> dict[str, Any]:
+    """The header of a safetensors file, after which the stream then stands. Raises ValueError if there is none."""
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    if length > LONGEST_HEADER:
+        raise ValueError("its header is too long")
+    header = parse_json(stream.read(length), dict[str, Any])
+    if not isinstance(header.get("__metadata__", {}), dict):
+        raise ValueError("its metadata are no object")
+    return header
+
+
+def _digest(stream: BinaryIO) -> tuple[str, int]:
+    """The SHA-256 of a safetensors file with zeros in the place of the one in its header, and that place."""
+    written = str(_header(stream).get("__metadata__", {}).get(SEAL, ""))
+    end = stream.tell()
+    stream.seek(0)
+    start = stream.read(end)
+    place = start.find(written.encode()) if len(written) == len(_UNSEALED) else -1
+    if place >= 0:
+        start = start[:place] + _UNSEALED.encode() + start[place + len(_UNSEALED) :]
+    digest = hashlib.sha256(start)
+    while part := stream.read(2**20):
+        digest.update(part)
+    return digest.hexdigest(), place
+
+
 @contextmanager
-def opened_tensors(file: Path, remedy: str) -> Iterator[Any]:
+def opened_tensors(file: Path, remedy: str, *, sealed: bool | None = None) -> Iterator[Any]:
     """A safetensors file as `safe_open` of safetensors opens it, to read some of it in the block.
 
-    Raises UserError as `read_json` does, also for a tensor that is asked for and not there.
+    A thread compares it with the hash in its header meanwhile: always if `sealed`, which is for files of our own, never
+    if that is False, and by default where there is one. Raises UserError as `read_json` does, also for a tensor that
+    is asked for and not there, and when the block ends for another hash.
     """
-    with _naming(file, remedy), safe_open(file, "pt") as opened:
+    with _naming(file, remedy), ThreadPoolExecutor(1) as thread, safe_open(file, "pt") as opened:
+        known = SEAL in (opened.metadata() or {})
+        if sealed and not known:
+            raise ValueError("its hash is missing")
+        checked = thread.submit(seal_of, file) if known and sealed is not False else None
         yield opened
+        if checked and len(set(checked.result())) > 1:
+            raise ValueError("its content is not what was written")
 
 
-def read_tensors(file: Path, remedy: str) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU. Raises UserError as `read_json` does."""
-    with opened_tensors(file, remedy) as opened:
+def read_tensors(file: Path, remedy: str, *, sealed: bool | None = None) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU. Raises UserError as `opened_tensors` does."""
+    with opened_tensors(file, remedy, sealed=sealed) as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
 
 
-def read_network(make: Callable[[], _N], file: Path, remedy: str) -> _N:
+def read_network(make: Callable[[], _N], file: Path, remedy: str, *, sealed: bool | None = None) -> _N:
     """A network with the weights of a safetensors file, on the CPU, in the precision in which `make` builds it.
 
     It is built without memory, so that sizes in a damaged file cannot ask for too much of it. Raises UserError as
-    `read_json` does, also for weights of another network.
+    `opened_tensors` does, also for weights of another network.
     """
     import torch  # slow to import
 
-    tensors = read_tensors(file, remedy)
+    tensors = read_tensors(file, remedy, sealed=sealed)
     try:
         with torch.device("meta"):
             network = make()

@@ -24,6 +24,7 @@ from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import State
 from reglue.errors import UserError, option, require
 from reglue.files import TakesPaths, read_json, replacing
+from reglue.locks import writing
 from reglue.pipeline import ImageModel, evaluations, load
 from reglue.run import find_run, known_as
 from reglue.sampling import Sampling, SamplingOverrides
@@ -79,6 +80,13 @@ def write_samples(options: Draw) -> Path:
     there already included. Raises UserError for a class outside the range, guidance without classes, or a folder or
     file with images of another protocol.
     """
+    as_npz = options.out.suffix.lower() == ".npz"
+    folder = options.out.with_suffix(".parts") if as_npz else options.out
+    with writing(options.out), writing(folder):
+        return _write_samples(options, folder, as_npz)
+
+
+def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
     rank, processes = distributed.join(options.device)
     model = load(
         options.run,
@@ -88,8 +96,6 @@ def write_samples(options: Draw) -> Path:
         compile=options.compile,
     )
     drawing = plan(options, model)
-    as_npz = options.out.suffix.lower() == ".npz"
-    folder = options.out.with_suffix(".parts") if as_npz else options.out
     protocol = protocol_of(options, drawing)
     if as_npz and is_finished(options.out, protocol):
         if rank == 0:

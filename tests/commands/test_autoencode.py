@@ -32,7 +32,7 @@ from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
-from reglue.files import read_json
+from reglue.files import read_json, write_tensors
 from reglue.metrics.inception import load_inception
 from reglue.metrics.latents import LatentSummary
 from reglue.metrics.perceptual import encoder_features, load_lpips
@@ -541,8 +541,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
     # The weights are spoilt as a defective memory would: the next loss cannot be finite.
     weights = out / "checkpoints" / "00000005" / "model.safetensors"
     spoilt = load_file(weights)
-    spoilt["autoencoder.network.decoder.conv_out.bias"].fill_(torch.nan)
-    save_file(spoilt, weights)
+    spoilt["autoencoder.network.decoder.conv_out.bias"].fill_(1e30)
+    write_tensors(weights, spoilt)
     with pytest.raises(UserError, match=r"not finite between steps 5 and 10 \(.*reconstruction"):
         run(tiny_images, out, tiny_encoder, "--optimisation.steps=10")
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000005"]

@@ -21,6 +21,7 @@ from reglue.commands.sample import Sample, sample
 from reglue.data.store import Store
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
+from reglue.files import write_tensors
 from reglue.metrics import evaluation as figures
 from reglue.metrics.distances import Gaussian, GaussianStatistics, frechet_distance, manifold_scores
 from reglue.metrics.evaluation import Evaluation, Figure
@@ -387,7 +388,7 @@ def test_a_run_that_has_moved_keeps_its_images(tmp_path, tiny_run, monkeypatch):
     assert evaluation.protocol["run"] == str(moved)
     assert {file: file.stat().st_mtime_ns for file in drawn} == drawn
     weights = moved / "checkpoints" / "00000006" / "ema.safetensors"
-    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    write_tensors(weights, {name: value + 1 for name, value in load_file(weights).items()})
     with pytest.raises(UserError, match=r"another protocol \(weights_sha256\)"):
         evaluate(Evaluate(moved, **options))
 
@@ -541,7 +542,7 @@ def test_another_run_at_the_path_gets_no_report(tmp_path, tiny_run, tiny_store):
         assert not (run / "reports").exists()
     (run / "run.json").write_text(before)
     weights = run / "checkpoints" / "00000006" / "ema.safetensors"
-    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    write_tensors(weights, {name: value + 1 for name, value in load_file(weights).items()})
     evaluate(settings(samples, tiny_store, resamples=0))
     assert not (run / "reports").exists()
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import reglue
 import reglue.commands.sample
@@ -32,6 +32,7 @@ from reglue.commands.sample import Sample, sample
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError
+from reglue.files import write_tensors
 from reglue.metrics.image_sets import open_image_set
 from reglue.pipeline import load
 from reglue.run import RunRecord, Start
@@ -255,7 +256,7 @@ def test_other_weights_are_another_protocol(tiny_run: Path, tmp_path: Path) -> N
     run = shutil.copytree(tiny_run, tmp_path / "run")
     out = sample(Sample(run, tmp_path / "out", count=1, steps=1, device="cpu"))
     file = run / "checkpoints" / "00000006" / "ema.safetensors"
-    save_file({name: value + 0.1 for name, value in load_file(file).items()}, file)
+    write_tensors(file, {name: value + 0.1 for name, value in load_file(file).items()})
     with pytest.raises(UserError, match=r"another protocol \(weights_sha256\)"):
         sample(Sample(run, out, count=2, steps=1, device="cpu"))
 

@@ -19,6 +19,7 @@ from helpers import TINY_RECIPE, reglue_command, run_reglue
 from reglue.cli import parse
 from reglue.commands.train import train
 from reglue.errors import UserError
+from reglue.files import write_tensors
 from reglue.papers import RECIPES
 from reglue.run import RunRecord
 from reglue.training import checkpoints
@@ -127,10 +128,8 @@ def test_an_exploding_loss_is_named_and_keeps_the_last_checkpoint(tiny_store: Pa
     # The weights are spoilt as a defective memory would: the next loss cannot be finite.
     weights = tmp_path / "run" / "checkpoints" / "00000005" / "model.safetensors"
     spoilt = load_file(weights)
-    spoilt["velocity.bias"] = torch.full_like(spoilt["velocity.bias"], torch.nan)
-    from safetensors.torch import save_file
-
-    save_file(spoilt, weights)
+    spoilt["velocity.bias"] = torch.full_like(spoilt["velocity.bias"], 1e30)
+    write_tensors(weights, spoilt)
     result = run_reglue(*common, "--optimisation.steps=10", check=False)
     assert result.returncode == 2
     assert "the loss is not finite between steps 5 and 10 (" in result.stderr

@@ -20,6 +20,7 @@ from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths, read_json, replacing, to_json
+from reglue.locks import writes
 from reglue.reals.adversary import check_size
 from reglue.reals.config import Architecture, AutoencoderRecipe
 from reglue.reals.measuring import Judges, latent_mean_std, load_judges, semantic_lengths
@@ -120,6 +121,7 @@ class Autoencode(TakesPaths):
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
 
 
+@writes()
 @watchdog
 @stopping.deferred()
 @distributed.repeatable(strict=False)

@@ -36,6 +36,7 @@ from reglue.encoders.compressors import (
 )
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths, read_json, replacing
+from reglue.locks import writes
 from reglue.published.compressors import read_compressor
 from reglue.seeds import generator, normals, permutation
 from reglue.training import checkpoints, distributed
@@ -151,6 +152,7 @@ class Compress(TakesPaths):
         return {option: value for option, value in asdict(self).items() if option not in without}
 
 
+@writes("store")
 def compress(options: Compress) -> Store:
     """Fit a compressor and write its codes. Raises UserError for anything that the user can fix."""
     device = distributed.alone("compress", options.device)

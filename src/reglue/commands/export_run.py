@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from reglue.config import Recipe
 from reglue.errors import UserError, option
 from reglue.files import TakesPaths, replacing
+from reglue.locks import writes
 from reglue.published.weights import ENCODER_DEPTH, PATH_TYPE, PREDICTION, STEP, VELOCITY, export_official, family_of
 from reglue.run import RunRecord, find_run
 from reglue.training import checkpoints
@@ -35,6 +36,7 @@ class ExportRun(TakesPaths):
     """Checkpoint to export; the last one if not given."""
 
 
+@writes()
 def export_run(options: ExportRun) -> Path:
     """Export the run. Returns the file, which is written whole or not at all.
 

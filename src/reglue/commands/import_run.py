@@ -18,6 +18,7 @@ from reglue.encoders.compressors import Compressor
 from reglue.encoders.vision import EncoderSpec, load_encoder
 from reglue.errors import UserError
 from reglue.files import TakesPaths, new_folder
+from reglue.locks import writes
 from reglue.papers import RECIPES
 from reglue.published.compressors import read_official_compressor
 from reglue.published.weights import (
@@ -72,6 +73,7 @@ class ImportRun(TakesPaths):
     """Side of the images in pixels, or height and width: for learned position embeddings that are not square."""
 
 
+@writes()
 def import_run(options: ImportRun) -> Path:
     """Import the checkpoint. Returns the run folder, which is written whole or not at all.
 

@@ -22,6 +22,7 @@ from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, load_encoder
 from reglue.errors import UserError
 from reglue.files import new_folder, replacing, to_json
+from reglue.locks import writes
 from reglue.perception.agreement import Agreement, ClassAgreement, DepthAgreement, Estimate, markdown_table
 from reglue.perception.heads import Head, HeadSpec, load_head
 from reglue.perception.perceiving import Estimator, Subject, View, aligned_encoder, drawn_scenes, encoded_scenes
@@ -96,6 +97,7 @@ class Perception:
     versions: dict[str, str]
 
 
+@writes()
 def perceive(options: Perceive) -> Perception:
     """Draw or encode images, apply the heads, write maps, picture and report.
 

@@ -30,6 +30,7 @@ from reglue.encoders.autoencoders import Autoencoder, load_autoencoder
 from reglue.encoders.vision import VisionEncoder, load_encoder
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
+from reglue.locks import writes
 from reglue.seeds import permutation
 from reglue.training import distributed
 from reglue.training.precision import autocast, matmul_precision
@@ -120,6 +121,7 @@ class Prepare(TakesPaths):
         return None if self.share == 1 and self.per_class is None else Subset(self.share, self.per_class, self.seed)
 
 
+@writes()
 def prepare(options: Prepare, *, semantics_of: Contents | None = None) -> Store:
     """Make a store, or continue one. Raises UserError for anything that the user can fix.
 

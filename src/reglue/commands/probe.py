@@ -18,6 +18,7 @@ from tyro.conf import Positional
 from reglue.data.store import Store
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths, read_json, refuse_filled, replacing, to_json
+from reglue.locks import writes
 from reglue.perception.agreement import IGNORE
 from reglue.perception.labelled import (
     LEAST_IMAGES,
@@ -131,6 +132,7 @@ class Probe(ProbingOptions):
         return {option: value for option, value in asdict(self).items() if option not in without}
 
 
+@writes()
 def probe(options: Probe) -> ProbeReport:
     """Fit and measure all probes, print a table and write it. Raises UserError for anything that the user can fix."""
     device = distributed.alone("probe", options.device)

@@ -16,6 +16,7 @@ from reglue.data.store_writer import add_semantics, replace_lost_files
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.errors import UserError
 from reglue.files import TakesPaths
+from reglue.locks import writes
 from reglue.training import distributed
 
 PRECISION: Precision = "float32"
@@ -48,6 +49,7 @@ class Reencode(TakesPaths):
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 
 
+@writes()
 def reencode(options: Reencode) -> Store:
     """Make the second store, continue it, or make again what it has lost.
 

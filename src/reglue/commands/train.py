@@ -26,6 +26,7 @@ from reglue.diffusion.samplers import SAMPLERS
 from reglue.encoders.compressors import SPEC_FILE, load_compressor
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
+from reglue.locks import writes
 from reglue.pipeline import ImageModel
 from reglue.run import COMPRESSORS, RunRecord, Weights, decoder
 from reglue.training import checkpoints, distributed, parallel, stopping
@@ -146,6 +147,7 @@ class DenoiserTask(Task[HostBatch]):
         return Image.fromarray(image_grid(images, columns=math.ceil(options.preview_count**0.5)))
 
 
+@writes()
 @watchdog
 @stopping.deferred()
 @distributed.repeatable(strict=True)

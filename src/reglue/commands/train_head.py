@@ -10,6 +10,7 @@ from reglue.commands.probe import ProbingOptions
 from reglue.data.store import Store
 from reglue.errors import UserError, require
 from reglue.files import new_folder, refuse_filled, replacing, to_json
+from reglue.locks import writes
 from reglue.perception.agreement import Estimate
 from reglue.perception.fitting import fit_head, head_spec, score_head
 from reglue.perception.heads import Head
@@ -67,6 +68,7 @@ class HeadRecord:
     versions: dict[str, str] = field(default_factory=dict)
 
 
+@writes()
 def train_head(options: TrainHead) -> Head:
     """Train and measure a head and write it. Raises UserError for anything that the user can fix."""
     refuse_filled(options.out)  # Before the training rather than after it.

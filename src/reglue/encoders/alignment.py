@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reglue.errors import UserError, option
-from reglue.files import opened_tensors, parse_json, read_network, replacing, to_json
+from reglue.files import opened_tensors, parse_json, read_network, to_json, write_tensors
 
 FILE = "alignment.safetensors"
 _METADATA = "spec"
@@ -116,9 +115,7 @@ def similarity_maps(features: Tensor, position: tuple[float, float] = (0.5, 0.5)
 
 def save_alignment(network: AlignmentNetwork, file: Path) -> None:
     """Write the network with its spec as one safetensors file, whole or not at all."""
-    weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-    with replacing(file) as beside:
-        save_file(weights, beside, {_METADATA: to_json(network.spec)})
+    write_tensors(file, network.state_dict(), {_METADATA: to_json(network.spec)})
 
 
 def load_alignment(folder: Path | str, device: str | torch.device = "cpu") -> AlignmentNetwork:
@@ -133,6 +130,6 @@ def load_alignment(folder: Path | str, device: str | torch.device = "cpu") -> Al
             f"{folder} has no {FILE}; give a folder that `reglue autoencode` made with {option('alignment.weight')} "
             "above 0"
         )
-    with opened_tensors(file, _REMEDY) as opened:
+    with opened_tensors(file, _REMEDY, sealed=False) as opened:
         spec = parse_json((opened.metadata() or {}).get(_METADATA, ""), AlignmentSpec)
-    return read_network(lambda: AlignmentNetwork(spec), file, _REMEDY).eval().to(device)
+    return read_network(lambda: AlignmentNetwork(spec), file, _REMEDY, sealed=True).eval().to(device)

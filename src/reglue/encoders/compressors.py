@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reglue.errors import UserError, option
-from reglue.files import read_json, read_network, replacing, to_json
+from reglue.files import read_json, read_network, replacing, to_json, write_tensors
 
 CompressorKind = Literal["conv", "pca", "mlp"]
 CompressedColumn = Literal["features", "cls"]
@@ -111,8 +110,7 @@ class Compressor(nn.Module, ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         spec = self.spec()
-        with replacing(folder / WEIGHTS_FILE) as beside:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, beside)
+        write_tensors(folder / WEIGHTS_FILE, self.state_dict())
         with replacing(folder / SPEC_FILE) as beside:
             beside.write_text(to_json(spec))
         return spec
@@ -308,7 +306,7 @@ def load_compressor(folder: Path | str, remedy: str = "give a folder that `reglu
     """
     folder = Path(folder)
     spec = read_json(folder / SPEC_FILE, CompressorSpec, remedy)
-    compressor = read_network(lambda: _empty(spec), folder / WEIGHTS_FILE, remedy).eval()
+    compressor = read_network(lambda: _empty(spec), folder / WEIGHTS_FILE, remedy, sealed=True).eval()
     if compressor.weights_sha256() != spec.weights_sha256:
         raise UserError(f"{folder / WEIGHTS_FILE} does not belong to {SPEC_FILE} beside it; {remedy}")
     return compressor

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reglue.encoders.known import KNOWN_ENCODERS
 from reglue.encoders.vision import EncoderSpec, VisionFeatures
 from reglue.errors import UserError
-from reglue.files import read_json, read_network, replacing, to_json
+from reglue.files import read_json, read_network, replacing, to_json, write_tensors
 from reglue.pickles import read_untrusted_tensors
 
 Task = Literal["segmentation", "depth"]
@@ -139,8 +138,7 @@ class Head(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `head.safetensors` and `head.json` into a folder that is there."""
-        with replacing(folder / WEIGHTS_FILE) as beside:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, beside)
+        write_tensors(folder / WEIGHTS_FILE, self.state_dict())
         with replacing(folder / SPEC_FILE) as beside:
             beside.write_text(to_json(self.spec))
 
@@ -188,7 +186,7 @@ def _load_folder(folder: Path) -> Head:
         if not (folder / file).is_file():
             raise UserError(f"{folder} has no {file}: give a folder that `reglue head` made")
     spec = read_json(folder / SPEC_FILE, HeadSpec, REMEDY)
-    return read_network(lambda: Head(spec), folder / WEIGHTS_FILE, REMEDY)
+    return read_network(lambda: Head(spec), folder / WEIGHTS_FILE, REMEDY, sealed=True)
 
 
 def _published(tensors: dict[str, Tensor], file: Path) -> Head:

@@ -20,6 +20,7 @@ from reglue.encoders.autoencoders import CONFIG as AUTOENCODER_CONFIG
 from reglue.encoders.autoencoders import MEAN_STD
 from reglue.errors import UserError
 from reglue.files import new_folder
+from reglue.locks import writing
 from reglue.papers import PAPERS
 from reglue.run import AUTOENCODER, COMPRESSORS, NAME, RunRecord, find_compressor, hub_error
 from reglue.training import checkpoints
@@ -55,7 +56,7 @@ def save(
         weights = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
     shown = read_reports(run, reports, step)
     picture = picture or _preview(run, step)
-    with new_folder(folder) as beside:
+    with writing(folder), new_folder(folder) as beside:
         shared = _with_autoencoder(without_places(record), record, run, beside)
         shared.write(beside)
         checkpoints.save_weights(beside, step, weights)

@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 
 from reglue.encoders.alignment import FILE as ALIGNMENT_FILE
 from reglue.encoders.alignment import save_alignment
-from reglue.encoders.autoencoders import AutoencoderSpec
+from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, AutoencoderSpec
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
-from reglue.files import replacing, to_json
+from reglue.files import BESIDE, replacing, seal, to_json
 from reglue.reals.config import AutoencoderRecipe
 from reglue.reals.trainable import AlignedAutoencoder
 from reglue.run import differing
@@ -67,12 +67,13 @@ def write_result(out: Path, averaged: AlignedAutoencoder, mean: float, std: floa
     moved last: the result is there whole or not at all.
     """
     (out / CONFIG).unlink(missing_ok=True)
-    beside = out / "result.tmp"
+    beside = out / f"result{BESIDE}"
     shutil.rmtree(beside, ignore_errors=True)
     # What diffusers' own pipelines and ours normalise by.
     averaged.network.register_to_config(scaling_factor=1 / std, shift_factor=mean, latents_mean=None, latents_std=None)
     try:
         averaged.network.save_pretrained(beside)
+        seal(beside / DIFFUSERS_WEIGHTS)
         config = json.loads((beside / CONFIG).read_text())
         config.pop("_name_or_path", None)  # The folder of --from is in the record.
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

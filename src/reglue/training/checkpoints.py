@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reglue.errors import UserError, option
-from reglue.files import BESIDE, opened_tensors, read_json, read_tensors, to_json
+from reglue.files import BESIDE, opened_tensors, read_json, read_tensors, save_tensors, seal, to_json
 from reglue.training import distributed
 from reglue.training.parallel import local_rows, on_cpu, own_rows
 
@@ -115,7 +114,7 @@ def _write(run: Path, step: int, files: Files) -> Path:
     with _beside(folder) as beside:
         beside.mkdir(parents=True)
         for name, tensors in files.items():
-            save_file(tensors, beside / name)
+            save_tensors(beside / name, tensors)
         _finish(folder, beside, step)
     return folder
 
@@ -144,6 +143,7 @@ def _write_shards(run: Path, step: int, files: Files, group: dist.ProcessGroup) 
                 (complete,) = parts.glob("*.safetensors")
                 complete.rename(beside / name)
                 shutil.rmtree(parts)
+                seal(beside / name)
 
             _first_does(group, take_out)
         _first_does(group, lambda: _finish(folder, beside, step))
@@ -239,7 +239,7 @@ def weights_sha256(run: Path, step: int | None = None) -> str:
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file. Raises UserError if it is missing or damaged."""
-    return read_tensors(file, REMEDY)
+    return read_tensors(file, REMEDY, sealed=True)
 
 
 def restore(folder: Path, model: nn.Module, ema: Tensors, optimiser: torch.optim.Optimizer) -> int:
@@ -252,7 +252,7 @@ def restore(folder: Path, model: nn.Module, ema: Tensors, optimiser: torch.optim
     _fill(model.state_dict(), folder / MODEL)
     if ema:
         _fill(ema, folder / EMA)
-    with opened_tensors(folder / OPTIMISER, REMEDY) as stored:
+    with opened_tensors(folder / OPTIMISER, REMEDY, sealed=False) as stored:
         trained = [(name, p) for name, p in model.named_parameters() if f"{name}.step" in stored.keys()]  # noqa: SIM118
     if step and not trained:
         raise UserError(f"{folder / OPTIMISER} is damaged (it has no tensors of this model); {REMEDY}")
@@ -270,7 +270,8 @@ def restore(folder: Path, model: nn.Module, ema: Tensors, optimiser: torch.optim
 @torch.no_grad()
 def _fill(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Copy what a file holds into tensors of the same names. Raises UserError if they do not fit."""
-    with opened_tensors(file, REMEDY) as stored:
+    # One process checks for all: with shards, the others read a part of the file alone.
+    with opened_tensors(file, REMEDY, sealed=distributed.is_first()) as stored:
         for name in sorted(tensors.keys() ^ set(stored.keys())):
             raise UserError(f"{file} does not fit this model: {name} is only in one of them")
         for name, tensor in tensors.items():
