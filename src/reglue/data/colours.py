@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from functools import lru_cache
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -38,7 +39,7 @@ def _to_srgb(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     """The kind of colours of a profile, and how they come to sRGB; None where nothing is to be done."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        kind = opened.profile.xcolor_space.strip()
+        kind: str = cast(Any, opened.profile).xcolor_space.strip()
         if kind not in _MODES:
             return kind, None
         mode, _ = _MODES[kind]

@@ -21,7 +21,7 @@ from torch import Tensor
 from reglue.data.colours import in_srgb
 from reglue.data.labels import in_class_order
 from reglue.data.listing import classes_of, list_tree, plug_in, refuse_none
-from reglue.errors import UserError
+from reglue.errors import UserError, printable
 
 
 @dataclass
@@ -203,7 +203,7 @@ def load_crop(name: str, find: Callable[[], Path | bytes], size: tuple[int, int]
         image = crop_to(decode(file), size)
     except Exception as error:  # Decoders raise nearly anything on malformed bytes, not OSError alone.
         # Where the bytes lay is not the same the next time.
-        reason = re.sub(r" <_io\.BytesIO[^>]*>", "", " ".join(str(error).split())) or type(error).__name__
+        reason = re.sub(r" <_io\.BytesIO[^>]*>", "", printable(" ".join(str(error).split()))) or type(error).__name__
         return UnreadableImage(name, reason.replace(f" {str(file)!r}", "") if isinstance(file, Path) else reason)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 

@@ -57,7 +57,7 @@ class TarImages:
         self.path, self._files = path, files
         names: list[str] = []
         in_tar: list[str] = []
-        places: list[tuple[int, int, int]] = []
+        places: list[tuple[int, ...]] = []
         told: list[_Label | None] = []
         endings: Counter[str] = Counter()
         labelled = not reading.no_labels and not reading.labels
