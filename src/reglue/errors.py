@@ -28,15 +28,15 @@ class Stopped(Exception):  # noqa: N818, since it is no error
     """
 
 
-def printable(text: object) -> str:
-    """Text as it can stand in one line: control characters, and bytes of a name that are no text, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+def printable(text: str) -> str:
+    """Text as one line: what is not printable, a newline in the name of a file for example, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
     """The message of an error as one line of at most so many characters; its type where it has none."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:most] or type(error).__name__
+    return printable(" ".join(text.split()))[:most] or type(error).__name__
 
 
 @contextmanager

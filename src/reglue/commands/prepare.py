@@ -170,7 +170,7 @@ def prepare(options: Prepare, *, semantics_of: Contents | None = None) -> Store:
         seconds = time.perf_counter() - started
         store = writer.finish(_statistics_rows(options, writer.rows))
         print(
-            f"{printable(options.out)}: {len(store)} images ({len(store.manifest.skipped)} unreadable), "
+            f"{printable(str(options.out))}: {len(store)} images ({len(store.manifest.skipped)} unreadable), "
             f"{remaining / seconds:.1f} images/s, peak memory {peak_rss_mib():.0f} MiB"
         )
         if converted:
@@ -226,7 +226,7 @@ def _is_same(known: str, asked: str, since: float) -> bool:
 def _finished(options: Prepare, rank: int) -> Store:
     store = Store.open(options.out)
     if rank == 0:
-        print(f"{printable(options.out)} is complete already: {len(store)} images")
+        print(f"{printable(str(options.out))} is complete already: {len(store)} images")
     return store
 
 

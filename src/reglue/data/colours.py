@@ -16,7 +16,7 @@ SAME = 1
 """A profile that moves no colour by more than this, of 255, is sRGB itself under whatever name."""
 _MODES = {
     "RGB": ("RGB", ("RGB", "RGBA", "P", "PA", "L", "LA", "YCbCr")),
-    "GRAY": ("L", ("L", "LA", "1")),
+    "GRAY": ("L", ("L", "LA")),
     "CMYK": ("CMYK", ("CMYK",)),
 }
 """A profile's kind of colours → the mode of Pillow that it speaks of, and the modes that can be brought to that one."""

@@ -77,7 +77,7 @@ def in_class_order(names: Iterable[str]) -> tuple[str, ...]:
     The parts of paths count one by one: 2/10 comes after 2/9.
     """
     names = sorted(names)
-    if all(part.isascii() and part.isdecimal() and len(part) < 19 for name in names for part in name.split("/")):
+    if all(part.isascii() and part.isdecimal() and len(part) < 1000 for name in names for part in name.split("/")):
         names.sort(key=lambda name: [int(part) for part in name.split("/")])
     return tuple(names)
 

@@ -142,9 +142,9 @@ class ParquetImages:
                     raise UserError(f"{file} has other columns than {files[0]}; choose files of one kind")
                 self._columns = columns
                 file_starts.append(ends[-1] if ends else 0)
-                for group in range(opened.num_row_groups):
+                for group, rows in enumerate(_rows_of_groups(opened)):
                     self._groups.append((index, group))
-                    ends.append((ends[-1] if ends else 0) + _rows_of(opened, group))
+                    ends.append((ends[-1] if ends else 0) + rows)
                 if columns.label:
                     labels += opened.read([columns.label]).column(columns.label).to_pylist()
                     if len(labels) != (ends[-1] if ends else 0):
@@ -192,7 +192,9 @@ class ParquetImages:
         self._rows = _Rows()  # As long as it may fail: a generator that has failed gives no reason again.
         while row >= rows.start + len(rows.cells):
             rows.start += len(rows.cells)
-            rows.cells = next(rows.ahead)
+            rows.cells = next(rows.ahead, ())
+            if not len(rows.cells):
+                raise ValueError("the file has fewer rows than it says")
         self._rows = rows
         return rows.cells[row - rows.start].as_py()
 
@@ -240,12 +242,11 @@ def _features(file: Path, schema: pa.Schema) -> datasets.Features:
         ) from error
 
 
-def _rows_of(opened: pq.ParquetFile, group: int) -> int:
-    """The rows of a row group. Raises ValueError where its columns have others."""
-    metadata = opened.metadata.row_group(group)
-    rows = metadata.num_rows
-    if rows < 0 or any(metadata.column(index).num_values < rows for index in range(metadata.num_columns)):
-        raise ValueError(f"row group {group} has fewer values than its {rows} rows")
+def _rows_of_groups(opened: pq.ParquetFile) -> list[int]:
+    """The rows of each row group. Raises ValueError where they cannot be."""
+    rows = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+    if min(rows, default=0) < 0 or sum(rows) != opened.metadata.num_rows:
+        raise ValueError(f"its {opened.metadata.num_rows} rows are not those of its row groups")
     return rows
 
 
@@ -395,6 +396,10 @@ def _columns(features: datasets.Features, reading: Reading, path: Path) -> _Colu
     label = reading.label_column or _label_column(features, path)
     kind = features.get(label)
     own = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) and kind.names else None
+    if own and not all(isinstance(name, str) for name in own):
+        raise UserError(
+            f"{path} has classes in column {label} whose names are no text; name them with {option('class_names')}"
+        )
     return _Columns(image, label, class_names_of(reading) or own)
 
 

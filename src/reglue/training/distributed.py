@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reglue.errors import UserError, option
+from reglue.errors import UserError, one_line, option
 
 try:
     import resource
@@ -113,13 +113,16 @@ def join(device: str) -> tuple[int, int]:
 def _meeting() -> Iterator[None]:
     """Around what makes connections, which wait for a process that has died as long as messages may take afterwards.
 
-    When they take longer than JOIN_WAIT, this process says so in one line and ends with exit code 2.
+    When they take longer than JOIN_WAIT, this process says so in one line and ends with exit code 2. Raises UserError
+    if they fail.
     """
 
+    this = f"process {os.environ.get('RANK', '0')} of {_announced()}"
+    remedy = "see which one has ended or did not start, and run the same command again"
+
     def give_up() -> None:
-        who = f"process {os.environ.get('RANK', '0')} of {_announced()}"
-        reason = f"{who} has waited {JOIN_WAIT.seconds} seconds for the others; see which one did not start, and why"
-        print(f"reglue: {reason}, and run the same command again", file=sys.stderr, flush=True)
+        reason = f"{this} has waited {JOIN_WAIT.seconds} seconds for the others"
+        print(f"reglue: {reason}; {remedy}", file=sys.stderr, flush=True)
         os._exit(2)  # The main thread is inside a call that does not return.
 
     timer = threading.Timer(JOIN_WAIT.total_seconds(), give_up)
@@ -127,6 +130,10 @@ def _meeting() -> Iterator[None]:
     timer.start()
     try:
         yield
+    except DEVICE_ERRORS:
+        raise
+    except RuntimeError as error:
+        raise UserError(f"{this} cannot reach the others ({one_line(error)}); {remedy}") from error
     finally:
         timer.cancel()
 
