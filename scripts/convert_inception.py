@@ -16,7 +16,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
 
 from reglue.files import replacing
-from reglue.metrics.inception import InceptionNetwork
+from reglue.metrics.inception_network import InceptionNetwork
 
 SCRIPTED = ("weight", "beta", "mean", "var")
 """The tensors of each convolution in the TorchScript file. TensorFlow's network has no scale in its batch norm."""

@@ -58,7 +58,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Inception network with random weights: as large as the real one, since FID has no smaller."""
-    from reglue.metrics.inception import InceptionNetwork
+    from reglue.metrics.inception_network import InceptionNetwork
 
     file = tmp_path_factory.mktemp("inception") / "random.safetensors"
     torch.manual_seed(0)

@@ -45,12 +45,37 @@ def test_help_lists_every_command_in_the_order_of_the_work(
         parse(shlex.split(line))
 
 
-def test_help_and_mistyped_commands_do_not_wait_for_torch() -> None:
-    program = "import sys; from reglue.cli import main; sys.argv = ['reglue', sys.argv[1]]\ntry: main()\n"
-    program += "except SystemExit: print([m for m in ('torch', 'timm', 'datasets') if m in sys.modules])"
-    for argument in ("--help", "--version", "trian"):
-        result = subprocess.run([sys.executable, "-c", program, argument], capture_output=True, text=True, check=True)
-        assert result.stdout.splitlines()[-1] == "[]"
+SLOW = {"torch", "timm", "torchvision", "diffusers", "datasets", "transformers", "matplotlib", "torch_fidelity"}
+"""Packages that take a good part of a second to import, or seconds."""
+
+
+def loaded(program: str, *arguments: str) -> set[str]:
+    """The modules in memory after a program has run in a process of its own."""
+    program = f"import sys, atexit; atexit.register(lambda: print(*sys.modules)); {program}"
+    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    return {*result.stdout.splitlines()[-1].split()}
+
+
+@pytest.mark.parametrize("form", [*FORMS, ["train"], [], ["trian"]], ids=" ".join)
+def test_help_and_mistakes_do_not_wait_for_torch(form: list[str]) -> None:
+    main = "from reglue.cli import main; main()"
+    for argument in ("--help", "--no-such-option") if form else ("--help", "--version"):
+        modules = loaded(main, *form, argument)
+        assert "reglue.cli" in modules
+        assert modules.isdisjoint(SLOW), argument
+
+
+def test_a_command_starts_with_torch_alone() -> None:
+    modules = loaded("from reglue.cli import *; [function_of(command.load()) for command in COMMANDS.values()]")
+    assert {function_of(command.load()).__module__ for command in COMMANDS.values()} <= modules
+    assert modules & (SLOW | {"torch.distributed.checkpoint", "torch._dynamo"}) == {"torch"}
+
+
+def test_names_that_are_known_without_torch_are_those_of_the_parts() -> None:
+    program = "from importlib import import_module; from reglue.diffusion.specs import OWN_PARTS"
+    program += "\nfor place, names in OWN_PARTS.items():\n module, table = place.split('.')"
+    program += "\n assert tuple(getattr(import_module(f'reglue.diffusion.{module}'), table)) == names, place"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:

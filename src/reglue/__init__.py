@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from reglue.commands.autoencode import Autoencode, autoencode
-    from reglue.commands.compress import Compress, compress
-    from reglue.commands.demo import Demo, demo
-    from reglue.commands.evaluate import Evaluate, evaluate
-    from reglue.commands.export_run import ExportRun, export_run
-    from reglue.commands.import_run import ImportRun, import_run
-    from reglue.commands.perceive import Perceive, perceive
-    from reglue.commands.prepare import Prepare, prepare
-    from reglue.commands.probe import Probe, probe
-    from reglue.commands.reencode import Reencode, reencode
-    from reglue.commands.sample import Sample, sample
-    from reglue.commands.train import Train, train
-    from reglue.commands.train_head import TrainHead, train_head
-    from reglue.commands.verify import Verify, verify
+    from reglue.commands.autoencode import autoencode
+    from reglue.commands.compress import compress
+    from reglue.commands.demo import demo
+    from reglue.commands.evaluate import evaluate
+    from reglue.commands.export_run import export_run
+    from reglue.commands.import_run import import_run
+    from reglue.commands.perceive import perceive
+    from reglue.commands.prepare import prepare
+    from reglue.commands.probe import probe
+    from reglue.commands.reencode import reencode
+    from reglue.commands.sample import sample
+    from reglue.commands.train import train
+    from reglue.commands.train_head import train_head
+    from reglue.commands.verify import verify
     from reglue.config import Recipe
     from reglue.data.store import Store
     from reglue.diffusion.controls import Control
@@ -33,6 +33,20 @@ if TYPE_CHECKING:
     from reglue.encoders.compressors import load_compressor
     from reglue.encoders.vision import load_encoder
     from reglue.errors import Stopped, UserError
+    from reglue.options.autoencode import Autoencode
+    from reglue.options.compress import Compress
+    from reglue.options.demo import Demo
+    from reglue.options.evaluate import Evaluate
+    from reglue.options.export_run import ExportRun
+    from reglue.options.import_run import ImportRun
+    from reglue.options.perceive import Perceive
+    from reglue.options.prepare import Prepare
+    from reglue.options.probe import Probe
+    from reglue.options.reencode import Reencode
+    from reglue.options.sample import Sample
+    from reglue.options.train import Train
+    from reglue.options.train_head import TrainHead
+    from reglue.options.verify import Verify
     from reglue.papers import RECIPES as recipes  # noqa: N811 a module's public names are its attributes
     from reglue.perception.heads import load_head
     from reglue.pipeline import ImageModel, load
@@ -46,33 +60,33 @@ _HOMES = {
     "Sampling": "reglue.sampling",
     "Control": "reglue.diffusion.controls",
     # the commands
-    "Prepare": "reglue.commands.prepare",
+    "Prepare": "reglue.options.prepare",
     "prepare": "reglue.commands.prepare",
-    "Reencode": "reglue.commands.reencode",
+    "Reencode": "reglue.options.reencode",
     "reencode": "reglue.commands.reencode",
-    "Compress": "reglue.commands.compress",
+    "Compress": "reglue.options.compress",
     "compress": "reglue.commands.compress",
-    "Autoencode": "reglue.commands.autoencode",
+    "Autoencode": "reglue.options.autoencode",
     "autoencode": "reglue.commands.autoencode",
-    "Train": "reglue.commands.train",
+    "Train": "reglue.options.train",
     "train": "reglue.commands.train",
-    "Sample": "reglue.commands.sample",
+    "Sample": "reglue.options.sample",
     "sample": "reglue.commands.sample",
-    "Evaluate": "reglue.commands.evaluate",
+    "Evaluate": "reglue.options.evaluate",
     "evaluate": "reglue.commands.evaluate",
-    "Probe": "reglue.commands.probe",
+    "Probe": "reglue.options.probe",
     "probe": "reglue.commands.probe",
-    "TrainHead": "reglue.commands.train_head",
+    "TrainHead": "reglue.options.train_head",
     "train_head": "reglue.commands.train_head",
-    "Perceive": "reglue.commands.perceive",
+    "Perceive": "reglue.options.perceive",
     "perceive": "reglue.commands.perceive",
-    "ImportRun": "reglue.commands.import_run",
+    "ImportRun": "reglue.options.import_run",
     "import_run": "reglue.commands.import_run",
-    "ExportRun": "reglue.commands.export_run",
+    "ExportRun": "reglue.options.export_run",
     "export_run": "reglue.commands.export_run",
-    "Verify": "reglue.commands.verify",
+    "Verify": "reglue.options.verify",
     "verify": "reglue.commands.verify",
-    "Demo": "reglue.commands.demo",
+    "Demo": "reglue.options.demo",
     "demo": "reglue.commands.demo",
     # parts
     "Recipe": "reglue.config",

@@ -1,6 +1,6 @@
 """The command line: the commands, their help, and how they end.
 
-A command is imported when it is asked for: `reglue --help` need not wait for PyTorch.
+Options are read and refused, and help is printed, before PyTorch is imported: a command is, when it is run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tyro
 from tyro import MISSING
 
 from reglue import __version__
-from reglue.errors import Stopped, UserError, command_line
+from reglue.errors import Stopped, UserError, command_line, refused_by_system
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
 FIRST = {
@@ -38,7 +38,7 @@ class Command:
     """A command: where its options and its function are, and its line in the overview."""
 
     options: str
-    """MODULE:NAME of the dataclass of options; the function has the module's name."""
+    """MODULE:NAME of the dataclass of options."""
     description: str
     example: str
     """A command line that works, without `reglue`; {recipe} stands for the recipe's name."""
@@ -53,77 +53,77 @@ class Command:
 
 COMMANDS = {
     "prepare": Command(
-        "reglue.commands.prepare:Prepare",
+        "reglue.options.prepare:Prepare",
         "Encode images into a store of latents and features.",
         "prepare photos store --resolution 256 --features",
         heading="from images to a report, in this order",
     ),
     "compress": Command(
-        "reglue.commands.compress:Compress",
+        "reglue.options.compress:Compress",
         "Fit a compressor to a store's features.",
         "compress store --kind conv --channels 16",
     ),
     "train": Command(
-        "reglue.commands.train:Train",
+        "reglue.options.train:Train",
         "Train a recipe on a store, or resume a run.",
         "train {recipe} --model B/2 --store store --out run",
     ),
     "sample": Command(
-        "reglue.commands.sample:Sample",
+        "reglue.options.sample:Sample",
         "Draw images from a run.",
         "sample run --out samples --count 50 --guidance-scale 2",
     ),
     "evaluate": Command(
-        "reglue.commands.evaluate:Evaluate",
+        "reglue.options.evaluate:Evaluate",
         "Compare images with a reference: FID and other metrics.",
         "evaluate samples --reference store --out report.json",
     ),
     "autoencode": Command(
-        "reglue.commands.autoencode:Autoencode",
+        "reglue.options.autoencode:Autoencode",
         "Train an autoencoder aligned with a vision encoder (ReaLS).",
         "autoencode photos autoencoder --from sd-vae-ft-mse",
         heading="autoencoders",
     ),
     "reencode": Command(
-        "reglue.commands.reencode:Reencode",
+        "reglue.options.reencode:Reencode",
         "Encode a store's images into another latent space.",
         "reencode store other-store --autoencoder autoencoder",
     ),
     "probe": Command(
-        "reglue.commands.probe:Probe",
+        "reglue.options.probe:Probe",
         "Measure what features, codes and latents reveal about classes or masks.",
         "probe store --out probe",
         heading="semantics in features and latents",
     ),
     "head": Command(
-        "reglue.commands.train_head:TrainHead",
+        "reglue.options.train_head:TrainHead",
         "Train a head for segmentation, class maps or depth on features.",
         "head store --masks masks --out head",
     ),
     "perceive": Command(
-        "reglue.commands.perceive:Perceive",
+        "reglue.options.perceive:Perceive",
         "Apply heads to generated latents, beside the decoded images.",
         "perceive run --head head --out seen",
     ),
     "import": Command(
-        "reglue.commands.import_run:ImportRun",
+        "reglue.options.import_run:ImportRun",
         "Turn a published checkpoint into a run.",
         "import REGLUE-B-2.pt --out official",
         heading="published checkpoints",
     ),
     "export": Command(
-        "reglue.commands.export_run:ExportRun",
+        "reglue.options.export_run:ExportRun",
         "Turn a run into a checkpoint for the published code.",
         "export run --out weights.safetensors",
     ),
     "verify": Command(
-        "reglue.commands.verify:Verify",
+        "reglue.options.verify:Verify",
         "Check the files of a store or a run against their hashes.",
         "verify store",
         heading="and",
     ),
     "demo": Command(
-        "reglue.commands.demo:Demo",
+        "reglue.options.demo:Demo",
         "Train, sample and evaluate on handwritten digits, in minutes.",
         "demo --out demo-output",
     ),
@@ -148,7 +148,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+        fail(refused_by_system(error))
     except Stopped as request:
         fail(str(request), 128 + signal.SIGTERM)
     except KeyboardInterrupt:
@@ -178,9 +178,9 @@ def execute(options: Any) -> Any:
 
 
 def function_of(options: type) -> Callable[[Any], Any]:
-    """The function that takes these options: it has the name of the module that they are declared in."""
-    module = options.__module__
-    return getattr(import_module(module), module.rpartition(".")[2])
+    """The function that takes these options: `options.NAME` declares what `commands.NAME` does, in a function NAME."""
+    name = options.__module__.rpartition(".")[2]
+    return getattr(import_module(f"reglue.commands.{name}"), name)
 
 
 def parse(arguments: list[str]) -> Any:

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-from tyro.conf import Positional
 
-from reglue import fine_tuning
+from reglue import contact_sheet, fine_tuning
+from reglue.arrays import ArrayFile
 from reglue.data.picture_writer import THREADS, PictureWriter
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import State
-from reglue.errors import UserError, option, require
-from reglue.files import TakesPaths, read_json, replacing
+from reglue.errors import UserError, option
+from reglue.files import read_json, replacing
 from reglue.locks import writing
 from reglue.pipeline import ImageModel, evaluations, load
 from reglue.run import find_run, known_as
-from reglue.sampling import Sampling, SamplingOverrides
+from reglue.sampling import Draw, Sampling
 from reglue.seeds import generator
 from reglue.training import checkpoints, distributed
 
@@ -38,47 +39,12 @@ PACKED_AT_ONCE = 64
 """Pictures in memory while an archive is written."""
 
 
-@dataclass(frozen=True)
-class Draw(SamplingOverrides, TakesPaths):
-    """Which images of a run are drawn, and how: the sampling options that are not given are those of its recipe."""
-
-    run: Positional[Path]
-    """Folder of the run, OWNER/NAME of one on the Hugging Face hub, or starter, the small model of this package."""
-    out: Path
-    """A folder for PNG files, or a file that ends in .npz."""
-    count: int = 50
-    """Number of images."""
-    seed: int = 0
-    """Image i depends on the seed and i alone."""
-    labels: Literal["balanced", "random"] = "balanced"
-    """balanced: the classes in turn. random: drawn by seed and index."""
-    classes: tuple[str, ...] = ()
-    """Only these classes, by number or name. Default: all."""
-    step: int | None = None
-    """Checkpoint to use. Default: the last."""
-    weaker_run: Path | None = None
-    """A weaker run on the same store, for autoguidance by --auto-scale (2 if not given)."""
-    autoencoder: str | None = None
-    """Decode with another autoencoder than the run's own."""
-    batch_size: int = 32
-    """Images per batch in each process; changes images by rounding alone."""
-    compile: bool = False
-    """Compile the network: slower to start, faster after; changes images by rounding alone."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "count", "batch_size", at_least=1)
-        require(self, "seed", at_least=0)
-
-
 def write_samples(options: Draw) -> Path:
     """Draw the images that are missing, in every process. Returns where they are.
 
     The folder gets `000000.png` … and `samples.json` with the protocol and every label, those of more images that are
-    there already included. Raises UserError for a class outside the range, guidance without classes, or a folder or
-    file with images of another protocol.
+    there already included; at the end the table and the page of `contact_sheet`. Raises UserError for a class outside
+    the range, guidance without classes, or a folder or file with images of another protocol.
     """
     as_npz = options.out.suffix.lower() == ".npz"
     folder = options.out.with_suffix(".parts") if as_npz else options.out
@@ -91,6 +57,7 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
     model = load(
         options.run,
         step=options.step,
+        weights=options.weights,
         device=options.device,
         autoencoder=options.autoencoder,
         compile=options.compile,
@@ -103,8 +70,10 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
             print(f"{options.out} is complete already: {options.count} images")
         return options.out
     create_or_resume(folder, protocol, rank)
+    if rank == 0 and (warning := model.warning()):
+        tqdm.write(f"warning: {warning}", file=sys.stderr)
     # Who draws what must not depend on what the other processes have drawn already.
-    mine = [i for i in range(rank, options.count, processes) if not (folder / f"{i:06d}.png").is_file()]
+    mine = [i for i in range(rank, options.count, processes) if not (folder / contact_sheet.picture(i)).is_file()]
     total = evaluations(drawing.sampling, len(mine), options.batch_size)
     room = min(options.batch_size, len(mine))
     with (
@@ -115,12 +84,14 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
             indices = mine[start : start + options.batch_size]
             state = drawing.draw(indices, progress.update, room)
             pixels = model.pixels(state, drawing.sampling.rounding)
-            pictures.write([folder / f"{i:06d}.png" for i in indices], pixels)
+            pictures.write([folder / contact_sheet.picture(i) for i in indices], pixels)
     distributed.barrier()
     if as_npz and rank == 0:
-        files = [folder / f"{i:06d}.png" for i in range(options.count)]
+        files = [folder / contact_sheet.picture(i) for i in range(options.count)]
         write_archive(options.out, files, drawing.labels, protocol)
         _remove(folder)
+    elif rank == 0:
+        contact_sheet.describe(folder, read_protocol(folder / PROTOCOL))
     return options.out
 
 
@@ -130,7 +101,8 @@ def _remove(folder: Path) -> None:
     A folder that holds other files, such as those of a file manager, stays.
     """
     if folder.is_dir():
-        for file in (*folder.glob("*.png"), folder / PROTOCOL):
+        beside = (folder / name for name in (contact_sheet.PAGE, contact_sheet.TABLE, PROTOCOL))
+        for file in (*folder.glob("*.png"), *beside):
             file.unlink(missing_ok=True)
         with suppress(OSError):
             folder.rmdir()
@@ -159,12 +131,10 @@ def write_archive(out: Path, pictures: Sequence[Path], labels: list[int], protoc
 def archived_protocol(archive: Path) -> dict[str, Any] | None:
     """The protocol in an .npz file, if it has one. Raises UserError for a damaged file."""
     try:
-        if not is_zipfile(archive):
-            raise ValueError("it is not an archive")
-        with np.load(archive, allow_pickle=False) as arrays:
-            text = str(arrays["protocol"]) if "protocol" in arrays.files else None
-    except (ValueError, OSError, BadZipFile) as error:
-        raise UserError(f"{archive}: the protocol cannot be read ({error}); fix or remove the file") from error
+        arrays = ArrayFile(archive)
+        text = str(arrays.read("protocol")) if "protocol" in arrays.names else None
+    except UserError as error:
+        raise UserError(f"the protocol cannot be read: {error}") from error
     return None if text is None else protocol_in(text, archive)
 
 
@@ -274,8 +244,8 @@ def protocol_of(options: Draw, drawing: Drawing) -> dict[str, Any]:
         "recipe": record.recipe.name,
         "model": record.recipe.model,
         "step": model.step,
-        "weights": "EMA",
-        "weights_sha256": checkpoints.weights_sha256(model.folder, model.step) if model.folder else None,
+        "weights": model.weights,
+        "weights_sha256": model.folder and checkpoints.weights_sha256(model.folder, model.step, model.weights),
         "sampling": asdict(drawing.sampling),
         "label_policy": options.labels,
         "labels": drawing.labels,
@@ -293,7 +263,13 @@ def read_protocol(path: Path) -> dict[str, Any]:
     """The protocol of images that are to be continued. Raises UserError if the file does not hold it (any more)."""
     remedy = "choose another folder, or delete this one and draw the images again"
     protocol = read_json(path, dict[str, Any], remedy)
-    if not (isinstance(protocol.get("sampling"), dict) and isinstance(protocol.get("labels"), list)):
+    labels, names = protocol.get("labels"), protocol.get("class_names", [])
+    if not (
+        isinstance(protocol.get("sampling"), dict)
+        and isinstance(labels, list)
+        and isinstance(names, list)
+        and all(type(label) is int and (not names or 0 <= label < len(names)) for label in labels)
+    ):
         raise UserError(f"{path} is damaged (it holds no protocol of samples); {remedy}")
     return protocol
 
@@ -309,17 +285,19 @@ def create_or_resume(folder: Path, protocol: dict[str, Any], rank: int) -> None:
         protocol = joined(folder, read_protocol(path), protocol, complete=is_drawn(folder, protocol))
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds other files; choose a new or an empty folder")
+    contact_sheet.read_hashes(folder)  # A damaged table ends every process alike.
     distributed.barrier()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside:
             beside.write_text(json.dumps(protocol, indent=1))
+        contact_sheet.forget_missing(folder, protocol)
     distributed.barrier()
 
 
 def is_drawn(folder: Path, protocol: dict[str, Any]) -> bool:
     """Whether all images of a protocol are there."""
-    return all((folder / f"{i:06d}.png").is_file() for i in range(len(protocol["labels"])))
+    return all((folder / contact_sheet.picture(i)).is_file() for i in range(len(protocol["labels"])))
 
 
 def is_finished(archive: Path, protocol: dict[str, Any]) -> bool:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from math import isfinite
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from reglue.diffusion.guidance import GUIDERS, OWN_GUIDERS, Guidance
-from reglue.diffusion.samplers import SAMPLERS, StatePrecision
+from tyro.conf import Positional
+
+from reglue.diffusion.specs import OWN_PARTS, Diffusion, Guidance, StatePrecision, registered
 from reglue.errors import UnknownPart, UserError, option, require
+from reglue.files import TakesPaths
+from reglue.names import Weights
 from reglue.overrides import overrides_of
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 Rounding = Literal["truncate", "round"]
+GUIDERS = "guidance.GUIDERS"
 MODALITY_SCALES = {"local_scale": "local map", "cls_scale": "class token"}
 """The options of `Sampling` that are about one modality, NAME_scale, and what it is called in messages."""
 
@@ -30,6 +34,9 @@ class Sampling:
     time_shift: float = 1.0
     """Times of the grid are t = s·u / (1 + (s − 1)·u) for equally spaced u: above 1, more of them are near noise, below
     1, near data; 1 is published. dopri5 has no grid."""
+    diffusion: Diffusion = "time"
+    """How much noise euler-maruyama adds, w_t: 2t for time, as REPA, REG and REGLUE do; 2σ_t for sigma, as SiT and ReDi
+    do. On the linear path both are the same."""
     guidance_scale: float = 1.0
     """Classifier-free guidance scale; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -66,22 +73,21 @@ class Sampling:
         # Named as for `sample` and in Python; for `train` there is more in front.
         require(self, "steps", at_least=1)
         require(self, "time_shift", "relative_tolerance", "absolute_tolerance", more_than=0)
-        require(self, "guidance_scale", "local_scale", "cls_scale", "representation_scale", "auto_scale")
+        scales = ("guidance_scale", "local_scale", "cls_scale", "other_scales", "representation_scale", "auto_scale")
+        require(self, *scales, at_least=0)
+        require(self, "guiders")
         if self.guided_channels != "all":
             require(self, "guided_channels", at_least=1)
         lowest, highest = self.guidance_interval
         if not 0 <= lowest <= highest <= 1:
             raise UserError(f"{option('guidance_interval')} {lowest} {highest}: choose 0 ≤ lowest ≤ highest ≤ 1")
-        refuse_unknown(option("sampler"), self.sampler, SAMPLERS)
+        refuse_unknown(option("sampler"), self.sampler, registered("samplers.SAMPLERS"))
+        own = OWN_PARTS[GUIDERS]  # These have scales of their own.
         for name in self.guiders:
-            refuse_unknown("guider", name, [known for known in GUIDERS if known not in OWN_GUIDERS])
+            refuse_unknown("guider", name, [known for known in registered(GUIDERS) if known not in own])
         for name in self.other_scales:
             if f"{name}_scale" in MODALITY_SCALES:
                 raise UserError(f"{option('other_scales')} {name}: use {option(f'{name}_scale')}")
-        for what, scales in (("other_scales", self.other_scales), ("guiders", self.guiders)):
-            for name, scale in scales.items():
-                if not isfinite(scale):
-                    raise UserError(f"{option(what)} {name} {scale}: choose a finite number")
         for part in fields(self):
             value, choices = getattr(self, part.name), CHOICES.get(part.name)
             if choices and value is not None and value not in choices:
@@ -103,12 +109,11 @@ class Sampling:
 
     def changed(self, **overrides: Any) -> Sampling:
         """The same with what is given (not None) in place of its own. Raises UserError for what cannot be."""
-        result = replace(self, **{name: value for name, value in overrides.items() if value is not None})
-        SAMPLERS[result.sampler].check()
-        return result
+        return replace(self, **{name: value for name, value in overrides.items() if value is not None})
 
 
 CHOICES = {
+    "diffusion": get_args(Diffusion),
     "rounding": get_args(Rounding),
     "state_precision": get_args(StatePrecision),
     "precision": get_args(Precision),
@@ -117,6 +122,44 @@ CHOICES = {
 SamplingOverrides: Any = overrides_of(Sampling)
 """The base of options that may change single values of a `Sampling`: its fields by keyword, None for those that do
 not."""
+
+
+@dataclass(frozen=True)
+class Draw(SamplingOverrides, TakesPaths):
+    """Which images of a run are drawn, and how: the sampling options that are not given are those of its recipe."""
+
+    run: Positional[Path]
+    """Folder of the run, OWNER/NAME of one on the Hugging Face hub, or starter, the small model of this package."""
+    out: Path
+    """A folder for PNG files, or a file that ends in .npz."""
+    count: int = 50
+    """Number of images."""
+    seed: int = 0
+    """Image i depends on the seed and i alone."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """balanced: the classes in turn. random: drawn by seed and index."""
+    classes: tuple[str, ...] = ()
+    """Only these classes, by number or name. Default: all."""
+    step: int | None = None
+    """Checkpoint to use. Default: the last."""
+    weights: Weights = "ema"
+    """Its averaged weights (ema) or the trained ones (model)."""
+    weaker_run: Path | None = None
+    """A weaker run on the same store, for autoguidance by --auto-scale (2 if not given)."""
+    autoencoder: str | None = None
+    """Decode with another autoencoder than the run's own."""
+    batch_size: int = 32
+    """Images per batch in each process; changes images by rounding alone."""
+    compile: bool = False
+    """Compile the network: slower to start, faster after; changes images by rounding alone."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "count", "batch_size", at_least=1)
+        require(self, "seed", "step", at_least=0)
+        Sampling().changed(**{part.name: getattr(self, part.name) for part in fields(Sampling)})  # It checks them.
 
 
 def refuse_unknown(what: str, name: str, known: Collection[str]) -> None:

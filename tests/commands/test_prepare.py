@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +42,7 @@ from reglue.commands.train import train
 from reglue.data.decoding import MOST_WORKERS, decoded, default_workers
 from reglue.data.images import ImageFolder, crop_to
 from reglue.data.opening import open_images
-from reglue.data.sources import Subset
+from reglue.data.reading import Subset
 from reglue.data.store import Store
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import load_encoder
@@ -678,7 +679,7 @@ def test_a_complete_store_is_known_without_loading_a_network(
             with pytest.raises(AssertionError, match="a network was loaded"):
                 prepare(here(**changes))
     # The same name, but another network since.
-    network = AutoencoderKL.from_pretrained(changed)
+    network: Any = AutoencoderKL.from_pretrained(changed)
     with torch.no_grad():
         network.encoder.conv_in.bias.add_(1)
     network.save_pretrained(changed)
@@ -698,9 +699,7 @@ def test_what_was_found_is_said(options, own_images: Path, tmp_path: Path, capsy
     first, second, third, last = said.out.splitlines()
     assert first.endswith(r"25 images in 3 classes: circle 8, square 9, str\nipes 8")
     assert second == "passed over: 2 .xyz, 1 without an ending"
-    assert (
-        "sees 32×32 pixels of each image, and its maps have 4×4 patches; resolution 64 gives 16" in third
-    )
+    assert "sees 32×32 pixels of each image, and its maps have 4×4 patches; resolution 64 gives 16" in third
     assert "24 images (1 unreadable)" in last
     assert r"square/bad\x1b.png" in said.err
     assert "square/new\nline.png" in store.names(torch.arange(24))

@@ -139,7 +139,7 @@ def test_mirror_images_take_no_part(tmp_path: Path, tiny_images: Path, tiny_enco
 
 
 def parts_of(given: Probe) -> Parts:
-    return given.draw_parts(given.labelled(Store.open(given.store)))
+    return command.parts_of(given, command.labelled_images(given, Store.open(given.store)))
 
 
 def test_images_are_measured_that_no_probe_was_fitted_to(store: Path, tmp_path: Path):

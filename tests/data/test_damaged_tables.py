@@ -17,7 +17,7 @@ from test_tars import png
 
 from reglue.data.images import UnreadableImage
 from reglue.data.opening import open_images
-from reglue.data.sources import Reading
+from reglue.data.reading import Reading
 from reglue.errors import UserError
 
 ROWS = [(str(i), png(i), i % 2) for i in range(6)]

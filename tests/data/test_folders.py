@@ -17,7 +17,7 @@ from test_tars import FOLDERS, SAME, SAMPLES, png, write
 from reglue.data.images import ImageFolder, decode
 from reglue.data.labels import in_class_order
 from reglue.data.opening import open_images
-from reglue.data.sources import Reading
+from reglue.data.reading import Reading
 from reglue.errors import UserError
 
 PNG = png(7)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from reglue.data.labels import in_class_order, index_labels, whole_number
 from reglue.data.opening import open_images
-from reglue.data.sources import Reading
+from reglue.data.reading import Reading
 from reglue.errors import UserError
 
 NAMES = ("0001.png", "0002.png", "deep/0003.png")

@@ -16,7 +16,8 @@ from reglue.errors import UserError
 from reglue.metrics import inception as module
 from reglue.metrics.distances import GaussianStatistics
 from reglue.metrics.features import describe_images
-from reglue.metrics.inception import Inception, InceptionNetwork, is_inception, load_inception
+from reglue.metrics.inception import Inception, is_inception, load_inception
+from reglue.metrics.inception_network import URL_INCEPTION_V3, InceptionNetwork
 
 TORCHSCRIPT, PHOTOGRAPHS = "REGLUE_INCEPTION_TORCHSCRIPT", "REGLUE_PHOTOGRAPHS"
 CIFAR = "REGLUE_CIFAR10_TRAIN", "REGLUE_CIFAR10_TEST"
@@ -146,7 +147,7 @@ def test_without_network_the_file_and_its_place_are_named(tmp_path, monkeypatch,
     with pytest.raises(UserError, match="unreachable") as raised:
         load_inception()
     assert str(file) in str(raised.value)
-    assert module.URL_INCEPTION_V3 in str(raised.value)
+    assert URL_INCEPTION_V3 in str(raised.value)
     torch.save(inception.network.state_dict(), file)
     found = load_inception()
     assert found.name == "inception"

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reglue.errors import UserError
-from reglue.reals.adversary import MAX_WEIGHT, PatchDiscriminator, adaptive_weight, check_size, hinge
+from reglue.reals.adversary import MAX_WEIGHT, PatchDiscriminator, adaptive_weight, hinge
+from reglue.reals.config import check_size
 
 
 @settings(max_examples=60, deadline=None)

@@ -30,7 +30,8 @@ from reglue.encoders.alignment import AlignmentSpec
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.compressors import load_compressor
 from reglue.encoders.vision import load_encoder
-from reglue.metrics.inception import Inception, InceptionNetwork
+from reglue.metrics.inception import Inception
+from reglue.metrics.inception_network import InceptionNetwork
 from reglue.metrics.perceptual import Lpips
 from reglue.papers import RECIPES
 from reglue.pipeline import to_pixels

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from torch import Tensor
-from tyro.conf import Positional
 
 from reglue.data.images import ImageSource
 from reglue.data.opening import open_images
-from reglue.data.sources import Reading
+from reglue.data.reading import Reading
 from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.encoders.vision import EncoderSpec
-from reglue.errors import UserError, require
-from reglue.files import TakesPaths, read_json, replacing, to_json
+from reglue.errors import UserError
+from reglue.files import read_json, replacing, to_json
 from reglue.locks import writes
-from reglue.reals.adversary import check_size
-from reglue.reals.config import Architecture, AutoencoderRecipe
+from reglue.options.autoencode import Autoencode
 from reglue.reals.measuring import Judges, latent_mean_std, load_judges, semantic_lengths
 from reglue.reals.record import CONFIG, RECORD, TrainingRecord, differences, write_result
 from reglue.reals.samples import ImageSamples, all_of
@@ -37,88 +33,6 @@ from reglue.training.watchdog import watchdog
 LENGTH_IMAGES = 1000
 """Held-out images over which the length of the encoder's features is measured, at most."""
 UNLABELLED = Reading(no_labels=True)
-
-
-@dataclass(frozen=True)
-class Autoencode(TakesPaths):
-    """Train an autoencoder, from scratch or from a published one, whose latents are aligned with a vision encoder
-    (ReaLS).
-
-    The result is a folder for `reglue prepare --autoencoder`. The same command again resumes with the same bits. Many
-    GPUs share the work: torchrun … -m reglue autoencode …
-    """
-
-    images: Positional[Path]
-    """Images of any kind that `reglue prepare` takes; their classes are ignored."""
-    out: Positional[Path]
-    """Folder of the autoencoder: new, or one to resume."""
-    recipe: Annotated[AutoencoderRecipe, tyro.conf.arg(name="")] = field(default_factory=AutoencoderRecipe)
-    source: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Start from this AutoencoderKL: a short name, a name on the hub (OWNER/REPOSITORY) or a folder in diffusers'
-    layout. Default: from scratch."""
-    resolution: int | tuple[int, int] = 256
-    """Side of the images in pixels, or height and width. Images are scaled to cover it, then cropped."""
-    encoder: str = "dinov2-b-reg"
-    """Vision encoder to align with: starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights.
-    DINOv2's published heads read encoders without registers, such as dinov2-b. encoder_distance and frechet_distance
-    are measured by it too, although training reduces them; --measure-lpips and --measure-inception use networks that
-    training has not seen."""
-    final_norm: bool = True
-    """Align with features after the encoder's final norm. DINOv2's published depth heads read those before it."""
-    validation: float | Path = 0.05
-    """Share of the images held out for evaluation, or another folder of images."""
-    validation_images: int = 5000
-    """Evaluate on at most this many of them."""
-    measure_lpips: tuple[Path, ...] = ()
-    """Measure LPIPS even if it is not the loss: its files, as for --perceptual.network."""
-    measure_inception: str | None = None
-    """Measure rFID too: inception, whose weights are downloaded, or a file of them, as for --feature-network of `reglue
-    evaluate`. It is measured on the held-out images, at most --validation-images; published figures use 50000."""
-    statistics_images: int = 10_000
-    """Number of training images, drawn at random, over which the latents' mean and standard deviation are computed."""
-    seed: int = 0
-    """Seed of the initial weights, the held-out images, the order of the others and all noise."""
-    evaluate_every: int | None = None
-    """Steps between evaluations, with pictures. Default: one epoch."""
-    log_every: int = 100
-    """Steps between lines of metrics.jsonl, where training ends if the latents collapse or diverge."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints."""
-    keep: int = 2
-    """Number of checkpoints to keep; 0 keeps all."""
-    track: tuple[str, ...] = ()
-    """Registered trackers of your own, by name: figures and pictures go there too, beside metrics.jsonl."""
-    workers: int = 2
-    """Threads that decode images ahead, per process of torchrun; 0 decodes when needed."""
-    device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
-    deterministic: bool = True
-    """The same bits from the same command on a GPU too, as far as PyTorch can: gradients of attention and of resampling
-    may differ in their last bits."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "validation_images", "statistics_images", at_least=2)
-        require(self, "resolution", "evaluate_every", "log_every", "checkpoint_every", at_least=1)
-        require(self, "workers", "seed", "keep", at_least=0)
-        if self.recipe.optimisation.compile in ("blocks", "auto"):
-            raise UserError(
-                f"--optimisation.compile {self.recipe.optimisation.compile} is for transformers; choose model for an "
-                "autoencoder, or no"
-            )
-        if isinstance(self.validation, float) and not 0 < self.validation < 1:
-            raise UserError(
-                f"--validation {self.validation}: choose a share between 0 and 1, such as 0.05, or a folder"
-            )
-        if self.source is not None and self.recipe.architecture != Architecture():
-            raise UserError("--architecture is for training from scratch; leave it out with --from, which has its own")
-        if self.recipe.adversary.present:
-            check_size(self.size, self.recipe.adversary.layers)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
 
 
 @writes()
@@ -163,7 +77,7 @@ def autoencode(options: Autoencode) -> Path:
     held_out = replace(held_out, shape=shape)
     evaluate_every = options.evaluate_every or -(-len(training) // optimisation.batch_size)
     fit(
-        AutoencoderTask(recipe, judges, model, average, samples, held_out, part, options.workers, device),
+        AutoencoderTask(record.recipe, judges, model, average, samples, held_out, part, options.workers, device),
         options.out,
         log_every=options.log_every,
         checkpoint_every=options.checkpoint_every,
@@ -258,12 +172,15 @@ def create_or_resume(
         images=str(options.images),
         versions={name: version(name) for name in ("reglue", "torch", "diffusers", "safetensors")},
     )
+    before = None
     if path.is_file():
         before = read_json(path, TrainingRecord, "choose a new folder, or delete this one")
+    record = record.settled(before)
+    if before:
         different = differences(before, record)
         if different:
             raise UserError(
-                f"{options.out} is of a training with other settings ({', '.join(different)}); choose a new folder, "
+                f"{options.out} is of a training with other settings: {', '.join(different)}; choose a new folder, "
                 "or the old settings"
             )
         checkpoints.refuse_fewer_steps(options.out, options.recipe.optimisation.steps)

@@ -6,10 +6,10 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,26 +17,24 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from tyro.conf import Positional
 
 from reglue.config import OptimiserConfig
-from reglue.data.manifest import codes_column, compressor_of, value_of
+from reglue.data.manifest import compressor_of, value_of
 from reglue.data.pictures import colours_of, image_grid
 from reglue.data.store import Store
 from reglue.data.store_writer import add_codes
 from reglue.encoders.compressors import (
     LEARNED,
-    CompressedColumn,
     Compressor,
-    CompressorKind,
     CompressorSpec,
     LearnedCompressor,
     PcaCompressor,
     load_compressor,
 )
-from reglue.errors import UserError, require
-from reglue.files import TakesPaths, read_json, replacing
+from reglue.errors import UserError
+from reglue.files import read_json, replacing
 from reglue.locks import writes
+from reglue.options.compress import Compress
 from reglue.published.compressors import read_compressor
 from reglue.seeds import generator, normals, permutation
 from reglue.training import checkpoints, distributed
@@ -49,114 +47,11 @@ SHOWN = 8
 """Images in the picture of the codes."""
 
 
-@dataclass(frozen=True)
-class Compress(TakesPaths):
-    """Fit a compressor to a store's features, and add its codes to the store as column local.NAME.
-
-    With --column cls it compresses the class tokens, into column cls.NAME. The same command again continues where an
-    interrupted one stopped.
-    """
-
-    store: Positional[Path]
-    """A store prepared with --features."""
-    kind: CompressorKind = "conv"
-    """conv: REGLUE's convolutional autoencoder. pca: ReDi's principal components. mlp: an autoencoder with one hidden
-    layer, applied at every position."""
-    column: CompressedColumn = "features"
-    """features: the map of patch features. cls: the class token, by pca or mlp; a recipe learns its codes in place of
-    the token with --class-token.compressor NAME."""
-    layers: Literal["last"] | tuple[int, ...] | None = None
-    """last, or blocks of the encoder, counted from 0 and adjacent in the store: only their features are compressed.
-    Default: all that the store has. ReDi uses the last one."""
-    channels: int = 16
-    """Channels of the codes. With --fitted and ReDi's file: how many of its components to use, the first ones."""
-    hidden: int = 256
-    """conv, mlp: hidden channels."""
-    kl_weight: float = 0.0
-    """conv, mlp: above 0, the compressor is variational: weight of the KL divergence from the standard normal, summed
-    over an image's code, beside the mean squared error. Codes are sampled in training and are the means afterwards.
-    REGLUE tried 1e-6, and found it worse than none."""
-    epochs: int = 25
-    """conv, mlp: passes over the training images. The compressor after the last one is kept."""
-    cosine_epochs: int = 100
-    """conv, mlp: epochs after which the cosine decay of the learning rate would end."""
-    batch_size: int | None = None
-    """conv, mlp: images per step. Default: 4096 as published, but at most a 64th of the images, and at least 16."""
-    micro_batch: int = 256
-    """conv, mlp: images on the device at once, which share batch statistics."""
-    learning_rate: float = 1e-3
-    """conv, mlp: initial learning rate of Adam."""
-    final_learning_rate: float = 1e-4
-    """conv, mlp: learning rate at the end of the cosine."""
-    validation: float = 0.05
-    """Share of the images held out to evaluate the compressor."""
-    seed: int = 0
-    """Seed of the weights, the order of the images and the held-out share."""
-    fitted: Path | None = None
-    """Apply a fitted compressor in place of fitting one: a folder (RUN/compressors/NAME or STORE/compressors/NAME),
-    REGLUE's published .pth or ReDi's PCA file. For images at another resolution to fine-tune on, for other images to
-    compare with, or for the published codes. The store must hold the features that it was fitted to, of the same
-    encoder and layers; published files do not record their layers, so name them with --layers."""
-    statistics: Path | None = None
-    """With --fitted: mean and standard deviation of the features, which REGLUE keeps in a file of their own: .npz, or a
-    dict in .npy, .pt or .pkl."""
-    name: str | None = None
-    """Name of the compressor in the store. Default: KIND-CHANNELS, such as conv-16, followed by -last or -layers-10-11
-    if it reads these alone, and by -kl if it is variational."""
-    device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "channels", "hidden", "epochs", "cosine_epochs", "batch_size", "micro_batch", at_least=1)
-        require(self, "seed", "kl_weight", at_least=0)
-        require(self, "learning_rate", "final_learning_rate", more_than=0)
-        require(self, "validation", more_than=0, less_than=1)
-        if self.kind == "pca" and self.kl_weight:
-            raise UserError("--kl-weight is for --kind conv or mlp; principal components have no distribution of codes")
-        if self.kind == "conv" and self.column == "cls":
-            raise UserError("--kind conv needs a map, and --column cls has none; choose --kind pca or mlp")
-        if self.layers is not None and self.column == "cls":
-            raise UserError("--layers is for --column features; a class token is of the last layer")
-        if self.statistics and not self.fitted:
-            raise UserError("--statistics are those of a published compressor: give it too, with --fitted")
-        if self.name is not None and not self.name.replace("-", "").replace("_", "").isalnum():
-            raise UserError(f"--name {self.name}: use letters, digits, - and _ alone")
-
-    @property
-    def compressor_name(self) -> str:
-        """The name under which recipes know this compressor."""
-        if self.name:
-            return self.name
-        layers = "" if self.layers is None else "-last" if self.layers == "last" else f"-layers{_dashed(self.layers)}"
-        return f"{self.kind}-{self.channels}{layers}" + ("-kl" if self.kl_weight else "")
-
-    @property
-    def codes(self) -> str:
-        """The column of the store for the codes."""
-        return codes_column(self.compressor_name, self.column)
-
-    def read_fitted(self) -> Compressor | None:
-        """The compressor of --fitted. Raises UserError for a file or folder that is none."""
-        return read_compressor(self.fitted, self.statistics, components=self.channels) if self.fitted else None
-
-    def decisive(self, fitted: Compressor | None) -> dict[str, Any]:
-        """The options that decide the result."""
-        without = {"store", "name", "device", "fitted", "statistics"}
-        if fitted:
-            asked = {} if self.layers is None else {"layers": self.layers}
-            return {"fitted": fitted.weights_sha256(), **asked}
-        if self.kind == "pca":
-            without |= {"hidden", "epochs", "cosine_epochs", "batch_size", "micro_batch"}
-            without |= {"learning_rate", "final_learning_rate"}
-        return {option: value for option, value in asdict(self).items() if option not in without}
-
-
 @writes("store")
 def compress(options: Compress) -> Store:
     """Fit a compressor and write its codes. Raises UserError for anything that the user can fix."""
     device = distributed.alone("compress", options.device)
-    fitted = options.read_fitted()
+    fitted = read_fitted(options)
     if fitted:
         spec = fitted.spec()
         options = replace(options, kind=spec.kind, channels=spec.channels, column=spec.column)
@@ -202,6 +97,12 @@ def compress(options: Compress) -> Store:
     return store
 
 
+def read_fitted(options: Compress) -> Compressor | None:
+    """The compressor of --fitted. Raises UserError for a file or folder that is none."""
+    file = options.fitted
+    return read_compressor(file, options.statistics, components=options.channels) if file else None
+
+
 def _is_the_one(folder: Path, made: CompressorSpec | None) -> bool:
     """Whether the compressor that made a store's codes is still in its folder."""
     try:
@@ -233,10 +134,6 @@ def _source(options: Compress, store: Store, fitted: Compressor | None) -> Sourc
         raise UserError(
             f"--layers: {error} of {store.folder}; choose from these, or prepare the store again"
         ) from error
-
-
-def _dashed(layers: tuple[int, ...]) -> str:
-    return "".join(f"-{layer}" for layer in layers)
 
 
 def _split(options: Compress, store: Store) -> tuple[Tensor, Tensor]:

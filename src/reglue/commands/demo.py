@@ -29,11 +29,12 @@ from reglue.data.images import ImageFolder, UnreadableImage
 from reglue.data.pictures import colours_of
 from reglue.data.store import Store
 from reglue.encoders.vision import load_encoder
-from reglue.errors import UserError, require
-from reglue.files import BESIDE, TakesPaths
+from reglue.errors import UserError
+from reglue.files import BESIDE
 from reglue.locks import writes
 from reglue.metrics.classifier import train_classifier
 from reglue.metrics.distances import nearest
+from reglue.options.demo import Demo
 from reglue.papers import RECIPES
 from reglue.pipeline import ImageModel, load
 from reglue.published.sharing import changed_options
@@ -51,7 +52,7 @@ SHOWN = 10
 """Images in the picture of the semantics."""
 
 SMALL = Optimisation(
-    steps=1500,
+    steps=Demo.steps,
     batch_size=96,
     learning_rate=2e-3,
     warmup=100,
@@ -59,7 +60,7 @@ SMALL = Optimisation(
     betas=(0.9, 0.99),
     clip=1.0,
     ema=0.995,
-    ema_warmup=True,
+    ema_warmup="yes",
     time_shift=3.0,
 )
 """A schedule for minutes instead of days: a higher learning rate that falls, a shorter average, noisier times.
@@ -78,27 +79,6 @@ DEMO_RECIPE = Recipe(
     optimisation=SMALL,
     sampling=Sampling("euler-maruyama", 80, guidance_scale=2.0, guidance_interval=(0.0, 0.9)),
 )
-
-
-@dataclass(frozen=True)
-class Demo(TakesPaths):
-    """Prepare, compress, train, sample and evaluate on real handwritten digits, and write a report page."""
-
-    out: Path = Path("demo-output")
-    """Folder for everything; the same command again continues in it."""
-    compare: bool = False
-    """Also train plain SiT for as many steps, and show both."""
-    samples_per_class: int = 20
-    """Images of each digit, guided and unguided each."""
-    steps: int = SMALL.steps
-    """Training steps."""
-    seed: int = 0
-    """Seed of the held-out digits, the training and the samples."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "samples_per_class", "steps", at_least=1)
-        require(self, "seed", at_least=0)
 
 
 @writes()

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from tyro.conf import Positional
 
 from reglue.encoders.vision import load_encoder
-from reglue.errors import UserError, require
-from reglue.files import TakesPaths, replacing
+from reglue.errors import UserError
+from reglue.files import replacing
 from reglue.locks import writes, writing
 from reglue.metrics.distances import DENSITY_NEIGHBOURS, NEIGHBOURS
 from reglue.metrics.evaluation import Evaluation, measure_figures, warnings_of
-from reglue.metrics.features import EncoderFeatures, FeatureKind, FeatureNetwork, load_encoder_features
+from reglue.metrics.features import EncoderFeatures, FeatureNetwork, load_encoder_features
 from reglue.metrics.image_sets import ImageSet, Share, drawn_images, is_run, open_image_set, open_training_images
 from reglue.metrics.inception import INCEPTION, Inception, is_inception, load_inception
 from reglue.metrics.resampling import CONFIDENCE
 from reglue.metrics.sides import describe_side, refuse_too_few
+from reglue.options.evaluate import Evaluate
 from reglue.published.sharing import REPORTS, STATED
 from reglue.run import RunRecord
 from reglue.samples import Draw
@@ -35,61 +35,6 @@ WITHOUT_DOWNLOAD = "--feature-network FILE; store or an encoder's name there mea
 """How else the Inception's weights may be given."""
 DRAWN = "evaluated"
 """The folder beneath a run for the images that are drawn to be evaluated."""
-
-
-@dataclass(frozen=True)
-class Evaluate(TakesPaths):
-    """Compare images with a reference: FID, sFID, Inception Score, precision, recall, KID, density and coverage.
-
-    The figures are those of ADM's evaluator, with 95 % intervals. Images go into the Inception network at the size that
-    they have, and are stretched there to 299×299. Within a side, those of another size than the first are scaled to
-    cover it and cropped, as `reglue prepare` does. Figures can be compared only where network, reference, sizes and
-    numbers of images are the same; published ones are of 50,000 images.
-    """
-
-    images: Positional[Path]
-    """A folder of images, an .npz file (uint8 (N, H, W, 3) as arr_0 or images), a store, or a run. A run first draws
-    them as its recipe says, into its folder `evaluated`; the same command again continues."""
-    reference: Path | None = None
-    """What to compare with: any of the same, ADM's reference batches included; of a run, its training store. Default:
-    the training store of the run in IMAGES."""
-    out: Path | None = None
-    """JSON file for the report. A report on a run's images also goes into the run's folder `reports`, for its model
-    card; one on other images is only printed by default."""
-    protocol: str | None = None
-    """How the images were made, if no samples.json beside them says so: a sentence, or a .json file with an object. The
-    report quotes it as yours."""
-    count: int | None = None
-    """Images to draw from a run. Default: 50000."""
-    feature_network: str = INCEPTION
-    """inception, or store for the encoder of the reference's store, or any vision encoder, or a file of weights.
-
-    inception gives FID, and its weights are downloaded. dinov2-l gives FD-DINOv2 (by name, not from a file). Other
-    encoders are named as in `reglue prepare`: starter, a short name, timm:NAME, NAME@FILE, a folder or a file.
-    """
-    features: FeatureKind = "class-token"
-    """Features of an image in a vision encoder: its class token, or the mean over the patches of the last layer."""
-    resolution: int | tuple[int, int] | None = None
-    """Side, or height and width, to which all images are scaled and cropped first. Default: unchanged for Inception and
-    FD-DINOv2; for other encoders the store's, or that of the first image."""
-    resamples: int = 1000
-    """Random resamples of the images, for the intervals; 0 computes none."""
-    kernel_subsets: int = 100
-    """Random subsets over which KID is averaged."""
-    kernel_subset_size: int = 1000
-    """Images per subset; all, if there are fewer."""
-    seed: int = 0
-    """Seed of subsets and resamples."""
-    batch_size: int = 64
-    """Images processed at once: affects speed and memory, and results by rounding alone."""
-    device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "count", "resolution", "kernel_subsets", "batch_size", at_least=1)
-        require(self, "kernel_subset_size", at_least=2)
-        require(self, "resamples", "seed", at_least=0)
 
 
 @writes()
@@ -184,9 +129,13 @@ def images_of(options: Evaluate) -> ImageSet:
     if not is_run(run):
         if options.count is not None:
             raise UserError(f"--count {options.count}: {run} is not a run, and only runs draw images; leave it out")
+        if options.weights != "ema":
+            raise UserError(f"--weights {options.weights}: {run} is not a run, and only runs draw images; leave it out")
         return open_image_set(run)
-    folder = run / DRAWN / f"step-{checkpoints.find(run).name}"
-    return drawn_images(Draw(run, folder, count, batch_size=options.batch_size, device=options.device))
+    averaged = options.weights == "ema"
+    folder = run / DRAWN / f"step-{checkpoints.find(run).name}{'' if averaged else '-model'}"
+    drawn = Draw(run, folder, count, weights=options.weights, batch_size=options.batch_size, device=options.device)
+    return drawn_images(drawn)
 
 
 def reference_of(options: Evaluate) -> ImageSet:
@@ -262,10 +211,12 @@ def stated_protocol(statement: str | None) -> dict[str, Any] | None:
 
 
 def drawn_from(images: Path, protocol: dict[str, Any] | None) -> Path | None:
-    """The run that images were drawn from, if it is there: it was given itself, or their protocol names it."""
+    """The run whose averaged weights drew the images, if it is there: given itself, or named by their protocol."""
+    protocol = protocol or {}
+    if protocol.get("weights") == "model":
+        return None  # The run's card is about the averaged ones.
     if is_run(images):
         return images
-    protocol = protocol or {}
     run, step = Path(str(protocol.get("run"))), protocol.get("step")
     if not is_run(run) or not isinstance(step, int):
         return None

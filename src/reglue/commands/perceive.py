@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 from tqdm import tqdm
 
 from reglue.config import LocalSemantics
 from reglue.data.opening import open_images
-from reglue.data.sources import Reading
+from reglue.data.reading import Reading
 from reglue.encoders.alignment import FILE as ALIGNMENT_FILE
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, load_encoder
 from reglue.errors import UserError
-from reglue.files import new_folder, replacing, to_json
+from reglue.files import new_folder, plain, read_json, replacing, to_json
 from reglue.locks import writes
+from reglue.options.perceive import Perceive
 from reglue.perception.agreement import Agreement, ClassAgreement, DepthAgreement, Estimate, markdown_table
 from reglue.perception.heads import Head, HeadSpec, load_head
 from reglue.perception.perceiving import Estimator, Subject, View, aligned_encoder, drawn_scenes, encoded_scenes
@@ -31,46 +32,13 @@ from reglue.pipeline import ImageModel, load
 from reglue.reals.samples import ImageSamples
 from reglue.run import FILE as RECORD
 from reglue.run import find_compressor, versions
-from reglue.samples import Draw, plan, protocol_of
+from reglue.samples import plan, protocol_of
 from reglue.seeds import permutation
 from reglue.training import distributed
 
 REPORT, PICTURE, IMAGES, MAPS = "perception.json", "picture.png", "images", "maps"
-OF_IMAGES_TOO = frozenset(("run", "out", "count", "seed", "autoencoder", "batch_size", "device"))
-"""Options of `Draw` that mean something where images are encoded; all others are about drawing."""
 SHOWN = 8
 """Images in the picture."""
-
-
-@dataclass(frozen=True)
-class Perceive(Draw):
-    """Draw images from a run and predict what they show from their latents, with heads that `reglue head` trained.
-
-    The same heads look at the decoded images through the vision encoder; the report shows how far the two agree.
-    """
-
-    out: Path
-    """Folder of the results (picture.png, perception.json, images, maps): new or empty."""
-    head: tuple[Path, ...] = field(kw_only=True)
-    """Heads: folders made by `reglue head`, or DINOv2's published linear heads."""
-    images: Path | None = None
-    """Encode the images of this folder (or anything that `reglue prepare` takes) in place of drawing: a control that
-    separates the generator's errors from those of the features. RUN may then be an autoencoder that `reglue autoencode`
-    trained, and options for drawing are refused."""
-    sources: Annotated[tuple[Estimator, ...], tyro.conf.arg(name="from")] = ()
-    """Where features come from without the image: alignment (the alignment network of the run's autoencoder, on
-    latents) or local (the decoder of the run's compressor, on the local map). Default: what the run has and the heads
-    can read."""
-    encoder: str | None = None
-    """The vision encoder, if it has moved: as for `reglue prepare`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        of_drawing = (part for part in fields(Draw) if part.name not in OF_IMAGES_TOO)
-        given = next((part.name for part in of_drawing if getattr(self, part.name) != part.default), None)
-        if self.images is not None and given:
-            option = f"--{given.replace('_', '-')}"
-            raise UserError(f"{option} is about drawing, and with --images nothing is drawn; leave either out")
 
 
 @dataclass(frozen=True)
@@ -117,6 +85,12 @@ def perceive(options: Perceive) -> Perception:
     views = choose_views(options, heads, subject)
     subject = replace(subject, estimates={one: spec for one, spec in subject.estimates.items() if one in views})
     encoder = load_reference(options, heads, subject, device)
+    if (options.out / REPORT).is_file():
+        before = read_json(options.out / REPORT, Perception, "delete its folder and perceive again")
+        made_of = (plain(before.protocol), before.heads, before.encoder)
+        if made_of == (plain(protocol), {name: head.spec for name, head in heads.items()}, encoder.spec):
+            print(f"{options.out} is complete already\n\n{agreement_table(before)}")
+            return before
     if model:
         scenes = drawn_scenes(drawing, subject, encoder, options.count, options.batch_size)
     else:
@@ -127,6 +101,8 @@ def perceive(options: Perceive) -> Perception:
     shown: list[tuple[np.ndarray, Maps]] = []
     count = 0
     with new_folder(options.out) as out:
+        if model and (warning := model.warning()):
+            tqdm.write(f"warning: {warning}", file=sys.stderr)
         for scene in scenes:
             maps = scene.maps(heads, {**views, "encoder": list(heads)})
             for key, agreement in counted.items():
@@ -185,6 +161,7 @@ def load_subject(options: Perceive, device: torch.device) -> tuple[Subject, Imag
     model = load(
         options.run,
         step=options.step,
+        weights=options.weights,
         device=str(device),
         autoencoder=options.autoencoder,
         compile=options.compile,

@@ -7,28 +7,19 @@ of masks, beside the compression ratio, the reconstruction error and the speed o
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
-from tyro.conf import Positional
 
 from reglue.data.store import Store
-from reglue.errors import UserError, require
-from reglue.files import TakesPaths, read_json, refuse_filled, replacing, to_json
+from reglue.errors import UserError
+from reglue.files import read_json, refuse_filled, replacing, to_json
 from reglue.locks import writes
+from reglue.options.probe import Probe, ProbingOptions
 from reglue.perception.agreement import IGNORE
-from reglue.perception.labelled import (
-    LEAST_IMAGES,
-    LabelledImages,
-    Parts,
-    draw_parts,
-    open_input,
-    with_classes,
-    with_masks,
-)
+from reglue.perception.labelled import LabelledImages, Parts, draw_parts, open_input, with_classes, with_masks
 from reglue.perception.probes import ProbeTraining, score_of_chance
 from reglue.perception.probing import (
     PROBES,
@@ -47,91 +38,6 @@ from reglue.training import distributed
 REPORT, TABLE, FIGURE = "report.json", "report.md", "figure.png"
 
 
-@dataclass(frozen=True)
-class ProbingOptions(TakesPaths):
-    """What `reglue probe` and `reglue head` have in common: the images that they are fitted to, and how."""
-
-    store: Positional[Path]
-    """A store with features."""
-    out: Path
-    """Folder of the results: new, empty, or left over from the same `reglue probe`."""
-    masks: Path | None = None
-    """Predict the class of every pixel: folder of masks, palette or greyscale PNG files of class numbers (255 is
-    ignored) with the names of the images. Images without one are left out."""
-    images: int | None = None
-    """Use so many images of each store, drawn at random. Default: all, but for the mirror images of --flips."""
-    held_out: float = 0.2
-    """Share of the images to measure on, which nothing is fitted to."""
-    selection: float = 0.2
-    """Share of the other images that choose the regularisation."""
-    steps: int = 1000
-    """Of the training of probes of maps, which may stop early, at a tenth of them."""
-    batch_size: int = 64
-    """Images per step."""
-    learning_rate: float = 1e-3
-    """Of Adam, at the start; it falls to 0 along a cosine."""
-    seed: int = 0
-    """Of the choice of images, of weights and of the order of images."""
-    device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "steps", "batch_size", at_least=1)
-        require(self, "held_out", "selection", more_than=0, less_than=1)
-        require(self, "images", at_least=LEAST_IMAGES)
-        require(self, "seed", at_least=0)
-        require(self, "learning_rate", more_than=0)
-
-    def labelled(self, store: Store, masks: Path | None = None) -> LabelledImages:
-        """The images of a store with masks of a folder, --masks if not given; with their classes without --masks."""
-        folder = masks or self.masks
-        return with_classes(store) if folder is None else with_masks(store, folder)
-
-    def draw_parts(self, *sets: LabelledImages) -> Parts:
-        """The images for fitting, selection and measurement."""
-        return draw_parts(sets, self.seed, self.images, held_out=self.held_out, selection=self.selection)
-
-    def training(self, hidden: int, device: torch.device) -> ProbeTraining:
-        """The training of a probe of maps with so many channels in its convolutions; 0 makes it linear."""
-        return ProbeTraining(hidden, self.steps, self.batch_size, self.learning_rate, self.seed, device)
-
-
-@dataclass(frozen=True)
-class Probe(ProbingOptions):
-    """Fit small probes that predict classes, or masks, from what a store holds: how much does compression keep?
-
-    The same command again continues where an interrupted one stopped, and adds what the store has gained.
-    """
-
-    validation: Path | None = None
-    """A second store of the same kind to measure on; its codes are computed where it has none. Default: a share of the
-    first (--held-out)."""
-    validation_masks: Path | None = None
-    """Masks of the second store. Default: the folder --masks."""
-    columns: tuple[str, ...] | None = None
-    """What to probe: features, features.last (the last layer), local.NAME, cls, cls.NAME, latent. Default: all."""
-    conv: bool = True
-    """Fit the small convolutional probe too."""
-    hidden: int = 64
-    """Channels of the convolutional probe."""
-    flat_limit: int = 4096
-    """A linear probe sees every value of an input by itself where there are no more than this. Memory grows as the
-    square: 4096 takes 1 GB."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "hidden", at_least=1)
-        require(self, "flat_limit", at_least=0)
-        if self.validation_masks is not None and (self.masks is None or self.validation is None):
-            raise UserError("--validation-masks belongs to --masks and --validation; give these too")
-
-    def decisive(self) -> dict[str, Any]:
-        """The options that decide every result, as JSON has them."""
-        without = {"store", "out", "validation", "masks", "validation_masks", "columns", "conv", "flat_limit", "device"}
-        return {option: value for option, value in asdict(self).items() if option not in without}
-
-
 @writes()
 def probe(options: Probe) -> ProbeReport:
     """Fit and measure all probes, print a table and write it. Raises UserError for anything that the user can fix."""
@@ -143,10 +49,10 @@ def probe(options: Probe) -> ProbeReport:
         if name not in names:
             raise UserError(f"--columns {name}: choose from {', '.join(names)}")
     inputs = [open_input(store, name) for name in names]
-    sets = [options.labelled(store)]
+    sets = [labelled_images(options, store)]
     if second is not None:
-        sets.append(options.labelled(second, options.validation_masks))
-    parts = options.draw_parts(*sets)
+        sets.append(labelled_images(options, second, options.validation_masks))
+    parts = parts_of(options, *sets)
     report = begin(options, sets, parts, device)
     data = {read.name: read.data for read in inputs}
     done = {(one.input, one.probe): one for one in report.results if one.data == data.get(one.input)}
@@ -162,7 +68,7 @@ def probe(options: Probe) -> ProbeReport:
         read = inputs[index]
         if index not in speeds:
             speeds[index] = encoded_per_second(read, parts, options.batch_size, device)
-        training = options.training(options.hidden if kind == "conv" else 0, device)
+        training = training_of(options, options.hidden if kind == "conv" else 0, device)
         result = run_probe(read, kind, parts, report.classes, training)
         done[read.name, kind] = replace(result, encoded_per_second=speeds[index])
         write(options.out / REPORT, to_json(replace(report, results=tuple(done.values()))))
@@ -173,6 +79,22 @@ def probe(options: Probe) -> ProbeReport:
     plot_probes(report, options.out / FIGURE)
     print(probe_table(report))
     return report
+
+
+def labelled_images(options: ProbingOptions, store: Store, masks: Path | None = None) -> LabelledImages:
+    """The images of a store with masks of a folder, --masks if not given; with their classes without --masks."""
+    folder = masks or options.masks
+    return with_classes(store) if folder is None else with_masks(store, folder)
+
+
+def parts_of(options: ProbingOptions, *sets: LabelledImages) -> Parts:
+    """The images for fitting, selection and measurement."""
+    return draw_parts(sets, options.seed, options.images, held_out=options.held_out, selection=options.selection)
+
+
+def training_of(options: ProbingOptions, hidden: int, device: torch.device) -> ProbeTraining:
+    """The training of a probe of maps with so many channels in its convolutions; 0 makes it linear."""
+    return ProbeTraining(hidden, options.steps, options.batch_size, options.learning_rate, options.seed, device)
 
 
 def second_store(path: Path, store: Store) -> Store:

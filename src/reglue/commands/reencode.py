@@ -2,51 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
-from tyro.conf import Positional
-
-from reglue.commands.prepare import NO_ENCODER, Prepare, prepare
+from reglue.commands.prepare import prepare
 from reglue.config import Precision
 from reglue.data.manifest import MANIFEST, Manifest, read_manifest, refuse_others
 from reglue.data.store import Store
 from reglue.data.store_writer import add_semantics, replace_lost_files
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.errors import UserError
-from reglue.files import TakesPaths
 from reglue.locks import writes
+from reglue.names import NO_ENCODER
+from reglue.options.prepare import Prepare
+from reglue.options.reencode import Reencode
 from reglue.training import distributed
 
 PRECISION: Precision = "float32"
 """Of the second autoencoder's matrix products, whatever the first store's networks had."""
-
-
-@dataclass(frozen=True)
-class Reencode(TakesPaths):
-    """Encode a store's images into another latent space, to compare autoencoders at the price of one encoder.
-
-    Class tokens, features and codes are those of the first store: linked if both are on one disk, copied otherwise. The
-    images are read again. GPUs and machines share the work as in `reglue prepare`. The same command again continues,
-    and restores what is missing.
-    """
-
-    store: Positional[Path]
-    """Folder that `reglue prepare` made."""
-    out: Positional[Path]
-    """Folder of the second store: new, empty, or begun by the same command."""
-    autoencoder: str
-    """starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]) or a folder in diffusers' layout:
-    AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, VQModel, AutoencoderTiny or AutoencoderDC."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Precision in which latents are stored."""
-    batch_size: int = 16
-    """Images encoded at once. Changes speed and memory; results change by rounding alone."""
-    workers: int = 2
-    """Processes that decode images, per process of torchrun; 0 decodes in the main process."""
-    device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 
 
 @writes()

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from reglue.samples import Draw, write_samples
+from reglue.options.sample import Sample
+from reglue.samples import write_samples
 from reglue.training.watchdog import watchdog
-
-
-@dataclass(frozen=True)
-class Sample(Draw):
-    """Draw images from a run. Image i depends on the seed and i alone; the same command again draws what is missing."""
 
 
 @watchdog

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from PIL import Image
 from torch import Tensor, nn
 
 from reglue import fine_tuning
-from reglue.config import Recipe
 from reglue.data.batches import HostBatch, TrainingData
 from reglue.data.manifest import compressor_of
 from reglue.data.pictures import image_grid
@@ -24,68 +21,16 @@ from reglue.diffusion.paths import PATHS
 from reglue.diffusion.paths import Path as Interpolant
 from reglue.diffusion.samplers import SAMPLERS
 from reglue.encoders.compressors import SPEC_FILE, load_compressor
-from reglue.errors import UserError, require
-from reglue.files import TakesPaths
+from reglue.errors import UserError
 from reglue.locks import writes
+from reglue.options.train import Train
 from reglue.pipeline import ImageModel
-from reglue.run import COMPRESSORS, RunRecord, Weights, decoder
+from reglue.run import COMPRESSORS, RunRecord, decoder
 from reglue.training import checkpoints, distributed, parallel, stopping
 from reglue.training.loop import Task, adamw, fit, part_size
 from reglue.training.precision import autocast, compile_parts, matmul_precision, to_compile
 from reglue.training.tracking import check_trackers
 from reglue.training.watchdog import watchdog
-
-
-@dataclass(frozen=True)
-class Train(TakesPaths):
-    """Train a recipe on a store, or resume a run. The same command again resumes with the same bits."""
-
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-    store: Path
-    """Folder that `reglue prepare` made."""
-    out: Path
-    """Folder of the run: new, or one to resume."""
-    seed: int = 0
-    """Seed of the initial weights, the order of the images and all noise."""
-    start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Start from another run's weights (fine-tuning): its folder, OWNER/NAME on the Hugging Face hub, or starter, the
-    small model in this package. Resolution, classes and parts may differ; shared parts must have equal sizes. Not
-    needed to resume."""
-    start_step: Annotated[int | None, tyro.conf.arg(name="from-step")] = None
-    """Checkpoint of that run. Default: the last."""
-    start_weights: Annotated[Weights, tyro.conf.arg(name="from-weights")] = "ema"
-    """Its averaged weights (ema) or the trained ones (model)."""
-    log_every: int = 100
-    """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = 10_000
-    """Steps between checkpoints."""
-    keep: int = 3
-    """Number of checkpoints to keep; 0 keeps all."""
-    preview_every: int = 10_000
-    """Steps between previews, drawn from the averaged weights; 0 draws none."""
-    preview_count: int = 16
-    """Images per preview."""
-    preview_steps: int = 50
-    """Sampling steps of a preview."""
-    workers: int | None = None
-    """Threads that read samples ahead. Default: 4 on a GPU, none on a CPU."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    deterministic: bool = True
-    """The same bits from the same command on a GPU too, resumed or not, on the same kind of GPU with the same versions.
-    Without it, attention's backward pass is slightly faster."""
-    track: tuple[str, ...] = ()
-    """Registered trackers of your own, by name: figures and pictures go there too, beside metrics.jsonl."""
-    shards: int = 1
-    """Under torchrun: number of processes that share one copy of the model, for models larger than one device. 1 keeps
-    a whole copy in each."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "log_every", "checkpoint_every", "preview_count", "preview_steps", "shards", at_least=1)
-        require(self, "seed", "keep", "preview_every", "workers", at_least=0)
-        if self.start is None and (self.start_step is not None or self.start_weights != "ema"):
-            raise UserError("--from-step and --from-weights say what to take of another run; give --from too")
 
 
 class Losses(nn.Module):
@@ -174,7 +119,7 @@ def train(options: Train) -> Path:
     record = RunRecord.of(store, recipe, options.seed)
     if start:
         record = start.record(record)
-    create_or_resume(options.out, record, rank)
+    record = create_or_resume(options.out, record, rank)
     if rank == 0:
         take_compressors(store, record, options.out)
     model = Denoiser(record.denoiser, options.seed)
@@ -201,16 +146,20 @@ def train(options: Train) -> Path:
     return options.out
 
 
-def create_or_resume(out: Path, record: RunRecord, rank: int) -> None:
-    """Make the run folder, or check that it is this run's. Raises UserError, naming what differs."""
-    if (out / "run.json").is_file():
-        before = RunRecord.read(out)
+def create_or_resume(out: Path, record: RunRecord, rank: int) -> RunRecord:
+    """Make the run folder, or check that it is this run's. Returns its record, in which everything is decided.
+
+    Raises UserError, naming what differs.
+    """
+    before = RunRecord.read(out) if (out / "run.json").is_file() else None
+    record = record.settled(before)
+    if before:
         if before.origin:
             raise UserError(f"{out} was imported from {before.origin} and cannot be trained on; choose a new --out")
         different = before.differences(record)
         if different:
             raise UserError(
-                f"{out} is a run with other settings ({', '.join(different)}); choose a new --out, or the old settings"
+                f"{out} is a run with other settings: {', '.join(different)}; choose a new --out, or the old settings"
             )
         checkpoints.refuse_fewer_steps(out, record.recipe.optimisation.steps)
     elif out.is_dir() and any(out.iterdir()):
@@ -219,6 +168,7 @@ def create_or_resume(out: Path, record: RunRecord, rank: int) -> None:
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         record.write(out)
+    return record
 
 
 def take_compressors(store: Store, record: RunRecord, out: Path) -> None:

@@ -3,51 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
-from reglue.commands.probe import ProbingOptions
+from reglue.commands.probe import labelled_images, parts_of, training_of
 from reglue.data.store import Store
-from reglue.errors import UserError, require
-from reglue.files import new_folder, refuse_filled, replacing, to_json
+from reglue.errors import UserError
+from reglue.files import new_folder, read_json, refuse_filled, replacing, to_json
 from reglue.locks import writes
+from reglue.options.train_head import TrainHead
 from reglue.perception.agreement import Estimate
 from reglue.perception.fitting import fit_head, head_spec, score_head
-from reglue.perception.heads import Head
+from reglue.perception.heads import Head, load_head
 from reglue.perception.labelled import LAST_LAYER, StoreInput, open_input, with_depths
 from reglue.run import versions
 from reglue.training import distributed
 
 TRAINING = "training.json"
-
-
-@dataclass(frozen=True)
-class TrainHead(ProbingOptions):
-    """Train a head for `reglue perceive`: it predicts from an encoder's features what every pixel shows.
-
-    With --masks it segments, with --depth it predicts depth; with neither it maps the classes of the store's images, by
-    a linear classifier of the mean over patches that is then applied to every patch. Steps, batch size and learning
-    rate are those of a head for --masks.
-    """
-
-    depth: Path | None = None
-    """Folder of depth maps, greyscale PNG files of 8 or 16 bits or NPY arrays, with the names of the images; 0 is
-    unknown. The head predicts depth in their unit."""
-    class_names: tuple[str, ...] = ()
-    """Names of the masks' classes, from 0. Default: their numbers; those of the store's classes without --masks."""
-    layers: Literal["last", "all"] = "last"
-    """Layers of the store's features to read: the last, which is what an autoencoder's alignment network gives of
-    latents, or all, which a REGLUE compressor gives of local maps."""
-    hidden: int = 0
-    """With --masks: channels of two convolutions before the last; 0 makes the head linear."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "hidden", at_least=0)
-        if self.masks is not None and self.depth is not None:
-            raise UserError("--masks and --depth: a head predicts one of them; train two heads")
-        if self.masks is None and (self.hidden or self.class_names):
-            raise UserError("--hidden and --class-names belong to --masks; give it too, or leave them out")
 
 
 @dataclass(frozen=True)
@@ -71,12 +41,18 @@ class HeadRecord:
 @writes()
 def train_head(options: TrainHead) -> Head:
     """Train and measure a head and write it. Raises UserError for anything that the user can fix."""
+    asked = {name: str(value) for name, value in vars(options).items()}
+    if (options.out / TRAINING).is_file() and read_json(
+        options.out / TRAINING, HeadRecord, "delete its folder"
+    ).options == asked:
+        print(f"{options.out} is complete already")
+        return load_head(options.out)
     refuse_filled(options.out)  # Before the training rather than after it.
     device = distributed.alone("head", options.device)
     store = Store.open(options.store)
     read = features_of(options, store)
-    images = options.labelled(store) if options.depth is None else with_depths(store, options.depth)
-    parts = options.draw_parts(images)
+    images = labelled_images(options, store) if options.depth is None else with_depths(store, options.depth)
+    parts = parts_of(options, images)
     spec = head_spec(
         images,
         task="depth" if options.depth else "segmentation",
@@ -84,9 +60,9 @@ def train_head(options: TrainHead) -> Head:
         hidden=options.hidden,
         class_names=options.class_names,
     )
-    head, fitted = fit_head(spec, read, parts, options.training(options.hidden, device))
+    head, fitted = fit_head(spec, read, parts, training_of(options, options.hidden, device))
     record = HeadRecord(
-        options={name: str(value) for name, value in vars(options).items()},
+        options=asked,
         images_sha256=store.manifest.source.fingerprint,
         fitted=len(parts.fitting),
         selected=len(parts.selection),

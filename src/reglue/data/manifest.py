@@ -14,12 +14,13 @@ from torch import Tensor
 from reglue.config import Precision
 from reglue.data.images import ImageSource, UnreadableImage
 from reglue.data.opening import open_images
-from reglue.data.sources import Reading, Subset
+from reglue.data.reading import Reading, Subset
 from reglue.encoders.autoencoders import AutoencoderSpec
-from reglue.encoders.compressors import CompressedColumn, CompressorSpec
+from reglue.encoders.compressors import CompressorSpec
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
 from reglue.files import plain, read_json, replacing, to_json
+from reglue.names import CLASS_TOKEN_CODES, LOCAL_CODES
 
 FORMAT = 1
 """Version of the layout on disk."""
@@ -28,9 +29,6 @@ PARTIAL = "manifest.partial.json"
 """In place of the manifest as long as a store is being written: its `Contents`."""
 METADATA = "reglue"
 """Key of a shard's metadata: `ShardMetadata` as JSON."""
-LOCAL_CODES = "local."
-CLASS_TOKEN_CODES = "cls."
-"""What the names of columns that hold a compressor's codes begin with, for maps and for class tokens."""
 REMEDY = "prepare the store again"
 READ_AT_ONCE = 2**18
 """Bytes of a file whose hash is taken: so few stay in a core's own cache."""
@@ -165,11 +163,6 @@ class Manifest(Contents):
 def value_of(column: str) -> str:
     """The tensor of a column that its statistics describe: `mean` for `latent`, otherwise the column's namesake."""
     return "mean" if column == "latent" else column.partition(".")[0]
-
-
-def codes_column(name: str, column: CompressedColumn) -> str:
-    """The column with the codes of compressor `name`, which was fitted to `column`."""
-    return (LOCAL_CODES if column == "features" else CLASS_TOKEN_CODES) + name
 
 
 def holds_codes(column: str) -> bool:

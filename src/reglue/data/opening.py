@@ -18,7 +18,8 @@ from braceexpand import braceexpand
 
 from reglue.data.images import ImageFolder, ImageSource
 from reglue.data.listing import is_hidden, list_folder
-from reglue.data.sources import HUB, Chosen, Mirrored, Reading, Relabelled, Subset
+from reglue.data.reading import Reading, Subset
+from reglue.data.sources import HUB, Chosen, Mirrored, Relabelled
 from reglue.data.tars import TarImages, name_in_tar
 from reglue.errors import UserError, option
 

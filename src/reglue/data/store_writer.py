@@ -29,7 +29,6 @@ from reglue.data.manifest import (
     Shard,
     ShardMetadata,
     TensorSpec,
-    codes_column,
     compressor_of,
     file_sha256,
     holds_codes,
@@ -43,6 +42,7 @@ from reglue.data.store import Store
 from reglue.encoders.compressors import CompressorSpec
 from reglue.errors import UserError
 from reglue.files import BESIDE, plain, read_json, read_jsonl, replacing, to_json
+from reglue.names import codes_column
 
 JOURNAL = "prepare.jsonl"
 """Of process 0, and of all processes of earlier runs. Process 3 writes prepare-3.jsonl."""
@@ -306,6 +306,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, beside)
         beside.replace(target)
+        beside.unlink(missing_ok=True)  # Renaming does nothing where both are names of one file.
     except OSError:
         with replacing(target) as beside:
             shutil.copyfile(source, beside)

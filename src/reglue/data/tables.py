@@ -21,7 +21,8 @@ from torch import Tensor
 from reglue.data.images import ImageSource, OneAtATime, UnreadableImage, load_crop
 from reglue.data.label_tables import LABEL_COLUMNS
 from reglue.data.labels import ClassIndex, index_labels
-from reglue.data.sources import HUB, Computed, Reading, class_names_of, distinct_names, repeated
+from reglue.data.reading import Reading
+from reglue.data.sources import HUB, Computed, class_names_of, distinct_names, repeated
 from reglue.errors import UserError, one_line, option
 
 ROWS_AT_ONCE = 16

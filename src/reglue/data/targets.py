@@ -16,11 +16,11 @@ from torch import Tensor
 
 from reglue.config import Recipe
 from reglue.data.images import UnreadableImage
-from reglue.data.manifest import codes_column
 from reglue.data.store import Store, dequantised
 from reglue.encoders.compressors import load_compressor
 from reglue.encoders.vision import EncoderSpec, load_encoder
 from reglue.errors import UserError, option
+from reglue.names import codes_column
 
 
 class Tokens(NamedTuple):

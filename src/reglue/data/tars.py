@@ -17,7 +17,8 @@ from torch import Tensor
 from reglue.data.images import UnreadableImage, load_crop
 from reglue.data.labels import index_labels
 from reglue.data.listing import classes_of, is_hidden, is_image, passed_over
-from reglue.data.sources import Computed, Reading, class_names_of, distinct_names, repeated
+from reglue.data.reading import Reading
+from reglue.data.sources import Computed, class_names_of, distinct_names, repeated
 from reglue.errors import UserError, one_line, option
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reglue.diffusion.specs import CLASS as CLASS
+
 Condition = dict[str, Tensor]
 """Values (B, …) by the name of the condition."""
-CLASS = "class"
 
 
 class ConditionKind(ABC):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -12,11 +10,12 @@ from torch import Tensor, nn
 
 from reglue.diffusion.backbones import BACKBONES, BackboneSizes
 from reglue.diffusion.backbones.backbone import NORM_EPSILON
-from reglue.diffusion.conditions import CLASS, CONDITIONS, Condition
+from reglue.diffusion.conditions import CONDITIONS, Condition
 from reglue.diffusion.embeddings import TimeEmbedding, position_embedding
-from reglue.diffusion.modalities import LATENT, Modality, State
-from reglue.diffusion.paths import PATHS, PathName
+from reglue.diffusion.modalities import State
+from reglue.diffusion.paths import PATHS
 from reglue.diffusion.predictions import PREDICTIONS
+from reglue.diffusion.specs import DenoiserConfig as DenoiserConfig
 from reglue.seeds import torch_generator
 
 
@@ -40,102 +39,6 @@ class DenoiserFunction(Protocol):
     def __call__(self, state: State, time: Tensor, condition: Condition) -> Prediction:
         """`state` at `time` (B,) in [0, 1], given `condition` (B, …) each."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenoiserConfig:
-    """Every size of a denoiser, and the parts it is built from.
-
-    Raises ValueError, with what to change, for sizes that do not fit together and parts that do not exist.
-    """
-
-    modalities: tuple[Modality, ...]
-    """What the model learns; the first one is the latents."""
-    grid: tuple[int, int]
-    """(H, W) of the maps, in latent pixels."""
-    conditions: Mapping[str, int] = field(default_factory=dict[str, int])
-    """The size of each condition: for `class`, the number of classes, 0 for unconditional."""
-    depth: int
-    width: int
-    heads: int
-    patch: int = 2
-    """Side of a square patch, in latent pixels."""
-    backbone: str = "sit"
-    prediction: str = "velocity"
-    path: PathName = "linear"
-    learn_sigma: bool = False
-    """Twice the output channels, the second half unused: SiT's published checkpoints are so."""
-    alignment_depth: int = 0
-    """The block, counted from 1, after which tokens are aligned with the vision encoder; 0: no alignment."""
-    alignment_width: int = 0
-    """Width of the vision encoder's tokens that alignment projects to; 0: no alignment."""
-    alignment_hidden: int = 2048
-    """Hidden width of the projector."""
-    learned_positions: bool = False
-    """The position embedding comes with the weights, as in some imported models; else it is the fixed sin-cos one."""
-    position_grid: tuple[int, int] | None = None
-    """The (rows, columns) of tokens in which positions are counted; None for the model's own."""
-
-    def __post_init__(self) -> None:
-        rows, columns = self.grid
-        if rows % self.patch or columns % self.patch:
-            raise ValueError(
-                f"a latent grid of {rows}×{columns} does not divide into patches of {self.patch}; "
-                "change the resolution or the patch size"
-            )
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(
-                f"a width of {self.width} must be divisible by 4 and by the number of heads ({self.heads})"
-            )
-        if self.position_grid and min(self.position_grid) < 1:
-            raise ValueError(f"a position grid of {self.position_grid} must have one row and one column at least")
-        if self.alignment_depth > self.depth:
-            raise ValueError(
-                f"alignment after block {self.alignment_depth}, but the model has only {self.depth} blocks"
-            )
-        names = [modality.name for modality in self.modalities]
-        if not names or names[0] != LATENT or len({*names}) < len(names):
-            raise ValueError(f"modalities {names}: the first must be {LATENT!r}, and all need different names")
-        for kind, name, known in (
-            ("backbone", self.backbone, BACKBONES),
-            ("prediction", self.prediction, PREDICTIONS),
-            *(("condition", name, CONDITIONS) for name in self.conditions),
-        ):
-            if name not in known:
-                raise ValueError(f"{kind} {name} is unknown; registered are {', '.join(known)}")
-
-    @property
-    def maps(self) -> tuple[Modality, ...]:
-        """The modalities that share the patches, in the order of their channels."""
-        return tuple(modality for modality in self.modalities if modality.kind == "map")
-
-    @property
-    def tokens(self) -> tuple[Modality, ...]:
-        """The modalities with a token of their own, in the order of these tokens."""
-        return tuple(modality for modality in self.modalities if modality.kind == "token")
-
-    @property
-    def channels(self) -> int:
-        """Of all maps together."""
-        return sum(modality.channels for modality in self.maps)
-
-    @property
-    def token_grid(self) -> tuple[int, int]:
-        """(rows, columns) of the patches."""
-        return self.grid[0] // self.patch, self.grid[1] // self.patch
-
-    @property
-    def classes(self) -> int:
-        """How many classes the model knows; 0 for unconditional."""
-        return self.conditions.get(CLASS, 0)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each modality, without the batch."""
-        return {m.name: (m.channels, *(self.grid if m.kind == "map" else ())) for m in self.modalities}
-
-    def modality(self, name: str) -> Modality | None:
-        """The modality of a name, if the model has it."""
-        return next((modality for modality in self.modalities if modality.name == name), None)
 
 
 class TokenEmbedding(nn.Module):

@@ -12,8 +12,8 @@ A scale of 1 is no guidance and costs nothing. To add a kind, write a `Guider` a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import DenoiserFunction
 from reglue.diffusion.modalities import LATENT, Modality, State, Times, batch_size, concatenate_states, split_state
 from reglue.diffusion.paths import LINEAR, Path
+from reglue.diffusion.specs import Guidance as Guidance
 
 
 class Velocity(ABC):
@@ -40,30 +41,6 @@ class Velocity(ABC):
         all: it is where the step began in the published Heun sampler, and the step's middle where steps end at
         discontinuities.
         """
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How strongly samples are guided, and when."""
-
-    scale: float = 1.0
-    """Classifier-free guidance scale w; 1 is none."""
-    scales: Mapping[str, float] = field(default_factory=dict[str, float])
-    """That of single modalities, by name; 1 leaves a modality conditional."""
-    interval: tuple[float, float] = (0.0, 1.0)
-    """Guided only while lowest ≤ t ≤ highest, in noise time (t = 1 is noise)."""
-    representation_scale: float = 1.0
-    """Scale of representation guidance; needs a model that was trained with dropped maps."""
-    auto_scale: float = 1.0
-    """Scale of autoguidance by a weaker model."""
-    guided_channels: int | None = None
-    """Classifier-free guidance moves so many latent channels, the first ones (SiT's published samples: 3), or all."""
-    others: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Scales of registered guiders that this package does not know, by name."""
-
-    def scale_of(self, modality: str) -> float:
-        """The classifier-free scale of a modality."""
-        return self.scales.get(modality, self.scale)
 
 
 @dataclass(frozen=True)
@@ -189,8 +166,6 @@ GUIDERS: dict[str, Callable[[Guidance, Guided], Guider | None]] = {
     "auto": auto,
 }
 """What builds a guider, or None where `Guidance` does not ask for it."""
-OWN_GUIDERS = frozenset(GUIDERS)
-"""Those that have a scale of their own in `Guidance`; `others` has the scales of all that are registered besides."""
 
 
 class GuidedVelocity(Velocity):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import pi
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from reglue.diffusion.modalities import State, expand_as
-
-PathName = Literal["linear", "cosine"]
+from reglue.diffusion.specs import PathName as PathName
 
 
 class Coefficients(NamedTuple):

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,7 @@ from torch.nn import functional as F
 
 from reglue.errors import UserError, option
 from reglue.files import read_json, read_network, replacing, to_json, write_tensors
-
-CompressorKind = Literal["conv", "pca", "mlp"]
-CompressedColumn = Literal["features", "cls"]
-"""What a compressor is fitted to: the column of a store with patch features, or with class tokens."""
+from reglue.names import CompressedColumn, CompressorKind
 
 ALL = slice(None)
 

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +14,7 @@ from torch import Tensor
 from reglue.encoders.known import KNOWN_ENCODERS
 from reglue.encoders.vision import InputRule, VisionEncoder, load_encoder
 from reglue.metrics.distances import GaussianStatistics
-
-FeatureKind = Literal["class-token", "patch-mean"]
-"""What stands for an image: the class token after the final norm, or the mean of the last chosen layer's patches."""
+from reglue.names import FeatureKind
 
 FD_DINOV2_ENCODER = "dinov2-l"
 FD_DINOV2_SIZE = 224

@@ -4,25 +4,28 @@ Images go in at their own size. As in ADM's evaluator (arXiv 2105.05233), the ne
 by the bilinear rule of TensorFlow 1 without antialias.
 """
 
+from __future__ import annotations
+
 import hashlib
-import io
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from reglue.encoders.weights import is_pickled, read_shapes
 from reglue.errors import UserError
-from reglue.files import opened_tensors
+from reglue.files import refuse_not_finite
 from reglue.metrics.features import Description, FeatureNetwork
+from reglue.names import INCEPTION
 from reglue.pickles import read_untrusted_tensors
 
-INCEPTION = "inception"
-"""The name by which the network is loaded from the internet, or from torch.hub's cache."""
+if TYPE_CHECKING:
+    from reglue.metrics.inception_network import InceptionNetwork
+
 SPATIAL_CHANNELS = 7
 """Of the 192 of the first branch of the block that TensorFlow calls mixed_6: what ADM takes for sFID."""
 SPATIAL_SIDE = 17
@@ -33,24 +36,6 @@ FIRST_TENSOR = "Conv2d_1a_3x3.conv.weight"
 LOGITS = ("fc.weight", "fc.bias")
 PATIENCE = 10.0
 """Seconds that a silent server is waited for."""
-
-
-class InceptionNetwork(FeatureExtractorInceptionV3):
-    """torch-fidelity's network with random weights, to be given others as tensors.
-
-    The constructor it inherits either downloads weights or unpickles a file without restrictions. It is given an empty
-    file here, and nothing to load.
-    """
-
-    def __init__(self) -> None:
-        nothing = io.BytesIO()
-        torch.save({}, nothing)
-        nothing.seek(0)
-        super().__init__(INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing)
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As any module's, but the constructor's empty one is passed over."""
-        return super().load_state_dict(state_dict, strict, assign) if state_dict else None
 
 
 class Inception(FeatureNetwork):
@@ -88,8 +73,11 @@ def load_inception(
     layer (`fc`): then there are no logits. Raises UserError for a file that is damaged or of another network, and if
     the weights cannot be downloaded: `otherwise` is how else to give them.
     """
-    weights = file or _downloaded(otherwise)
+    from reglue.metrics.inception_network import URL_INCEPTION_V3, InceptionNetwork  # slow to import
+
+    weights = file or _downloaded(URL_INCEPTION_V3, otherwise)
     state = read_untrusted_tensors(weights)
+    refuse_not_finite(state, weights)
     without_logits = "" if all(name in state for name in LOGITS) else f"{weights.name} holds no layer of class scores"
     with torch.random.fork_rng(devices=[]):
         network = InceptionNetwork()
@@ -112,30 +100,28 @@ def load_inception(
 
 
 def is_inception(file: Path) -> bool:
-    """Whether a file is to be read as the Inception's weights: every .pth, and safetensors with its names."""
-    if file.suffix in (".pth", ".pt"):
-        return True
+    """Whether a file holds the Inception's weights, by a tensor's name. One of PyTorch's that cannot be read is taken
+    for them, so that `load_inception` says what is wrong with it."""
     try:
-        with opened_tensors(file, "fetch it again") as tensors:
-            return FIRST_TENSOR in tensors.keys()  # noqa: SIM118 not a dict
+        return FIRST_TENSOR in read_shapes([file])
     except UserError:
-        return False
+        return is_pickled(file)
 
 
-def _downloaded(otherwise: str) -> Path:
+def _downloaded(address: str, otherwise: str) -> Path:
     """torch-fidelity's file in torch.hub's cache, fetched if it is not there. Raises UserError if it cannot be."""
-    file = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
     if file.is_file():
         return file
     checksum = file.stem.rpartition("-")[2]  # torch.hub's rule: the name ends with the start of the SHA-256.
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _impatient():
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix=checksum)
+            torch.hub.download_url_to_file(address, str(file), hash_prefix=checksum)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"the Inception network of FID cannot be downloaded ({' '.join(str(error).split())}): fetch "
-            f"{URL_INCEPTION_V3} on another machine and put it at {file}, or give it as {otherwise}"
+            f"{address} on another machine and put it at {file}, or give it as {otherwise}"
         ) from error
     return file
 

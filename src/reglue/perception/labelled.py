@@ -22,8 +22,6 @@ from reglue.seeds import permutation
 
 LAST_LAYER = "features.last"
 """The name of the features of the last stored layer alone, among the inputs."""
-LEAST_IMAGES = 4
-"""Two to fit a probe to, one to choose its regularisation by and one to measure it on."""
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,12 @@ from reglue.encoders.compressors import Compressor, resize
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, VisionFeatures
 from reglue.errors import UserError
 from reglue.files import parse_json
+from reglue.names import Estimator
 from reglue.perception.heads import Head
 from reglue.pipeline import evaluations
 from reglue.reals.samples import ImageSamples, all_of, to_images, to_pixels
 from reglue.samples import Drawing
 
-Estimator = Literal["alignment", "local"]
-"""What estimates the encoder's features without the image: from the latents, or from the local map."""
 View = Literal["alignment", "local", "original", "encoder"]
 """Whose features a head reads: an estimator's, or the encoder's, of the original or of the decoded image."""
 Seen = tuple[VisionFeatures, tuple[int, ...]]

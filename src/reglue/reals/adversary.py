@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reglue.errors import UserError, option
-
 MAX_WEIGHT = 1e4
 """The adaptive weight is no larger, as in VQGAN."""
 
@@ -42,18 +40,6 @@ class PatchDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
         return self.layers(images)
-
-
-def check_size(image_size: tuple[int, int], layers: int) -> None:
-    """Raises UserError for images (height, width) that are too small for a discriminator of so many layers."""
-    for side in image_size:
-        for _ in range(layers):
-            side //= 2
-        if side < 3:  # The last two convolutions take a pixel each, and one has to be left.
-            raise UserError(
-                f"{option('adversary.layers')} {layers}: images of {image_size[0]}×{image_size[1]} pixels are too "
-                f"small for so many; choose fewer layers or a larger {option('resolution')}"
-            )
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class LatentAlignment(Part):
     @property
     def present(self) -> bool:
         """Whether there is an alignment network."""
-        return self.weight > 0 or self.class_weight > 0
+        return super().present or self.class_weight > 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class AutoencoderRecipe:
     alignment: LatentAlignment = field(default_factory=LatentAlignment)
     adversary: Adversary = field(default_factory=Adversary)
     optimisation: OptimiserConfig = OptimiserConfig(
-        steps=100_000, batch_size=32, warmup=1000, betas=(0.5, 0.9), clip=1.0, ema=0.999, ema_warmup=True
+        steps=100_000, batch_size=32, warmup=1000, betas=(0.5, 0.9), clip=1.0, ema=0.999, ema_warmup="yes"
     )
     flips: bool = True
     """Mirror half of the images at random; not for digits and letters."""
@@ -157,3 +157,15 @@ class AutoencoderRecipe:
     def adversary_active(self, step: int) -> bool:
         """Whether the discriminator takes part in a step."""
         return self.adversary.present and step >= self.adversary.start
+
+
+def check_size(image_size: tuple[int, int], layers: int) -> None:
+    """Raises UserError for images (height, width) that are too small for a discriminator of so many layers."""
+    for side in image_size:
+        for _ in range(layers):
+            side //= 2
+        if side < 3:  # The last two convolutions take a pixel each, and one has to be left.
+            raise UserError(
+                f"{option('adversary.layers')} {layers}: images of {image_size[0]}×{image_size[1]} pixels are too "
+                f"small for so many; choose fewer layers or a larger {option('resolution')}"
+            )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from reglue.data.store import Store
-from reglue.encoders.compressors import CompressedColumn, Compressor, as_map
+from reglue.encoders.compressors import Compressor, as_map
+from reglue.names import CompressedColumn
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
@@ -15,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reglue.config import OptimiserConfig
+from reglue.config import YOUNG, OptimiserConfig
 from reglue.data.prefetch import prefetch
-from reglue.errors import Stopped, UserError
+from reglue.errors import Stopped, UserError, option
 from reglue.training import checkpoints, distributed, parallel, stopping
 from reglue.training.tracking import Trackers
 
@@ -134,6 +135,8 @@ def fit(
         current = task.averaged.state_dict()
         averages, weights = list(ema.values()), [current[name] for name in ema]
 
+    if averages and rank == 0 and (warning := warning_of_age(optimisation)):
+        tqdm.write(warning, file=sys.stderr)
     with ExitStack() as stack:
         trackers = stack.enter_context(closing(Trackers(run, track, step or -1))) if rank == 0 else None
         writer = stack.enter_context(closing(checkpoints.Writer(run, keep, sharded)))
@@ -162,7 +165,7 @@ def fit(
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             if averages:
-                torch._foreach_lerp_(averages, weights, 1 - ema_decay(optimisation, step))  # type: ignore[reportPrivateImportUsage]
+                torch._foreach_lerp_(averages, weights, 1 - optimisation.ema_at(step))  # type: ignore[reportPrivateImportUsage]
             step += 1
             progress.update()
 
@@ -228,6 +231,17 @@ def preview(task: Task[Any], step: int, trackers: Trackers | None) -> Exception 
     return None
 
 
+def warning_of_age(optimisation: OptimiserConfig) -> str | None:
+    """A line for a training that is too short for its moving average; None if it is long enough."""
+    share = optimisation.initial_share(optimisation.steps)
+    if share < YOUNG:
+        return None
+    return (
+        f"warning: after {optimisation.steps} steps {share:.0%} of the averaged weights will be those that training "
+        f"began with; choose {option('optimisation.ema_warmup')} yes, or a lower {option('optimisation.ema')}"
+    )
+
+
 def check_finite(values: Mapping[str, float], since: int, step: int, remedy: str) -> None:
     """Raises UserError if a figure of the steps between is infinite or no number."""
     bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -286,16 +300,14 @@ def adamw(parameters: Any, optimisation: OptimiserConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(optimisation: OptimiserConfig, step: int) -> float:
-    """The learning rate of a step, counted from 0."""
-    rate = optimisation.learning_rate
-    if step < optimisation.warmup:
-        return rate * (step + 1) / optimisation.warmup
+    """The learning rate of a step, counted from 0.
+
+    It is the full one in the last step of the warm-up and in the first one after it; a cosine is 0 in the last step.
+    """
+    rate, warmup = optimisation.learning_rate, optimisation.warmup
+    if step < warmup:
+        return rate * (step + 1) / warmup
     if optimisation.decay == "cosine":
-        done = (step - optimisation.warmup) / max(optimisation.steps - optimisation.warmup, 1)
+        done = (step - warmup) / max(optimisation.steps - 1 - warmup, 1)
         return rate * (1 + math.cos(math.pi * done)) / 2
     return rate
-
-
-def ema_decay(optimisation: OptimiserConfig, step: int) -> float:
-    """The decay of the moving average at a step, counted from 0."""
-    return min(optimisation.ema, (1 + step) / (10 + step)) if optimisation.ema_warmup else optimisation.ema

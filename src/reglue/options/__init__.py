@@ -1,0 +1,1 @@
+"""What the commands are asked for: a frozen dataclass each, read and refused before PyTorch is imported."""
