@@ -24,9 +24,11 @@ from reglue.cli import parse
 from reglue.commands.autoencode import TrainingRecord, autoencode
 from reglue.commands.compress import Compress, compress
 from reglue.commands.evaluate import Evaluate, evaluate
+from reglue.commands.probe import Probe, probe
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train_head import HeadRecord
 from reglue.commands.verify import Verify, verify
+from reglue.contact_sheet import read_hashes
 from reglue.data.manifest import MANIFEST, PARTIAL, Contents, read_manifest
 from reglue.data.store import Store
 from reglue.data.store_writer import StoreWriter
@@ -38,6 +40,7 @@ from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
 from reglue.files import plain, read_json, read_jsonl, to_json
 from reglue.perception.heads import Head, HeadSpec, load_head
+from reglue.perception.probing import ProbeReport
 from reglue.run import RunRecord, find_run
 from reglue.samples import read_protocol
 from reglue.training import checkpoints, tracking
@@ -98,6 +101,13 @@ def encoder_folder(tiny_encoder: str) -> Path:
 @pytest.fixture(scope="session")
 def tiny_samples(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
     return sample(Sample(tiny_run, tmp_path_factory.mktemp("samples") / "out", 2, steps=2, device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_probe(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path:
+    out = tmp_path_factory.mktemp("probe") / "out"
+    probe(Probe(tiny_store, out, columns=("cls", "latent"), steps=2, hidden=4, device="cpu"))
+    return out
 
 
 # ---- what reads them: of a folder and the file in it that is damaged
@@ -204,6 +214,8 @@ READERS: list[tuple[str, str, Read]] = [
     ("encoder_folder", "config.json", read_encoder),
     ("encoder_folder", "model.safetensors", read_encoder),
     ("tiny_samples", "samples.json", lambda _, file: read_protocol(file)),
+    ("tiny_samples", "samples.csv", lambda folder, _: verify(Verify(folder)) and read_hashes(folder)),
+    ("tiny_probe", "report.json", lambda _, file: read_json(file, ProbeReport, "delete it")),
 ]
 
 
@@ -225,6 +237,8 @@ def first_number(content: bytes, number: str) -> bytes | None:
     first, newline, rest = (
         content.partition(b"\n") if content.count(b"\n") and is_lines(content) else (content, b"", b"")
     )
+    if not is_lines(first):
+        return None
     changed = json.dumps(put(json.loads(first)))
     return changed.replace('"@"', number).encode() + newline + rest if found else None
 
@@ -347,7 +361,7 @@ def kinds_of(file: str) -> list[str]:
 
 def files_in(folder: Path) -> list[str]:
     """Without reports, which tests that evaluate the run leave in it."""
-    found = [path for suffix in ("json", "jsonl", "safetensors") for path in folder.rglob(f"*.{suffix}")]
+    found = [path for suffix in ("csv", "json", "jsonl", "safetensors") for path in folder.rglob(f"*.{suffix}")]
     return sorted(str(path.relative_to(folder)) for path in found if path.parent.name != "reports")
 
 

@@ -7,9 +7,12 @@ import contextlib
 import gzip
 import os
 import pickle
+import sys
 import time
+import types
 import zipfile
 import zlib
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -403,3 +406,27 @@ def test_any_pickle_ends_soon(operations: list[bytes], writer: str, tmp_path_fac
     with contextlib.suppress(UserError):
         read_untrusted(file)
     assert time.process_time() - start < 3
+
+
+class ModelCheckpoint:
+    """Stands for Lightning's, whose old checkpoints have the class itself as a key."""
+
+    __module__ = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+@pytest.mark.parametrize("writer", ["torch", "torch, old format"])
+def test_lightnings_checkpoints(writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType(ModelCheckpoint.__module__)
+    module.ModelCheckpoint = ModelCheckpoint  # type: ignore[attr-defined]
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", ModelCheckpoint.__module__):
+        monkeypatch.setitem(sys.modules, name, module)
+    content = {
+        "callbacks": {ModelCheckpoint: {"best_model_score": torch.tensor(1.0), "monitor": "loss", "dirpath": tmp_path}},
+        "hyper_parameters": OrderedDict(width=48, betas=(0.9, 0.95), kinds=defaultdict(list, a=[1])),
+        "state_dict": OrderedDict(weight=torch.nn.Parameter(torch.ones(2))),
+    }
+    WRITERS[writer](content, tmp_path / "file.ckpt")
+    read = read_untrusted(tmp_path / "file.ckpt")
+    assert read["hyper_parameters"] == {"width": 48, "betas": (0.9, 0.95), "kinds": {"a": [1]}}
+    assert torch.equal(read["state_dict"]["weight"], torch.ones(2))
+    assert not read["state_dict"]["weight"].requires_grad

@@ -198,17 +198,16 @@ STAND_INS = {
     "lightning_fabric.utilities.data.AttributeDict": InertDict,
     "pytorch_lightning.utilities.parsing.AttributeDict": InertDict,
     "copyreg._reconstructor": Inert,
-    "copy_reg._reconstructor": Inert,
     "builtins.object": Inert,
-    "__builtin__.object": Inert,
-    "builtins.dict": Inert,
-    "builtins.list": Inert,
+    **{f"builtins.{name}": Inert for name in ("dict", "float", "int", "list", "str", "tuple")},
     "typing.Any": Inert,
     "pathlib.PosixPath": Inert,
     "pathlib._local.PosixPath": Inert,
     "argparse.Namespace": InertNamespace,
 }
-KEPT_AS_STATE = ("numpy.", "sklearn.", "omegaconf.")
+PYTHON_3 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+"""Modules that older pickles name as Python 2 called them."""
+KEPT_AS_STATE = ("numpy.", "sklearn.", "omegaconf.", "pytorch_lightning.", "lightning.", "lightning_fabric.")
 """Objects of these packages are read as their state."""
 OF_TENSORS = re.compile(
     r"torch\.(_utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state)|_tensor\._rebuild_from_type_v2"
@@ -233,7 +232,7 @@ def refuse_slow(keys: Iterable[Any]) -> None:
     """
     for key in keys:
         small = not isinstance(key, int) or abs(key) < 2**60
-        if not isinstance(key, str | bytes | int | float | NoneType | Inert) or not small:
+        if not isinstance(key, str | bytes | int | float | NoneType | Inert | type) or not small:
             raise TooMuchError(f"a key of the type {type(key).__name__}, which no published file has")
 
 
@@ -267,7 +266,7 @@ class InertUnpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> type:
         """A stand-in, never what is really there."""
-        return stand_in(f"{module}.{name}")
+        return stand_in(f"{PYTHON_3.get(module, module)}.{name}")
 
     def load_build(self) -> None:
         """Set an object's state; an array of joblib's then has its numbers in the file."""
@@ -342,7 +341,7 @@ class TorchScan(InertUnpickler):
 
     def find_class(self, module: str, name: str) -> type:
         """A stand-in."""
-        full = f"{module}.{name}"
+        full = f"{PYTHON_3.get(module, module)}.{name}"
         if OF_TENSORS.fullmatch(full):
             return Inert
         return self.asked.setdefault(full, stand_in(full))
@@ -462,8 +461,15 @@ def _refuse_size(size: int) -> None:
         raise TooMuchError(f"more than {MOST_BYTES:,} bytes")
 
 
+def _empty(*factory: Any) -> dict[Any, Any]:
+    """In place of `defaultdict(factory)`."""
+    return {}
+
+
 def _read_torch(path: Path, stand_ins: dict[str, type]) -> Any:
-    pairs = [(kind, name) for name, kind in stand_ins.items()]
+    # PyTorch's reader puts values into true dicts alone.
+    dicts = {name: _empty if name == "collections.defaultdict" else dict for name in stand_ins}
+    pairs = [(dicts[name] if kind is InertDict else kind, name) for name, kind in stand_ins.items()]
     with torch.serialization.safe_globals(pairs), warnings.catch_warnings():  # type: ignore[reportArgumentType], which knows no pairs
         warnings.simplefilter("ignore")  # about newer formats of pickles, which it refuses where they are too new
         try:

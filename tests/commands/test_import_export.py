@@ -23,15 +23,17 @@ from torch import Tensor
 from helpers import TINY_RECIPE, mistake
 from reglue import pipeline as generation
 from reglue.cli import parse
-from reglue.commands.export_run import ExportRun, export_run
+from reglue.commands.export_run import ExportRun, export_run, refuse_own_parts
 from reglue.commands.import_run import ImportRun, import_run
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train import train
+from reglue.config import ClassToken
 from reglue.diffusion.embeddings import position_embedding
 from reglue.diffusion.modalities import LATENT
 from reglue.encoders.compressors import load_compressor
 from reglue.errors import UserError
 from reglue.files import SEAL
+from reglue.papers import RECIPES
 from reglue.pipeline import load
 from reglue.published.containers import read_official
 from reglue.published.sharing import model_card
@@ -549,6 +551,23 @@ def test_combinations_that_nobody_published_are_refused_by_name(
     common = ["--store", str(tiny_store), "--out", str(tmp_path / "run"), *TINY_RECIPE, "--optimisation.steps=1"]
     train(parse(["train", recipe, *common, *options]))
     assert message in mistake(capsys, monkeypatch, "export", tmp_path / "run", "--out", tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_codes_of_the_class_token_are_not_exported() -> None:
+    """Whatever their width: the published code learns the token itself."""
+    recipe = replace(RECIPES["reglue"], class_token=ClassToken(0.03, compressor="pca-16"))
+    with pytest.raises(UserError, match=r"has no class_token\.compressor"):
+        refuse_own_parts(recipe)
+
+
+def test_a_run_of_wide_images_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("sit", tmp_path / "in.pt", with_grid(2, 8))
+    run = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", heads=HEADS))
+    line = mistake(capsys, monkeypatch, "export", run, "--out", tmp_path / "out.pt")
+    assert "build square models alone: a file of 2×8 patches would fit none of them" in line
     assert not (tmp_path / "out.pt").exists()
 
 

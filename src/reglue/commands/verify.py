@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from reglue.commands.train_head import TRAINING, HeadRecord
-from reglue.contact_sheet import read_hashes, refuse_changed
+from reglue.contact_sheet import TABLE, read_hashes, refuse_changed
 from reglue.data.manifest import MANIFEST, PARTIAL, Shard, is_intact, read_manifest
 from reglue.data.store import Store
 from reglue.encoders.alignment import FILE as ALIGNMENT
@@ -185,10 +185,20 @@ def head(folder: Path) -> Iterator[Check]:
 
 
 def samples(folder: Path) -> Iterator[Check]:
-    """The pictures of a folder that `reglue sample` writes, as its table has them."""
+    """The pictures of a folder that `reglue sample` writes, and the table that describes them."""
+    protocol = read_protocol(folder / PROTOCOL)
     yield Check(folder / PROTOCOL, lambda: read_protocol(folder / PROTOCOL))
+    yield Check(folder / TABLE, lambda: whole_table(folder, len(protocol["labels"])))
     hashes = read_hashes(folder)
     yield from (picture(folder / file, hashes) for file in hashes)
+
+
+def whole_table(folder: Path, count: int) -> None:
+    """Raises UserError if the table of samples does not have as many pictures as were to be drawn."""
+    if len(read_hashes(folder)) < count:
+        raise UserError(
+            f"{folder / TABLE} does not have all {count} pictures; `reglue sample` with the same options adds them"
+        )
 
 
 def archive(file: Path) -> Iterator[Check]:

@@ -102,7 +102,8 @@ def _pca(content: Mapping[str, Any], file: Path, most: int) -> PcaCompressor:
 
 def _numbers(value: Any, name: str, file: Path) -> Tensor:
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
-        value = torch.tensor(value.astype(np.float32))
+        with np.errstate(over="ignore"):  # Numbers beyond float32 become infinite, which is refused.
+            value = torch.tensor(value.astype(np.float32))
     if not isinstance(value, Tensor):
         raise UserError(f"{file}: {name} is {_description(value)}, expected an array of numbers")
     return value.float()
