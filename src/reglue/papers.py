@@ -44,7 +44,7 @@ REPA = Recipe(
 )
 REDI = Recipe(
     name="redi",
-    local=LocalSemantics(1.0, compressor="pca-8", dropout=0.2),
+    local=LocalSemantics(1.0, compressor="pca-8"),
     optimisation=PLAIN,
     sampling=Sampling(diffusion="sigma", guidance_scale=2.4, local_scale=1.0, rounding="round"),
 )

@@ -48,21 +48,22 @@ def export_run(options: ExportRun) -> Path:
     family = family_of(record.denoiser)
     refuse_unpublished(record.denoiser)
 
-    def published(name: str) -> dict[str, Tensor]:
-        weights = checkpoints.read_weights(checkpoint / name)
+    def published(file: Path) -> dict[str, Tensor]:
+        weights = checkpoints.read_weights(file)
         official = export_official(family, record.denoiser, weights, has_null=record.has_null_class)
         return {key: value.contiguous() for key, value in official.items()}
 
-    averaged, step, arguments = published(checkpoints.EMA), int(checkpoint.name), arguments_of(record, family)
+    asked = published(checkpoints.weights_file(checkpoint, options.weights, option("weights")))
+    step, arguments = int(checkpoint.name), arguments_of(record, family)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.out) as beside:
         if options.out.suffix == ".safetensors":
-            save_tensors(beside, averaged, {STEP: str(step)} | {name: str(value) for name, value in arguments.items()})
+            save_tensors(beside, asked, {STEP: str(step)} | {name: str(value) for name, value in arguments.items()})
         else:
             # An imported or shared run has the averaged weights alone.
-            has_others = (checkpoint / checkpoints.MODEL).is_file()
-            others = published(checkpoints.MODEL) if has_others else averaged
-            torch.save({"model": others, "ema": averaged, "args": arguments, "steps": step}, beside)
+            trained = checkpoint / checkpoints.MODEL
+            others = published(trained) if trained.is_file() else asked
+            torch.save({"model": others, "ema": asked, "args": arguments, "steps": step}, beside)
     print(f"{options.out}: {family} {record.recipe.model} of step {step}")
     return options.out
 

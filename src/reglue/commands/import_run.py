@@ -27,10 +27,12 @@ from reglue.published.containers import RECORD, PublishedFile, read_official
 from reglue.published.families import (
     ENCODER_DEPTH,
     LABEL_DROPOUTS,
+    MAP_DROPOUT,
     NUM_CLASSES,
     PATH_TYPE,
     PREDICTION,
     VELOCITY,
+    Family,
     channels_of,
     evidence_in,
 )
@@ -64,6 +66,8 @@ def import_run(options: ImportRun) -> Path:
         refuse_other_model(options.file, stated.denoiser, model.config)
     path = published_path(options.file, published.arguments)
     recipe = stated.recipe if stated else recipe_of(model, path)
+    if not stated:
+        recipe = replace(recipe, local=replace(recipe.local, dropout=map_dropout(model.family, published.arguments)))
     factor = autoencoder.downsampling
     resolution = (model.config.grid[0] * factor, model.config.grid[1] * factor)
     encoder = encoder_of(options.encoder, model, resolution)
@@ -227,6 +231,15 @@ def published_path(file: Path, arguments: dict[str, Any]) -> PathName:
             f"{file} was trained on the path {path}; choose a model trained on {', '.join(PATHS_BY_PUBLISHED_NAME)}"
         )
     return PATHS_BY_PUBLISHED_NAME[path.lower()]
+
+
+def map_dropout(family: Family, arguments: dict[str, Any]) -> float:
+    """The share of the training without the map, as the file records it; ReDi's 0.2 where it does not.
+
+    Without that, a published model could not be asked for representation guidance, which it may have been made for.
+    """
+    share = arguments.get(MAP_DROPOUT, 0.2 if family == "redi" else 0.0)
+    return float(share) if isinstance(share, int | float) and 0 <= share < 1 else 0.0
 
 
 def recipe_of(model: OfficialModel, path: PathName) -> Recipe:

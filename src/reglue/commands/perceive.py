@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,6 +101,8 @@ def perceive(options: Perceive) -> Perception:
     shown: list[tuple[np.ndarray, Maps]] = []
     count = 0
     with new_folder(options.out) as out:
+        if model and (warning := model.warning()):
+            tqdm.write(f"warning: {warning}", file=sys.stderr)
         for scene in scenes:
             maps = scene.maps(heads, {**views, "encoder": list(heads)})
             for key, agreement in counted.items():
@@ -158,6 +161,7 @@ def load_subject(options: Perceive, device: torch.device) -> tuple[Subject, Imag
     model = load(
         options.run,
         step=options.step,
+        weights=options.weights,
         device=str(device),
         autoencoder=options.autoencoder,
         compile=options.compile,

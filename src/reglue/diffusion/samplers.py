@@ -103,23 +103,29 @@ def adams_bashforth(
     """The two-step method of Adams and Bashforth on any grid: second order for one evaluation per step.
 
     A step follows the velocity extrapolated to its middle, v + (Δt / 2Δt₋)·(v − v₋) (Hairer, Nørsett and Wanner,
-    Solving ordinary differential equations I, section III.5). The first step is Euler's, and so is the first behind
-    each discontinuity of the velocity. Discontinuities should be on the grid (`aligned`), or the order there is 1.
+    Solving ordinary differential equations I, section III.5). The first step, and the first behind each discontinuity
+    of the velocity, has nothing to extrapolate from: it is Euler's, until the velocity at its end, which the next step
+    evaluates anyway, makes it Heun's. Discontinuities should be on the grid (`aligned_times`), or the order there is 1.
     """
     # A step that begins at a discontinuity is on the side of its middle.
     middle = {name: (t + next_times[name]) / 2 for name, t in times.items()}
     v = velocity(state, times, decided_at=middle)
-    slope = v
     before = memory.get("before")
-    if before and not any(middle[LATENT] <= edge <= before[1][LATENT] for edge in velocity.discontinuities):
-        times_before, _, v_before = before
-        slope = {}
-        for name, value in v.items():
-            moved = times[name] - times_before[name]
-            ratio = (next_times[name] - times[name]) / moved / 2 if moved else 0.0
-            slope[name] = value + ratio * (value - v_before[name])
-    memory["before"] = times, middle, v
-    return {name: x + (next_times[name] - times[name]) * slope[name] for name, x in state.items()}
+    if before and any(middle[LATENT] <= edge <= before[1][LATENT] for edge in velocity.discontinuities):
+        before = None
+    result: State = {}
+    for name, x in state.items():
+        dt, slope = next_times[name] - times[name], v[name]
+        if before:
+            times_before, _, v_before, was_euler = before
+            moved, change = times[name] - times_before[name], v[name] - v_before[name]
+            if was_euler:
+                x = x + moved / 2 * change
+            if moved:
+                slope = slope + dt / moved / 2 * change
+        result[name] = x + dt * slope
+    memory["before"] = times, middle, v, before is None
+    return result
 
 
 def euler_maruyama(

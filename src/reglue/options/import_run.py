@@ -8,6 +8,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from reglue.errors import require
 from reglue.files import TakesPaths
 
 
@@ -45,3 +46,7 @@ class ImportRun(TakesPaths):
     """Attention heads, for models of a width that was not published."""
     resolution: int | tuple[int, int] | None = None
     """Side of the images in pixels, or height and width: for learned position embeddings that are not square."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "heads", "resolution", at_least=1)

@@ -27,6 +27,8 @@ LABEL_DROPOUTS = ("class_dropout_prob", "cfg_prob")
 """Options of the published trainings: the share of samples trained without their class."""
 FAMILY = "family"
 """Option in our files."""
+MAP_DROPOUT = "dino_drop_prob"
+"""ReDi's option for the share of the training without the map; None is 0."""
 VELOCITY = ("v", "velocity")
 """How the published codes call what our models predict: REPA's and those made of it, and SiT's."""
 DIT = "dit"
