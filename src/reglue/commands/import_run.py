@@ -29,6 +29,7 @@ from reglue.published.families import (
     LABEL_DROPOUTS,
     MAP_DROPOUT,
     NUM_CLASSES,
+    NUM_HEADS,
     PATH_TYPE,
     PREDICTION,
     VELOCITY,
@@ -186,7 +187,9 @@ def recognised(
     grid = None if size is None else autoencoder.latent_size((size, size) if isinstance(size, int) else size)
     if stated:
         grid, heads = grid or stated.denoiser.grid, heads or stated.denoiser.heads
-    depth = published.arguments.get(ENCODER_DEPTH)
+    depth, kept = (published.arguments.get(name) for name in (ENCODER_DEPTH, NUM_HEADS))
+    if heads is None and isinstance(kept, int) and kept > 0:
+        heads = kept
     try:
         return import_official(
             published.weights,
