@@ -136,9 +136,8 @@ def test_the_help_of_train_lists_the_recipes(capsys: pytest.CaptureFixture[str])
 
 def test_defaults_are_those_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     sit, reglue = (" ".join(printed(capsys, "train", name, "--help").split()) for name in ("sit", "reglue"))
-    weight = (
-        "--class-token.weight FLOAT Weight of this term in the loss; 0 leaves the part out of the model. (default: "
-    )
+    weight = "--class-token.weight FLOAT Weight of this term in the loss; 0, without a schedule that raises it, "
+    weight += "leaves the part out of the model. (default: "
     assert f"{weight}0.0)" in sit
     assert f"{weight}0.03)" in reglue
 

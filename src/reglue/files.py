@@ -106,7 +106,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to fill, which becomes `path` when the block ends well; otherwise nothing is left of it.
 
-    Raises UserError as `refuse_filled`.
+    Raises UserError as `refuse_filled`, and where the system says that a file cannot be written but not which.
     """
     refuse_filled(path)
     place = path.resolve()  # "." has no name.
@@ -123,6 +123,12 @@ def new_folder(path: Path) -> Iterator[Path]:
             if place.is_dir():
                 place.rmdir()
             beside.rename(place)
+    except OSError as error:
+        if error.filename is not None or isinstance(error, shutil.Error):
+            raise
+        raise UserError(
+            f"cannot write {path}: {one_line(error)}; free some space or choose another folder, and run it again"
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

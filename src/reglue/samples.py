@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -56,6 +57,7 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
     model = load(
         options.run,
         step=options.step,
+        weights=options.weights,
         device=options.device,
         autoencoder=options.autoencoder,
         compile=options.compile,
@@ -68,6 +70,8 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
             print(f"{options.out} is complete already: {options.count} images")
         return options.out
     create_or_resume(folder, protocol, rank)
+    if rank == 0 and (warning := model.warning()):
+        tqdm.write(f"warning: {warning}", file=sys.stderr)
     # Who draws what must not depend on what the other processes have drawn already.
     mine = [i for i in range(rank, options.count, processes) if not (folder / contact_sheet.picture(i)).is_file()]
     total = evaluations(drawing.sampling, len(mine), options.batch_size)
@@ -240,8 +244,8 @@ def protocol_of(options: Draw, drawing: Drawing) -> dict[str, Any]:
         "recipe": record.recipe.name,
         "model": record.recipe.model,
         "step": model.step,
-        "weights": "EMA",
-        "weights_sha256": checkpoints.weights_sha256(model.folder, model.step) if model.folder else None,
+        "weights": model.weights,
+        "weights_sha256": model.folder and checkpoints.weights_sha256(model.folder, model.step, model.weights),
         "sampling": asdict(drawing.sampling),
         "label_policy": options.labels,
         "labels": drawing.labels,

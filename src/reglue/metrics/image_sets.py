@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reglue import run as runs
 from reglue.arrays import ArrayFile
+from reglue.contact_sheet import read_hashes, refuse_changed
 from reglue.data.images import ImageFolder, ImageSource, UnreadableImage, crop_to, decode
 from reglue.data.manifest import MANIFEST, PARTIAL
 from reglue.data.store import Store
@@ -160,7 +161,10 @@ class _FolderImages(_SourceImages):
 
     def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
         asked = resolution != self.first_size()
+        hashes = read_hashes(self.source.path)
         for numbers, batch in zip(share.batches(len(self)), super().batches(resolution, share), strict=True):
+            for number in numbers:
+                refuse_changed(self.source.path / self.name(number), hashes)
             if not asked:  # Only the beginning of each file is read once more.
                 readable = [number for number, image in zip(numbers, batch, strict=True) if isinstance(image, Tensor)]
                 files = (self.source.path / self.name(number) for number in readable)

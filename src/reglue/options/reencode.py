@@ -8,6 +8,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from reglue.errors import require
 from reglue.files import TakesPaths
 
 
@@ -35,3 +36,8 @@ class Reencode(TakesPaths):
     """Processes that decode images, per process of torchrun; 0 decodes in the main process."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "batch_size", at_least=1)
+        require(self, "workers", at_least=0)
