@@ -564,14 +564,17 @@ def test_the_card_says_that_a_protocol_is_not_recorded(tmp_path, tiny_store, tin
     [
         ("gone.json", "--protocol .*gone.json: no such file"),
         ("list.json", "holds no JSON object"),
-        ("cut.json", "is not JSON"),
+        ("cut.json", "holds no JSON object"),
+        ("deep.json", "holds no JSON object"),
+        ("folder.json", "folder.json: Is a directory"),
         (" ", "--protocol says nothing"),
         ("empty.json", "--protocol says nothing"),
     ],
 )
 def test_a_statement_must_say_something(said, message, tmp_path, tiny_store, tiny_images, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, content in (("list", "[1]"), ("cut", "{"), ("empty", "{}")):
+    (tmp_path / "folder.json").mkdir()
+    for name, content in (("list", "[1]"), ("cut", "{"), ("empty", "{}"), ("deep", '{"a": ' + "[" * 100_000)):
         (tmp_path / f"{name}.json").write_text(content)
     with pytest.raises(UserError, match=message) as raised:
         evaluate(settings(tiny_images, tiny_store, protocol=said))
