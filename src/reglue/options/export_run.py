@@ -23,3 +23,5 @@ class ExportRun(TakesPaths):
     option."""
     step: int | None = None
     """Checkpoint to export; the last one if not given."""
+
+    written = ""  # The command itself says what is in the file.

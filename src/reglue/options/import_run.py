@@ -8,6 +8,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from reglue.files import TakesPaths
+from reglue.options import ready
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,8 @@ class ImportRun(TakesPaths):
     """Attention heads, for models of a width that was not published."""
     resolution: int | tuple[int, int] | None = None
     """Side of the images in pixels, or height and width: for learned position embeddings that are not square."""
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return ready(self.out, "sample", self.out, "--out", "samples")

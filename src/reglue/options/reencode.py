@@ -9,6 +9,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from reglue.files import TakesPaths
+from reglue.options import ready
 
 
 @dataclass(frozen=True)
@@ -35,3 +36,8 @@ class Reencode(TakesPaths):
     """Processes that decode images, per process of torchrun; 0 decodes in the main process."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return ready(self.out, "train", "sit", "--store", self.out, "--out", "run")

@@ -12,6 +12,7 @@ from reglue.config import Recipe
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
 from reglue.names import Weights
+from reglue.options import ready
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,8 @@ class Train(TakesPaths):
         require(self, "seed", "keep", "preview_every", "workers", at_least=0)
         if self.start is None and (self.start_step is not None or self.start_weights != "ema"):
             raise UserError("--from-step and --from-weights say what to take of another run; give --from too")
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return ready(self.out, "sample", self.out, "--out", "samples")

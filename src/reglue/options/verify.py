@@ -19,3 +19,5 @@ class Verify(TakesPaths):
 
     folder: Positional[Path]
     """A store or a run."""
+
+    written = ""  # The command itself says what it has found.
