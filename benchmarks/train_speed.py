@@ -37,7 +37,7 @@ from reglue.diffusion.objective import TrainingSample, loss_terms
 from reglue.diffusion.paths import LINEAR, PATHS
 from reglue.run import RunRecord
 from reglue.training import distributed
-from reglue.training.loop import Means, ema_decay
+from reglue.training.loop import Means
 from reglue.training.precision import compile_parts, to_compile
 from workloads import CLASSES, OfModel, Workload
 
@@ -85,7 +85,7 @@ class TrainingStep:
             self.means.add(terms)
             task.optimiser.step()
             task.optimiser.zero_grad(set_to_none=True)
-            decay = ema_decay(task.optimisation, 0)
+            decay = task.optimisation.ema_at(0)
             torch._foreach_lerp_(self.averages, self.weights, 1 - decay)  # type: ignore[reportPrivateImportUsage]
         return terms
 

@@ -66,7 +66,7 @@ from report import write_report
 PREPARE = "--resolution 64 --features"
 TRAIN = (
     "--model 6x192x3/1 --no-learn-sigma --optimisation.batch-size 64 --optimisation.learning-rate 1e-3 "
-    "--optimisation.warmup 50 --optimisation.clip 1 --optimisation.ema 0.999 --optimisation.ema-warmup "
+    "--optimisation.warmup 50 --optimisation.clip 1 --optimisation.ema 0.999 --optimisation.ema-warmup yes "
     "--optimisation.precision bfloat16 --optimisation.compile auto --optimisation.time-shift 3 --alignment.hidden 512 "
     "--log-every 50 --checkpoint-every 500 --keep 2 --preview-every 0"
 )

@@ -1,15 +1,25 @@
+from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from reglue.config import LocalSemantics, Part, Recipe, model_size
+from reglue.config import Alignment, ClassToken, LocalSemantics, OtherModality, Part, Recipe, model_size
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import Modality
 from reglue.errors import UserError
 from reglue.overrides import field_docstrings
 from reglue.papers import PAPERS, RECIPES
+from reglue.reals.config import Adversary, AutoencoderRecipe, Kl, LatentAlignment, Perceptual
 from reglue.sampling import Sampling, SamplingOverrides
+
+
+def parts_of(recipe: type) -> Iterator[tuple[str, type[Part]]]:
+    """The parts of a kind of recipe, of every type that one of its fields may have."""
+    for name, hint in get_type_hints(recipe).items():
+        for kind in (hint, *get_args(hint)):
+            if isinstance(kind, type) and issubclass(kind, Part) and kind is not OtherModality:
+                yield f"{recipe.__name__}.{name}", kind
 
 
 def modalities(recipe: Recipe, **channels: int) -> tuple[Modality, ...]:
@@ -54,6 +64,49 @@ def test_a_part_with_weight_zero_is_absent() -> None:
     assert set(config.shapes()) == {"latent"}
     assert config.alignment_width == 0
     assert set(recipe.loss_weights(0)) == {"latent"}
+
+
+PARTS = {name: kind for kind in (Recipe, AutoencoderRecipe) for name, kind in parts_of(kind)}
+
+
+@pytest.mark.parametrize("kind", [*PARTS.values()], ids=[*PARTS])
+def test_a_schedule_makes_a_part_present(kind: type[Part]) -> None:
+    """Every part with a weight: what counts is whether it has one at any step."""
+    more: dict[str, Any] = {"class_weight": 0.0} if kind is LatentAlignment else {}
+    assert not kind(0.0, **more).present
+    assert not kind(0.0, ((10, 0.0),), **more).present
+    assert not kind(1.0, ((0, 0.0),), **more).present
+    assert kind(0.0, ((10, 0.5),), **more).present
+    assert kind(1.0, ((10, 0.0),), **more).present
+    assert [kind(0.0, ((10, 0.5),), **more).weight_at(step) for step in (0, 9, 10, 11)] == [0, 0, 0.5, 0.5]
+
+
+def test_a_part_that_comes_later_is_learned_from_the_start_with_weight_zero() -> None:
+    later = ((10, 0.5),)
+    recipe = Recipe(
+        "later",
+        local=LocalSemantics(0.0, later),
+        class_token=ClassToken(0.0, later),
+        others=(OtherModality(0.0, later, "depth", source="depth"),),
+        alignment=Alignment(0.0, later),
+    )
+    assert [part.modality for part in recipe.learned_parts] == ["latent", "local", "cls", "depth"]
+    assert recipe.loss_weights(9) == {"latent": 1, "local": 0, "cls": 0, "depth": 0, "alignment": 0}
+    assert recipe.loss_weights(10) == {"latent": 1, "local": 0.5, "cls": 0.5, "depth": 0.5, "alignment": 0.5}
+    autoencoder = AutoencoderRecipe(
+        perceptual=Perceptual(0.0, later), kl=Kl(0.0, later), alignment=LatentAlignment(0.0, later, 0.0),
+        adversary=Adversary(0.0, later, start=5),
+    )  # fmt: skip
+    assert autoencoder.loss_weights(4).keys() == {"reconstruction", "perceptual", "kl", "alignment", "class_alignment"}
+    assert [autoencoder.loss_weights(step)["adversary"] for step in (5, 9, 10)] == [0, 0, 0.5]
+    assert [autoencoder.loss_weights(step)["kl"] for step in (9, 10)] == [0, 0.5]
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "evening"])
+def test_models_named_by_their_time_are_sizes_like_others(name: str) -> None:
+    size = model_size(name)
+    assert size == model_size(f"{size.depth}x{size.width}x{size.heads}/{size.patch}")
+    assert size.width // size.heads == 64  # as the published ones have it
 
 
 def test_weights_follow_their_schedule() -> None:

@@ -23,8 +23,12 @@ from torch import Tensor
 from reglue.cli import parse
 from reglue.commands.autoencode import TrainingRecord, autoencode
 from reglue.commands.compress import Compress, compress
+from reglue.commands.evaluate import Evaluate, evaluate
+from reglue.commands.probe import Probe, probe
 from reglue.commands.sample import Sample, sample
+from reglue.commands.train_head import HeadRecord
 from reglue.commands.verify import Verify, verify
+from reglue.contact_sheet import read_hashes
 from reglue.data.manifest import MANIFEST, PARTIAL, Contents, read_manifest
 from reglue.data.store import Store
 from reglue.data.store_writer import StoreWriter
@@ -36,7 +40,8 @@ from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
 from reglue.files import plain, read_json, read_jsonl, to_json
 from reglue.perception.heads import Head, HeadSpec, load_head
-from reglue.run import RunRecord
+from reglue.perception.probing import ProbeReport
+from reglue.run import RunRecord, find_run
 from reglue.samples import read_protocol
 from reglue.training import checkpoints, tracking
 
@@ -71,7 +76,14 @@ def begun_store(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> P
 def tiny_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("head")
     Head(HeadSpec("segmentation", "vit", 16, (3, 4), 3)).save(folder)
+    (folder / "training.json").write_text(to_json(HeadRecord({}, "0", 1, 1, 1, 1.0, {})))
     return folder
+
+
+@pytest.fixture(scope="session")
+def starter() -> Path:
+    """The small model of the package."""
+    return find_run("starter")
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +101,13 @@ def encoder_folder(tiny_encoder: str) -> Path:
 @pytest.fixture(scope="session")
 def tiny_samples(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
     return sample(Sample(tiny_run, tmp_path_factory.mktemp("samples") / "out", 2, steps=2, device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_probe(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path:
+    out = tmp_path_factory.mktemp("probe") / "out"
+    probe(Probe(tiny_store, out, columns=("cls", "latent"), steps=2, hidden=4, device="cpu"))
+    return out
 
 
 # ---- what reads them: of a folder and the file in it that is damaged
@@ -179,6 +198,7 @@ READERS: list[tuple[str, str, Read]] = [
     ("tiny_run", "compressors/*/compressor.*", read_compressor),
     ("tiny_run", "checkpoints/*/*", read_checkpoint),
     ("tiny_head", "head.*", read_the_head),
+    ("tiny_head", "training.json", lambda _, file: read_json(file, HeadRecord, "delete it")),
     ("aligned_autoencoder", "config.json", read_autoencoder),
     ("aligned_autoencoder", "mean_std.json", read_autoencoder),
     ("aligned_autoencoder", "diffusion_pytorch_model.safetensors", read_autoencoder),
@@ -194,6 +214,8 @@ READERS: list[tuple[str, str, Read]] = [
     ("encoder_folder", "config.json", read_encoder),
     ("encoder_folder", "model.safetensors", read_encoder),
     ("tiny_samples", "samples.json", lambda _, file: read_protocol(file)),
+    ("tiny_samples", "samples.csv", lambda folder, _: verify(Verify(folder)) and read_hashes(folder)),
+    ("tiny_probe", "report.json", lambda _, file: read_json(file, ProbeReport, "delete it")),
 ]
 
 
@@ -215,6 +237,8 @@ def first_number(content: bytes, number: str) -> bytes | None:
     first, newline, rest = (
         content.partition(b"\n") if content.count(b"\n") and is_lines(content) else (content, b"", b"")
     )
+    if not is_lines(first):
+        return None
     changed = json.dumps(put(json.loads(first)))
     return changed.replace('"@"', number).encode() + newline + rest if found else None
 
@@ -254,7 +278,7 @@ RAW_DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
 
 
 UNSEEN = "zeros at the end"
-"""Tensors of zeros are tensors: only a hash tells, which `reglue verify` takes."""
+"""Tensors of zeros are tensors: of shards only a hash tells, which `reglue verify` takes."""
 
 
 def with_header(content: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
@@ -337,7 +361,7 @@ def kinds_of(file: str) -> list[str]:
 
 def files_in(folder: Path) -> list[str]:
     """Without reports, which tests that evaluate the run leave in it."""
-    found = [path for suffix in ("json", "jsonl", "safetensors") for path in folder.rglob(f"*.{suffix}")]
+    found = [path for suffix in ("csv", "json", "jsonl", "safetensors") for path in folder.rglob(f"*.{suffix}")]
     return sorted(str(path.relative_to(folder)) for path in found if path.parent.name != "reports")
 
 
@@ -427,31 +451,76 @@ def test_values_of_another_type_are_one_line_too(damageable: Iterator[tuple[Path
         if file.suffix != ".json" or read is compress_again:
             continue
         content = file.read_bytes()
-        # Other libraries do as they are told, and build a network of 10^18 blocks.
-        others = [None, 2.5, "text", [10**18 if file.name != "config.json" else 0]]
-        for changed in changed_values(json.loads(content), others):
+        for changed in changed_values(json.loads(content), [None, 2.5, "text", [10**18], 10**18]):
             put_back(file, json.dumps(changed).encode())
             outcome(read, folder, file)
         put_back(file, content)
 
 
-@pytest.mark.parametrize("fixture", ["tiny_store", "tiny_run"])
+VERIFIED = ["tiny_store", "tiny_run", "tiny_head", "aligned_autoencoder", "tiny_samples", "starter"]
+
+
+@pytest.mark.parametrize("fixture", VERIFIED)
 def test_verify_finds_damage_of_any_file_that_counts(
     fixture: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = request.getfixturevalue(fixture)
     folder = Path(shutil.copytree(original, tmp_path / fixture))
+    assert verify(Verify(folder)) == folder
     for name in files_in(folder):
         file = folder / name
-        if name.endswith(("options.json", ".jsonl", "progress.json")):
+        if name.endswith(("options.json", ".jsonl", "mean_std.json")):
             continue
         content = file.read_bytes()
         for kind in ("missing", *RAW_DAMAGE):
-            if kind == UNSEEN and "checkpoints" in name:  # Nothing keeps their hashes.
-                continue
             damage(file, kind)
             found = outcome(lambda *_: verify(Verify(folder)), folder, file)
             assert found is None, f"verify does not see {name} with {kind}"
             put_back(file, content)
         capsys.readouterr()
     assert verify(Verify(folder)) == folder
+
+
+def flip(file: Path, place: float) -> None:
+    """Change one bit of a file, at a share of its length."""
+    content = bytearray(file.read_bytes())
+    content[min(int(place * len(content)), len(content) - 1)] ^= 1
+    put_back(file, bytes(content))
+
+
+@pytest.mark.parametrize("fixture", VERIFIED)
+def test_a_flipped_bit_is_found_by_verify_and_by_what_reads_tensors(
+    fixture: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(request.getfixturevalue(fixture), tmp_path / fixture))
+    readers = [(pattern, read) for name, pattern, read in READERS if name == fixture and "store" not in name]
+    for file in [*folder.rglob("*.safetensors"), *folder.rglob("*.png")]:
+        name, content = str(file.relative_to(folder)), file.read_bytes()
+        if name.endswith("codes.png"):
+            continue
+        for place in (0.3, 0.7, 1.0 if file.suffix != ".png" else 0.8):
+            flip(file, place)
+            assert outcome(lambda *_: verify(Verify(folder)), folder, file) is None, f"verify does not see {name}"
+            for pattern, read in readers:
+                if fnmatch(name, pattern):
+                    assert outcome(read, folder, file) is None, f"{name} with another bit is read as if it were whole"
+            put_back(file, content)
+        capsys.readouterr()
+
+
+def test_a_flipped_bit_of_a_sample_is_not_measured(tiny_run: Path, tiny_encoder: str, tmp_path: Path) -> None:
+    folder = sample(Sample(tiny_run, tmp_path / "out", 6, steps=1, device="cpu"))
+    flip(folder / "000001.png", 0.5)
+    with pytest.raises(UserError, match=r"000001\.png is damaged"):
+        evaluate(Evaluate(folder, folder, feature_network=tiny_encoder, resamples=0, device="cpu"))
+
+
+def test_a_flipped_bit_of_an_archive_is_found(tiny_run: Path, tmp_path: Path) -> None:
+    archive = sample(Sample(tiny_run, tmp_path / "out.npz", 2, steps=2, device="cpu"))
+    assert verify(Verify(archive)) == archive
+    content = archive.read_bytes()
+    for place in (0.02, 0.3, 0.6):
+        flip(archive, place)
+        with pytest.raises(UserError, match=r"out\.npz"):
+            verify(Verify(archive))
+        put_back(archive, content)

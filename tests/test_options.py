@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -27,7 +27,10 @@ from reglue.commands.prepare import Prepare
 from reglue.commands.sample import Sample
 from reglue.commands.train_head import TrainHead, train_head
 from reglue.config import Alignment, OptimiserConfig
+from reglue.diffusion.conditions import CONDITIONS, ClassLabel
+from reglue.diffusion.guidance import GUIDERS
 from reglue.errors import UserError, command_line, option, require
+from reglue.help import Option, declared
 from reglue.sampling import Sampling
 
 TRAIN = ("train", "reglue", "--store=s", "--out=r")
@@ -41,12 +44,16 @@ JOBS = {
     "autoencode": ("autoencode", "images", "out"),
     "prepare": ("prepare", "images", "out"),
     "demo": ("demo",),
+    "reencode": ("reencode", "store", "other", "--autoencoder=a"),
+    "perceive": ("perceive", "run", "--head=h", "--out=o"),
+    "import": ("import", "file", "--out=o"),
+    "export": ("export", "run", "--out=o.pt"),
 }
 
 
 @dataclass(frozen=True)
 class Holder:
-    some_number: float | tuple[float, ...] | None
+    some_number: float | tuple[float, ...] | dict[str, float] | None
 
 
 @given(
@@ -63,6 +70,8 @@ def test_all_numbers_must_be_finite_and_in_bounds(numbers: list[float], bounds: 
         )
 
     require(Holder(None), "some_number", **bounds)
+    if all(map(fits, numbers)):
+        require(Holder(dict(zip("abc", numbers, strict=False))), "some_number", **bounds)
     for value in (tuple(numbers), *numbers):
         if all(map(fits, value if isinstance(value, tuple) else (value,))):
             require(Holder(value), "some_number", **bounds)
@@ -76,6 +85,10 @@ def test_the_message_says_what_was_given_and_what_to_choose() -> None:
         require(Holder((0.5, 1.5)), "some_number", prefix="part.", at_least=0, less_than=1)
     with pytest.raises(UserError, match=r"^some_number nan: choose a finite number$"):
         require(Holder(math.nan), "some_number")
+    with pytest.raises(UserError, match=r"^some_number inf: choose a finite number, at least 0$"):
+        require(Holder(math.inf), "some_number", at_least=0)
+    with pytest.raises(UserError, match=r"^some_number a 1 b -1: choose at least 0$"):
+        require(Holder({"a": 1, "b": -1}), "some_number", at_least=0)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +200,58 @@ def test_options_are_spelt_in_threads_as_outside_and_may_have_another_name_on_th
     assert seen() == ["a.b_c", "start_step"]
 
 
+BOUNDLESS = {"layers", "guiders"}
+"""Options whose numbers need not be above 0: layers are known once the encoder is, and guiders by whoever made them."""
+
+
+def numbers_of(kind: Any) -> set[type]:
+    """int and float, as far as an option's type has them."""
+    if get_origin(kind) is Literal:
+        return set()
+    return {kind} & {int, float} | {number for part in get_args(kind) for number in numbers_of(part)}
+
+
+def numeric_options() -> Iterator[tuple[str, Option]]:
+    for job, command in cli.COMMANDS.items():
+        yield from ((job, option) for option in declared(command.load()) if numbers_of(option.type))
+
+
+def words_around(option: Option, value: str) -> list[str]:
+    """What is typed to give an option a value, for one number of several where it takes more."""
+    if option.name.endswith("schedule"):
+        return ["5", value]
+    if option.name.rpartition(".")[2] in ("conditions", "guiders", "other-scales"):
+        return [NAMES[option.name.rpartition(".")[2]], value]
+    pairs = {"betas": 2, "guidance-interval": 2, "position-grid": 2}
+    return [value] * pairs.get(option.name.rpartition(".")[2], 1)
+
+
+NAMES = {"conditions": "mine", "guiders": "mine", "other-scales": "latent"}
+
+
+def test_every_number_of_every_command_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None takes NaN, infinity or what is below 0 (all of them that this version has, and those to come)."""
+    monkeypatch.setitem(CONDITIONS, "mine", ClassLabel())
+    monkeypatch.setitem(GUIDERS, "mine", lambda guidance, model: None)
+    accepted, seen = [], 0
+    with command_line():
+        for job, numeric in numeric_options():
+            wrong = ["nan", "inf"] if float in numbers_of(numeric.type) else []
+            wrong += ["-1"] if numeric.name.rpartition(".")[2] not in BOUNDLESS else []
+            for value in wrong:
+                flag, seen = numeric.flags[0], seen + 1
+                # Options of a checkpoint to start from need one.
+                more = ["--from=other"] if numeric.name == "from-step" else []
+                try:
+                    parse([*JOBS[job], *more, flag, *words_around(numeric, value)])
+                    accepted.append(f"{job} {flag} {value}: taken")
+                except UserError as error:
+                    if not str(error).startswith(flag.replace("--sampling.", "--")) or value not in str(error):
+                        accepted.append(f"{job} {flag} {value}: {error}")
+    assert not accepted, "\n".join(accepted)
+    assert seen > 150
+
+
 # machine.py has options of git.
 SPELT_BY_THE_COMMAND_LINE = ("commands", "options", "cli.py", "help.py", "papers.py", "machine.py")
 
@@ -264,8 +329,11 @@ def test_types_of_options_are_not_looked_up_on_import() -> None:
 def test_schedules_hold_weights(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     told = mistake(capsys, monkeypatch, *TRAIN, "--local.schedule", "5", "-0.5")
     assert told == "reglue: --local.schedule -0.5: choose weights of at least 0"
-    told = mistake(capsys, monkeypatch, *TRAIN, "--local.schedule", "5", "0.5", "3", "1")
-    assert told == "reglue: --local.schedule ((5, 0.5), (3, 1.0)): give the steps in ascending order"
+    told = mistake(capsys, monkeypatch, *TRAIN, "--local.schedule", "-5", "0.5")
+    assert told == "reglue: --local.schedule -5: choose steps of at least 0"
+    for again in ("3", "5"):
+        told = mistake(capsys, monkeypatch, *TRAIN, "--local.schedule", "5", "0.5", again, "1")
+        assert told == f"reglue: --local.schedule 5 0.5 {again} 1.0: give the steps in ascending order, each once"
 
 
 def test_a_head_looks_at_its_folder_before_its_training(tmp_path: Path) -> None:

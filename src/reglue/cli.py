@@ -23,7 +23,7 @@ import tyro
 from tyro import MISSING
 
 from reglue import __version__
-from reglue.errors import Stopped, UserError, command_line, printable
+from reglue.errors import Stopped, UserError, command_line, printable, refused_by_system
 from reglue.training import stopping
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
@@ -184,7 +184,7 @@ def end(error: BaseException) -> NoReturn:
         case BrokenPipeError():
             leave(128 + signal.SIGPIPE)
         case OSError():
-            fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+            fail(refused_by_system(error))
     traceback.print_exception(error)
     leave(1)
 
@@ -207,6 +207,11 @@ def leave(code: int) -> NoReturn:
         for process in sys.modules["multiprocessing"].active_children():
             process.kill()
     os._exit(code)
+
+
+def execute(options: Any) -> Any:
+    """Run the command that takes these options. Returns what its function returns."""
+    return function_of(type(options))(options)
 
 
 def function_of(options: type) -> Callable[[Any], Any]:

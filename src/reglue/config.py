@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from reglue.diffusion.specs import CLASS, LATENT, DenoiserConfig, Modality, Normalisation, PathName, registered
@@ -17,6 +17,10 @@ from reglue.errors import UserError, option, require
 from reglue.sampling import Precision, Sampling, refuse_unknown
 
 Compile = Literal["auto", "no", "blocks", "model"]
+EmaWarmup = Literal["auto", "yes", "no"]
+
+FORGOTTEN, YOUNG = 0.01, 0.03
+"""Shares of a moving average that the weights it began with hold: so little is nothing, and so much shows in images."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,9 @@ class ModelSize:
 
 
 MODEL_SIZES = {
+    "tiny": ModelSize(6, 128, 2, 2, 2),
+    "small": ModelSize(8, 192, 3, 2, 3),
+    "evening": ModelSize(10, 256, 4, 2, 4),
     "S/2": ModelSize(12, 384, 6, 2, 4),
     "B/2": ModelSize(12, 768, 12, 2, 4),
     "L/2": ModelSize(24, 1024, 16, 2, 8),
@@ -39,7 +46,7 @@ MODEL_SIZES = {
 
 
 def model_size(name: str) -> ModelSize:
-    """The sizes behind `B/2` or an explicit `DEPTHxWIDTHxHEADS/PATCH`, such as `8x192x6/2`.
+    """The sizes behind `B/2`, `evening` or an explicit `DEPTHxWIDTHxHEADS/PATCH`, such as `8x192x6/2`.
 
     An explicit size is aligned after a third of its blocks, as the published ones are (rounded up). Raises UserError
     for an unknown name.
@@ -62,24 +69,27 @@ class Part:
     prefix: ClassVar[str] = ""
     """What stands before the names of its options."""
     weight: float = 0.0
-    """Weight of this term in the loss; 0 leaves the part out of the model."""
+    """Weight of this term in the loss; 0, without a schedule that raises it, leaves the part out of the model."""
     schedule: tuple[tuple[int, float], ...] = ()
     """Changes of the weight during training: pairs of a step and the weight from then on."""
 
     def __post_init__(self) -> None:
         require(self, "weight", prefix=self.prefix, at_least=0)
         schedule = option(self.prefix + "schedule")
-        for _, weight in self.schedule:
+        for step, weight in self.schedule:
             if not 0 <= weight < math.inf:
                 raise UserError(f"{schedule} {weight}: choose weights of at least 0")
+            if step < 0:
+                raise UserError(f"{schedule} {step}: choose steps of at least 0")
         steps = [step for step, _ in self.schedule]
-        if steps != sorted(steps):
-            raise UserError(f"{schedule} {self.schedule}: give the steps in ascending order")
+        if steps != sorted({*steps}):
+            given = " ".join(f"{step} {weight}" for step, weight in self.schedule)
+            raise UserError(f"{schedule} {given}: give the steps in ascending order, each once")
 
     @property
     def present(self) -> bool:
-        """Whether the model has this part."""
-        return self.weight > 0
+        """Whether the model has this part: whether it has a weight at any step."""
+        return any(self.weight_at(step) > 0 for step in (0, *(start for start, _ in self.schedule)))
 
     def weight_at(self, step: int) -> float:
         """The weight in force at a training step."""
@@ -142,7 +152,7 @@ class LocalSemantics(LearnedPart):
     compressor: str = "conv-16"
     """Name of the compressor in the store, made by `reglue compress`."""
     dropout: float = 0.0
-    """Share of samples trained without the map, for representation guidance (ReDi: 0.2)."""
+    """Share of samples trained without the map, for representation guidance (ReDi: 0.2, in models made for it)."""
     unit_variance: bool = False
     """Divide the map by its standard deviation, per channel (the published methods do not)."""
 
@@ -264,8 +274,9 @@ class OptimiserConfig:
     """Clip the norm of the gradient to this; 0 does not clip."""
     ema: float = 0.9999
     """Decay of the moving average of the weights, per step."""
-    ema_warmup: bool = False
-    """Begin with a shorter average, min(decay, (1 + step) / (10 + step)), for short runs."""
+    ema_warmup: EmaWarmup = "auto"
+    """Begin with a shorter average: over the last tenth of the steps so far, until that is longer than the average of
+    ema. auto: in runs so short that ema would leave 1 % of the initial weights in it, which no published one is."""
     precision: Precision = "float32"
     """Precision of matrix products. tf32: float32, whose products a GPU rounds to TF32."""
     compile: Compile = "no"
@@ -276,8 +287,36 @@ class OptimiserConfig:
         prefix = "optimisation."
         require(self, "steps", "batch_size", "accumulate", prefix=prefix, at_least=1)
         require(self, "learning_rate", prefix=prefix, more_than=0)
-        require(self, "warmup", "weight_decay", "epsilon", "clip", prefix=prefix, at_least=0)
+        require(self, "warmup", "weight_decay", "clip", prefix=prefix, at_least=0)
+        require(self, "epsilon", prefix=prefix, more_than=0)
         require(self, "betas", "ema", prefix=prefix, at_least=0, less_than=1)
+
+    def settled(self, before: OptimiserConfig | None = None) -> OptimiserConfig:
+        """The same with what is left open decided: as it was `before`, if a run is continued, else by the steps."""
+        if self.ema_warmup != "auto":
+            return self
+        needed = self.ema**self.steps > FORGOTTEN
+        return replace(self, ema_warmup=before.ema_warmup if before else "yes" if needed else "no")
+
+    def ema_at(self, step: int) -> float:
+        """Decay of the moving average at an update, counted from 0, once it is `settled`.
+
+        Warming up, the average after t updates weighs what the i-th left by i⁸, nearly: a power-function average over
+        the last tenth of them (EDM2, arXiv 2312.02696, section 3.1).
+        """
+        return min(self.ema, (1 + step) / (10 + step)) if self.ema_warmup == "yes" else self.ema
+
+    def initial_share(self, steps: int) -> float:
+        """How much of the average after so many updates is the weights that it began with: the product of the decays.
+
+        From 0 to 1; 0 for less than a millionth.
+        """
+        share = 1.0
+        for step in range(steps):
+            share *= self.ema_at(step)
+            if share < 1e-6:
+                return 0.0
+        return share
 
 
 @dataclass(frozen=True)
@@ -307,7 +346,8 @@ class Recipe:
     name: str
     """Recorded in the run."""
     model: str = "B/2"
-    """S/2, B/2, L/2, XL/2 or DEPTHxWIDTHxHEADS/PATCH."""
+    """S/2, B/2, L/2, XL/2, as published; tiny, small or evening, named by what a laptop needs; or
+    DEPTHxWIDTHxHEADS/PATCH."""
     backbone: str = "sit"
     """The transformer: sit, or a registered one of your own."""
     path: PathName = "linear"
@@ -336,6 +376,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         model_size(self.model)
+        require(self, "position_grid", at_least=1)
         refuse_unknown(option("backbone"), self.backbone, registered("backbones.BACKBONES"))
         refuse_unknown(option("prediction"), self.prediction, registered("predictions.PREDICTIONS"))
         refuse_unknown(option("times"), self.times, registered("schedules.SCHEDULES"))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf, isfinite
+from typing import Any, cast
 
 _on_command_line = False
 
@@ -39,6 +42,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+def refused_by_system(error: OSError) -> str:
+    """Which file the system refused, and why, as one line; of several that were copied (`shutil.Error`), the first."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        _, file, reason = error.args[0][0]
+        return f"cannot copy to {file}: {re.sub(r'^.Errno [0-9]+. |: .*$', '', reason)}"
+    reason = one_line(error)
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
+
+
 @contextmanager
 def command_line() -> Iterator[None]:
     """Inside, messages spell options as on the command line, whichever thread writes them."""
@@ -69,15 +81,26 @@ def require(
 ) -> None:
     """Raise UserError unless these fields of a dataclass of options hold finite numbers within the bounds.
 
-    A field may be a number or a tuple of them; None passes. `prefix` names the parts that hold the dataclass:
-    `optimisation.`.
+    A field may be a number, a tuple of them or numbers by name; None passes. `prefix` names the parts that hold the
+    dataclass: `optimisation.`.
     """
     for name in names:
-        value = getattr(options, name)
-        numbers = value if isinstance(value, tuple | list) else () if value is None else (value,)
+        typed = _typed(getattr(options, name))
         # Comparisons with NaN are false, so that it is in no bounds.
-        if not all(at_least <= number <= at_most and more_than < number < less_than for number in numbers):
+        if not all(at_least <= number <= at_most and more_than < number < less_than for _, number in typed):
             bounds = {"at least": at_least, "more than": more_than, "at most": at_most, "less than": less_than}
             wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if isfinite(bound))
-            given = " ".join(map(str, numbers))
-            raise UserError(f"{option(prefix + name)} {given}: choose {wanted or 'a finite number'}")
+            if not all(isfinite(number) for _, number in typed):
+                wanted = "a finite number" + (f", {wanted}" if wanted else "")
+            raise UserError(f"{option(prefix + name)} {' '.join(text for text, _ in typed)}: choose {wanted}")
+
+
+def _typed(value: Any) -> list[tuple[str, float]]:
+    """Every number in the value of an option, and what is typed to give it."""
+    if value is None:
+        return []
+    if isinstance(value, Mapping):
+        named = cast(Mapping[str, float], value)
+        return [(f"{name} {number}", number) for name, number in named.items()]
+    several: Sequence[float] = value if isinstance(value, tuple | list) else [value]
+    return [(str(number), number) for number in several]

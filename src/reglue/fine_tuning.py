@@ -25,7 +25,6 @@ OPTIONAL_GROUPS = ("tokens", "token_velocities", "conditions", "projector")
 """Parts of a denoiser that some recipes have and others have not begin so."""
 NAMED = 4
 """How many tensors a refusal names."""
-FILES = {"ema": checkpoints.EMA, "model": checkpoints.MODEL}
 
 
 @dataclass(frozen=True)
@@ -124,12 +123,7 @@ def _opened(run: Path, step: int | None, weights: Weights) -> Beginning:
     folder = find_run(run)
     source = RunRecord.read(folder)
     checkpoint = checkpoints.find(folder, step)
-    file = checkpoint / FILES[weights]
-    if not file.is_file():
-        raise UserError(
-            f"{checkpoint} has no {file.name}; choose {option('start_weights', 'from-weights')} "
-            f"{'ema' if weights == 'model' else 'model'}"
-        )
+    file = checkpoints.weights_file(checkpoint, weights, option("start_weights", "from-weights"))
     tensors = checkpoints.read_weights(file)
     with file.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()

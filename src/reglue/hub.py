@@ -55,7 +55,7 @@ def fetch(
             terms = "accept its terms on its page there and log in with `hf auth login`, or "
         raise UserError(
             f"{wanted} is not in the hub's cache and cannot be fetched ({type(error).__name__}): {terms}download "
-            f"{' and '.join(files)} of {repository} from the Hugging Face hub and {instead}"
+            f"{' and '.join(files)} of {repository} from the Hugging Face hub and {instead}; starter needs no download"
         ) from error
     return paths[0].parent
 

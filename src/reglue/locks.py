@@ -96,7 +96,8 @@ def writing(path: Path) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         _acquire(lock, path)
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror or error}; choose another folder") from error
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise UserError(f"cannot write to {path} ({reason}); choose another place") from error
     token = _held.set(_held.get() | {place})
     try:
         file.write_text(to_json(Holder.of_this_process()))

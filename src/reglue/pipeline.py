@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from inspect import Parameter, Signature, signature
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from reglue.config import YOUNG
 from reglue.diffusion.conditions import CLASS, Condition
 from reglue.diffusion.controls import Control, Progress
 from reglue.diffusion.denoiser import Denoiser
@@ -27,6 +29,7 @@ from reglue.diffusion.samplers import SAMPLERS, StatePrecision, integrate
 from reglue.diffusion.schedules import SCHEDULES, Schedule
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.errors import UserError, option
+from reglue.names import Weights
 from reglue.published import sharing
 from reglue.run import FILE as RECORD
 from reglue.run import RunRecord, decoder, find_run
@@ -42,12 +45,13 @@ def load(
     run: str | Path,
     *,
     step: int | None = None,
+    weights: Weights = "ema",
     device: str = "auto",
     autoencoder: str | None = None,
     revision: str | None = None,
     compile: bool = False,
 ) -> ImageModel:
-    """Load a trained model, with the averaged (EMA) weights.
+    """Load a trained model, with the averaged weights (`ema`) or those that were trained (`model`).
 
     `run` is a run folder, or `OWNER/NAME` of a model on the Hugging Face hub that `ImageModel.push_to_hub` put there,
     of which `revision` picks a version, or `starter`, the small model that this package brings along; a folder of that
@@ -58,14 +62,13 @@ def load(
     folder, target = find_run(run, revision), resolve_device(device)
     record = RunRecord.read(folder)
     checkpoint = checkpoints.find(folder, step)
-    weights = checkpoints.read_weights(checkpoint / checkpoints.EMA)
+    file = checkpoints.weights_file(checkpoint, weights, option("weights"))
+    tensors = checkpoints.read_weights(file)
     denoiser = Denoiser(record.denoiser)
     try:
-        denoiser.load_state_dict(weights)
+        denoiser.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(
-            f"{checkpoint / checkpoints.EMA} does not fit {folder / RECORD}: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise UserError(f"{file} does not fit {folder / RECORD}: {' '.join(str(error).split())[:200]}") from None
     return ImageModel(
         record,
         denoiser.to(target),
@@ -73,6 +76,7 @@ def load(
         folder,
         int(checkpoint.name),
         compile,
+        weights,
     )
 
 
@@ -89,6 +93,8 @@ class ImageModel:
     """Of training, at which the weights were taken."""
     compile: bool = False
     """Compile the denoiser when it is first used. Then batches should have one size: see `draw`."""
+    weights: Weights = "ema"
+    """Which ones of the checkpoint the denoiser has."""
     _networks: dict[tuple[Denoiser, Precision], SamplingNetwork] = field(
         default_factory=dict[tuple[Denoiser, Precision], SamplingNetwork], init=False, repr=False, compare=False
     )
@@ -100,6 +106,17 @@ class ImageModel:
     def device(self) -> torch.device:
         """Where the model lives."""
         return self.denoiser.positions.device
+
+    def warning(self) -> str | None:
+        """A line if the averaged weights hold more than a few per cent of those that the run began with, else None."""
+        share = self.record.initial_share(self.step) if self.folder and self.weights == "ema" else 0.0
+        if not self.folder or share < YOUNG:
+            return None
+        trained = (checkpoints.find(self.folder, self.step) / checkpoints.MODEL).is_file()
+        return (
+            f"{share:.0%} of the averaged weights of step {self.step} are those that the run began with, and images "
+            "show it; " + (f"{option('weights')} model takes the trained ones" if trained else "train it for longer")
+        )
 
     @property
     def default_sampling(self) -> Sampling:
@@ -135,7 +152,7 @@ class ImageModel:
         """What this model lacks for classifier-free guidance; nothing if it can be guided so."""
         if not any(self.record.denoiser.conditions.values()):
             return "classes"
-        if not self.record.recipe.optimisation.label_dropout and self.record.start is None:
+        if not self.record.has_null_class:
             return f"branch without labels (trained with {option('optimisation.label_dropout')} 0)"
         return ""
 
@@ -233,6 +250,8 @@ class ImageModel:
             raise UserError(f"seed {seed}: choose 0 or more")
         sampling = (sampling or self.default_sampling).changed(**changes)
         self.condition(labels, condition)  # It says at once if these are not values for as many images.
+        if warning := self.warning():
+            warnings.warn(warning, stacklevel=2)
         batches: list[Tensor] = []
         total = evaluations(sampling, len(labels), batch_size)
         with tqdm(total=total, desc="generate", unit="evaluation", disable=not progress) as bar:
@@ -293,6 +312,8 @@ class ImageModel:
         name: str | None,
         half_precision: bool,
     ) -> Path:
+        if self.weights != "ema":
+            raise UserError(f"{option('weights')} {self.weights}: averaged weights are shared; load the run with ema")
         files, shown = [Path(report) for report in reports], Path(picture) if picture else None
         weights = self.denoiser.state_dict()
         return sharing.save(
@@ -303,6 +324,11 @@ class ImageModel:
         if count is not None and count < 0:
             raise UserError(f"count {count}: choose 0 or more")
         if classes is None:
+            if not self.record.has_null_class:
+                raise UserError(
+                    f"this model has no {self._lacks_unconditional()} to draw from: name a class, 0 to "
+                    f"{self.null_label - 1}"
+                )
             return [self.null_label] * (1 if count is None else count)
         if isinstance(classes, int | str | np.integer):
             return [self.label(classes)] * (1 if count is None else count)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -43,6 +45,10 @@ NEEDED = [
     f"{AUTOENCODER}/*",
 ]
 """Of a repository, what sampling reads."""
+OPTIONS = ("seed",)
+"""Fields of a record that are options of `train`, beside those of its recipe."""
+BRIEF = 60
+"""Characters of a value that a message quotes, at most."""
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -127,29 +133,39 @@ class RunRecord:
         with replacing(folder / FILE) as beside:
             beside.write_text(to_json(self))
 
+    @property
+    def has_null_class(self) -> bool:
+        """Whether the model can stand for no class: it has no classes at all, or was trained without them too."""
+        trained = bool(self.recipe.optimisation.label_dropout) or self.start is not None
+        return trained or not self.denoiser.classes
+
+    def initial_share(self, step: int) -> float:
+        """How much of the averaged weights of a step, from 0 to 1, is those that the run began with; 0 if imported."""
+        return 0.0 if self.origin else self.recipe.optimisation.initial_share(step)
+
     def trained_on(self, store: Store) -> bool:
         """Whether a store holds, to the bit, what this run was trained on."""
         there = {*needed_columns(self.recipe)} <= store.manifest.columns.keys()
         return there and data_hash(store, self.recipe) == self.store_hash
 
+    def settled(self, before: RunRecord | None) -> RunRecord:
+        """The same with what its recipe leaves open decided, as it was `before` if a run is continued."""
+        optimisation = self.recipe.optimisation.settled(before.recipe.optimisation if before else None)
+        return replace(self, recipe=replace(self.recipe, optimisation=optimisation))
+
     def differences(self, other: RunRecord) -> list[str]:
-        """The names of what differs, for a message.
+        """What another record has in place of this one's, for a message: see `told`.
 
         The number of steps may differ where the learning rate does not depend on it: such a run may be prolonged. And
         what is compiled may differ, which changes nothing but rounding.
         """
-        names: list[str] = []
-        for part in fields(self):
-            mine, theirs = getattr(self, part.name), getattr(other, part.name)
-            if part.compare and mine != theirs:
-                if part.name == "recipe":
-                    names += [f"recipe.{name}" for name in differing(mine, theirs)]
-                else:
-                    names.append(part.name)
         free = {"recipe.optimisation.compile"}
         if self.recipe.optimisation.decay == "constant":
             free.add("recipe.optimisation.steps")
-        return [name for name in names if name not in free]
+        different = {name: values for name, values in differing(self, other).items() if name not in free}
+        # The sizes of the denoiser are those of the recipe and the store.
+        causes = {name: values for name, values in different.items() if not name.startswith("denoiser.")}
+        return told(causes or different, OPTIONS)
 
 
 def decoder(
@@ -248,12 +264,26 @@ def data_hash(store: Store, recipe: Recipe) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def differing(mine: object, theirs: object, prefix: str = "") -> list[str]:
-    """The dotted names of the fields in which two dataclasses of one type differ."""
-    names: list[str] = []
-    for part in fields(mine):  # type: ignore[arg-type]
-        a, b = getattr(mine, part.name), getattr(theirs, part.name)
-        if a != b:
-            nested = hasattr(a, "__dataclass_fields__")
-            names += differing(a, b, f"{prefix}{part.name}.") if nested else [prefix + part.name]
-    return names
+def differing(before: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The fields in which two dataclasses of one type differ: their dotted names, and the values in both."""
+    different: dict[str, tuple[Any, Any]] = {}
+    for part in fields(before):
+        was, is_ = getattr(before, part.name), getattr(now, part.name)
+        if part.compare and was != is_:
+            nested = is_dataclass(was) and type(was) is type(is_)
+            different |= differing(was, is_, f"{prefix}{part.name}.") if nested else {prefix + part.name: (was, is_)}
+    return different
+
+
+def told(different: Mapping[str, tuple[Any, Any]], options: Collection[str]) -> list[str]:
+    """What differs, for a message: `--optimisation.batch-size 64 (was 32)`, or its name where values are long.
+
+    Fields of a recipe are options, and so are those that are named.
+    """
+    lines: list[str] = []
+    for name, values in different.items():
+        is_option = name.startswith("recipe.") or name in options
+        spelt = option(name.removeprefix("recipe.")) if is_option else name
+        was, is_ = (" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values)
+        lines.append(spelt if max(len(was), len(is_)) > BRIEF else f"{spelt} {is_} (was {was})")
+    return lines

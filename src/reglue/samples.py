@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -10,13 +11,14 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import ZipFile
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from reglue import fine_tuning
+from reglue import contact_sheet, fine_tuning
+from reglue.arrays import ArrayFile
 from reglue.data.picture_writer import THREADS, PictureWriter
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import Denoiser
@@ -41,8 +43,8 @@ def write_samples(options: Draw) -> Path:
     """Draw the images that are missing, in every process. Returns where they are.
 
     The folder gets `000000.png` … and `samples.json` with the protocol and every label, those of more images that are
-    there already included. Raises UserError for a class outside the range, guidance without classes, or a folder or
-    file with images of another protocol.
+    there already included; at the end the table and the page of `contact_sheet`. Raises UserError for a class outside
+    the range, guidance without classes, or a folder or file with images of another protocol.
     """
     as_npz = options.out.suffix.lower() == ".npz"
     folder = options.out.with_suffix(".parts") if as_npz else options.out
@@ -55,6 +57,7 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
     model = load(
         options.run,
         step=options.step,
+        weights=options.weights,
         device=options.device,
         autoencoder=options.autoencoder,
         compile=options.compile,
@@ -67,8 +70,10 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
             print(f"{options.out} is complete already: {options.count} images")
         return options.out
     create_or_resume(folder, protocol, rank)
+    if rank == 0 and (warning := model.warning()):
+        tqdm.write(f"warning: {warning}", file=sys.stderr)
     # Who draws what must not depend on what the other processes have drawn already.
-    mine = [i for i in range(rank, options.count, processes) if not (folder / f"{i:06d}.png").is_file()]
+    mine = [i for i in range(rank, options.count, processes) if not (folder / contact_sheet.picture(i)).is_file()]
     total = evaluations(drawing.sampling, len(mine), options.batch_size)
     room = min(options.batch_size, len(mine))
     with (
@@ -79,12 +84,14 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
             indices = mine[start : start + options.batch_size]
             state = drawing.draw(indices, progress.update, room)
             pixels = model.pixels(state, drawing.sampling.rounding)
-            pictures.write([folder / f"{i:06d}.png" for i in indices], pixels)
+            pictures.write([folder / contact_sheet.picture(i) for i in indices], pixels)
     distributed.barrier()
     if as_npz and rank == 0:
-        files = [folder / f"{i:06d}.png" for i in range(options.count)]
+        files = [folder / contact_sheet.picture(i) for i in range(options.count)]
         write_archive(options.out, files, drawing.labels, protocol)
         _remove(folder)
+    elif rank == 0:
+        contact_sheet.describe(folder, read_protocol(folder / PROTOCOL))
     return options.out
 
 
@@ -94,7 +101,8 @@ def _remove(folder: Path) -> None:
     A folder that holds other files, such as those of a file manager, stays.
     """
     if folder.is_dir():
-        for file in (*folder.glob("*.png"), folder / PROTOCOL):
+        beside = (folder / name for name in (contact_sheet.PAGE, contact_sheet.TABLE, PROTOCOL))
+        for file in (*folder.glob("*.png"), *beside):
             file.unlink(missing_ok=True)
         with suppress(OSError):
             folder.rmdir()
@@ -123,12 +131,10 @@ def write_archive(out: Path, pictures: Sequence[Path], labels: list[int], protoc
 def archived_protocol(archive: Path) -> dict[str, Any] | None:
     """The protocol in an .npz file, if it has one. Raises UserError for a damaged file."""
     try:
-        if not is_zipfile(archive):
-            raise ValueError("it is not an archive")
-        with np.load(archive, allow_pickle=False) as arrays:
-            text = str(arrays["protocol"]) if "protocol" in arrays.files else None
-    except (ValueError, OSError, BadZipFile) as error:
-        raise UserError(f"{archive}: the protocol cannot be read ({error}); fix or remove the file") from error
+        arrays = ArrayFile(archive)
+        text = str(arrays.read("protocol")) if "protocol" in arrays.names else None
+    except UserError as error:
+        raise UserError(f"the protocol cannot be read: {error}") from error
     return None if text is None else protocol_in(text, archive)
 
 
@@ -238,8 +244,8 @@ def protocol_of(options: Draw, drawing: Drawing) -> dict[str, Any]:
         "recipe": record.recipe.name,
         "model": record.recipe.model,
         "step": model.step,
-        "weights": "EMA",
-        "weights_sha256": checkpoints.weights_sha256(model.folder, model.step) if model.folder else None,
+        "weights": model.weights,
+        "weights_sha256": model.folder and checkpoints.weights_sha256(model.folder, model.step, model.weights),
         "sampling": asdict(drawing.sampling),
         "label_policy": options.labels,
         "labels": drawing.labels,
@@ -257,7 +263,13 @@ def read_protocol(path: Path) -> dict[str, Any]:
     """The protocol of images that are to be continued. Raises UserError if the file does not hold it (any more)."""
     remedy = "choose another folder, or delete this one and draw the images again"
     protocol = read_json(path, dict[str, Any], remedy)
-    if not (isinstance(protocol.get("sampling"), dict) and isinstance(protocol.get("labels"), list)):
+    labels, names = protocol.get("labels"), protocol.get("class_names", [])
+    if not (
+        isinstance(protocol.get("sampling"), dict)
+        and isinstance(labels, list)
+        and isinstance(names, list)
+        and all(type(label) is int and (not names or 0 <= label < len(names)) for label in labels)
+    ):
         raise UserError(f"{path} is damaged (it holds no protocol of samples); {remedy}")
     return protocol
 
@@ -273,17 +285,19 @@ def create_or_resume(folder: Path, protocol: dict[str, Any], rank: int) -> None:
         protocol = joined(folder, read_protocol(path), protocol, complete=is_drawn(folder, protocol))
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds other files; choose a new or an empty folder")
+    contact_sheet.read_hashes(folder)  # A damaged table ends every process alike.
     distributed.barrier()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside:
             beside.write_text(json.dumps(protocol, indent=1))
+        contact_sheet.forget_missing(folder, protocol)
     distributed.barrier()
 
 
 def is_drawn(folder: Path, protocol: dict[str, Any]) -> bool:
     """Whether all images of a protocol are there."""
-    return all((folder / f"{i:06d}.png").is_file() for i in range(len(protocol["labels"])))
+    return all((folder / contact_sheet.picture(i)).is_file() for i in range(len(protocol["labels"])))
 
 
 def is_finished(archive: Path, protocol: dict[str, Any]) -> bool:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tyro.conf import Positional
 
-from reglue.diffusion.specs import OWN_PARTS, Guidance, StatePrecision, registered
+from reglue.diffusion.specs import OWN_PARTS, Diffusion, Guidance, StatePrecision, registered
 from reglue.errors import UnknownPart, UserError, option, require
 from reglue.files import TakesPaths
+from reglue.names import Weights
 from reglue.overrides import overrides_of
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -34,6 +34,9 @@ class Sampling:
     time_shift: float = 1.0
     """Times of the grid are t = s·u / (1 + (s − 1)·u) for equally spaced u: above 1, more of them are near noise, below
     1, near data; 1 is published. dopri5 has no grid."""
+    diffusion: Diffusion = "time"
+    """How much noise euler-maruyama adds, w_t: 2t for time, as REPA, REG and REGLUE do; 2σ_t for sigma, as SiT and ReDi
+    do. On the linear path both are the same."""
     guidance_scale: float = 1.0
     """Classifier-free guidance scale; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -70,7 +73,9 @@ class Sampling:
         # Named as for `sample` and in Python; for `train` there is more in front.
         require(self, "steps", at_least=1)
         require(self, "time_shift", "relative_tolerance", "absolute_tolerance", more_than=0)
-        require(self, "guidance_scale", "local_scale", "cls_scale", "representation_scale", "auto_scale")
+        scales = ("guidance_scale", "local_scale", "cls_scale", "other_scales", "representation_scale", "auto_scale")
+        require(self, *scales, at_least=0)
+        require(self, "guiders")
         if self.guided_channels != "all":
             require(self, "guided_channels", at_least=1)
         lowest, highest = self.guidance_interval
@@ -83,10 +88,6 @@ class Sampling:
         for name in self.other_scales:
             if f"{name}_scale" in MODALITY_SCALES:
                 raise UserError(f"{option('other_scales')} {name}: use {option(f'{name}_scale')}")
-        for what, scales in (("other_scales", self.other_scales), ("guiders", self.guiders)):
-            for name, scale in scales.items():
-                if not isfinite(scale):
-                    raise UserError(f"{option(what)} {name} {scale}: choose a finite number")
         for part in fields(self):
             value, choices = getattr(self, part.name), CHOICES.get(part.name)
             if choices and value is not None and value not in choices:
@@ -112,6 +113,7 @@ class Sampling:
 
 
 CHOICES = {
+    "diffusion": get_args(Diffusion),
     "rounding": get_args(Rounding),
     "state_precision": get_args(StatePrecision),
     "precision": get_args(Precision),
@@ -140,6 +142,8 @@ class Draw(SamplingOverrides, TakesPaths):
     """Only these classes, by number or name. Default: all."""
     step: int | None = None
     """Checkpoint to use. Default: the last."""
+    weights: Weights = "ema"
+    """Its averaged weights (ema) or the trained ones (model)."""
     weaker_run: Path | None = None
     """A weaker run on the same store, for autoguidance by --auto-scale (2 if not given)."""
     autoencoder: str | None = None
@@ -154,7 +158,7 @@ class Draw(SamplingOverrides, TakesPaths):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "count", "batch_size", at_least=1)
-        require(self, "seed", at_least=0)
+        require(self, "seed", "step", at_least=0)
         Sampling().changed(**{part.name: getattr(self, part.name) for part in fields(Sampling)})  # It checks them.
 
 

@@ -234,7 +234,7 @@ def test_again_does_nothing_and_more_steps_prolong(
     again("--optimisation.steps=205")
     assert training_lines(trained)[-1]["step"] == 205
     assert (trained / "diffusion_pytorch_model.safetensors").read_bytes() not in before.values()
-    with pytest.raises(UserError, match=r"other settings \(recipe.kl.weight, seed\); choose a new folder"):
+    with pytest.raises(UserError, match=r"settings: kl\.weight 1\.0 \(was 1e-06\), seed 1 \(was 0\); choose a new"):
         again("--optimisation.steps=210", "--kl.weight=1", "--seed=1")
 
 

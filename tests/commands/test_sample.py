@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import tracemalloc
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,15 +30,18 @@ from processes import Reglue, run_ranks
 from reglue import pipeline as generation
 from reglue.cli import parse
 from reglue.commands.sample import Sample, sample
+from reglue.commands.train import train
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError
 from reglue.files import write_tensors
 from reglue.metrics.image_sets import open_image_set
+from reglue.names import Weights
 from reglue.pipeline import load
 from reglue.run import RunRecord, Start
 from reglue.samples import plan
 from reglue.sampling import Sampling
+from reglue.training import checkpoints
 
 
 def pixels(folder: Path) -> np.ndarray:
@@ -89,6 +93,9 @@ def test_two_processes_draw_the_images_of_one(tiny_run: Path, tmp_path: Path) ->
     assert abs(pixels(tmp_path / "one") - pixels(tmp_path / "two")).max() <= 1
     files = [(tmp_path / name / "samples.json").read_text() for name in ("one", "two")]
     assert files[0] == files[1]
+    assert (tmp_path / "two" / "samples.html").read_text() == (tmp_path / "one" / "samples.html").read_text()
+    table = (tmp_path / "two" / "samples.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table] == ["file_name", *(f"{i:06d}.png" for i in range(6))]
 
 
 def test_what_is_missing_is_drawn_again(tiny_run: Path, tmp_path: Path) -> None:
@@ -359,7 +366,7 @@ def test_a_finished_archive_is_not_drawn_again(
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        (None, r"the protocol cannot be read \(it is not an archive\)"),
+        (None, r"the protocol cannot be read: .*images\.npz is damaged \(File is not a zip file\)"),
         ({"arr_0": np.zeros((3, 16, 16, 3), np.uint8)}, "does not say how its images were drawn; choose another file"),
         ({"protocol": np.array('{"labels": []}')}, "does not say how its images were drawn"),
         ({"protocol": np.array("[]")}, "is not a JSON object"),
@@ -549,3 +556,53 @@ def test_python_interface(tiny_run: Path) -> None:
     assert [image.size for image in images] == [(16, 16)] * 2
     again = model.generate(["square", "stripes", 0], seed=3, sampling=fast, batch_size=1)
     assert abs(np.asarray(images[1], int) - np.asarray(again[1], int)).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def young_run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path:
+    """Six steps with an average that does not warm up: nearly all of it is the initial weights."""
+    run = tmp_path_factory.mktemp("young") / "run"
+    options = ["--store", str(tiny_store), "--out", str(run), *TINY_RECIPE, "--optimisation.steps=6"]
+    train(parse(["train", "sit", *options, "--optimisation.ema-warmup=no"]))
+    return run
+
+
+def test_either_weights_draw(young_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    protocols: dict[str, Any] = {}
+    files: dict[Weights, str] = {"ema": checkpoints.EMA, "model": checkpoints.MODEL}
+    for weights, file in files.items():
+        out = tmp_path / weights
+        capsys.readouterr()
+        sample(Sample(young_run, out, count=2, steps=2, weights=weights, device="cpu"))
+        protocols[weights] = json.loads((out / "samples.json").read_text())
+        assert protocols[weights]["weights"] == weights
+        held = checkpoints.find(young_run) / file
+        assert protocols[weights]["weights_sha256"] == hashlib.sha256(held.read_bytes()).hexdigest()
+        warned = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+        says = (
+            "warning: 100% of the averaged weights of step 6 are those that the run began with, and images show it; "
+            "weights model takes the trained ones"
+        )
+        assert warned == ([says] if weights == "ema" else [])
+        denoiser = load(young_run, weights=weights, device="cpu").denoiser.state_dict()
+        assert all(torch.equal(denoiser[name], value) for name, value in load_file(held).items())
+    with pytest.raises(UserError, match=r"another protocol \(weights, weights_sha256\)"):
+        sample(Sample(young_run, tmp_path / "ema", count=2, steps=2, weights="model", device="cpu"))
+
+
+def test_a_young_average_warns_in_python_too_and_an_old_one_does_not(young_run: Path, tiny_run: Path) -> None:
+    with pytest.warns(UserWarning, match="100% of the averaged weights of step 6"):
+        load(young_run, device="cpu").generate(0, steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(young_run, weights="model", device="cpu").generate(0, steps=1)
+        load(tiny_run, device="cpu").generate(0, steps=1)  # It warmed up by itself.
+
+
+def test_averaged_weights_alone_are_shared_and_kept(young_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="weights model: averaged weights are shared; load the run with ema"):
+        load(young_run, weights="model", device="cpu").save(tmp_path / "shared")
+    shared = load(young_run, device="cpu").save(tmp_path / "shared")
+    with pytest.raises(UserError, match=r"has no model\.safetensors; choose weights ema"):
+        load(shared, weights="model", device="cpu")
+    assert "train it for longer" in str(load(shared, device="cpu").warning())

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from reglue.data.pictures import GAP, colours_of, image_grid, label_colours
+from reglue.data.pictures import GAP, colours_of, image_grid, label_colours, legend, text_block, titled_grid
 
 
 def test_grid_places_images_row_by_row_and_fills_the_rest():
@@ -55,3 +55,50 @@ def test_labels_have_the_colours_of_pascal_voc() -> None:
     colours = label_colours(256)
     assert colours[[0, 1, 2, 3, 20]].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 64, 128]]
     assert len(np.unique(colours, axis=0)) == 256
+
+
+NAMES = [
+    "cat",
+    "great white shark, white shark, man-eater, man-eating shark",
+    "n" * 90,
+    "a\nb\tc",
+    "",
+    "\udcff",
+    "名前",
+]
+
+
+@pytest.mark.parametrize("text", NAMES)
+@pytest.mark.parametrize("width", [64, 300])
+def test_text_stays_within_its_width(text: str, width: int) -> None:
+    block = text_block(text, width, 12)
+    assert block.shape[1] == width
+    assert (block[:, :2] == 255).all(), "cut on the left"
+    assert (block[:, -2:] == 255).all(), "cut on the right"
+    assert (block[-2:] == 255).all(), "cut below"
+    assert (block < 128).any() == bool(text)
+
+
+def test_titles_stand_over_columns_and_before_rows() -> None:
+    images = np.full((6, 120, 140, 3), 99, dtype=np.uint8)
+    grid = image_grid(images, columns=3)
+    over = titled_grid(images, 3, titles=["one", "two", "three words that need lines\nand one more"])
+    assert (over[-len(grid) :] == grid).all()
+    strip = over[: -len(grid)]
+    for column in range(3):
+        assert (strip[:, column * (140 + GAP) :][:, :140] < 128).any()
+    before = titled_grid(images, 3, row_titles=["one", "word " * 200])
+    assert before.shape == (grid.shape[0], grid.shape[1] + 140, 3)
+    assert (before[:, 140:] == grid).all()
+    assert all((before[start : start + 120, :140] < 128).any() for start in (0, 120 + GAP))
+
+
+@pytest.mark.parametrize("count", [1, 2, 21, 150])
+@pytest.mark.parametrize("width", [128, 900])
+def test_every_entry_of_a_legend_is_whole(count: int, width: int) -> None:
+    entries = [(np.array([200, index, 7], np.uint8), NAMES[index % len(NAMES)]) for index in range(count)]
+    picture = legend(entries, width, 12)
+    assert picture.shape[1] == width
+    assert (picture[:, -1] == 255).all()
+    swatches = picture[(picture[..., 0] == 200) & (picture[..., 2] == 7)][:, 1]
+    assert (np.bincount(swatches, minlength=count) == 24 * 12).all(), "whole, and once each"

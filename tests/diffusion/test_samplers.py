@@ -100,6 +100,33 @@ def test_adams_bashforth_is_better_than_heun_at_equal_evaluations() -> None:
         assert ours < 0.7 * error(heun, mixture, uniform_times(evaluations // 2), exact)
 
 
+@pytest.mark.parametrize("shift", [0.5, 1.0, 2.0])
+def test_the_first_step_of_adams_bashforth_is_of_second_order(shift: float) -> None:
+    """After two steps the error is O(Δt³): Euler's, which it begins with, would have left O(Δt²)."""
+    start = {"latent": torch.tensor([[0.4]], dtype=torch.float64)}
+
+    def off_by(solver: Solver, steps: int) -> float:
+        times = uniform_times(steps, shift)[:3]
+        fine = [times[0] + (times[2] - times[0]) * i / 1000 for i in range(1001)]
+        exact = solve(heun, mixture, start, fine)["latent"]
+        return (solve(solver, mixture, start, times)["latent"] - exact).abs().item()
+
+    assert math.log2(off_by(adams_bashforth, 25) / off_by(adams_bashforth, 50)) > 2.7
+    assert off_by(adams_bashforth, 50) < off_by(euler, 50) / 10
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("evaluations", [10, 20, 40])
+def test_adams_bashforth_and_heun_at_equal_evaluations_and_shifted_times(shift: float, evaluations: int) -> None:
+    """Where Heun's own errors do not cancel by chance, as they do on the mixture above at a shift of 0.5."""
+    exact = {"latent": 1 + 0.2 * noise()["latent"]}
+    ours, theirs = (
+        error(step, gaussian(1, 0.2), uniform_times(steps, shift), exact)
+        for step, steps in ((adams_bashforth, evaluations), (heun, evaluations // 2))
+    )
+    assert ours < 0.75 * theirs
+
+
 class Guided:
     """Another velocity inside an interval, counting evaluations and noting where steps are said to be."""
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from reglue.config import OptimiserConfig
+from reglue.config import EmaWarmup, OptimiserConfig
 from reglue.errors import Stopped, UserError
+from reglue.papers import RECIPES
 from reglue.training import checkpoints, stopping
-from reglue.training.loop import Means, Task, adamw, ema_decay, fit, learning_rate, part_size
+from reglue.training.loop import Means, Task, adamw, fit, learning_rate, part_size
 from reglue.training.tracking import TRACKERS, JsonLines, read
 
 CONFIG = OptimiserConfig(
@@ -158,8 +163,77 @@ def test_averages_follow_the_part_that_is_averaged(whole: Path) -> None:
     for step in (3, 6, 7):
         assert tensors(whole).keys() >= {f"{step:08d} ema bias", f"{step:08d} model 1.running_mean"}
     assert not torch.equal(tensors(whole)["00000007 ema bias"], ema)
-    warmed = OptimiserConfig(ema=0.9, ema_warmup=True)
-    assert [ema_decay(warmed, step) for step in (0, 8, 10**6)] == [1 / 10, 9 / 18, 0.9]
+    warmed = OptimiserConfig(ema=0.9, ema_warmup="yes")
+    assert [warmed.ema_at(step) for step in (0, 8, 10**6)] == [1 / 10, 9 / 18, 0.9]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    ema=st.sampled_from([0.0, 0.5, 0.99, 0.999, 0.9999]),
+    warmup=st.sampled_from(["yes", "no"]),
+    steps=st.integers(0, 3000),
+)
+def test_the_share_of_the_initial_weights_is_what_the_average_has_left_of_them(
+    ema: float, warmup: EmaWarmup, steps: int
+) -> None:
+    optimisation = OptimiserConfig(ema=ema, ema_warmup=warmup)
+    average = torch.ones((), dtype=torch.float64)  # of weights that were 1 at first and are 0 from then on
+    for step in range(steps):
+        average.lerp_(torch.zeros_like(average), 1 - optimisation.ema_at(step))
+    assert optimisation.initial_share(steps) == pytest.approx(average.item(), rel=1e-9, abs=1e-6)
+
+
+def test_published_recipes_at_published_lengths_average_as_published_and_short_ones_warm_up() -> None:
+    for recipe in RECIPES.values():
+        for steps in (50_000, 400_000, 7_000_000):
+            settled = replace(recipe.optimisation, steps=steps).settled()
+            assert settled.ema_warmup == "no"
+            assert [settled.ema_at(step) for step in (0, steps - 1)] == [0.9999, 0.9999]
+            assert settled.initial_share(steps) < 0.01
+        short = replace(recipe.optimisation, steps=300)
+        assert short.initial_share(300) == pytest.approx(0.97, abs=0.001)  # as it was, without a word
+        assert short.settled().initial_share(300) < 1e-6
+        # What has been decided stays, however long the run becomes.
+        long = replace(recipe.optimisation, steps=10**6)
+        assert long.settled(short.settled()).ema_warmup == "yes"
+        assert short.settled(long.settled()).ema_warmup == "no"
+        assert replace(short, ema_warmup="no").settled().ema_warmup == "no"
+
+
+def test_an_average_that_stays_too_young_is_said_before_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(Line(replace(CONFIG, ema=0.9)), tmp_path / "young")
+    says = (
+        "warning: after 7 steps 48% of the averaged weights will be those that training began with; choose "
+        "optimisation.ema_warmup yes, or a lower optimisation.ema\n"
+    )
+    assert says in capsys.readouterr().err
+    train(Line(replace(CONFIG, ema=0.9, ema_warmup="yes")), tmp_path / "warmed")
+    assert "warning" not in capsys.readouterr().err
+
+
+@given(
+    warmup=st.integers(0, 30),
+    decaying=st.integers(2, 60),
+    rate=st.floats(1e-5, 1),
+    decay=st.sampled_from(["constant", "cosine"]),
+)
+def test_the_learning_rate_begins_peaks_and_ends_where_it_is_said_to(
+    warmup: int, decaying: int, rate: float, decay: Any
+) -> None:
+    steps = warmup + decaying
+    config = OptimiserConfig(steps=steps, learning_rate=rate, warmup=warmup, decay=decay)
+    rates = [learning_rate(config, step) for step in range(steps)]
+    rising, falling = rates[:warmup], rates[warmup:]
+    assert rising == [rate * (step + 1) / warmup for step in range(warmup)]
+    assert falling[0] == rate
+    if decay == "constant":
+        assert set(falling) == {rate}
+        return
+    assert falling[-1] == 0
+    assert all(a > b for a, b in pairwise(falling))
+    assert [a + b for a, b in zip(falling, reversed(falling), strict=True)] == pytest.approx([rate] * decaying)
 
 
 @pytest.mark.parametrize("without", ["average", "previews"])

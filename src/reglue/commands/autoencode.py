@@ -77,7 +77,7 @@ def autoencode(options: Autoencode) -> Path:
     held_out = replace(held_out, shape=shape)
     evaluate_every = options.evaluate_every or -(-len(training) // optimisation.batch_size)
     fit(
-        AutoencoderTask(recipe, judges, model, average, samples, held_out, part, options.workers, device),
+        AutoencoderTask(record.recipe, judges, model, average, samples, held_out, part, options.workers, device),
         options.out,
         log_every=options.log_every,
         checkpoint_every=options.checkpoint_every,
@@ -172,12 +172,15 @@ def create_or_resume(
         images=str(options.images),
         versions={name: version(name) for name in ("reglue", "torch", "diffusers", "safetensors")},
     )
+    before = None
     if path.is_file():
         before = read_json(path, TrainingRecord, "choose a new folder, or delete this one")
+    record = record.settled(before)
+    if before:
         different = differences(before, record)
         if different:
             raise UserError(
-                f"{options.out} is of a training with other settings ({', '.join(different)}); choose a new folder, "
+                f"{options.out} is of a training with other settings: {', '.join(different)}; choose a new folder, "
                 "or the old settings"
             )
         checkpoints.refuse_fewer_steps(options.out, options.recipe.optimisation.steps)

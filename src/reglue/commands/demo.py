@@ -60,7 +60,7 @@ SMALL = Optimisation(
     betas=(0.9, 0.99),
     clip=1.0,
     ema=0.995,
-    ema_warmup=True,
+    ema_warmup="yes",
     time_shift=3.0,
 )
 """A schedule for minutes instead of days: a higher learning rate that falls, a shorter average, noisier times.

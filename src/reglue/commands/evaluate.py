@@ -129,9 +129,13 @@ def images_of(options: Evaluate) -> ImageSet:
     if not is_run(run):
         if options.count is not None:
             raise UserError(f"--count {options.count}: {run} is not a run, and only runs draw images; leave it out")
+        if options.weights != "ema":
+            raise UserError(f"--weights {options.weights}: {run} is not a run, and only runs draw images; leave it out")
         return open_image_set(run)
-    folder = run / DRAWN / f"step-{checkpoints.find(run).name}"
-    return drawn_images(Draw(run, folder, count, batch_size=options.batch_size, device=options.device))
+    averaged = options.weights == "ema"
+    folder = run / DRAWN / f"step-{checkpoints.find(run).name}{'' if averaged else '-model'}"
+    drawn = Draw(run, folder, count, weights=options.weights, batch_size=options.batch_size, device=options.device)
+    return drawn_images(drawn)
 
 
 def reference_of(options: Evaluate) -> ImageSet:
@@ -207,10 +211,12 @@ def stated_protocol(statement: str | None) -> dict[str, Any] | None:
 
 
 def drawn_from(images: Path, protocol: dict[str, Any] | None) -> Path | None:
-    """The run that images were drawn from, if it is there: it was given itself, or their protocol names it."""
+    """The run whose averaged weights drew the images, if it is there: given itself, or named by their protocol."""
+    protocol = protocol or {}
+    if protocol.get("weights") == "model":
+        return None  # The run's card is about the averaged ones.
     if is_run(images):
         return images
-    protocol = protocol or {}
     run, step = Path(str(protocol.get("run"))), protocol.get("step")
     if not is_run(run) or not isinstance(step, int):
         return None

@@ -119,7 +119,7 @@ def train(options: Train) -> Path:
     record = RunRecord.of(store, recipe, options.seed)
     if start:
         record = start.record(record)
-    create_or_resume(options.out, record, rank)
+    record = create_or_resume(options.out, record, rank)
     if rank == 0:
         take_compressors(store, record, options.out)
     model = Denoiser(record.denoiser, options.seed)
@@ -146,16 +146,20 @@ def train(options: Train) -> Path:
     return options.out
 
 
-def create_or_resume(out: Path, record: RunRecord, rank: int) -> None:
-    """Make the run folder, or check that it is this run's. Raises UserError, naming what differs."""
-    if (out / "run.json").is_file():
-        before = RunRecord.read(out)
+def create_or_resume(out: Path, record: RunRecord, rank: int) -> RunRecord:
+    """Make the run folder, or check that it is this run's. Returns its record, in which everything is decided.
+
+    Raises UserError, naming what differs.
+    """
+    before = RunRecord.read(out) if (out / "run.json").is_file() else None
+    record = record.settled(before)
+    if before:
         if before.origin:
             raise UserError(f"{out} was imported from {before.origin} and cannot be trained on; choose a new --out")
         different = before.differences(record)
         if different:
             raise UserError(
-                f"{out} is a run with other settings ({', '.join(different)}); choose a new --out, or the old settings"
+                f"{out} is a run with other settings: {', '.join(different)}; choose a new --out, or the old settings"
             )
         checkpoints.refuse_fewer_steps(out, record.recipe.optimisation.steps)
     elif out.is_dir() and any(out.iterdir()):
@@ -164,6 +168,7 @@ def create_or_resume(out: Path, record: RunRecord, rank: int) -> None:
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         record.write(out)
+    return record
 
 
 def take_compressors(store: Store, record: RunRecord, out: Path) -> None:

@@ -1,93 +1,245 @@
-"""`reglue verify`: whether the files of a store, or those that a run rests on, are the ones that were written."""
+"""`reglue verify`: whether the files of whatever the other commands write are still the ones that were written."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from zipfile import BadZipFile, ZipFile
 
+import torch
+from PIL import Image
 from tqdm import tqdm
 
-from reglue.data.manifest import MANIFEST, PARTIAL, is_intact, read_manifest
+from reglue.commands.train_head import TRAINING, HeadRecord
+from reglue.contact_sheet import TABLE, read_hashes, refuse_changed
+from reglue.data.manifest import MANIFEST, PARTIAL, Shard, is_intact, read_manifest
 from reglue.data.store import Store
+from reglue.encoders.alignment import FILE as ALIGNMENT
+from reglue.encoders.alignment import load_alignment
+from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, load_autoencoder
 from reglue.encoders.compressors import CompressorSpec, load_compressor
-from reglue.errors import UserError
+from reglue.errors import UserError, one_line
+from reglue.files import opened_tensors, read_json
 from reglue.options.verify import Verify
-from reglue.run import COMPRESSORS, RunRecord
+from reglue.perception.heads import SPEC_FILE, WEIGHTS_FILE, load_head
+from reglue.reals.record import CONFIG, TrainingRecord
+from reglue.reals.record import RECORD as TRAINING_RECORD
+from reglue.run import COMPRESSORS, RunRecord, decoder, find_run
 from reglue.run import FILE as RECORD
-from reglue.training import checkpoints
+from reglue.samples import PROTOCOL, archived_protocol, read_protocol
+from reglue.training import checkpoints, tracking
+
+COPY = "copy it again, or delete it and run the command that made it again"
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something to be read: a file, or a folder whose files belong together."""
+
+    path: Path
+    read: Callable[[], object]
+    """Raises UserError if it is missing or damaged."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        files = self.path.rglob("*") if self.path.is_dir() else [self.path]
+        return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def verify(options: Verify) -> Path:
     """Read everything. Returns the folder.
 
-    Every damaged file is named on stderr as it is found. Raises UserError if there is one, and for a folder that is
-    neither a store nor a run.
+    Every damaged file is named on stderr as it is found. Raises UserError if there is one, and for what is none of the
+    kinds that `KINDS` knows.
     """
-    folder = options.folder
-    if (folder / RECORD).is_file():
-        return verify_run(folder)
-    if not any((folder / name).is_file() for name in (MANIFEST, PARTIAL)):
-        raise UserError(f"{folder} has neither a {MANIFEST} nor a {RECORD}; give the folder of a store or a run")
-    return verify_store(folder)
+    folder = find_run(options.folder)
+    kind = next((kind for name, kind in KINDS.items() if (folder / name).is_file()), None)
+    if folder.suffix == ".npz" and folder.is_file():
+        kind = archive
+    if kind is None:
+        known = ", ".join(sorted({f"{kind.__name__} ({name})" for name, kind in KINDS.items()}))
+        raise UserError(f"{folder} is nothing that can be verified; give a folder of one of these: {known}, or a .npz")
+    count, size = run_checks(folder, kind(folder))
+    if kind is run:
+        verify_training_store(folder)
+    else:
+        print(f"{folder}: {count} parts of {size:,} bytes in all are as they were written")
+    return folder
 
 
-def verify_store(folder: Path) -> Path:
-    """Compare shards and compressors of a store with its manifest. Raises UserError if any differs."""
-    manifest = read_manifest(folder)
-    shards = [shard for column in manifest.columns.values() for shard in column.shards]
-    size = sum(shard.bytes for shard in shards)
-    damaged: list[str] = []
-    with tqdm(total=size, unit="B", unit_scale=True, desc=f"verify {folder}") as progress:
-        for shard in shards:
-            before = progress.n
-            if not is_intact(folder, shard, progress.update):
-                damaged.append(shard.file)
-                tqdm.write(f"{folder / shard.file} is missing or damaged", file=sys.stderr)
-            progress.update(before + shard.bytes - progress.n)
-    damaged += [f"compressors/{name}" for name in damaged_compressors(folder, manifest.compressors)]
+def run_checks(folder: Path, checks: Iterable[Check]) -> tuple[int, int]:
+    """Make all checks. Returns how many there were, and of how many bytes.
+
+    Raises UserError if one has failed, once all are made.
+    """
+    checks = list(checks)
+    damaged: list[UserError] = []
+    total = sum(check.size for check in checks)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"verify {folder}") as progress:
+        for check in checks:
+            size = check.size
+            try:
+                check.read()
+            except UserError as error:
+                damaged.append(error)
+                tqdm.write(str(error), file=sys.stderr)
+            progress.update(size)
     if damaged:
-        raise UserError(
-            f"{folder}: {len(damaged)} of {len(shards) + len(manifest.compressors)} parts are missing or damaged, "
-            f"{damaged[0]} first; copy them again, or delete them and run the commands that made the store again"
-        )
-    print(f"{folder}: {len(shards)} files of {size:,} bytes in all are as they were written")
-    return folder
+        raise UserError(f"{folder}: {len(damaged)} of {len(checks)} parts are missing or damaged, first: {damaged[0]}")
+    return len(checks), total
 
 
-def damaged_compressors(folder: Path, compressors: dict[str, CompressorSpec]) -> Iterator[str]:
-    """The names of a store's compressors that are missing or others than those that made its codes."""
-    for name, spec in compressors.items():
-        try:
-            intact = load_compressor(folder / "compressors" / name, "run `reglue compress` again").spec() == spec
-        except UserError as error:
-            print(error, file=sys.stderr)
-            intact = False
-        if not intact:
-            yield name
+def store(folder: Path) -> Iterator[Check]:
+    """The shards and compressors of a store."""
+    manifest = read_manifest(folder)
+    for column in manifest.columns.values():
+        for shard in column.shards:
+            yield Check(folder / shard.file, lambda shard=shard: whole_shard(folder, shard))
+    for name, spec in manifest.compressors.items():
+        yield compressor(folder / COMPRESSORS / name, spec)
 
 
-def verify_run(folder: Path) -> Path:
-    """Read checkpoints and compressor of a run, verify its store. Raises UserError for what is damaged or another."""
+def whole_shard(folder: Path, shard: Shard) -> None:
+    """Raises UserError if a file of a store is not the one in its manifest."""
+    if not is_intact(folder, shard, lambda _: None):
+        raise UserError(f"{folder / shard.file} is missing or damaged; {COPY}")
+
+
+def compressor(folder: Path, spec: CompressorSpec) -> Check:
+    """A compressor whose codes are known by its specification."""
+
+    def read() -> None:
+        if load_compressor(folder, COPY).spec() != spec:
+            raise UserError(f"{folder} is not the compressor of the codes that were made with it; {COPY}")
+
+    return Check(folder, read)
+
+
+def run(folder: Path) -> Iterator[Check]:
+    """The record, log, checkpoints, compressors, pictures and the autoencoder of a run."""
     record = RunRecord.read(folder)
-    for step in tqdm(checkpoints.steps(folder), desc=f"read the checkpoints of {folder}", unit="checkpoint"):
-        checkpoint = checkpoints.find(folder, step)
-        # A run that was imported or shared has averaged weights alone.
-        for_training = [checkpoint / name for name in (checkpoints.MODEL, checkpoints.OPTIMISER)]
-        for file in (checkpoint / checkpoints.EMA, *(for_training if any(map(Path.exists, for_training)) else ())):
-            checkpoints.read_weights(file)
+    yield from training(folder)
     for modality, spec in record.compressors.items():
-        compressor = folder / COMPRESSORS / modality
-        if compressor.is_dir() and load_compressor(compressor, "copy it again").spec() != spec:
-            raise UserError(f"{compressor} is not the compressor that the run was trained with; copy it again")
-    print(f"{folder}: checkpoints {', '.join(map(str, checkpoints.steps(folder))) or '(none)'} can be read whole")
+        if (place := folder / COMPRESSORS / modality).is_dir():
+            yield compressor(place, spec)
+    own = folder / (record.decoder or record.autoencoder.name)
+    if own.is_dir() and own.is_relative_to(folder):
+        yield Check(own, lambda: decoder(record, torch.device("cpu"), folder=folder))
+
+
+def training(folder: Path) -> Iterator[Check]:
+    """What every training writes: log, checkpoints and previews."""
+    yield Check(folder / tracking.FILE, lambda: tracking.read(folder))
+    for checkpoint in sorted((folder / checkpoints.FOLDER).glob("[0-9]" * 8)):
+        progress = checkpoint / checkpoints.PROGRESS
+        yield Check(progress, lambda progress=progress: read_json(progress, checkpoints.Progress, checkpoints.REMEDY))
+        # A run that was imported or shared has averaged weights alone.
+        others = [checkpoint / name for name in (checkpoints.MODEL, checkpoints.OPTIMISER)]
+        yield from map(tensors, [checkpoint / checkpoints.EMA, *(others if any(map(Path.exists, others)) else ())])
+    yield from map(picture, sorted(folder.glob("previews/*.png")))
+
+
+def tensors(file: Path) -> Check:
+    """A tensor file with its hash in its header."""
+
+    def read() -> None:
+        with opened_tensors(file, COPY, sealed=True):
+            pass
+
+    return Check(file, read)
+
+
+def picture(file: Path, hashes: Mapping[str, str] = MappingProxyType({})) -> Check:
+    """A PNG file, whose parts have sums of their own, and perhaps a hash by its name."""
+
+    def read() -> None:
+        try:
+            with Image.open(file) as opened:
+                opened.verify()
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"{file} is missing or damaged ({one_line(error)}); {COPY}") from error
+        refuse_changed(file, hashes)
+
+    return Check(file, read)
+
+
+def autoencoder(folder: Path) -> Iterator[Check]:
+    """What `reglue autoencode` writes: the record, the training and, once it is done, the result."""
+    record = read_json(folder / TRAINING_RECORD, TrainingRecord, COPY)
+    yield from training(folder)
+    if record.steps_done == record.recipe.optimisation.steps:
+        yield Check(folder / CONFIG, lambda: load_autoencoder(str(folder)))
+        yield tensors(folder / DIFFUSERS_WEIGHTS)
+        if record.recipe.alignment.present:
+            yield Check(folder / ALIGNMENT, lambda: load_alignment(folder))
+
+
+def head(folder: Path) -> Iterator[Check]:
+    """What `reglue head` writes."""
+    yield Check(folder, lambda: load_head(folder))
+    yield Check(folder / TRAINING, lambda: read_json(folder / TRAINING, HeadRecord, COPY))
+
+
+def samples(folder: Path) -> Iterator[Check]:
+    """The pictures of a folder that `reglue sample` writes, and the table that describes them."""
+    protocol = read_protocol(folder / PROTOCOL)
+    yield Check(folder / PROTOCOL, lambda: read_protocol(folder / PROTOCOL))
+    yield Check(folder / TABLE, lambda: whole_table(folder, len(protocol["labels"])))
+    hashes = read_hashes(folder)
+    yield from (picture(folder / file, hashes) for file in hashes)
+
+
+def whole_table(folder: Path, count: int) -> None:
+    """Raises UserError if the table of samples does not have as many pictures as were to be drawn."""
+    if len(read_hashes(folder)) < count:
+        raise UserError(
+            f"{folder / TABLE} does not have all {count} pictures; `reglue sample` with the same options adds them"
+        )
+
+
+def archive(file: Path) -> Iterator[Check]:
+    """The members of an archive of samples, which have sums of their own."""
+
+    def read() -> None:
+        try:
+            with ZipFile(file) as opened:
+                if broken := opened.testzip():
+                    raise ValueError(f"{broken} in it is not what was written")
+        except (OSError, ValueError, BadZipFile, NotImplementedError, RuntimeError) as error:
+            raise UserError(f"{file} is damaged ({one_line(error)}); {COPY}") from error
+        archived_protocol(file)
+
+    yield Check(file, read)
+
+
+KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
+    RECORD: run,
+    MANIFEST: store,
+    PARTIAL: store,
+    SPEC_FILE: head,
+    WEIGHTS_FILE: head,
+    TRAINING_RECORD: autoencoder,
+    PROTOCOL: samples,
+}
+"""What each kind of folder holds, by a file that it alone has; heads have a record of the autoencoders' name too."""
+
+
+def verify_training_store(folder: Path) -> None:
+    """Say what can be read of a run, and verify its store. Raises UserError if that is damaged, or another one."""
+    record = RunRecord.read(folder)
+    print(
+        f"{folder}: checkpoints {', '.join(map(str, checkpoints.steps(folder))) or '(none)'} are as they were written"
+    )
     if record.store is None or record.store_hash is None:
-        return folder
-    store = Path(record.store)
-    if not store.is_dir():
-        print(f"Its training store {store} is not there (any more), and was not verified.")
-        return folder
-    verify_store(store)
-    if not record.trained_on(Store.open(store)):
-        raise UserError(f"{store} is whole, but not the store that {folder} was trained on; put that one back")
-    return folder
+        return
+    place = Path(record.store)
+    if not place.is_dir():
+        print(f"Its training store {place} is not there (any more), and was not verified.")
+        return
+    run_checks(place, store(place))
+    if not record.trained_on(Store.open(place)):
+        raise UserError(f"{place} is whole, but not the store that {folder} was trained on; put that one back")

@@ -1,12 +1,25 @@
-"""Pictures for people: many images as one, and compressed semantics as colours."""
+"""Pictures for people: many images as one, with names beside them, and compressed semantics as colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP = 2
 """Pixels between the images of a grid."""
+MARGIN = 6
+"""Pixels around text."""
+TEXT_SIZES = (12, 24)
+"""Height of text in pixels: the least, and the greatest, which pictures of many pixels have."""
+LONGEST = 20
+"""Width of a name in a legend, in heights of its text, from which it is broken into lines."""
 
 
 def image_grid(images: np.ndarray, columns: int, background: int = 255) -> np.ndarray:
@@ -24,6 +37,84 @@ def image_grid(images: np.ndarray, columns: int, background: int = 255) -> np.nd
     cells[:count, :height, :width] = images
     in_rows = cells.reshape(rows, columns, height + GAP, width + GAP, 3).swapaxes(1, 2)
     return in_rows.reshape(rows * (height + GAP), columns * (width + GAP), 3)[:-GAP, :-GAP]
+
+
+def titled_grid(
+    images: np.ndarray, columns: int, titles: Sequence[str] = (), row_titles: Sequence[str] = ()
+) -> np.ndarray:
+    """`image_grid` with a title over each column, or before each row, on white: uint8 (height, width, 3).
+
+    Titles are broken into lines as wide as an image, which should have some hundred pixels (`enlarge`); those of rows
+    are cut at its height.
+    """
+    height, width = images.shape[1:3]
+    picture, size = image_grid(images, columns), text_size(width)
+    if titles:
+        blocks = [text_block(title, width, size) for title in titles]
+        tallest = max(map(len, blocks))
+        strip = np.stack([_padded(block, above=tallest - len(block)) for block in blocks])
+        picture = stacked([image_grid(strip, columns), picture])
+    if row_titles:
+        blocks = [text_block(title, width, size)[:height] for title in row_titles]
+        centred = [_padded(block, (height - len(block)) // 2, -(-(height - len(block)) // 2)) for block in blocks]
+        strip = image_grid(np.stack(centred), columns=1)
+        picture = np.concatenate([_padded(strip, above=len(picture) - len(strip)), picture], axis=1)
+    return picture
+
+
+def legend(entries: Sequence[tuple[np.ndarray, str]], width: int, size: int) -> np.ndarray:
+    """Colours uint8 (3,) with their names, in as many columns as fit the width: uint8 (height, width, 3), on white.
+
+    Long names are broken into lines. `size` is that of the text in pixels.
+    """
+    font, swatch = _font(size), 2 * size
+    room = min(width - swatch - 2 * MARGIN, LONGEST * size)
+    widest = min(room, max(_length(name, font) for _, name in entries) + MARGIN)
+    columns = max(1, width // (swatch + widest + 2 * MARGIN))
+    cells: list[np.ndarray] = []
+    for colour, name in entries:
+        text = text_block(name, widest, size, centred=False)
+        cell = np.full((len(text), swatch + MARGIN, 3), 255, np.uint8)
+        cell[MARGIN // 2 : MARGIN // 2 + size, MARGIN:] = colour
+        cells.append(np.concatenate([cell, text], axis=1))
+    per_column = -(-len(cells) // columns)  # Lists are read downwards.
+    rows = [cells[start::per_column] for start in range(per_column)]
+    heights = [max(map(len, row)) for row in rows]
+    return stacked(
+        [
+            np.concatenate([_padded(cell, below=height - len(cell)) for cell in row], axis=1)
+            for row, height in zip(rows, heights, strict=True)
+        ],
+        width,
+    )
+
+
+def text_block(text: str, width: int, size: int, centred: bool = True) -> np.ndarray:
+    """Black text on white in lines that fit the width, uint8 (height, width, 3); `size` is its height in pixels.
+
+    Lines break between words, and within a word that is too long for one.
+    """
+    font = _font(size)
+    lines = [line for part in _printable(text).split("\n") for line in _broken(part, width - MARGIN, font)]
+    step = round(1.25 * size)
+    image = Image.new("RGB", (width, step * len(lines) + MARGIN), "white")
+    draw = ImageDraw.Draw(image)
+    for number, line in enumerate(lines):
+        left = (width - font.getlength(line)) / 2 if centred else MARGIN / 2
+        draw.text((left, MARGIN / 2 + step * number), line, "black", font)
+    return np.asarray(image)
+
+
+def text_size(width: int) -> int:
+    """The height of text in pixels that suits images of a width."""
+    least, greatest = TEXT_SIZES
+    return min(greatest, max(least, width // 14))
+
+
+def stacked(pictures: Sequence[np.ndarray], width: int = 0) -> np.ndarray:
+    """Pictures uint8 (h, w, 3) above each other, as wide as the widest, or `width` if that is more."""
+    width = max(width, *(one.shape[1] for one in pictures))
+    return np.concatenate([_padded(one, right=width - one.shape[1]) for one in pictures])
 
 
 def colours_of(code: Tensor, reference: Tensor | None = None) -> np.ndarray:
@@ -81,3 +172,43 @@ def enlarge(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _positions(code: Tensor) -> Tensor:
     """A code (N, K, h, w) as float64 (N·h·w, K) on the CPU."""
     return code.detach().to("cpu", torch.float64).movedim(1, -1).reshape(-1, code.shape[1])
+
+
+def _padded(picture: np.ndarray, above: int = 0, below: int = 0, right: int = 0) -> np.ndarray:
+    """A picture (h, w, 3) with so many rows or columns of white around it."""
+    return np.pad(picture, ((above, below), (0, right), (0, 0)), constant_values=255)
+
+
+def _printable(text: str) -> str:
+    """Text as a font takes it: names of folders may hold bytes that are no characters."""
+    return text.encode(errors="replace").decode()
+
+
+def _length(text: str, font: ImageFont.FreeTypeFont) -> int:
+    """Pixels of a text on one line, rounded up."""
+    return math.ceil(font.getlength(" ".join(_printable(text).split())))
+
+
+def _broken(text: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
+    """A text as lines that fit a width in pixels."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's own: it has most alphabets, and is the same everywhere."""
+    import matplotlib as mpl  # slow to import
+
+    return ImageFont.truetype(Path(mpl.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)

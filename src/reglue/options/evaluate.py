@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 from reglue.errors import require
 from reglue.files import TakesPaths
-from reglue.names import INCEPTION, FeatureKind
+from reglue.names import INCEPTION, FeatureKind, Weights
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Evaluate(TakesPaths):
     report quotes it as yours."""
     count: int | None = None
     """Images to draw from a run. Default: 50000."""
+    weights: Weights = "ema"
+    """Of a run: its averaged weights (ema) or the trained ones (model)."""
     feature_network: str = INCEPTION
     """inception, or store for the encoder of the reference's store, or any vision encoder, or a file of weights.
 

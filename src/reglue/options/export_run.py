@@ -7,7 +7,9 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from reglue.errors import UserError, require
 from reglue.files import TakesPaths
+from reglue.names import Weights
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,18 @@ class ExportRun(TakesPaths):
     run: Positional[Path]
     """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
     out: Path
-    """File to write. A .safetensors file holds the averaged weights, with step and path in its metadata; a .pt or .pth
-    file holds {ema, model, args, steps}, as the published code reads it. Published samplers take the path as an
-    option."""
+    """File to write. A .safetensors file holds the weights; a .pt or .pth file {ema, model, args, steps}, as the
+    published code reads it. Published samplers take the path as an option. For `reglue import` the run's record goes
+    with them, in the metadata or the args: it names the classes, and the autoencoder with its folder."""
     step: int | None = None
     """Checkpoint to export; the last one if not given."""
+    weights: Weights = "ema"
+    """What a .safetensors file holds: the averaged weights (ema) or the trained ones (model)."""
 
     written = ""  # The command itself says what is in the file.
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "step", at_least=0)
+        if self.weights != "ema" and self.out.suffix != ".safetensors":
+            raise UserError(f"--weights {self.weights} is for .safetensors files, since others hold both; leave it out")

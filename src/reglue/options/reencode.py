@@ -8,6 +8,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from reglue.errors import require
 from reglue.files import TakesPaths
 from reglue.options import ready
 
@@ -36,6 +37,11 @@ class Reencode(TakesPaths):
     """Processes that decode images, per process of torchrun; 0 decodes in the main process."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "batch_size", at_least=1)
+        require(self, "workers", at_least=0)
 
     @property
     def written(self) -> str:

@@ -65,6 +65,8 @@ class Train(TakesPaths):
         require(self, "seed", "keep", "preview_every", "workers", at_least=0)
         if self.start is None and (self.start_step is not None or self.start_weights != "ema"):
             raise UserError("--from-step and --from-weights say what to take of another run; give --from too")
+        if self.start_step is not None and self.start_step < 0:
+            raise UserError(f"--from-step {self.start_step}: choose at least 0")
 
     @property
     def written(self) -> str:

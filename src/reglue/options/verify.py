@@ -12,12 +12,12 @@ from reglue.files import TakesPaths
 
 @dataclass(frozen=True)
 class Verify(TakesPaths):
-    """Compare every file of a store, after copying it for example, with the hash in the store's manifest.
+    """Read every file of a folder, after copying it for example, and compare it with the hash of what was written.
 
-    Of a run, the checkpoints are read, and its training store is verified if it is still where it was.
+    Of a run, its training store is verified too if it is still where it was.
     """
 
     folder: Positional[Path]
-    """A store or a run."""
+    """A store, run, autoencoder, head or samples (folder or .npz file), or starter, the small model of this package."""
 
     written = ""  # The command itself says what it has found.

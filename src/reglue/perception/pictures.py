@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from reglue.data.pictures import GAP, enlarge, heat_of, image_grid, label_colours
+from reglue.data.pictures import enlarge, heat_of, label_colours, legend, stacked, text_size, titled_grid
 from reglue.files import replacing
 from reglue.perception.heads import Head
 from reglue.perception.perceiving import View
 
-CELL, DOTS = 120, 100
-"""Least side of an image in the picture in pixels, and pixels to an inch."""
+CELL = 120
+"""Least side of an image in the picture in pixels."""
 OPACITY = 0.6
 """Of the classes' colours over the image."""
 TITLES: dict[View, str] = {
@@ -40,34 +40,30 @@ def as_image(values: np.ndarray, head: Head) -> Image.Image:
 
 
 def draw_maps(path: Path, shown: Sequence[tuple[np.ndarray, Maps]], heads: Mapping[str, Head]) -> None:
-    """Write a picture with a row for each image uint8 (H, W, 3): the image, then its maps."""
-    from matplotlib.figure import Figure  # Slow to import.
-    from matplotlib.patches import Patch
-
+    """Write a picture with a row for each image uint8 (H, W, 3), the image and then its maps, over a legend."""
     columns = sorted(shown[0][1], key=lambda key: (list(heads).index(key[0]), list(TITLES).index(key[1])))
     height, width = (side * -(-CELL // min(shown[0][0].shape[:2])) for side in shown[0][0].shape[:2])
     rows = [[image, *(_as_colours(maps[key], heads[key[0]], image) for key in columns)] for image, maps in shown]
-    grid = image_grid(enlarge(np.concatenate(rows), (height, width)), columns=1 + len(columns))
-    figure = Figure(figsize=(grid.shape[1] / DOTS, grid.shape[0] / DOTS + 1.5), dpi=DOTS, layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(grid)
-    axes.xaxis.tick_top()
-    centres = [width / 2 + (width + GAP) * column for column in range(1 + len(columns))]
-    axes.set_xticks(centres, ["decoded image", *(f"{name}\n{TITLES[view]}" for name, view in columns)], size=8)
-    axes.set_yticks([])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    patches = []
+    titles = ["decoded image", *(f"{name}\n{TITLES[view]}" for name, view in columns)]
+    cells = enlarge(np.concatenate(rows), (height, width))
+    grid = titled_grid(cells, len(titles), titles)
+    entries: list[tuple[np.ndarray, str]] = []
     for name, head in heads.items():
-        if head.spec.task == "segmentation":
-            classes = np.unique([one for _, maps in shown for key, one in maps.items() if key[0] == name])
-            colours = label_colours(head.spec.outputs) / 255
-            names = head.spec.class_names
-            patches += [Patch(color=tuple(colours[one]), label=f"{name}: {names[one]}") for one in classes]
-    if patches:
-        figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=7)
+        of_head = [one for _, maps in shown for (owner, _), one in maps.items() if owner == name]
+        prefix = f"{name}: " if len(heads) > 1 else ""
+        entries += [(colour, prefix + meaning) for colour, meaning in _meanings(head, of_head)]
     with replacing(path) as beside:
-        figure.savefig(beside, format="png")
+        Image.fromarray(stacked([grid, legend(entries, grid.shape[1], text_size(width))])).save(beside, format="png")
+
+
+def _meanings(head: Head, maps: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, str]]:
+    """The colours in a head's maps (H, W) and what they stand for: its classes, or the ends of its range of depth."""
+    if head.spec.depth_range is not None:
+        for end in head.spec.depth_range:
+            yield _as_colours(np.full((1, 1), end), head, np.empty(0))[0, 0], f"{end:g}"
+    else:
+        for number in np.unique(np.stack(maps)):
+            yield label_colours(head.spec.outputs)[number], head.spec.class_names[number]
 
 
 def _as_colours(values: np.ndarray, head: Head, image: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from reglue.perception.agreement import markdown_table
 from reglue.perception.labelled import LAST_LAYER, Parts, StoreInput, compressor_figures, read_uncompressed
 from reglue.perception.probes import ProbeTraining, fit_linear, fit_map, measure_probe
 
+NAME = 40
+"""Characters of an input's name on a line of the picture."""
 TIMED_SECONDS = 1.0
 """At least so long is a compressor's speed measured."""
 ProbeKind = Literal["linear, pooled", "linear, flat", "linear", "conv"]
@@ -205,27 +208,28 @@ def _cells(result: ProbeResult) -> list[str]:
 
 
 def plot_probes(report: ProbeReport, path: Path) -> None:
-    """The scores over the number of channels, as PNG."""
+    """The scores with a line for each input, those of the most channels first, as PNG."""
     from matplotlib.figure import Figure  # Slow to import.
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    channels = {result.input: result.channels for result in report.results}
+    inputs = sorted(channels, key=lambda name: (-channels[name], name))
+    kinds = [kind for kind in PROBES if any(result.probe == kind for result in report.results)]
+    names = ["\n".join(textwrap.wrap(f"{name} ({channels[name]})", NAME)) for name in inputs]
+    lines = max((name.count("\n") + 1 for name in names), default=1)
+    figure = Figure(figsize=(8, 1.6 + max(0.3, 0.15 * lines) * len(inputs)), layout="constrained")
     axes = figure.subplots()
-    for kind in dict.fromkeys(result.probe for result in report.results):
-        results = sorted((one for one in report.results if one.probe == kind), key=lambda one: one.channels)
-        points = ([one.channels for one in results], [one.score for one in results])
+    for index, kind in enumerate(kinds):
+        results = [result for result in report.results if result.probe == kind]
+        # The probes of one input stand a little above each other, so that none hides another.
+        places = [inputs.index(one.input) + 0.18 * (index - (len(kinds) - 1) / 2) for one in results]
         errors = [one.standard_error for one in results]
-        axes.errorbar(*points, errors, fmt="o", capsize=3, alpha=0.8, label=kind)
-    for name in dict.fromkeys(result.input for result in report.results):
-        one = max((result for result in report.results if result.input == name), key=lambda result: result.score)
-        where = {"textcoords": "offset points", "xytext": (7, 0), "va": "center", "size": 8}
-        axes.annotate(one.input, (one.channels, one.score), **where)
-    axes.axhline(report.chance, color="grey", linestyle=":", label="the most common class")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("channels")
-    axes.set_ylabel(report.metric)
+        axes.errorbar([one.score for one in results], places, xerr=errors, fmt="o", ms=4, capsize=2, label=kind)
+    axes.axvline(report.chance, color="grey", linestyle=":", label="the most common class")
+    axes.set_yticks(range(len(inputs)), names, size=8)
+    axes.set_ylim(max(len(inputs), 1) - 0.5, -0.5)
+    axes.set_ylabel("input (channels)")
+    axes.set_xlabel(report.metric)
     axes.grid(alpha=0.25)
-    axes.margins(x=0.12, y=0.12)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     with replacing(path) as beside:
         figure.savefig(beside, format="png", dpi=150)

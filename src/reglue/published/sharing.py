@@ -121,7 +121,12 @@ def train_command(record: RunRecord) -> str | None:
     if record.recipe.name not in PAPERS or record.seed is None or record.recipe.others:
         return None
     words = ["reglue", "train", record.recipe.name, *_given(store=record.store or "STORE", out="RUN")]
-    words += changed_options(PAPERS[record.recipe.name].recipe, record.recipe)
+    published, ours = PAPERS[record.recipe.name].recipe, record.recipe
+    # What the same number of steps would decide by itself need not be said.
+    usual = replace(published.optimisation, steps=ours.optimisation.steps).settled()
+    if ours.optimisation.ema_warmup == usual.ema_warmup:
+        published = replace(published, optimisation=replace(published.optimisation, ema_warmup=usual.ema_warmup))
+    words += changed_options(published, ours)
     if record.seed:
         words += _given(seed=record.seed)
     if start := record.start:

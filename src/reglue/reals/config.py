@@ -98,7 +98,7 @@ class LatentAlignment(Part):
     @property
     def present(self) -> bool:
         """Whether there is an alignment network."""
-        return self.weight > 0 or self.class_weight > 0
+        return super().present or self.class_weight > 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class AutoencoderRecipe:
     alignment: LatentAlignment = field(default_factory=LatentAlignment)
     adversary: Adversary = field(default_factory=Adversary)
     optimisation: OptimiserConfig = OptimiserConfig(
-        steps=100_000, batch_size=32, warmup=1000, betas=(0.5, 0.9), clip=1.0, ema=0.999, ema_warmup=True
+        steps=100_000, batch_size=32, warmup=1000, betas=(0.5, 0.9), clip=1.0, ema=0.999, ema_warmup="yes"
     )
     flips: bool = True
     """Mirror half of the images at random; not for digits and letters."""

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from reglue.config import Precision
-from reglue.data.pictures import enlarge, heat_of, image_grid
+from reglue.data.pictures import enlarge, heat_of, titled_grid
 from reglue.encoders.alignment import LatentSemantics, cosine_similarities, similarity_maps
 from reglue.encoders.vision import VisionEncoder, load_encoder
 from reglue.errors import UserError, option
@@ -33,6 +33,8 @@ SMALLEST = 16
 """Pixels along a side that LPIPS needs: its network halves them four times."""
 SHOWN = 8
 """Held-out images per picture."""
+CELL = 112
+"""Least side of an image in it in pixels."""
 COLLAPSED = 0.001
 """Latents have collapsed if the images explain less than this share of the variance of every channel: a tenth of what
 makes one dead, since in a network that has just begun they explain 1 to 3 %, and half of that after some steps …"""
@@ -216,17 +218,20 @@ def draw(
     """Some held-out images as a picture of rows: originals, reconstructions, and how alike each place is to the middle.
 
     The likeness is the cosine of the encoder's patches, of what the alignment network makes of the latents (if there is
-    one), and of the latents themselves.
+    one), and of the latents themselves, from dark (opposite) to light (alike). Each row begins with what it shows.
     """
     rows = torch.linspace(0, len(held_out) - 1, min(SHOWN, len(held_out))).long().tolist()
     pixels, noise = (torch.stack(tensors).to(device) for tensors in zip(*(held_out[row] for row in rows), strict=True))
     out: Reconstruction = model(to_images(pixels), noise)
-    maps = [encoder.describe(pixels).features[:, -encoder.spec.width :]]
-    maps += [out.semantics.patches] if out.semantics else []
-    maps.append(out.latents)
-    pictures = [images.permute(0, 2, 3, 1).cpu().numpy() for images in (pixels, to_pixels(out.images))]
-    pictures += [enlarge(heat_of(similarity_maps(features)), held_out.size) for features in maps]
-    return Image.fromarray(image_grid(np.concatenate(pictures), columns=len(rows)))
+    maps = {"likeness to the middle: encoder": encoder.describe(pixels).features[:, -encoder.spec.width :]}
+    maps |= {"likeness to the middle: aligned latents": out.semantics.patches} if out.semantics else {}
+    maps["likeness to the middle: latents"] = out.latents
+    shown = {"original": pixels, "reconstruction": to_pixels(out.images)}
+    pictures = [images.permute(0, 2, 3, 1).cpu().numpy() for images in shown.values()]
+    pictures += [enlarge(heat_of(similarity_maps(features)), held_out.size) for features in maps.values()]
+    factor = -(-CELL // min(held_out.size))
+    cells = np.concatenate(pictures).repeat(factor, 1).repeat(factor, 2)
+    return Image.fromarray(titled_grid(cells, len(rows), row_titles=[*shown, *maps]))
 
 
 def semantic_lengths(encoder: VisionEncoder, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:

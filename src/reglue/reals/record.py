@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,8 +17,10 @@ from reglue.errors import UserError
 from reglue.files import BESIDE, replacing, seal, to_json
 from reglue.reals.config import AutoencoderRecipe
 from reglue.reals.trainable import AlignedAutoencoder
-from reglue.run import differing
+from reglue.run import differing, told
 
+OPTIONS = ("resolution", "validation", "validation_images", "statistics_images", "seed")
+"""Fields of a record that are options of `autoencode`, beside those of its recipe."""
 RECORD, CONFIG, MEAN_STD = "training.json", "config.json", "mean_std.json"
 FORMAT = 1
 
@@ -49,15 +51,16 @@ class TrainingRecord:
     measured_with: dict[str, str] = field(default_factory=dict, compare=False)
     """The files of the networks behind the figures lpips and rfid."""
 
+    def settled(self, before: TrainingRecord | None) -> TrainingRecord:
+        """The same with what its recipe leaves open decided, as it was `before` if a training is continued."""
+        optimisation = self.recipe.optimisation.settled(before.recipe.optimisation if before else None)
+        return replace(self, recipe=replace(self.recipe, optimisation=optimisation))
+
 
 def differences(before: TrainingRecord, now: TrainingRecord) -> list[str]:
-    """The names of what differs. The number of steps may, where the learning rate does not depend on it."""
-    compared = {part.name for part in fields(TrainingRecord) if part.compare}
-    names = [name for name in differing(before, now) if name.partition(".")[0] in compared]
-    names = [name for name in names if name not in ("encoder.name", "source.name")]
-    if now.recipe.optimisation.decay == "constant":
-        names = [name for name in names if name != "recipe.optimisation.steps"]
-    return names
+    """What differs, for a message. The number of steps may, where the learning rate does not depend on it."""
+    free = {"recipe.optimisation.steps"} if now.recipe.optimisation.decay == "constant" else ()
+    return told({name: values for name, values in differing(before, now).items() if name not in free}, OPTIONS)
 
 
 def write_result(out: Path, averaged: AlignedAutoencoder, mean: float, std: float, record: TrainingRecord) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from reglue.errors import UserError, option
 from reglue.files import BESIDE, opened_tensors, read_json, read_tensors, save_tensors, seal, to_json
+from reglue.names import Weights
 from reglue.training import distributed
 from reglue.training.parallel import local_rows, on_cpu, own_rows
 
@@ -231,9 +232,21 @@ def last_of_all(run: Path) -> Path | None:
     return folder
 
 
-def weights_sha256(run: Path, step: int | None = None) -> str:
-    """SHA-256 of the file of averaged weights that `read_weights` reads, of the last checkpoint if no step is given."""
-    with (find(run, step) / EMA).open("rb") as file:
+def weights_file(checkpoint: Path, weights: Weights, asked_by: str) -> Path:
+    """The file of a checkpoint's weights, for `read_weights`.
+
+    Raises UserError, naming the option that it is `asked_by`, if the checkpoint has the other ones alone.
+    """
+    names: dict[Weights, str] = {"ema": EMA, "model": MODEL}
+    (other,) = names.keys() - {weights}
+    if not (checkpoint / names[weights]).is_file() and (checkpoint / names[other]).is_file():
+        raise UserError(f"{checkpoint} has no {names[weights]}; choose {asked_by} {other}")
+    return checkpoint / names[weights]
+
+
+def weights_sha256(run: Path, step: int | None = None, weights: Weights = "ema") -> str:
+    """SHA-256 of the file of weights that `read_weights` reads, of the last checkpoint if no step is given."""
+    with weights_file(find(run, step), weights, option("weights")).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
@@ -15,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reglue.config import OptimiserConfig
+from reglue.config import YOUNG, OptimiserConfig
 from reglue.data.prefetch import prefetch
-from reglue.errors import Stopped, UserError
+from reglue.errors import Stopped, UserError, option
 from reglue.training import checkpoints, distributed, parallel, stopping
 from reglue.training.tracking import Trackers
 
@@ -51,7 +52,8 @@ class Task(ABC, Generic[Batch]):
         """`model` is everything that learns, whose weights and buffers checkpoints keep.
 
         `ema` holds moving averages, under their names, of the weights of `averaged`, which is `model` or a part of it;
-        they are changed in place. A part of a step that a process computes at once is of `part` samples.
+        they are changed in place. Without `averaged` it holds what the task itself keeps in checkpoints. A part of a
+        step that a process computes at once is of `part` samples.
         """
         self.optimisation, self.device, self.part = optimisation, device, part
         self.model, self.optimiser = model, optimiser
@@ -80,6 +82,11 @@ class Task(ABC, Generic[Batch]):
     def check(self, step: int, saved: int | None) -> None:
         """Raise UserError if it is no use to go on. Called after each line; `saved` is the last checkpoint's step."""
 
+    def ended(self, step: int) -> bool:
+        """Whether to end after so many steps, which have a checkpoint, though more were planned. All processes must
+        agree, also when they resume from that checkpoint: it follows from what that keeps."""
+        return False
+
     def evaluate(self, step: int) -> dict[str, Any]:
         """A line of measurements. The first process alone calls it, while the others wait."""
         return {}
@@ -103,7 +110,7 @@ def fit(
     track: Collection[str] = (),
     sharded: bool = False,
 ) -> None:
-    """Train until the last step, from the last checkpoint in the run's folder if there is one.
+    """Train until the last step or an early end, from the last checkpoint in the run's folder if there is one.
 
     Whatever is done every so many steps is also done after the last one; 0 is never. With `evaluate_first` what is
     there before the first step is measured and shown too. `workers` threads read ahead, and `track` names trackers
@@ -134,6 +141,8 @@ def fit(
         current = task.averaged.state_dict()
         averages, weights = list(ema.values()), [current[name] for name in ema]
 
+    if averages and rank == 0 and (warning := warning_of_age(optimisation)):
+        tqdm.write(warning, file=sys.stderr)
     with ExitStack() as stack:
         trackers = stack.enter_context(closing(Trackers(run, track, step or -1))) if rank == 0 else None
         writer = stack.enter_context(closing(checkpoints.Writer(run, keep, sharded)))
@@ -151,7 +160,7 @@ def fit(
         means = Means()
         logged_step, logged_time = step, time.perf_counter()
 
-        while step < steps:
+        while step < steps and not task.ended(step):
             for group in optimiser.param_groups:
                 group["lr"] = task.learning_rate(step)
             parts = parts_of(step)
@@ -162,7 +171,7 @@ def fit(
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             if averages:
-                torch._foreach_lerp_(averages, weights, 1 - ema_decay(optimisation, step))  # type: ignore[reportPrivateImportUsage]
+                torch._foreach_lerp_(averages, weights, 1 - optimisation.ema_at(step))  # type: ignore[reportPrivateImportUsage]
             step += 1
             progress.update()
 
@@ -228,6 +237,17 @@ def preview(task: Task[Any], step: int, trackers: Trackers | None) -> Exception 
     return None
 
 
+def warning_of_age(optimisation: OptimiserConfig) -> str | None:
+    """A line for a training that is too short for its moving average; None if it is long enough."""
+    share = optimisation.initial_share(optimisation.steps)
+    if share < YOUNG:
+        return None
+    return (
+        f"warning: after {optimisation.steps} steps {share:.0%} of the averaged weights will be those that training "
+        f"began with; choose {option('optimisation.ema_warmup')} yes, or a lower {option('optimisation.ema')}"
+    )
+
+
 def check_finite(values: Mapping[str, float], since: int, step: int, remedy: str) -> None:
     """Raises UserError if a figure of the steps between is infinite or no number."""
     bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -286,16 +306,14 @@ def adamw(parameters: Any, optimisation: OptimiserConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(optimisation: OptimiserConfig, step: int) -> float:
-    """The learning rate of a step, counted from 0."""
-    rate = optimisation.learning_rate
-    if step < optimisation.warmup:
-        return rate * (step + 1) / optimisation.warmup
+    """The learning rate of a step, counted from 0.
+
+    It is the full one in the last step of the warm-up and in the first one after it; a cosine is 0 in the last step.
+    """
+    rate, warmup = optimisation.learning_rate, optimisation.warmup
+    if step < warmup:
+        return rate * (step + 1) / warmup
     if optimisation.decay == "cosine":
-        done = (step - optimisation.warmup) / max(optimisation.steps - optimisation.warmup, 1)
+        done = (step - warmup) / max(optimisation.steps - 1 - warmup, 1)
         return rate * (1 + math.cos(math.pi * done)) / 2
     return rate
-
-
-def ema_decay(optimisation: OptimiserConfig, step: int) -> float:
-    """The decay of the moving average at a step, counted from 0."""
-    return min(optimisation.ema, (1 + step) / (10 + step)) if optimisation.ema_warmup else optimisation.ema
