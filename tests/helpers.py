@@ -48,9 +48,11 @@ def reglue_command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "reglue", *map(str, arguments)]
 
 
-def run_reglue(*arguments: str | Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_reglue(
+    *arguments: str | Path, check: bool = True, prelude: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    return Reglue(*arguments, **environment).result(check)
+    return Reglue(*arguments, prelude=prelude, **environment).result(check)
 
 
 def mistake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> str:

@@ -136,9 +136,8 @@ def test_the_help_of_train_lists_the_recipes(capsys: pytest.CaptureFixture[str])
 
 def test_defaults_are_those_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     sit, reglue = (" ".join(printed(capsys, "train", name, "--help").split()) for name in ("sit", "reglue"))
-    weight = (
-        "--class-token.weight FLOAT Weight of this term in the loss; 0 leaves the part out of the model. (default: "
-    )
+    weight = "--class-token.weight FLOAT Weight of this term in the loss; 0, without a schedule that raises it, "
+    weight += "leaves the part out of the model. (default: "
     assert f"{weight}0.0)" in sit
     assert f"{weight}0.03)" in reglue
 
@@ -229,7 +228,7 @@ def test_every_field_of_a_recipe_can_be_overridden() -> None:
     )
     recipe = options.recipe
     assert (recipe.model, recipe.path, recipe.latent.weight) == ("L/2", "cosine", 2.0)
-    assert not recipe.local.present
+    assert recipe.local.present  # By its schedule, whatever the weight.
     assert recipe.local.schedule == ((250, 0.5), (500, 0.25))
     assert (recipe.class_token.weight, recipe.alignment.after_block, recipe.alignment.targets) == (0.1, 3, "online")
     assert (recipe.optimisation.batch_size, recipe.optimisation.betas) == (64, (0.9, 0.95))

@@ -23,9 +23,12 @@ from torch import Tensor
 from reglue.cli import parse
 from reglue.commands.autoencode import TrainingRecord, autoencode
 from reglue.commands.compress import Compress, compress
+from reglue.commands.evaluate import Evaluate, evaluate
+from reglue.commands.probe import Probe, probe
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train_head import HeadRecord
 from reglue.commands.verify import Verify, verify
+from reglue.contact_sheet import read_hashes
 from reglue.data.manifest import MANIFEST, PARTIAL, Contents, read_manifest
 from reglue.data.store import Store
 from reglue.data.store_writer import StoreWriter
@@ -37,6 +40,7 @@ from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
 from reglue.files import plain, read_json, read_jsonl, to_json
 from reglue.perception.heads import Head, HeadSpec, load_head
+from reglue.perception.probing import ProbeReport
 from reglue.run import RunRecord, find_run
 from reglue.samples import read_protocol
 from reglue.training import checkpoints, tracking
@@ -97,6 +101,13 @@ def encoder_folder(tiny_encoder: str) -> Path:
 @pytest.fixture(scope="session")
 def tiny_samples(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
     return sample(Sample(tiny_run, tmp_path_factory.mktemp("samples") / "out", 2, steps=2, device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_probe(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path:
+    out = tmp_path_factory.mktemp("probe") / "out"
+    probe(Probe(tiny_store, out, columns=("cls", "latent"), steps=2, hidden=4, device="cpu"))
+    return out
 
 
 # ---- what reads them: of a folder and the file in it that is damaged
@@ -203,6 +214,8 @@ READERS: list[tuple[str, str, Read]] = [
     ("encoder_folder", "config.json", read_encoder),
     ("encoder_folder", "model.safetensors", read_encoder),
     ("tiny_samples", "samples.json", lambda _, file: read_protocol(file)),
+    ("tiny_samples", "samples.csv", lambda folder, _: verify(Verify(folder)) and read_hashes(folder)),
+    ("tiny_probe", "report.json", lambda _, file: read_json(file, ProbeReport, "delete it")),
 ]
 
 
@@ -224,6 +237,8 @@ def first_number(content: bytes, number: str) -> bytes | None:
     first, newline, rest = (
         content.partition(b"\n") if content.count(b"\n") and is_lines(content) else (content, b"", b"")
     )
+    if not is_lines(first):
+        return None
     changed = json.dumps(put(json.loads(first)))
     return changed.replace('"@"', number).encode() + newline + rest if found else None
 
@@ -346,7 +361,7 @@ def kinds_of(file: str) -> list[str]:
 
 def files_in(folder: Path) -> list[str]:
     """Without reports, which tests that evaluate the run leave in it."""
-    found = [path for suffix in ("json", "jsonl", "safetensors") for path in folder.rglob(f"*.{suffix}")]
+    found = [path for suffix in ("csv", "json", "jsonl", "safetensors") for path in folder.rglob(f"*.{suffix}")]
     return sorted(str(path.relative_to(folder)) for path in found if path.parent.name != "reports")
 
 
@@ -436,9 +451,7 @@ def test_values_of_another_type_are_one_line_too(damageable: Iterator[tuple[Path
         if file.suffix != ".json" or read is compress_again:
             continue
         content = file.read_bytes()
-        # Other libraries do as they are told, and build a network of 10^18 blocks.
-        others = [None, 2.5, "text", [10**18 if file.name != "config.json" else 0]]
-        for changed in changed_values(json.loads(content), others):
+        for changed in changed_values(json.loads(content), [None, 2.5, "text", [10**18], 10**18]):
             put_back(file, json.dumps(changed).encode())
             outcome(read, folder, file)
         put_back(file, content)
@@ -493,6 +506,13 @@ def test_a_flipped_bit_is_found_by_verify_and_by_what_reads_tensors(
                     assert outcome(read, folder, file) is None, f"{name} with another bit is read as if it were whole"
             put_back(file, content)
         capsys.readouterr()
+
+
+def test_a_flipped_bit_of_a_sample_is_not_measured(tiny_run: Path, tiny_encoder: str, tmp_path: Path) -> None:
+    folder = sample(Sample(tiny_run, tmp_path / "out", 6, steps=1, device="cpu"))
+    flip(folder / "000001.png", 0.5)
+    with pytest.raises(UserError, match=r"000001\.png is damaged"):
+        evaluate(Evaluate(folder, folder, feature_network=tiny_encoder, resamples=0, device="cpu"))
 
 
 def test_a_flipped_bit_of_an_archive_is_found(tiny_run: Path, tmp_path: Path) -> None:

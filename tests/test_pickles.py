@@ -7,7 +7,12 @@ import contextlib
 import gzip
 import os
 import pickle
+import sys
+import time
+import types
+import zipfile
 import zlib
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +25,9 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA, IncrementalPCA
 
 from reglue.errors import UserError
-from reglue.pickles import read_untrusted
+from reglue.pickles import MOST_BYTES, read_untrusted
 from reglue.published.compressors import read_official_compressor, read_statistics
-from reglue.published.weights import read_official
+from reglue.published.containers import read_official
 
 FEATURES = np.random.default_rng(0).standard_normal((200, 12)) @ np.random.default_rng(1).standard_normal((12, 12))
 STATISTICS = {"mean": FEATURES.mean(0, dtype=np.float32), "std": FEATURES.std(0, dtype=np.float32) + 0.1}
@@ -268,3 +273,160 @@ def test_other_components_are_refused(tmp_path: Path) -> None:
 def test_zlib_without_joblib_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(zlib.compress(pickle.dumps(STATISTICS)))
     assert torch.equal(read_statistics(tmp_path / "file")[0], torch.from_numpy(STATISTICS["mean"]))
+
+
+# ---- small files that stand for more than any memory holds, or keep their reader busy
+
+
+def doubled(kind: Any, times: int = 60) -> Any:
+    """kind([x, x]) of itself, so often: 2^60 objects in a few hundred bytes."""
+    value = kind([1])
+    for _ in range(times):
+        value = kind([value, value])
+    return value
+
+
+def cyclic() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+def short(number: int) -> bytes:
+    return b"\x8a\x0a" + number.to_bytes(10, "little")
+
+
+# LONG1, of the multiples of Python's hash modulus: all of them are looked for in the same place of a dict.
+CLASHING = b"".join(short(i * (2**61 - 1)) + b"N" for i in range(1, 30_000))
+TUPLE = b"K\x01\x85" + b"2\x86" * 60
+"""DUP and TUPLE2, sixty times; its hash takes 2^60 steps."""
+BOMBS = {
+    "lists": pickle.dumps(doubled(list), 2),
+    "tuples": pickle.dumps(doubled(tuple), 2),
+    "dicts": pickle.dumps(doubled(lambda pair: dict(zip("ab", pair, strict=False))), 2),
+    "a cycle": pickle.dumps(cyclic(), 2),
+    "depth": b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".",
+    "a tuple as a key": b"\x80\x02}" + TUPLE + b"Ns.",
+    "tuples as keys": b"\x80\x02}(" + TUPLE + b"Nu.",
+    "a dict of tuples": b"\x80\x02(" + TUPLE + b"Nd.",
+    "a set of tuples": b"\x80\x04\x8f(" + TUPLE + b"\x90.",
+    "a frozen set of tuples": b"\x80\x04(" + TUPLE + b"\x91.",
+    "pairs": b"\x80\x02ccollections\nOrderedDict\n](]" + TUPLE + b"aNae\x85R.",
+    "clashing keys": b"\x80\x02}(" + CLASHING + b"u.",
+    "clashing numbers of objects": b"N" + b"".join(b"p%d\n" % (i * (2**61 - 1)) for i in range(1, 30_000)) + b".",
+    "operations": b"\x80\x02" + b"N0" * 1_000_000 + b"N.",
+    "one text, encoded again and again": (
+        b"\x80\x02c_codecs\nencode\nq\x01X" + (10**6).to_bytes(4, "little") + b"a" * 10**6 + b"q\x02"
+        b"X\x06\x00\x00\x00latin1q\x0300" + b"h\x01h\x02h\x03\x86R" * 500 + b"."
+    ),
+    "bytes of a size": b"\x80\x05\x8e" + (10**14).to_bytes(8, "little") + b".",
+    "a bytearray of a size": b"\x80\x05\x96" + (10**11).to_bytes(8, "little") + b".",
+    "a text of a size": b"\x80\x05\x8d" + (10**14).to_bytes(8, "little") + b".",
+}  # fmt: skip
+
+
+def zipped(content: bytes, file: Path) -> None:
+    """As PyTorch's archives are."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, text in {"a/data.pkl": content, "a/byteorder": b"little", "a/version": b"3\n"}.items():
+            archive.writestr(name, text)
+
+
+def old(content: bytes, file: Path) -> None:
+    """As PyTorch's files before version 1.6."""
+    torch.save({}, file, _use_new_zipfile_serialization=False)
+    empty = file.read_bytes()
+    [at] = [i for i in range(len(empty)) if empty[i:].startswith(b"\x80\x02}q\x00.")]
+    file.write_bytes(empty[:at] + content + empty[at + 6 :])
+
+
+BOMB_WRITERS: dict[str, Any] = {
+    "plain": lambda content, file: file.write_bytes(content),
+    "torch": zipped,
+    "torch, old format": old,
+    "gzip": lambda content, file: file.write_bytes(gzip.compress(content)),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_bombs_are_refused_at_once(bomb: str, tmp_path: Path) -> None:
+    for writer in BOMB_WRITERS if len(BOMBS[bomb]) < 10_000 else ("torch",):
+        file = tmp_path / writer
+        BOMB_WRITERS[writer](BOMBS[bomb], file)
+        start = time.process_time()
+        with pytest.raises(UserError, match=rf"^{file}: ") as caught:
+            read_untrusted(file)
+        assert time.process_time() - start < 5, writer
+        assert "\n" not in str(caught.value)
+
+
+def test_what_a_file_unpacks_to_is_bounded(tmp_path: Path) -> None:
+    zeros = bytes(MOST_BYTES + 1)
+    (tmp_path / "gzip").write_bytes(gzip.compress(zeros, 1))
+    with pytest.raises(UserError, match="gzip: no checkpoint, but a small file that stands for more than"):
+        read_untrusted(tmp_path / "gzip")
+    with zipfile.ZipFile(tmp_path / "numbers.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("mean.npy", zeros)
+    with pytest.raises(UserError, match=r"numbers\.npz: no checkpoint, but a small file that stands for more than"):
+        read_statistics(tmp_path / "numbers.npz")
+
+
+def test_tensors_and_arrays_larger_than_the_file_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file.pt"
+    torch.save({"w": torch.zeros(1).expand(10**9, 10**9)}, file)
+    with pytest.raises(UserError, match="a small file that stands for a tensor of 1,000,000,000,000,000,000 numbers"):
+        read_untrusted(file)
+    for shape in ((10**14,), ("a", 10**14), (-1,), (2**62,) * 40, 3):
+        content = pickle.dumps({"mean": np.zeros(2), "std": np.zeros(2)}, 2)
+        forged = content.replace(b"K\x02\x85", pickle.dumps(shape, 2)[2:-1])
+        assert forged != content
+        file.write_bytes(forged)
+        with pytest.raises(UserError, match=r"file\.pt"):
+            read_statistics(file)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    operations=st.lists(
+        st.one_of(
+            st.sampled_from([bytes([code]) for code in pickle._Unpickler.dispatch if code]),
+            st.sampled_from([b"cargparse\nNamespace\n", b"ccollections\nOrderedDict\n", b"c_codecs\nencode\n", b"K\x01",
+                             b"cnumpy\ndtype\n", b"X\x01\x00\x00\x00a", TUPLE, b"(", b"}", b"]", b"\x85", b"2\x86" * 40,
+                             b"cjoblib.numpy_pickle\nNumpyArrayWrapper\n", b"ctorch._utils\n_rebuild_tensor_v2\n"]),
+            st.binary(max_size=9),
+        ),
+        max_size=25,
+    ),
+    writer=st.sampled_from([*BOMB_WRITERS]),
+)  # fmt: skip
+def test_any_pickle_ends_soon(operations: list[bytes], writer: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.mktemp("any") / "any.pkl"
+    BOMB_WRITERS[writer](b"\x80\x02" + b"".join(operations) + b".", file)
+    start = time.process_time()
+    with contextlib.suppress(UserError):
+        read_untrusted(file)
+    assert time.process_time() - start < 3
+
+
+class ModelCheckpoint:
+    """Stands for Lightning's, whose old checkpoints have the class itself as a key."""
+
+    __module__ = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+@pytest.mark.parametrize("writer", ["torch", "torch, old format"])
+def test_lightnings_checkpoints(writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType(ModelCheckpoint.__module__)
+    module.ModelCheckpoint = ModelCheckpoint  # type: ignore[attr-defined]
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", ModelCheckpoint.__module__):
+        monkeypatch.setitem(sys.modules, name, module)
+    content = {
+        "callbacks": {ModelCheckpoint: {"best_model_score": torch.tensor(1.0), "monitor": "loss", "dirpath": tmp_path}},
+        "hyper_parameters": OrderedDict(width=48, betas=(0.9, 0.95), kinds=defaultdict(list, a=[1])),
+        "state_dict": OrderedDict(weight=torch.nn.Parameter(torch.ones(2))),
+    }
+    WRITERS[writer](content, tmp_path / "file.ckpt")
+    read = read_untrusted(tmp_path / "file.ckpt")
+    assert read["hyper_parameters"] == {"width": 48, "betas": (0.9, 0.95), "kinds": {"a": [1]}}
+    assert torch.equal(read["state_dict"]["weight"], torch.ones(2))
+    assert not read["state_dict"]["weight"].requires_grad

@@ -21,7 +21,7 @@ import tyro
 from tyro import MISSING
 
 from reglue import __version__
-from reglue.errors import Stopped, UserError, command_line
+from reglue.errors import Stopped, UserError, command_line, refused_by_system
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
 FIRST = {
@@ -148,7 +148,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+        fail(refused_by_system(error))
     except Stopped as request:
         fail(str(request), 128 + signal.SIGTERM)
     except KeyboardInterrupt:

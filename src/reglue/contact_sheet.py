@@ -56,6 +56,12 @@ def read_hashes(folder: Path) -> dict[str, str]:
     return {row[0]: row[-1] for row in rows[1:]}
 
 
+def refuse_changed(file: Path, hashes: Mapping[str, str]) -> None:
+    """Raise UserError if a picture is not the one that the table of its folder (`read_hashes`) lists, if it does."""
+    if file.name in hashes and _sha256(file) != hashes[file.name]:
+        raise UserError(f"{file} is damaged (its content is not what was drawn); delete it, and draw it again")
+
+
 def forget_missing(folder: Path, protocol: Mapping[str, Any]) -> None:
     """Take pictures that are not there (any more) from the table, before they are drawn again.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf, isfinite
@@ -33,6 +35,15 @@ def one_line(error: BaseException, most: int = 200) -> str:
     """The message of an error as one line of at most so many characters; its type where it has none."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:most] or type(error).__name__
+
+
+def refused_by_system(error: OSError) -> str:
+    """Which file the system refused, and why, as one line; of several that were copied (`shutil.Error`), the first."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        _, file, reason = error.args[0][0]
+        return f"cannot copy to {file}: {re.sub(r'^.Errno [0-9]+. |: .*$', '', reason)}"
+    reason = one_line(error)
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
 
 
 @contextmanager

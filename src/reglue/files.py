@@ -106,7 +106,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to fill, which becomes `path` when the block ends well; otherwise nothing is left of it.
 
-    Raises UserError as `refuse_filled`.
+    Raises UserError as `refuse_filled`, and where the system says that a file cannot be written but not which.
     """
     refuse_filled(path)
     place = path.resolve()  # "." has no name.
@@ -123,6 +123,12 @@ def new_folder(path: Path) -> Iterator[Path]:
             if place.is_dir():
                 place.rmdir()
             beside.rename(place)
+    except OSError as error:
+        if error.filename is not None or isinstance(error, shutil.Error):
+            raise
+        raise UserError(
+            f"cannot write {path}: {one_line(error)}; free some space or choose another folder, and run it again"
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -318,6 +324,7 @@ def read_network(make: Callable[[], _N], file: Path, remedy: str, *, sealed: boo
     import torch  # slow to import
 
     tensors = read_tensors(file, remedy, sealed=sealed)
+    refuse_not_finite(tensors, file)
     try:
         with torch.device("meta"):
             network = make()
@@ -403,3 +410,22 @@ def _structure_dict(kind: Any, converter: Any) -> Callable[[Any, Any], Any]:
 
 for _kind, _others in {bool: (), int: (), float: (int,), str: ()}.items():
     _structure_plain(_kind, *_others)
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Raise UserError, naming the file and the tensor, if a number in one of them is NaN or infinite.
+
+    A sum is finite only if all that it adds are: it is taken at the speed of memory, and nothing is made for it. Large
+    numbers may overflow it, so what it finds is looked at once more.
+    """
+    import torch  # slow to import
+
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        single = torch.float64 if tensor.dtype == torch.float64 else torch.float32  # in which halves do not overflow
+        if not tensor.sum(dtype=single).isfinite() and not (finite := tensor.to(single).isfinite()).all():
+            raise UserError(
+                f"{file} is damaged ({int((~finite).sum())} of the {tensor.numel()} numbers in {name} are NaN or "
+                "infinite); fetch or make it again"
+            )

@@ -26,13 +26,13 @@ GROUPS = {
         prepare.seed prepare.count evaluate.count probe.images head.images perceive.images""",
     "model": """run model backbone path prediction times conditions learn-sigma position-grid latent local class-token
         alignment architecture autoencoder encoder layers final-norm kind column channels hidden conv head from
-        from-step from-weights step weights fitted compressor statistics heads""",
-    "optimisation": """optimisation perceptual kl adversary kl-weight epochs cosine-epochs micro-batch learning-rate
-        final-learning-rate seed steps batch-size compare""",
-    "sampling": """sampling count classes sampler time-shift guidance-scale local-scale cls-scale guidance-interval
-        other-scales representation-scale auto-scale weaker-run guided-channels guiders state-precision
-        relative-tolerance absolute-tolerance rounding samples-per-class sample.steps sample.seed sample.labels
-        perceive.steps perceive.seed perceive.labels""",
+        from-step from-weights step weights fitted compressor statistics heads family""",
+    "optimisation": """optimisation perceptual kl adversary kl-weight epochs cosine-epochs patience micro-batch
+        learning-rate final-learning-rate seed steps batch-size compare""",
+    "sampling": """sampling count classes sampler time-shift diffusion guidance-scale local-scale cls-scale
+        guidance-interval other-scales representation-scale auto-scale weaker-run guided-channels guiders
+        state-precision relative-tolerance absolute-tolerance rounding samples-per-class sample.steps sample.seed
+        sample.labels perceive.steps perceive.seed perceive.labels""",
     "metrics": """feature-network resamples kernel-subsets kernel-subset-size measure-lpips measure-inception
         flat-limit evaluate.features evaluate.seed""",
     "output": """out name features features-dtype dtype shard-size log-every evaluate-every checkpoint-every keep

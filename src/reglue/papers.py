@@ -34,7 +34,7 @@ SIT = Recipe(
     name="sit",
     learn_sigma=True,
     optimisation=PLAIN,
-    sampling=Sampling("heun", 125, guidance_scale=1.5, guided_channels=3, rounding="round"),
+    sampling=Sampling("heun", 125, diffusion="sigma", guidance_scale=1.5, guided_channels=3, rounding="round"),
 )
 REPA = Recipe(
     name="repa",
@@ -46,7 +46,7 @@ REDI = Recipe(
     name="redi",
     local=LocalSemantics(1.0, compressor="pca-8"),
     optimisation=PLAIN,
-    sampling=Sampling(guidance_scale=2.4, local_scale=1.0, rounding="round"),
+    sampling=Sampling(diffusion="sigma", guidance_scale=2.4, local_scale=1.0, rounding="round"),
 )
 REG = Recipe(
     name="reg",

@@ -4,19 +4,27 @@ A pickle is a program: it names functions and has them called. Here no function 
 few names that the published files need are bound to stand-ins that only keep what they are given, and every other
 name refuses the file. NumPy's own functions are not among them: a forged `dtype` can make its arrays read memory that
 is not theirs. Arrays are put together from the numbers in the file once it has been read.
+
+A small pickle can also stand for more than any memory holds, and keep whoever reads it busy for ever: a list of two
+lists of two lists and so on. So there are bounds on its operations, on what it unpacks to and on what is found in it,
+far above those of any checkpoint. PyTorch's reader has none; what it is given has been read here first.
 """
 
 from __future__ import annotations
 
 import bz2
-import gzip
 import io
 import lzma
+import mmap
 import pickle
 import re
+import warnings
 import zipfile
 import zlib
+from collections.abc import Callable, Collection, Iterable
+from math import prod
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any, ClassVar
 
 import numpy as np
@@ -28,7 +36,21 @@ from reglue.files import read_tensors
 
 TORCH_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How files begin that PyTorch wrote before version 1.6."""
-COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma, b"\x78": zlib}
+MOST_OPERATIONS = 500_000
+"""Of one pickle. Checkpoints of the largest models have 60,000, their optimiser included."""
+MOST_OBJECTS = 500_000
+"""In the contents of a file, each counted as often as it is there."""
+DEEPEST = 100
+"""How many lists and dicts may stand inside each other."""
+MOST_BYTES = 2**27
+"""That a compressed file, or a pickle in an archive, may unpack to."""
+COMPRESSED: dict[bytes, Callable[[], Any]] = {
+    b"\x1f\x8b": lambda: zlib.decompressobj(zlib.MAX_WBITS | 32),
+    b"\x78": lambda: zlib.decompressobj(zlib.MAX_WBITS | 32),
+    b"BZh": bz2.BZ2Decompressor,
+    b"\xfd7zXZ": lambda: lzma.LZMADecompressor(memlimit=MOST_BYTES),
+}
+"""How compressed files begin, and what unpacks them. 32: zlib tells its own streams from gzip's."""
 PLAIN_NUMBERS = re.compile(r"[?bBhHiIlLqQefd]|[fiub][1248]")
 """NumPy's codes of numbers of fixed size: no objects, no structures."""
 REFUSED_BY_TORCH = re.compile(r"GLOBAL (\S+)")
@@ -53,6 +75,10 @@ class NotNumbersError(ValueError):
     """A file has something else where it should have numbers."""
 
 
+class TooMuchError(ValueError):
+    """A file stands for more than any published one holds."""
+
+
 class Inert:
     """Stands for an object of a class that is not needed: keeps its state and does nothing."""
 
@@ -69,6 +95,27 @@ class Inert:
     # Its being there also keeps a pickle from setting attributes of the class itself.
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+
+class InertDict(Inert):
+    """`collections.OrderedDict` and other kinds of dict: keeps what is put into it."""
+
+    def __new__(cls, *arguments: Any, **named: Any) -> InertDict:
+        """Take the pairs of keys and values that Python 2 gave to `OrderedDict`."""
+        made = super().__new__(cls, *arguments, **named)
+        assert isinstance(made, InertDict)
+        made.state = {}
+        for pairs in arguments:
+            for key, value in pairs if isinstance(pairs, list) else ():
+                made[key] = value
+        return made
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        refuse_slow([key])
+        self.state[key] = value
+
+    def __setstate__(self, state: Any) -> None:
+        """Attributes besides the contents: of no use."""
 
 
 class InertNamespace(Inert):
@@ -118,10 +165,7 @@ class StreamedArray(InertArray):
         shape, dtype, _, _ = self.parts()
         if self.state.get("numpy_array_alignment_bytes") is not None:
             file.read(file.read(1)[0])  # padding
-        size = dtype.to_numpy().itemsize
-        for side in shape:
-            size *= side
-        self.contents = file.read(size)
+        self.contents = file.read(prod(_shape(shape)) * dtype.to_numpy().itemsize)
 
     def parts(self) -> tuple[Any, Any, bool, Any]:
         """See `InertArray.parts`."""
@@ -148,16 +192,28 @@ STAND_INS = {
     "numpy._core.numeric._frombuffer": InertBuffer,
     "joblib.numpy_pickle.NumpyArrayWrapper": StreamedArray,
     "_codecs.encode": Latin1,
+    "collections.OrderedDict": InertDict,
+    "collections.defaultdict": InertDict,
+    "lightning.fabric.utilities.data.AttributeDict": InertDict,
+    "lightning_fabric.utilities.data.AttributeDict": InertDict,
+    "pytorch_lightning.utilities.parsing.AttributeDict": InertDict,
     "copyreg._reconstructor": Inert,
-    "copy_reg._reconstructor": Inert,
     "builtins.object": Inert,
-    "__builtin__.object": Inert,
+    **{f"builtins.{name}": Inert for name in ("dict", "float", "int", "list", "str", "tuple")},
+    "typing.Any": Inert,
     "pathlib.PosixPath": Inert,
     "pathlib._local.PosixPath": Inert,
     "argparse.Namespace": InertNamespace,
 }
-KEPT_AS_STATE = ("numpy.", "sklearn.")
+PYTHON_3 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+"""Modules that older pickles name as Python 2 called them."""
+KEPT_AS_STATE = ("numpy.", "sklearn.", "omegaconf.", "pytorch_lightning.", "lightning.", "lightning_fabric.")
 """Objects of these packages are read as their state."""
+OF_TENSORS = re.compile(
+    r"torch\.(_utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state)|_tensor\._rebuild_from_type_v2"
+    r"|nn\.parameter\.Parameter|Tensor|Size|device|(cuda\.|storage\.)?\w+Storage|b?float\w+|u?int\d+|bool)"
+)
+"""What PyTorch's own reader is left to make: tensors of numbers, and nothing sparse, quantised or without contents."""
 
 
 def stand_in(name: str) -> type:
@@ -169,28 +225,133 @@ def stand_in(name: str) -> type:
     raise MoreThanDataError(name)
 
 
+def refuse_slow(keys: Iterable[Any]) -> None:
+    """Raise TooMuchError unless all of these are quickly found in a dict.
+
+    Tuples take time with all that is in them, and large integers can be chosen so that all are looked for in one place.
+    """
+    for key in keys:
+        small = not isinstance(key, int) or abs(key) < 2**60
+        if not isinstance(key, str | bytes | int | float | NoneType | Inert | type) or not small:
+            raise TooMuchError(f"a key of the type {type(key).__name__}, which no published file has")
+
+
+class Counted(dict[int, Any]):
+    """What a pickle's operations do, of which it may ask for so many."""
+
+    left = MOST_OPERATIONS
+
+    def __getitem__(self, operation: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise TooMuchError(f"more than {MOST_OPERATIONS:,} operations")
+        return super().__getitem__(operation)
+
+
 class InertUnpickler(pickle._Unpickler):
     """Reads pickles, and joblib's, with stand-ins for everything that they name."""
 
-    # The variant in Python is the one whose reading of BUILD can be extended; it is made afresh for every file.
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    # The variant in Python is the one whose operations can be extended.
+    dispatch: ClassVar[Any] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+    memo: dict[int, Any]
+    readline: Callable[[], bytes]
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: Any) -> None:
+        """`file` must not make room for more than it has, as mmap and BytesIO do not."""
         super().__init__(file)
         self.file = file
+        self.bytes_left = MOST_BYTES
+        self.dispatch = Counted(type(self).dispatch)  # type: ignore[reportAttributeAccessIssue], for `load`
 
     def find_class(self, module: str, name: str) -> type:
         """A stand-in, never what is really there."""
-        return stand_in(f"{module}.{name}")
+        return stand_in(f"{PYTHON_3.get(module, module)}.{name}")
 
     def load_build(self) -> None:
         """Set an object's state; an array of joblib's then has its numbers in the file."""
-        pickle._Unpickler.load_build(self)  # type: ignore[reportAttributeAccessIssue]
-        built = self.stack[-1]  # type: ignore[reportAttributeAccessIssue]
+        super().load_build()  # type: ignore[reportAttributeAccessIssue]
+        built = self.stack[-1]
         if isinstance(built, StreamedArray):
             built.read(self.file)
 
-    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[reportArgumentType], of this class alone
+    def load_reduce(self) -> None:
+        """Call a stand-in; bytes of one text can be asked for again and again."""
+        super().load_reduce()  # type: ignore[reportAttributeAccessIssue]
+        made = self.stack[-1]
+        self.bytes_left -= len(made) if isinstance(made, bytes) else 0
+        if self.bytes_left < 0:
+            raise TooMuchError(f"more than {MOST_BYTES:,} bytes made of text")
+
+    def load_put(self) -> None:
+        """Note an object under a number of any length."""
+        number = int(self.readline())
+        if not 0 <= number <= MOST_OPERATIONS:
+            raise TooMuchError(f"an object of the number {number % MOST_OPERATIONS}…")
+        self.memo[number] = self.stack[-1]
+
+    def load_setitem(self) -> None:
+        """Put one value into a dict."""
+        refuse_slow([self.stack[-2]])
+        super().load_setitem()  # type: ignore[reportAttributeAccessIssue]
+
+    def load_setitems(self) -> None:
+        """Put keys and values, which are all that the stack holds since its mark, into a dict."""
+        refuse_slow(self.stack[::2])
+        super().load_setitems()  # type: ignore[reportAttributeAccessIssue]
+
+    def load_dict(self) -> None:
+        """Make a dict of keys and values."""
+        refuse_slow(self.stack[::2])
+        super().load_dict()  # type: ignore[reportAttributeAccessIssue]
+
+    def load_additems(self) -> None:
+        """Put values into a set."""
+        refuse_slow(self.stack)
+        super().load_additems()  # type: ignore[reportAttributeAccessIssue]
+
+    def load_frozenset(self) -> None:
+        """Make a frozen set of values."""
+        refuse_slow(self.stack)
+        super().load_frozenset()  # type: ignore[reportAttributeAccessIssue]
+
+    dispatch |= {  # of this class alone
+        pickle.BUILD[0]: load_build,
+        pickle.REDUCE[0]: load_reduce,
+        pickle.PUT[0]: load_put,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.ADDITEMS[0]: load_additems,
+        pickle.FROZENSET[0]: load_frozenset,
+        # Room for a bytearray would be made before it is read.
+        pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]],
+    }
+
+
+class TorchScan(InertUnpickler):
+    """Reads what PyTorch's reader is to read, without its tensors: it raises what InertUnpickler raises."""
+
+    def __init__(self, file: Any, file_size: int) -> None:
+        """`file_size` is that of the whole file, in bytes, the tensors' numbers included."""
+        super().__init__(file)
+        self.file_size = file_size
+        self.asked: dict[str, type] = {}
+        """What the file names and PyTorch's reader does not know, and what stands for it."""
+
+    def find_class(self, module: str, name: str) -> type:
+        """A stand-in."""
+        full = f"{PYTHON_3.get(module, module)}.{name}"
+        if OF_TENSORS.fullmatch(full):
+            return Inert
+        return self.asked.setdefault(full, stand_in(full))
+
+    def persistent_load(self, pid: Any) -> Inert:
+        """A storage, ("storage", type, key, location, count of numbers, …), that must be in the file."""
+        count = pid[4] if isinstance(pid, tuple) and len(pid) > 4 else -1
+        if not isinstance(count, int) or not 0 <= count <= self.file_size:
+            raise TooMuchError("tensors larger than the file")
+        return Inert()
 
 
 def read_untrusted(file: Path) -> Any:
@@ -201,13 +362,17 @@ def read_untrusted(file: Path) -> Any:
     UserError, naming the file, if it is missing, damaged, or holds or does anything else.
     """
     try:
-        return _contents(_read(file))
+        content = _read(file)
+        _refuse_large(content)
+        return _contents(content)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except MoreThanDataError as error:
         raise UserError(f"{file}: holds more than data and was not opened: {_first_line(error)}") from None
     except NotNumbersError as error:
         raise UserError(f"{file}: not a file of weights or numbers: {_first_line(error)}") from None
+    except TooMuchError as error:
+        raise UserError(f"{file}: no checkpoint, but a small file that stands for {_first_line(error)}") from None
     except Exception as error:  # Bytes that mean nothing can end anywhere in three libraries.
         if isinstance(error, OSError) and error.strerror:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from None
@@ -244,27 +409,69 @@ def _read(path: Path) -> Any:
         head = file.read(len(TORCH_BEFORE_ZIP))
         file.seek(0)
         if head == TORCH_BEFORE_ZIP:
-            return _read_torch(path, STAND_INS)
+            return _read_old_torch(path)
         if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                of_torch = any(name.endswith("data.pkl") for name in archive.namelist())
-            if of_torch:
-                names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-                return _read_torch(path, {name: stand_in(name) for name in names})
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
+            return _read_zip(path)
         file.seek(0)
         if head.startswith(b"\x93NUMPY"):
             return _read_npy(file)
-        for magic, library in COMPRESSED.items():
-            if head.startswith(magic):
-                return InertUnpickler(io.BytesIO(library.decompress(file.read()))).load()
-        return InertUnpickler(file).load()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+            for magic, decompressor in COMPRESSED.items():
+                if head.startswith(magic):
+                    return InertUnpickler(io.BytesIO(_unpacked(decompressor(), whole))).load()
+            return InertUnpickler(whole).load()
+
+
+def _read_zip(path: Path) -> Any:
+    """What an archive of PyTorch, or else of NumPy, holds."""
+    with zipfile.ZipFile(path) as archive:
+        pickles = [info for info in archive.infolist() if info.filename.lower().endswith("data.pkl")]
+        if pickles:
+            [info] = pickles  # Of two, PyTorch's reader might take the other one.
+            _refuse_size(info.file_size)
+            scan = TorchScan(io.BytesIO(archive.read(info)), path.stat().st_size)
+            scan.load()
+            return _read_torch(path, scan.asked)
+        _refuse_size(sum(info.file_size for info in archive.infolist()))
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _read_old_torch(path: Path) -> Any:
+    """What PyTorch wrote before version 1.6: a magic number, the format, the machine, the contents, and their keys."""
+    asked: dict[str, type] = {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        for _ in range(5):
+            scan = TorchScan(whole, len(whole))
+            scan.load()
+            asked |= scan.asked
+    return _read_torch(path, asked)
+
+
+def _unpacked(decompressor: Any, compressed: mmap.mmap) -> bytes:
+    content = decompressor.decompress(compressed, MOST_BYTES + 1)
+    _refuse_size(len(content))
+    if not decompressor.eof:
+        raise EOFError
+    return content
+
+
+def _refuse_size(size: int) -> None:
+    if size > MOST_BYTES:
+        raise TooMuchError(f"more than {MOST_BYTES:,} bytes")
+
+
+def _empty(*factory: Any) -> dict[Any, Any]:
+    """In place of `defaultdict(factory)`."""
+    return {}
 
 
 def _read_torch(path: Path, stand_ins: dict[str, type]) -> Any:
-    pairs = [(kind, name) for name, kind in stand_ins.items()]
-    with torch.serialization.safe_globals(pairs):  # type: ignore[reportArgumentType], which knows no pairs
+    # PyTorch's reader puts values into true dicts alone.
+    dicts = {name: _empty if name == "collections.defaultdict" else dict for name in stand_ins}
+    pairs = [(dicts[name] if kind is InertDict else kind, name) for name, kind in stand_ins.items()]
+    with torch.serialization.safe_globals(pairs), warnings.catch_warnings():  # type: ignore[reportArgumentType], which knows no pairs
+        warnings.simplefilter("ignore")  # about newer formats of pickles, which it refuses where they are too new
         try:
             # A checkpoint of the largest models is 10 GB, of which the averaged weights are a quarter.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -280,34 +487,73 @@ def _read_npy(file: IO[bytes]) -> Any:
     }
     _, _, dtype = read_header[np.lib.format.read_magic(file)](file)
     if dtype.hasobject:  # A dict that was saved as if it were an array.
-        return InertUnpickler(file).load()
+        return InertUnpickler(io.BytesIO(file.read(MOST_BYTES))).load()
     file.seek(0)
     return np.lib.format.read_array(file, allow_pickle=False)
 
 
+def _refuse_large(value: Any) -> None:
+    """Raise TooMuchError for what stands for too many objects, in the time that it takes to see each of them once."""
+    counts: dict[int, int] = {}
+
+    def count(value: Any, depth: int) -> int:
+        if isinstance(value, Inert):
+            inside: Collection[Any] = (value.state, value.arguments)
+        elif isinstance(value, dict):
+            inside = value.values()
+        elif isinstance(value, list | tuple):
+            inside = value
+        else:
+            return 1
+        if depth > DEEPEST:
+            raise TooMuchError("objects nested too deeply")
+        if id(value) not in counts:
+            counts[id(value)] = MOST_OBJECTS  # should it be in itself
+            counts[id(value)] = 1 + sum(count(each, depth + 1) for each in inside)
+        return counts[id(value)]
+
+    if count(value, 0) > MOST_OBJECTS:
+        raise TooMuchError(f"more than {MOST_OBJECTS:,} objects")
+
+
 def _contents(value: Any) -> Any:
-    """What was read, with arrays for their stand-ins."""
+    """What was read, with arrays for their stand-ins: a tree, however it was written."""
     if isinstance(value, InertArray):
         return _array(value)
     if isinstance(value, Inert):
         return _contents(value.state)
     if isinstance(value, dict):
         return {_key(key): _contents(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([_contents(item) for item in value]) if type(value) in (list, tuple) else None
-    return value if isinstance(value, str | int | float | bytes | Tensor | np.ndarray) else None
-
-
-def _key(key: Any) -> Any:
-    return key if isinstance(key, str | int) else repr(key)
+    if type(value) in (list, tuple):
+        return type(value)([_contents(item) for item in value])
+    if isinstance(value, Tensor):
+        # One number can be written as a tensor of any size.
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise TooMuchError(f"a tensor of {value.numel():,} numbers")
+        return value.detach()
+    return value if isinstance(value, str | int | float | bytes | np.ndarray) else None
 
 
 def _array(value: InertArray) -> Any:
     shape, dtype, fortran, contents = value.parts()
     if isinstance(contents, list):
-        return _contents(contents[0]) if len(contents) == 1 else [_contents(item) for item in contents]
-    numbers = np.frombuffer(bytes(contents), dtype=dtype.to_numpy())
-    return numbers.reshape(shape, order="F" if fortran else "C").copy()
+        return _contents(contents[0] if len(contents) == 1 else contents)
+    if not isinstance(contents, bytes):
+        raise NotNumbersError("an array without contents")
+    numbers = np.frombuffer(contents, dtype=dtype.to_numpy())  # in place: many arrays can be of the same bytes
+    return numbers.reshape(_shape(shape), order="F" if fortran else "C")
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    """The shape of an array. Raises NotNumbersError for what is none."""
+    sides = shape if isinstance(shape, list | tuple) and len(shape) <= 32 else (None,)
+    if not all(isinstance(side, int) and 0 <= side < 2**48 for side in sides):
+        raise NotNumbersError("an array of no shape")
+    return tuple(sides)  # type: ignore[reportReturnType], which are integers now
+
+
+def _key(key: Any) -> Any:
+    return key if isinstance(key, str | int) else repr(key)
 
 
 def _first_line(error: Exception) -> str:

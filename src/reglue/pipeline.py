@@ -152,7 +152,7 @@ class ImageModel:
         """What this model lacks for classifier-free guidance; nothing if it can be guided so."""
         if not any(self.record.denoiser.conditions.values()):
             return "classes"
-        if not self.record.recipe.optimisation.label_dropout and self.record.start is None:
+        if not self.record.has_null_class:
             return f"branch without labels (trained with {option('optimisation.label_dropout')} 0)"
         return ""
 
@@ -324,6 +324,11 @@ class ImageModel:
         if count is not None and count < 0:
             raise UserError(f"count {count}: choose 0 or more")
         if classes is None:
+            if not self.record.has_null_class:
+                raise UserError(
+                    f"this model has no {self._lacks_unconditional()} to draw from: name a class, 0 to "
+                    f"{self.null_label - 1}"
+                )
             return [self.null_label] * (1 if count is None else count)
         if isinstance(classes, int | str | np.integer):
             return [self.label(classes)] * (1 if count is None else count)

@@ -133,6 +133,12 @@ class RunRecord:
         with replacing(folder / FILE) as beside:
             beside.write_text(to_json(self))
 
+    @property
+    def has_null_class(self) -> bool:
+        """Whether the model can stand for no class: it has no classes at all, or was trained without them too."""
+        trained = bool(self.recipe.optimisation.label_dropout) or self.start is not None
+        return trained or not self.denoiser.classes
+
     def initial_share(self, step: int) -> float:
         """How much of the averaged weights of a step, from 0 to 1, is those that the run began with; 0 if imported."""
         return 0.0 if self.origin else self.recipe.optimisation.initial_share(step)

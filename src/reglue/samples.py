@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import ZipFile
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from reglue import contact_sheet, fine_tuning
+from reglue.arrays import ArrayFile
 from reglue.data.picture_writer import THREADS, PictureWriter
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import Denoiser
@@ -130,12 +131,10 @@ def write_archive(out: Path, pictures: Sequence[Path], labels: list[int], protoc
 def archived_protocol(archive: Path) -> dict[str, Any] | None:
     """The protocol in an .npz file, if it has one. Raises UserError for a damaged file."""
     try:
-        if not is_zipfile(archive):
-            raise ValueError("it is not an archive")
-        with np.load(archive, allow_pickle=False) as arrays:
-            text = str(arrays["protocol"]) if "protocol" in arrays.files else None
-    except (ValueError, OSError, BadZipFile) as error:
-        raise UserError(f"{archive}: the protocol cannot be read ({error}); fix or remove the file") from error
+        arrays = ArrayFile(archive)
+        text = str(arrays.read("protocol")) if "protocol" in arrays.names else None
+    except UserError as error:
+        raise UserError(f"the protocol cannot be read: {error}") from error
     return None if text is None else protocol_in(text, archive)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from tyro.conf import Positional
 
-from reglue.diffusion.specs import OWN_PARTS, Guidance, StatePrecision, registered
+from reglue.diffusion.specs import OWN_PARTS, Diffusion, Guidance, StatePrecision, registered
 from reglue.errors import UnknownPart, UserError, option, require
 from reglue.files import TakesPaths
 from reglue.names import Weights
@@ -34,6 +34,9 @@ class Sampling:
     time_shift: float = 1.0
     """Times of the grid are t = s·u / (1 + (s − 1)·u) for equally spaced u: above 1, more of them are near noise, below
     1, near data; 1 is published. dopri5 has no grid."""
+    diffusion: Diffusion = "time"
+    """How much noise euler-maruyama adds, w_t: 2t for time, as REPA, REG and REGLUE do; 2σ_t for sigma, as SiT and ReDi
+    do. On the linear path both are the same."""
     guidance_scale: float = 1.0
     """Classifier-free guidance scale; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -110,6 +113,7 @@ class Sampling:
 
 
 CHOICES = {
+    "diffusion": get_args(Diffusion),
     "rounding": get_args(Rounding),
     "state_precision": get_args(StatePrecision),
     "precision": get_args(Precision),

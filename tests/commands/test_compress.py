@@ -26,6 +26,7 @@ from reglue.data.store import Store
 from reglue.data.targets import DecodedTargets
 from reglue.encoders.compressors import ConvCompressor, LearnedCompressor, PcaCompressor, as_map, load_compressor
 from reglue.errors import UserError
+from reglue.perception.labelled import compressor_figures
 
 
 @pytest.fixture
@@ -143,6 +144,91 @@ def test_interrupted_training_continues_to_the_same_bits(folder: Path, tmp_path:
     assert not (folder / "compressors" / "conv-3" / "checkpoints").exists()
 
 
+def overfitting(monkeypatch: pytest.MonkeyPatch, errors: list[float], dies_in: int | None = None) -> None:
+    """Have the error of held-out images be these, epoch by epoch; the process is killed in one of them."""
+    measure = reglue.commands.compress.measure
+    epochs = iter(range(1, 100))
+
+    def measured(*arguments):
+        epoch = next(epochs)
+        if epoch == dies_in:
+            raise KeyboardInterrupt
+        return measure(*arguments)._replace(mse=errors[epoch - 1])
+
+    monkeypatch.setattr(reglue.commands.compress, "measure", measured)
+    monkeypatch.setattr(reglue.commands.compress, "LEAST_PATIENCE", 1)
+
+
+ERRORS = [9.0, 5.0, 6.0, 5.0, 7.0, 5.5, 5.6, 5.7]
+"""The best epoch is the second one."""
+FITTED = {"channels": 3, "hidden": 8, "batch_size": 8, "device": "cpu"}
+
+
+def test_it_stops_where_it_over_fits_and_keeps_the_best_epoch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    two = compress(Compress(Path(shutil.copytree(folder, tmp_path / "two")), epochs=2, **FITTED))
+    overfitting(monkeypatch, ERRORS)
+    store = compress(Compress(folder, epochs=8, patience=3, **FITTED))
+    assert [line["epoch"] for line in metrics(folder, "conv-3")] == [1, 2, 3, 4, 5]
+    says = "conv-3: stopped after epoch 5 of 8: the error of held-out images was least after epoch 2"
+    assert says in capsys.readouterr().out
+    made = store.manifest.compressors["conv-3"]
+    assert made == two.manifest.compressors["conv-3"]
+    assert made.epoch == load_compressor(folder / "compressors" / "conv-3").epoch == 2
+    assert compressor_figures(store, "local.conv-3")["epoch"] == 2
+    assert not (folder / "compressors" / "conv-3" / "checkpoints").exists()
+    assert compress(Compress(folder, epochs=8, patience=3, **FITTED)).manifest == store.manifest
+
+
+@pytest.mark.parametrize("dies_in", [2, 3, 5, "after the last"])
+def test_what_was_killed_stops_at_the_same_epoch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_in: int | str
+):
+    with monkeypatch.context() as patch:
+        overfitting(patch, ERRORS)
+        whole = compress(
+            Compress(Path(shutil.copytree(folder, tmp_path / "whole")), epochs=8, patience=3, **FITTED)
+        ).manifest
+    with monkeypatch.context() as patch:
+        if isinstance(dies_in, int):
+            overfitting(patch, ERRORS, dies_in)
+            done = dies_in - 1
+        else:
+            overfitting(patch, ERRORS)
+            patch.setattr(reglue.commands.compress, "add_codes", lambda *_: next(iter(())))
+            done = 5
+        with pytest.raises((KeyboardInterrupt, StopIteration)):
+            compress(Compress(folder, epochs=8, patience=3, **FITTED))
+    overfitting(monkeypatch, ERRORS[done:])
+    store = compress(Compress(folder, epochs=8, patience=3, **FITTED))
+    assert store.manifest.compressors == whole.compressors
+    assert metrics(folder, "conv-3") == metrics(tmp_path / "whole", "conv-3")
+
+
+def test_without_patience_the_last_epoch_is_kept_and_over_fitting_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    overfitting(monkeypatch, ERRORS)
+    store = compress(Compress(folder, epochs=8, patience=0, **FITTED))
+    assert len(metrics(folder, "conv-3")) == 8
+    assert store.manifest.compressors["conv-3"].epoch == 8
+    says = "conv-3: 8 epochs, error of held-out images 5.7 (it was 5 after epoch 2: it over-fits)"
+    assert says in capsys.readouterr().out
+
+
+def test_an_error_that_is_no_number_ends_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    overfitting(monkeypatch, [9.0, float("nan")])
+    with pytest.raises(UserError, match="not finite after epoch 2; choose a lower --learning-rate"):
+        compress(Compress(folder, epochs=3, **FITTED))
+
+
+def test_few_steps_are_no_reason_to_stop(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    overfitting(monkeypatch, ERRORS)
+    monkeypatch.setattr(reglue.commands.compress, "LEAST_PATIENCE", 100)
+    assert compress(Compress(folder, epochs=8, patience=1, **FITTED)).manifest.compressors["conv-3"].epoch == 8
+
+
 def test_lost_codes_are_made_again_from_the_saved_compressor(folder: Path):
     before = Store.open(folder).manifest
     shard = folder / "local.conv-4-00001.safetensors"
@@ -193,6 +279,10 @@ def test_micro_batches_are_parts_of_a_batch(folder: Path):
         ({"validation": 1.0}, "validation 1.0"),
         ({"epochs": 0}, "epochs 0"),
         ({"seed": -1}, "seed -1"),
+        ({"patience": -1}, "patience -1"),
+        ({"learning_rate": float("inf")}, "learning_rate inf"),
+        ({"final_learning_rate": float("nan")}, "final_learning_rate nan"),
+        ({"validation": float("nan")}, "validation nan"),
         ({"name": "../escape"}, "--name"),
         ({"kind": "pca", "channels": 1000}, "channels 1000"),
         ({"store": Path("nowhere")}, "nowhere is not a store"),

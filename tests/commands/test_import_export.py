@@ -16,23 +16,28 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from golden_files import METHODS, Golden, assert_close
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers import TINY_RECIPE, mistake
 from reglue import pipeline as generation
 from reglue.cli import parse
-from reglue.commands.export_run import ExportRun, export_run
+from reglue.commands.export_run import ExportRun, export_run, refuse_own_parts
 from reglue.commands.import_run import ImportRun, import_run
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train import train
+from reglue.config import ClassToken
 from reglue.diffusion.embeddings import position_embedding
 from reglue.diffusion.modalities import LATENT
 from reglue.encoders.compressors import load_compressor
 from reglue.errors import UserError
+from reglue.files import SEAL
+from reglue.papers import RECIPES
 from reglue.pipeline import load
+from reglue.published.containers import read_official
 from reglue.published.sharing import model_card
-from reglue.published.weights import import_official, read_official
+from reglue.published.weights import import_official
 from reglue.run import RunRecord, decoder
 from reglue.training.checkpoints import read_weights
 
@@ -435,10 +440,82 @@ def test_our_own_runs_are_exported(method: str, tiny_store: Path, tiny_autoencod
         assert again.family == method
         for key, value in read_weights(run / "checkpoints" / "00000002" / ours).items():
             torch.testing.assert_close(again.weights[key], value, rtol=1e-5, atol=1e-6)
-    back = import_run(ImportRun(out, tmp_path / "back", autoencoder=tiny_autoencoder, heads=2))
+    other = export_run(ExportRun(run, tmp_path / "out.safetensors"))
+    back = [
+        import_run(ImportRun(out, tmp_path / "back", autoencoder=tiny_autoencoder, heads=2)),
+        # What import asks for is in the file.
+        import_run(ImportRun(out, tmp_path / "pt")),
+        import_run(ImportRun(other, tmp_path / "safetensors")),
+    ]
     settings = {"sampler": "euler", "steps": 3, "output": "tensor"}
-    images = [load(folder, device="cpu").generate([0, 1], **settings) for folder in (run, back)]  # type: ignore[arg-type]
-    assert (images[0].int() - images[1].int()).abs().max() <= 1
+    images = [load(folder, device="cpu").generate([0, "square"], **settings) for folder in (run, *back)]  # type: ignore[arg-type]
+    assert all((images[0].int() - each.int()).abs().max() <= 1 for each in images[1:])
+    record = RunRecord.read(run)
+    for folder in back[1:]:
+        read = RunRecord.read(folder)
+        if not read.denoiser.alignment_width:  # Of a projector that is not there nothing is known.
+            read = replace(read, denoiser=replace(read.denoiser, alignment_hidden=record.denoiser.alignment_hidden))
+        for part in ("recipe", "denoiser", "class_names", "resolution", "autoencoder", "decoder"):
+            assert getattr(read, part) == getattr(record, part), part
+        assert (read.store, read.store_hash, read.seed, read.origin is None) == (None, None, None, False)
+    assert record.store not in other.read_bytes().decode("latin1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record.update(denoiser=record["denoiser"] | {"depth": 7}), "says depth 7, its weights 2"),
+        (lambda record: record["denoiser"]["conditions"].update({"class": 5}), "says classes 5, its weights 3"),
+        (lambda record: record.update(format="2"), "record of the run is damaged"),
+        (lambda record: record.pop("recipe"), "record of the run is damaged"),
+    ],
+)
+def test_a_record_of_something_else_is_refused(change: Any, message: str, tiny_run: Path, tmp_path: Path) -> None:
+    out = export_run(ExportRun(tiny_run, tmp_path / "out.safetensors"))
+    with safe_open(out, "pt") as opened:
+        metadata = {name: text for name, text in opened.metadata().items() if name != SEAL}
+    record = json.loads(metadata["reglue"])
+    change(record)
+    save_file(load_file(out), out, {**metadata, "reglue": json.dumps(record)})
+    with pytest.raises(UserError, match=rf"^{out}: .*{message}"):
+        import_run(ImportRun(out, tmp_path / "run"))
+
+
+def test_a_model_without_a_null_label_draws_classes_alone(
+    autoencoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = dict(Golden("sit").published)
+    weights["y_embedder.embedding_table.weight"] = weights["y_embedder.embedding_table.weight"][:10].clone()
+    torch.save({"ema": weights, "args": argparse.Namespace(num_classes=10, model="SiT-B/2")}, tmp_path / "in.pt")
+    run = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", autoencoder=autoencoder, heads=HEADS))
+    for options in (["--guidance-scale=2"], ["--guided-channels=2", "--guidance-scale=1.1"]):
+        line = mistake(capsys, monkeypatch, "sample", run, "--out", tmp_path / "out", "--device=cpu", *options)
+        assert "this model has no branch without labels" in line
+    model = load(run, device="cpu")
+    assert model.default_sampling.guidance_scale == 1
+    assert len(model.generate([0, 9], steps=2)) == 2
+    with pytest.raises(UserError, match=r"no branch without labels .*name a class, 0 to 9"):
+        model.generate(count=2, steps=2)
+    with pytest.raises(UserError, match="class 10: choose 0 to 9"):
+        model.generate(10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_imports_add_noise_as_their_code_does(path: str, method: str, autoencoder: str, tmp_path: Path) -> None:
+    """SiT and ReDi 2σ_t, the others 2t."""
+    arguments = argparse.Namespace(path_type=path, model="SiT-B/2")
+    torch.save({"ema": Golden(method).published, "args": arguments}, tmp_path / "in.pt")
+    run = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", autoencoder=autoencoder, heads=HEADS))
+    model = load(run, device="cpu")
+    sampling = model.default_sampling.changed(sampler="euler-maruyama", steps=3, guidance_scale=1.0)
+    sampled = {
+        diffusion: model.draw([0], model.condition([1]), 0, sampling.changed(diffusion=diffusion))[LATENT]
+        for diffusion in ("time", "sigma")
+    }
+    assert torch.equal(sampled["time"], sampled["sigma"]) == (path == "linear")
+    own = "sigma" if method in ("sit", "redi") else "time"
+    assert torch.equal(model.draw([0], model.condition([1]), 0, sampling)[LATENT], sampled[own])
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])
@@ -461,6 +538,8 @@ def test_what_weights_do_not_tell_is_exported_too(
         ("sit", ["--local.weight=1"], "learn-sigma (SiT) and a local map"),
         ("sit", ["--class-token.weight=0.1"], "learn-sigma (SiT) and a class token"),
         ("sit", ["--alignment.weight=0.5"], "learn-sigma (SiT) and alignment"),
+        ("reglue", ["--alignment.weight=0"], "a class token and without alignment (--alignment.weight 0)"),
+        ("reg", ["--alignment.weight=0"], "a class token and without alignment (--alignment.weight 0)"),
         ("repa", ["--latent.unit-variance"], "--latent.unit-variance"),
         ("reglue", ["--class-token.unit-variance"], "--class-token.unit-variance"),
     ],
@@ -472,6 +551,23 @@ def test_combinations_that_nobody_published_are_refused_by_name(
     common = ["--store", str(tiny_store), "--out", str(tmp_path / "run"), *TINY_RECIPE, "--optimisation.steps=1"]
     train(parse(["train", recipe, *common, *options]))
     assert message in mistake(capsys, monkeypatch, "export", tmp_path / "run", "--out", tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_codes_of_the_class_token_are_not_exported() -> None:
+    """Whatever their width: the published code learns the token itself."""
+    recipe = replace(RECIPES["reglue"], class_token=ClassToken(0.03, compressor="pca-16"))
+    with pytest.raises(UserError, match=r"has no class_token\.compressor"):
+        refuse_own_parts(recipe)
+
+
+def test_a_run_of_wide_images_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("sit", tmp_path / "in.pt", with_grid(2, 8))
+    run = import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", heads=HEADS))
+    line = mistake(capsys, monkeypatch, "export", run, "--out", tmp_path / "out.pt")
+    assert "build square models alone: a file of 2×8 patches would fit none of them" in line
     assert not (tmp_path / "out.pt").exists()
 
 

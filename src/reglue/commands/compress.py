@@ -45,6 +45,10 @@ from reglue.training.tracking import JsonLines
 _order = lru_cache(maxsize=2)(permutation)  # A thread that reads ahead is in two epochs at most.
 SHOWN = 8
 """Images in the picture of the codes."""
+LEAST_PATIENCE = 100
+"""Steps: after fewer, averages of batch normalisation still follow the weights, and small stores have short epochs."""
+OVERFITTED = 1.05
+"""Error of held-out images after the last epoch, as a multiple of the least, from which it is worth a word."""
 
 
 @writes("store")
@@ -190,6 +194,8 @@ class Rows(NamedTuple):
 class CompressorTask(Task[Rows]):
     """REGLUE's training: MSE on standardised features, Adam, and a cosine longer than what is used of it.
 
+    Unlike REGLUE's it ends early where it over-fits (`--patience`).
+
     The loss of a variational compressor is MSE + kl_weight·KL (arXiv 2512.16636 does not say how its KL is reduced;
     this is latent diffusion's convention, arXiv 2112.10752). An epoch drops its incomplete last batch: the next one has
     other images there.
@@ -208,7 +214,12 @@ class CompressorTask(Task[Rows]):
         self.steps_per_epoch = len(training) // self.batch_size
         optimisation = OptimiserConfig(steps=options.epochs * self.steps_per_epoch, batch_size=self.batch_size)
         optimiser = torch.optim.Adam(compressor.parameters(), lr=options.learning_rate)
-        super().__init__(optimisation, compressor.mean.device, options.micro_batch, compressor, optimiser)
+        self.patience = max(options.patience, -(-LEAST_PATIENCE // self.steps_per_epoch)) if options.patience else None
+        self.errors = torch.zeros(options.epochs, dtype=torch.float64)
+        """Of held-out images after each epoch, as far as it has come."""
+        self.best = {name: value.clone() for name, value in compressor.state_dict().items()}
+        kept = {**self.best, "errors": self.errors}  # In checkpoints, in the place of averages.
+        super().__init__(optimisation, compressor.mean.device, options.micro_batch, compressor, optimiser, ema=kept)
 
     def read(self, positions: range) -> Rows:
         """See `Task`."""
@@ -251,7 +262,42 @@ class CompressorTask(Task[Rows]):
         self.compressor.train()
         trained = {name: values[name] for name in ("train_mse", "train_kl") if name in values}
         figures = {"validation_mse": validation.mse, "explained_variance": validation.explained}
-        return {"epoch": step // self.steps_per_epoch, **trained, **figures}
+        epoch = step // self.steps_per_epoch
+        self.errors[epoch - 1] = validation.mse
+        if self.best_epoch(epoch) == epoch:
+            for name, value in self.compressor.state_dict().items():
+                self.best[name].copy_(value)
+        return {"epoch": epoch, **trained, **figures}
+
+    def check(self, step: int, saved: int | None) -> None:
+        """See `Task`."""
+        epoch = step // self.steps_per_epoch
+        if not self.errors[epoch - 1].isfinite():
+            raise UserError(f"the error of held-out images is not finite after epoch {epoch}; {self.remedy}")
+
+    def ended(self, step: int) -> bool:
+        """See `Task`: after epochs none of which was better than one before."""
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        return epoch > 0 and not rest and self.patience is not None and epoch - self.best_epoch(epoch) >= self.patience
+
+    def best_epoch(self, epoch: int) -> int:
+        """The first of those with the least error so far."""
+        return 1 + int(self.errors[:epoch].argmin())
+
+    def keep(self, epoch: int) -> str:
+        """Put the weights that are kept after the last epoch into the compressor. Returns a line about them."""
+        best = self.best_epoch(epoch)
+        least, last = self.errors[[best - 1, epoch - 1]].tolist()
+        if self.ended(epoch * self.steps_per_epoch):
+            self.compressor.load_state_dict(self.best)
+            self.compressor.epoch = best
+            return (
+                f"stopped after epoch {epoch} of {self.options.epochs}: the error of held-out images was least after "
+                f"epoch {best}, whose weights are kept ({least:.4g}, not {last:.4g})"
+            )
+        self.compressor.epoch = epoch
+        too_many = f" (it was {least:.4g} after epoch {best}: it over-fits)" if last > OVERFITTED * least else ""
+        return f"{epoch} epochs, error of held-out images {last:.4g}{too_many}"
 
 
 def _train(
@@ -265,6 +311,7 @@ def _train(
     task = CompressorTask(compressor, source, training, held_out, options)
     epoch = task.steps_per_epoch
     fit(task, folder, log_every=epoch, checkpoint_every=epoch, keep=1, workers=1)
+    print(f"{options.compressor_name}: {task.keep(checkpoints.steps(folder)[-1] // epoch)}")
     return compressor.eval()
 
 

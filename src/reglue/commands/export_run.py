@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reglue.config import Recipe
 from reglue.errors import UserError, option
-from reglue.files import replacing
+from reglue.files import replacing, save_tensors, to_json
 from reglue.locks import writes
 from reglue.options.export_run import ExportRun
-from reglue.published.weights import ENCODER_DEPTH, PATH_TYPE, PREDICTION, STEP, VELOCITY, export_official, family_of
+from reglue.published.containers import RECORD, STEP
+from reglue.published.families import (
+    ENCODER_DEPTH,
+    FAMILY,
+    NUM_CLASSES,
+    PATH_TYPE,
+    PREDICTION,
+    VELOCITY,
+    Family,
+    family_of,
+    refuse_unpublished,
+)
+from reglue.published.sharing import without_places
+from reglue.published.weights import export_official
 from reglue.run import RunRecord, find_run
 from reglue.training import checkpoints
 
@@ -24,26 +37,28 @@ ENDINGS = (".safetensors", ".pt", ".pth")
 def export_run(options: ExportRun) -> Path:
     """Export the run. Returns the file, which is written whole or not at all.
 
-    Raises UserError for a run with a combination of parts that no published code has, and for another kind of file.
+    Raises UserError for a run that the published class cannot be built for, and for another kind of file.
     """
     if options.out.suffix not in ENDINGS:
         raise UserError(f"--out {options.out}: choose a file that ends in {', '.join(ENDINGS)}")
     folder = find_run(options.run)
     record = RunRecord.read(folder)
     checkpoint = checkpoints.find(folder, options.step)
-    refuse_own_scales(record.recipe)
+    refuse_own_parts(record.recipe)
     family = family_of(record.denoiser)
+    refuse_unpublished(record.denoiser)
 
     def published(file: Path) -> dict[str, Tensor]:
-        weights = export_official(family, record.denoiser, checkpoints.read_weights(file))
-        return {key: value.contiguous() for key, value in weights.items()}
+        weights = checkpoints.read_weights(file)
+        official = export_official(family, record.denoiser, weights, has_null=record.has_null_class)
+        return {key: value.contiguous() for key, value in official.items()}
 
     asked = published(checkpoints.weights_file(checkpoint, options.weights, option("weights")))
-    step, arguments = int(checkpoint.name), arguments_of(record)
+    step, arguments = int(checkpoint.name), arguments_of(record, family)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.out) as beside:
         if options.out.suffix == ".safetensors":
-            save_file(asked, beside, {STEP: str(step)} | {name: str(value) for name, value in arguments.items()})
+            save_tensors(beside, asked, {STEP: str(step)} | {name: str(value) for name, value in arguments.items()})
         else:
             # An imported or shared run has the averaged weights alone.
             trained = checkpoint / checkpoints.MODEL
@@ -53,19 +68,35 @@ def export_run(options: ExportRun) -> Path:
     return options.out
 
 
-def arguments_of(record: RunRecord) -> dict[str, str | int]:
-    """What the shapes of the weights leave open, under the names of the published options, for `reglue import`."""
-    arguments: dict[str, str | int] = {PREDICTION: VELOCITY[0], PATH_TYPE: record.recipe.path}
+def arguments_of(record: RunRecord, family: Family) -> dict[str, str | int]:
+    """What the weights leave open: under the names of the published options, and the whole record for `reglue import`.
+
+    What was trained on and from stays here, but for names.
+    """
+    shared = replace(without_places(record), autoencoder=record.autoencoder, store=None)
+    arguments: dict[str, str | int] = {
+        FAMILY: family,
+        PREDICTION: VELOCITY[0],
+        PATH_TYPE: record.recipe.path,
+        NUM_CLASSES: record.denoiser.classes,
+        RECORD: to_json(shared),
+    }
     if record.denoiser.alignment_depth:
         arguments[ENCODER_DEPTH] = record.denoiser.alignment_depth
     return arguments
 
 
-def refuse_own_scales(recipe: Recipe) -> None:
-    """Raise UserError for a recipe that scales a modality by the store's statistics, which the files cannot hold."""
+def refuse_own_parts(recipe: Recipe) -> None:
+    """Raise UserError for what the published files cannot hold: a modality that is scaled by the store's statistics,
+    and codes of the class token."""
     for part in recipe.learned_parts:
         if part.unit_variance:
             raise UserError(
                 f"the published code has no {option(part.prefix + 'unit_variance')}: the file would lose its "
                 "statistics, so this run cannot be exported"
             )
+    if recipe.class_token.present and recipe.class_token.compressor is not None:
+        raise UserError(
+            f"the published code has no {option('class_token.compressor')}: it learns the class token itself, so this "
+            "run cannot be exported"
+        )

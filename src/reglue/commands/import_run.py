@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from reglue.config import MODEL_SIZES, ClassToken, LocalSemantics, Recipe, model_size
 from reglue.data.labels import read_class_names
 from reglue.diffusion.denoiser import DenoiserConfig
@@ -14,28 +17,33 @@ from reglue.diffusion.paths import PathName
 from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.encoders.compressors import Compressor
 from reglue.encoders.vision import EncoderSpec, load_encoder
-from reglue.errors import UserError
-from reglue.files import new_folder
+from reglue.errors import UserError, one_line
+from reglue.files import new_folder, parse_json
 from reglue.locks import writes
 from reglue.options.import_run import ImportRun
 from reglue.papers import RECIPES
 from reglue.published.compressors import read_official_compressor
-from reglue.published.weights import (
+from reglue.published.containers import RECORD, PublishedFile, read_official
+from reglue.published.families import (
     ENCODER_DEPTH,
+    LABEL_DROPOUTS,
     MAP_DROPOUT,
+    NUM_CLASSES,
     PATH_TYPE,
     PREDICTION,
-    PUBLISHED_AUTOENCODER,
-    PUBLISHED_DECODER,
     VELOCITY,
     Family,
-    OfficialModel,
-    PublishedFile,
     channels_of,
-    import_official,
-    read_official,
+    evidence_in,
 )
-from reglue.run import COMPRESSORS, RunRecord, versions
+from reglue.published.weights import (
+    LABELS,
+    PUBLISHED_AUTOENCODER,
+    PUBLISHED_DECODER,
+    OfficialModel,
+    import_official,
+)
+from reglue.run import COMPRESSORS, FILE, RunRecord, versions
 from reglue.training import checkpoints
 
 PATHS_BY_PUBLISHED_NAME: dict[str, PathName] = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
@@ -49,47 +57,94 @@ def import_run(options: ImportRun) -> Path:
     not fit the model, and an output folder that holds other files.
     """
     published = read_official(options.file)
-    autoencoder, decoder = chosen_autoencoder(options.autoencoder)
-    model = recognised(options, published, autoencoder)
-    if options.autoencoder is None:
+    stated = stated_record(options.file, published.arguments)
+    autoencoder, decoder = chosen_autoencoder(options.autoencoder, stated)
+    model = recognised(options, published, autoencoder, stated)
+    if options.autoencoder is None and stated is None:
         refuse_unpublished_channels(options.file, model)
+    if stated:
+        refuse_other_model(options.file, stated.denoiser, model.config)
     path = published_path(options.file, published.arguments)
-    recipe = recipe_of(model.family, model.config, path)
-    recipe = replace(recipe, local=replace(recipe.local, dropout=map_dropout(model.family, published.arguments)))
+    recipe = stated.recipe if stated else recipe_of(model, path)
+    if not stated:
+        recipe = replace(recipe, local=replace(recipe.local, dropout=map_dropout(model.family, published.arguments)))
     factor = autoencoder.downsampling
     resolution = (model.config.grid[0] * factor, model.config.grid[1] * factor)
     encoder = encoder_of(options.encoder, model, resolution)
     compressor = compressor_of(options, model, encoder)
+    as_stated = stated.denoiser.modalities if stated and options.autoencoder is None else None
+    modalities = as_stated or with_scales(model, recipe, autoencoder)
     record = RunRecord(
         recipe=recipe,
-        denoiser=replace(model.config, path=path, modalities=with_scales(model, recipe, autoencoder)),
-        class_names=class_names(options.class_names, model.config.classes),
+        denoiser=replace(model.config, path=path, modalities=modalities),
+        class_names=class_names(options.class_names, model.config.classes, stated),
         resolution=resolution,
         autoencoder=autoencoder,
         decoder=decoder,
-        encoder=encoder,
+        encoder=encoder or (stated.encoder if stated else None),
         compressors={LocalSemantics.modality: compressor.spec()} if compressor else {},
-        autoencoder_assumed=options.autoencoder is None,
+        autoencoder_assumed=stated.autoencoder_assumed if stated else options.autoencoder is None,
         origin=options.file.name,
+        start=stated.start if stated else None,
         versions=versions(),
     )
+    if is_imported(options.out, record, published.step, model.weights):
+        print(f"{options.out} is complete already")
+        return options.out
     with new_folder(options.out) as folder:
         record.write(folder)
         checkpoints.save_weights(folder, published.step, model.weights)
         if compressor:
             compressor.save(folder / COMPRESSORS / LocalSemantics.modality)
     learned = ", learned positions" if model.config.learned_positions else ""
+    classes = f"{model.config.classes} classes{'' if model.has_null else ' without a null class, so no guidance'}"
     print(
         f"{options.file}: {model.family} {recipe.model} of step {published.step}, "
-        f"{resolution[0]}×{resolution[1]} pixels, {model.config.classes} classes{learned}; "
+        f"{resolution[0]}×{resolution[1]} pixels, {classes}{learned}; "
         f"sample it with `reglue sample {options.out} --out SAMPLES`"
     )
+    for note in (*published.notes, *model.notes):
+        print(note)
     if record.autoencoder_assumed:
         print(
             f"The file does not record its autoencoder: assuming {autoencoder.name}, decoded by {decoder}, as "
             "published. If it was another (ReaLS's, for example), import the file with --autoencoder."
         )
     return options.out
+
+
+def is_imported(out: Path, record: RunRecord, step: int, weights: dict[str, Tensor]) -> bool:
+    """Whether a folder holds just this run already. Raises UserError for a damaged one."""
+    if not ((out / FILE).is_file() and RunRecord.read(out) == record and checkpoints.steps(out) == [step]):
+        return False
+    there = checkpoints.read_weights(checkpoints.find(out) / checkpoints.EMA)
+    return there.keys() == weights.keys() and all(torch.equal(there[name], one) for name, one in weights.items())
+
+
+def stated_record(file: Path, arguments: dict[str, Any]) -> RunRecord | None:
+    """The record of the run that `reglue export` wrote the file from; None for a file of others.
+
+    Raises UserError if it is damaged.
+    """
+    text = arguments.get(RECORD)
+    if not isinstance(text, str):
+        return None
+    try:
+        return parse_json(text, RunRecord)
+    except ValueError as error:
+        raise UserError(f"{file}: its record of the run is damaged ({one_line(error)}); export the run again") from None
+
+
+def refuse_other_model(file: Path, stated: DenoiserConfig, found: DenoiserConfig) -> None:
+    """Raise UserError if the weights in a file are not of the model that its record describes."""
+    for part in ("depth", "width", "heads", "patch", "grid", "learn_sigma", "classes"):
+        said, is_so = getattr(stated, part), getattr(found, part)
+        if said != is_so:
+            raise UserError(
+                f"{file}: its record of the run says {part} {said}, its weights {is_so}; export the run again"
+            )
+    if stated.shapes() != found.shapes():
+        raise UserError(f"{file}: its record of the run has other modalities than its weights; export the run again")
 
 
 def with_scales(model: OfficialModel, recipe: Recipe, autoencoder: AutoencoderSpec) -> tuple[Modality, ...]:
@@ -102,33 +157,50 @@ def with_scales(model: OfficialModel, recipe: Recipe, autoencoder: AutoencoderSp
     )
 
 
-def chosen_autoencoder(name: str | None) -> tuple[AutoencoderSpec, str | None]:
+def chosen_autoencoder(name: str | None, stated: RunRecord | None) -> tuple[AutoencoderSpec, str | None]:
     """The autoencoder whose latents the model learned, and the name of the one that decodes them if that is another.
 
-    The published ones need not be downloaded; any other is loaded. Raises UserError for an unknown name.
+    The published ones need not be downloaded, nor those that the file states; any other is loaded. Raises UserError for
+    an unknown name.
     """
     if name is None:
-        return PUBLISHED_AUTOENCODER, PUBLISHED_DECODER
+        return (stated.autoencoder, stated.decoder) if stated else (PUBLISHED_AUTOENCODER, PUBLISHED_DECODER)
     if name in (PUBLISHED_AUTOENCODER.name, PUBLISHED_DECODER):
         return replace(PUBLISHED_AUTOENCODER, name=name), None
     return load_autoencoder(name).spec, None
 
 
-def recognised(options: ImportRun, published: PublishedFile, autoencoder: AutoencoderSpec) -> OfficialModel:
+def recognised(
+    options: ImportRun, published: PublishedFile, autoencoder: AutoencoderSpec, stated: RunRecord | None
+) -> OfficialModel:
     """The model in the file. Raises UserError, naming the file, if there is none."""
-    size = options.resolution
+    size, heads = options.resolution, options.heads
     grid = None if size is None else autoencoder.latent_size((size, size) if isinstance(size, int) else size)
+    if stated:
+        grid, heads = grid or stated.denoiser.grid, heads or stated.denoiser.heads
     depth = published.arguments.get(ENCODER_DEPTH)
     try:
         return import_official(
             published.weights,
             latent_channels=autoencoder.latent_channels,
-            heads=options.heads,
+            heads=heads,
             alignment_depth=depth if isinstance(depth, int) and depth > 0 else None,
             grid=grid,
+            classes=stated_classes(options, published),
+            evidence=evidence_in(options.file, published.arguments, options.family),
         )
     except UserError as error:
         raise UserError(f"{options.file}: {error}") from None
+
+
+def stated_classes(options: ImportRun, published: PublishedFile) -> int | None:
+    """How many classes the model knows, besides none, as far as the file's options or the names of the classes tell."""
+    arguments = published.arguments
+    if isinstance(count := arguments.get(NUM_CLASSES), int):
+        return count
+    if any(name in arguments and not arguments[name] for name in LABEL_DROPOUTS) and LABELS in published.weights:
+        return len(published.weights[LABELS])
+    return len(read_class_names(options.class_names)) if options.class_names else None
 
 
 def refuse_unpublished_channels(file: Path, model: OfficialModel) -> None:
@@ -170,18 +242,18 @@ def map_dropout(family: Family, arguments: dict[str, Any]) -> float:
     return float(share) if isinstance(share, int | float) and 0 <= share < 1 else 0.0
 
 
-def recipe_of(family: Family, config: DenoiserConfig, path: PathName) -> Recipe:
+def recipe_of(model: OfficialModel, path: PathName) -> Recipe:
     """The paper's recipe, with the sizes and parts of the model."""
-    paper = RECIPES[family]
+    paper, config = RECIPES[model.family], model.config
     sizes = (config.depth, config.width, config.heads, config.patch)
     known = (name for name, size in MODEL_SIZES.items() if (size.depth, size.width, size.heads, size.patch) == sizes)
-    model = next(known, "{}x{}x{}/{}".format(*sizes))
+    size = next(known, "{}x{}x{}/{}".format(*sizes))
     local, alignment = paper.local, replace(paper.alignment, weight=0.0)
     if local.present:
         kind, _, _ = local.compressor.partition("-")
         local = replace(local, compressor=f"{kind}-{channels_of(config, LocalSemantics.modality)}")
     if config.alignment_width:
-        usual = config.alignment_depth == model_size(model).alignment_depth
+        usual = config.alignment_depth == model_size(size).alignment_depth
         alignment = replace(
             alignment,
             weight=paper.alignment.weight or RECIPES["repa"].alignment.weight,
@@ -190,13 +262,16 @@ def recipe_of(family: Family, config: DenoiserConfig, path: PathName) -> Recipe:
         )
     return replace(
         paper,
-        model=model,
+        model=size,
         path=path,
         learn_sigma=config.learn_sigma,
         local=local,
         alignment=alignment,
-        # Whatever precision they were trained in, the published codes sample in float32.
-        optimisation=replace(paper.optimisation, precision="float32"),
+        optimisation=replace(
+            paper.optimisation,
+            precision="float32",  # Whatever they were trained in, the published codes sample in it.
+            label_dropout=paper.optimisation.label_dropout if model.has_null else 0.0,
+        ),
     )
 
 
@@ -236,10 +311,10 @@ def compressor_of(options: ImportRun, model: OfficialModel, encoder: EncoderSpec
     return compressor
 
 
-def class_names(file: Path | None, count: int) -> tuple[str, ...]:
+def class_names(file: Path | None, count: int, stated: RunRecord | None) -> tuple[str, ...]:
     """One name per class. Raises UserError if the file has more or fewer names."""
     if file is None:
-        return tuple(map(str, range(count)))
+        return stated.class_names if stated else tuple(map(str, range(count)))
     names = read_class_names(file)
     if len(names) != count:
         raise UserError(f"--class-names {file} has {len(names)} names, but the model has {count} classes")

@@ -21,7 +21,7 @@ from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, load_encoder
 from reglue.errors import UserError
-from reglue.files import new_folder, replacing, to_json
+from reglue.files import new_folder, plain, read_json, replacing, to_json
 from reglue.locks import writes
 from reglue.options.perceive import Perceive
 from reglue.perception.agreement import Agreement, ClassAgreement, DepthAgreement, Estimate, markdown_table
@@ -85,6 +85,12 @@ def perceive(options: Perceive) -> Perception:
     views = choose_views(options, heads, subject)
     subject = replace(subject, estimates={one: spec for one, spec in subject.estimates.items() if one in views})
     encoder = load_reference(options, heads, subject, device)
+    if (options.out / REPORT).is_file():
+        before = read_json(options.out / REPORT, Perception, "delete its folder and perceive again")
+        made_of = (plain(before.protocol), before.heads, before.encoder)
+        if made_of == (plain(protocol), {name: head.spec for name, head in heads.items()}, encoder.spec):
+            print(f"{options.out} is complete already\n\n{agreement_table(before)}")
+            return before
     if model:
         scenes = drawn_scenes(drawing, subject, encoder, options.count, options.batch_size)
     else:

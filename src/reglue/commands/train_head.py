@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from reglue.commands.probe import labelled_images, parts_of, training_of
 from reglue.data.store import Store
 from reglue.errors import UserError
-from reglue.files import new_folder, refuse_filled, replacing, to_json
+from reglue.files import new_folder, read_json, refuse_filled, replacing, to_json
 from reglue.locks import writes
 from reglue.options.train_head import TrainHead
 from reglue.perception.agreement import Estimate
 from reglue.perception.fitting import fit_head, head_spec, score_head
-from reglue.perception.heads import Head
+from reglue.perception.heads import Head, load_head
 from reglue.perception.labelled import LAST_LAYER, StoreInput, open_input, with_depths
 from reglue.run import versions
 from reglue.training import distributed
@@ -41,6 +41,12 @@ class HeadRecord:
 @writes()
 def train_head(options: TrainHead) -> Head:
     """Train and measure a head and write it. Raises UserError for anything that the user can fix."""
+    asked = {name: str(value) for name, value in vars(options).items()}
+    if (options.out / TRAINING).is_file() and read_json(
+        options.out / TRAINING, HeadRecord, "delete its folder"
+    ).options == asked:
+        print(f"{options.out} is complete already")
+        return load_head(options.out)
     refuse_filled(options.out)  # Before the training rather than after it.
     device = distributed.alone("head", options.device)
     store = Store.open(options.store)
@@ -56,7 +62,7 @@ def train_head(options: TrainHead) -> Head:
     )
     head, fitted = fit_head(spec, read, parts, training_of(options, options.hidden, device))
     record = HeadRecord(
-        options={name: str(value) for name, value in vars(options).items()},
+        options=asked,
         images_sha256=store.manifest.source.fingerprint,
         fitted=len(parts.fitting),
         selected=len(parts.selection),

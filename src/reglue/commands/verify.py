@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from zipfile import BadZipFile, ZipFile
 
 import torch
@@ -13,8 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from reglue.commands.train_head import TRAINING, HeadRecord
-from reglue.contact_sheet import read_hashes
-from reglue.data.manifest import MANIFEST, PARTIAL, Shard, file_sha256, is_intact, read_manifest
+from reglue.contact_sheet import TABLE, read_hashes, refuse_changed
+from reglue.data.manifest import MANIFEST, PARTIAL, Shard, is_intact, read_manifest
 from reglue.data.store import Store
 from reglue.encoders.alignment import FILE as ALIGNMENT
 from reglue.encoders.alignment import load_alignment
@@ -152,17 +153,16 @@ def tensors(file: Path) -> Check:
     return Check(file, read)
 
 
-def picture(file: Path, sha256: str | None = None) -> Check:
-    """A PNG file, whose parts have sums of their own, and perhaps a hash."""
+def picture(file: Path, hashes: Mapping[str, str] = MappingProxyType({})) -> Check:
+    """A PNG file, whose parts have sums of their own, and perhaps a hash by its name."""
 
     def read() -> None:
         try:
             with Image.open(file) as opened:
                 opened.verify()
-            if sha256 is not None and file_sha256(file) != sha256:
-                raise ValueError("its content is not what was written")
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{file} is missing or damaged ({one_line(error)}); {COPY}") from error
+        refuse_changed(file, hashes)
 
     return Check(file, read)
 
@@ -185,10 +185,20 @@ def head(folder: Path) -> Iterator[Check]:
 
 
 def samples(folder: Path) -> Iterator[Check]:
-    """The pictures of a folder that `reglue sample` writes, as its table has them."""
+    """The pictures of a folder that `reglue sample` writes, and the table that describes them."""
+    protocol = read_protocol(folder / PROTOCOL)
     yield Check(folder / PROTOCOL, lambda: read_protocol(folder / PROTOCOL))
-    for file, sha256 in read_hashes(folder).items():
-        yield picture(folder / file, sha256)
+    yield Check(folder / TABLE, lambda: whole_table(folder, len(protocol["labels"])))
+    hashes = read_hashes(folder)
+    yield from (picture(folder / file, hashes) for file in hashes)
+
+
+def whole_table(folder: Path, count: int) -> None:
+    """Raises UserError if the table of samples does not have as many pictures as were to be drawn."""
+    if len(read_hashes(folder)) < count:
+        raise UserError(
+            f"{folder / TABLE} does not have all {count} pictures; `reglue sample` with the same options adds them"
+        )
 
 
 def archive(file: Path) -> Iterator[Check]:

@@ -306,6 +306,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, beside)
         beside.replace(target)
+        beside.unlink(missing_ok=True)  # Renaming does nothing where both are names of one file.
     except OSError:
         with replacing(target) as beside:
             shutil.copyfile(source, beside)

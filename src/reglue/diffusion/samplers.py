@@ -18,12 +18,20 @@ from torch import Tensor
 from reglue.diffusion.controls import Control, Controlled
 from reglue.diffusion.guidance import Velocity
 from reglue.diffusion.modalities import LATENT, State, Times
+from reglue.diffusion.paths import Path
+from reglue.diffusion.specs import Diffusion
 from reglue.diffusion.specs import StatePrecision as StatePrecision
 from reglue.errors import UserError
 
 LAST_NOISY_TIME = 0.04
 """Where the stochastic samplers of SiT and REPA stop adding noise."""
 
+DIFFUSIONS: dict[Diffusion, Callable[[Path, Tensor], float]] = {
+    "time": lambda path, t: 2 * t.item(),
+    "sigma": lambda path, t: 2 * path.coefficients(t).sigma.item(),
+}
+"""w_t of the reverse-time SDE, of a path and a time () float64: that of the code of REPA, REG and REGLUE, and of SiT's
+and ReDi's, both twice what the papers print. They are equal on the linear path."""
 Memory = dict[str, Any]
 """What a step may keep for the next one; empty at the start."""
 
@@ -128,11 +136,11 @@ def euler_maruyama(
     memory: Memory,
     noise: Iterator[State],
     *,
-    diffusion: Callable[[float], float] = lambda t: 2 * t,
+    diffusion: Diffusion = "time",
 ) -> State:
     """Euler–Maruyama for the reverse-time SDE dx = (v − ½ w_t s) dt + √w_t dW (SiT, section 2.4).
 
-    `diffusion` is w_t; the published code has w_t = 2t, twice what the papers print. The last step takes the mean only.
+    `diffusion` names w_t, of `DIFFUSIONS`. The last step takes the mean only.
     """
     v = velocity(state, times)
     fresh = None if is_data(next_times) else next(noise)
@@ -143,10 +151,11 @@ def euler_maruyama(
             result[name] = x
             continue
         now = torch.tensor(t, dtype=torch.float64)  # on the CPU, whatever the device: nothing waits for a number
-        drift = v[name] - diffusion(t) / 2 * velocity.path.velocity_to_score(v[name], x, now)
+        w = DIFFUSIONS[diffusion](velocity.path, now)
+        drift = v[name] - w / 2 * velocity.path.velocity_to_score(v[name], x, now)
         result[name] = x + drift * dt
         if fresh is not None and next_times[name] > 0:
-            result[name] = result[name] + (diffusion(t) * -dt) ** 0.5 * fresh[name]
+            result[name] = result[name] + (w * -dt) ** 0.5 * fresh[name]
     return result
 
 
@@ -281,7 +290,9 @@ class Sampler:
 SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler(euler, state_precision="float64"),
     "heun": Sampler(heun, evaluations=lambda steps: 2 * steps - 1, state_precision="float64"),
-    "euler-maruyama": Sampler(euler_maruyama, stochastic_times, stochastic=True, state_precision="float64"),
+    "euler-maruyama": Sampler(
+        euler_maruyama, stochastic_times, stochastic=True, state_precision="float64", options=("diffusion",)
+    ),
     "adams-bashforth": Sampler(adams_bashforth, aligned_times),
     "dopri5": Sampler(
         dopri5,

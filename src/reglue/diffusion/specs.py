@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 PathName = Literal["linear", "cosine"]
 StatePrecision = Literal["float32", "float64"]
+Diffusion = Literal["time", "sigma"]
+"""How much noise the reverse-time SDE adds."""
 
 LATENT = "latent"
 """The name of the autoencoder's latents, which every model learns and images are decoded from."""

@@ -1,6 +1,7 @@
 """Autoencoders: images to raw latents and back, behind one interface.
 
-All kinds but one come from diffusers (`DIFFUSERS_KINDS`); the other is TAEF2, which diffusers does not have. Nothing
+All kinds but one come from diffusers (`DIFFUSERS_KINDS`); the other is TAEF2, which diffusers does not have. KL
+autoencoders are read from the files of latent diffusion and Stable Diffusion too, by diffusers' network. Nothing
 downstream assumes one latent space: channels, downsampling and normalisation are in the spec.
 
 A diffusers folder may carry its normalisation as `mean_std.json`, which goes before its configuration: `{"mean": …,
@@ -8,8 +9,9 @@ A diffusers folder may carry its normalisation as `mean_std.json`, which goes be
 the raw latents. Models live in (raw − mean)/std.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module, resources
 from pathlib import Path
@@ -19,10 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reglue.encoders.known import AUTOENCODERS_ON_HUB, GATED_AUTOENCODERS, STARTER
+from reglue.encoders.known import (
+    AUTOENCODERS_ON_HUB,
+    GATED_AUTOENCODERS,
+    LATENT_CHANNELS,
+    LATENT_SCALES,
+    MODELS_AROUND,
+    STARTER,
+)
+from reglue.encoders.renaming import as_diffusers, kl_config
 from reglue.encoders.taef2 import taef2_decoder, taef2_encoder
+from reglue.encoders.weights import CONFIG, filled, read_config, read_weights, sha256_of, weight_files
 from reglue.errors import UserError, one_line
-from reglue.files import opened_tensors, read_json, read_network, read_tensors
+from reglue.files import read_json, read_network, read_tensors, refuse_not_finite
 from reglue.hub import fetch
 
 if TYPE_CHECKING:
@@ -30,8 +41,10 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DecoderOutput
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-CONFIG = "config.json"
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+DIFFUSERS_WEIGHTS = f"{DIFFUSERS_STEM}.safetensors"
+PART_OF_PIPELINE = "vae"
+"""The folder of the autoencoder in one of diffusers' pipelines."""
 MEAN_STD = "mean_std.json"
 REMEDY = "fetch it again, with all files of the autoencoder in one folder"
 TAEF2_FILES = ("taef2_encoder.safetensors", "taef2_decoder.safetensors")
@@ -227,8 +240,10 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu") -> Autoencod
 
     Args:
         name: `starter`, another short name (`sd-vae-ft-mse`), a hub name `OWNER/REPOSITORY[/SUBFOLDER]`, a folder in
-            diffusers' layout (`config.json` and `diffusion_pytorch_model.safetensors`), or TAEF2 by the folder
-            of its two files or by either file. Hub names are taken from the hub's cache, or fetched.
+            diffusers' layout (`config.json` and `diffusion_pytorch_model.safetensors`) or of a pipeline that has one,
+            a FILE of a KL autoencoder in latent diffusion's layout, alone or in a checkpoint of Stable Diffusion,
+            `NAME@FILE` (the same, in the latent space of a short name), or TAEF2 by the folder of its two files or by
+            either file. Hub names are taken from the hub's cache, or fetched.
         device: where the network lives.
 
     Raises:
@@ -238,17 +253,28 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu") -> Autoencod
         with resources.as_file(resources.files("reglue.starter") / "autoencoder") as folder:
             return _load_diffusers(name, folder).to(device)
     path = Path(name)
-    if path.is_file() and path.name in TAEF2_FILES:
+    if path.is_file() and (path.name in TAEF2_FILES or _is_diffusers(path.parent, path.name)):
         path = path.parent
     if path.is_dir():
         path = path.resolve()  # so that the name in the spec means the same from any working folder
-        is_taef2 = any((path / file).is_file() for file in TAEF2_FILES)
-        return (_load_taef2 if is_taef2 else _load_diffusers)(str(path), path).to(device)
-    if path.exists():
-        raise UserError(
-            f"autoencoder {name}: give a folder in diffusers' layout, or one of {' and '.join(TAEF2_FILES)}"
-        )
+        if any((path / file).is_file() for file in TAEF2_FILES):
+            return _load_taef2(str(path), path).to(device)
+        if not (path / CONFIG).is_file() and (path / PART_OF_PIPELINE / CONFIG).is_file():
+            path /= PART_OF_PIPELINE
+        return _load_diffusers(str(path), path).to(device)
+    if path.is_file():
+        return _load_latent_diffusion(None, path.resolve()).to(device)
+    latents_of, at, file = name.partition("@")
+    if at and latents_of in LATENT_SCALES:
+        if not Path(file).is_file():
+            raise UserError(f"autoencoder {name}: there is no file {file}")
+        return _load_latent_diffusion(latents_of, Path(file).resolve()).to(device)
     return _load_diffusers(name, _fetch(name)).to(device)
+
+
+def _is_diffusers(folder: Path, name: str) -> bool:
+    """Whether a file is a part of a folder in diffusers' layout."""
+    return (folder / CONFIG).is_file() and (name == CONFIG or name.startswith(DIFFUSERS_STEM))
 
 
 def autoencoder_names() -> list[str]:
@@ -277,29 +303,89 @@ def _fetch(name: str) -> Path:
 
 
 def _load_diffusers(name: str, folder: Path) -> PosteriorAutoencoder | DeterministicAutoencoder:
-    config_file, weights = folder / CONFIG, folder / DIFFUSERS_WEIGHTS
-    class_name = _class_name(config_file)
-    kind, network_class = DIFFUSERS_KINDS[class_name], _class_of_diffusers(class_name, folder)
+    config = read_config(folder / CONFIG, REMEDY)
+    class_name = _class_name(config, folder)
+    files = weight_files(folder, [DIFFUSERS_STEM], REMEDY)
+    tensors = as_diffusers(read_weights(files, REMEDY))
+    return _of_diffusers(name, class_name, config, tensors, files, folder / CONFIG)
+
+
+def _load_latent_diffusion(latents_of: str | None, file: Path) -> PosteriorAutoencoder | DeterministicAutoencoder:
+    """A KL autoencoder from a file by itself, in the latent space of a short name, or in that which the file shows."""
+    tensors = read_weights([file], REMEDY)
+    parts = as_diffusers(tensors)
     try:
-        network = _read_network(network_class, folder)
-        config = dict(network.config)
-        _check_sizes(config, folder)
-        patch = config["patch_size"][0] if kind.autoencoder is Flux2Autoencoder else 1
-        channels = (config.get("vq_embed_dim") or config["latent_channels"]) * patch**2
-        shift, scale = _normalisation(network, channels, folder)
-        downsampling = 2 ** (len(config[kind.widths]) - 1) * patch
+        config = kl_config(parts)
+    except ValueError as error:
+        raise UserError(
+            f"autoencoder {file}: {error}; give a KL autoencoder in latent diffusion's layout, a folder in "
+            f"diffusers' layout, or one of {' and '.join(TAEF2_FILES)}"
+        ) from error
+    scale, shift = _latent_scale(tensors, config["latent_channels"], latents_of, file)
+    config |= {"scaling_factor": scale, "shift_factor": shift}
+    return _of_diffusers(
+        f"{latents_of}@{file}" if latents_of else str(file), "AutoencoderKL", config, parts, (file,), file
+    )
+
+
+def _latent_scale(
+    tensors: Mapping[str, Tensor], channels: int, latents_of: str | None, file: Path
+) -> tuple[float, float]:
+    """Scale and shift of the latents of an autoencoder in a file. Raises UserError if nothing shows them."""
+    if latents_of is not None:
+        return LATENT_SCALES[latents_of]
+    if "scale_factor" in tensors and tensors["scale_factor"].numel() == 1:
+        return float(tensors["scale_factor"]), 0.0
+    if (file.parent / MEAN_STD).is_file():
+        return 1.0, 0.0  # What stands there goes before.
+    around = (name for prefix, name in MODELS_AROUND.items() if any(key.startswith(prefix) for key in tensors))
+    names = LATENT_CHANNELS.get(channels, ())
+    if (found := next(around, None)) in names:
+        return LATENT_SCALES[str(found)]
+    choices = " or ".join(f"{name}@{file}" for name in names)
+    raise UserError(
+        f"autoencoder {file} does not say how its latents are scaled: "
+        + (f"give it as {choices}, or " if choices else "")
+        + f'put {MEAN_STD} beside it, {{"mean": 0, "std": 1 / the scale}}'
+    )
+
+
+def _of_diffusers(
+    name: str,
+    class_name: str,
+    config: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    files: tuple[Path, ...],
+    config_file: Path,
+) -> PosteriorAutoencoder | DeterministicAutoencoder:
+    """diffusers' network of a configuration, with these tensors of the files."""
+    kind, network_class = DIFFUSERS_KINDS[class_name], _class_of_diffusers(class_name, config_file)
+    refuse_not_finite(tensors, files[0])
+    own = config_file.parent / MEAN_STD
+
+    def make() -> Any:
+        network = network_class.from_config(config)
+        _check_sizes(dict(network.config), config_file)
+        channels, downsampling = _latents(kind, network.config)
+        _try(kind.autoencoder(network, cast(AutoencoderSpec, None)), channels, downsampling)
+        return network
+
+    try:
+        with _quiet():
+            network = filled(make, tensors, files[0])
+        channels, downsampling = _latents(kind, network.config)
+        shift, scale = _read_mean_std(own, channels) if own.is_file() else _normalisation(network, channels)
     except UserError:
         raise
     except Exception as error:  # diffusers does not check a configuration: a wrong value may fail anywhere.
         raise UserError(f"{config_file} describes no {class_name} ({one_line(error)}); {REMEDY}") from error
-    spec = AutoencoderSpec(name, class_name, _sha256(weights), channels, downsampling, shift, scale)
+    spec = AutoencoderSpec(name, class_name, sha256_of(*files), channels, downsampling, shift, scale)
     return kind.autoencoder(network, spec)
 
 
-def _class_name(config_file: Path) -> str:
+def _class_name(config: Mapping[str, Any], folder: Path) -> str:
     """Which of `DIFFUSERS_KINDS` a folder's configuration describes."""
-    folder, known = config_file.parent, ", ".join(DIFFUSERS_KINDS)
-    class_name = read_json(config_file, dict[str, Any], REMEDY).get("_class_name")
+    known, class_name = ", ".join(DIFFUSERS_KINDS), config.get("_class_name")
     if not isinstance(class_name, str):
         raise UserError(
             f"autoencoder {folder}: config.json is not in diffusers' layout: it lacks _class_name, the autoencoder's "
@@ -307,99 +393,100 @@ def _class_name(config_file: Path) -> str:
         )
     if class_name not in DIFFUSERS_KINDS:
         raise UserError(
-            f"autoencoder {folder}: config.json says {class_name}, which is not a known autoencoder of images; choose "
-            f"a folder of one of {known}"
+            f"autoencoder {folder}: config.json says {class_name[:100]!r}, which is not a known autoencoder of images; "
+            f"choose a folder of one of {known}"
         )
     return class_name
 
 
-def _class_of_diffusers(class_name: str, folder: Path) -> Any:
+def _class_of_diffusers(class_name: str, config_file: Path) -> Any:
     # Importing diffusers takes seconds, which TAEF2 need not wait for.
     try:
         module = import_module(f"diffusers.models.autoencoders.{DIFFUSERS_KINDS[class_name].module}")
     except ModuleNotFoundError as error:
         raise UserError(
-            f"autoencoder {folder}: the installed diffusers has no {class_name}; `pip install -U diffusers`"
+            f"autoencoder {config_file}: the installed diffusers has no {class_name}; `pip install -U diffusers`"
         ) from error
     return getattr(module, class_name)
 
 
-def _check_sizes(config: dict[str, Any], folder: Path) -> None:
+def _latents(kind: _Kind, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Channels, and image pixels per latent pixel along each side."""
+    patch = config["patch_size"][0] if kind.autoencoder is Flux2Autoencoder else 1
+    channels = config.get("vq_embed_dim") or config["latent_channels"]
+    return channels * patch**2, 2 ** (len(config[kind.widths]) - 1) * patch
+
+
+def _try(autoencoder: Autoencoder, channels: int, downsampling: int) -> None:
+    """Raises, with a reason, unless images become latents of this size and images again. Nothing is computed: the
+    network is on the device `meta`."""
+    side = 4 * downsampling
+    latents = autoencoder.encode(torch.empty(1, 3, side, side)).mean
+    if latents.shape != (1, channels, 4, 4) or autoencoder.decode(latents).shape != (1, 3, side, side):
+        raise ValueError(f"images of {side}×{side} pixels do not become 4×4 latents of {channels} channels and back")
+
+
+def _check_sizes(config: dict[str, Any], file: Path) -> None:
     """Raises UserError for what does not take images of RGB and give them back in the same size."""
     taken, given = config["in_channels"], config.get("out_channels", config["in_channels"])
     if (taken, given) != (3, 3):
         raise UserError(
-            f"autoencoder {folder} takes images of {taken} channel{'s' * (taken != 1)} and gives {given}; give one of "
+            f"autoencoder {file} takes images of {taken} channel{'s' * (taken != 1)} and gives {given}; give one of "
             "RGB images, 3 and 3"
         )
     stages = [config[f"{way}_block_out_channels"] for way in ("down", "up") if f"{way}_block_out_channels" in config]
     if len(set(map(len, stages))) > 1:
         raise UserError(
-            f"autoencoder {folder} has {len(stages[0])} stages down and {len(stages[1])} up; give one that restores "
+            f"autoencoder {file} has {len(stages[0])} stages down and {len(stages[1])} up; give one that restores "
             "the size of images"
         )
     if len(set(config.get("patch_size") or ())) > 1:
-        raise UserError(f"autoencoder {folder} has patches of {config['patch_size']}; give one with square patches")
+        raise UserError(f"autoencoder {file} has patches of {config['patch_size']}; give one with square patches")
 
 
-def _read_network(network_class: Any, folder: Path) -> Any:
-    """The network of a diffusers folder in float32, with every weight from its file.
-
-    diffusers itself reads it, since it knows the names that the attention of the SD-VAE had when it was published.
-    """
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings of diffusers about its configuration: what matters of them is refused."""
     from diffusers.utils import logging
 
-    weights = folder / DIFFUSERS_WEIGHTS
-    with opened_tensors(weights, REMEDY):
-        pass
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # What it would warn of is refused below.
+    logging.set_verbosity_error()
     try:
-        network, loaded = network_class.from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except RuntimeError as error:
-        raise _unfitting(weights, str(error)) from error
+        yield
     finally:
         logging.set_verbosity(verbosity)
-    # diffusers fills missing weights with noise.
-    for problem in ("missing_keys", "unexpected_keys"):
-        if loaded[problem]:
-            raise _unfitting(weights, f"{problem.replace('_', ' ')} {', '.join(sorted(loaded[problem]))}")
-    return network
 
 
-def _normalisation(network: Any, channels: int, folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Shift and scale per channel: from `mean_std.json` where the folder has one, else as diffusers has them.
+def _normalisation(network: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shift and scale per channel, as diffusers has them: one number each, or the mean and standard deviation of every
+    channel; for FLUX.2 the mean and variance of a batch norm among the weights.
 
-    diffusers keeps one number each, or the mean and standard deviation of every channel; for FLUX.2 the mean and
-    variance of a batch norm among the weights.
+    Raises ValueError for numbers that are none of these.
     """
-    config, own = dict(network.config), folder / MEAN_STD
-    if own.is_file():
-        mean, std = _read_mean_std(own, channels)
-        return mean, tuple(1 / value for value in std)
+    config = dict(network.config)
+    means, stds = config.get("latents_mean"), config.get("latents_std")
     if "batch_norm_eps" in config:
         std = (network.bn.running_var.double() + config["batch_norm_eps"]).sqrt()
-        return tuple(network.bn.running_mean.tolist()), tuple((1 / std).tolist())
-    factor = float(config["scaling_factor"])
-    means, stds = config.get("latents_mean"), config.get("latents_std")
-    if means is not None and stds is not None:
-        return tuple(map(float, means)), tuple(factor / std for std in stds)
-    return (float(config.get("shift_factor") or 0.0),) * channels, (factor,) * channels
+        shifts, scales = network.bn.running_mean.tolist(), (1 / std).tolist()
+    elif means is not None and stds is not None:
+        factor = float(config["scaling_factor"])
+        shifts, scales = list(map(float, means)), [factor / std for std in stds]
+    else:
+        shifts = [float(config.get("shift_factor") or 0.0)] * channels
+        scales = [float(config["scaling_factor"])] * channels
+    # In float32, as they are used.
+    numbers = torch.tensor([shifts, scales], dtype=torch.float32)
+    if numbers.shape != (2, channels) or not numbers.isfinite().all() or not (numbers[1] > 0).all():
+        raise ValueError(f"its latents have shift {shifts} and scale {scales}")
+    return tuple(shifts), tuple(scales)
 
 
 def _read_mean_std(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel."""
+    """Shift and scale of each channel, from a file of its mean and standard deviation."""
     content = read_json(file, dict[str, Any], "fix it, or take it away to use config.json")
     try:
         mean, std = (torch.tensor(content[key], dtype=torch.float64).expand(channels) for key in ("mean", "std"))
-        valid = mean.isfinite().all() and std.isfinite().all() and std.min() > 0
+        valid = std.min() > 0 and torch.stack([mean, std, 1 / std]).float().isfinite().all()
     except (ValueError, KeyError, TypeError, RuntimeError):
         valid = False
     if not valid:
@@ -407,7 +494,7 @@ def _read_mean_std(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[
             f'{file} must say {{"mean": …, "std": …}}, each one finite number or a list of {channels}, one for each '
             "latent channel, std above 0: fix it, or take it away to use config.json"
         )
-    return tuple(mean.tolist()), tuple(std.tolist())
+    return tuple(mean.tolist()), tuple((1 / std).tolist())
 
 
 def _load_taef2(name: str, folder: Path) -> Taef2Autoencoder:
@@ -415,7 +502,7 @@ def _load_taef2(name: str, folder: Path) -> Taef2Autoencoder:
     encoder_state = read_tensors(files[0], REMEDY)
     # Its two ends give the sizes: the first convolution (width, 3, 3, 3) and the last (latent channels, width, 3, 3).
     first, last = encoder_state.get("0.weight"), encoder_state.get("14.weight")
-    if first is None or last is None:
+    if first is None or last is None or first.ndim != 4 or last.ndim != 4:
         raise UserError(f"{files[0]} does not hold the encoder of TAEF2: it has no 0.weight and 14.weight")
     width, latent_channels = first.shape[0], last.shape[0]
     encoder = read_network(lambda: taef2_encoder(width, latent_channels), files[0], REMEDY)
@@ -423,25 +510,13 @@ def _load_taef2(name: str, folder: Path) -> Taef2Autoencoder:
     spec = AutoencoderSpec(
         name=name,
         kind="TAEF2",
-        weights_sha256=_sha256(*files),
+        weights_sha256=sha256_of(*files),
         latent_channels=latent_channels,
         downsampling=8,
         shift=(0.0,) * latent_channels,
         scale=(1.0,) * latent_channels,
     )
     return Taef2Autoencoder(encoder, decoder, spec)
-
-
-def _unfitting(file: Path, reason: str) -> UserError:
-    return UserError(f"{file} does not fit the network it should hold: {' '.join(reason.split())[:200]}")
-
-
-def _sha256(*files: Path) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _per_channel(values: tuple[float, ...], latents: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class CompressorSpec:
     layers: tuple[int, ...] | None = field(default=None, compare=False)
     """Blocks of the encoder whose features it takes, ascending; None for class tokens, and for all that its store
     has. The hash distinguishes compressors: it covers the statistics of what they take."""
+    epoch: int | None = field(default=None, compare=False)
+    """After which epoch of its training it was kept; None for principal components, and where that is not known."""
 
 
 class Compressor(nn.Module, ABC):
@@ -59,6 +61,8 @@ class Compressor(nn.Module, ABC):
     """What it is fitted to; goes into the spec."""
     layers: tuple[int, ...] | None = None
     """Of which layers; goes into the spec."""
+    epoch: int | None = None
+    """After which epoch it was kept; goes into the spec."""
 
     def __init__(self, mean: Tensor, std: Tensor):
         """`mean`, `std`: (channels_in,), of the raw features."""
@@ -180,7 +184,8 @@ class LearnedCompressor(Compressor):
 
     def spec(self) -> CompressorSpec:
         """Kind, sizes and hash of the weights as they are now."""
-        return CompressorSpec(self.kind, *self.sizes, self.weights_sha256(), self.variational, self.column, self.layers)
+        about = (self.weights_sha256(), self.variational, self.column, self.layers, self.epoch)
+        return CompressorSpec(self.kind, *self.sizes, *about)
 
 
 class ConvCompressor(LearnedCompressor):
@@ -334,5 +339,5 @@ def _empty(spec: CompressorSpec) -> Compressor:
         compressor = PcaCompressor(vector, vector, vector, torch.empty(spec.channels, spec.channels_in))
     else:
         compressor = LEARNED[spec.kind](spec.channels_in, spec.hidden, spec.channels, variational=spec.variational)
-    compressor.column, compressor.layers = spec.column, spec.layers
+    compressor.column, compressor.layers, compressor.epoch = spec.column, spec.layers, spec.epoch
     return compressor

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from reglue.errors import UserError
-from reglue.files import opened_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STARTER = "starter"
 """The short name of the encoder and the autoencoder that come with the package."""
@@ -30,6 +33,25 @@ AUTOENCODERS_ON_HUB = {
 """Short names of autoencoders on the Hugging Face hub: OWNER/REPOSITORY[/SUBFOLDER]."""
 GATED_AUTOENCODERS = {"sd3-vae", "flux-vae"}
 """Those whose pages ask for terms to be accepted first."""
+
+LATENT_SCALES = {
+    "sd-vae-ft-mse": (0.18215, 0.0),
+    "sd-vae-ft-ema": (0.18215, 0.0),
+    "sdxl-vae": (0.13025, 0.0),
+    "sd3-vae": (1.5305, 0.0609),
+    "flux-vae": (0.3611, 0.1159),
+}
+"""Scale and shift of the latents of those that are published in single files too, which do not have them."""
+LATENT_CHANNELS = {4: ("sd-vae-ft-mse", "sdxl-vae"), 16: ("sd3-vae", "flux-vae")}
+"""Whose latents have so many channels."""
+MODELS_AROUND = {
+    "conditioner.embedders.": "sdxl-vae",
+    "cond_stage_model.": "sd-vae-ft-mse",
+    "model.diffusion_model.input_blocks.": "sd-vae-ft-mse",
+    "model.diffusion_model.joint_blocks.": "sd3-vae",
+    "model.diffusion_model.double_blocks.": "flux-vae",
+}
+"""By which tensors a checkpoint shows in whose latents its model lives. The first that is there counts."""
 
 Steps = tuple[Literal["normalise", "resize"], Literal["normalise", "resize"]]
 """The order in which an image in [0, 1] is standardised and brought to the network's input size. Bicubic weights sum to
@@ -109,30 +131,52 @@ KNOWN_ENCODERS = {
 }
 
 
-def recognise(file: Path) -> str:
-    """The short name of the architecture whose weights a file holds. Raises UserError if there is not just one."""
-    shapes = _tensor_shapes(file)
-    width, *_, patch_size = shapes.get("patch_embed.proj.weight", [0, 0])
-    depth = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
-    registers = next((shapes[key][1] for key in ("reg_token", "register_tokens") if key in shapes), 0)
-    present = DISTINCTIVE_TENSORS & shapes.keys()
-    fitting = {
-        name: known.family
+class Shape(NamedTuple):
+    """What tells vision transformers apart."""
+
+    width: int
+    depth: int
+    patch_size: int
+    registers: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Shape:
+        """That of tensors by timm's names; zeros for what is not there."""
+        first, registers = (
+            next((tensors[name].shape for name in names if name in tensors and tensors[name].ndim == dimensions), None)
+            for names, dimensions in ((("patch_embed.proj.weight",), 4), (("reg_token", "register_tokens"), 3))
+        )
+        depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+        return cls(first[0] if first else 0, depth, first[-1] if first else 0, registers[1] if registers else 0)
+
+
+def fitting(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The short names of the architectures that have tensors as these, which are by timm's names."""
+    shape, present = Shape.of(tensors), DISTINCTIVE_TENSORS & tensors.keys()
+    return [
+        name
         for name, known in KNOWN_ENCODERS.items()
-        if (known.width, known.depth, known.patch_size, known.registers) == (width, depth, patch_size, registers)
-        and known.family.tensors == present
-    }
-    if len(fitting) == 1 and all(family.recognisable for family in fitting.values()):
-        return next(iter(fitting))
-    if fitting:
-        choices = " or ".join(f"{name}@{file}" for name in fitting)
+        if (known.width, known.depth, known.patch_size, known.registers) == shape and known.family.tensors == present
+    ]
+
+
+def recognise(file: Path) -> str:
+    """The short name of the architecture whose weights a file holds, by whichever names it has its tensors.
+
+    Raises UserError if there is not just one.
+    """
+    from reglue.encoders.renaming import as_timm  # slow to import, as torch is
+    from reglue.encoders.weights import read_shapes
+
+    tensors = as_timm(read_shapes([file]))
+    names = fitting(tensors)
+    if len(names) == 1 and KNOWN_ENCODERS[names[0]].family.recognisable:
+        return names[0]
+    if names:
+        choices = " or ".join(f"{name}@{file}" for name in names)
         raise UserError(f"{file} may hold more than one network: say which, as {choices}, or as timm:NAME@{file}")
+    width, depth, patch_size, registers = Shape.of(tensors)
     raise UserError(
         f"{file} holds no encoder of the table (found width {width}, {depth} blocks, patch "
         f"{patch_size}, {registers} registers): say which network it is, as NAME@{file}"
     )
-
-
-def _tensor_shapes(file: Path) -> dict[str, list[int]]:
-    with opened_tensors(file, "fetch it again") as tensors:
-        return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 not a dict

@@ -1,16 +1,16 @@
 """Frozen vision encoders: images in, class token and patch features of chosen layers out.
 
 Everything that is a vision transformer in timm can be used. An encoder is named by a short name (`dinov2-b-reg`), by a
-timm name (`timm:vit_base_patch16_clip_224.openai`), by a folder in timm's layout, or by a file of weights. Images
-are brought to the network as REPA does (arXiv 2410.06940): one patch per 16 image pixels, so that 256 pixels make 16×16
-patches; /255, the network's mean and standard deviation, and bicubic without antialias to the input size, in the order
-that the table of short names gives.
+timm name (`timm:vit_base_patch16_clip_224.openai`), by a folder in the layout of timm or of transformers, or by a file
+of weights. Images are brought to the network as REPA does (arXiv 2410.06940): one patch per 16 image pixels, so that
+256 pixels make 16×16 patches; /255, the network's mean and standard deviation, and bicubic without antialias to the
+input size, in the order that the table of short names gives.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -20,9 +20,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reglue.encoders.known import KNOWN_ENCODERS, NORMALISE_RESIZE, STARTER, Steps, recognise
+from reglue.encoders.known import KNOWN_ENCODERS, NORMALISE_RESIZE, STARTER, Shape, Steps, fitting, recognise
+from reglue.encoders.renaming import as_timm
+from reglue.encoders.weights import (
+    CONFIG,
+    REMEDY,
+    at_most,
+    read_config,
+    read_shapes,
+    read_weights,
+    sha256_of,
+    unfitting,
+    weight_files,
+)
 from reglue.errors import UserError, one_line
-from reglue.files import parse_json, read_json, read_tensors
+from reglue.files import parse_json, refuse_not_finite
 from reglue.hub import fetch
 
 if TYPE_CHECKING:
@@ -30,7 +42,17 @@ if TYPE_CHECKING:
 
 
 WEIGHTS = "model.safetensors"
-REMEDY = "fetch it again"
+STEMS = ("model", "pytorch_model")
+"""What the files of weights in a folder begin with, of timm and of transformers."""
+LAYOUT = f"fetch the folder again: it is {CONFIG} and {WEIGHTS}; a file of weights alone may be given as NAME@FILE"
+OF_TRANSFORMERS = {
+    "dinov2": "vit_base_patch14_dinov2",
+    "dinov2_with_registers": "vit_base_patch14_reg4_dinov2",
+    "dinov3_vit": "vit_base_patch16_dinov3",
+}
+"""What transformers calls the kinds of its networks that can be read, and one of timm's of each kind."""
+HEAD_WIDTH = 64
+"""Channels of an attention head, in all that have short names."""
 _CLASSIFIER = re.compile(r"(head|head_dist)\.(weight|bias)$|(visual\.)?proj$")
 """Tensors of a classifier or projection after the pooled vector, as timm and OpenAI name them."""
 
@@ -46,6 +68,10 @@ class InputRule:
     """16 makes a 256-pixel image 16×16 patches: DINOv2 then sees 224 pixels, as in REPA, ReDi, REG and REGLUE."""
     minimum_input: int = 0
     """Images whose shorter side is below this are enlarged to it first (pixels of the network's input)."""
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.image_pixels_per_patch <= 1024 and 0 <= self.minimum_input <= 4096):
+            raise ValueError("image_pixels_per_patch lies between 1 and 1024, minimum_input between 0 and 4096")
 
     def sizes(self, image_size: tuple[int, int], patch_size: int, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
         """The patch grid and the network's input size, both (height, width), for an image of that size.
@@ -230,7 +256,8 @@ class _Source:
     name: str
     """With paths made absolute, so that it means the same from any working folder."""
     architecture: str
-    weights: Path
+    weights: tuple[Path, ...]
+    """One file, or its shards."""
     model_args: dict[str, Any] = field(default_factory=dict)
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
     input_rule: InputRule = InputRule()
@@ -248,9 +275,10 @@ def load_encoder(
     """A frozen vision encoder for prepared images of one size.
 
     Args:
-        name: `starter`, another short name (`dinov2-b-reg`), `timm:NAME`, a folder in timm's layout (`config.json` and
-            `model.safetensors`), `NAME@FILE` (that architecture with the weights in FILE), or a safetensors FILE of a
-            network in the table of short names. Names without a file are taken from the hub's cache, or fetched.
+        name: `starter`, another short name (`dinov2-b-reg`), `timm:NAME`, a folder in the layout of timm or, for DINOv2
+            and DINOv3, of transformers (`config.json` and `model.safetensors`), `NAME@FILE` (that architecture with the
+            weights in FILE), or a FILE of a network in the table of short names. Files may be safetensors or PyTorch's,
+            Meta's own among them. Names without a file are taken from the hub's cache, or fetched.
         image_size: side, or (height, width), of the prepared images in pixels.
         layers: indices of the blocks to describe, 0 is the first; None for the last four.
         device: where the network lives.
@@ -262,25 +290,23 @@ def load_encoder(
     """
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
     source = _find_source(name)
-    shape = _empty_network(source)
-    patch_size: int = cast(Any, shape.patch_embed).patch_size[0]
-    depth = len(shape.blocks)
+    empty = _empty_network(source, len(as_timm(read_shapes(source.weights))))
+    patch_size: int = cast(Any, empty.patch_embed).patch_size[0]
+    depth = len(empty.blocks)
     grid, input_size = source.input_rule.sizes(size, patch_size, name)
 
     chosen = tuple(sorted(set(layers))) if layers is not None else tuple(range(depth))[-4:]
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
         raise UserError(f"layers {list(layers or [])}: encoder {name} has blocks 0 to {depth - 1}")
 
-    network = _load_network(source, input_size)
+    network = _load_network(source, input_size, empty)
     pretrained_cfg = cast(dict[str, Any], network.pretrained_cfg)
     # With the state dict in it, the checkpoint would stay in memory beside the network.
     pretrained_cfg.pop("state_dict", None)
-    with source.weights.open("rb") as file:
-        weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     spec = EncoderSpec(
         name=source.name,
         architecture=source.architecture,
-        weights_sha256=weights_sha256,
+        weights_sha256=_sha256(source.weights),
         width=network.embed_dim,
         depth=depth,
         layers=chosen,
@@ -308,17 +334,17 @@ def _find_source(name: str) -> _Source:
     if name in KNOWN_ENCODERS:
         known = KNOWN_ENCODERS[name]
         weights = _fetch_weights(name, known.architecture)
-        return _Source(name, known.architecture, weights, steps=known.family.steps)
+        return _Source(name, known.architecture, (weights,), steps=known.family.steps)
     if name.startswith("timm:") and "@" not in name:
         architecture = _timm_architecture(name)
-        return _Source(name, architecture, _fetch_weights(name, architecture))
+        return _Source(name, architecture, (_fetch_weights(name, architecture),))
 
     path = Path(name)
     if path.is_dir():
         return _source_from_folder(path.resolve())
     if path.is_file():
         known = KNOWN_ENCODERS[recognise(path)]
-        return _Source(str(path.resolve()), known.architecture, path, steps=known.family.steps)
+        return _Source(str(path.resolve()), known.architecture, (path,), steps=known.family.steps)
 
     architecture_name, at, file = name.partition("@")
     if at and (architecture_name in KNOWN_ENCODERS or architecture_name.startswith("timm:")):
@@ -326,8 +352,8 @@ def _find_source(name: str) -> _Source:
             raise UserError(f"encoder {name}: there is no file {file}")
         full_name = f"{architecture_name}@{Path(file).resolve()}"
         if known := KNOWN_ENCODERS.get(architecture_name):
-            return _Source(full_name, known.architecture, Path(file), steps=known.family.steps)
-        return _Source(full_name, _timm_architecture(architecture_name), Path(file))
+            return _Source(full_name, known.architecture, (Path(file),), steps=known.family.steps)
+        return _Source(full_name, _timm_architecture(architecture_name), (Path(file),))
     raise UserError(
         f"unknown encoder {name!r}: it is neither a file nor a folder; short names are {', '.join(encoder_names())}, "
         "others are given as timm:NAME"
@@ -349,19 +375,53 @@ def _timm_architecture(name: str) -> str:
 
 
 def _source_from_folder(folder: Path) -> _Source:
-    layout = "fetch the folder again: timm's layout is config.json and model.safetensors"
-    config = read_json(folder / "config.json", dict[str, Any], layout)
+    config_file = folder / CONFIG
+    config = read_config(config_file, LAYOUT)
+    if "model_type" in config and "architecture" not in config:
+        return _source_from_transformers(folder, config)
     try:
+        pretrained_cfg = dict(config.get("pretrained_cfg", {}))
         return _Source(
             str(folder),
             config["architecture"],
-            folder / WEIGHTS,
+            weight_files(folder, STEMS),
             dict(config.get("model_args", {})),
-            dict(config.get("pretrained_cfg", {})),
+            # Of the rest, some decide which tensors timm passes over.
+            {name: pretrained_cfg[name] for name in ("mean", "std") if name in pretrained_cfg},
             parse_json(json.dumps(config.get("reglue_input", {})), InputRule),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"encoder {folder}: config.json is not in timm's layout ({error!r})") from error
+
+
+def _source_from_transformers(folder: Path, config: Mapping[str, Any]) -> _Source:
+    """A network of DINOv2 or DINOv3. All of its sizes are those of its weights, but for the number of heads."""
+    kind = config["model_type"]
+    if not isinstance(kind, str) or kind not in OF_TRANSFORMERS:
+        raise UserError(
+            f"encoder {folder}: config.json is transformers' of model_type {str(kind)[:100]!r}, of which "
+            f"{', '.join(OF_TRANSFORMERS)} can be read; give the same network of timm's, as a short name or timm:NAME"
+        )
+    files = weight_files(folder, STEMS)
+    tensors = as_timm(read_shapes(files))
+    shape = Shape.of(tensors)
+    heads = config.get("num_attention_heads", shape.width // HEAD_WIDTH)
+    if type(heads) is not int or heads < 1 or shape.width % heads:
+        raise UserError(f"{folder / CONFIG} is damaged ({heads} heads for width {shape.width}); {REMEDY}")
+    known = fitting(tensors)
+    if known and heads * HEAD_WIDTH == shape.width:
+        return _Source(str(folder), KNOWN_ENCODERS[known[0]].architecture, files)
+    hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in tensors else 0
+    sizes = {
+        "embed_dim": shape.width,
+        "depth": shape.depth,
+        "num_heads": heads,
+        "patch_size": shape.patch_size,
+        "mlp_ratio": (hidden + 0.5) / max(shape.width, 1),  # timm rounds down.
+    }
+    if shape.registers:
+        sizes["num_reg_tokens" if kind == "dinov3_vit" else "reg_tokens"] = shape.registers
+    return _Source(str(folder), OF_TRANSFORMERS[kind], files, sizes)
 
 
 def _fetch_weights(name: str, architecture: str) -> Path:
@@ -376,25 +436,55 @@ def _fetch_weights(name: str, architecture: str) -> Path:
     return fetch(f"encoder {name}", repository, [WEIGHTS], instead=f"give it as {name}@FILE") / WEIGHTS
 
 
-def _empty_network(source: _Source) -> "VisionTransformer | Eva":
-    """The network without memory for its weights, to read off its shape."""
-    with torch.device("meta"):
-        return _create(source)
+def _sha256(files: Sequence[Path]) -> str:
+    """Of one file its own, so that anyone can look it up."""
+    if len(files) > 1:
+        return sha256_of(*files)
+    with files[0].open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load_network(source: _Source, input_size: tuple[int, int]) -> "VisionTransformer | Eva":
+def _empty_network(source: _Source, tensors: int) -> "VisionTransformer | Eva":
+    """The network without memory for its weights, to read off its shape. So many tensors are there to fill it."""
+    with at_most(tensors):
+        network = _create(source)
+        try:  # Some arguments are looked at only when it runs.
+            network.forward_features(torch.empty(1, 3, *cast(Any, network.patch_embed).img_size))
+        except Exception as error:
+            raise _unbuildable(source, source.model_args, error) from error
+    return network
+
+
+def _load_network(source: _Source, input_size: tuple[int, int], empty: nn.Module) -> "VisionTransformer | Eva":
+    file, wanted = source.weights[0], empty.state_dict()
     # Without the classifier of the training, since with it timm would load a file in which others are missing.
-    tensors = read_tensors(source.weights, REMEDY)
+    tensors = as_timm(read_weights(source.weights, REMEDY))
     state = {key: value for key, value in tensors.items() if not _CLASSIFIER.match(key)}
-    if not state:  # timm would fetch its own weights.
-        raise UserError(f"{source.weights} is damaged (it holds no weights); {REMEDY}")
+    if "blocks.0.attn.q_bias" in state and "blocks.0.attn.q_bias" not in wanted:
+        state = _without_biases(state, source)
+    refuse_not_finite(state, file)
+    for name in state.keys() & wanted.keys() - {"pos_embed"}:
+        # timm would resample patches of another size, and make all the memory that a damaged configuration asks for.
+        if state[name].shape != wanted[name].shape:
+            shapes = [str(list(tensor.shape)) for tensor in (state[name], wanted[name])]
+            raise unfitting(file, f"{name} is {shapes[0]}, not {shapes[1]}")
     try:
         network = _create(source, img_size=input_size, pretrained=True, state_dict=state)
     except (RuntimeError, KeyError) as error:
-        raise UserError(
-            f"{source.weights} does not fit the network {source.architecture}: {one_line(error)}"
-        ) from error
+        raise UserError(f"{file} does not fit the network {source.architecture}: {one_line(error)}") from error
     return network
+
+
+def _without_biases(state: dict[str, Tensor], source: _Source) -> dict[str, Tensor]:
+    """DINOv3's tensors without the biases of its attention, which were trained to zero in most of its networks."""
+    biases = [name for name in state if name.endswith((".q_bias", ".v_bias"))]
+    if any(state[name].any() for name in biases):
+        base, _, tag = source.architecture.partition(".")
+        raise UserError(
+            f"{source.weights[0]} has biases in its attention, for which timm's {source.architecture} has no place; "
+            f"give it as timm:{base}_qkvb{tag and '.'}{tag}@FILE"
+        )
+    return {name: tensor for name, tensor in state.items() if name not in biases}
 
 
 def _create(
@@ -417,13 +507,19 @@ def _create(
             source.architecture, pretrained=pretrained, pretrained_cfg_overlay=overlay, **arguments
         )
         # A configuration may leave these out, or have anything for them.
-        for statistic in ("mean", "std"):
-            torch.tensor(list(cast(Any, network).pretrained_cfg[statistic]), dtype=torch.float64).reshape(3)
+        statistics = [list(cast(Any, network).pretrained_cfg[name]) for name in ("mean", "std")]
+        mean, std = torch.tensor(statistics, dtype=torch.float32, device="cpu").reshape(2, 3)
+        if not (mean.isfinite().all() and std.isfinite().all() and std.min() > 0):
+            raise ValueError(f"mean and std are {statistics}")
     except Exception as error:  # timm checks nothing: wrong arguments may fail anywhere.
         if pretrained and isinstance(error, RuntimeError | KeyError):  # These are about the weights.
             raise
-        what = f"config.json of {source.name}" if source.model_args or source.pretrained_cfg else source.architecture
-        raise UserError(f"encoder {what} cannot be built with {arguments}: {one_line(error)}") from error
+        raise _unbuildable(source, arguments, error) from error
     if not isinstance(network, VisionTransformer | Eva):
         raise UserError(f"encoder {source.architecture} is not a vision transformer: it has no grid of patch tokens")
     return network
+
+
+def _unbuildable(source: _Source, arguments: Mapping[str, Any], error: Exception) -> UserError:
+    what = f"config.json of {source.name}" if source.model_args or source.pretrained_cfg else source.architecture
+    return UserError(f"encoder {what} cannot be built with {str(arguments)[:300]}: {one_line(error)}")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reglue.errors import option
 from reglue.metrics.distances import (
     Gaussian,
     frechet_distance,
@@ -244,12 +245,32 @@ def warnings_of(network: FeatureNetwork, images: Side, reference: Side) -> Itera
                 f"warning: {side.count} {name} for {network.width} features: the covariance is singular and the "
                 "Fréchet distance biased; compare it only with figures from as many images"
             )
+        if side.other_sizes:
+            height, width = side.size or (0, 0)
+            yield (
+                f"warning: {side.other_sizes} of {side.count} {name} are of another size than the first, and were "
+                f"scaled and cropped to its {height}×{width} pixels; say {option('resolution')} to choose one"
+            )
+        if copies := _copies(side):
+            yield (
+                f"warning: {copies} of {side.count} {name} are copies of others among them: the figures take each for "
+                "an image of its own"
+            )
+    if images.fingerprints is not None and reference.fingerprints is not None:
+        shared = int(torch.isin(images.fingerprints, reference.fingerprints).sum())
+        if shared:
+            yield f"warning: {shared} of {images.count} images are in the reference too, pixel for pixel"
     if images.size and reference.size and images.size != reference.size:
         sizes = [f"{height}×{width}" for height, width in (images.size, reference.size)]
         yield (
             f"warning: images of {sizes[0]} pixels are compared with a reference of {sizes[1]}: the figures contain "
             "the difference in sharpness; evaluate both at one resolution"
         )
+
+
+def _copies(side: Side) -> int:
+    """How many images have the pixels of an earlier one."""
+    return 0 if side.fingerprints is None else len(side.fingerprints) - len(side.fingerprints.unique())
 
 
 def _side_row(path: str, count: int | None, size: tuple[int, int] | None, origin: str) -> str:

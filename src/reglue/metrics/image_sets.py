@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from reglue import run as runs
+from reglue.arrays import ArrayFile
+from reglue.contact_sheet import read_hashes, refuse_changed
 from reglue.data.images import ImageFolder, ImageSource, UnreadableImage, crop_to, decode
 from reglue.data.manifest import MANIFEST, PARTIAL
 from reglue.data.store import Store
@@ -24,10 +25,12 @@ from reglue.metrics.distances import Gaussian
 from reglue.samples import PROTOCOL, archived_protocol, protocol_in, write_samples
 from reglue.sampling import Draw
 
-IMAGE_ARRAYS = ("arr_0.npy", "images.npy")
-"""Where an .npz file may keep its images."""
-DAMAGE = (zipfile.BadZipFile, OSError, EOFError, ValueError)
-"""What reading a damaged .npz file raises."""
+IMAGE_ARRAYS = ("arr_0", "images")
+"""Where an .npz file may keep its images. An .npy file has one array alone."""
+ORIENTATION, TURNED = 0x0112, 5
+"""EXIF's tag, and the least of its values that exchange height and width."""
+MOST_FEATURES = 2**14
+"""No statistics are of more."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class Share:
 
 class Images(ABC):
     """Images that can be read in batches."""
+
+    other_sizes = 0
+    """How many of those that were read, at the size of the first, had another one."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -90,14 +96,14 @@ def is_run(path: Path) -> bool:
 
 
 def open_image_set(path: Path) -> ImageSet:
-    """A folder of images, an .npz file or a store. Raises UserError for anything else."""
-    if path.suffix.lower() == ".npz":
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; give a folder of images, or an .npz file")
-        names = _names(path)
-        pool, spatial = (_read_gaussian(path, *both, names) for both in (("mu", "sigma"), ("mu_s", "sigma_s")))
-        has_images = pool is None or any(name in names for name in IMAGE_ARRAYS)
-        return ImageSet(path, _NpzImages(path, names) if has_images else None, None, pool, spatial)
+    """A folder of images, an .npz or .npy file, or a store. Raises UserError for anything else."""
+    if path.suffix.lower() in (".npz", ".npy"):
+        arrays = ArrayFile(path)
+        pool, spatial = (_read_gaussian(arrays, *both) for both in (("mu", "sigma"), ("mu_s", "sigma_s")))
+        has_images = pool is None or any(name in arrays.names for name in IMAGE_ARRAYS)
+        return ImageSet(path, _ArchivedImages(arrays) if has_images else None, None, pool, spatial)
+    if path.is_file():
+        raise UserError(f"{path} is a file; give a folder of images, an .npz or .npy file, a store or a run")
     if any((path / name).is_file() for name in (MANIFEST, PARTIAL)):
         return _of_store(Store.open(path))
     folder = ImageFolder.open(path)
@@ -153,6 +159,18 @@ class _FolderImages(_SourceImages):
     def __init__(self, folder: ImageFolder, count: int):
         self.source, self.rows = folder, range(count)
 
+    def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
+        asked = resolution != self.first_size()
+        hashes = read_hashes(self.source.path)
+        for numbers, batch in zip(share.batches(len(self)), super().batches(resolution, share), strict=True):
+            for number in numbers:
+                refuse_changed(self.source.path / self.name(number), hashes)
+            if not asked:  # Only the beginning of each file is read once more.
+                readable = [number for number, image in zip(numbers, batch, strict=True) if isinstance(image, Tensor)]
+                files = (self.source.path / self.name(number) for number in readable)
+                self.other_sizes += sum(_upright_size(file) != resolution for file in files)
+            yield batch
+
     def first_size(self) -> tuple[int, int]:
         first_reason = ""
         for name in self.source.names:  # One that cannot be read is skipped later, too.
@@ -206,25 +224,20 @@ class _StoreImages(_SourceImages):
             ) from error
 
 
-class _NpzImages(Images):
-    """The images of an .npz file, streamed: the array is never whole in memory."""
+class _ArchivedImages(Images):
+    """The images of an .npz or .npy file, streamed: the array is never whole in memory."""
 
-    def __init__(self, path: Path, names: list[str]):
-        """`names` are the arrays of the file."""
-        member = next((name for name in IMAGE_ARRAYS if name in names), None)
-        if member is None:
-            has = ", ".join(names) or "nothing"
-            raise UserError(f"{path} has no array arr_0 or images, nor statistics mu and sigma; it has {has}")
-        try:
-            with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-                shape, fortran, dtype = _read_header(file)
-        except DAMAGE as error:
-            raise UserError(f"{path} is not a whole .npz file: {error}") from error
+    def __init__(self, arrays: ArrayFile):
+        name = next((name for name in IMAGE_ARRAYS if name in arrays.names), None)
+        if name is None:
+            has = ", ".join(arrays.names) or "nothing"
+            raise UserError(f"{arrays.path} has no array arr_0 or images, nor statistics mu and sigma; it has {has}")
+        shape, fortran, dtype = arrays.header(name)
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-            raise UserError(f"{path}: {member} is {dtype} {shape}, but images are uint8 (N, H, W, 3) in C order")
+            raise UserError(f"{arrays.path}: {name} is {dtype} {shape}, but images are uint8 (N, H, W, 3) in C order")
         if 0 in shape:
-            raise UserError(f"{path}: {member} holds no images, its shape is {shape}")
-        self.path, self.member, self.shape = path, member, shape
+            raise UserError(f"{arrays.path}: {name} holds no images, its shape is {shape}")
+        self.arrays, self.array, self.shape = arrays, name, shape
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -234,23 +247,19 @@ class _NpzImages(Images):
 
     def batches(self, resolution: tuple[int, int], share: Share) -> Iterator[list[Tensor | UnreadableImage]]:
         # Other processes' batches are read and dropped: the file may be compressed.
-        bytes_per_image = int(np.prod(self.shape[1:]))
-        own = set(share.batches(len(self)))
-        with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
-            _read_header(file)
-            for numbers in Share(share.size).batches(len(self)):
-                try:
-                    content = file.read(len(numbers) * bytes_per_image)
-                except DAMAGE as error:
-                    raise UserError(f"{self.path} is damaged: {error}") from error
-                if len(content) < len(numbers) * bytes_per_image:
-                    raise UserError(f"{self.path} is cut short: {self.member} ends within image {numbers[-1]}")
-                if numbers in own:
-                    pixels = np.frombuffer(content, dtype=np.uint8).reshape(len(numbers), *self.shape[1:])
-                    yield [_to_size(image, resolution) for image in pixels]
+        for number, images in enumerate(self.arrays.blocks(self.array, share.size)):
+            if number % share.processes == share.rank:
+                yield [_to_size(image, resolution) for image in images]
 
     def protocol(self) -> dict[str, Any] | None:
-        return archived_protocol(self.path)
+        return archived_protocol(self.arrays.path) if self.arrays.path.suffix.lower() == ".npz" else None
+
+
+def _upright_size(file: Path) -> tuple[int, int]:
+    """Height and width of an image that can be read."""
+    with Image.open(file) as image:
+        turned = image.getexif().get(ORIENTATION, 1) >= TURNED
+        return image.size if turned else (image.height, image.width)
 
 
 def _to_size(image: np.ndarray, resolution: tuple[int, int]) -> Tensor:
@@ -259,35 +268,19 @@ def _to_size(image: np.ndarray, resolution: tuple[int, int]) -> Tensor:
     return torch.tensor(image).permute(2, 0, 1)
 
 
-def _names(path: Path) -> list[str]:
-    """The arrays of an .npz file, as files of the archive. Raises UserError if it is none."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except DAMAGE as error:
-        raise UserError(f"{path} is not a whole .npz file: {error}") from error
-
-
-def _read_gaussian(path: Path, mean_name: str, covariance_name: str, names: list[str]) -> Gaussian | None:
+def _read_gaussian(arrays: ArrayFile, mean_name: str, covariance_name: str) -> Gaussian | None:
     """Statistics of an .npz file, if it has them. Raises UserError for arrays that are no mean and covariance."""
-    if not {f"{mean_name}.npy", f"{covariance_name}.npy"} <= set(names):
+    if not {mean_name, covariance_name} <= set(arrays.names):
         return None
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            mean, covariance = (arrays[name].astype(np.float64) for name in (mean_name, covariance_name))
-    except DAMAGE as error:
-        raise UserError(f"{path}: {mean_name} or {covariance_name} cannot be read: {error}") from error
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    means, covariances = (arrays.header(name) for name in (mean_name, covariance_name))
+    if len(means.shape) != 1 or covariances.shape != 2 * means.shape or means.shape[0] > MOST_FEATURES:
         raise UserError(
-            f"{path}: {mean_name} is {mean.shape} and {covariance_name} {covariance.shape}, but a mean is (D,) and a "
-            "covariance (D, D)"
+            f"{arrays.path}: {mean_name} is {means.shape} and {covariance_name} {covariances.shape}, but a mean is "
+            f"(D,) and a covariance (D, D), with D up to {MOST_FEATURES}"
         )
+    if "U" in (means.dtype.kind, covariances.dtype.kind):
+        raise UserError(f"{arrays.path}: {mean_name} or {covariance_name} holds text, not numbers")
+    mean, covariance = (arrays.read(name).astype(np.float64) for name in (mean_name, covariance_name))
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"{path}: {mean_name} or {covariance_name} holds numbers that are not finite")
+        raise UserError(f"{arrays.path}: {mean_name} or {covariance_name} holds numbers that are not finite")
     return Gaussian(torch.from_numpy(mean), torch.from_numpy(covariance))
-
-
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and type of the array that begins here; leaves the file at its first number."""
-    is_first = np.lib.format.read_magic(file) == (1, 0)
-    return (np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0)(file)

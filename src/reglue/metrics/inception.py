@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from reglue.encoders.weights import is_pickled, read_shapes
 from reglue.errors import UserError
-from reglue.files import opened_tensors
+from reglue.files import refuse_not_finite
 from reglue.metrics.features import Description, FeatureNetwork
 from reglue.names import INCEPTION
 from reglue.pickles import read_untrusted_tensors
@@ -76,6 +77,7 @@ def load_inception(
 
     weights = file or _downloaded(URL_INCEPTION_V3, otherwise)
     state = read_untrusted_tensors(weights)
+    refuse_not_finite(state, weights)
     without_logits = "" if all(name in state for name in LOGITS) else f"{weights.name} holds no layer of class scores"
     with torch.random.fork_rng(devices=[]):
         network = InceptionNetwork()
@@ -98,14 +100,12 @@ def load_inception(
 
 
 def is_inception(file: Path) -> bool:
-    """Whether a file is to be read as the Inception's weights: every .pth, and safetensors with its names."""
-    if file.suffix in (".pth", ".pt"):
-        return True
+    """Whether a file holds the Inception's weights, by a tensor's name. One of PyTorch's that cannot be read is taken
+    for them, so that `load_inception` says what is wrong with it."""
     try:
-        with opened_tensors(file, "fetch it again") as tensors:
-            return FIRST_TENSOR in tensors.keys()  # noqa: SIM118 not a dict
+        return FIRST_TENSOR in read_shapes([file])
     except UserError:
-        return False
+        return is_pickled(file)
 
 
 def _downloaded(address: str, otherwise: str) -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +42,10 @@ class Side:
     """Whether the Gaussians come from a file, and not from the features."""
     skipped: tuple[str, ...] = ()
     """Names of images that could not be read."""
+    other_sizes: int = 0
+    """Images that were brought to the size of the first since no size was asked for."""
+    fingerprints: Tensor | None = None
+    """(N,) int64, equal for images of the same pixels; None if the network was given none."""
 
     @property
     def count(self) -> int | None:
@@ -63,14 +69,14 @@ def describe_side(
     resampling needs them. Raises UserError for a file whose statistics are of another network, and for too few images.
     """
     given = side.pool is not None and isinstance(network, Inception)
-    found, size, origin, skipped = None, None, "statistics in the file", []
+    found, size, origin, seen = None, None, "statistics in the file", _Seen([], 0, None)
     if isinstance(network, EncoderFeatures) and side.store and _has_features(side.store, network):
         origin, size = "class tokens cached in the store", network.image_size
         found = FeatureSet(side.store.read("cls", side.store.originals)["cls"].float(), None, None)
     elif side.images is not None:
         origin = "computed from the images"
         size = resolution or network.image_size or side.images.first_size()
-        found, skipped = _describe_images(network, side.images, size, name, share, keep_spatial)
+        found, seen = _describe_images(network, side.images, size, name, share, keep_spatial)
     elif not given:
         raise UserError(f"{side.path} holds no images, and its statistics are the Inception's; give the images too")
     if found:
@@ -86,7 +92,9 @@ def describe_side(
     else:
         assert found is not None
         pool = GaussianStatistics(network.width).update(found.features).gaussian
-    return Side(side.path, pool, spatial, found, size, origin, given, tuple(skipped))
+    other_sizes = 0 if resolution else seen.other_sizes
+    skipped, fingerprints = tuple(seen.skipped), seen.fingerprints
+    return Side(side.path, pool, spatial, found, size, origin, given, skipped, other_sizes, fingerprints)
 
 
 def refuse_too_few(count: int, found: str) -> None:
@@ -96,23 +104,45 @@ def refuse_too_few(count: int, found: str) -> None:
 
 
 def _has_features(store: Store, network: EncoderFeatures) -> bool:
-    """Whether the network would give the store's class tokens. Choices for the patches do not matter."""
+    """Whether the network would give the store's class tokens. Choices for the patches do not matter.
+
+    Those that were computed in another precision than the other side's will be are none.
+    """
     cached, spec = store.manifest.encoder, network.encoder.spec
-    if network.kind != "class-token" or cached is None:
+    if network.kind != "class-token" or cached is None or store.manifest.precision != "float32":
         return False
     return replace(cached, layers=spec.layers, final_norm=spec.final_norm) == spec
 
 
+class _Seen(NamedTuple):
+    """What is noted of images while they are described. See `Side`."""
+
+    skipped: list[str]
+    other_sizes: int
+    fingerprints: Tensor | None
+
+
+def _fingerprint(image: Tensor) -> int:
+    """64 bits of an image's pixels, uint8 (3, H, W)."""
+    content = image.contiguous().numpy().data
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), signed=True)
+
+
 def _describe_images(
     network: FeatureNetwork, images: Images, size: tuple[int, int], name: str, share: Share, keep_spatial: bool
-) -> tuple[FeatureSet, list[str]]:
-    """The features of all images, in their order, of which each process describes a share, and the unreadable names."""
+) -> tuple[FeatureSet, _Seen]:
+    """The features of all images, in their order, of which each process describes a share, and what was noted."""
     numbers: list[int] = []
-    found = describe_images(network, _readable(images, size, name, share, numbers), keep_spatial=keep_spatial)
-    described = distributed.all_gather(torch.tensor(numbers, dtype=torch.int64))
-    skipped = [images.name(number) for number in sorted({*range(len(images))} - {*described.tolist()})]
+    prints: list[int] = []
+    found = describe_images(network, _readable(images, size, name, share, numbers, prints), keep_spatial=keep_spatial)
+    described, fingerprints = (
+        distributed.all_gather(torch.tensor(part, dtype=torch.int64)) for part in (numbers, prints)
+    )
+    others = distributed.all_gather(torch.tensor([images.other_sizes]))
+    unread = sorted({*range(len(images))} - {*described.tolist()})
+    seen = _Seen([images.name(number) for number in unread], int(others.sum()), fingerprints)
     if share.processes == 1:
-        return found, skipped
+        return found, seen
     order = described.argsort()
     nothing = torch.zeros(0, 0)
     logits = distributed.all_gather(nothing if found.logits is None else found.logits)
@@ -122,7 +152,7 @@ def _describe_images(
         logits=logits[order] if len(logits) else None,
         spatial=_of_all_processes(found.spatial) if found.spatial else None,
         spatial_features=spatial[order] if len(spatial) else None,
-    ), skipped
+    ), seen
 
 
 def _of_all_processes(statistics: GaussianStatistics) -> GaussianStatistics:
@@ -135,8 +165,10 @@ def _of_all_processes(statistics: GaussianStatistics) -> GaussianStatistics:
     return merged
 
 
-def _readable(images: Images, size: tuple[int, int], name: str, share: Share, numbers: list[int]) -> Iterator[Tensor]:
-    """The readable images of a share, uint8 (B, 3, *size), a batch at a time; their numbers are added to `numbers`."""
+def _readable(
+    images: Images, size: tuple[int, int], name: str, share: Share, numbers: list[int], fingerprints: list[int]
+) -> Iterator[Tensor]:
+    """The readable images of a share, uint8 (B, 3, *size), a batch at a time; what they are is added to the lists."""
     count = len(images)
     with tqdm(total=count, unit="image", desc=name, disable=share.rank > 0) as progress:
         for within, batch in zip(share.batches(count), images.batches(size, share), strict=True):
@@ -145,6 +177,7 @@ def _readable(images: Images, size: tuple[int, int], name: str, share: Share, nu
                 if isinstance(image, Tensor):
                     readable.append(image)
                     numbers.append(number)
+                    fingerprints.append(_fingerprint(image))
                 else:
                     tqdm.write(f"skipped {image.name} of the {name}: {image.reason}", file=sys.stderr)
             if readable:

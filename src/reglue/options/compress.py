@@ -44,7 +44,10 @@ class Compress(TakesPaths):
     over an image's code, beside the mean squared error. Codes are sampled in training and are the means afterwards.
     REGLUE tried 1e-6, and found it worse than none."""
     epochs: int = 25
-    """conv, mlp: passes over the training images. The compressor after the last one is kept."""
+    """conv, mlp: passes over the training images at most. The compressor after the last one is kept."""
+    patience: int = 5
+    """conv, mlp: stop once the error of held-out images has not fallen for so many epochs (and a hundred steps), and
+    keep the compressor of the best one. 0: all epochs."""
     cosine_epochs: int = 100
     """conv, mlp: epochs after which the cosine decay of the learning rate would end."""
     batch_size: int | None = None
@@ -76,7 +79,7 @@ class Compress(TakesPaths):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "channels", "hidden", "epochs", "cosine_epochs", "batch_size", "micro_batch", at_least=1)
-        require(self, "seed", "kl_weight", at_least=0)
+        require(self, "seed", "kl_weight", "patience", at_least=0)
         require(self, "learning_rate", "final_learning_rate", more_than=0)
         require(self, "validation", more_than=0, less_than=1)
         if self.kind == "pca" and self.kl_weight:
@@ -111,6 +114,6 @@ class Compress(TakesPaths):
             asked = {} if self.layers is None else {"layers": self.layers}
             return {"fitted": fitted.weights_sha256(), **asked}
         if self.kind == "pca":
-            without |= {"hidden", "epochs", "cosine_epochs", "batch_size", "micro_batch"}
+            without |= {"hidden", "epochs", "cosine_epochs", "patience", "batch_size", "micro_batch"}
             without |= {"learning_rate", "final_learning_rate"}
         return {option: value for option, value in asdict(self).items() if option not in without}

@@ -20,9 +20,9 @@ class ExportRun(TakesPaths):
     run: Positional[Path]
     """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
     out: Path
-    """File to write. A .safetensors file holds the weights, with step and path in its metadata; a .pt or .pth
-    file holds {ema, model, args, steps}, as the published code reads it. Published samplers take the path as an
-    option."""
+    """File to write. A .safetensors file holds the weights; a .pt or .pth file {ema, model, args, steps}, as the
+    published code reads it. Published samplers take the path as an option. For `reglue import` the run's record goes
+    with them, in the metadata or the args: it names the classes, and the autoencoder with its folder."""
     step: int | None = None
     """Checkpoint to export; the last one if not given."""
     weights: Weights = "ema"

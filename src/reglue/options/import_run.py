@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -16,11 +17,12 @@ class ImportRun(TakesPaths):
     """Turn a checkpoint of SiT, REPA, ReDi, REG or REGLUE into a run. Nothing in the file is executed.
 
     The method is recognised by the shapes of the weights. The run can be sampled, evaluated, shared and exported, but
-    its training cannot be continued.
+    its training cannot be continued. A file of `reglue export` needs no options.
     """
 
     file: Positional[Path]
-    """A .pt, .pth or .safetensors file: weights alone, or {model, ema, …}, of which the averaged weights are used."""
+    """A .safetensors, .pt, .pth, .ckpt or .bin file: weights alone, or in a container ({model, ema, …}, Lightning's),
+    of which the averaged ones are used where there are any."""
     out: Path
     """Folder of the run: new or empty."""
     compressor: Path | None = None
@@ -37,6 +39,9 @@ class ImportRun(TakesPaths):
     """The vision encoder that the model was trained with, for the record. Sampling does not need it."""
     class_names: Path | None = None
     """Text file with the names of the classes, one per line, in the order of the labels. Default: their numbers."""
+    family: Literal["sit", "repa", "redi", "reg", "reglue", "dit"] | None = None
+    """Whose model it is, where shapes leave a choice: DiT's are SiT's (and DiT's cannot be imported). Default: what the
+    options in the file and then its name say."""
     heads: int | None = None
     """Attention heads, for models of a width that was not published."""
     resolution: int | tuple[int, int] | None = None

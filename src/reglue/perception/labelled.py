@@ -114,9 +114,11 @@ def compressor_folder(store: Store, column: str) -> Path:
 
 
 def compressor_figures(store: Store, column: str) -> dict[str, float]:
-    """The last figures that `reglue compress` wrote about a column of codes; none if they are gone."""
+    """The figures that `reglue compress` wrote about the compressor of a column of codes; none if they are gone."""
     lines = read_jsonl(compressor_folder(store, column) / "metrics.jsonl", dict[str, float], "delete it")
-    return lines[-1] if lines else {}
+    made = store.manifest.compressors.get(compressor_of(column))
+    kept = [line for line in lines if made and line.get("epoch") == made.epoch]
+    return (kept or lines or [{}])[-1]
 
 
 @dataclass(frozen=True)

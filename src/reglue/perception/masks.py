@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from reglue.arrays import ONLY, ArrayFile
 from reglue.errors import UserError
 
 ORIENTATION = 0x0112
@@ -92,7 +93,10 @@ def _read(path: Path) -> tuple[np.ndarray, str]:
     """The numbers of a picture or an array, and the mode of the picture. Raises UserError if it is damaged."""
     try:
         if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False), "L"
+            numbers = ArrayFile(path).read(ONLY)
+            if numbers.dtype.kind not in "biu":
+                raise ValueError(f"it holds {numbers.dtype}, not whole numbers")
+            return numbers, "L"
         with Image.open(path) as file:
             return np.asarray(file), file.mode
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:

@@ -18,7 +18,10 @@ from reglue.encoders.compressors import (
 )
 from reglue.errors import UserError, option
 from reglue.pickles import read_untrusted
-from reglue.published.weights import state_dict_in
+from reglue.published.containers import refuse_nonfinite, weights_in
+
+FIRST_WEIGHT = "encoder.model.0.weight"
+"""Every compressor of REGLUE's has it."""
 
 
 def read_official_compressor(path: Path, statistics: Path | None, channels: int) -> Compressor:
@@ -53,7 +56,7 @@ def read_compressor(path: Path, statistics: Path | None, components: int) -> Com
     if isinstance(content, Mapping) and "pca_model" in content:
         _refuse(statistics, f"{path} has its own")
         return _pca(content, path, components)
-    weights = state_dict_in(content, path)
+    weights, _ = weights_in(content, path, FIRST_WEIGHT)
     if statistics is None:
         raise UserError(f"{path} has no statistics of its features: give their file with {option('statistics')}")
     mean, std = read_statistics(statistics)
@@ -88,6 +91,7 @@ def _pca(content: Mapping[str, Any], file: Path, most: int) -> PcaCompressor:
         raise UserError(f"{file}: its components are whitened, and the published ones are not")
     mean, std = _statistics(content, file)
     components, centre = (_numbers(model[name], name, file) for name in ("components_", "mean_"))
+    refuse_nonfinite({"components_": components, "mean_": centre}, file)
     if components.ndim != 2 or components.shape[1:] != mean.shape or centre.shape != mean.shape:
         raise UserError(
             f"{file}: components_ {tuple(components.shape)}, mean_ {tuple(centre.shape)} and mean {tuple(mean.shape)} "
@@ -98,7 +102,8 @@ def _pca(content: Mapping[str, Any], file: Path, most: int) -> PcaCompressor:
 
 def _numbers(value: Any, name: str, file: Path) -> Tensor:
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
-        value = torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32))
+        with np.errstate(over="ignore"):  # Numbers beyond float32 become infinite, which is refused.
+            value = torch.tensor(value.astype(np.float32))
     if not isinstance(value, Tensor):
         raise UserError(f"{file}: {name} is {_description(value)}, expected an array of numbers")
     return value.float()

@@ -7,10 +7,8 @@ are converted exactly, so that the imported model has data at t = 0 like every o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,13 +21,15 @@ from reglue.diffusion.embeddings import FREQUENCIES, MAX_PERIOD, position_embedd
 from reglue.diffusion.modalities import Modality
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.errors import UserError, option
-from reglue.files import opened_tensors, read_tensors
-from reglue.pickles import read_untrusted
-
-Family = Literal["sit", "repa", "redi", "reg", "reglue"]
-
-TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi"})
-"""The families whose published time runs from noise (0) to data (1)."""
+from reglue.published.families import (
+    CANNOT,
+    OTHERS,
+    OUTPUTS,
+    TIME_FROM_NOISE,
+    Evidence,
+    Family,
+    choose_family,
+)
 
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Attention heads by width, for S, B, L and XL: no weight has a shape that would tell."""
@@ -62,17 +62,7 @@ KEYS = {
 """Published name → ours. {i} stands for the number of a block."""
 
 
-STEP = "step"
-"""Key of our safetensors files' metadata: the step of training, in decimal digits."""
-STEP_DIGITS = re.compile(r"[0-9]{1,18}")
-"""What may be a step: a stranger's file can say anything."""
-PREDICTION, PATH_TYPE, ENCODER_DEPTH = "prediction", "path_type", "encoder_depth"
-"""Options of the published trainings that weights do not tell: what is predicted, the path, and after how many blocks
-the projector reads. In our safetensors files they are metadata."""
-MAP_DROPOUT = "dino_drop_prob"
-"""ReDi's option for the share of the training without the map; None is 0."""
-VELOCITY = ("v", "velocity")
-"""How the published codes call what our models predict."""
+LABELS = "y_embedder.embedding_table.weight"
 TIME_WEIGHT = "time_embedding.0.weight"
 
 
@@ -84,71 +74,16 @@ class OfficialModel:
     config: DenoiserConfig
     weights: dict[str, Tensor]
     """Under our names, in our time convention."""
+    has_null: bool = True
+    """Whether it was trained without classes too; otherwise the null label's embedding is zero."""
+    notes: tuple[str, ...] = ()
+    """What was assumed or left out, as sentences."""
 
     def denoiser(self) -> Denoiser:
         """The model with its weights, in eval mode."""
         denoiser = Denoiser(self.config)
         denoiser.load_state_dict(self.weights)
         return denoiser.eval()
-
-
-@dataclass(frozen=True)
-class PublishedFile:
-    """What a published file holds, in its own terms."""
-
-    weights: dict[str, Tensor]
-    """The averaged (EMA) ones where the file has them, under their published names."""
-    arguments: dict[str, Any]
-    """The options that it was trained with, by name, as far as the file keeps them."""
-    step: int
-    """Of training; 0 if neither the file (its metadata, for safetensors) nor its name (`0400000.pt`) says."""
-
-
-def read_official(file: Path) -> PublishedFile:
-    """Read a published file, executing nothing that is in it.
-
-    Containers: safetensors, a bare state dict, or {model, ema, opt, args, steps}, of which `ema` is taken. Raises
-    UserError if the file is missing or is something else.
-    """
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
-    content: Any
-    stated: dict[str, str] = {}
-    if file.suffix == ".safetensors":
-        with opened_tensors(file, "fetch it again") as opened:
-            stated = opened.metadata() or {}
-        content = read_tensors(file, "fetch it again")
-    else:
-        content = read_untrusted(file)
-    container = content if isinstance(content, dict) else {}
-    arguments, step = container.get("args", _arguments_in(stated)), container.get("steps", container.get("step"))
-    said = [text for text in (stated.get(STEP), file.stem) if text and STEP_DIGITS.fullmatch(text)]
-    return PublishedFile(
-        weights=state_dict_in(content, file),
-        arguments=arguments if isinstance(arguments, dict) else {},
-        step=step if isinstance(step, int) else int(said[0]) if said else 0,
-    )
-
-
-def _arguments_in(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The options of the training that a safetensors file's metadata state."""
-    arguments: dict[str, Any] = {name: metadata[name] for name in (PREDICTION, PATH_TYPE) if name in metadata}
-    if (depth := metadata.get(ENCODER_DEPTH)) and STEP_DIGITS.fullmatch(depth):
-        arguments[ENCODER_DEPTH] = int(depth)
-    return arguments
-
-
-def state_dict_in(content: Any, file: Path) -> dict[str, Tensor]:
-    """The weights in what was read from a file, bare or under `ema`, `model` or `state_dict`. Raises UserError."""
-    inside = content
-    for name in ("ema", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            inside = content[name]
-            break
-    if not isinstance(inside, dict) or not inside or not all(isinstance(v, Tensor) for v in inside.values()):
-        found = ", ".join(map(str, list(inside)[:4])) if isinstance(inside, dict) else type(inside).__name__
-        raise UserError(f"{file}: expected a state dict or {{model, ema, …}}, found {found or 'nothing'}")
-    return {str(name): value for name, value in inside.items()}
 
 
 def import_official(
@@ -158,16 +93,26 @@ def import_official(
     heads: int | None = None,
     alignment_depth: int | None = None,
     grid: tuple[int, int] | None = None,
+    classes: int | None = None,
+    evidence: Sequence[Evidence] = (),
 ) -> OfficialModel:
     """Recognise published weights by their shapes and convert them.
 
     `latent_channels` is C of the autoencoder (4 for the SD-VAE that all of them use); `heads` is needed for widths
     that no published model has; `alignment_depth` (after which block the projector reads) is the published one if not
     given; `grid` (H, W) of the latents is needed where the positions do not tell it: a fixed sin-cos embedding does,
-    and learned ones are taken for a square. Raises UserError that says what was found and what was expected.
+    and learned ones are taken for a square. `classes` is how many the model knows: where the table of their embeddings
+    has as many rows, it was trained without a null label. `evidence` decides, the first first, where several families
+    have these shapes. Raises UserError that says what was found and what was expected.
     """
+    for part, whose in OTHERS.items():
+        if any(part in name for name in published):
+            raise UserError(f"these weights are {whose}; {CANNOT}")
     published, alignment_depth = _with_uniform_names(published, alignment_depth)
-    family, config = _recognise(published, latent_channels, heads, alignment_depth, grid)
+    published, notes = _with_one_projector(published)
+    published, has_null = _with_null_label(published, classes)
+    config = _recognise(published, latent_channels, heads, alignment_depth, grid)
+    family, why = choose_family(published, config, evidence)
     weights = {ours: published[theirs].float() for theirs, ours in _names(published).items()}
     if config.learned_positions:
         weights["positions"] = published["pos_embed"].float()
@@ -183,39 +128,16 @@ def import_official(
         )
     if family in TIME_FROM_NOISE:
         weights = reverse_time(weights)
-    return OfficialModel(family, config, weights)
+    return OfficialModel(family, config, weights, has_null, (*why, *notes))
 
 
-def channels_of(config: DenoiserConfig, name: str) -> int:
-    """The channels of a modality; 0 if the model does not have it."""
-    modality = config.modality(name)
-    return modality.channels if modality else 0
+def export_official(
+    family: Family, config: DenoiserConfig, weights: Mapping[str, Tensor], *, has_null: bool = True
+) -> dict[str, Tensor]:
+    """The published names and time convention for a model of ours: the inverse of `import_official`.
 
-
-def family_of(config: DenoiserConfig) -> Family:
-    """The published family whose models are built like this one. Raises UserError, by name, if there is none."""
-    published = {Latent.modality, LocalSemantics.modality, ClassToken.modality}
-    strangers = [
-        *(f"modality {modality.name}" for modality in config.modalities if modality.name not in published),
-        *(f"condition {name}" for name in config.conditions if name != CLASS),
-        *([f"backbone {config.backbone}"] if config.backbone != "sit" else []),
-        *([f"prediction {config.prediction}"] if config.prediction != "velocity" else []),
-    ]
-    if strangers:
-        raise UserError(f"no published code has a model with {', '.join(strangers)}")
-    with_class_token, with_local = (channels_of(config, part.modality) > 0 for part in (ClassToken, LocalSemantics))
-    if config.learn_sigma and (with_class_token or with_local or config.alignment_width):
-        other = "a class token" if with_class_token else "a local map" if with_local else "alignment"
-        raise UserError(f"no published code has a model with learn-sigma (SiT) and {other}")
-    if with_class_token:
-        return "reglue" if with_local else "reg"
-    if with_local:
-        return "redi"
-    return "sit" if config.learn_sigma else "repa"
-
-
-def export_official(family: Family, config: DenoiserConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published names and time convention for a model of ours: the inverse of `import_official`."""
+    Without `has_null` the last row of the labels' embeddings is left out, as in models trained without label dropout.
+    """
     if family in TIME_FROM_NOISE:
         weights = reverse_time(weights)
     theirs_by_ours = {ours: theirs for theirs, ours in KEYS.items() if theirs != "projector" or family == "redi"}
@@ -227,6 +149,8 @@ def export_official(family: Family, config: DenoiserConfig, weights: Mapping[str
         else:
             stem, theirs = _match(name, theirs_by_ours)
             published[theirs + name[len(stem) :]] = value
+    if not has_null:
+        published[LABELS] = published[LABELS][:-1]
     return published
 
 
@@ -259,23 +183,44 @@ def _with_uniform_names(
     Those begin after the block that is aligned. Returns the weights and that block, where it is known.
     """
     plain = {name.removeprefix("module."): value for name, value in published.items()}
-    late = [name for name in plain if name.startswith("decoder_blocks.")]
+    late = {name: int(m[1]) for name in plain if (m := re.match(r"decoder_blocks\.(\d{1,4})\.", name))}
     if late:
         first = _blocks(plain)
         if alignment_depth not in (None, first):
             raise UserError(
                 f"alignment depth {alignment_depth} given, but the file's decoder starts after block {first}"
             )
-        for name in late:
-            _, number, rest = name.split(".", 2)
-            plain[f"blocks.{int(number) + first}.{rest}"] = plain.pop(name)
+        for name, number in late.items():
+            plain[f"blocks.{number + first}.{name.split('.', 2)[2]}"] = plain.pop(name)
         alignment_depth = first
     return plain, alignment_depth
 
 
+def _with_one_projector(published: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Leave out all projectors but the first, of models that were aligned with several encoders; and say so."""
+    surplus = {name: m[1] for name in published if (m := re.match(r"projectors\.([1-9]\d*)\.", name))}
+    if not surplus:
+        return published, ()
+    which = ", ".join(dict.fromkeys(surplus.values()))
+    kept = {name: value for name, value in published.items() if name not in surplus}
+    return kept, (f"It was aligned with several encoders: projectors {which}, which only training uses, are left out.",)
+
+
+def _with_null_label(published: dict[str, Tensor], classes: int | None) -> tuple[dict[str, Tensor], bool]:
+    """Add a null label's embedding, of zeros, where a row per class is all there is; and whether there was one."""
+    table = published.get(LABELS)
+    if table is None or table.ndim != 2 or not classes or len(table) != classes:
+        return published, True
+    return {**published, LABELS: torch.cat([table, torch.zeros_like(table[:1])])}, False
+
+
 def _blocks(published: Mapping[str, Tensor]) -> int:
-    """How many blocks the weights are of."""
-    return 1 + max((int(m[1]) for name in published if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1)
+    """How many blocks the weights are of. Raises UserError if some are missing."""
+    numbers = {int(m[1]) for name in published if (m := re.match(r"blocks\.(\d{1,4})\.", name))}
+    if numbers != {*range(len(numbers))}:
+        missing = min({*range(len(numbers))} - numbers)
+        raise UserError(f"not a SiT-like checkpoint: it has blocks up to {max(numbers)}, but no blocks.{missing}")
+    return len(numbers)
 
 
 def _recognise(
@@ -284,12 +229,12 @@ def _recognise(
     heads: int | None,
     alignment_depth: int | None,
     grid: tuple[int, int] | None,
-) -> tuple[Family, DenoiserConfig]:
+) -> DenoiserConfig:
     dimensions = {
         "pos_embed": 3,
         "x_embedder.proj.weight": 4,
-        "y_embedder.embedding_table.weight": 2,
-        "final_layer.linear.weight": 2,
+        LABELS: 2,
+        OUTPUTS: 2,
     }
     for name, count in dimensions.items():
         if name not in published:
@@ -300,7 +245,7 @@ def _recognise(
         if published[name].ndim != count or not published[name].numel():
             raise UserError(f"not a SiT-like checkpoint: {name} has shape {tuple(published[name].shape)}")
     width, channels, patch, _ = published["x_embedder.proj.weight"].shape
-    outputs = published["final_layer.linear.weight"].shape[0]
+    outputs = published[OUTPUTS].shape[0]
     has_class_token = "cls_projectors2.weight" in published
     local_channels = channels - latent_channels
     if local_channels < 0:
@@ -319,7 +264,7 @@ def _recognise(
     token_grid, learned = _positions(published, has_class_token, patch, grid)
     if heads is None and width not in PUBLISHED_HEADS:
         raise UserError(
-            f"width {width} is none of {sorted(PUBLISHED_HEADS)}: give the number of attention heads with "
+            f"width {width} is none of {', '.join(map(str, PUBLISHED_HEADS))}: give the number of attention heads with "
             f"{option('heads')}"
         )
     depth = _blocks(published)
@@ -329,7 +274,7 @@ def _recognise(
     # Training alone uses the projector, so that a depth that is not known may be wrong without harm.
     aligned_after = min(alignment_depth or (8 if depth >= 24 else 4), depth)
     try:
-        config = DenoiserConfig(
+        return DenoiserConfig(
             modalities=tuple(
                 Modality(part.modality, part.kind, channels, is_class_token=part.is_class_token)
                 for part, channels in (
@@ -340,7 +285,7 @@ def _recognise(
                 if channels
             ),
             grid=(token_grid[0] * patch, token_grid[1] * patch),
-            conditions={CLASS: published["y_embedder.embedding_table.weight"].shape[0] - 1},
+            conditions={CLASS: published[LABELS].shape[0] - 1},
             depth=depth,
             width=width,
             heads=heads or PUBLISHED_HEADS[width],
@@ -353,7 +298,6 @@ def _recognise(
         )
     except ValueError as error:
         raise UserError(f"these weights are of no model that can be built: {error}") from None
-    return family_of(config), config
 
 
 def _positions(

@@ -52,7 +52,8 @@ class Task(ABC, Generic[Batch]):
         """`model` is everything that learns, whose weights and buffers checkpoints keep.
 
         `ema` holds moving averages, under their names, of the weights of `averaged`, which is `model` or a part of it;
-        they are changed in place. A part of a step that a process computes at once is of `part` samples.
+        they are changed in place. Without `averaged` it holds what the task itself keeps in checkpoints. A part of a
+        step that a process computes at once is of `part` samples.
         """
         self.optimisation, self.device, self.part = optimisation, device, part
         self.model, self.optimiser = model, optimiser
@@ -81,6 +82,11 @@ class Task(ABC, Generic[Batch]):
     def check(self, step: int, saved: int | None) -> None:
         """Raise UserError if it is no use to go on. Called after each line; `saved` is the last checkpoint's step."""
 
+    def ended(self, step: int) -> bool:
+        """Whether to end after so many steps, which have a checkpoint, though more were planned. All processes must
+        agree, also when they resume from that checkpoint: it follows from what that keeps."""
+        return False
+
     def evaluate(self, step: int) -> dict[str, Any]:
         """A line of measurements. The first process alone calls it, while the others wait."""
         return {}
@@ -104,7 +110,7 @@ def fit(
     track: Collection[str] = (),
     sharded: bool = False,
 ) -> None:
-    """Train until the last step, from the last checkpoint in the run's folder if there is one.
+    """Train until the last step or an early end, from the last checkpoint in the run's folder if there is one.
 
     Whatever is done every so many steps is also done after the last one; 0 is never. With `evaluate_first` what is
     there before the first step is measured and shown too. `workers` threads read ahead, and `track` names trackers
@@ -154,7 +160,7 @@ def fit(
         means = Means()
         logged_step, logged_time = step, time.perf_counter()
 
-        while step < steps:
+        while step < steps and not task.ended(step):
             for group in optimiser.param_groups:
                 group["lr"] = task.learning_rate(step)
             parts = parts_of(step)

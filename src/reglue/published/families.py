@@ -1,0 +1,175 @@
+"""Whose a published checkpoint is: what tells the families apart, and what each one's class can be built with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from torch import Tensor
+
+from reglue.config import ClassToken, Latent, LocalSemantics
+from reglue.diffusion.conditions import CLASS
+from reglue.diffusion.denoiser import DenoiserConfig
+from reglue.errors import UserError, option
+
+Family = Literal["sit", "repa", "redi", "reg", "reglue"]
+
+TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi"})
+"""The families whose published time runs from noise (0) to data (1)."""
+
+PREDICTION, PATH_TYPE, ENCODER_DEPTH, NUM_CLASSES = "prediction", "path_type", "encoder_depth", "num_classes"
+"""Options of the published trainings that weights do not tell: what is predicted, the path, after how many blocks the
+projector reads, and how many classes there are besides none. In our safetensors files they are metadata."""
+LABEL_DROPOUTS = ("class_dropout_prob", "cfg_prob")
+"""Options of the published trainings: the share of samples trained without their class."""
+FAMILY = "family"
+"""Option in our files."""
+MAP_DROPOUT = "dino_drop_prob"
+"""ReDi's option for the share of the training without the map; None is 0."""
+VELOCITY = ("v", "velocity")
+"""How the published codes call what our models predict: REPA's and those made of it, and SiT's."""
+DIT = "dit"
+"""A family with the shapes of SiT's that is not among the models here."""
+FAMILY_NAMES = re.compile(rf"(?<![a-z])(?:{DIT}|{'|'.join(get_args(Family))})(?![a-z])", re.IGNORECASE)
+NAMES = {"sit": "SiT", "repa": "REPA", "redi": "ReDi", "reg": "REG", "reglue": "REGLUE", DIT: "DiT"}
+"""As they are written."""
+CANNOT = "they cannot be imported: choose a checkpoint of SiT, REPA, ReDi, REG or REGLUE"
+OTHERS = {
+    "in_blocks.": "U-ViT's",
+    "r_embedder.": "MeanFlow's",
+    "t_embedder_sem.": "SFD's",
+    "t_pixel_embedder.": "Latent Forcing's",
+    ".mlp.w12.": "LightningDiT's",
+    "transformer_blocks.": "of a transformer of diffusers",
+}
+"""What only the names of other models' weights have in them."""
+OUTPUTS = "final_layer.linear.weight"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What speaks for some families, where shapes leave several."""
+
+    families: frozenset[str]
+    reason: str
+    """Completes a sentence that begins "since"."""
+    firm: bool = False
+    """Whether the user has said so, and weights of other families are refused."""
+
+
+def evidence_in(file: Path, arguments: Mapping[str, Any], said: str | None) -> list[Evidence]:
+    """What the user said, the options that a file was trained with, and its name, say about its family."""
+    found = [Evidence(frozenset({said}), f"{option('family')} says so", firm=True)] if said else []
+    if (ours := arguments.get(FAMILY)) in get_args(Family):
+        found.append(Evidence(frozenset({str(ours)}), "its record says so"))
+    model = str(arguments.get("model", ""))[:40]
+    if name := FAMILY_NAMES.search(model):
+        # SiT's, REPA's, ReDi's, REG's and REGLUE's code all call their models SiT.
+        found.append(_for_dit(name[0].lower() == DIT, f"its options name the model {model}"))
+    elif PREDICTION in arguments or PATH_TYPE in arguments:
+        found.append(_for_dit(False, "its options are those of SiT's code"))
+    if arguments.get(PREDICTION) == VELOCITY[1]:
+        found.append(Evidence(TIME_FROM_NOISE, f"its options have {PREDICTION} {VELOCITY[1]}, as in SiT's code"))
+    named = {name.lower() for name in FAMILY_NAMES.findall(file.stem)}
+    if named and (DIT in named) == (named == {DIT}):
+        found.append(_for_dit(DIT in named, "its name says so"))
+    return found
+
+
+def _for_dit(is_dit: bool, reason: str) -> Evidence:
+    return Evidence(frozenset({DIT} if is_dit else get_args(Family)), reason)
+
+
+def choose_family(
+    published: Mapping[str, Tensor], config: DenoiserConfig, evidence: Sequence[Evidence]
+) -> tuple[Family, tuple[str, ...]]:
+    """The family of weights, and what is to be said about the choice. Raises UserError for DiT's, and for another than
+    the user's."""
+    usual = family_of(config)
+    alone = not (config.alignment_width or config.tokens or len(config.maps) > 1)
+    possible = [usual, *(name for name in ("sit", DIT) if alone and name != usual)]
+    doubt = ""
+    if config.learn_sigma:
+        # SiT's second half of the outputs gets no gradient and stays as it began; DiT's predicts the variance.
+        if published[OUTPUTS].unflatten(0, (config.patch**2, -1))[:, config.channels :].any():
+            doubt = " (though the second half of its outputs is not zero, as DiT's is not)"
+        else:
+            evidence = [*evidence, Evidence(frozenset({"sit"}), "the second half of its outputs is zero")]
+    shapes = f"By its shapes it is {' or '.join(NAMES[name] for name in possible)}"
+    reasons: list[str] = []
+    for each in evidence:
+        left = [name for name in possible if name in each.families]
+        if each.firm and not left:
+            raise UserError(
+                f"{option('family')} {' '.join(each.families)}: by their shapes these weights are {NAMES[usual]}'s"
+            )
+        if 0 < len(left) < len(possible):
+            possible = left
+            reasons.append(each.reason)
+    if possible == [DIT]:
+        raise UserError(
+            f"these weights are DiT's, since {reasons[-1]}; {CANNOT} (if they are SiT's, say {option('family')} sit)"
+        )
+    family = cast(Family, possible[0])
+    if not alone:
+        return family, ()
+    if reasons:
+        return family, (f"{shapes}: {NAMES[family]}, since {' and '.join(reasons)}.",)
+    return family, (
+        f"{shapes}, and nothing says which: assuming {NAMES[family]}{doubt}. If its samples are noise, it is another "
+        f"one: name it with {option('family')}.",
+    )
+
+
+def channels_of(config: DenoiserConfig, name: str) -> int:
+    """The channels of a modality; 0 if the model does not have it."""
+    modality = config.modality(name)
+    return modality.channels if modality else 0
+
+
+def family_of(config: DenoiserConfig) -> Family:
+    """The published family whose models are built like this one. Raises UserError, by name, if there is none."""
+    published = {Latent.modality, LocalSemantics.modality, ClassToken.modality}
+    strangers = [
+        *(f"modality {modality.name}" for modality in config.modalities if modality.name not in published),
+        *(f"condition {name}" for name in config.conditions if name != CLASS),
+        *([f"backbone {config.backbone}"] if config.backbone != "sit" else []),
+        *([f"prediction {config.prediction}"] if config.prediction != "velocity" else []),
+    ]
+    if strangers:
+        raise UserError(f"no published code has a model with {', '.join(strangers)}")
+    with_class_token, with_local = (channels_of(config, part.modality) > 0 for part in (ClassToken, LocalSemantics))
+    if config.learn_sigma and (with_class_token or with_local or config.alignment_width):
+        other = "a class token" if with_class_token else "a local map" if with_local else "alignment"
+        raise UserError(f"no published code has a model with learn-sigma (SiT) and {other}")
+    if with_class_token:
+        return "reglue" if with_local else "reg"
+    if with_local:
+        return "redi"
+    return "sit" if config.learn_sigma else "repa"
+
+
+def refuse_unpublished(config: DenoiserConfig) -> None:
+    """Raise UserError, by name, for what the class of a model's family cannot be built with.
+
+    All of them make square grids. REG's and REGLUE's make the class token as wide as what the projector is aligned
+    with, and have a projector always.
+    """
+    rows, columns = config.token_grid
+    if rows != columns:
+        raise UserError(
+            f"the published codes build square models alone: a file of {rows}×{columns} patches would fit none of them"
+        )
+    token, aligned = channels_of(config, ClassToken.modality), config.alignment_width
+    if token and not aligned:
+        raise UserError(
+            f"no published code has a model with a class token and without alignment ({option('alignment.weight')} 0)"
+        )
+    if token and token != aligned:
+        raise UserError(
+            f"no published code has a model with a class token of {token} numbers and alignment with {aligned}: "
+            "there both are of one encoder"
+        )
