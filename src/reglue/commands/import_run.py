@@ -281,9 +281,11 @@ def recipe_of(model: OfficialModel, path: PathName, arguments: dict[str, Any]) -
         alignment=alignment,
         optimisation=replace(
             paper.optimisation,
-            precision="float32",  # Whatever they were trained in, the published codes sample in it.
+            precision="float32",
             label_dropout=paper.optimisation.label_dropout if model.has_null else 0.0,
         ),
+        # Whatever they were trained in, the published codes sample in float32.
+        sampling=replace(paper.sampling, precision="float32"),
     )
 
 

@@ -24,6 +24,8 @@ class Demo(TakesPaths):
     seed: int = 0
     """Seed of the held-out digits, the training and the samples."""
 
+    written = ""  # The last line of output is JSON.
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "samples_per_class", "steps", at_least=1)
