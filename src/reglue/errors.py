@@ -42,11 +42,6 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return printable(" ".join(text.split()))[:most] or type(error).__name__
 
 
-def printable(text: str) -> str:
-    """Text as one line: what is not printable, a newline in the name of a file for example, is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
 def refused_by_system(error: OSError) -> str:
     """Which file the system refused, and why, as one line; of several that were copied (`shutil.Error`), the first."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
