@@ -432,8 +432,26 @@ class ImageModel:
 
     @torch.no_grad()
     def pixels(self, state: State, rounding: Rounding) -> Tensor:
-        """What `decode` gives, on the device still, which may be working on it."""
-        return to_pixels(self.autoencoder.decode(self.raw(state, LATENT)), rounding)
+        """What `decode` gives, on the device still, which may be working on it.
+
+        Raises UserError for latents, and for images of them, that are NaN or infinite: they would be black.
+        """
+        latents = self.raw(state, LATENT)
+        images = self.autoencoder.decode(latents)
+        # One number is waited for. What is not finite does not add up to what is.
+        if not (latents.sum() + images.sum()).isfinite():
+            self._refuse_not_finite(latents, images)
+        return to_pixels(images, rounding)
+
+    def _refuse_not_finite(self, latents: Tensor, images: Tensor) -> None:
+        if not latents.isfinite().all():
+            raise UserError(
+                f"the model drew latents that are NaN or infinite; choose {option('precision')} float32, a lower "
+                f"{option('guidance_scale')}, or weights of another step"
+            )
+        if not images.isfinite().all():
+            name = self.record.decoder or self.record.autoencoder.name
+            raise UserError(f"autoencoder {name} decodes latents to NaN or infinite values; fetch it again")
 
     def raw(self, state: State, name: str) -> Tensor:
         """A modality of a state as the autoencoder, encoder or compressor gives it, float32."""

@@ -50,6 +50,8 @@ TERMS = ("loss", "latent", "local", "cls", "alignment")
 """Of the loss, in the order of their plots."""
 SHOWN = 10
 """Images in the picture of the semantics."""
+SHOWN_PER_CLASS = 20
+"""Samples of each class on the page."""
 
 SMALL = Optimisation(
     steps=Demo.steps,
@@ -185,7 +187,11 @@ def demo(options: Demo) -> Path:
     if options.compare:
         shares |= {f"sit_{name}": getattr(results[1], name) for name in shares}
     shares = {name: round(share, 4) for name, share in shares.items()}
-    print(json.dumps({**shares, "seconds": round(total, 1), "report": str(report)}))
+    print(
+        json.dumps(
+            {**shares, "samples": 10 * options.samples_per_class, "seconds": round(total, 1), "report": str(report)}
+        )
+    )
     return report
 
 
@@ -238,9 +244,9 @@ def draw(run: Path, folder: Path, options: Demo, classes: int, guidance_scale: f
 
 
 def by_class(drawn: Drawn, classes: int) -> np.ndarray:
-    """Samples as uint8 (classes, N, H, W, 3)."""
+    """The first samples of every class as uint8 (classes, N, H, W, 3)."""
     pictures = drawn.pixels.permute(0, 2, 3, 1).numpy()
-    return np.stack([pictures[(drawn.labels == label).numpy()] for label in range(classes)])
+    return np.stack([pictures[(drawn.labels == label).numpy()][:SHOWN_PER_CLASS] for label in range(classes)])
 
 
 def evaluate_samples(folder: Path, store: Path) -> dict[str, float | str]:

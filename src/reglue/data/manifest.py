@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -54,6 +54,8 @@ class Source:
     """Which of the images were taken; None for all."""
     flips: bool = False
     """Whether each image is followed by its mirror image, whose name ends with `#flipped`."""
+    colours: Literal["as stored", "sRGB"] = "as stored"
+    """sRGB: images with an ICC profile of their own were brought to it (`data.colours`)."""
 
     def open(self) -> ImageSource:
         """The images once more, in the same order. Raises UserError if they are gone, or others than they were."""
