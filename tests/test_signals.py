@@ -99,7 +99,7 @@ def test_whatever_is_written_has_the_mode_of_new_files(tiny_store: Path, tmp_pat
             f"import reglue; reglue.load({str(run)!r}, device='cpu').save({str(tmp_path / 'saved')!r})",
         ],
         check=True,
-    )  # noqa: E501
+    )
     (tmp_path / "new").touch()
     mode = stat.S_IMODE((tmp_path / "new").stat().st_mode)
     for folder in (tmp_path, tiny_store):

@@ -31,15 +31,15 @@ class Stopped(Exception):  # noqa: N818, since it is no error
     """
 
 
-def one_line(error: BaseException, most: int = 200) -> str:
-    """The message of an error as one line of at most so many characters; its type where it has none."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:most] or type(error).__name__
-
-
 def printable(text: str) -> str:
     """Text as one line: what is not printable, a newline in the name of a file for example, is escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The message of an error as one line of at most so many characters; its type where it has none."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return printable(" ".join(text.split()))[:most] or type(error).__name__
 
 
 def refused_by_system(error: OSError) -> str:

@@ -17,8 +17,8 @@ class Demo(TakesPaths):
     """Folder for everything; the same command again continues in it."""
     compare: bool = False
     """Also train plain SiT for as many steps, and show both."""
-    samples_per_class: int = 20
-    """Images of each digit, guided and unguided each."""
+    samples_per_class: int = 100
+    """Images of each digit, guided and unguided each, that the figures are of. The page shows the first 20."""
     steps: int = 1500
     """Training steps."""
     seed: int = 0

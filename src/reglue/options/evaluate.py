@@ -23,8 +23,8 @@ class Evaluate(TakesPaths):
     """
 
     images: Positional[Path]
-    """A folder of images, an .npz file (uint8 (N, H, W, 3) as arr_0 or images), a store, or a run. A run first draws
-    them as its recipe says, into its folder `evaluated`; the same command again continues."""
+    """A folder of images, an .npz or .npy file (uint8 (N, H, W, 3); as arr_0 or images), a store, or a run. A run first
+    draws them as its recipe says, into its folder `evaluated`; the same command again continues."""
     reference: Path | None = None
     """What to compare with: any of the same, ADM's reference batches included; of a run, its training store. Default:
     the training store of the run in IMAGES."""

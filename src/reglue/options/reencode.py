@@ -27,8 +27,8 @@ class Reencode(TakesPaths):
     out: Positional[Path]
     """Folder of the second store: new, empty, or begun by the same command."""
     autoencoder: str
-    """starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]) or a folder in diffusers' layout:
-    AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, VQModel, AutoencoderTiny or AutoencoderDC."""
+    """starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]), a folder in diffusers' layout, a
+    checkpoint of Stable Diffusion, or NAME@FILE, as in `reglue prepare`."""
     dtype: Literal["float32", "float16"] = "float32"
     """Precision in which latents are stored."""
     batch_size: int = 16
