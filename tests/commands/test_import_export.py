@@ -458,7 +458,7 @@ def test_our_own_runs_are_exported(method: str, tiny_store: Path, tiny_autoencod
         for part in ("recipe", "denoiser", "class_names", "resolution", "autoencoder", "decoder"):
             assert getattr(read, part) == getattr(record, part), part
         assert (read.store, read.store_hash, read.seed, read.origin is None) == (None, None, None, False)
-    assert record.store not in other.read_bytes().decode("latin1")
+    assert str(record.store) not in other.read_bytes().decode("latin1")
 
 
 @pytest.mark.parametrize(

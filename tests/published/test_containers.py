@@ -199,9 +199,8 @@ def test_another_family_than_the_shapes_say_is_refused(method: str, tmp_path: Pa
     torch.save(Golden(method).published, tmp_path / "in.pt")
     for family in {"sit", "repa", "redi", "reg", "reglue", DIT} - {method, "sit", DIT}:
         with pytest.raises(UserError, match=rf"family {family}: by their shapes these weights are {NAMES[method]}'s"):
-            import_run(
-                ImportRun(tmp_path / "in.pt", tmp_path / "run", family=family, autoencoder="sd-vae-ft-mse", heads=4)
-            )  # type: ignore[arg-type]
+            options: Any = {"family": family, "autoencoder": "sd-vae-ft-mse", "heads": 4}
+            import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", **options))
 
 
 @pytest.mark.parametrize(
