@@ -27,7 +27,7 @@ class UnknownPart(UserError):  # noqa: N818, it is a UserError
 class Stopped(Exception):  # noqa: N818, since it is no error
     """A command was asked to stop (SIGTERM, SIGINT) and has stopped: its work is saved, and the same command continues.
 
-    All of its processes raise it. The command line prints the message and exits with code 143.
+    All of its processes raise it. The command line prints the message and exits with code 130 or 143.
     """
 
 

@@ -453,7 +453,7 @@ KILLED = """
 import os, pathlib, signal, sys
 import reglue.data.store_writer as store_writer
 from reglue.commands import prepare as job
-from reglue.options import prepare as declared
+from reglue.options import prepare as options
 calls = iter(range(100))
 hash_file = store_writer.file_sha256
 def dying(path):
@@ -462,7 +462,7 @@ def dying(path):
         os.kill(os.getpid(), signal.SIGKILL)
     return hash_file(path)
 store_writer.file_sha256 = dying
-job.prepare(eval(sys.argv[1], {**vars(declared), "PosixPath": pathlib.Path}))
+job.prepare(eval(sys.argv[1], {**vars(options), "PosixPath": pathlib.Path}))
 """
 
 

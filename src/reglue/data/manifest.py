@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from reglue.config import Precision
 from reglue.data.images import ImageSource, UnreadableImage
 from reglue.data.opening import open_images
 from reglue.data.reading import Reading, Subset
@@ -21,6 +20,7 @@ from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
 from reglue.files import plain, read_json, replacing, to_json
 from reglue.names import CLASS_TOKEN_CODES, LOCAL_CODES
+from reglue.sampling import Precision
 
 FORMAT = 1
 """Version of the layout on disk."""
