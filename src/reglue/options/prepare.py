@@ -32,8 +32,8 @@ class Prepare(TakesPaths):
     resolution: int | tuple[int, int] = 256
     """Side of the prepared images in pixels, or height and width. Images are scaled to cover it, then cropped."""
     autoencoder: str = "sd-vae-ft-mse"
-    """Autoencoder: starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]), a folder in diffusers' layout
-    (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, VQModel, AutoencoderTiny or AutoencoderDC), a
+    """Autoencoder: starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]), a folder in diffusers'
+    layout (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, VQModel, AutoencoderTiny or AutoencoderDC), a
     checkpoint of Stable Diffusion, or NAME@FILE for a KL autoencoder in the latent space of that short name."""
     encoder: str = "dinov2-b-reg"
     """Vision encoder: starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights. none stores latents
