@@ -228,7 +228,7 @@ def test_every_field_of_a_recipe_can_be_overridden() -> None:
     )
     recipe = options.recipe
     assert (recipe.model, recipe.path, recipe.latent.weight) == ("L/2", "cosine", 2.0)
-    assert not recipe.local.present
+    assert recipe.local.present  # By its schedule, whatever the weight.
     assert recipe.local.schedule == ((250, 0.5), (500, 0.25))
     assert (recipe.class_token.weight, recipe.alignment.after_block, recipe.alignment.targets) == (0.1, 3, "online")
     assert (recipe.optimisation.batch_size, recipe.optimisation.betas) == (64, (0.9, 0.95))

@@ -33,10 +33,10 @@ from reglue.names import Weights
 from reglue.published import sharing
 from reglue.run import FILE as RECORD
 from reglue.run import RunRecord, decoder, find_run
-from reglue.sampling import MODALITY_SCALES, Precision, Rounding, Sampling
+from reglue.sampling import MODALITY_SCALES, AutoPrecision, Precision, Rounding, Sampling
 from reglue.training import checkpoints
 from reglue.training.distributed import resolve_device
-from reglue.training.precision import SamplingNetwork
+from reglue.training.precision import SamplingNetwork, to_precision
 
 STATE_PRECISIONS: dict[StatePrecision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
@@ -145,7 +145,7 @@ class ImageModel:
         return replace(
             sampling,
             state_precision=sampling.state_precision or SAMPLERS[sampling.sampler].state_precision,
-            precision=sampling.precision or self.record.recipe.optimisation.precision,
+            precision=to_precision(sampling.precision, self.device),
         )
 
     def _lacks_unconditional(self) -> str:
@@ -419,11 +419,10 @@ class ImageModel:
         state = from_noise(velocity, seed, filled, config.shapes(), sampling, device, times, controls)
         return {name: value[: len(indices)] for name, value in state.items()}
 
-    def _network(self, denoiser: Denoiser, precision: Precision | None) -> SamplingNetwork:
-        assert precision is not None
-        key = denoiser, precision
+    def _network(self, denoiser: Denoiser, precision: AutoPrecision) -> SamplingNetwork:
+        key = denoiser, to_precision(precision, self.device)
         if key not in self._networks:
-            self._networks[key] = SamplingNetwork(denoiser, precision, compiled=self.compile)
+            self._networks[key] = SamplingNetwork(*key, compiled=self.compile)
         return self._networks[key]
 
     @torch.no_grad()

@@ -67,3 +67,8 @@ class Evaluate(TakesPaths):
         require(self, "count", "resolution", "kernel_subsets", "batch_size", at_least=1)
         require(self, "kernel_subset_size", at_least=2)
         require(self, "resamples", "seed", at_least=0)
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return f"the report is in {self.out}" if self.out else ""

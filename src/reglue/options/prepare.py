@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from reglue.data.reading import Reading, Subset
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
+from reglue.options import ready
 from reglue.sampling import Precision
 
 
@@ -95,3 +96,9 @@ class Prepare(TakesPaths):
     def subset(self) -> Subset | None:
         """Which images are taken; None for all."""
         return None if self.share == 1 and self.per_class is None else Subset(self.share, self.per_class, self.seed)
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        recipe = ("train", "sit", "--store", self.out, "--out", "run")
+        return ready(self.out, *(("compress", self.out) if self.features else recipe))

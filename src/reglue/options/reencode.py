@@ -10,6 +10,7 @@ from tyro.conf import Positional
 
 from reglue.errors import require
 from reglue.files import TakesPaths
+from reglue.options import ready
 
 
 @dataclass(frozen=True)
@@ -41,3 +42,8 @@ class Reencode(TakesPaths):
         super().__post_init__()
         require(self, "batch_size", at_least=1)
         require(self, "workers", at_least=0)
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return ready(self.out, "train", "sit", "--store", self.out, "--out", "run")
