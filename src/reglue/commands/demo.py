@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.commands.compress import Compress, compress
 from reglue.commands.evaluate import Evaluate, evaluate
@@ -37,6 +36,7 @@ from reglue.metrics.distances import nearest
 from reglue.options.demo import Demo
 from reglue.papers import RECIPES
 from reglue.pipeline import ImageModel, load
+from reglue.progress import Bar
 from reglue.published.sharing import changed_options
 from reglue.report import DemoReport, Nearest, RunResult, Semantics, write_report
 from reglue.sampling import Sampling
@@ -96,7 +96,7 @@ def demo(options: Demo) -> Path:
     @contextmanager
     def stage(name: str) -> Iterator[None]:
         begun = time.perf_counter()
-        tqdm.write(f"── {name}")
+        Bar.write(f"── {name}")
         yield
         seconds[name] = time.perf_counter() - begun
 
@@ -216,7 +216,7 @@ def write_digits(folder: Path) -> None:
         return
     beside = folder.with_name(folder.name + BESIDE)
     digits, labels = mnist_data()
-    for digit in tqdm(range(10), desc="write digits", unit="class"):
+    for digit in Bar(range(10), desc="write digits", unit="class"):
         images = digits[labels == digit].reshape(-1, 28, 28).astype(np.uint8)
         for name, part in (("train", images[:-HELD_OUT_PER_CLASS]), ("held-out", images[-HELD_OUT_PER_CLASS:])):
             (beside / name / str(digit)).mkdir(parents=True, exist_ok=True)
