@@ -33,10 +33,10 @@ from reglue.names import Weights
 from reglue.published import sharing
 from reglue.run import FILE as RECORD
 from reglue.run import RunRecord, decoder, find_run
-from reglue.sampling import MODALITY_SCALES, Precision, Rounding, Sampling
+from reglue.sampling import MODALITY_SCALES, AutoPrecision, Precision, Rounding, Sampling
 from reglue.training import checkpoints
 from reglue.training.distributed import resolve_device
-from reglue.training.precision import SamplingNetwork
+from reglue.training.precision import SamplingNetwork, to_precision
 
 STATE_PRECISIONS: dict[StatePrecision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
@@ -145,7 +145,7 @@ class ImageModel:
         return replace(
             sampling,
             state_precision=sampling.state_precision or SAMPLERS[sampling.sampler].state_precision,
-            precision=sampling.precision or self.record.recipe.optimisation.precision,
+            precision=to_precision(sampling.precision, self.device),
         )
 
     def _lacks_unconditional(self) -> str:
@@ -419,11 +419,10 @@ class ImageModel:
         state = from_noise(velocity, seed, filled, config.shapes(), sampling, device, times, controls)
         return {name: value[: len(indices)] for name, value in state.items()}
 
-    def _network(self, denoiser: Denoiser, precision: Precision | None) -> SamplingNetwork:
-        assert precision is not None
-        key = denoiser, precision
+    def _network(self, denoiser: Denoiser, precision: AutoPrecision) -> SamplingNetwork:
+        key = denoiser, to_precision(precision, self.device)
         if key not in self._networks:
-            self._networks[key] = SamplingNetwork(denoiser, precision, compiled=self.compile)
+            self._networks[key] = SamplingNetwork(*key, compiled=self.compile)
         return self._networks[key]
 
     @torch.no_grad()
@@ -433,8 +432,26 @@ class ImageModel:
 
     @torch.no_grad()
     def pixels(self, state: State, rounding: Rounding) -> Tensor:
-        """What `decode` gives, on the device still, which may be working on it."""
-        return to_pixels(self.autoencoder.decode(self.raw(state, LATENT)), rounding)
+        """What `decode` gives, on the device still, which may be working on it.
+
+        Raises UserError for latents, and for images of them, that are NaN or infinite: they would be black.
+        """
+        latents = self.raw(state, LATENT)
+        images = self.autoencoder.decode(latents)
+        # One number is waited for. What is not finite does not add up to what is.
+        if not (latents.sum() + images.sum()).isfinite():
+            self._refuse_not_finite(latents, images)
+        return to_pixels(images, rounding)
+
+    def _refuse_not_finite(self, latents: Tensor, images: Tensor) -> None:
+        if not latents.isfinite().all():
+            raise UserError(
+                f"the model drew latents that are NaN or infinite; choose {option('precision')} float32, a lower "
+                f"{option('guidance_scale')}, or weights of another step"
+            )
+        if not images.isfinite().all():
+            name = self.record.decoder or self.record.autoencoder.name
+            raise UserError(f"autoencoder {name} decodes latents to NaN or infinite values; fetch it again")
 
     def raw(self, state: State, name: str) -> Tensor:
         """A modality of a state as the autoencoder, encoder or compressor gives it, float32."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from reglue.files import read_json, replacing
 from reglue.locks import writing
 from reglue.pipeline import ImageModel, evaluations, load
 from reglue.run import find_run, known_as
-from reglue.sampling import Draw, Sampling
+from reglue.sampling import AutoPrecision, Draw, Sampling
 from reglue.seeds import generator
 from reglue.training import checkpoints, distributed
+from reglue.training.precision import agreed
 
 PROTOCOL = "samples.json"
 WEAKER_SCALE = 2.0
@@ -46,8 +47,7 @@ def write_samples(options: Draw) -> Path:
     there already included; at the end the table and the page of `contact_sheet`. Raises UserError for a class outside
     the range, guidance without classes, or a folder or file with images of another protocol.
     """
-    as_npz = options.out.suffix.lower() == ".npz"
-    folder = options.out.with_suffix(".parts") if as_npz else options.out
+    as_npz, folder = is_archive(options.out), folder_of(options.out)
     with writing(options.out), writing(folder):
         return _write_samples(options, folder, as_npz)
 
@@ -93,6 +93,16 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
     elif rank == 0:
         contact_sheet.describe(folder, read_protocol(folder / PROTOCOL))
     return options.out
+
+
+def is_archive(out: Path) -> bool:
+    """Whether images are to be in one file."""
+    return out.suffix.lower() == ".npz"
+
+
+def folder_of(out: Path) -> Path:
+    """Where the images lie, until they are all there if they are to be in one file."""
+    return out.with_suffix(".parts") if is_archive(out) else out
 
 
 def _remove(folder: Path) -> None:
@@ -195,7 +205,18 @@ def plan(options: Draw, model: ImageModel) -> Drawing:
             f"{option('weaker_run')}"
         )
     sampling = model.default_sampling.changed(**changes)
+    if sampling.precision == "auto":
+        sampling = replace(sampling, precision=drawn_before(options.out) or agreed(model.device))
     return Drawing(model, weaker, model.resolved(sampling), choose_labels(options, model), options.seed)
+
+
+def drawn_before(out: Path) -> AutoPrecision | None:
+    """The precision in which the images that lie at a place were drawn; None if there are none."""
+    place = out if is_archive(out) and out.exists() else folder_of(out) / PROTOCOL
+    if not place.exists():
+        return None
+    protocol = archived_protocol(place) if is_archive(place) else read_protocol(place)
+    return ((protocol or {}).get("sampling") or {}).get("precision")
 
 
 def weaker_model(options: Draw, model: ImageModel) -> Denoiser:

@@ -498,6 +498,7 @@ def test_our_own_runs_are_exported(method: str, tiny_store: Path, tiny_autoencod
         (lambda record: record.update(denoiser=record["denoiser"] | {"depth": 7}), "says depth 7, its weights 2"),
         (lambda record: record["denoiser"]["conditions"].update({"class": 5}), "says classes 5, its weights 3"),
         (lambda record: record.update(format="2"), "record of the run is damaged"),
+        (lambda record: record["recipe"].update(backbone="mine"), "names a part that is not here: backbone mine"),
         (lambda record: record.pop("recipe"), "record of the run is damaged"),
     ],
 )

@@ -17,10 +17,13 @@ from safetensors.torch import load_file
 
 from helpers import TINY_RECIPE, reglue_command, run_reglue
 from reglue.cli import parse
+from reglue.commands.demo import DEMO_RECIPE
 from reglue.commands.train import train
+from reglue.config import Recipe
 from reglue.errors import UserError
 from reglue.files import write_tensors
 from reglue.papers import RECIPES
+from reglue.reals.config import AutoencoderRecipe
 from reglue.run import RunRecord
 from reglue.training import checkpoints
 
@@ -239,18 +242,18 @@ def test_asked_to_stop_it_does_after_the_step_with_a_checkpoint(
 
 
 def test_what_is_compiled_may_change_and_precision_may_not(tiny_store: Path, tmp_path: Path) -> None:
-    run = train(options("sit", tiny_store, tmp_path / "run", "--optimisation.steps=5", "--optimisation.compile=no"))
-    train(options("sit", tiny_store, run, "--optimisation.steps=10"))
+    run = train(options("sit", tiny_store, tmp_path / "run", "--optimisation.steps=5"))
+    train(options("sit", tiny_store, run, "--optimisation.steps=10", "--optimisation.compile=auto"))
     assert checkpoints.steps(run) == [5, 10]
     assert RunRecord.read(run).recipe.optimisation.compile == "auto"
     with pytest.raises(UserError, match=r"other settings: optimisation\.precision tf32 \(was float32\)"):
         train(options("sit", tiny_store, run, "--optimisation.precision=tf32"))
 
 
-def test_published_recipes_are_as_precise_as_their_codes() -> None:
-    precisions = {name: recipe.optimisation.precision for name, recipe in RECIPES.items()}
-    halved = dict.fromkeys(("repa", "reg", "reglue"), "bfloat16")
-    assert precisions == {"sit": "tf32", "redi": "tf32", **halved}
+def test_recipes_leave_it_to_the_device_how_to_multiply_and_what_to_compile() -> None:
+    recipes = [*RECIPES.values(), DEMO_RECIPE, Recipe("own"), AutoencoderRecipe()]
+    assert {recipe.optimisation.precision for recipe in recipes} == {"auto"}
+    assert {recipe.sampling.precision for recipe in recipes if isinstance(recipe, Recipe)} == {"auto"}
     assert {recipe.optimisation.compile for recipe in RECIPES.values()} == {"auto"}
 
 

