@@ -164,6 +164,7 @@ def test_the_record_says_what_was_found(method: str, tmp_path: Path) -> None:
     options = ImportRun(tmp_path / "in.pt", tmp_path / "run", autoencoder=PUBLISHED, heads=HEADS)
     record = RunRecord.read(import_run(options))
     recipe = record.recipe
+    assert recipe.optimisation.precision == recipe.sampling.precision == "float32"  # As the published codes sample.
     assert (recipe.name, recipe.model) == (method, "3x48x4/2")
     assert record.resolution == (64, 64)
     assert record.class_names == tuple(map(str, range(1000)))
