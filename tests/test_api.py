@@ -124,7 +124,7 @@ def test_numbers_are_indices_and_text_is_a_name_first(model: reglue.ImageModel) 
         ({"count": -1}, "count -1"),
         ({"classes": 0, "sampler": "dopri"}, "choose euler, heun, euler-maruyama, adams-bashforth, dopri5"),
         ({"classes": 0, "state_precision": "float16"}, "state_precision float16: choose float32, float64"),
-        ({"classes": 0, "precision": "int8"}, "precision int8: choose float32, tf32, bfloat16"),
+        ({"classes": 0, "precision": "int8"}, "precision int8: choose auto, float32, tf32, bfloat16"),
         ({"classes": 0, "time_shift": -1.0}, "time_shift -1.0: choose more than 0"),
         ({"classes": 0, "rounding": "up"}, "choose truncate, round"),
         ({"classes": 0, "steps": 0}, "steps 0: choose at least 1"),
