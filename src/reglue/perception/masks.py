@@ -61,6 +61,7 @@ def _load(
     if not found:
         raise UserError(f"{folder} has no {what} for any image; that of {names[0]} would be {choices[0][0]}")
     cropped: np.ndarray | None = None  # Filled one by one: a list would hold them twice.
+    index: int
     for position, (index, path) in enumerate(Bar(found.items(), desc=f"{what}s", unit="image", leave=False)):
         whole = read(path)
         _check_proportions(whole, path, images / names[index])
