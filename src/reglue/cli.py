@@ -27,6 +27,7 @@ from reglue.errors import Stopped, UserError, command_line, printable, refused_b
 from reglue.training import stopping
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
+DISTRIBUTED = "reglue.training.distributed"
 FIRST = {
     "demo": "the whole pipeline on handwritten digits, in minutes",
     "sample starter --out clothes": "images from the small model in this package",
@@ -185,6 +186,8 @@ def end(error: BaseException) -> NoReturn:
             leave(128 + signal.SIGPIPE)
         case OSError():
             fail(refused_by_system(error))
+    if not _among_others():
+        raise error
     traceback.print_exception(error)
     leave(1)
 
@@ -200,13 +203,19 @@ def leave(code: int) -> NoReturn:
     """Exit, and wait for nobody where others wait for this process or the user for its end."""
     with suppress(BrokenPipeError):
         sys.stdout.flush()
-    distributed = sys.modules.get("reglue.training.distributed")
-    if code in (1, 2) and not (distributed and distributed.are_many()):
+    if code in (1, 2):
+        if _among_others():
+            sys.modules[DISTRIBUTED].end(code)
         sys.exit(code)
     if "multiprocessing" in sys.modules:
         for process in sys.modules["multiprocessing"].active_children():
             process.kill()
     os._exit(code)
+
+
+def _among_others() -> bool:
+    """Whether this process has joined others; without PyTorch, which may not be imported yet, it has not."""
+    return DISTRIBUTED in sys.modules and sys.modules[DISTRIBUTED].are_many()
 
 
 def execute(options: Any) -> Any:

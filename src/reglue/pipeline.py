@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, fields, replace
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_type_hints, overload
+from typing import Literal, Unpack, get_type_hints, overload
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.config import YOUNG
 from reglue.diffusion.conditions import CLASS, Condition
@@ -30,10 +29,11 @@ from reglue.diffusion.schedules import SCHEDULES, Schedule
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.errors import UserError, option
 from reglue.names import Weights
+from reglue.progress import Bar
 from reglue.published import sharing
 from reglue.run import FILE as RECORD
 from reglue.run import RunRecord, decoder, find_run
-from reglue.sampling import MODALITY_SCALES, AutoPrecision, Precision, Rounding, Sampling
+from reglue.sampling import MODALITY_SCALES, AutoPrecision, Precision, Rounding, Sampling, SamplingChanges
 from reglue.training import checkpoints
 from reglue.training.distributed import resolve_device
 from reglue.training.precision import SamplingNetwork, to_precision
@@ -80,7 +80,19 @@ def load(
     )
 
 
-@dataclass
+class GenerateOptions(SamplingChanges, total=False):
+    """The keywords of `ImageModel.generate` but for `output`, for editors."""
+
+    count: int | None
+    seed: int
+    batch_size: int
+    progress: bool
+    condition: Condition | None
+    controls: Sequence[Control]
+    sampling: Sampling | None
+
+
+@dataclass(repr=False)
 class ImageModel:
     """A denoiser and the decoder of its latents."""
 
@@ -101,6 +113,11 @@ class ImageModel:
 
     def __post_init__(self) -> None:
         self.denoiser.eval().requires_grad_(False)
+
+    def __repr__(self) -> str:
+        record, (height, width) = self.record, self.record.resolution
+        what = f"{record.recipe.name} {record.recipe.model}, {height}×{width}, {len(record.class_names)} classes"
+        return f"ImageModel({what}, step {self.step}, from {self.folder}, on {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -204,12 +221,16 @@ class ImageModel:
         classes: int | str | Sequence[int | str] | None = None,
         *,
         output: Literal["pil"] = "pil",
-        **options: Any,
+        **options: Unpack[GenerateOptions],
     ) -> list[Image.Image]: ...
 
     @overload
     def generate(
-        self, classes: int | str | Sequence[int | str] | None = None, *, output: Literal["tensor"], **options: Any
+        self,
+        classes: int | str | Sequence[int | str] | None = None,
+        *,
+        output: Literal["tensor"],
+        **options: Unpack[GenerateOptions],
     ) -> Tensor: ...
 
     def generate(
@@ -224,7 +245,7 @@ class ImageModel:
         condition: Condition | None = None,
         controls: Sequence[Control] = (),
         sampling: Sampling | None = None,
-        **changes: Any,
+        **changes: Unpack[SamplingChanges],
     ) -> list[Image.Image] | Tensor:
         """Images of the given classes (indices or names), one each, or `count` images of one class or of none.
 
@@ -254,7 +275,7 @@ class ImageModel:
             warnings.warn(warning, stacklevel=2)
         batches: list[Tensor] = []
         total = evaluations(sampling, len(labels), batch_size)
-        with tqdm(total=total, desc="generate", unit="evaluation", disable=not progress) as bar:
+        with Bar(total=total, desc="generate", unit="evaluation", disable=not progress) as bar:
             for start in range(0, len(labels), batch_size):
                 indices = range(start, min(start + batch_size, len(labels)))
                 others = {name: values[start : start + batch_size] for name, values in (condition or {}).items()}

@@ -237,7 +237,8 @@ def find_run(run: str | Path, revision: str | None = None) -> Path:
     except Exception as error:  # whatever the hub's client raises: offline, refused, not found
         raise UserError(
             f"{run}: there is no such folder, and the Hugging Face hub gives no such model ({hub_error(error)}); check "
-            "the name and the connection, or download the repository elsewhere and give its folder"
+            "the name and the connection, download the repository elsewhere and give its folder, or take starter, "
+            "which needs no network"
         ) from error
 
 

@@ -15,7 +15,6 @@ from zipfile import ZipFile
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from reglue import contact_sheet, fine_tuning
 from reglue.arrays import ArrayFile
@@ -27,6 +26,7 @@ from reglue.errors import UserError, option
 from reglue.files import read_json, replacing
 from reglue.locks import writing
 from reglue.pipeline import ImageModel, evaluations, load
+from reglue.progress import Bar
 from reglue.run import find_run, known_as
 from reglue.sampling import AutoPrecision, Draw, Sampling
 from reglue.seeds import generator
@@ -71,13 +71,13 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
         return options.out
     create_or_resume(folder, protocol, rank)
     if rank == 0 and (warning := model.warning()):
-        tqdm.write(f"warning: {warning}", file=sys.stderr)
+        Bar.write(f"warning: {warning}", file=sys.stderr)
     # Who draws what must not depend on what the other processes have drawn already.
     mine = [i for i in range(rank, options.count, processes) if not (folder / contact_sheet.picture(i)).is_file()]
     total = evaluations(drawing.sampling, len(mine), options.batch_size)
     room = min(options.batch_size, len(mine))
     with (
-        tqdm(total=total, unit="evaluation", desc="sample", disable=rank > 0) as progress,
+        Bar(total=total, unit="evaluation", desc="sample", disable=rank > 0) as progress,
         PictureWriter() as pictures,
     ):
         for start in range(0, len(mine), options.batch_size):

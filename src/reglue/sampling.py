@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from tyro.conf import Positional
 
@@ -113,6 +113,29 @@ class Sampling:
     def changed(self, **overrides: Any) -> Sampling:
         """The same with what is given (not None) in place of its own. Raises UserError for what cannot be."""
         return replace(self, **{name: value for name, value in overrides.items() if value is not None})
+
+
+class SamplingChanges(TypedDict, total=False):
+    """The fields of `Sampling` as keywords, for editors: what is None changes nothing."""
+
+    sampler: str | None
+    steps: int | None
+    time_shift: float | None
+    diffusion: Diffusion | None
+    guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None
+    local_scale: float | None
+    cls_scale: float | None
+    other_scales: Mapping[str, float] | None
+    representation_scale: float | None
+    auto_scale: float | None
+    guided_channels: int | Literal["all"] | None
+    guiders: Mapping[str, float] | None
+    rounding: Rounding | None
+    state_precision: StatePrecision | None
+    precision: AutoPrecision | None
+    relative_tolerance: float | None
+    absolute_tolerance: float | None
 
 
 CHOICES = {

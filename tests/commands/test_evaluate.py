@@ -431,6 +431,19 @@ def test_a_run_draws_its_images_once_and_is_compared_with_its_store(tmp_path, ti
     assert {name: (folder / name).stat().st_mtime_ns for name in files} == files
 
 
+def test_images_of_trained_weights_have_a_folder_of_their_own_and_no_place_on_the_card(tmp_path, tiny_run, tiny_store):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
+    options = {"feature_network": "store", "device": "cpu", "resamples": 0, "kernel_subsets": 2, "weights": "model"}
+    evaluation = evaluate(Evaluate(run, count=7, out=tmp_path / "report.json", **options))
+    assert evaluation.protocol is not None
+    assert evaluation.protocol["weights"] == "model"
+    assert [folder.name for folder in (run / "evaluated").iterdir()] == ["step-00000006-model"]
+    assert (tmp_path / "report.json").is_file()
+    assert not (run / "reports").exists()
+    with pytest.raises(UserError, match=r"--weights model: .* is not a run, and only runs draw images; leave it out"):
+        evaluate(Evaluate(tiny_store, run, **options))
+
+
 def test_a_run_that_has_moved_keeps_its_images(tmp_path, tiny_run, monkeypatch):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
     options = {"count": 8, "feature_network": "store", "device": "cpu", "resamples": 0, "kernel_subsets": 2}

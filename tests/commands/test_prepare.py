@@ -729,7 +729,7 @@ def test_colours_of_other_profiles_are_brought_to_srgb_and_recorded(
 IMPATIENT = """
 from datetime import timedelta
 from reglue.training import distributed
-distributed.JOIN_WAIT = timedelta(seconds=3)
+distributed.JOIN_WAIT = timedelta(seconds=2)
 """
 DIES_BEFORE = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 DIES_BETWEEN = """

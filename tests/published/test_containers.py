@@ -198,10 +198,10 @@ def test_sit_without_sigma_has_repas_shapes_and_the_other_time(tmp_path: Path) -
 def test_another_family_than_the_shapes_say_is_refused(method: str, tmp_path: Path) -> None:
     torch.save(Golden(method).published, tmp_path / "in.pt")
     for family in {"sit", "repa", "redi", "reg", "reglue", DIT} - {method, "sit", DIT}:
+        told: Any = {"family": family, "autoencoder": "sd-vae-ft-mse", "heads": 4}
+        options = ImportRun(tmp_path / "in.pt", tmp_path / "run", **told)
         with pytest.raises(UserError, match=rf"family {family}: by their shapes these weights are {NAMES[method]}'s"):
-            import_run(
-                ImportRun(tmp_path / "in.pt", tmp_path / "run", family=family, autoencoder="sd-vae-ft-mse", heads=4)
-            )  # type: ignore[arg-type]
+            import_run(options)
 
 
 @pytest.mark.parametrize(

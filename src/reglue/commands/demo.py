@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.commands.compress import Compress, compress
 from reglue.commands.evaluate import Evaluate, evaluate
@@ -37,6 +36,7 @@ from reglue.metrics.distances import nearest
 from reglue.options.demo import Demo
 from reglue.papers import RECIPES
 from reglue.pipeline import ImageModel, load
+from reglue.progress import Bar
 from reglue.published.sharing import changed_options
 from reglue.report import DemoReport, Nearest, RunResult, Semantics, write_report
 from reglue.sampling import Sampling
@@ -55,7 +55,7 @@ SHOWN_PER_CLASS = 20
 
 SMALL = Optimisation(
     steps=Demo.steps,
-    batch_size=96,
+    batch_size=48,
     learning_rate=2e-3,
     warmup=100,
     decay="cosine",
@@ -66,7 +66,8 @@ SMALL = Optimisation(
     compile="auto",
     time_shift=3.0,
 )
-"""A schedule for minutes instead of days: a higher learning rate that falls, a shorter average, noisier times.
+"""A schedule for minutes instead of days: small batches, a higher learning rate that falls, a shorter average, noisier
+times.
 
 Why noisier times: map and class token show the class through more noise than the latents alone do, so that only the
 noisiest times teach what the label means. With uniform times the joint model lagged behind plain SiT (docs/log.md).
@@ -80,7 +81,7 @@ DEMO_RECIPE = Recipe(
     class_token=ClassToken(0.03, unit_variance=True),
     alignment=Alignment(0.5, hidden=256),
     optimisation=SMALL,
-    sampling=Sampling("euler-maruyama", 80, guidance_scale=2.0, guidance_interval=(0.0, 0.9)),
+    sampling=Sampling("euler-maruyama", 40, guidance_scale=2.0, guidance_interval=(0.0, 0.9)),
 )
 
 
@@ -96,7 +97,7 @@ def demo(options: Demo) -> Path:
     @contextmanager
     def stage(name: str) -> Iterator[None]:
         begun = time.perf_counter()
-        tqdm.write(f"── {name}")
+        Bar.write(f"── {name}")
         yield
         seconds[name] = time.perf_counter() - begun
 
@@ -124,7 +125,7 @@ def demo(options: Demo) -> Path:
     for name, each in recipes.items():
         run = out / "runs" / each.name
         with stage(f"train {name}"):
-            train(Train(each, store, run, options.seed, checkpoint_every=500, preview_every=500, preview_count=40))
+            train(Train(each, store, run, options.seed, checkpoint_every=1000, preview_every=1000, preview_count=40))
         drawn: dict[str, Drawn] = {}
         for kind, scale in (("guided", each.sampling.guidance_scale), ("unguided", 1.0)):
             with stage(f"sample {name}, {kind}"):
@@ -216,7 +217,7 @@ def write_digits(folder: Path) -> None:
         return
     beside = folder.with_name(folder.name + BESIDE)
     digits, labels = mnist_data()
-    for digit in tqdm(range(10), desc="write digits", unit="class"):
+    for digit in Bar(range(10), desc="write digits", unit="class"):
         images = digits[labels == digit].reshape(-1, 28, 28).astype(np.uint8)
         for name, part in (("train", images[:-HELD_OUT_PER_CLASS]), ("held-out", images[-HELD_OUT_PER_CLASS:])):
             (beside / name / str(digit)).mkdir(parents=True, exist_ok=True)

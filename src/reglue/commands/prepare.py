@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.data.decoding import decoded
 from reglue.data.images import ImageSource, Noticed, UnreadableImage
@@ -29,6 +28,7 @@ from reglue.errors import UserError, option, printable
 from reglue.locks import writes
 from reglue.names import NO_ENCODER
 from reglue.options.prepare import Prepare
+from reglue.progress import Bar
 from reglue.seeds import permutation
 from reglue.training import distributed
 from reglue.training.precision import autocast, matmul_precision
@@ -195,7 +195,7 @@ def fill(
     noticed = Noticed()
     with (
         ThreadPoolExecutor(writers := writers_for(device)) as threads,
-        tqdm(total=sum(map(len, blocks)), unit="image", desc="prepare", disable=quiet) as progress,
+        Bar(total=sum(map(len, blocks)), unit="image", desc="prepare", disable=quiet) as progress,
     ):
         written: deque[Future[None]] = deque()
         wait = mark(device)
@@ -212,7 +212,7 @@ def fill(
                 for image in batch.unreadable:
                     if options.strict:
                         raise UserError(f"{images.path / image.name}: {image.reason}; fix it, or leave --strict out")
-                    tqdm.write(printable(f"skipped {images.path / image.name}: {image.reason}"), file=sys.stderr)
+                    Bar.write(printable(f"skipped {images.path / image.name}: {image.reason}"), file=sys.stderr)
                     skipped.append(image)
                 if batch.names:
                     encoded = encode_columns(batch.pixels.to(device, non_blocking=True), autoencoder, encoder, options)

@@ -392,9 +392,10 @@ def _class_name(config: Mapping[str, Any], folder: Path) -> str:
             f"class; add it if you know it (known are {known}), or fetch the folder again"
         )
     if class_name not in DIFFUSERS_KINDS:
+        said = " ".join(class_name.split())[:100]
         raise UserError(
-            f"autoencoder {folder}: config.json says {class_name[:100]!r}, which is not a known autoencoder of images; "
-            f"choose a folder of one of {known}"
+            f"autoencoder {folder}: config.json says {said}, which is not a known autoencoder of images; choose a "
+            f"folder of one of {known}"
         )
     return class_name
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.data.store import Store
 from reglue.errors import UserError
@@ -19,6 +18,7 @@ from reglue.metrics.distances import DENSITY_NEIGHBOURS, NEIGHBOURS, Gaussian, G
 from reglue.metrics.features import EncoderFeatures, FeatureNetwork, FeatureSet, describe_images
 from reglue.metrics.image_sets import Images, ImageSet, Share
 from reglue.metrics.inception import Inception
+from reglue.progress import Bar
 from reglue.training import distributed
 
 PRECISION = "float32"
@@ -180,7 +180,7 @@ def _readable(
 ) -> Iterator[Tensor]:
     """The readable images of a share, uint8 (B, 3, *size), a batch at a time; what they are is added to the lists."""
     count = len(images)
-    with tqdm(total=count, unit="image", desc=name, disable=share.rank > 0) as progress:
+    with Bar(total=count, unit="image", desc=name, disable=share.rank > 0) as progress:
         for within, batch in zip(share.batches(count), images.batches(size, share), strict=True):
             readable = []
             for number, image in zip(within, batch, strict=True):
@@ -189,7 +189,7 @@ def _readable(
                     numbers.append(number)
                     fingerprints.append(_fingerprint(image))
                 else:
-                    tqdm.write(f"skipped {image.name} of the {name}: {image.reason}", file=sys.stderr)
+                    Bar.write(f"skipped {image.name} of the {name}: {image.reason}", file=sys.stderr)
             if readable:
                 yield torch.stack(readable)
             progress.update(min(len(batch) * share.processes, count - progress.n))

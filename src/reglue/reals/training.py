@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from reglue.diffusion.objective import weighted_sum
 from reglue.encoders.alignment import AlignmentSpec, cosine_similarities
@@ -20,6 +19,7 @@ from reglue.errors import option
 from reglue.files import to_json
 from reglue.metrics.latents import LatentStatistics, LatentSummary
 from reglue.metrics.perceptual import encoder_distance, encoder_features
+from reglue.progress import Bar
 from reglue.reals.adversary import adaptive_weight, hinge
 from reglue.reals.config import AutoencoderRecipe
 from reglue.reals.measuring import Judges, check_latents, draw, evaluate, warning_of_dead_channels
@@ -137,9 +137,9 @@ class AutoencoderTask(Task[tuple[Tensor, Tensor]]):
         """See `Task`: figures of the average on held-out images."""
         held_out = all_of(self.held_out, self.part, self.workers, self.device)
         figures, self.summary = evaluate(self.average, self.judges, held_out, self.precision)
-        tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        Bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         if warning := warning_of_dead_channels(self.summary, step):
-            tqdm.write(warning, file=sys.stderr)
+            Bar.write(warning, file=sys.stderr)
         epoch = step * self.optimisation.batch_size / len(self.samples)
         return {"epoch": epoch, "images": len(self.held_out), "validation": figures}
 

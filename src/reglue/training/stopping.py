@@ -73,10 +73,11 @@ def deferred() -> Iterator[None]:
         return
 
     def request(number: int, _: object) -> None:
-        global _asked
+        global _asked, _interrupted
         if _asked and number == signal.SIGINT:
+            _asked, _interrupted = number, True
             _deferred.clear()
-            _interrupt(number, _)
+            raise KeyboardInterrupt
         if number == signal.SIGINT:
             # Not by print: the signal may have come in the middle of one.
             os.write(2, b"\nreglue: stops with a checkpoint; Ctrl-C again stops at once, without one\n")
