@@ -21,8 +21,7 @@ from reglue.cli import parse
 from reglue.commands.export_run import export_run
 from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.train_head import train_head
-from reglue.files import BESIDE
-from reglue.locks import LOCK
+from reglue.files import BESIDE, LOCK
 
 CRASH = """
 import os, sys, threading

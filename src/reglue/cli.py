@@ -122,7 +122,7 @@ COMMANDS = {
     ),
     "verify": Command(
         "reglue.options.verify:Verify",
-        "Check the files of a store or a run against their hashes.",
+        "Check all that the other commands write against its hashes.",
         "verify store",
         heading="and",
     ),
@@ -250,7 +250,7 @@ def parse(arguments: list[str]) -> Any:
 
         if asks and rest[0].startswith("-"):
             show(recipes({recipe: paper.title for recipe, paper in PAPERS.items()}))
-        recipe, *rest = rest or [""]
+        recipe, *rest = rest if rest and not rest[0].startswith("-") else ["", *rest]
         words.append(known(recipe, PAPERS, "recipe"))
         default["default"] = command.load()(PAPERS[recipe].recipe, MISSING, MISSING)
     if asks:

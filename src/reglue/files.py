@@ -33,6 +33,10 @@ BESIDE = ".reglue-tmp"
 """What the name of a file or folder ends with that is being written, before it takes its place. Nobody else's."""
 LONGEST_HEADER = 100_000_000
 """Bytes: what the safetensors library takes."""
+LOCK = ".reglue-lock"
+"""What the name of a lock ends with: `run.reglue-lock` lies beside a folder `run` while someone writes there."""
+OWN = (BESIDE, LOCK)
+"""What may lie in a folder that nobody has filled yet."""
 _T = TypeVar("_T")
 _converter = make_converter(forbid_extra_keys=True)
 
@@ -96,7 +100,8 @@ def replacing(path: Path) -> Iterator[Path]:
         # safetensors wraps the system's error in its own, of which only the text is left.
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error).rpartition("error: ")[2]
         raise UserError(
-            f"cannot write {path}: {reason}; free some space or choose another folder, and run it again"
+            f"cannot write {path}: {reason}; free some space, raise a limit (ulimit -f) or choose another folder, "
+            "and run it again"
         ) from error
     finally:
         beside.unlink(missing_ok=True)
@@ -134,9 +139,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def refuse_filled(path: Path) -> None:
-    """Raise UserError if `path` is there and not an empty folder."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} holds other files; choose a new or an empty folder")
+    """Raise UserError if `path` is there and not an empty folder, our own lock and unfinished work aside."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; choose a new or an empty folder")
+    if path.is_dir() and (strangers := [part.name for part in path.iterdir() if part.suffix not in OWN]):
+        raise UserError(f"{path} holds other files ({min(strangers)}); choose a new or an empty folder")
 
 
 def plain(value: Any) -> Any:

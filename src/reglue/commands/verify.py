@@ -61,8 +61,8 @@ def verify(options: Verify) -> Path:
     if folder.suffix == ".npz" and folder.is_file():
         kind = archive
     if kind is None:
-        known = ", ".join(sorted({f"{kind.__name__} ({name})" for name, kind in KINDS.items()}))
-        raise UserError(f"{folder} is nothing that can be verified; give a folder of one of these: {known}, or a .npz")
+        known = ", ".join(sorted({kind.__name__ for kind in KINDS.values()}))
+        raise UserError(f"{folder} is nothing that can be verified; give a folder of one of these: {known}; or an .npz")
     count, size = run_checks(folder, kind(folder))
     if kind is run:
         verify_training_store(folder)
@@ -237,6 +237,8 @@ def verify_training_store(folder: Path) -> None:
     if record.store is None or record.store_hash is None:
         return
     place = Path(record.store)
+    if not place.is_absolute():  # Of a run that was shared: a name that meant something elsewhere.
+        return
     if not place.is_dir():
         print(f"Its training store {place} is not there (any more), and was not verified.")
         return
