@@ -183,6 +183,15 @@ class Drawing:
 
 def plan(options: Draw, model: ImageModel) -> Drawing:
     """What the options ask of a model. Raises UserError for what it cannot do."""
+    weaker, sampling = way_to_sample(options, model, model.default_sampling)
+    return Drawing(model, weaker, sampling, choose_labels(options, model), options.seed)
+
+
+def way_to_sample(options: Draw, model: ImageModel, default: Sampling) -> tuple[Denoiser | None, Sampling]:
+    """The second model of autoguidance, if there is one, and how images are drawn: as options say, or else as default.
+
+    Raises UserError for what the model cannot do.
+    """
     weaker = weaker_model(options, model) if options.weaker_run else None
     changes = {part.name: getattr(options, part.name) for part in fields(Sampling)}
     if weaker:
@@ -194,8 +203,7 @@ def plan(options: Draw, model: ImageModel) -> Drawing:
             f"{option('auto_scale')} {changes['auto_scale']}: autoguidance needs a weaker model; name one with "
             f"{option('weaker_run')}"
         )
-    sampling = model.default_sampling.changed(**changes)
-    return Drawing(model, weaker, model.resolved(sampling), choose_labels(options, model), options.seed)
+    return weaker, model.resolved(default.changed(**changes))
 
 
 def weaker_model(options: Draw, model: ImageModel) -> Denoiser:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from reglue.data.images import crop_to
 from reglue.errors import UserError
-from reglue.perception.masks import crop_mask, load_depths, load_masks, read_depth, read_mask
+from reglue.data.masks import crop_mask, load_depths, load_masks, read_depth, read_mask
 
 SIDES = st.integers(8, 400)
 
