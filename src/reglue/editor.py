@@ -126,8 +126,8 @@ class Editor(ABC):
         labels = self.labels_of(classes, count)
         sampling = self.resolved((sampling or self.sampling_for(classes is not None)).changed(**changes))
         subject = self.subject(image, editing)
-        return list(self.edits([subject], [(0, i) for i in range(count)], labels, editing, sampling, seed,
-                               batch_size=batch_size, progress=progress))  # fmt: skip
+        pairs = [(0, i) for i in range(count)]
+        return [*self.edits([subject], pairs, labels, editing, sampling, seed, batch_size, progress=progress)]
 
     def interpolate(
         self,
@@ -218,10 +218,9 @@ class Editor(ABC):
         editing: Editing,
         sampling: Sampling,
         seed: int,
+        batch_size: int,
         *,
-        batch_size: int = 32,
         weaker: Denoiser | None = None,
-        controls: Sequence[Control] = (),
         progress: bool = False,
     ) -> Iterator[Image.Image]:
         """The edits (j, i), in the sizes of their images: edit i of image j, of which `subjects` has one each, or one.
@@ -240,7 +239,7 @@ class Editor(ABC):
                     seed,
                     sampling,
                     weaker=weaker,
-                    controls=[*clamps, *controls],
+                    controls=clamps,
                     start=start,
                     repeats=editing.resample,
                 )

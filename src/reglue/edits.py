@@ -20,8 +20,8 @@ from reglue.editing import LOCAL, DrawEdits, Editing
 from reglue.errors import UserError
 from reglue.files import plain, read_json, replacing, to_json
 from reglue.locks import writing
+from reglue.painting import WEIGHTS_FILE
 from reglue.pipeline import load
-from reglue.prototypes import WEIGHTS_FILE
 from reglue.run import RunRecord, find_run
 from reglue.samples import PLACES, Drawing, protocol_of, way_to_sample
 from reglue.seeds import generator
@@ -122,7 +122,7 @@ def _write_edits(options: DrawEdits) -> Path:
             subjects = {j: subjects.get(j) or subject(j) for j, _ in batch}
             labels = [label(*pair) for pair in batch]
             own = [subjects[j] for j, _ in batch]
-            drawn = model.edits(own, batch, labels, editing, sampling, options.seed, weaker=weaker)
+            drawn = model.edits(own, batch, labels, editing, sampling, options.seed, len(batch), weaker=weaker)
             for pair, image in zip(batch, drawn, strict=True):
                 write_picture(options.out / picture(*pair), image)
                 progress.update()
@@ -139,7 +139,7 @@ def _write_edits(options: DrawEdits) -> Path:
 
 
 def image_files(given: Sequence[Path]) -> list[Path]:
-    """The images that are given, those of folders in the order of their paths. Raises UserError for a folder without."""
+    """The images that are given, and those of folders by their paths. Raises UserError for a folder without any."""
 
     def found() -> Iterator[Path]:
         for path in given:

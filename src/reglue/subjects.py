@@ -18,7 +18,7 @@ from reglue.diffusion.modalities import State
 from reglue.editing import CLASS_TOKEN, LOCAL, Editing
 from reglue.encoding import Picture, as_pixels, open_picture
 from reglue.errors import UserError, option
-from reglue.prototypes import load_prototypes
+from reglue.painting import load_prototypes
 from reglue.run import RunRecord
 
 SOURCES = {"local_from": LOCAL, "cls_from": CLASS_TOKEN, "paste": LOCAL}

@@ -15,8 +15,8 @@ from reglue.errors import UserError
 from reglue.files import new_folder, refuse_filled
 from reglue.locks import writes
 from reglue.options.prototypes import MakePrototypes
+from reglue.painting import IGNORED, SPEC_FILE, Prototypes, PrototypesSpec, load_prototypes, shares_of
 from reglue.perception.labelled import with_masks
-from reglue.prototypes import IGNORED, SPEC_FILE, Prototypes, PrototypesSpec, load_prototypes, shares_of
 from reglue.run import versions
 from reglue.seeds import generator
 from reglue.training import distributed
@@ -96,8 +96,8 @@ def looks_of(codes: Tensor, looks: int, seed: int, label: int) -> Tensor:
         return codes.mean(0, keepdim=True) if len(codes) else torch.zeros(looks, codes.shape[1])
     from scipy.cluster.vq import kmeans2  # slow to import
 
-    draws = generator(seed, "looks", label)
-    chosen = codes[torch.from_numpy(np.sort(draws.permutation(len(codes))[:MOST]))].double().numpy()
-    centres, owners = kmeans2(chosen, looks, ROUNDS, minit="++", rng=draws)
+    order = generator(seed, "looks", label).permutation(len(codes))[:MOST]
+    chosen = codes[torch.from_numpy(order)].double().numpy()
+    centres, owners = kmeans2(chosen, chosen[:looks], ROUNDS, minit="matrix")
     order = np.argsort(-np.bincount(owners, minlength=looks), kind="stable")
     return torch.from_numpy(centres[order]).float()
