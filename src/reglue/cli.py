@@ -73,15 +73,21 @@ COMMANDS = {
         "Draw images from a run.",
         "sample run --out samples --count 50 --guidance-scale 2",
     ),
-    "edit": Command(
-        "reglue.options.edit:Edit",
-        "Edit images: keep, redraw, inpaint, recombine what a run sees in them.",
-        "edit run photo.png --out edits --keep local --count 8",
-    ),
     "evaluate": Command(
         "reglue.options.evaluate:Evaluate",
         "Compare images with a reference: FID and other metrics.",
         "evaluate samples --reference store --out report.json",
+    ),
+    "edit": Command(
+        "reglue.options.edit:Edit",
+        "Edit images: keep, redraw, inpaint, recombine what a run sees in them.",
+        "edit run photo.png --out edits --keep local --count 8",
+        heading="images that are there",
+    ),
+    "prototypes": Command(
+        "reglue.options.prototypes:MakePrototypes",
+        "Find what the classes of masks look like in a store's codes, to paint with.",
+        "prototypes store --masks masks --out prototypes",
     ),
     "autoencode": Command(
         "reglue.options.autoencode:Autoencode",
@@ -104,11 +110,6 @@ COMMANDS = {
         "reglue.options.train_head:TrainHead",
         "Train a head for segmentation, class maps or depth on features.",
         "head store --masks masks --out head",
-    ),
-    "prototypes": Command(
-        "reglue.options.prototypes:MakePrototypes",
-        "Find what the classes of masks look like in a store's codes, to paint with.",
-        "prototypes store --masks masks --out prototypes",
     ),
     "perceive": Command(
         "reglue.options.perceive:Perceive",

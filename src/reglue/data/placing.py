@@ -49,8 +49,11 @@ class Place:
     def _span(self, axis: int) -> tuple[int, int]:
         first, scale = self._cut(axis), self._scale(axis)
         last = first + self.size[1 - axis]
-        most = self.image_size[axis]
-        return max(0, math.ceil(first / scale - 1e-9)), min(most, math.floor(last / scale + 1e-9))
+        start, end = math.ceil(first / scale - 1e-9), math.floor(last / scale + 1e-9)
+        if start >= end:  # Not one pixel lies wholly within: the one in the middle.
+            start = math.floor((first + last) / 2 / scale)
+            end = start + 1
+        return max(0, start), min(self.image_size[axis], end)
 
     def put_back(self, image: Image.Image, edited: Image.Image, share: np.ndarray | None = None) -> Image.Image:
         """The image with an edited crop in its place.
