@@ -19,9 +19,9 @@ import torch
 import tyro
 from torch.utils.benchmark import Measurement, TaskSpec, timer
 
-from reglue.config import Precision
 from reglue.errors import UserError
 from reglue.machine import commit, machine
+from reglue.sampling import Precision
 from reglue.training.distributed import resolve_device
 from reglue.training.precision import matmul_precision
 

@@ -25,12 +25,12 @@ import official
 import reglue
 from common import Comparison, alternate, report, run, speedups
 from reglue.commands.prepare import NO_ENCODER, Prepare, prepare
-from reglue.config import Precision
 from reglue.data.images import ImageSource, UnreadableImage
 from reglue.data.opening import open_images
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
+from reglue.sampling import Precision
 from reglue.training.precision import autocast
 
 AT_HAND = 1024

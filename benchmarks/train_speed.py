@@ -27,7 +27,7 @@ from common import alternate, matmul_rate, report, run, speedups
 from counting import parameters, training_flops
 from official import CLS, LOCAL
 from reglue.commands.train import DenoiserTask, Losses, Train
-from reglue.config import Compile, Precision
+from reglue.config import Compile
 from reglue.data.batches import HostBatch, TrainingData
 from reglue.data.prefetch import READERS, prefetch
 from reglue.diffusion.conditions import CLASS
@@ -36,6 +36,7 @@ from reglue.diffusion.modalities import LATENT
 from reglue.diffusion.objective import TrainingSample, loss_terms
 from reglue.diffusion.paths import LINEAR, PATHS
 from reglue.run import RunRecord
+from reglue.sampling import Precision
 from reglue.training import distributed
 from reglue.training.loop import Means
 from reglue.training.precision import compile_parts, to_compile
@@ -70,7 +71,9 @@ class TrainingStep:
         recipe = data.recipe
         recipe = replace(recipe, optimisation=replace(recipe.optimisation, precision=precision))
         losses = Losses(deepcopy(start), PATHS[recipe.path])
-        compile_parts(losses, losses.denoiser.backbone.blocks, to_compile(compile, data.device))
+        compile_parts(
+            losses, losses.denoiser.backbone.blocks, to_compile(compile, data.device, recipe.optimisation.steps)
+        )
         options = Train(recipe, data.store.folder, Path("nowhere"))
         self.task = DenoiserTask(options, RunRecord.of(data.store, recipe, 0), data, 1, losses)
         weights = losses.denoiser.state_dict()

@@ -10,7 +10,7 @@ import torch
 
 from common import Comparison
 from reglue.commands.demo import DEMO_RECIPE
-from reglue.config import Precision, Recipe
+from reglue.config import Recipe
 from reglue.data.manifest import Contents, Source
 from reglue.data.store import Store, quantised
 from reglue.data.store_writer import StoreWriter, add_codes
@@ -21,6 +21,7 @@ from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.encoders.compressors import ConvCompressor
 from reglue.encoders.vision import EncoderSpec
 from reglue.papers import RECIPES
+from reglue.sampling import Precision
 
 DOWNSAMPLING, LATENT_CHANNELS = 8, 4
 """Of the SD-VAE."""

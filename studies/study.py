@@ -67,7 +67,7 @@ PREPARE = "--resolution 64 --features"
 TRAIN = (
     "--model 6x192x3/1 --no-learn-sigma --optimisation.batch-size 64 --optimisation.learning-rate 1e-3 "
     "--optimisation.warmup 50 --optimisation.clip 1 --optimisation.ema 0.999 --optimisation.ema-warmup yes "
-    "--optimisation.precision bfloat16 --optimisation.compile auto --optimisation.time-shift 3 --alignment.hidden 512 "
+    "--optimisation.compile auto --optimisation.time-shift 3 --alignment.hidden 512 "
     "--log-every 50 --checkpoint-every 500 --keep 2 --preview-every 0"
 )
 SAMPLE = (
@@ -78,7 +78,7 @@ AUTOENCODE = (
     "--architecture.widths 16 32 64 128 --architecture.latent-channels 16 --architecture.layers-per-block 1 "
     "--architecture.norm-groups 16 --alignment.hidden 256 --optimisation.steps 1600 --optimisation.batch-size 8 "
     "--optimisation.learning-rate 5e-4 --optimisation.warmup 100 --optimisation.decay cosine "
-    "--optimisation.betas 0.9 0.95 --optimisation.ema 0.995 --optimisation.precision bfloat16 --evaluate-every 400 "
+    "--optimisation.betas 0.9 0.95 --optimisation.ema 0.995 --evaluate-every 400 "
     "--checkpoint-every 160 --keep 1 --validation-images 1000"
 )
 SPACES = {

@@ -111,6 +111,6 @@ def _main(arguments: list[str], environment: dict[str, str], prelude: str, folde
     os.environ.update(environment)
     sys.argv = ["reglue", *arguments]
     exec(prelude, {})
-    from reglue import cli
+    from reglue.__main__ import main
 
-    cli.main()
+    main()

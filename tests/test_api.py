@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from PIL import Image
 import reglue
 from reglue.cli import COMMANDS
 from reglue.errors import UserError
-from reglue.sampling import Sampling
+from reglue.pipeline import GenerateOptions, ImageModel
+from reglue.sampling import Sampling, SamplingChanges
 
 
 def test_every_command_is_a_function_away() -> None:
@@ -122,7 +124,7 @@ def test_numbers_are_indices_and_text_is_a_name_first(model: reglue.ImageModel) 
         ({"count": -1}, "count -1"),
         ({"classes": 0, "sampler": "dopri"}, "choose euler, heun, euler-maruyama, adams-bashforth, dopri5"),
         ({"classes": 0, "state_precision": "float16"}, "state_precision float16: choose float32, float64"),
-        ({"classes": 0, "precision": "int8"}, "precision int8: choose float32, tf32, bfloat16"),
+        ({"classes": 0, "precision": "int8"}, "precision int8: choose auto, float32, tf32, bfloat16"),
         ({"classes": 0, "time_shift": -1.0}, "time_shift -1.0: choose more than 0"),
         ({"classes": 0, "rounding": "up"}, "choose truncate, round"),
         ({"classes": 0, "steps": 0}, "steps 0: choose at least 1"),
@@ -151,7 +153,10 @@ def test_autoguidance_needs_a_weaker_model(model: reglue.ImageModel) -> None:
         model.generate(0, auto_scale=2.0)
 
 
-def test_progress_is_shown_when_asked_for(model: reglue.ImageModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_when_asked_for(
+    model: reglue.ImageModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reglue.progress.EVERY", 0.0)
     model.generate(0, steps=2)
     assert capsys.readouterr().err == ""
     model.generate([0, 1, 2], steps=2, batch_size=2, progress=True)
@@ -170,3 +175,15 @@ def test_options_take_text_for_paths(tiny_images: Path, tiny_run: Path, tmp_path
     sample: Any = reglue.Sample
     assert reglue.sample(sample(run, out, 1, steps=1)) == Path(out)
     assert sample(run, out, autoencoder="starter").autoencoder == "starter"
+
+
+def test_editors_know_the_keywords_of_generate() -> None:
+    types = get_type_hints(Sampling)
+    assert get_type_hints(SamplingChanges) == {name: kind | None for name, kind in types.items()}
+    own = {name for name in signature(ImageModel.generate).parameters if name not in types}
+    assert own - {"self", "classes", "output"} == {*get_type_hints(GenerateOptions)} - {*types}
+
+
+def test_a_model_says_what_it_is_in_a_line(model: ImageModel) -> None:
+    assert len(repr(model)) < 200
+    assert repr(model).startswith("ImageModel(reglue 2x32x2/2, 16×16, 3 classes, step 6, from ")

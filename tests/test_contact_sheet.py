@@ -18,7 +18,8 @@ from helpers import CLASSES, mistake
 from reglue import contact_sheet
 from reglue.commands.sample import Sample, sample
 from reglue.data.images import ImageFolder
-from reglue.data.labels import read_table
+from reglue.data.opening import open_images
+from reglue.data.reading import Reading
 from reglue.errors import UserError
 from reglue.metrics.image_sets import open_image_set
 
@@ -108,7 +109,8 @@ def test_nothing_takes_them_for_samples(drawn: Sample) -> None:
 
 
 def test_the_table_labels_the_samples(drawn: Sample) -> None:
-    assert list(read_table(drawn.out / TABLE).values()) == [*CLASSES, *CLASSES[:2]]
+    images = open_images(drawn.out, Reading(labels=drawn.out / TABLE))
+    assert [images.class_names[label] for label in images.labels] == [*CLASSES, *CLASSES[:2]]
 
 
 def test_without_classes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,19 @@ TRAIN = [*TINY_RECIPE[:-3], "--sampling.steps=1", "--log-every=1", "--device=cpu
 TRAIN += ["--checkpoint-every=1", "--preview-every=1", "--preview-count=1", "--preview-steps=1"]
 
 
+@dataclass(frozen=True)
 class Inputs:
     """What the commands read."""
 
-    def __init__(self, **places: Any) -> None:
-        self.__dict__.update(places)
+    images: Path
+    encoder: str
+    autoencoder: str
+    store: Path
+    run: Path
+    bare: Path
+    """A store without compressors."""
+    head: Path
+    exported: Path
 
 
 @pytest.fixture(scope="session")

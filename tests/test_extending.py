@@ -64,7 +64,9 @@ def parts() -> Iterator[dict[str, types.ModuleType]]:
 
 def tiny(**changes: Any) -> Recipe:
     recipe = reglue.recipes["reglue"]
-    optimisation = Optimisation(steps=2, batch_size=8, learning_rate=1e-2, ema=0.5, ema_warmup="yes")
+    optimisation = Optimisation(
+        steps=2, batch_size=8, learning_rate=1e-2, ema=0.5, ema_warmup="yes", precision="float32"
+    )
     sampling = recipe.sampling.changed(steps=3)
     common = {"model": "2x32x2/2", "optimisation": optimisation, "sampling": sampling}
     local, alignment = replace(recipe.local, compressor="conv-4"), replace(recipe.alignment, hidden=32)

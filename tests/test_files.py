@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from reglue.errors import UserError
+from reglue.errors import UserError, refused_by_system
 from reglue.files import BESIDE, new_folder, parse_json, read_json, read_jsonl, read_network, to_json
 
 
@@ -157,3 +158,25 @@ def test_a_network_is_built_without_memory_and_keeps_its_precision(tmp_path: Pat
             UserError, match=r"weights\.safetensors does not fit the network it should hold .*; fetch it"
         ):
             read_network(lambda width=width: nn.Linear(width, width), file, "fetch it")
+
+
+def test_messages_of_copies_name_the_file_and_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "file").symlink_to(tmp_path / "gone")
+    (tmp_path / "from" / "other").symlink_to(tmp_path / "gone")
+    with pytest.raises(shutil.Error) as caught:
+        shutil.copytree(tmp_path / "from", tmp_path / "to")
+    assert refused_by_system(caught.value) == f"cannot copy to {tmp_path}/to/file: No such file or directory"
+    with pytest.raises(OSError) as other:  # noqa: PT011
+        (tmp_path / "gone").read_text()
+    assert refused_by_system(other.value) == f"{tmp_path}/gone: No such file or directory"
+    assert refused_by_system(OSError(28, "No space left on device")) == "No space left on device"
+
+
+def test_a_folder_that_cannot_be_filled_is_named(tmp_path: Path) -> None:
+    def fill() -> None:
+        with new_folder(tmp_path / "out"):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/out: No space left on device; free some space"):
+        fill()

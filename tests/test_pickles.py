@@ -12,7 +12,7 @@ import time
 import types
 import zipfile
 import zlib
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +311,8 @@ BOMBS = {
     "a dict of tuples": b"\x80\x02(" + TUPLE + b"Nd.",
     "a set of tuples": b"\x80\x04\x8f(" + TUPLE + b"\x90.",
     "a frozen set of tuples": b"\x80\x04(" + TUPLE + b"\x91.",
+    "a count of tuples": b"\x80\x02ccollections\nCounter\n]K\x01" + TUPLE + b"\x86a\x85R.",
+    "a called set": b"\x80\x02c__builtin__\nset\n]" + TUPLE + b"a\x85R.",
     "pairs": b"\x80\x02ccollections\nOrderedDict\n](]" + TUPLE + b"aNae\x85R.",
     "clashing keys": b"\x80\x02}(" + CLASHING + b"u.",
     "clashing numbers of objects": b"N" + b"".join(b"p%d\n" % (i * (2**61 - 1)) for i in range(1, 30_000)) + b".",
@@ -371,6 +373,15 @@ def test_what_a_file_unpacks_to_is_bounded(tmp_path: Path) -> None:
         read_statistics(tmp_path / "numbers.npz")
 
 
+@pytest.mark.parametrize("name", ["Tensor", "FloatStorage", "storage.UntypedStorage"])
+def test_new_tensors_are_not_made(name: str, tmp_path: Path) -> None:
+    module, _, kind = f"torch.{name}".rpartition(".")
+    content = b"\x80\x02c" + f"{module}\n{kind}\n".encode() + short(10**12) + b"\x85R."
+    zipped(content, tmp_path / "file.pt")
+    with pytest.raises(UserError, match="stands for new tensors, which are not in it"):
+        read_untrusted(tmp_path / "file.pt")
+
+
 def test_tensors_and_arrays_larger_than_the_file_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "file.pt"
     torch.save({"w": torch.zeros(1).expand(10**9, 10**9)}, file)
@@ -422,6 +433,7 @@ def test_lightnings_checkpoints(writer: str, tmp_path: Path, monkeypatch: pytest
         monkeypatch.setitem(sys.modules, name, module)
     content = {
         "callbacks": {ModelCheckpoint: {"best_model_score": torch.tensor(1.0), "monitor": "loss", "dirpath": tmp_path}},
+        "lr_schedulers": [{"milestones": Counter([3, 5]), "kinds": {1, 2}}],
         "hyper_parameters": OrderedDict(width=48, betas=(0.9, 0.95), kinds=defaultdict(list, a=[1])),
         "state_dict": OrderedDict(weight=torch.nn.Parameter(torch.ones(2))),
     }

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reglue.data.images import is_image
+from reglue.data.listing import is_image
 
 SHAPES = 0.25
 """Share of views that are no photographs."""

@@ -1,5 +1,15 @@
-"""`python -m reglue` is `reglue`."""
+"""`reglue` and `python -m reglue`: Ctrl-C is understood before anything else is imported."""
 
-from reglue.cli import main
+from reglue.training import stopping
 
-main()
+
+def main() -> None:
+    """Run a command: see `cli.main`."""
+    stopping.listen()
+    from reglue import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,10 +10,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import reduce
 from importlib import import_module
+from io import StringIO, TextIOWrapper
 from operator import or_
 from typing import Annotated, Any, NoReturn
 
@@ -21,9 +23,11 @@ import tyro
 from tyro import MISSING
 
 from reglue import __version__
-from reglue.errors import Stopped, UserError, command_line, refused_by_system
+from reglue.errors import Stopped, UserError, command_line, printable, refused_by_system
+from reglue.training import stopping
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
+DISTRIBUTED = "reglue.training.distributed"
 FIRST = {
     "demo": "the whole pipeline on handwritten digits, in minutes",
     "sample starter --out clothes": "images from the small model in this package",
@@ -142,45 +146,87 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run a command. A user's mistake ends with one line and exit code 2, an interruption with 130.
+    """Run a command, say what it has written, and exit.
 
-    A command that was asked to stop, and has saved its work, ends with 143. Anything else that goes wrong shows where,
-    and ends a process among others at once.
+    | exit code | |
+    |---|---|
+    | 0 | done |
+    | 1 | a defect, with a traceback |
+    | 2 | a mistake that the user can fix, in one line |
+    | 130, 143 | ended by Ctrl-C (SIGINT), by SIGTERM, with or without a checkpoint |
+    | 141 | whoever read the output has gone: `| head` |
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # Names of files may hold what no terminal can show.
     try:
         with command_line():
-            execute(parse(sys.argv[1:]))
-        from reglue.training import distributed  # loaded by now; not for `--help`
+            options = parse(sys.argv[1:])
+            command = function_of(type(options))  # imports PyTorch
+            with stopping.at_work():
+                command(options)
+                say_what_follows(options)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        end(error)
 
-        distributed.leave()
-    except UserError as error:
-        fail(str(error))
-    except BrokenPipeError:  # `reglue --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        fail(refused_by_system(error))
-    except Stopped as request:
-        fail(str(request), 128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        fail("interrupted; run the same command again, which keeps what was finished", 130)
-    except Exception:
-        from reglue.training import distributed
 
-        if not distributed.are_many():
-            raise
-        traceback.print_exc()
-        distributed.end(1)
+def say_what_follows(options: Any) -> None:
+    """Print what the command has written and what may come next, once for all processes, which part."""
+    from reglue.training import distributed
+
+    if distributed.is_first() and options.written:
+        print(options.written)
+    sys.stdout.flush()
+    distributed.leave()
+
+
+def end(error: BaseException) -> NoReturn:
+    """End with the line and the exit code of an error, or with its traceback if it is a defect."""
+    if stopping.interrupted() and not isinstance(error, UserError | Stopped):
+        fail(stopping.line(), stopping.exit_code())
+    match error:
+        case Stopped():
+            fail(str(error), stopping.exit_code())
+        case KeyboardInterrupt():
+            fail(stopping.line(), 128 + signal.SIGINT)
+        case UserError():
+            fail(str(error))
+        case BrokenPipeError():
+            leave(128 + signal.SIGPIPE)
+        case OSError():
+            fail(refused_by_system(error))
+    if not _among_others():
+        raise error
+    traceback.print_exception(error)
+    leave(1)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Print one line and exit."""
-    print(f"reglue: {message}", file=sys.stderr)
-    if "torch" in sys.modules:  # else the command was mistyped: no reason to wait for PyTorch
-        from reglue.training import distributed
+    with suppress(BrokenPipeError):
+        print(f"reglue: {printable(message)}", file=sys.stderr, flush=True)
+    leave(code)
 
-        distributed.end(code)
-    sys.exit(code)
+
+def leave(code: int) -> NoReturn:
+    """Exit, and wait for nobody where others wait for this process or the user for its end."""
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    if code in (1, 2):
+        if _among_others():
+            sys.modules[DISTRIBUTED].end(code)
+        sys.exit(code)
+    if "multiprocessing" in sys.modules:
+        for process in sys.modules["multiprocessing"].active_children():
+            process.kill()
+    os._exit(code)
+
+
+def _among_others() -> bool:
+    """Whether this process has joined others; without PyTorch, which may not be imported yet, it has not."""
+    return DISTRIBUTED in sys.modules and sys.modules[DISTRIBUTED].are_many()
 
 
 def execute(options: Any) -> Any:
@@ -198,7 +244,7 @@ def parse(arguments: list[str]) -> Any:
     """The options of the command that the arguments name.
 
     Prints what is asked for and exits with code 0 (`--help`, `--version`). Raises UserError for an unknown command or
-    recipe. Prints what is wrong and exits with code 2 if the options do not fit.
+    recipe, and for options that do not fit.
     """
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
@@ -222,13 +268,14 @@ def parse(arguments: list[str]) -> Any:
         from reglue.help import command_help
 
         show(command_help(words, command.load(), command.example.replace("{recipe}", words[-1]), **default))
-    return tyro.cli(
-        command.load(),
-        prog=" ".join(["reglue", *words]),
-        args=rest,
-        config=(tyro.conf.PositionalMetavarFromFieldName,),
-        **default,
-    )
+    try:
+        with redirect_stderr(StringIO()):  # tyro explains itself in boxes.
+            return tyro.cli(command.load(), prog=" ".join(["reglue", *words]), args=rest, **default)
+    except SystemExit:
+        from reglue.help import declared
+        from reglue.mistakes import mistake
+
+        raise UserError(mistake(words, declared(command.load(), **default), rest)) from None
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:

@@ -10,11 +10,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from reglue.diffusion.specs import CLASS, LATENT, DenoiserConfig, Modality, Normalisation, PathName, registered
 from reglue.errors import UserError, option, require
-from reglue.sampling import Precision, Sampling, refuse_unknown
+from reglue.sampling import AutoPrecision, Precision, Sampling, refuse_unknown
 
 Compile = Literal["auto", "no", "blocks", "model"]
 EmaWarmup = Literal["auto", "yes", "no"]
@@ -277,11 +277,13 @@ class OptimiserConfig:
     ema_warmup: EmaWarmup = "auto"
     """Begin with a shorter average: over the last tenth of the steps so far, until that is longer than the average of
     ema. auto: in runs so short that ema would leave 1 % of the initial weights in it, which no published one is."""
-    precision: Precision = "float32"
-    """Precision of matrix products. tf32: float32, whose products a GPU rounds to TF32."""
+    precision: AutoPrecision = "auto"
+    """Precision of matrix products. tf32: float32, whose products a GPU rounds to TF32. auto: bfloat16 where the
+    processor or GPU multiplies it faster, float32 elsewhere; a run keeps what it began with."""
     compile: Compile = "no"
     """torch.compile: slower to start, faster after. blocks: one block of the transformer, used for all of them. model:
-    the whole network with its losses, slowest to start. auto: blocks on a GPU, no on a CPU."""
+    the whole network with its losses, slowest to start. auto: blocks on a GPU, and on a CPU for 1000 steps or more if
+    there is a compiler; no otherwise."""
 
     def __post_init__(self) -> None:
         prefix = "optimisation."
@@ -291,12 +293,18 @@ class OptimiserConfig:
         require(self, "epsilon", prefix=prefix, more_than=0)
         require(self, "betas", "ema", prefix=prefix, at_least=0, less_than=1)
 
-    def settled(self, before: OptimiserConfig | None = None) -> OptimiserConfig:
-        """The same with what is left open decided: as it was `before`, if a run is continued, else by the steps."""
-        if self.ema_warmup != "auto":
-            return self
-        needed = self.ema**self.steps > FORGOTTEN
-        return replace(self, ema_warmup=before.ema_warmup if before else "yes" if needed else "no")
+    def settled(self, before: Self | None = None, precision: Precision | None = None) -> Self:
+        """The same with what is left open decided: as it was `before`, if a run is continued.
+
+        Else by the steps, and by the `precision` that suits the device.
+        """
+        result = self
+        if self.ema_warmup == "auto":
+            needed = self.ema**self.steps > FORGOTTEN
+            result = replace(result, ema_warmup=before.ema_warmup if before else "yes" if needed else "no")
+        if self.precision == "auto":
+            result = replace(result, precision=before.precision if before else precision or "auto")
+        return result
 
     def ema_at(self, step: int) -> float:
         """Decay of the moving average at an update, counted from 0, once it is `settled`.

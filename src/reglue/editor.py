@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.data.pictures import colours_of, enlarge, image_grid
 from reglue.diffusion.conditions import Condition
@@ -26,6 +25,7 @@ from reglue.editing import CLASS_TOKEN, LOCAL, Editing
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.encoding import ImageEncoder, Picture, as_pixels, open_picture
 from reglue.errors import UserError
+from reglue.progress import Bar
 from reglue.run import RunRecord
 from reglue.sampling import MODALITY_SCALES, Sampling
 from reglue.seeds import Index
@@ -227,7 +227,7 @@ class Editor(ABC):
 
         Each is a function of the seed, j and i, whatever is drawn beside it. `sampling` is `resolved`.
         """
-        with tqdm(total=len(pairs), unit="image", desc="edit", disable=not progress) as bar:
+        with Bar(total=len(pairs), unit="image", desc="edit", disable=not progress) as bar:
             for first in range(0, len(pairs), batch_size):
                 part = slice(first, first + batch_size)
                 own = list(subjects[part]) if len(subjects) > 1 else [*subjects] * len(pairs[part])

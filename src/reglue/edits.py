@@ -22,8 +22,10 @@ from reglue.files import plain, read_json, replacing, to_json
 from reglue.locks import writing
 from reglue.painting import WEIGHTS_FILE
 from reglue.pipeline import load
+from reglue.progress import Bar
 from reglue.run import RunRecord, find_run
 from reglue.samples import PLACES, Drawing, protocol_of, way_to_sample
+from reglue.sampling import AutoPrecision
 from reglue.seeds import generator
 from reglue.subjects import Request, Subject, refuse_lacking
 from reglue.training import distributed
@@ -92,7 +94,8 @@ def _write_edits(options: DrawEdits) -> Path:
         encoder=options.encoder,
         compile=options.compile,
     )
-    weaker, sampling = way_to_sample(options, model, model.sampling_for(bool(options.classes)))
+    default = model.sampling_for(bool(options.classes))
+    weaker, sampling = way_to_sample(options, model, default, lambda: precision_before(options.out))
     allowed = [model.label(name) for name in options.classes] or model.labels_of(None, 1)
     drawing = Drawing(model, weaker, sampling, [], options.seed)
     asked = EditsRecord(
@@ -115,7 +118,7 @@ def _write_edits(options: DrawEdits) -> Path:
         random = options.labels == "random"
         return allowed[generator(options.seed, "label", j, i).integers(len(allowed)) if random else i % len(allowed)]
 
-    with tqdm(total=len(mine), unit="image", desc="edit", disable=rank > 0) as progress:
+    with Bar(total=len(mine), unit="image", desc="edit", disable=rank > 0) as progress:
         subjects: dict[int, Subject] = {}
         for start in range(0, len(mine), options.batch_size):
             batch = mine[start : start + options.batch_size]
@@ -166,6 +169,13 @@ def protocol_of_edits(options: DrawEdits, editing: Editing, drawing: Drawing) ->
         "encoder_sha256": encoder.encoder and encoder.encoder.spec.weights_sha256,
         "compressors_sha256": {name: one.weights_sha256() for name, one in encoder.compressors.items()},
     }
+
+
+def precision_before(folder: Path) -> AutoPrecision | None:
+    """The precision in which the edits in a folder were drawn; None if there are none."""
+    if not (folder / RECORD).is_file():
+        return None
+    return (read_record(folder).protocol.get("sampling") or {}).get("precision")
 
 
 def create_or_resume(folder: Path, asked: EditsRecord, rank: int) -> EditsRecord:

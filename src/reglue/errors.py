@@ -27,14 +27,19 @@ class UnknownPart(UserError):  # noqa: N818, it is a UserError
 class Stopped(Exception):  # noqa: N818, since it is no error
     """A command was asked to stop (SIGTERM, SIGINT) and has stopped: its work is saved, and the same command continues.
 
-    All of its processes raise it. The command line prints the message and exits with code 143.
+    All of its processes raise it. The command line prints the message and exits with code 130 or 143.
     """
+
+
+def printable(text: str) -> str:
+    """Text as one line: what is not printable, a newline in the name of a file for example, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
     """The message of an error as one line of at most so many characters; its type where it has none."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:most] or type(error).__name__
+    return printable(" ".join(text.split()))[:most] or type(error).__name__
 
 
 def refused_by_system(error: OSError) -> str:

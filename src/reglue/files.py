@@ -228,7 +228,7 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     mode = file.stat().st_mode
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # safetensors writes several keys in random order, and the same tensors must have the same bytes: `seal` sorts them.
-    save_file(own, file, metadata or {SEAL: _UNSEALED})
+    save_file(own, file, dict(metadata or {SEAL: _UNSEALED}))
     file.chmod(mode)  # safetensors makes files that only their owner may read; this one is as any other new file.
     seal(file)
 

@@ -21,8 +21,8 @@ from reglue.overrides import field_docstrings
 
 GROUPS = {
     "data": """images store file folder reference protocol masks depth validation validation-masks labels no-labels
-        class-names image-column label-column configuration split streaming resolution flips share per-class strict
-        statistics-images validation-images held-out selection columns
+        class-level class-names image-column label-column configuration split streaming resolution flips share per-class
+        strict statistics-images validation-images held-out selection columns
         looks prototypes.seed prepare.seed prepare.count evaluate.count probe.images head.images perceive.images""",
     "model": """run model backbone path prediction times conditions learn-sigma position-grid latent local class-token
         alignment architecture autoencoder encoder layers final-norm kind column channels hidden conv head from

@@ -1,4 +1,4 @@
-"""What figures depend on beside their options: the machine, and the commit of the code."""
+"""What figures depend on beside their options: the machine, what it is good at, and the commit of the code."""
 
 from __future__ import annotations
 
@@ -9,15 +9,50 @@ from pathlib import Path
 
 import torch
 
+CPUINFO = Path("/proc/cpuinfo")
+"""Of Linux."""
+
 
 def machine(device: torch.device) -> str:
     """What computes: the GPU's name, or the processor's with the number of its cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text().splitlines() if described.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{[*names, platform.processor()][0]}, {os.cpu_count()} cores"
+    return f"{cpuinfo('model name') or platform.processor()}, {os.cpu_count()} cores"
+
+
+def cpuinfo(name: str) -> str:
+    """What Linux says of the first core under a name; nothing elsewhere."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
+    found = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name)
+    return next(found, "")
+
+
+def multiplies_bfloat16_faster(device: torch.device) -> bool:
+    """Whether matrix products are faster in bfloat16 than in float32, as far as that is known.
+
+    On a GPU from Ampere on. On a CPU with AMX, or with AVX-512's own products if it is AMD's: those take about half of
+    float32's time, and Intel's twice as long. `benchmarks/train_speed.py` measures both rates.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    # Environment variables may keep PyTorch, and the library that multiplies for it, from using what there is.
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    everything = allowed in ("ALL", "DEFAULT")
+    if device.type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
+    has = instructions()
+    if {"amx_tile", "amx_bf16"} <= has and (everything or "AMX" in allowed):
+        return True
+    amd = "sse4a" in has  # No other maker's processors have it.
+    return amd and "avx512_bf16" in has and (everything or any(name in allowed for name in ("BF16", "FP16", "AMX")))
+
+
+def instructions() -> set[str]:
+    """The extensions that the CPU has, by the names that Linux gives them."""
+    if CPUINFO.is_file():
+        return {*cpuinfo("flags").split()}
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch knows since 2.11.
+    return {name for name, there in capabilities.items() if there is True}
 
 
 def commit(folder: Path) -> str | None:

@@ -26,9 +26,9 @@ class Paper:
     """B/2, 400K steps, no guidance."""
 
 
-PLAIN = Optimisation(precision="tf32", compile="auto")
-"""Of SiT's code, and of ReDi's, which allow TF32."""
-CLIPPED = Optimisation(clip=1.0, precision="bfloat16", compile="auto")
+PLAIN = Optimisation(compile="auto")
+"""Of SiT's code, and of ReDi's."""
+CLIPPED = Optimisation(clip=1.0, compile="auto")
 
 SIT = Recipe(
     name="sit",

@@ -118,6 +118,37 @@ class InertDict(Inert):
         """Attributes besides the contents: of no use."""
 
 
+class InertCounter(InertDict):
+    """`collections.Counter` of a dict, as schedules of the learning rate have it."""
+
+    def __new__(cls, *arguments: Any) -> InertCounter:
+        """Anything but a dict would be counted, and found as the key that it becomes."""
+        if not all(isinstance(each, dict) for each in arguments):
+            raise TooMuchError("a count of other things than those of a dict")
+        made = super().__new__(cls, *arguments)
+        assert isinstance(made, InertCounter)
+        return made
+
+
+class InertSet(Inert):
+    """`set`."""
+
+    def __new__(cls, values: Any = ()) -> InertSet:
+        """Of a list, of values that are quickly found."""
+        refuse_slow(values)
+        made = super().__new__(cls, values)
+        assert isinstance(made, InertSet)
+        return made
+
+
+class InertType(Inert):
+    """A type that files name and do not call: whoever did could ask for a tensor of any size."""
+
+    def __new__(cls, *arguments: Any, **named: Any) -> InertType:
+        """Refuse it."""
+        raise TooMuchError("new tensors, which are not in it")
+
+
 class InertNamespace(Inert):
     """`argparse.Namespace`: the options that a model was trained with."""
 
@@ -192,6 +223,7 @@ STAND_INS = {
     "numpy._core.numeric._frombuffer": InertBuffer,
     "joblib.numpy_pickle.NumpyArrayWrapper": StreamedArray,
     "_codecs.encode": Latin1,
+    "collections.Counter": InertCounter,
     "collections.OrderedDict": InertDict,
     "collections.defaultdict": InertDict,
     "lightning.fabric.utilities.data.AttributeDict": InertDict,
@@ -199,6 +231,7 @@ STAND_INS = {
     "pytorch_lightning.utilities.parsing.AttributeDict": InertDict,
     "copyreg._reconstructor": Inert,
     "builtins.object": Inert,
+    "builtins.set": InertSet,
     **{f"builtins.{name}": Inert for name in ("dict", "float", "int", "list", "str", "tuple")},
     "typing.Any": Inert,
     "pathlib.PosixPath": Inert,
@@ -210,9 +243,10 @@ PYTHON_3 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 KEPT_AS_STATE = ("numpy.", "sklearn.", "omegaconf.", "pytorch_lightning.", "lightning.", "lightning_fabric.")
 """Objects of these packages are read as their state."""
 OF_TENSORS = re.compile(
-    r"torch\.(_utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state)|_tensor\._rebuild_from_type_v2"
-    r"|nn\.parameter\.Parameter|Tensor|Size|device|(cuda\.|storage\.)?\w+Storage|b?float\w+|u?int\d+|bool)"
+    r"torch\.(_utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)"
+    r"|_tensor\._rebuild_from_type_v2|nn\.parameter\.Parameter|Size|device)"
 )
+TYPES_OF_TENSORS = re.compile(r"torch\.(Tensor|(cuda\.|storage\.)?\w+Storage|b?float\w+|u?int\d+|bool|complex\d+)")
 """What PyTorch's own reader is left to make: tensors of numbers, and nothing sparse, quantised or without contents."""
 
 
@@ -344,6 +378,8 @@ class TorchScan(InertUnpickler):
         full = f"{PYTHON_3.get(module, module)}.{name}"
         if OF_TENSORS.fullmatch(full):
             return Inert
+        if TYPES_OF_TENSORS.fullmatch(full):
+            return InertType
         return self.asked.setdefault(full, stand_in(full))
 
     def persistent_load(self, pid: Any) -> Inert:

@@ -10,13 +10,12 @@ from inspect import Parameter, Signature, signature
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_type_hints, overload
+from typing import Literal, Unpack, get_type_hints, overload
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.config import YOUNG
 from reglue.diffusion.conditions import CLASS, Condition
@@ -40,14 +39,15 @@ from reglue.editor import Editor
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.errors import UserError, option
 from reglue.names import Weights
+from reglue.progress import Bar
 from reglue.published import sharing
 from reglue.run import FILE as RECORD
 from reglue.run import RunRecord, decoder, find_run
-from reglue.sampling import MODALITY_SCALES, Precision, Rounding, Sampling
+from reglue.sampling import MODALITY_SCALES, AutoPrecision, Precision, Rounding, Sampling, SamplingChanges
 from reglue.seeds import Index
 from reglue.training import checkpoints
 from reglue.training.distributed import resolve_device
-from reglue.training.precision import SamplingNetwork
+from reglue.training.precision import SamplingNetwork, to_precision
 
 RETURNS = 10
 """Parts of a grid that resampling goes over one by one."""
@@ -95,7 +95,19 @@ def load(
     )
 
 
-@dataclass
+class GenerateOptions(SamplingChanges, total=False):
+    """The keywords of `ImageModel.generate` but for `output`, for editors."""
+
+    count: int | None
+    seed: int
+    batch_size: int
+    progress: bool
+    condition: Condition | None
+    controls: Sequence[Control]
+    sampling: Sampling | None
+
+
+@dataclass(repr=False)
 class ImageModel(Editor):
     """A denoiser and the decoder of its latents."""
 
@@ -118,6 +130,11 @@ class ImageModel(Editor):
 
     def __post_init__(self) -> None:
         self.denoiser.eval().requires_grad_(False)
+
+    def __repr__(self) -> str:
+        record, (height, width) = self.record, self.record.resolution
+        what = f"{record.recipe.name} {record.recipe.model}, {height}×{width}, {len(record.class_names)} classes"
+        return f"ImageModel({what}, step {self.step}, from {self.folder}, on {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +179,7 @@ class ImageModel(Editor):
         return replace(
             sampling,
             state_precision=sampling.state_precision or SAMPLERS[sampling.sampler].state_precision,
-            precision=sampling.precision or self.record.recipe.optimisation.precision,
+            precision=to_precision(sampling.precision, self.device),
         )
 
     def _lacks_unconditional(self) -> str:
@@ -222,12 +239,16 @@ class ImageModel(Editor):
         classes: int | str | Sequence[int | str] | None = None,
         *,
         output: Literal["pil"] = "pil",
-        **options: Any,
+        **options: Unpack[GenerateOptions],
     ) -> list[Image.Image]: ...
 
     @overload
     def generate(
-        self, classes: int | str | Sequence[int | str] | None = None, *, output: Literal["tensor"], **options: Any
+        self,
+        classes: int | str | Sequence[int | str] | None = None,
+        *,
+        output: Literal["tensor"],
+        **options: Unpack[GenerateOptions],
     ) -> Tensor: ...
 
     def generate(
@@ -242,7 +263,7 @@ class ImageModel(Editor):
         condition: Condition | None = None,
         controls: Sequence[Control] = (),
         sampling: Sampling | None = None,
-        **changes: Any,
+        **changes: Unpack[SamplingChanges],
     ) -> list[Image.Image] | Tensor:
         """Images of the given classes (indices or names), one each, or `count` images of one class or of none.
 
@@ -272,7 +293,7 @@ class ImageModel(Editor):
             warnings.warn(warning, stacklevel=2)
         batches: list[Tensor] = []
         total = evaluations(sampling, len(labels), batch_size)
-        with tqdm(total=total, desc="generate", unit="evaluation", disable=not progress) as bar:
+        with Bar(total=total, desc="generate", unit="evaluation", disable=not progress) as bar:
             for start in range(0, len(labels), batch_size):
                 indices = range(start, min(start + batch_size, len(labels)))
                 others = {name: values[start : start + batch_size] for name, values in (condition or {}).items()}
@@ -457,11 +478,10 @@ class ImageModel(Editor):
         state = from_noise(velocity, seed, filled, config.shapes(), sampling, device, times, controls, start, repeats)
         return {name: value[: len(indices)] for name, value in state.items()}
 
-    def _network(self, denoiser: Denoiser, precision: Precision | None) -> SamplingNetwork:
-        assert precision is not None
-        key = denoiser, precision
+    def _network(self, denoiser: Denoiser, precision: AutoPrecision) -> SamplingNetwork:
+        key = denoiser, to_precision(precision, self.device)
         if key not in self._networks:
-            self._networks[key] = SamplingNetwork(denoiser, precision, compiled=self.compile)
+            self._networks[key] = SamplingNetwork(*key, compiled=self.compile)
         return self._networks[key]
 
     @torch.no_grad()
@@ -471,8 +491,26 @@ class ImageModel(Editor):
 
     @torch.no_grad()
     def pixels(self, state: State, rounding: Rounding) -> Tensor:
-        """What `decode` gives, on the device still, which may be working on it."""
-        return to_pixels(self.autoencoder.decode(self.raw(state, LATENT)), rounding)
+        """What `decode` gives, on the device still, which may be working on it.
+
+        Raises UserError for latents, and for images of them, that are NaN or infinite: they would be black.
+        """
+        latents = self.raw(state, LATENT)
+        images = self.autoencoder.decode(latents)
+        # One number is waited for. What is not finite does not add up to what is.
+        if not (latents.sum() + images.sum()).isfinite():
+            self._refuse_not_finite(latents, images)
+        return to_pixels(images, rounding)
+
+    def _refuse_not_finite(self, latents: Tensor, images: Tensor) -> None:
+        if not latents.isfinite().all():
+            raise UserError(
+                f"the model drew latents that are NaN or infinite; choose {option('precision')} float32, a lower "
+                f"{option('guidance_scale')}, or weights of another step"
+            )
+        if not images.isfinite().all():
+            name = self.record.decoder or self.record.autoencoder.name
+            raise UserError(f"autoencoder {name} decodes latents to NaN or infinite values; fetch it again")
 
     def raw(self, state: State, name: str) -> Tensor:
         """A modality of a state as the autoencoder, encoder or compressor gives it, float32."""

@@ -26,6 +26,7 @@ from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError, option
 from reglue.files import read_json, replacing, to_json
 from reglue.names import Weights
+from reglue.sampling import Precision
 from reglue.training import checkpoints
 
 FILE = "run.json"
@@ -148,9 +149,9 @@ class RunRecord:
         there = {*needed_columns(self.recipe)} <= store.manifest.columns.keys()
         return there and data_hash(store, self.recipe) == self.store_hash
 
-    def settled(self, before: RunRecord | None) -> RunRecord:
-        """The same with what its recipe leaves open decided, as it was `before` if a run is continued."""
-        optimisation = self.recipe.optimisation.settled(before.recipe.optimisation if before else None)
+    def settled(self, before: RunRecord | None, precision: Precision) -> RunRecord:
+        """The same with what its recipe leaves open decided: as it was `before`, if a run is continued."""
+        optimisation = self.recipe.optimisation.settled(before and before.recipe.optimisation, precision)
         return replace(self, recipe=replace(self.recipe, optimisation=optimisation))
 
     def differences(self, other: RunRecord) -> list[str]:
@@ -236,7 +237,8 @@ def find_run(run: str | Path, revision: str | None = None) -> Path:
     except Exception as error:  # whatever the hub's client raises: offline, refused, not found
         raise UserError(
             f"{run}: there is no such folder, and the Hugging Face hub gives no such model ({hub_error(error)}); check "
-            "the name and the connection, or download the repository elsewhere and give its folder"
+            "the name and the connection, download the repository elsewhere and give its folder, or take starter, "
+            "which needs no network"
         ) from error
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from zipfile import ZipFile
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from reglue import contact_sheet, fine_tuning
 from reglue.arrays import ArrayFile
@@ -27,10 +26,12 @@ from reglue.errors import UserError, option
 from reglue.files import read_json, replacing
 from reglue.locks import writing
 from reglue.pipeline import ImageModel, evaluations, load
+from reglue.progress import Bar
 from reglue.run import find_run, known_as
-from reglue.sampling import Draw, Sampling
+from reglue.sampling import AutoPrecision, Draw, Sampling
 from reglue.seeds import generator
 from reglue.training import checkpoints, distributed
+from reglue.training.precision import agreed
 
 PROTOCOL = "samples.json"
 WEAKER_SCALE = 2.0
@@ -46,8 +47,7 @@ def write_samples(options: Draw) -> Path:
     there already included; at the end the table and the page of `contact_sheet`. Raises UserError for a class outside
     the range, guidance without classes, or a folder or file with images of another protocol.
     """
-    as_npz = options.out.suffix.lower() == ".npz"
-    folder = options.out.with_suffix(".parts") if as_npz else options.out
+    as_npz, folder = is_archive(options.out), folder_of(options.out)
     with writing(options.out), writing(folder):
         return _write_samples(options, folder, as_npz)
 
@@ -71,13 +71,13 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
         return options.out
     create_or_resume(folder, protocol, rank)
     if rank == 0 and (warning := model.warning()):
-        tqdm.write(f"warning: {warning}", file=sys.stderr)
+        Bar.write(f"warning: {warning}", file=sys.stderr)
     # Who draws what must not depend on what the other processes have drawn already.
     mine = [i for i in range(rank, options.count, processes) if not (folder / contact_sheet.picture(i)).is_file()]
     total = evaluations(drawing.sampling, len(mine), options.batch_size)
     room = min(options.batch_size, len(mine))
     with (
-        tqdm(total=total, unit="evaluation", desc="sample", disable=rank > 0) as progress,
+        Bar(total=total, unit="evaluation", desc="sample", disable=rank > 0) as progress,
         PictureWriter() as pictures,
     ):
         for start in range(0, len(mine), options.batch_size):
@@ -93,6 +93,16 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
     elif rank == 0:
         contact_sheet.describe(folder, read_protocol(folder / PROTOCOL))
     return options.out
+
+
+def is_archive(out: Path) -> bool:
+    """Whether images are to be in one file."""
+    return out.suffix.lower() == ".npz"
+
+
+def folder_of(out: Path) -> Path:
+    """Where the images lie, until they are all there if they are to be in one file."""
+    return out.with_suffix(".parts") if is_archive(out) else out
 
 
 def _remove(folder: Path) -> None:
@@ -183,14 +193,17 @@ class Drawing:
 
 def plan(options: Draw, model: ImageModel) -> Drawing:
     """What the options ask of a model. Raises UserError for what it cannot do."""
-    weaker, sampling = way_to_sample(options, model, model.default_sampling)
+    weaker, sampling = way_to_sample(options, model, model.default_sampling, lambda: drawn_before(options.out))
     return Drawing(model, weaker, sampling, choose_labels(options, model), options.seed)
 
 
-def way_to_sample(options: Draw, model: ImageModel, default: Sampling) -> tuple[Denoiser | None, Sampling]:
+def way_to_sample(
+    options: Draw, model: ImageModel, default: Sampling, before: Callable[[], AutoPrecision | None]
+) -> tuple[Denoiser | None, Sampling]:
     """The second model of autoguidance, if there is one, and how images are drawn: as options say, or else as default.
 
-    Raises UserError for what the model cannot do.
+    `before` tells the precision of the images that are there already, which those to come have too. Raises UserError
+    for what the model cannot do.
     """
     weaker = weaker_model(options, model) if options.weaker_run else None
     changes = {part.name: getattr(options, part.name) for part in fields(Sampling)}
@@ -203,7 +216,19 @@ def way_to_sample(options: Draw, model: ImageModel, default: Sampling) -> tuple[
             f"{option('auto_scale')} {changes['auto_scale']}: autoguidance needs a weaker model; name one with "
             f"{option('weaker_run')}"
         )
-    return weaker, model.resolved(default.changed(**changes))
+    sampling = default.changed(**changes)
+    if sampling.precision == "auto":
+        sampling = replace(sampling, precision=before() or agreed(model.device))
+    return weaker, model.resolved(sampling)
+
+
+def drawn_before(out: Path) -> AutoPrecision | None:
+    """The precision in which the images that lie at a place were drawn; None if there are none."""
+    place = out if is_archive(out) and out.exists() else folder_of(out) / PROTOCOL
+    if not place.exists():
+        return None
+    protocol = archived_protocol(place) if is_archive(place) else read_protocol(place)
+    return ((protocol or {}).get("sampling") or {}).get("precision")
 
 
 def weaker_model(options: Draw, model: ImageModel) -> Denoiser:

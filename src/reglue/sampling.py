@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from tyro.conf import Positional
 
@@ -16,6 +16,8 @@ from reglue.names import Weights
 from reglue.overrides import overrides_of
 
 Precision = Literal["float32", "tf32", "bfloat16"]
+AutoPrecision = Literal["auto", Precision]
+"""auto becomes one of the others where it is known what computes: `training.precision`."""
 Rounding = Literal["truncate", "round"]
 GUIDERS = "guidance.GUIDERS"
 MODALITY_SCALES = {"local_scale": "local map", "cls_scale": "class token"}
@@ -62,8 +64,9 @@ class Sampling:
     state_precision: StatePrecision | None = None
     """Precision in which steps are summed. Default: float64 for euler, heun and euler-maruyama, as published, float32
     for the others."""
-    precision: Precision | None = None
-    """Precision of the network's matrix products. Default: that of training."""
+    precision: AutoPrecision = "auto"
+    """Precision of the network's matrix products. auto: bfloat16 where the processor or GPU multiplies it faster,
+    float32 elsewhere."""
     relative_tolerance: float = 1e-3
     """Error that dopri5 allows per step, as a share of the values."""
     absolute_tolerance: float = 1e-6
@@ -112,11 +115,34 @@ class Sampling:
         return replace(self, **{name: value for name, value in overrides.items() if value is not None})
 
 
+class SamplingChanges(TypedDict, total=False):
+    """The fields of `Sampling` as keywords, for editors: what is None changes nothing."""
+
+    sampler: str | None
+    steps: int | None
+    time_shift: float | None
+    diffusion: Diffusion | None
+    guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None
+    local_scale: float | None
+    cls_scale: float | None
+    other_scales: Mapping[str, float] | None
+    representation_scale: float | None
+    auto_scale: float | None
+    guided_channels: int | Literal["all"] | None
+    guiders: Mapping[str, float] | None
+    rounding: Rounding | None
+    state_precision: StatePrecision | None
+    precision: AutoPrecision | None
+    relative_tolerance: float | None
+    absolute_tolerance: float | None
+
+
 CHOICES = {
     "diffusion": get_args(Diffusion),
     "rounding": get_args(Rounding),
     "state_precision": get_args(StatePrecision),
-    "precision": get_args(Precision),
+    "precision": get_args(AutoPrecision),
 }
 """The options of sampling with a few possible values."""
 SamplingOverrides: Any = overrides_of(Sampling)

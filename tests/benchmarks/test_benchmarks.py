@@ -19,24 +19,26 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.benchmark import Measurement, TaskSpec
 
+import attention_speed
 import common
 import counting
 import prepare_speed
 import read_speed
 import sample_speed
 import train_speed
+from attention_speed import AttentionSpeed
 from counting import Counting, activation_bytes, forward_flops, parameters, training_flops
 from prepare_speed import PrepareSpeed
 from read_speed import ReadSpeed
 from reglue.commands.prepare import Prepare
 from reglue.commands.train import Train, train
-from reglue.config import Optimisation, Precision
+from reglue.config import Optimisation
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.diffusion.denoiser import Denoiser
 from reglue.papers import RECIPES
 from reglue.pipeline import ImageModel
-from reglue.sampling import Sampling
+from reglue.sampling import Precision, Sampling
 from reglue.training.checkpoints import find
 from sample_speed import SampleSpeed
 from train_speed import TrainingStep, TrainSpeed
@@ -61,6 +63,7 @@ def figures_of(line: str) -> Any:
             train_speed.main,
             {"parameters", "seconds_per_step", "images_per_second", "flops_per_image", "share_of_matmul_rate"},
         ),
+        (AttentionSpeed(**TOY), attention_speed.main, {"milliseconds"}),
         (SampleSpeed(**TOY), sample_speed.main, {"seconds_per_batch", "flops_per_evaluation", "steps"}),
         (PrepareSpeed(**TOY, workers=0), prepare_speed.main, {"seconds", "images_per_second", "share_of_networks"}),
         (
@@ -69,7 +72,7 @@ def figures_of(line: str) -> Any:
             {"models", "resolutions"},
         ),
     ],
-    ids=["train", "sample", "prepare", "count"],
+    ids=["train", "attention", "sample", "prepare", "count"],
 )
 def test_a_benchmark_ends_with_a_line_of_json(
     options: Any, main: Callable[[Any], str], figures: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -43,7 +43,7 @@ from reglue.reals.record import TrainingRecord
 from reglue.reals.samples import ImageSamples, to_images, to_pixels
 from reglue.reals.trainable import AlignedAutoencoder, Trained, new_network
 from reglue.reals.training import alignment_spec, loss_terms
-from reglue.training import checkpoints
+from reglue.training import checkpoints, precision
 from reglue.training.tracking import read
 
 ARCHITECTURE = [
@@ -55,6 +55,7 @@ TINY = [
     "--validation=0.25",
     "--alignment.hidden=16",
     "--optimisation.batch-size=4",
+    "--optimisation.precision=float32",
     "--optimisation.learning-rate=2e-3",
     "--optimisation.warmup=2",
     "--optimisation.ema=0.9",
@@ -591,3 +592,15 @@ def test_images_need_no_labels(tiny_images: Path, tiny_encoder: str, tmp_path: P
     pq.write_table(pa.table({"image": rows}), tmp_path / "images.parquet")
     out = run(tmp_path / "images.parquet", tmp_path / "out", tiny_encoder, "--optimisation.steps=1")
     assert load_autoencoder(str(out)).spec.latent_channels == 3
+
+
+def test_a_training_keeps_the_precision_that_it_began_with(
+    tiny_images: Path, tiny_encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(steps: int, faster: bool) -> str:
+        monkeypatch.setattr(precision, "multiplies_bfloat16_faster", lambda _: faster)
+        more = ["--optimisation.precision=auto", f"--optimisation.steps={steps}"]
+        out = run(tiny_images, tmp_path / "out", tiny_encoder, *more)
+        return json.loads((out / "training.json").read_text())["recipe"]["optimisation"]["precision"]
+
+    assert trained(2, faster=True) == trained(4, faster=False) == "bfloat16"

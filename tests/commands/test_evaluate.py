@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from reglue.commands import evaluate as command
 from reglue.commands.evaluate import Evaluate, evaluate
 from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.sample import Sample, sample
+from reglue.data.manifest import read_manifest, write_manifest
 from reglue.data.store import Store
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
@@ -207,6 +209,60 @@ def test_an_npz_that_holds_no_images_is_named(tmp_path, tiny_store, arrays, mess
     assert "bad.npz" in str(raised.value)
 
 
+def test_a_single_array_is_read_as_an_archive_of_it(tmp_path, tiny_store, noise):
+    np.savez(tmp_path / "noise.npz", noise)
+    np.save(tmp_path / "noise.npy", noise)
+    archived, single = (evaluate(settings(tmp_path / name, tiny_store)) for name in ("noise.npz", "noise.npy"))
+    assert single.metrics == archived.metrics
+    (tmp_path / "notes.txt").write_text("text")
+    with pytest.raises(UserError, match=r"notes\.txt is a file; give a folder of images, an \.npz or \.npy file"):
+        evaluate(settings(tmp_path / "notes.txt", tiny_store))
+
+
+def test_copies_are_said(tmp_path, tiny_store, noise):
+    def warnings(images: np.ndarray, reference: Path) -> list[str]:
+        np.savez(tmp_path / "images.npz", images)
+        found = evaluate(settings(tmp_path / "images.npz", reference)).warnings
+        return [line for line in found if "singular" not in line]
+
+    np.savez(tmp_path / "reference.npz", noise[::-1])
+    copies = "warning: {} of 9 images are copies of others among them: the figures take each for an image of its own"
+    shared = "warning: {} of 9 images are in the reference too, pixel for pixel"
+    reference = tmp_path / "reference.npz"
+    encoder = settings(reference, tiny_store)
+    assert encoder.feature_network == "store"
+    assert warnings(noise, tiny_store) == []
+    assert warnings(np.repeat(noise[:3], 3, axis=0), tiny_store) == [copies.format(6)]
+    found = evaluate(settings(tmp_path / "images.npz", reference, feature_network="starter"))
+    assert copies.format(6) in found.warnings
+    assert shared.format(9) in found.warnings
+
+
+def test_images_of_another_size_than_the_first_are_said(tmp_path, tiny_store, noise):
+    folder = write_images(tmp_path / "images", noise)
+    Image.fromarray(noise[0, :10, :12]).save(folder / "000000.png")
+    said = "warning: 8 of 9 images are of another size than the first, and were scaled and cropped to its 10×12 pixels"
+    with pytest.raises(UserError, match="10×12"):  # The starter sees multiples of 8 pixels.
+        evaluate(settings(folder, folder, feature_network="starter"))
+    Image.fromarray(noise[0, :8, :8]).save(folder / "000000.png")
+    said = said.replace("10×12", "8×8")
+    assert any(line.startswith(said) for line in evaluate(settings(folder, folder, feature_network="starter")).warnings)
+    asked = evaluate(settings(folder, folder, feature_network="starter", resolution=16))
+    assert not any("another size" in line for line in asked.warnings)
+
+
+def test_class_tokens_of_another_precision_are_computed_again(tmp_path, tiny_store):
+    """They differ from those of the other side by more than the sides may."""
+    store = Path(shutil.copytree(tiny_store, tmp_path / "store"))
+    whole = evaluate(settings(store, store))
+    write_manifest(store, replace(read_manifest(store), precision="bfloat16"))
+    found = evaluate(settings(store, store))
+    assert whole.image_features == "class tokens cached in the store"
+    said = "computed from the images, as the store's class tokens are in bfloat16"
+    assert found.image_features == found.reference_features == said
+    assert value(found.metrics.frechet_distance) == pytest.approx(value(whole.metrics.frechet_distance), abs=1e-4)
+
+
 @pytest.mark.parametrize("kept", [0, 100, 0.5])
 def test_a_damaged_npz_is_named(tmp_path, tiny_store, noise, kept):
     path = tmp_path / "cut.npz"
@@ -375,6 +431,19 @@ def test_a_run_draws_its_images_once_and_is_compared_with_its_store(tmp_path, ti
     assert {name: (folder / name).stat().st_mtime_ns for name in files} == files
 
 
+def test_images_of_trained_weights_have_a_folder_of_their_own_and_no_place_on_the_card(tmp_path, tiny_run, tiny_store):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
+    options = {"feature_network": "store", "device": "cpu", "resamples": 0, "kernel_subsets": 2, "weights": "model"}
+    evaluation = evaluate(Evaluate(run, count=7, out=tmp_path / "report.json", **options))
+    assert evaluation.protocol is not None
+    assert evaluation.protocol["weights"] == "model"
+    assert [folder.name for folder in (run / "evaluated").iterdir()] == ["step-00000006-model"]
+    assert (tmp_path / "report.json").is_file()
+    assert not (run / "reports").exists()
+    with pytest.raises(UserError, match=r"--weights model: .* is not a run, and only runs draw images; leave it out"):
+        evaluate(Evaluate(tiny_store, run, **options))
+
+
 def test_a_run_that_has_moved_keeps_its_images(tmp_path, tiny_run, monkeypatch):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run", ignore=EVALUATED))
     options = {"count": 8, "feature_network": "store", "device": "cpu", "resamples": 0, "kernel_subsets": 2}
@@ -508,14 +577,17 @@ def test_the_card_says_that_a_protocol_is_not_recorded(tmp_path, tiny_store, tin
     [
         ("gone.json", "--protocol .*gone.json: no such file"),
         ("list.json", "holds no JSON object"),
-        ("cut.json", "is not JSON"),
+        ("cut.json", "holds no JSON object"),
+        ("deep.json", "holds no JSON object"),
+        ("folder.json", "folder.json: Is a directory"),
         (" ", "--protocol says nothing"),
         ("empty.json", "--protocol says nothing"),
     ],
 )
 def test_a_statement_must_say_something(said, message, tmp_path, tiny_store, tiny_images, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, content in (("list", "[1]"), ("cut", "{"), ("empty", "{}")):
+    (tmp_path / "folder.json").mkdir()
+    for name, content in (("list", "[1]"), ("cut", "{"), ("empty", "{}"), ("deep", '{"a": ' + "[" * 100_000)):
         (tmp_path / f"{name}.json").write_text(content)
     with pytest.raises(UserError, match=message) as raised:
         evaluate(settings(tiny_images, tiny_store, protocol=said))

@@ -33,6 +33,7 @@ from reglue.diffusion.modalities import LATENT
 from reglue.encoders.compressors import load_compressor
 from reglue.errors import UserError
 from reglue.files import SEAL
+from reglue.names import Weights
 from reglue.papers import RECIPES
 from reglue.pipeline import load
 from reglue.published.containers import read_official
@@ -40,6 +41,8 @@ from reglue.published.sharing import model_card
 from reglue.published.weights import import_official
 from reglue.run import RunRecord, decoder
 from reglue.training.checkpoints import read_weights
+
+KINDS: tuple[Weights, ...] = ("ema", "model")
 
 
 @pytest.fixture(scope="session")
@@ -161,6 +164,7 @@ def test_the_record_says_what_was_found(method: str, tmp_path: Path) -> None:
     options = ImportRun(tmp_path / "in.pt", tmp_path / "run", autoencoder=PUBLISHED, heads=HEADS)
     record = RunRecord.read(import_run(options))
     recipe = record.recipe
+    assert recipe.optimisation.precision == recipe.sampling.precision == "float32"  # As the published codes sample.
     assert (recipe.name, recipe.model) == (method, "3x48x4/2")
     assert record.resolution == (64, 64)
     assert record.class_names == tuple(map(str, range(1000)))
@@ -368,6 +372,34 @@ def test_the_path_that_a_model_was_trained_on(tmp_path: Path) -> None:
             import_run(ImportRun(tmp_path / "in.pt", tmp_path / "refused", heads=HEADS))
 
 
+@pytest.mark.parametrize(
+    ("about", "share"), [({}, 0.2), ({"dino_drop_prob": None}, 0.0), ({"dino_drop_prob": 0.1}, 0.1)]
+)
+def test_redi_can_be_guided_by_its_map_if_it_was_trained_for_it(
+    about: dict[str, Any], share: float, tmp_path: Path
+) -> None:
+    content = {"ema": Golden("redi").published, "args": argparse.Namespace(**about)}
+    torch.save(content, tmp_path / "in.pt")
+    record = RunRecord.read(
+        import_run(ImportRun(tmp_path / "in.pt", tmp_path / "run", heads=HEADS, autoencoder=PUBLISHED))
+    )
+    assert record.recipe.local.dropout == share
+    assert [modality.dropout for modality in record.denoiser.modalities] == [0, share]
+
+
+def test_either_weights_are_exported(tiny_store: Path, tmp_path: Path) -> None:
+    arguments = ["--store", str(tiny_store), "--out", str(tmp_path / "run"), *TINY_RECIPE, "--optimisation.steps=2"]
+    run = train(parse(["train", "sit", *arguments]))
+    files = {name: export_run(ExportRun(run, tmp_path / f"{name}.safetensors", weights=name)) for name in KINDS}
+    written = {name: load_file(file) for name, file in files.items()}
+    both = torch.load(export_run(ExportRun(run, tmp_path / "both.pt")), weights_only=True)
+    for name in KINDS:
+        assert all(torch.equal(written[name][key], value) for key, value in both[name].items())
+    assert not torch.equal(written["ema"]["x_embedder.proj.weight"], written["model"]["x_embedder.proj.weight"])
+    with pytest.raises(UserError, match=r"--weights model is for \.safetensors files, since others hold both"):
+        ExportRun(run, tmp_path / "model.pt", weights="model")
+
+
 def test_mistakes_are_one_line_and_leave_nothing(
     tmp_path: Path, tiny_encoder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,7 +490,7 @@ def test_our_own_runs_are_exported(method: str, tiny_store: Path, tiny_autoencod
         for part in ("recipe", "denoiser", "class_names", "resolution", "autoencoder", "decoder"):
             assert getattr(read, part) == getattr(record, part), part
         assert (read.store, read.store_hash, read.seed, read.origin is None) == (None, None, None, False)
-    assert record.store not in other.read_bytes().decode("latin1")
+    assert str(record.store) not in other.read_bytes().decode("latin1")
 
 
 @pytest.mark.parametrize(
@@ -467,6 +499,7 @@ def test_our_own_runs_are_exported(method: str, tiny_store: Path, tiny_autoencod
         (lambda record: record.update(denoiser=record["denoiser"] | {"depth": 7}), "says depth 7, its weights 2"),
         (lambda record: record["denoiser"]["conditions"].update({"class": 5}), "says classes 5, its weights 3"),
         (lambda record: record.update(format="2"), "record of the run is damaged"),
+        (lambda record: record["recipe"].update(backbone="mine"), "names a part that is not here: backbone mine"),
         (lambda record: record.pop("recipe"), "record of the run is damaged"),
     ],
 )

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +32,8 @@ import reglue.data.manifest
 import reglue.data.store
 import reglue.data.store_writer
 from helpers import CLASSES, mistake
+from processes import start_ranks
+from profiles import ADOBE_RGB
 from reglue.cli import parse
 from reglue.commands.compress import Compress, compress
 from reglue.commands.prepare import Prepare, prepare
@@ -38,7 +42,7 @@ from reglue.commands.train import train
 from reglue.data.decoding import MOST_WORKERS, decoded, default_workers
 from reglue.data.images import ImageFolder, crop_to
 from reglue.data.opening import open_images
-from reglue.data.sources import Subset
+from reglue.data.reading import Subset
 from reglue.data.store import Store
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import load_encoder
@@ -449,6 +453,7 @@ KILLED = """
 import os, pathlib, signal, sys
 import reglue.data.store_writer as store_writer
 from reglue.commands import prepare as job
+from reglue.options import prepare as options
 calls = iter(range(100))
 hash_file = store_writer.file_sha256
 def dying(path):
@@ -457,7 +462,7 @@ def dying(path):
         os.kill(os.getpid(), signal.SIGKILL)
     return hash_file(path)
 store_writer.file_sha256 = dying
-job.prepare(eval(sys.argv[1], {**vars(job), "PosixPath": pathlib.Path}))
+job.prepare(eval(sys.argv[1], {**vars(options), "PosixPath": pathlib.Path}))
 """
 
 
@@ -647,3 +652,103 @@ def test_16_bit_images_that_are_nearly_black_are_counted(
         (folder / f"{name}.png").unlink()
     prepare(options(**made, out=tmp_path / "bright"))
     assert "16-bit" not in capsys.readouterr().out
+
+
+def refuse_to_load(*_: object, **__: object) -> None:
+    raise AssertionError("a network was loaded")
+
+
+def test_a_complete_store_is_known_without_loading_a_network(
+    options, own_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    changed = Path(shutil.copytree(options().autoencoder, tmp_path / "autoencoder"))
+    here = partial(options, images=own_images, autoencoder=str(changed))
+    prepare(here())
+    with monkeypatch.context() as patch:
+        for name in ("load_autoencoder", "load_encoder"):
+            patch.setattr(reglue.commands.prepare, name, refuse_to_load)
+        assert len(prepare(here(layers=(1, 2, 3, 4)))) == 24
+        assert "complete already: 24 images" in capsys.readouterr().out
+        for changes, says in (
+            ({"features": False}, r"features True, not False"),
+            ({"flips": True}, r"source\.count 24, not 48"),
+            ({"dtype": "float16"}, "latent_dtype float32, not float16"),
+        ):
+            with pytest.raises(UserError, match=says):
+                prepare(here(**changes))
+        for changes in ({"layers": (0,)}, {"final_norm": False}, {"encoder": "starter"}, {"autoencoder": "starter"}):
+            with pytest.raises(AssertionError, match="a network was loaded"):
+                prepare(here(**changes))
+    # The same name, but another network since.
+    network: Any = AutoencoderKL.from_pretrained(changed)
+    with torch.no_grad():
+        network.encoder.conv_in.bias.add_(1)
+    network.save_pretrained(changed)
+    with pytest.raises(UserError, match=r"prepared with autoencoder\.weights_sha256"):
+        prepare(here())
+
+
+def test_what_was_found_is_said(options, own_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("a.xyz", "b.xyz", "c"):
+        (own_images / "circle" / name).write_text("no image")
+    (own_images / "__MACOSX").mkdir()
+    (own_images / "square" / "000.png").rename(own_images / "square" / "new\nline.png")
+    (own_images / "square" / "bad\x1b.png").write_text("no image")
+    (own_images / "stripes").rename(own_images / "str\nipes")
+    store = prepare(options(images=own_images))
+    said = capsys.readouterr()
+    first, second, third, last = said.out.splitlines()
+    assert first.endswith(r"25 images in 3 classes: circle 8, square 9, str\nipes 8")
+    assert second == "passed over: 2 .xyz, 1 without an ending"
+    assert "sees 32×32 pixels of each image, and its maps have 4×4 patches; resolution 64 gives 16" in third
+    assert "24 images (1 unreadable)" in last
+    assert r"square/bad\x1b.png" in said.err
+    assert "square/new\nline.png" in store.names(torch.arange(24))
+    assert store.manifest.source.class_names[2] == "str\nipes"
+    assert len(prepare(options(images=own_images))) == 24
+
+    many = tmp_path / "many"
+    for number in range(30):
+        (many / str(number)).mkdir(parents=True)
+        for image in range(1 + number % 2):
+            shutil.copy(own_images / "circle" / "000.png", many / str(number) / f"{image}.png")
+    prepare(options(images=many, out=tmp_path / "other", features=False, encoder="none"))
+    assert "45 images in 30 classes of 1 to 2" in capsys.readouterr().out
+
+
+def test_colours_of_other_profiles_are_brought_to_srgb_and_recorded(
+    options, own_images: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = own_images / "circle" / "000.png"
+    Image.open(file).save(file, icc_profile=ADOBE_RGB)
+    store = prepare(options(images=own_images, workers=2))
+    assert "the colours of 1 images were brought from their ICC profile to sRGB" in capsys.readouterr().out
+    assert json.loads((store.folder / "manifest.json").read_text())["source"]["colours"] == "sRGB"
+
+
+IMPATIENT = """
+from datetime import timedelta
+from reglue.training import distributed
+distributed.JOIN_WAIT = timedelta(seconds=2)
+"""
+DIES_BEFORE = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+DIES_BETWEEN = """
+import os, signal
+from reglue.training import distributed
+distributed.private_group = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("dying", [DIES_BEFORE, DIES_BETWEEN], ids=["before it joins", "while it joins"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_waits_for_one_that_has_died_ends(options, dying: str, rank: int):
+    """Also where nothing but itself ends it: SLURM starts processes so, without torchrun's agent."""
+    preludes = (dying, IMPATIENT) if rank == 0 else (IMPATIENT, dying)
+    processes = start_ranks(2, *arguments(options()), preludes=preludes)
+    dead, left = (processes[index].result(check=False, timeout=60) for index in (rank, 1 - rank))
+    assert (dead.returncode, left.returncode) == (-9, 2)
+    said = [line for line in left.stderr.splitlines() if line.startswith("reglue: ")]
+    assert len(said) == 1
+    assert "see which one" in said[0] or "waited for another one that has stopped" in said[0]
+    assert "Traceback" not in left.stderr
+    assert len(prepare(options())) == 24

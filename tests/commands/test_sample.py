@@ -606,3 +606,27 @@ def test_averaged_weights_alone_are_shared_and_kept(young_run: Path, tmp_path: P
     with pytest.raises(UserError, match=r"has no model\.safetensors; choose weights ema"):
         load(shared, weights="model", device="cpu")
     assert "train it for longer" in str(load(shared, device="cpu").warning())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_latents_that_are_not_finite_are_no_images(tiny_run: Path, tmp_path: Path, value: float) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    file = checkpoints.find(run) / "ema.safetensors"
+    weights = load_file(file)
+    weights[next(name for name in weights if name.endswith("bias"))][0] = value
+    write_tensors(file, weights)
+    with pytest.raises(UserError, match=r"NaN or infinite") as raised:
+        sample(Sample(run, tmp_path / "out", count=2, steps=1, device="cpu"))
+    assert "\n" not in str(raised.value)
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_decoder_of_nan_is_named(tiny_run: Path, tiny_autoencoder: str, tmp_path: Path) -> None:
+    """Its weights are finite, and what it makes with them is not."""
+    folder = Path(shutil.copytree(tiny_autoencoder, tmp_path / "autoencoder"))
+    file = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_in.weight"][:] = torch.finfo(torch.float32).max
+    write_tensors(file, weights)
+    with pytest.raises(UserError, match=r"decodes latents to NaN or infinite values; fetch it again"):
+        sample(Sample(tiny_run, tmp_path / "out", count=2, steps=1, autoencoder=str(folder), device="cpu"))

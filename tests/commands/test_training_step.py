@@ -17,7 +17,6 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,15 +26,18 @@ import reglue.data.batches
 from helpers import TINY_RECIPE
 from reglue.cli import parse
 from reglue.commands.train import Losses, train
-from reglue.config import Compile, Precision, Recipe
+from reglue.config import Compile, Recipe
 from reglue.data import images
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.data.targets import AlignmentTargets
+from reglue.diffusion.backbones import sit
+from reglue.diffusion.backbones.attention import attention
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.papers import RECIPES
+from reglue.sampling import Precision
 from reglue.training import parallel
 from reglue.training.precision import autocast, compile_parts
 
@@ -194,14 +196,12 @@ def test_attention_sees_half_precision_where_the_rest_of_the_step_has_it(
 ) -> None:
     """Flash attention takes nothing wider: one float32 among query, key and value, and it would not be chosen."""
     seen: list[tuple[torch.dtype, ...]] = []
-    attention = F.scaled_dot_product_attention
 
-    def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> torch.Tensor:
+    def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         seen.append((q.dtype, k.dtype, v.dtype))
-        assert not how, "a mask or a dropout would rule it out too"
         return attention(q, k, v)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(sit, "attention", watched)
     sample, model = data.sample(range(2)), awake(data)
     dtypes: dict[Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     for precision, dtype in dtypes.items():

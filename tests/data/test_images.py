@@ -51,6 +51,12 @@ def test_a_folder_without_sub_folders_is_unconditional(tmp_path: Path):
     assert (images.names, images.labels, images.class_names) == (("a.png",), (0,), ())
 
 
+def move_down(folder: Path) -> None:
+    """The one class becomes a folder of classes."""
+    (folder / "cat").mkdir()
+    (folder / "a.png").rename(folder / "cat" / "a.png")
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -58,7 +64,7 @@ def test_a_folder_without_sub_folders_is_unconditional(tmp_path: Path):
         (lambda folder: None, "holds no images"),
         (lambda folder: (folder / "full" / "empty_class").parent.rename(folder / "lonely"), "class without images"),
         (lambda folder: noise_image(2, 2).save(folder / "stray.png"), "stray.png"),
-        (lambda folder: (folder / "full" / "deeper").mkdir(), "deeper"),
+        (lambda folder: (folder / "full").rename(folder / "deeper") and move_down(folder / "deeper"), "deeper/cat"),
     ],
 )
 def test_folders_that_do_not_fit_are_refused_by_name(tmp_path: Path, make, says: str):

@@ -25,7 +25,7 @@ from webdataset.writer import ShardWriter, TarWriter
 from helpers import CLASSES
 from reglue.data.images import ImageFolder, ImageSource, UnreadableImage
 from reglue.data.opening import open_images
-from reglue.data.sources import Reading, Subset
+from reglue.data.reading import Reading, Subset
 from reglue.errors import UserError
 
 SIZE = (16, 16)

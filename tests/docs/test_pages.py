@@ -269,6 +269,31 @@ def test_the_page_about_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(f"`{name}`" in page.read_text() for name in SAMPLERS)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/evening.md"])
+def test_what_a_newcomer_trains_first_needs_no_network(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_images: Path
+) -> None:
+    """The commands as they are, networks included, but for the size of the images and the number of steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("reglue.hub.hf_hub_download", None)
+    shutil.copytree(tiny_images, tmp_path / "photos")
+    for arguments in commands((ROOT / page).read_text()):
+        options = cli.parse(arguments)
+        if isinstance(options, Prepare):
+            assert (options.encoder, options.autoencoder) == ("starter", "starter")
+            options = replace(options, resolution=16, workers=0)
+        elif isinstance(options, Train):
+            hours = options.recipe.optimisation.steps * options.recipe.optimisation.batch_size / 71 / 3600
+            assert hours < 2, "by a rate that a part of one core had (docs/evening.md)"
+            optimisation = replace(options.recipe.optimisation, steps=3, batch_size=4, precision="float32")
+            options = replace(options, recipe=replace(options.recipe, optimisation=optimisation), preview_every=0)
+        elif isinstance(options, Sample):
+            options = replace(options, count=3, steps=2)
+        cli.execute(replace(options, device="cpu"))
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 3
+    assert RunRecord.read(tmp_path / "run").recipe.optimisation.ema_warmup == "yes"
+
+
 def test_the_readme_fits_a_screen() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 90

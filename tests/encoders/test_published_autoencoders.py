@@ -164,7 +164,10 @@ def test_an_autoencoder_is_found_in_the_checkpoint_of_a_whole_model(
     network = network_of(channels, scaling_factor=scale[0], shift_factor=scale[1], **bare)
     state = {prefix + name: one for name, one in as_latent_diffusion(network).items()} | around
     file = tmp_path / f"model.{'ckpt' if pickled else 'safetensors'}"
-    (torch.save if pickled else save_file)({"state_dict": state, "global_step": 3} if pickled else state, file)
+    if pickled:
+        torch.save({"state_dict": state, "global_step": 3}, file)
+    else:
+        save_file(state, file)
     torch.testing.assert_close(decoded(file), expected(network, tmp_path), rtol=0, atol=1e-6)
     spec = load_autoencoder(str(file)).spec
     assert (spec.name, spec.kind, spec.downsampling) == (str(file), "AutoencoderKL", 2)

@@ -158,7 +158,8 @@ def test_networks_of_transformers_may_have_other_heads_than_the_tables(kind: str
     folder = write_transformers(tmp_path / "folder", kind, num_attention_heads=4)
     found, wanted = described(folder), expected(kind, tmp_path)
     assert not torch.allclose(found.class_token, wanted.class_token)
-    assert load_encoder(str(folder), 64).network.blocks[0].attn.num_heads == 4
+    network: Any = load_encoder(str(folder), 64).network
+    assert network.blocks[0].attn.num_heads == 4
 
 
 def test_other_networks_of_transformers_are_named(tmp_path: Path) -> None:

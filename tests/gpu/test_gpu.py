@@ -25,7 +25,7 @@ from helpers import TINY_RECIPE
 from reglue.cli import parse
 from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.train import Losses, train
-from reglue.config import Compile, Precision
+from reglue.config import Compile
 from reglue.data.batches import HostBatch, TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.diffusion.backbones.sit import Attention
@@ -36,7 +36,7 @@ from reglue.diffusion.objective import weighted_sum
 from reglue.diffusion.paths import LINEAR
 from reglue.papers import RECIPES
 from reglue.pipeline import from_noise
-from reglue.sampling import Sampling
+from reglue.sampling import Precision, Sampling
 from reglue.training import checkpoints, distributed, parallel
 from reglue.training.precision import SamplingNetwork, autocast
 from sample_speed import SampleSpeed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,38 @@ def test_other_files_are_refused(tensors: dict[str, Tensor], message: str, tmp_p
     torch.save(tensors, tmp_path / "file.pth")
     with pytest.raises(UserError, match=message):
         load_head(tmp_path / "file.pth")
+
+
+DAMAGE: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "NaN": lambda head: head["decode_head.conv_seg.weight"][0, 0].fill_(torch.nan),
+    "infinity": lambda head: head["decode_head.bn.bias"][0].fill_(torch.inf),
+    "a negative variance": lambda head: head["decode_head.bn.running_var"].fill_(-1),
+    "a view of one number": lambda head: head.update({"decode_head.bn.bias": torch.zeros(1).expand(10**7, 10**6)}),
+    "a scalar": lambda head: head.update({"decode_head.conv_seg.weight": torch.tensor(1.0)}),
+    "another bias": lambda head: head.update({"decode_head.conv_seg.bias": torch.zeros(2)}),
+    "no class": lambda head: head.update({"decode_head.conv_seg.weight": torch.zeros(0, 384, 1, 1)}),
+    "no norm": lambda head: head.pop("decode_head.bn.running_var"),
+    "sparse": lambda head: head.update({"decode_head.bn.bias": torch.eye(3).to_sparse()}),
+    "nothing": lambda head: head.clear(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_of_a_published_head_is_one_line(damage: str, tmp_path: Path) -> None:
+    head = published_segmentation(21, 384)
+    file = tmp_path / "dinov2_vits14_voc2012_linear_head.pth"
+    torch.save(head, file)
+    load_head(file)
+    DAMAGE[damage](head)
+    torch.save(head, file)
+    with pytest.raises(UserError) as caught:
+        load_head(file)
+    assert file.name in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    for cut in (0, 100, len(file.read_bytes()) // 2):
+        (tmp_path / "cut.pth").write_bytes(file.read_bytes()[:cut])
+        with pytest.raises(UserError, match=r"cut\.pth"):
+            load_head(tmp_path / "cut.pth")
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:

@@ -198,10 +198,10 @@ def test_sit_without_sigma_has_repas_shapes_and_the_other_time(tmp_path: Path) -
 def test_another_family_than_the_shapes_say_is_refused(method: str, tmp_path: Path) -> None:
     torch.save(Golden(method).published, tmp_path / "in.pt")
     for family in {"sit", "repa", "redi", "reg", "reglue", DIT} - {method, "sit", DIT}:
+        told: Any = {"family": family, "autoencoder": "sd-vae-ft-mse", "heads": 4}
+        options = ImportRun(tmp_path / "in.pt", tmp_path / "run", **told)
         with pytest.raises(UserError, match=rf"family {family}: by their shapes these weights are {NAMES[method]}'s"):
-            import_run(
-                ImportRun(tmp_path / "in.pt", tmp_path / "run", family=family, autoencoder="sd-vae-ft-mse", heads=4)
-            )  # type: ignore[arg-type]
+            import_run(options)
 
 
 @pytest.mark.parametrize(
@@ -267,3 +267,36 @@ def test_weights_that_are_no_numbers_are_refused(
     line = mistake(capsys, monkeypatch, "import", file, "--out", tmp_path / "run", "--heads=4")
     assert f"{file}: blocks.1.attn.qkv.bias holds NaN or infinite numbers" in line
     assert not (tmp_path / "run").exists()
+
+
+# ---- names and endings that say another thing than the content
+
+
+def test_the_content_tells_what_a_file_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = dict(Golden("sit").published)
+    save_file(weights, tmp_path / "sit.bin")
+    assert read_official(tmp_path / "sit.bin").weights.keys() == weights.keys()
+    torch.save({"ema": weights}, tmp_path / "sit")
+    assert read_official(tmp_path / "sit").weights.keys() == weights.keys()
+    torch.save({"ema": weights}, tmp_path / "sit.safetensors")
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "sit.bin").read_bytes()[:5000])
+    for file, message in {
+        "sit.safetensors": "sit.safetensors is PyTorch's and no safetensors; rename it to sit.pth",
+        "pointer.safetensors": "is a Git LFS pointer",
+        "cut.safetensors": "cut.safetensors is damaged",
+        ".": "a folder; give the file in it",
+    }.items():
+        line = mistake(capsys, monkeypatch, "import", tmp_path / file, "--out", tmp_path / "run", "--heads=4")
+        assert message in line
+
+
+def test_options_in_the_file_spare_those_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = dict(Golden("sit").published)
+    arguments = {"network": {"num_heads": 4, "num_classes": 7}, "path_type": "Linear"}
+    torch.save({"state_dict_ema": weights, "hyper_parameters": arguments}, tmp_path / "in.ckpt")
+    run = import_run(ImportRun(tmp_path / "in.ckpt", tmp_path / "run"))
+    assert RunRecord.read(run).denoiser.heads == 4
+    assert "Of 7 classes its labels have 1001 rows: taken for 1000 and none." in capsys.readouterr().out

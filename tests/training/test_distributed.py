@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 from reglue import cli
-from reglue.config import Compile, Precision
+from reglue.config import Compile
 from reglue.errors import UserError
+from reglue.sampling import Precision
 from reglue.training import checkpoints, distributed, precision, stopping
-from reglue.training.precision import autocast, matmul_precision, to_compile
+from reglue.training.precision import WORTH_COMPILING, autocast, matmul_precision, to_compile
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -153,19 +154,34 @@ def test_tf32_is_float32_for_everything_but_the_products_of_a_gpu(precision: Pre
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == kind
 
 
-@pytest.mark.parametrize(
-    ("asked", "on_cpu", "on_gpu"),
-    [("auto", "no", "blocks"), ("no", "no", "no"), ("blocks", "blocks", "blocks"), ("model", "model", "model")],
-)
-def test_blocks_are_compiled_on_a_gpu_unless_told_otherwise(
-    asked: Compile, on_cpu: str, on_gpu: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("asked", ["auto", "no", "blocks", "model"])
+def test_blocks_are_compiled_where_it_pays_unless_told_otherwise(
+    asked: Compile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    def auto(resolved: Compile) -> Compile:
+        return resolved if asked == "auto" else asked
+
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(precision.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(precision.sys, "platform", "linux")
+    monkeypatch.setattr(precision.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(precision, "find_spec", lambda name: name)
     monkeypatch.setenv("CC", "gcc")
-    assert to_compile(asked, CPU) == on_cpu
-    assert to_compile(asked, GPU) == on_gpu
+    for steps in (1, WORTH_COMPILING):
+        assert to_compile(asked, GPU, steps) == auto("blocks")
+    assert to_compile(asked, CPU, WORTH_COMPILING) == auto("blocks")
+    assert to_compile(asked, CPU, WORTH_COMPILING - 1) == auto("no")
+    monkeypatch.setattr(precision.sys, "platform", "darwin")
+    assert to_compile(asked, CPU, WORTH_COMPILING) == auto("no")
+    monkeypatch.setattr(precision.sys, "platform", "linux")
+    monkeypatch.setattr(precision.shutil, "which", lambda name: None)
+    assert to_compile(asked, CPU, WORTH_COMPILING) == auto("no")
+    assert to_compile(asked, GPU, 1) == auto("blocks")  # CC says where it is.
+    monkeypatch.setattr(precision.shutil, "which", lambda name: f"/usr/bin/{name}")
+    (tmp_path / "Python.h").unlink()
+    assert to_compile(asked, CPU, WORTH_COMPILING) == auto("no")
     monkeypatch.setattr(precision, "find_spec", lambda name: None)
-    assert to_compile("auto", GPU) == "no"
+    assert to_compile(asked, GPU, WORTH_COMPILING) == auto("no")
 
 
 def test_an_unexpected_error_ends_a_process_among_others_at_once_after_its_traceback(

@@ -27,6 +27,7 @@ from reglue.reals.training import AutoencoderTask, alignment_spec
 from reglue.seeds import generator, permutation
 from reglue.training import checkpoints, distributed, stopping
 from reglue.training.loop import fit, part_size
+from reglue.training.precision import agreed, to_precision
 from reglue.training.tracking import check_trackers, read
 from reglue.training.watchdog import watchdog
 
@@ -66,7 +67,9 @@ def autoencode(options: Autoencode) -> Path:
     alignment = alignment_spec(recipe, shape[0], judges.encoder) if recipe.alignment.present else None
     model = Trained(AlignedAutoencoder(network, alignment), recipe.adversary).to(device)
     average = copy.deepcopy(model.autoencoder).requires_grad_(False)
-    record = create_or_resume(options, images, held_out, source.spec if source else None, judges.encoder.spec, rank)
+    record = create_or_resume(
+        options, images, held_out, source.spec if source else None, judges.encoder.spec, device, rank
+    )
     complete = record.steps_done == optimisation.steps in checkpoints.steps(options.out)
     if distributed.broadcast_object(complete and (options.out / CONFIG).is_file()):
         if rank == 0:
@@ -91,7 +94,8 @@ def autoencode(options: Autoencode) -> Path:
     if rank == 0:
         chosen = permutation(options.seed, "latent statistics", 0, len(training))[: options.statistics_images]
         measured = ImageSamples(images, training[chosen.sort().values], options.size, shape, options.seed, "statistics")
-        mean, std = latent_mean_std(average, all_of(measured, part, options.workers, device), optimisation.precision)
+        precision = to_precision(record.recipe.optimisation.precision, device)
+        mean, std = latent_mean_std(average, all_of(measured, part, options.workers, device), precision)
         if average.alignment:
             spread = torch.linspace(0, len(held_out) - 1, min(LENGTH_IMAGES, len(held_out))).long()
             described = all_of(replace(held_out, rows=held_out.rows[spread]), part, options.workers, device)
@@ -154,6 +158,7 @@ def create_or_resume(
     held_out: ImageSamples,
     source: AutoencoderSpec | None,
     encoder: EncoderSpec,
+    device: torch.device,
     rank: int,
 ) -> TrainingRecord:
     """Make the folder, or check that it is this training's. Raises UserError, naming what differs."""
@@ -175,7 +180,7 @@ def create_or_resume(
     before = None
     if path.is_file():
         before = read_json(path, TrainingRecord, "choose a new folder, or delete this one")
-    record = record.settled(before)
+    record = record.settled(before, agreed(device))
     if before:
         different = differences(before, record)
         if different:

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from reglue.config import OptimiserConfig
 from reglue.data.manifest import compressor_of, value_of
@@ -35,6 +34,7 @@ from reglue.errors import UserError
 from reglue.files import read_json, replacing
 from reglue.locks import writes
 from reglue.options.compress import Compress
+from reglue.progress import Bar
 from reglue.published.compressors import read_compressor
 from reglue.seeds import generator, normals, permutation
 from reglue.training import checkpoints, distributed
@@ -323,7 +323,7 @@ def _noise(options: Compress, epoch: int, rows: Tensor, like: Tensor) -> Tensor:
 
 def _scan(source: Source, rows: Tensor, what: str) -> Iterator[Tensor]:
     """What is compressed of ascending rows as maps, a few images at a time."""
-    with tqdm(total=len(rows), desc=what, unit="image") as progress:
+    with Bar(total=len(rows), desc=what, unit="image") as progress:
         for part in source.scan(rows):
             yield part
             progress.update(len(part))

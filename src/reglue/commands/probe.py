@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from reglue.data.store import Store
 from reglue.errors import UserError
@@ -32,6 +31,7 @@ from reglue.perception.probing import (
     probe_table,
     run_probe,
 )
+from reglue.progress import Bar
 from reglue.run import versions
 from reglue.training import distributed
 
@@ -64,7 +64,7 @@ def probe(options: Probe) -> ProbeReport:
         if (read.name, kind) not in done
     ]
     speeds: dict[int, float | None] = {}
-    for index, kind in tqdm(missing, desc="probe", unit="probe"):
+    for index, kind in Bar(missing, desc="probe", unit="probe"):
         read = inputs[index]
         if index not in speeds:
             speeds[index] = encoded_per_second(read, parts, options.batch_size, device)

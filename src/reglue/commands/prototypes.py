@@ -7,7 +7,6 @@ import hashlib
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.data.manifest import compressor_of, holds_codes, value_of
 from reglue.data.store import Store
@@ -17,6 +16,7 @@ from reglue.locks import writes
 from reglue.options.prototypes import MakePrototypes
 from reglue.painting import IGNORED, SPEC_FILE, Prototypes, PrototypesSpec, load_prototypes, shares_of
 from reglue.perception.labelled import with_masks
+from reglue.progress import Bar
 from reglue.run import versions
 from reglue.seeds import generator
 from reglue.training import distributed
@@ -42,7 +42,7 @@ def prototypes(options: MakePrototypes) -> Prototypes:
         raise UserError(f"{options.masks}: the masks have no class, only {IGNORED}, which is ignored")
     codes: list[list[Tensor]] = [[] for _ in range(classes)]
     batches = range(0, len(labelled), READ_AT_ONCE)
-    for start in tqdm(batches, desc="prototypes", unit="batch"):
+    for start in Bar(batches, desc="prototypes", unit="batch"):
         part = labelled[start : start + READ_AT_ONCE]
         code = store.read(column, part.rows)[value_of(column)].float()
         positions, shares = code.movedim(1, -1), shares_of(part.targets, classes, (code.shape[2], code.shape[3]))

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from reglue.commands.prepare import prepare
-from reglue.config import Precision
 from reglue.data.manifest import MANIFEST, Manifest, read_manifest, refuse_others
 from reglue.data.store import Store
 from reglue.data.store_writer import add_semantics, replace_lost_files
@@ -16,6 +15,7 @@ from reglue.locks import writes
 from reglue.names import NO_ENCODER
 from reglue.options.prepare import Prepare
 from reglue.options.reencode import Reencode
+from reglue.sampling import Precision
 from reglue.training import distributed
 
 PRECISION: Precision = "float32"

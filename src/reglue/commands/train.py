@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -26,9 +27,10 @@ from reglue.locks import writes
 from reglue.options.train import Train
 from reglue.pipeline import ImageModel
 from reglue.run import COMPRESSORS, RunRecord, decoder
+from reglue.sampling import Precision
 from reglue.training import checkpoints, distributed, parallel, stopping
 from reglue.training.loop import Task, adamw, fit, part_size
-from reglue.training.precision import autocast, compile_parts, matmul_precision, to_compile
+from reglue.training.precision import agreed, autocast, compile_parts, matmul_precision, to_compile, to_precision
 from reglue.training.tracking import check_trackers
 from reglue.training.watchdog import watchdog
 
@@ -56,7 +58,8 @@ class DenoiserTask(Task[HostBatch]):
         self.name = f"train {self.recipe.name}"
         optimisation, model = self.recipe.optimisation, losses.denoiser
         blocks = model.backbone.blocks
-        self.losses = parallel.parallelise(losses, blocks, options.shards, data.device, optimisation.precision)
+        self.precision: Precision = to_precision(optimisation.precision, data.device)
+        self.losses = parallel.parallelise(losses, blocks, options.shards, data.device, self.precision)
         ema = {name: value.clone() for name, value in model.state_dict().items()}
         optimiser = adamw(model.parameters(), optimisation)
         super().__init__(optimisation, data.device, part, model, optimiser, averaged=model, ema=ema)
@@ -67,9 +70,8 @@ class DenoiserTask(Task[HostBatch]):
 
     def backward(self, batch: HostBatch, step: int, last_part: bool) -> dict[str, Tensor]:
         """See `Task`."""
-        precision = self.optimisation.precision
-        with matmul_precision(self.device, precision), parallel.accumulating(self.losses, last_part):
-            with autocast(self.device, precision):
+        with matmul_precision(self.device, self.precision), parallel.accumulating(self.losses, last_part):
+            with autocast(self.device, self.precision):
                 terms = self.losses(self.data.finish(batch))
             loss = weighted_sum(terms, self.recipe.loss_weights(step))
             (loss / self.optimisation.accumulate).backward()
@@ -105,9 +107,9 @@ def train(options: Train) -> Path:
     check_trackers(options.track)
     start = fine_tuning.begin(options.out, options.start, options.start_step, options.start_weights)
     recipe = start.recipe(options.recipe) if start else options.recipe
-    optimisation = recipe.optimisation
     rank, processes = distributed.join(options.device)
     device = distributed.resolve_device(options.device)
+    optimisation = recipe.optimisation
     store = Store.open(options.store)
     part = part_size(optimisation, processes)
     parallel.check_shards(options.shards, processes)
@@ -119,7 +121,7 @@ def train(options: Train) -> Path:
     record = RunRecord.of(store, recipe, options.seed)
     if start:
         record = start.record(record)
-    record = create_or_resume(options.out, record, rank)
+    record = create_or_resume(options.out, record, device, rank)
     if rank == 0:
         take_compressors(store, record, options.out)
     model = Denoiser(record.denoiser, options.seed)
@@ -128,7 +130,7 @@ def train(options: Train) -> Path:
         checkpoints.save_start(options.out, model)  # From here on the other run is not needed.
     model.backbone.recomputed_blocks = round(optimisation.checkpoint_blocks * record.denoiser.depth)
     losses = Losses(model, PATHS[recipe.path])
-    compile_parts(losses, model.backbone.blocks, to_compile(optimisation.compile, device))
+    compile_parts(losses, model.backbone.blocks, to_compile(optimisation.compile, device, optimisation.steps))
     data = TrainingData(store, recipe, record.denoiser, options.seed, device)
     # On the CPU itself there is nothing to overlap: threads would take its cores from the step.
     workers = options.workers if options.workers is not None else 0 if device.type == "cpu" else READERS
@@ -146,13 +148,13 @@ def train(options: Train) -> Path:
     return options.out
 
 
-def create_or_resume(out: Path, record: RunRecord, rank: int) -> RunRecord:
+def create_or_resume(out: Path, record: RunRecord, device: torch.device, rank: int) -> RunRecord:
     """Make the run folder, or check that it is this run's. Returns its record, in which everything is decided.
 
     Raises UserError, naming what differs.
     """
     before = RunRecord.read(out) if (out / "run.json").is_file() else None
-    record = record.settled(before)
+    record = record.settled(before, agreed(device))
     if before:
         if before.origin:
             raise UserError(f"{out} was imported from {before.origin} and cannot be trained on; choose a new --out")

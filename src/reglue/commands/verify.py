@@ -11,7 +11,6 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from reglue.commands.train_head import TRAINING, HeadRecord
 from reglue.contact_sheet import TABLE, read_hashes, refuse_changed
@@ -30,6 +29,7 @@ from reglue.options.verify import Verify
 from reglue.painting import SPEC_FILE as PROTOTYPES
 from reglue.painting import load_prototypes
 from reglue.perception.heads import SPEC_FILE, WEIGHTS_FILE, load_head
+from reglue.progress import Bar
 from reglue.reals.record import CONFIG, TrainingRecord
 from reglue.reals.record import RECORD as TRAINING_RECORD
 from reglue.run import COMPRESSORS, RunRecord, decoder, find_run
@@ -84,14 +84,14 @@ def run_checks(folder: Path, checks: Iterable[Check]) -> tuple[int, int]:
     checks = list(checks)
     damaged: list[UserError] = []
     total = sum(check.size for check in checks)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"verify {folder}") as progress:
+    with Bar(total=total, unit="B", unit_scale=True, desc=f"verify {folder}") as progress:
         for check in checks:
             size = check.size
             try:
                 check.read()
             except UserError as error:
                 damaged.append(error)
-                tqdm.write(str(error), file=sys.stderr)
+                Bar.write(str(error), file=sys.stderr)
             progress.update(size)
     if damaged:
         raise UserError(f"{folder}: {len(damaged)} of {len(checks)} parts are missing or damaged, first: {damaged[0]}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from reglue.data.images import ImageSource, UnreadableImage, grey_peaks
+from reglue.data.images import ImageSource, Noticed, UnreadableImage, noticing
 from reglue.errors import UserError
 
 MOST_WORKERS = 16
@@ -24,8 +24,8 @@ class DecodedImages(NamedTuple):
     names: list[str]
     labels: Tensor
     pixels: Tensor
-    peaks: list[int]
-    """The highest grey value of each image that has 16 bits."""
+    noticed: Noticed
+    """Of all of them together."""
     unreadable: list[UnreadableImage]
     failure: UserError | None
     """Why the source cannot be read at all. It travels as data, since a DataLoader would wrap it in a traceback."""
@@ -65,7 +65,7 @@ class _Crop(NamedTuple):
     name: str
     label: int
     pixels: Tensor
-    peaks: list[int]
+    noticed: Noticed
 
 
 class _Crops(Dataset):
@@ -76,11 +76,11 @@ class _Crops(Dataset):
 
     def __getitem__(self, index: int) -> _Crop | UnreadableImage | UserError:
         try:
-            with grey_peaks() as peaks:
+            with noticing() as noticed:
                 pixels = self.images.load(index, self.size)
             if isinstance(pixels, UnreadableImage):
                 return pixels
-            return _Crop(self.images.names[index], self.images.labels[index], pixels, peaks)
+            return _Crop(self.images.names[index], self.images.labels[index], pixels, noticed)
         except UserError as error:
             return error
 
@@ -91,7 +91,7 @@ def _collate(items: list[_Crop | UnreadableImage | UserError]) -> DecodedImages:
         [crop.name for crop in crops],
         torch.tensor([crop.label for crop in crops], dtype=torch.int64),
         torch.stack([crop.pixels for crop in crops]) if crops else torch.empty(0, dtype=torch.uint8),
-        [peak for crop in crops for peak in crop.peaks],
+        Noticed([peak for crop in crops for peak in crop.noticed.peaks], sum(crop.noticed.converted for crop in crops)),
         [item for item in items if isinstance(item, UnreadableImage)],
         next((item for item in items if isinstance(item, UserError)), None),
     )

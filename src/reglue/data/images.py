@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import numpy as np
@@ -19,28 +18,34 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from reglue.errors import UserError
+from reglue.data.colours import in_srgb
+from reglue.data.labels import in_class_order
+from reglue.data.listing import classes_of, list_tree, plug_in, refuse_none
+from reglue.errors import UserError, printable
 
-EXTENSIONS = frozenset(
-    (
-        *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
-        *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
-    )
-)
-"""Files with these endings (in either case) are images; every other file is passed over."""
 
-_peaks: ContextVar[list[int] | None] = ContextVar("peaks", default=None)
+@dataclass
+class Noticed:
+    """What decoding finds out about images beside their pixels."""
+
+    peaks: list[int] = field(default_factory=list)
+    """The highest grey value (0 to 65535) of each image of 16 bits."""
+    converted: int = 0
+    """How many had an ICC profile that changed their colours."""
+
+
+_noticed: ContextVar[Noticed | None] = ContextVar("noticed", default=None)
 
 
 @contextmanager
-def grey_peaks() -> Iterator[list[int]]:
-    """A list to which the highest grey value (0 to 65535) of every 16-bit image that is decoded in the block comes."""
-    peaks: list[int] = []
-    token = _peaks.set(peaks)
+def noticing() -> Iterator[Noticed]:
+    """What is noticed about the images that are decoded in the block."""
+    noticed = Noticed()
+    token = _noticed.set(noticed)
     try:
-        yield peaks
+        yield noticed
     finally:
-        _peaks.reset(token)
+        _noticed.reset(token)
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,11 @@ class ImageSource(Protocol):
         """Whether going to an image reads all of those before it, so that one process has to read them in order."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for whoever opened it: what was passed over, and what else could have been meant."""
+        ...
+
     def __len__(self) -> int: ...
 
     def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
@@ -112,7 +122,7 @@ class ImageSource(Protocol):
 class ImageFolder:
     """The images of a folder in a fixed order: by class, then by name.
 
-    Each class is a sub-folder that holds its images directly. A folder that holds images itself has no classes.
+    Each class is a sub-folder, with all images below it. A folder that holds images itself has no classes.
     """
 
     path: Path
@@ -121,42 +131,35 @@ class ImageFolder:
     labels: tuple[int, ...]
     """Index into `class_names` of each image; zeros where there are no classes."""
     class_names: tuple[str, ...]
-    """Sorted names of the sub-folders; empty for an unconditional folder."""
+    """Paths of the class folders, as `in_class_order`; empty for an unconditional folder."""
+    notes: tuple[str, ...] = ()
+    """See `ImageSource.notes`."""
     sequential = False
 
     @classmethod
-    def open(cls, path: Path | str) -> ImageFolder:
-        """List a folder of images. Hidden entries (`.name`) and files that are not images are passed over.
+    def open(cls, path: Path | str, class_level: int | None = None) -> ImageFolder:
+        """List a folder of images whose classes are its folders of a level, counted from 1, which is the default.
 
-        Raises UserError for a folder that is missing or empty, that mixes images and class folders, or that has a class
-        without images.
+        Hidden entries (`.name`), what systems leave (`SYSTEM_FOLDERS`), and files that are not images are passed over.
+        Raises UserError for a folder that is missing or empty, for a class without images, and as `classes_of`.
         """
         path = Path(path)
-        _refuse_missing(path)
-        images, folders = list_folder(path)
-        if images and folders:
-            raise UserError(
-                f"{path} holds images (such as {images[0]}) beside sub-folders (such as {folders[0]}); put every image "
-                "into a class folder, or leave only images"
-            )
-        if images:
-            return cls(path, tuple(images), (0,) * len(images), ())
-        if not folders:
-            raise UserError(f"{path} holds no images; images end in {', '.join(sorted(EXTENSIONS))}")
-        names: list[str] = []
-        labels: list[int] = []
-        for label, folder in enumerate(folders):
-            images, nested = list_folder(path / folder)
-            if nested:
+        found = list_tree(path)
+        if not found.folders and (class_level or 1) == 1:
+            refuse_none(path, found)
+            return cls(path, tuple(sorted(found.images)), (0,) * len(found.images), (), found.notes)
+        classes, notes = classes_of(path, found.images, class_level)
+        filled = {folder.as_posix() for name in found.images for folder in PurePosixPath(name).parents}
+        for folder in sorted(found.folders):
+            if folder.count("/") < (class_level or 1) and folder not in filled:
                 raise UserError(
-                    f"{path / folder} holds sub-folders (such as {nested[0]}), but a class folder holds only images; "
-                    f"did you mean {path / folder} itself as the image folder?"
+                    f"{path / folder} is a class without images{found.reason}; remove the folder or add images to it"
                 )
-            if not images:
-                raise UserError(f"{path / folder} is a class without images; remove the folder or add images to it")
-            names += [f"{folder}/{name}" for name in images]
-            labels += [label] * len(images)
-        return cls(path, tuple(names), tuple(labels), tuple(folders))
+        class_names = in_class_order(set(classes))
+        index_of = {name: index for index, name in enumerate(class_names)}
+        labelled = sorted(zip((index_of[name] for name in classes), found.images, strict=True))
+        labels, names = zip(*labelled, strict=True)
+        return cls(path, names, labels, class_names, found.notes + notes)
 
     @classmethod
     def unlabelled(cls, path: Path | str) -> ImageFolder:
@@ -165,11 +168,9 @@ class ImageFolder:
         Raises UserError for a folder that is missing or holds no images.
         """
         path = Path(path)
-        _refuse_missing(path)
-        names = tuple(sorted(_walk(path, "", frozenset())))
-        if not names:
-            raise UserError(f"{path} holds no images; images end in {', '.join(sorted(EXTENSIONS))}")
-        return cls(path, names, (0,) * len(names), ())
+        found = list_tree(path)
+        refuse_none(path, found)
+        return cls(path, tuple(sorted(found.images)), (0,) * len(found.images), (), found.notes)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -202,7 +203,7 @@ def load_crop(name: str, find: Callable[[], Path | bytes], size: tuple[int, int]
         image = crop_to(decode(file), size)
     except Exception as error:  # Decoders raise nearly anything on malformed bytes, not OSError alone.
         # Where the bytes lay is not the same the next time.
-        reason = re.sub(r" <_io\.BytesIO[^>]*>", "", " ".join(str(error).split())) or type(error).__name__
+        reason = re.sub(r" <_io\.BytesIO[^>]*>", "", printable(" ".join(str(error).split()))) or type(error).__name__
         return UnreadableImage(name, reason.replace(f" {str(file)!r}", "") if isinstance(file, Path) else reason)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
@@ -210,13 +211,15 @@ def load_crop(name: str, find: Callable[[], Path | bytes], size: tuple[int, int]
 def decode(file: Path | bytes) -> Image.Image:
     """An image file, or its content, in RGB, turned upright, transparency laid over white. The first one of several.
 
-    Grey values of 16 bits are scaled to 8. Floating-point values count from 0 to 1, or to 255 if one exceeds 1. Raises
-    ValueError for values outside, and whatever the decoder raises for a file that is no image, is cut short, or has
-    more pixels than Pillow deems safe (`PIL.Image.MAX_IMAGE_PIXELS`).
+    Colours come to sRGB if the image has an ICC profile (`in_srgb`). Grey values of 16 bits are scaled to 8.
+    Floating-point values count from 0 to 1, or to 255 if one exceeds 1. Raises ValueError for values outside, and
+    whatever the decoder raises for a file that is no image, is cut short, or has more pixels than Pillow deems safe
+    (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
     if isinstance(file, Path) and not file.is_file():
         raise FileNotFoundError("not a file, or a broken link")
     content = file if isinstance(file, Path) else io.BytesIO(file)
+    plug_in()
     with Image.open(content) as opened:
         # Pillow warns of a bomb before it decodes, and refuses only at twice the size.
         if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
@@ -231,10 +234,13 @@ def decode(file: Path | bytes) -> Image.Image:
             image = opened.copy()
     if image.mode == "F" or image.mode.startswith("I"):  # convert("RGB") would clip these instead of scaling.
         return _eight_bits(np.asarray(image), image.info.get("transparency")).convert("RGB")
+    shown, converted = in_srgb(image)
+    if converted and (noticed := _noticed.get()):
+        noticed.converted += 1
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        shown.putalpha(image.convert("RGBA").getchannel("A"))
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), shown).convert("RGB")
+    return shown
 
 
 def _eight_bits(grey: np.ndarray, transparent: int | None) -> Image.Image:
@@ -244,9 +250,8 @@ def _eight_bits(grey: np.ndarray, transparent: int | None) -> Image.Image:
     most = 255 if floating else 65535
     if not 0 <= lowest <= highest <= most:  # False for NaN too.
         raise ValueError(f"its values lie between {lowest:g} and {highest:g}, not between 0 and {most}")
-    peaks = _peaks.get()
-    if peaks is not None and not floating:
-        peaks.append(int(highest))
+    if (noticed := _noticed.get()) and not floating:
+        noticed.peaks.append(int(highest))
     from_unit = floating and highest <= 1
     scaled = np.round(grey * 255) if from_unit else grey if floating else grey.astype(np.int64) // 257
     return Image.fromarray(np.where(grey == transparent, 255, scaled).astype(np.uint8))
@@ -291,40 +296,3 @@ def crop_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         )
     image = image.resize(cover.scaled, Image.Resampling.BICUBIC)
     return image.crop((cover.left, cover.top, cover.left + width, cover.top + height))
-
-
-def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the images and of the sub-folders in a folder. Hidden entries are passed over."""
-    images: list[str] = []
-    folders: list[str] = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif is_image(entry.name):
-                images.append(entry.name)
-    return sorted(images), sorted(folders)
-
-
-def is_image(name: str) -> bool:
-    """Whether a file is an image by its name."""
-    return Path(name).suffix.lower() in EXTENSIONS
-
-
-def _walk(folder: Path, prefix: str, above: frozenset[Path]) -> list[str]:
-    """Images in a folder and below, with `prefix` before their names. Links that lead back up are not followed."""
-    here = folder.resolve()
-    if here in above:
-        return []
-    images, folders = list_folder(folder)
-    names = [prefix + name for name in images]
-    for name in folders:
-        names += _walk(folder / name, f"{prefix}{name}/", above | {here})
-    return names
-
-
-def _refuse_missing(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a folder of images, or one with a sub-folder per class")

@@ -7,11 +7,10 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from reglue.config import Precision
 from reglue.data.images import ImageSource, UnreadableImage
 from reglue.data.opening import open_images
 from reglue.data.reading import Reading, Subset
@@ -21,6 +20,7 @@ from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
 from reglue.files import plain, read_json, replacing, to_json
 from reglue.names import CLASS_TOKEN_CODES, LOCAL_CODES
+from reglue.sampling import Precision
 
 FORMAT = 1
 """Version of the layout on disk."""
@@ -54,6 +54,8 @@ class Source:
     """Which of the images were taken; None for all."""
     flips: bool = False
     """Whether each image is followed by its mirror image, whose name ends with `#flipped`."""
+    colours: Literal["as stored", "sRGB"] = "as stored"
+    """sRGB: images with an ICC profile of their own were brought to it (`data.colours`)."""
 
     def open(self) -> ImageSource:
         """The images once more, in the same order. Raises UserError if they are gone, or others than they were."""

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.arrays import ONLY, ArrayFile
 from reglue.data.images import Cover
 from reglue.errors import UserError
+from reglue.progress import Bar
 
 ORIENTATION = 0x0112
 """EXIF tag: from 5 on, an image lies on its side."""
@@ -62,7 +62,8 @@ def _load(
     if not found:
         raise UserError(f"{folder} has no {what} for any image; that of {names[0]} would be {choices[0][0]}")
     cropped: np.ndarray | None = None  # Filled one by one: a list would hold them twice.
-    for position, (index, path) in enumerate(tqdm(found.items(), desc=f"{what}s", unit="image", leave=False)):
+    index: int
+    for position, (index, path) in enumerate(Bar(found.items(), desc=f"{what}s", unit="image", leave=False)):
         whole = read(path)
         _check_proportions(whole, path, images / names[index])
         one = np.asarray(crop_mask(whole, size))

@@ -10,12 +10,14 @@ With `--streaming` it reads tar files, parquet files and the hub in order, and k
 from __future__ import annotations
 
 import glob
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 from braceexpand import braceexpand
 
-from reglue.data.images import ImageFolder, ImageSource, list_folder
+from reglue.data.images import ImageFolder, ImageSource
+from reglue.data.listing import is_hidden, list_folder
 from reglue.data.reading import Reading, Subset
 from reglue.data.sources import HUB, Chosen, Mirrored, Relabelled
 from reglue.data.tars import TarImages, name_in_tar
@@ -51,8 +53,7 @@ def open_images(
 
 def _open_whole(path: Path, reading: Reading) -> ImageSource:
     if is_on_hub(path) or reading.streaming:
-        local_files = not is_on_hub(path) and not path.is_dir()
-        return _tables().load(path, _files(path, reading) if local_files else (), reading)
+        return _load(path, reading)
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _tables().load_saved(path, reading)
     files = _files_in(path, reading) if path.is_dir() else _files(path, reading)
@@ -62,6 +63,18 @@ def _open_whole(path: Path, reading: Reading) -> ImageSource:
     return Relabelled(images, reading, name_in_tar if files else str) if reading.labels else images
 
 
+def _load(path: Path, reading: Reading) -> ImageSource:
+    """What `datasets` itself downloads or streams."""
+    if is_on_hub(path):
+        return _tables().load(path, (), reading)
+    if not path.is_dir():
+        return _tables().load(path, _files(path, reading), reading)
+    files = _files_in(path, reading)
+    if files and files[0].suffix == ".tar":  # `datasets` would take whatever files are more beside them.
+        return _tables().load(path, files, replace(reading, split=None))
+    return _tables().load(path, (), reading)
+
+
 def _tables() -> ModuleType:
     from reglue.data import tables  # Only now: `datasets` takes seconds to import.
 
@@ -69,10 +82,13 @@ def _tables() -> ModuleType:
 
 
 def _open_folder(path: Path, reading: Reading) -> ImageFolder:
+    in_table = ("class_names", "image_column", "label_column") if reading.labels else ()
     for name in ("class_names", "image_column", "label_column", "configuration", "split"):
-        if getattr(reading, name) and not (name == "class_names" and reading.labels):
+        if getattr(reading, name) and name not in in_table:
             raise UserError(f"{option(name)} is not for {path}, a folder of images; leave it out")
-    return ImageFolder.unlabelled(path) if reading.no_labels or reading.labels else ImageFolder.open(path)
+    if reading.no_labels or reading.labels:
+        return ImageFolder.unlabelled(path)
+    return ImageFolder.open(path, reading.class_level)
 
 
 def _files(path: Path, reading: Reading) -> list[Path]:
@@ -82,17 +98,7 @@ def _files(path: Path, reading: Reading) -> list[Path]:
             f"{option('split')} and {option('configuration')} are for data sets, not for {path}; name the files of one "
             "split"
         )
-    files = [path]
-    if not path.exists():
-        try:
-            # Path.glob takes no pattern that begins at the root.
-            matches = {name: sorted(glob.glob(name)) for name in braceexpand(str(path))}  # noqa: PTH207
-        except ValueError as error:
-            raise UserError(f"{path} is not a pattern ({error}); write for example shard-{{00..99}}.tar") from error
-        for name, found in matches.items():
-            if not found:
-                raise UserError(f"{name}: no such folder or file; give images, .tar, .parquet, or {HUB}OWNER/NAME")
-        files = [Path(name) for found in matches.values() for name in found]
+    files = [path] if path.exists() else _matches(path)
     for file in files:
         if file.suffix not in DATA_FILES:
             raise UserError(f"{file} is neither a folder nor a .tar or .parquet file; unpack it into a folder first")
@@ -101,14 +107,44 @@ def _files(path: Path, reading: Reading) -> list[Path]:
     return files
 
 
+def _matches(pattern: Path) -> list[Path]:
+    """The files that a pattern means. As far as it is a folder that is there, its signs mean themselves."""
+    folder = next(folder for folder in (*pattern.parents, Path()) if folder.is_dir())
+    try:
+        names = list(braceexpand(str(pattern.relative_to(folder) if folder.name else pattern)))
+    except ValueError as error:
+        raise UserError(f"{pattern} is not a pattern ({error}); write for example shard-{{00..99}}.tar") from error
+    files: list[Path] = []
+    for name in names:
+        # Path.glob takes no pattern that begins at the root.
+        found = [name] if (folder / name).exists() else sorted(glob.glob(name, root_dir=folder))  # noqa: PTH207
+        if not found:
+            raise UserError(f"{folder / name}: no such folder or file; give images, .tar, .parquet, or {HUB}OWNER/NAME")
+        files += [folder / match for match in found]
+    return files
+
+
 def _files_in(folder: Path, reading: Reading) -> list[Path]:
     """The tar or parquet files of a folder and of its folders; none if it holds images."""
-    images, folders = list_folder(folder)
-    beside = [file for file in sorted(folder.iterdir()) if file.suffix in DATA_FILES]
+    found = list_folder(folder)
+    beside = _data_files(folder)
     # One class folder is enough; to look into all of them would take as long as to list the images.
-    below = (folder / folders[0]).iterdir() if folders and not beside else ()
-    if not beside and not any(file.suffix in DATA_FILES for file in below):
+    below = [folder / name for name in found.folders[:1] if not beside]
+    files = beside or [file for place in below if not list_folder(place).images for file in _data_files(place)]
+    if not files:
         return []
-    if images:
-        raise UserError(f"{folder} holds images (such as {images[0]}) beside {beside[0].name}; keep either")
-    return _tables().files_of_split(folder, beside, reading)
+    if found.images:
+        raise UserError(f"{folder} holds images (such as {found.images[0]}) beside {files[0].name}; keep either")
+    if len({file.suffix for file in files}) > 1:
+        raise UserError(
+            f"{folder} holds tar and parquet files, such as {files[0].name} and {files[-1].name}; name the ones or the "
+            f"others by a pattern such as '{folder}/*{files[0].suffix}'"
+        )
+    return _tables().files_of_split(folder, files[0].suffix, beside, reading)
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The tar and parquet files in a folder, without the tables that img2dataset writes beside its tar files."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in DATA_FILES and not is_hidden(file.name)]
+    side_files = {file.with_suffix(".parquet") for file in files if file.suffix == ".tar"}
+    return [file for file in files if file not in side_files]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from reglue.data.images import ImageSource, UnreadableImage
-from reglue.data.labels import index_labels, look_up, read_class_names, read_table
+from reglue.data.label_tables import Asked, ImageNames, look_up, read_table
+from reglue.data.labels import index_labels, read_class_names
 from reglue.data.reading import Reading, Subset
 from reglue.seeds import permutation
 
@@ -45,8 +48,11 @@ class Relabelled:
         """`named` turns a name in the table into the name here: a.JPG of a tar file is a.jpg."""
         assert reading.labels is not None
         self._images = images
-        self.path, self.names = images.path, images.names
-        labels = look_up(read_table(reading.labels, named), images.names, reading.labels, images.path)
+        self.path, self.names, self.notes = images.path, images.names, images.notes
+        known = ImageNames(images.names, images.path, reading.labels, named)
+        # In tar files, the other option names the ending of the images.
+        asked = Asked(reading.image_column if named is str else None, reading.label_column)
+        labels = look_up(read_table(reading.labels, known, asked), images.names, reading.labels, images.path)
         self.labels, self.class_names = index_labels(
             labels, images.names.__getitem__, class_names_of(reading), str(reading.labels)
         )
@@ -78,7 +84,7 @@ class Chosen:
             order = permutation(subset.seed, "subset of a class", label, len(of_class)).numpy()
             drawn.append(of_class[order[:wanted]])
         self._images, self._indices = images, np.sort(np.concatenate(drawn))
-        self.path, self.class_names = images.path, images.class_names
+        self.path, self.class_names, self.notes = images.path, images.class_names, images.notes
         self.names: Sequence[str] = Computed(len(self), lambda i: images.names[self._indices[i]])
         self.labels: Sequence[int] = labels[self._indices].tolist()
 
@@ -101,6 +107,7 @@ class Mirrored:
         self._images = images
         self._last: tuple[Any, Tensor | UnreadableImage] | None = None
         self.path, self.class_names, self.sequential = images.path, images.class_names, images.sequential
+        self.notes = images.notes
         self.names: Sequence[str] = Computed(len(self), lambda i: images.names[i // 2] + FLIPPED * (i % 2))
         self.labels: Sequence[int] = Computed(len(self), lambda i: images.labels[i // 2])
 
@@ -132,3 +139,12 @@ def repeated(names: Sequence[str]) -> str:
     """The first name that occurs twice, of names of which one does."""
     seen: set[str] = set()
     return next(name for name in names if name in seen or seen.add(name))
+
+
+def distinct_names(files: Sequence[Path]) -> list[str]:
+    """The names of files; where two are equal, all of their paths within the folder that they share."""
+    names = [file.name for file in files]
+    if len(set(names)) == len(names):
+        return names
+    shared = os.path.commonpath([file.absolute().parent for file in files])
+    return [file.absolute().relative_to(shared).as_posix() for file in files]

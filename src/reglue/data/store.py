@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.data.manifest import (
     METADATA,
@@ -44,6 +43,7 @@ from reglue.data.read_ahead import expect
 from reglue.data.sources import FLIPPED
 from reglue.errors import UserError, option
 from reglue.files import opened_tensors, parse_json
+from reglue.progress import Bar
 
 SHARD_REMEDY = "delete it and run the command that made it again"
 SCALE = "scale"
@@ -214,7 +214,7 @@ class Store:
         mean = torch.zeros(shape[0], dtype=torch.float64)
         squares = torch.zeros(shape[0], dtype=torch.float64)  # Sum of squared deviations from the mean so far.
         parts = self.scan(column, rows, chunk=max(1, 2**23 // math.prod(shape)))
-        progress = tqdm(total=len(rows), desc=f"statistics of {column}", unit="image", leave=False)
+        progress = Bar(total=len(rows), desc=f"statistics of {column}", unit="image", leave=False)
         for part, tensors in parts:
             progress.update(len(part))
             values = tensors[value].double().transpose(0, 1).flatten(1)

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.data.images import UnreadableImage
 from reglue.data.manifest import (
@@ -43,6 +42,7 @@ from reglue.encoders.compressors import CompressorSpec
 from reglue.errors import UserError
 from reglue.files import BESIDE, plain, read_json, read_jsonl, replacing, to_json
 from reglue.names import codes_column
+from reglue.progress import Bar
 
 JOURNAL = "prepare.jsonl"
 """Of process 0, and of all processes of earlier runs. Process 3 writes prepare-3.jsonl."""
@@ -261,7 +261,7 @@ def add_semantics(store: Store, other: Store) -> Store:
     before, there = store.manifest, other.manifest
     assert [s.rows for s in before.columns["label"].shards] == [s.rows for s in there.columns["label"].shards]
     taken = {name: column for name, column in there.columns.items() if name not in ("label", "latent")}
-    for shard in tqdm([s for column in taken.values() for s in column.shards], desc="semantics", unit="shard"):
+    for shard in Bar([s for column in taken.values() for s in column.shards], desc="semantics", unit="shard"):
         _link(other.folder / shard.file, store.folder / shard.file)
     for name in there.compressors:
         place = Path("compressors") / name

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -18,9 +19,10 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from reglue.data.images import ImageSource, OneAtATime, UnreadableImage, load_crop
+from reglue.data.label_tables import LABEL_COLUMNS
 from reglue.data.labels import ClassIndex, index_labels
 from reglue.data.reading import Reading
-from reglue.data.sources import HUB, Computed, class_names_of, repeated
+from reglue.data.sources import HUB, Computed, class_names_of, distinct_names, repeated
 from reglue.errors import UserError, one_line, option
 
 ROWS_AT_ONCE = 16
@@ -34,38 +36,47 @@ def load(path: Path, files: Sequence[Path], reading: Reading) -> ImageSource:
     """
     builder = _builder(path, files, reading)
     split = _choose_split(builder.info.splits or builder.config.data_files or (), path, reading)
-    try:
+    with _loading(path):
         if reading.streaming:
             stream = cast(datasets.IterableDataset, builder.as_streaming_dataset(split))
             return StreamedImages(path, stream, reading, split)
         builder.download_and_prepare()
         return DatasetImages(path, cast(datasets.Dataset, builder.as_dataset(split)), reading)
-    except UserError:
-        raise
-    except Exception as error:  # `datasets` raises errors of the network, the disk and of every format.
-        raise UserError(f"`datasets` cannot load {path}: {one_line(error)}") from error
 
 
 def load_saved(path: Path, reading: Reading) -> ImageSource:
     """What `save_to_disk` of `datasets` has written. Raises UserError for whatever fails there."""
-    try:
+    with _loading(path):
         saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.DatasetDict):
+            saved = saved[_choose_split(saved, path, reading)]
+        elif reading.split:
+            raise UserError(f"{path} has no splits; leave {option('split')} out")
+        return DatasetImages(path, saved, reading)
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Whatever goes wrong in the block, in one line: `datasets` raises errors of network, disk and every format."""
+    try:
+        yield
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"`datasets` cannot load {path}: {one_line(error)}") from error
-    if isinstance(saved, datasets.DatasetDict):
-        saved = saved[_choose_split(saved, path, reading)]
-    elif reading.split:
-        raise UserError(f"{path} has no splits; leave {option('split')} out")
-    return DatasetImages(path, saved, reading)
 
 
-def files_of_split(folder: Path, files: Sequence[Path], reading: Reading) -> list[Path]:
-    """The data files of a folder that make up the split asked for, as `datasets` sorts them.
+def files_of_split(folder: Path, ending: str, files: Sequence[Path], reading: Reading) -> list[Path]:
+    """The data files of a folder, by their ending, that make up the split asked for, as `datasets` sorts them.
 
     Raises UserError if it would pass over one of `files`.
     """
-    builder = _builder(folder, (), reading)
-    splits = {str(name): sorted(map(Path, found)) for name, found in (builder.config.data_files or {}).items()}
+    builder = _builder(folder, (), reading, ending)
+    splits = {
+        str(name): sorted(path for path in map(Path, found) if path.suffix == ending)
+        for name, found in (builder.config.data_files or {}).items()
+    }
+    splits = {name: found for name, found in splits.items() if found}
     taken = {file.resolve() for found in splits.values() for file in found}
     for file in files:
         if file.resolve() not in taken:
@@ -76,14 +87,17 @@ def files_of_split(folder: Path, files: Sequence[Path], reading: Reading) -> lis
     return splits[_choose_split(splits, folder, reading)]
 
 
-def _builder(path: Path, files: Sequence[Path], reading: Reading) -> datasets.DatasetBuilder:
-    try:
-        if files:
-            kind = {".tar": "webdataset", ".parquet": "parquet"}[files[0].suffix]
-            return datasets.load_dataset_builder(kind, data_files=[str(file.resolve()) for file in files])
-        return datasets.load_dataset_builder(str(path).removeprefix(HUB), reading.configuration)
-    except Exception as error:
-        raise UserError(f"`datasets` cannot load {path}: {one_line(error)}") from error
+def _builder(path: Path, files: Sequence[Path], reading: Reading, ending: str = "") -> datasets.DatasetBuilder:
+    """What `datasets` knows of files, or of a path; `ending` is that of the data files in a folder."""
+    kinds = {".tar": "webdataset", ".parquet": "parquet"}
+    place = str(path).removeprefix(HUB)
+    with _loading(path):
+        if files:  # They are patterns there, as folders are.
+            patterns = [glob.escape(str(file.resolve())) for file in files]
+            return datasets.load_dataset_builder(kinds[files[0].suffix], data_files=patterns)
+        if ending == ".tar" or (ending and glob.has_magic(str(path.resolve()))):
+            return datasets.load_dataset_builder(kinds[ending], data_dir=glob.escape(str(path.resolve())))
+        return datasets.load_dataset_builder(place, reading.configuration)
 
 
 def _choose_split(splits: Iterable[Any], path: Path, reading: Reading) -> str:
@@ -110,11 +124,12 @@ class ParquetImages:
     """
 
     sequential = False
+    notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path, files: Sequence[Path], reading: Reading):
         """Raises UserError for a damaged file, one named twice, and for ambiguous columns or labels."""
         self.path, self._files = path, files
-        self._file_names = _distinct_names(files)
+        self._file_names = distinct_names(files)
         if len(set(self._file_names)) < len(files):
             raise UserError(f"{path} means {repeated(self._file_names)} twice; name every file once")
         self._groups: list[tuple[int, int]] = []  # File and group within the file.
@@ -123,16 +138,18 @@ class ParquetImages:
         labels: list[Any] = []
         for index, file in enumerate(files):
             with _parquet(file) as opened:
-                columns = _columns(datasets.Features.from_arrow_schema(opened.schema_arrow), reading, file)
+                columns = _columns(_features(file, opened.schema_arrow), reading, file)
                 if index and columns != self._columns:
                     raise UserError(f"{file} has other columns than {files[0]}; choose files of one kind")
                 self._columns = columns
                 file_starts.append(ends[-1] if ends else 0)
-                for group in range(opened.num_row_groups):
+                for group, rows in enumerate(_rows_of_groups(opened)):
                     self._groups.append((index, group))
-                    ends.append((ends[-1] if ends else 0) + opened.metadata.row_group(group).num_rows)
+                    ends.append((ends[-1] if ends else 0) + rows)
                 if columns.label:
                     labels += opened.read([columns.label]).column(columns.label).to_pylist()
+                    if len(labels) != (ends[-1] if ends else 0):
+                        raise ValueError("its columns are of different lengths")
         self._ends, self._file_starts = ends, file_starts
         if not len(self):
             raise UserError(f"{path} holds no images: its tables have no rows")
@@ -169,25 +186,21 @@ class ParquetImages:
     def _cell(self, index: int) -> Any:
         group = bisect_right(self._ends, index)
         row = index - (self._ends[group - 1] if group else 0)
-        if self._rows.group != group or row < self._rows.start:
+        rows = self._rows
+        if rows.group != group or row < rows.start:
             file, within = self._groups[group]
-            self._rows = _Rows(group, iter(_batches(self._files[file], within, self._columns.image)))
-        while row >= self._rows.start + len(self._rows.cells):
-            self._rows.start += len(self._rows.cells)
-            self._rows.cells = next(self._rows.ahead)
-        return self._rows.cells[row - self._rows.start].as_py()
+            rows = _Rows(group, iter(_batches(self._files[file], within, self._columns.image)))
+        self._rows = _Rows()  # As long as it may fail: a generator that has failed gives no reason again.
+        while row >= rows.start + len(rows.cells):
+            rows.start += len(rows.cells)
+            rows.cells = next(rows.ahead, ())
+            if not len(rows.cells):
+                raise ValueError("the file has fewer rows than it says")
+        self._rows = rows
+        return rows.cells[row - rows.start].as_py()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": _Rows()}  # A process reads its own files.
-
-
-def _distinct_names(files: Sequence[Path]) -> list[str]:
-    """The names of files; where two are equal, all of their paths within the folder that they share."""
-    names = [file.name for file in files]
-    if len(set(names)) == len(names):
-        return names
-    shared = os.path.commonpath([file.absolute().parent for file in files])
-    return [file.absolute().relative_to(shared).as_posix() for file in files]
 
 
 @dataclass
@@ -206,17 +219,43 @@ def _batches(file: Path, group: int, column: str) -> Iterator[pa.Array]:
             yield batch.column(0)
 
 
-def _parquet(file: Path) -> pq.ParquetFile:
+@contextmanager
+def _parquet(file: Path) -> Iterator[pq.ParquetFile]:
+    """A parquet file, open in the block. Raises UserError for whatever goes wrong there: any damage, in one line."""
     try:
-        return pq.ParquetFile(file, memory_map=True)
-    except pa.ArrowException as error:
+        with pq.ParquetFile(file, memory_map=True) as opened:
+            yield opened
+    except UserError:
+        raise
+    except Exception as error:  # Arrow and `datasets` raise nearly anything for damaged metadata.
         raise UserError(f"{file} is not a whole parquet file ({one_line(error)}); fetch it again") from error
+
+
+def _features(file: Path, schema: pa.Schema) -> datasets.Features:
+    """The columns of a parquet file as `datasets` knows them."""
+    if len(set(schema.names)) < len(schema.names):
+        raise UserError(f"{file} has two columns called {repeated(schema.names)}; rename one")
+    try:
+        return datasets.Features.from_arrow_schema(schema)
+    except Exception as error:  # It trusts what its own metadata say.
+        raise UserError(
+            f"{file} has metadata that `datasets` cannot read ({one_line(error)}); write the file again without them"
+        ) from error
+
+
+def _rows_of_groups(opened: pq.ParquetFile) -> list[int]:
+    """The rows of each row group. Raises ValueError where they cannot be."""
+    rows = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+    if min(rows, default=0) < 0 or sum(rows) != opened.metadata.num_rows:
+        raise ValueError(f"its {opened.metadata.num_rows} rows are not those of its row groups")
+    return rows
 
 
 class DatasetImages:
     """The images of a `datasets.Dataset`. They are named row-0, row-1 and so on."""
 
     sequential = False
+    notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path, dataset: datasets.Dataset, reading: Reading):
         """Raises UserError for ambiguous columns or labels."""
@@ -247,12 +286,13 @@ class DatasetImages:
         """SHA-256 of the labels and of the sizes of the images."""
         digest = hashlib.sha256(repr((self._column, self.class_names)).encode())
         digest.update(np.asarray(self.labels, dtype=np.int64).tobytes())
-        for batch in self._dataset.with_format("arrow").iter(1000):  # As Arrow, the images themselves are not read.
-            cells = batch[self._column]
-            if pa.types.is_struct(cells.type):
-                cells = pc.call_function("struct_field", [cells], pc.StructFieldOptions("bytes"))
-            sizes = pc.call_function("binary_length", [cells])
-            digest.update(repr(sizes.to_pylist()).encode())
+        with _loading(self.path):
+            for batch in self._dataset.with_format("arrow").iter(1000):  # As Arrow, the images themselves are not read.
+                cells = batch[self._column]
+                if pa.types.is_struct(cells.type):
+                    cells = pc.call_function("struct_field", [cells], pc.StructFieldOptions("bytes"))
+                sizes = pc.call_function("binary_length", [cells])
+                digest.update(repr(sizes.to_pylist()).encode())
         return digest.hexdigest()
 
 
@@ -260,6 +300,7 @@ class StreamedImages:
     """The first `count` images of a `datasets.IterableDataset`, read in order, named row-0, row-1 and so on."""
 
     sequential = True
+    notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path, stream: datasets.IterableDataset, reading: Reading, split: str):
         """Raises UserError if neither the stream nor the user states its columns, classes and length."""
@@ -337,7 +378,7 @@ def _columns(features: datasets.Features, reading: Reading, path: Path) -> _Colu
         )
     for name in ("image_column", "label_column"):
         column = getattr(reading, name)
-        in_json = name == "label_column" and column in (features.get("json") or {})
+        in_json = name == "label_column" and column in _keys_of_json(features)
         if column is not None and column not in features and not in_json:
             raise UserError(f"{path} has no column {column} ({has}); change {option(name)}")
     image = reading.image_column
@@ -356,13 +397,17 @@ def _columns(features: datasets.Features, reading: Reading, path: Path) -> _Colu
     label = reading.label_column or _label_column(features, path)
     kind = features.get(label)
     own = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) and kind.names else None
+    if own and not all(isinstance(name, str) for name in own):
+        raise UserError(
+            f"{path} has classes in column {label} whose names are no text; name them with {option('class_names')}"
+        )
     return _Columns(image, label, class_names_of(reading) or own)
 
 
 def _label_column(features: datasets.Features, path: Path) -> str:
     typed = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    possible = typed or [name for name in ("label", "cls") if name in features]
-    if not possible and "label" in (features.get("json") or {}):
+    possible = typed or [name for name in LABEL_COLUMNS if name in features][:1]
+    if not possible and "label" in _keys_of_json(features):
         possible = ["label"]
     if len(possible) != 1:
         raise UserError(
@@ -370,6 +415,11 @@ def _label_column(features: datasets.Features, path: Path) -> str:
             f"{option('label_column')}, or use {option('no_labels')}"
         )
     return possible[0]
+
+
+def _keys_of_json(features: datasets.Features) -> Iterable[str]:
+    """What a sample of WebDataset may have in its .json."""
+    return features["json"] if isinstance(features.get("json"), dict) else ()
 
 
 def _may_be_image(kind: Any) -> bool:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 from torch import Tensor
 
-from reglue.data.images import UnreadableImage, is_image, load_crop
+from reglue.data.images import UnreadableImage, load_crop
 from reglue.data.labels import index_labels
+from reglue.data.listing import classes_of, is_hidden, is_image, passed_over
 from reglue.data.reading import Reading
-from reglue.data.sources import Computed, class_names_of, repeated
-from reglue.errors import UserError, option
+from reglue.data.sources import Computed, class_names_of, distinct_names, repeated
+from reglue.errors import UserError, one_line, option
+
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+"""What compressed files begin with."""
+LINKS = 32
+"""Links from one to the next that are followed."""
+READ_AT_ONCE = 2**16
+"""Bytes of zeros between joined tar files that are looked at together: a multiple of a block."""
 
 
 class _Member(NamedTuple):
@@ -27,10 +36,19 @@ class _Member(NamedTuple):
     size: int
 
 
-class TarImages:
-    """The images of tar shards in WebDataset's layout: files of one sample follow each other and share a name.
+class _Label(NamedTuple):
+    """What a sample says of its label."""
 
-    Opening reads the headers, and the labels. An image is named SHARD/FILE.
+    value: Any
+    ending: str
+    """Of the file that says so."""
+
+
+class TarImages:
+    """The images of tar shards, in WebDataset's layout (the files of one sample share a name) or of class folders.
+
+    Opening reads the headers, and the labels. An image is named SHARD/FILE, with the folders of SHARD where two shards
+    have one name.
     """
 
     sequential = False
@@ -39,26 +57,43 @@ class TarImages:
         """Raises UserError for a damaged or compressed shard, two images of one name, and samples without a label."""
         self.path, self._files = path, files
         names: list[str] = []
-        places: list[tuple[int, int, int]] = []
-        labels: list[Any] = []
-        for shard, file in enumerate(files):
+        in_tar: list[str] = []
+        places: list[tuple[int, ...]] = []
+        told: list[_Label | None] = []
+        endings: Counter[str] = Counter()
+        labelled = not reading.no_labels and not reading.labels
+        shards = distinct_names(files)
+        if len(set(shards)) < len(files):
+            raise UserError(f"{path} means {repeated(shards)} twice; name every file once")
+        for index, (file, shard) in enumerate(zip(files, shards, strict=True)):
             with file.open("rb") as content:
-                for key, members in _samples(file):
-                    image = _image_of(members, f"{file.name}/{key}", reading)
-                    if image is None:
-                        continue
-                    names.append(f"{file.name}/{key}.{image}")
-                    places.append((shard, members[image].offset, members[image].size))
-                    if not reading.no_labels and not reading.labels:
-                        labels.append(_label_of(members, content, names[-1], reading))
+                for key, members in _samples(file, content).items():
+                    image = _image_of(members, f"{shard}/{key}", reading)
+                    says = None
+                    if image is not None:
+                        in_tar.append(f"{key}.{image}")
+                        names.append(f"{shard}/{in_tar[-1]}")
+                        places.append((index, *members[image]))
+                        if labelled and reading.class_level is None:
+                            says = _label_of(members, content, names[-1], reading)
+                        told.append(says)
+                    used = {image, says and says.ending}
+                    endings.update(f".{ending}" if ending else "" for ending in members if ending not in used)
+        self.notes = passed_over(endings)
         if not names:
-            raise UserError(f"{path} holds no images; those in a tar file end in .jpg, .png and the like")
+            why = "".join(f" ({note})" for note in self.notes)
+            raise UserError(f"{path} holds no images{why}; those in a tar file end in .jpg, .png and the like")
         if len(set(names)) < len(names):
             raise UserError(f"{path} has two images {repeated(names)}; give every shard and image its own name")
         self.names, self._places = names, np.array(places)
         self.labels: Sequence[int] = Computed(len(names), lambda _: 0)
         self.class_names: tuple[str, ...] = ()
-        if labels:
+        if labelled:
+            if any(told):
+                labels = [says.value if says else _refuse_unlabelled(names[i], reading) for i, says in enumerate(told)]
+            else:
+                labels, notes = _folders(path, in_tar, names, reading)
+                self.notes += notes
             self.labels, self.class_names = index_labels(labels, names.__getitem__, class_names_of(reading), str(path))
 
     def __len__(self) -> int:
@@ -82,26 +117,89 @@ class TarImages:
         return digest.hexdigest()
 
 
-def _samples(file: Path) -> Iterator[tuple[str, dict[str, _Member]]]:
-    """The samples of a tar file: the name that their files share, and each file by its ending in lower case."""
+def _samples(file: Path, content: BinaryIO) -> dict[str, dict[str, _Member]]:
+    """The samples of a tar file: by the name that their files share, each file by its ending in lower case."""
+    samples: dict[str, dict[str, _Member]] = {}
+    for name, member in _members(file, content):
+        key, ending = _key_and_ending(name)
+        members = samples.setdefault(key, {})
+        if ending in members and is_image(name):
+            raise UserError(f"{file} has two images {name}; give every image its own name")
+        members[ending] = member
+    return samples
 
-    def members() -> Iterator[tuple[str, str, _Member]]:
-        with tarfile.open(file, "r:") as archive:
-            for member in archive:
+
+def _members(file: Path, content: BinaryIO) -> Iterator[tuple[str, _Member]]:
+    """The files in a tar file by their names, links as what they lead to. What nobody sees is passed over."""
+    found: list[tuple[str, _Member | str]] = []
+    for header in _headers(file, content):
+        name = os.path.normpath(f"/{header.name}").lstrip("/")  # ./a.png is a.png
+        if any(is_hidden(part) for part in name.split("/")):
+            continue
+        if header.issym() or header.islnk():  # Symbolic ones lead on from where they are.
+            start = f"/{name}/.." if header.issym() else ""
+            found.append((name, os.path.normpath(f"{start}/{header.linkname}").lstrip("/")))
+        elif header.isfile():
+            if header.issparse() and is_image(name):
+                raise UserError(f"{file} keeps {name} with holes (as a sparse file); unpack it into a folder first")
+            found.append((name, _Member(header.offset_data, header.size)))
+    place_of = dict(found)
+    for name, place in found:
+        target = name
+        for _ in range(LINKS):
+            if not isinstance(place, str):
+                break
+            target, place = place, place_of.get(place)
+        if isinstance(place, _Member):
+            yield name, place
+        elif is_image(name):
+            raise UserError(f"{file}: {name} is a link to {target}, which is not in it; unpack it where that is")
+
+
+def _headers(file: Path, content: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar file, or of several that were joined to one. Raises UserError for any damage."""
+
+    def damaged(reason: str) -> UserError:
+        return UserError(f"{file} is not a whole tar file ({reason}); fetch it again, or unpack it first")
+
+    size = os.fstat(content.fileno()).st_size
+    beginning = content.read(8)
+    for magic, program in COMPRESSED.items():
+        if beginning.startswith(magic):
+            raise damaged(f"it is compressed by {program}")
+    start: int | None = 0
+    while start is not None:
+        try:
+            content.seek(start)
+            archive = tarfile.open(fileobj=content, mode="r:")  # noqa: SIM115, nothing to close but `content`
+            while (header := archive.next()) is not None:
                 archive.members = []  # type: ignore[reportAttributeAccessIssue], which keeps them all otherwise
-                key, ending = _key_and_ending(member.name)
-                if member.isfile() and key and not key.endswith("/"):
-                    yield key, ending, _Member(member.offset_data, member.size)
+                if header.size < 0 or archive.offset <= header.offset:
+                    raise damaged(f"{header.name} has a negative size")
+                if header.isfile() and not header.issparse() and header.offset_data + header.size > size:
+                    raise damaged(f"{header.name} is cut short")
+                yield header
+        except UserError:
+            raise
+        except Exception as error:  # `tarfile` raises nearly anything for damaged headers.
+            raise damaged(one_line(error)) from error
+        # It stops without a word at a damaged header, at one that is cut, and at the end of a file that is cut.
+        content.seek(archive.offset)
+        block = content.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            raise damaged("it has no end mark")
+        if any(block):
+            raise damaged(f"at byte {archive.offset} there is no header")
+        start = _behind_zeros(content)
 
-    with file.open("rb") as content:
-        content.seek(-min(tarfile.BLOCKSIZE, file.stat().st_size), 2)
-        if any(content.read()):  # `tarfile` does not notice a cut header, nor missing files at the end.
-            raise UserError(f"{file} is not a whole tar file (it has no end mark); fetch it again, or unpack it first")
-    try:
-        for key, group in itertools.groupby(members(), key=lambda member: member[0]):
-            yield key, {ending: member for _, ending, member in group}
-    except tarfile.TarError as error:
-        raise UserError(f"{file} is not a whole tar file ({error}); fetch it again, or unpack it first") from error
+
+def _behind_zeros(content: BinaryIO) -> int | None:
+    """Where the next block begins that is not all zeros; None if the file ends before."""
+    while chunk := content.read(READ_AT_ONCE):
+        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        if zeros < len(chunk):
+            return content.tell() - len(chunk) + zeros // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    return None
 
 
 def _key_and_ending(name: str) -> tuple[str, str]:
@@ -121,32 +219,56 @@ def _image_of(members: dict[str, _Member], sample: str, reading: Reading) -> str
     wanted = (reading.image_column or "").lower().removeprefix(".")
     endings = [ending for ending in members if (ending == wanted if wanted else is_image(f"a.{ending}"))]
     if len(endings) > 1:
-        raise UserError(f"{sample} has images {', '.join(endings)}; choose one with {option('image_column')}")
+        raise UserError(
+            f"{sample} has images {', '.join(endings)} (a sample is what has one name up to the first dot); choose one "
+            f"with {option('image_column')}, or rename them"
+        )
     return endings[0] if endings else None
 
 
-def _label_of(members: dict[str, _Member], file: Any, name: str, reading: Reading) -> Any:
+def _label_of(members: dict[str, _Member], file: BinaryIO, name: str, reading: Reading) -> _Label | None:
+    """The label that a sample has in a file of its own or in its .json, if any."""
     column = reading.label_column
     ending = column.lower().removeprefix(".") if column else "cls"
     if ending in members:
-        text = _read(file, members[ending]).decode(errors="replace").strip()
-        return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else text
+        try:
+            text = _read(file, members[ending]).decode().strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"the .{ending} beside {name} is not text in UTF-8 ({error}); save it as such") from error
+        return _Label(int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else text, ending)
     if "json" in members:
         try:
             about = json.loads(_read(file, members["json"]))
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"the .json beside {name} is not JSON ({error}); fix it, or use {option('no_labels')}"
+                f"the .json beside {name} is not JSON ({one_line(error)}); fix it, or use {option('no_labels')}"
             ) from error
         if isinstance(about, dict) and (column or "label") in about:
-            return about[column or "label"]
+            return _Label(about[column or "label"], "json")
+    return None
+
+
+def _refuse_unlabelled(name: str, reading: Reading) -> NoReturn:
+    ending, key = (reading.label_column or "cls").lower().removeprefix("."), reading.label_column or "label"
     raise UserError(
-        f"{name} has no label: no file .{ending} and no key {column or 'label'} in a .json beside it; name either with "
-        f"{option('label_column')}, or use {option('labels')} or {option('no_labels')}"
+        f"{name} has no label: no file .{ending} and no key {key} in a .json beside it, nor is there a folder for each "
+        f"class; name either with {option('label_column')}, or use {option('labels')} or {option('no_labels')}"
     )
 
 
-def _read(file: Any, member: _Member) -> bytes:
+def _folders(path: Path, in_tar: list[str], names: list[str], reading: Reading) -> tuple[list[str], tuple[str, ...]]:
+    """The classes of images by the folders in the tar files, and notes. A folder that all share is none."""
+    if reading.class_level is not None:
+        return classes_of(path, in_tar, reading.class_level)
+    shared = os.path.commonpath([PurePosixPath("/", name).parent for name in in_tar])
+    below = [PurePosixPath("/", name).relative_to(shared).as_posix() for name in in_tar]
+    lonely = next((i for i, name in enumerate(below) if "/" not in name), None)
+    if reading.label_column or lonely is not None:
+        _refuse_unlabelled(names[lonely or 0], reading)
+    return classes_of(path, below)
+
+
+def _read(file: BinaryIO, member: _Member) -> bytes:
     file.seek(member.offset)
     content = file.read(member.size)
     if len(content) < member.size:

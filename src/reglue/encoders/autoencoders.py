@@ -392,9 +392,10 @@ def _class_name(config: Mapping[str, Any], folder: Path) -> str:
             f"class; add it if you know it (known are {known}), or fetch the folder again"
         )
     if class_name not in DIFFUSERS_KINDS:
+        said = " ".join(class_name.split())[:100]
         raise UserError(
-            f"autoencoder {folder}: config.json says {class_name[:100]!r}, which is not a known autoencoder of images; "
-            f"choose a folder of one of {known}"
+            f"autoencoder {folder}: config.json says {said}, which is not a known autoencoder of images; choose a "
+            f"folder of one of {known}"
         )
     return class_name
 
@@ -486,7 +487,7 @@ def _read_mean_std(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[
     content = read_json(file, dict[str, Any], "fix it, or take it away to use config.json")
     try:
         mean, std = (torch.tensor(content[key], dtype=torch.float64).expand(channels) for key in ("mean", "std"))
-        valid = std.min() > 0 and torch.stack([mean, std, 1 / std]).float().isfinite().all()
+        valid = std.min() > 0 and torch.stack([mean, std, std.reciprocal()]).float().isfinite().all()
     except (ValueError, KeyError, TypeError, RuntimeError):
         valid = False
     if not valid:
@@ -494,7 +495,7 @@ def _read_mean_std(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[
             f'{file} must say {{"mean": …, "std": …}}, each one finite number or a list of {channels}, one for each '
             "latent channel, std above 0: fix it, or take it away to use config.json"
         )
-    return tuple(mean.tolist()), tuple((1 / std).tolist())
+    return tuple(mean.tolist()), tuple(std.reciprocal().tolist())
 
 
 def _load_taef2(name: str, folder: Path) -> Taef2Autoencoder:

@@ -8,7 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from reglue.progress import Bar
 
 EPOCHS = 8
 BATCH_SIZE = 64
@@ -74,7 +75,7 @@ def train_classifier(images: Tensor, labels: Tensor, classes: int, seed: int, pr
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, epochs=EPOCHS, steps_per_epoch=steps_per_epoch
     )
-    with tqdm(total=EPOCHS * steps_per_epoch, desc="classifier", disable=not progress) as bar:
+    with Bar(total=EPOCHS * steps_per_epoch, desc="classifier", disable=not progress) as bar:
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(images), generator=generator).tensor_split(steps_per_epoch):
                 scores = classifier(_moved(images[rows].float(), generator))

@@ -249,7 +249,7 @@ def warnings_of(network: FeatureNetwork, images: Side, reference: Side) -> Itera
             height, width = side.size or (0, 0)
             yield (
                 f"warning: {side.other_sizes} of {side.count} {name} are of another size than the first, and were "
-                f"scaled and cropped to its {height}×{width} pixels; say {option('resolution')} to choose one"
+                f"scaled and cropped to its {height}×{width} pixels; {option('resolution')} chooses another"
             )
         if copies := _copies(side):
             yield (

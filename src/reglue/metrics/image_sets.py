@@ -219,8 +219,8 @@ class _StoreImages(_SourceImages):
             return self.store.manifest.source.open()
         except UserError as error:
             raise UserError(
-                f"the store {self.store.folder} has no features of this network, so its images are needed, but "
-                f"{error}; put them back, or choose the store's encoder as the feature network"
+                f"the store {self.store.folder} has no class tokens of this network in float32, so its images are "
+                f"needed, but {error}; put them back, or choose a network whose class tokens it has"
             ) from error
 
 

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reglue.encoders.weights import is_pickled, read_shapes
+from reglue.encoders.weights import is_pickled, read_shapes, read_weights
 from reglue.errors import UserError
 from reglue.files import refuse_not_finite
 from reglue.metrics.features import Description, FeatureNetwork
 from reglue.names import INCEPTION
-from reglue.pickles import read_untrusted_tensors
 
 if TYPE_CHECKING:
     from reglue.metrics.inception_network import InceptionNetwork
@@ -76,7 +75,7 @@ def load_inception(
     from reglue.metrics.inception_network import URL_INCEPTION_V3, InceptionNetwork  # slow to import
 
     weights = file or _downloaded(URL_INCEPTION_V3, otherwise)
-    state = read_untrusted_tensors(weights)
+    state = read_weights([weights])
     refuse_not_finite(state, weights)
     without_logits = "" if all(name in state for name in LOGITS) else f"{weights.name} holds no layer of class scores"
     with torch.random.fork_rng(devices=[]):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reglue.encoders.vision import VisionEncoder
+from reglue.encoders.weights import read_weights
 from reglue.errors import UserError, option
-from reglue.pickles import read_untrusted_tensors
+from reglue.files import refuse_not_finite
 
 STAGE_ENDS = (3, 8, 15, 22, 29)
 """Indices into torchvision's VGG16 of the last activation before each pooling, and of the very last one."""
@@ -68,7 +69,8 @@ def load_lpips(files: Sequence[Path], given_by: str = "perceptual.network") -> L
     found: dict[str, Tensor] = {}
     for file in files:
         try:
-            tensors = read_untrusted_tensors(file)
+            tensors = read_weights([file])
+            refuse_not_finite(tensors, file)
         except UserError as error:
             raise UserError(f"{option(given_by)} {error}") from None
         for name, tensor in tensors.items():

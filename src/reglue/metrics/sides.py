@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.data.store import Store
 from reglue.errors import UserError
@@ -19,8 +18,11 @@ from reglue.metrics.distances import DENSITY_NEIGHBOURS, NEIGHBOURS, Gaussian, G
 from reglue.metrics.features import EncoderFeatures, FeatureNetwork, FeatureSet, describe_images
 from reglue.metrics.image_sets import Images, ImageSet, Share
 from reglue.metrics.inception import Inception
+from reglue.progress import Bar
 from reglue.training import distributed
 
+PRECISION = "float32"
+"""In which networks describe images here."""
 LEAST_IMAGES = max(NEIGHBOURS, DENSITY_NEIGHBOURS) + 1
 """Fewer do not have as many neighbours."""
 
@@ -74,7 +76,7 @@ def describe_side(
         origin, size = "class tokens cached in the store", network.image_size
         found = FeatureSet(side.store.read("cls", side.store.originals)["cls"].float(), None, None)
     elif side.images is not None:
-        origin = "computed from the images"
+        origin = f"computed from the images{_since_precision(side.store, network)}"
         size = resolution or network.image_size or side.images.first_size()
         found, seen = _describe_images(network, side.images, size, name, share, keep_spatial)
     elif not given:
@@ -103,13 +105,22 @@ def refuse_too_few(count: int, found: str) -> None:
         raise UserError(f"{found}; at least {LEAST_IMAGES} are needed for a comparison")
 
 
-def _has_features(store: Store, network: EncoderFeatures) -> bool:
-    """Whether the network would give the store's class tokens. Choices for the patches do not matter.
+def _since_precision(store: Store | None, network: FeatureNetwork) -> str:
+    """Why a store's class tokens are not taken, if they would be but for their precision."""
+    if store is None or not isinstance(network, EncoderFeatures) or not _fits(store, network):
+        return ""
+    return f", as the store's class tokens are in {store.manifest.precision}"
 
-    Those that were computed in another precision than the other side's will be are none.
-    """
+
+def _has_features(store: Store, network: EncoderFeatures) -> bool:
+    """Whether a store has the network's class tokens, computed in the precision in which those of images will be."""
+    return _fits(store, network) and store.manifest.precision == PRECISION
+
+
+def _fits(store: Store, network: EncoderFeatures) -> bool:
+    """Whether the store's class tokens are the network's. Choices for the patches do not matter."""
     cached, spec = store.manifest.encoder, network.encoder.spec
-    if network.kind != "class-token" or cached is None or store.manifest.precision != "float32":
+    if network.kind != "class-token" or cached is None:
         return False
     return replace(cached, layers=spec.layers, final_norm=spec.final_norm) == spec
 
@@ -135,9 +146,8 @@ def _describe_images(
     numbers: list[int] = []
     prints: list[int] = []
     found = describe_images(network, _readable(images, size, name, share, numbers, prints), keep_spatial=keep_spatial)
-    described, fingerprints = (
-        distributed.all_gather(torch.tensor(part, dtype=torch.int64)) for part in (numbers, prints)
-    )
+    noted = (distributed.all_gather(torch.tensor(part, dtype=torch.int64)) for part in (numbers, prints))
+    described, fingerprints = noted
     others = distributed.all_gather(torch.tensor([images.other_sizes]))
     unread = sorted({*range(len(images))} - {*described.tolist()})
     seen = _Seen([images.name(number) for number in unread], int(others.sum()), fingerprints)
@@ -170,7 +180,7 @@ def _readable(
 ) -> Iterator[Tensor]:
     """The readable images of a share, uint8 (B, 3, *size), a batch at a time; what they are is added to the lists."""
     count = len(images)
-    with tqdm(total=count, unit="image", desc=name, disable=share.rank > 0) as progress:
+    with Bar(total=count, unit="image", desc=name, disable=share.rank > 0) as progress:
         for within, batch in zip(share.batches(count), images.batches(size, share), strict=True):
             readable = []
             for number, image in zip(within, batch, strict=True):
@@ -179,7 +189,7 @@ def _readable(
                     numbers.append(number)
                     fingerprints.append(_fingerprint(image))
                 else:
-                    tqdm.write(f"skipped {image.name} of the {name}: {image.reason}", file=sys.stderr)
+                    Bar.write(f"skipped {image.name} of the {name}: {image.reason}", file=sys.stderr)
             if readable:
                 yield torch.stack(readable)
             progress.update(min(len(batch) * share.processes, count - progress.n))

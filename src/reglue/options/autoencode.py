@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
+from reglue.options import ready
 from reglue.reals.config import Architecture, AutoencoderRecipe, check_size
 
 
@@ -94,3 +95,8 @@ class Autoencode(TakesPaths):
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return ready(self.out, "prepare", self.images, "store", "--autoencoder", self.out)

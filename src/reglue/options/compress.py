@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
 from reglue.names import CompressedColumn, CompressorKind, codes_column
+from reglue.options import ready
 
 if TYPE_CHECKING:
     from reglue.encoders.compressors import Compressor
@@ -117,3 +118,11 @@ class Compress(TakesPaths):
             without |= {"hidden", "epochs", "cosine_epochs", "patience", "batch_size", "micro_batch"}
             without |= {"learning_rate", "final_learning_rate"}
         return {option: value for option, value in asdict(self).items() if option not in without}
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        name = self.compressor_name
+        what = ("--local.compressor" if self.column == "features" else "--class-token.compressor", name)
+        recipe = "redi" if self.kind == "pca" and self.column == "features" else "reglue"
+        return ready(self.store, "train", recipe, "--store", self.store, "--out", "run", *what)

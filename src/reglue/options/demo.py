@@ -17,12 +17,14 @@ class Demo(TakesPaths):
     """Folder for everything; the same command again continues in it."""
     compare: bool = False
     """Also train plain SiT for as many steps, and show both."""
-    samples_per_class: int = 20
-    """Images of each digit, guided and unguided each."""
+    samples_per_class: int = 100
+    """Images of each digit, guided and unguided each, that the figures are of. The page shows the first 20."""
     steps: int = 1500
     """Training steps."""
     seed: int = 0
     """Seed of the held-out digits, the training and the samples."""
+
+    written = ""  # The last line of output is JSON.
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,8 +23,8 @@ class Evaluate(TakesPaths):
     """
 
     images: Positional[Path]
-    """A folder of images, an .npz file (uint8 (N, H, W, 3) as arr_0 or images), a store, or a run. A run first draws
-    them as its recipe says, into its folder `evaluated`; the same command again continues."""
+    """A folder of images, an .npz or .npy file (uint8 (N, H, W, 3); as arr_0 or images), a store, or a run. A run first
+    draws them as its recipe says, into its folder `evaluated`; the same command again continues."""
     reference: Path | None = None
     """What to compare with: any of the same, ADM's reference batches included; of a run, its training store. Default:
     the training store of the run in IMAGES."""
@@ -67,3 +67,8 @@ class Evaluate(TakesPaths):
         require(self, "count", "resolution", "kernel_subsets", "batch_size", at_least=1)
         require(self, "kernel_subset_size", at_least=2)
         require(self, "resamples", "seed", at_least=0)
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return f"the report is in {self.out}" if self.out else ""

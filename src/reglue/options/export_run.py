@@ -28,6 +28,8 @@ class ExportRun(TakesPaths):
     weights: Weights = "ema"
     """What a .safetensors file holds: the averaged weights (ema) or the trained ones (model)."""
 
+    written = ""  # The command itself says what is in the file.
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "step", at_least=0)

@@ -10,6 +10,7 @@ from tyro.conf import Positional
 
 from reglue.errors import require
 from reglue.files import TakesPaths
+from reglue.options import ready
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,8 @@ class ImportRun(TakesPaths):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "heads", "resolution", at_least=1)
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return ready(self.out, "sample", self.out, "--out", "samples")

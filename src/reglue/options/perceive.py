@@ -47,3 +47,8 @@ class Perceive(Draw):
         if self.images is not None and given:
             option = f"--{given.replace('_', '-')}"
             raise UserError(f"{option} is about drawing, and with --images nothing is drawn; leave either out")
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return f"pictures and report are in {self.out}"

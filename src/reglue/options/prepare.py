@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from reglue.data.reading import Reading, Subset
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
+from reglue.options import ready
 from reglue.sampling import Precision
 
 
@@ -32,8 +33,9 @@ class Prepare(TakesPaths):
     resolution: int | tuple[int, int] = 256
     """Side of the prepared images in pixels, or height and width. Images are scaled to cover it, then cropped."""
     autoencoder: str = "sd-vae-ft-mse"
-    """Autoencoder: starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]) or a folder in diffusers'
-    layout (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, VQModel, AutoencoderTiny or AutoencoderDC)."""
+    """Autoencoder: starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]), a folder in diffusers'
+    layout (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, VQModel, AutoencoderTiny or AutoencoderDC), a
+    checkpoint of Stable Diffusion, or NAME@FILE for a KL autoencoder in the latent space of that short name."""
     encoder: str = "dinov2-b-reg"
     """Vision encoder: starter, a short name, timm:NAME, NAME@FILE, a folder or a file of weights. none stores latents
     alone."""
@@ -94,3 +96,9 @@ class Prepare(TakesPaths):
     def subset(self) -> Subset | None:
         """Which images are taken; None for all."""
         return None if self.share == 1 and self.per_class is None else Subset(self.share, self.per_class, self.seed)
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        recipe = ("train", "sit", "--store", self.out, "--out", "run")
+        return ready(self.out, *(("compress", self.out) if self.features else recipe))

@@ -87,3 +87,8 @@ class Probe(ProbingOptions):
         """The options that decide every result, as JSON has them."""
         without = {"store", "out", "validation", "masks", "validation_masks", "columns", "conv", "flat_limit", "device"}
         return {option: value for option, value in asdict(self).items() if option not in without}
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return f"the report is in {self.out}"

@@ -10,6 +10,7 @@ from tyro.conf import Positional
 
 from reglue.errors import require
 from reglue.files import TakesPaths
+from reglue.options import ready
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Reencode(TakesPaths):
     out: Positional[Path]
     """Folder of the second store: new, empty, or begun by the same command."""
     autoencoder: str
-    """starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]) or a folder in diffusers' layout:
-    AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, VQModel, AutoencoderTiny or AutoencoderDC."""
+    """starter, a short name, a name on the hub (OWNER/REPOSITORY[/SUBFOLDER]), a folder in diffusers' layout, a
+    checkpoint of Stable Diffusion, or NAME@FILE, as in `reglue prepare`."""
     dtype: Literal["float32", "float16"] = "float32"
     """Precision in which latents are stored."""
     batch_size: int = 16
@@ -41,3 +42,8 @@ class Reencode(TakesPaths):
         super().__post_init__()
         require(self, "batch_size", at_least=1)
         require(self, "workers", at_least=0)
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return ready(self.out, "train", "sit", "--store", self.out, "--out", "run")

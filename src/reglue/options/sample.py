@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reglue.options import ready
 from reglue.sampling import Draw
 
 
 @dataclass(frozen=True)
 class Sample(Draw):
     """Draw images from a run. Image i depends on the seed and i alone; the same command again draws what is missing."""
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return ready(self.out, "evaluate", self.out, "--reference", "STORE")

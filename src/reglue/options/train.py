@@ -12,6 +12,7 @@ from reglue.config import Recipe
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
 from reglue.names import Weights
+from reglue.options import ready
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,8 @@ class Train(TakesPaths):
             raise UserError("--from-step and --from-weights say what to take of another run; give --from too")
         if self.start_step is not None and self.start_step < 0:
             raise UserError(f"--from-step {self.start_step}: choose at least 0")
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return ready(self.out, "sample", self.out, "--out", "samples")

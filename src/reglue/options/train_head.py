@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from reglue.errors import UserError, require
+from reglue.options import ready
 from reglue.options.probe import ProbingOptions
 
 
@@ -37,3 +38,8 @@ class TrainHead(ProbingOptions):
             raise UserError("--masks and --depth: a head predicts one of them; train two heads")
         if self.masks is None and (self.hidden or self.class_names):
             raise UserError("--hidden and --class-names belong to --masks; give it too, or leave them out")
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return ready(self.out, "perceive", "RUN", "--head", self.out, "--out", "seen")

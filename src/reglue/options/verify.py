@@ -19,3 +19,5 @@ class Verify(TakesPaths):
 
     folder: Positional[Path]
     """A store, run, autoencoder, head or samples (folder or .npz file), or starter, the small model of this package."""
+
+    written = ""  # The command itself says what it has found.

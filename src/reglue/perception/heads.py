@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from reglue.encoders.known import KNOWN_ENCODERS
 from reglue.encoders.vision import EncoderSpec, VisionFeatures
+from reglue.encoders.weights import read_weights
 from reglue.errors import UserError
-from reglue.files import read_json, read_network, replacing, to_json, write_tensors
-from reglue.pickles import read_untrusted_tensors
+from reglue.files import read_json, read_network, refuse_not_finite, replacing, to_json, write_tensors
 
 Task = Literal["segmentation", "depth"]
 
@@ -174,8 +174,9 @@ def load_head(path: Path | str, device: str | torch.device = "cpu") -> Head:
     if path.is_dir():
         head = _load_folder(path)
     elif path.is_file():
-        tensors = read_untrusted_tensors(path)
-        head = _published({name.removeprefix("decode_head."): one.float() for name, one in tensors.items()}, path)
+        tensors = {name.removeprefix("decode_head."): one.float() for name, one in read_weights([path]).items()}
+        head = _published(tensors, path)
+        refuse_not_finite(head.state_dict(), path)
     else:
         raise UserError(f"{path}: no such head; give a folder that `reglue head` made, or a file of a DINOv2 head")
     return head.eval().requires_grad_(False).to(device)

@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.config import LocalSemantics
 from reglue.diffusion.modalities import LATENT
@@ -30,6 +29,7 @@ from reglue.files import parse_json
 from reglue.names import Estimator
 from reglue.perception.heads import Head
 from reglue.pipeline import evaluations
+from reglue.progress import Bar
 from reglue.reals.samples import ImageSamples, all_of, to_images, to_pixels
 from reglue.samples import Drawing
 
@@ -103,7 +103,7 @@ def drawn_scenes(
 ) -> Iterator[Scene]:
     """The first `count` images of a drawing, in batches."""
     model, local = drawing.model, LocalSemantics.modality
-    with tqdm(total=evaluations(drawing.sampling, count, batch_size), unit="evaluation", desc="perceive") as progress:
+    with Bar(total=evaluations(drawing.sampling, count, batch_size), unit="evaluation", desc="perceive") as progress:
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
             state = drawing.draw(indices, progress.update, min(batch_size, count))

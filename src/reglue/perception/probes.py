@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from reglue.metrics.distances import GaussianStatistics
 from reglue.perception.agreement import IGNORE, RESAMPLES, confusions, mean_iou, resampled_totals, standard_error
 from reglue.perception.heads import head_layers
+from reglue.progress import Bar
 from reglue.seeds import generator, permutation
 
 NO_TARGET = -100
@@ -56,7 +56,7 @@ class Examples:
     def batches(self, what: str, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs (n, C, h, w) and targets (n, …) in order, under a progress bar."""
         size = size or max(16, VALUES_AT_ONCE // int(np.prod(self.shape)))
-        with tqdm(total=len(self), desc=what, unit="image", leave=False) as progress:
+        with Bar(total=len(self), desc=what, unit="image", leave=False) as progress:
             for rows, targets in zip(self.rows.split(size), self.targets.split(size), strict=True):
                 yield self.read(rows), targets
                 progress.update(len(rows))
@@ -228,7 +228,7 @@ def fit_map(fitting: Examples, selection: Examples, classes: int, training: Prob
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
     best, state = Fitted(probe, 0, -1.0), {}
     order = _endless_order(len(fitting), training.seed)
-    for step in tqdm(range(1, training.steps + 1), desc="train the probe", unit="step", leave=False):
+    for step in Bar(range(1, training.steps + 1), desc="train the probe", unit="step", leave=False):
         batch = fitting.subset(torch.tensor([next(order) for _ in range(min(training.batch_size, len(fitting)))]))
         scores = probe(batch.read(batch.rows).to(training.device), _size(batch))
         counted = _counted(batch.targets).to(training.device)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from reglue.encoders.weights import is_pickled
 from reglue.errors import UserError
 from reglue.files import opened_tensors
 from reglue.pickles import read_untrusted
@@ -77,12 +78,13 @@ def read_official(file: Path) -> PublishedFile:
         raise UserError(f"{file}: {'a folder; give the file in it' if file.is_dir() else 'no such file'}")
     content: Any
     stated: dict[str, Any] = {}
-    if file.suffix == ".safetensors":
+    if _is_safetensors(file):
         with opened_tensors(file, "fetch it again") as opened:
             texts = (opened.metadata() or {}).items()
             content = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
         stated = {name: int(text) if STEP_DIGITS.fullmatch(text) else text for name, text in texts}
     else:
+        is_pickled(file)  # which says what to do about one that is called safetensors
         content = read_untrusted(file)
     container = content if isinstance(content, dict) else {}
     weights, notes = weights_in(content, file, FIRST_WEIGHT)
@@ -90,6 +92,12 @@ def read_official(file: Path) -> PublishedFile:
     steps = [place[name] for place in (container, stated) for name in STEPS if type(place.get(name)) is int]
     named = [int(file.stem)] if STEP_DIGITS.fullmatch(file.stem) else []
     return PublishedFile(weights, _flat([stated, *groups]), next((s for s in [*steps, *named] if s >= 0), 0), notes)
+
+
+def _is_safetensors(file: Path) -> bool:
+    """Whether a file begins like safetensors, whatever it is called: with the length of some JSON, and that."""
+    with file.open("rb") as opened:
+        return opened.read(9)[8:] == b"{"
 
 
 def _flat(groups: list[dict[str, Any]]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi"})
 PREDICTION, PATH_TYPE, ENCODER_DEPTH, NUM_CLASSES = "prediction", "path_type", "encoder_depth", "num_classes"
 """Options of the published trainings that weights do not tell: what is predicted, the path, after how many blocks the
 projector reads, and how many classes there are besides none. In our safetensors files they are metadata."""
+NUM_HEADS = "num_heads"
+"""Option of the published classes, which some trainings keep."""
 LABEL_DROPOUTS = ("class_dropout_prob", "cfg_prob")
 """Options of the published trainings: the share of samples trained without their class."""
 FAMILY = "family"

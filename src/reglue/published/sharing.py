@@ -19,7 +19,7 @@ from reglue.encoders.alignment import load_alignment, save_alignment
 from reglue.encoders.autoencoders import CONFIG as AUTOENCODER_CONFIG
 from reglue.encoders.autoencoders import MEAN_STD
 from reglue.errors import UserError
-from reglue.files import new_folder
+from reglue.files import new_folder, read_json
 from reglue.locks import writing
 from reglue.papers import PAPERS
 from reglue.run import AUTOENCODER, COMPRESSORS, NAME, RunRecord, find_compressor, hub_error
@@ -196,7 +196,7 @@ def _with_autoencoder(shared: RunRecord, record: RunRecord, run: Path | None, fo
             content = json.loads(file.read_text())
             content.pop("_name_or_path", None)
             shared_file.write_text(json.dumps(content, indent=2) + "\n")
-        elif file.suffix == ".safetensors" or file.name == MEAN_STD:
+        elif file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json") or file.name == MEAN_STD:
             shutil.copyfile(file, shared_file)
     if record.decoder:
         return replace(shared, decoder=AUTOENCODER)
@@ -214,13 +214,13 @@ def _preview(run: Path | None, step: int) -> Path | None:
 
 
 def _read_report(file: Path) -> Report | None:
+    if not file.exists():
+        raise UserError(f"{file}: no such report")
     try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such report") from None
-    except (ValueError, RecursionError):
+        content = read_json(file, dict[str, Any], "evaluate again")
+    except UserError:
         return None
-    if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
+    if not isinstance(content.get("metrics"), dict):
         return None
     distance = str(content.get("distance_name") or DISTANCE)
     figures = {distance if key == DISTANCE else key: value for key, value in content["metrics"].items()}

@@ -110,7 +110,7 @@ def import_official(
             raise UserError(f"these weights are {whose}; {CANNOT}")
     published, alignment_depth = _with_uniform_names(published, alignment_depth)
     published, notes = _with_one_projector(published)
-    published, has_null = _with_null_label(published, classes)
+    published, has_null, of_labels = _with_null_label(published, classes)
     config = _recognise(published, latent_channels, heads, alignment_depth, grid)
     family, why = choose_family(published, config, evidence)
     weights = {ours: published[theirs].float() for theirs, ours in _names(published).items()}
@@ -128,7 +128,7 @@ def import_official(
         )
     if family in TIME_FROM_NOISE:
         weights = reverse_time(weights)
-    return OfficialModel(family, config, weights, has_null, (*why, *notes))
+    return OfficialModel(family, config, weights, has_null, (*why, *notes, *of_labels))
 
 
 def export_official(
@@ -206,12 +206,18 @@ def _with_one_projector(published: dict[str, Tensor]) -> tuple[dict[str, Tensor]
     return kept, (f"It was aligned with several encoders: projectors {which}, which only training uses, are left out.",)
 
 
-def _with_null_label(published: dict[str, Tensor], classes: int | None) -> tuple[dict[str, Tensor], bool]:
-    """Add a null label's embedding, of zeros, where a row per class is all there is; and whether there was one."""
+def _with_null_label(
+    published: dict[str, Tensor], classes: int | None
+) -> tuple[dict[str, Tensor], bool, tuple[str, ...]]:
+    """Add a null label's embedding, of zeros, where a row per class is all there is; whether there was one; and what is
+    to be said of another number of rows."""
     table = published.get(LABELS)
-    if table is None or table.ndim != 2 or not classes or len(table) != classes:
-        return published, True
-    return {**published, LABELS: torch.cat([table, torch.zeros_like(table[:1])])}, False
+    if table is None or table.ndim != 2 or not classes or len(table) == classes + 1:
+        return published, True, ()
+    if len(table) == classes:
+        return {**published, LABELS: torch.cat([table, torch.zeros_like(table[:1])])}, False, ()
+    rows = len(table)
+    return published, True, (f"Of {classes} classes its labels have {rows} rows: taken for {rows - 1} and none.",)
 
 
 def _blocks(published: Mapping[str, Tensor]) -> int:

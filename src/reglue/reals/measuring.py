@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from reglue.config import Precision
 from reglue.data.pictures import enlarge, heat_of, titled_grid
 from reglue.encoders.alignment import LatentSemantics, cosine_similarities, similarity_maps
 from reglue.encoders.vision import VisionEncoder, load_encoder
@@ -27,6 +26,7 @@ from reglue.names import INCEPTION
 from reglue.reals.config import Perceptual
 from reglue.reals.samples import ImageSamples, to_images, to_pixels
 from reglue.reals.trainable import AlignedAutoencoder, Reconstruction
+from reglue.sampling import Precision
 from reglue.training.precision import autocast, matmul_precision
 
 SMALLEST = 16

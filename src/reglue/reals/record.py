@@ -18,6 +18,7 @@ from reglue.files import BESIDE, replacing, seal, to_json
 from reglue.reals.config import AutoencoderRecipe
 from reglue.reals.trainable import AlignedAutoencoder
 from reglue.run import differing, told
+from reglue.sampling import Precision
 
 OPTIONS = ("resolution", "validation", "validation_images", "statistics_images", "seed")
 """Fields of a record that are options of `autoencode`, beside those of its recipe."""
@@ -51,9 +52,9 @@ class TrainingRecord:
     measured_with: dict[str, str] = field(default_factory=dict, compare=False)
     """The files of the networks behind the figures lpips and rfid."""
 
-    def settled(self, before: TrainingRecord | None) -> TrainingRecord:
-        """The same with what its recipe leaves open decided, as it was `before` if a training is continued."""
-        optimisation = self.recipe.optimisation.settled(before.recipe.optimisation if before else None)
+    def settled(self, before: TrainingRecord | None, precision: Precision) -> TrainingRecord:
+        """The same with what its recipe leaves open decided: as it was `before`, if a training is continued."""
+        optimisation = self.recipe.optimisation.settled(before and before.recipe.optimisation, precision)
         return replace(self, recipe=replace(self.recipe, optimisation=optimisation))
 
 

@@ -9,11 +9,11 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from reglue.data.images import ImageSource, UnreadableImage
 from reglue.data.prefetch import prefetch
 from reglue.errors import UserError
+from reglue.progress import Bar
 from reglue.seeds import generator, normals, permutation
 
 REPLACEMENTS = 100
@@ -64,7 +64,7 @@ class ImageSamples:
             image = self.images.load(row, self.size)
             if not isinstance(image, UnreadableImage):
                 return image
-            tqdm.write(f"skipped {self.images.path / image.name}: {image.reason}", file=sys.stderr)
+            Bar.write(f"skipped {self.images.path / image.name}: {image.reason}", file=sys.stderr)
         raise UserError(f"{self.images.path}: {REPLACEMENTS} images in a row cannot be read; fix or remove them")
 
 
@@ -73,7 +73,7 @@ def all_of(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All samples once, in order and on the device, with a progress bar; so many threads decode ahead."""
     parts = [range(start, min(start + batch_size, len(samples))) for start in range(0, len(samples), batch_size)]
-    with tqdm(total=len(samples), unit="image", desc=samples.purpose, leave=False) as progress:
+    with Bar(total=len(samples), unit="image", desc=samples.purpose, leave=False) as progress:
         for pixels, noise in prefetch(samples.batch, parts, workers, device):
             yield pixels.to(device), noise.to(device)
             progress.update(len(pixels))

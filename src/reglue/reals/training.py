@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from reglue.diffusion.objective import weighted_sum
 from reglue.encoders.alignment import AlignmentSpec, cosine_similarities
@@ -20,14 +19,16 @@ from reglue.errors import option
 from reglue.files import to_json
 from reglue.metrics.latents import LatentStatistics, LatentSummary
 from reglue.metrics.perceptual import encoder_distance, encoder_features
+from reglue.progress import Bar
 from reglue.reals.adversary import adaptive_weight, hinge
 from reglue.reals.config import AutoencoderRecipe
 from reglue.reals.measuring import Judges, check_latents, draw, evaluate, warning_of_dead_channels
 from reglue.reals.samples import ImageSamples, all_of, to_images
 from reglue.reals.trainable import AlignedAutoencoder, Reconstruction, Trained
+from reglue.sampling import Precision
 from reglue.training import distributed, parallel
 from reglue.training.loop import Task, adamw
-from reglue.training.precision import autocast, matmul_precision
+from reglue.training.precision import autocast, matmul_precision, to_precision
 
 
 class AutoencoderTask(Task[tuple[Tensor, Tensor]]):
@@ -50,6 +51,7 @@ class AutoencoderTask(Task[tuple[Tensor, Tensor]]):
         """`average` is a copy of the model's autoencoder, to become its moving average."""
         optimiser, ema = adamw(model.parameters(), recipe.optimisation), average.state_dict()
         super().__init__(recipe.optimisation, device, part, model, optimiser, model.autoencoder, ema)
+        self.precision: Precision = to_precision(recipe.optimisation.precision, device)
         self.remedy = f"lower {option('optimisation.learning_rate')}, or raise {option('kl.weight')}, in a new folder"
         self.recipe, self.judges, self.trained, self.average = recipe, judges, model, average
         self.samples, self.held_out, self.workers = samples, held_out, workers
@@ -73,12 +75,7 @@ class AutoencoderTask(Task[tuple[Tensor, Tensor]]):
 
     def backward(self, batch: tuple[Tensor, Tensor], step: int, last_part: bool) -> dict[str, Tensor]:
         """See `Task`."""
-        recipe, model, precision, parts = (
-            self.recipe,
-            self.trained,
-            self.optimisation.precision,
-            self.optimisation.accumulate,
-        )
+        recipe, model, precision, parts = self.recipe, self.trained, self.precision, self.optimisation.accumulate
         weights = recipe.loss_weights(step)
         adversary = model.discriminator if recipe.adversary_active(step) else None
         with matmul_precision(self.device, precision):
@@ -139,10 +136,10 @@ class AutoencoderTask(Task[tuple[Tensor, Tensor]]):
     def evaluate(self, step: int) -> dict[str, Any]:
         """See `Task`: figures of the average on held-out images."""
         held_out = all_of(self.held_out, self.part, self.workers, self.device)
-        figures, self.summary = evaluate(self.average, self.judges, held_out, self.optimisation.precision)
-        tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        figures, self.summary = evaluate(self.average, self.judges, held_out, self.precision)
+        Bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         if warning := warning_of_dead_channels(self.summary, step):
-            tqdm.write(warning, file=sys.stderr)
+            Bar.write(warning, file=sys.stderr)
         epoch = step * self.optimisation.batch_size / len(self.samples)
         return {"epoch": epoch, "images": len(self.held_out), "validation": figures}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reglue.errors import UserError, option
+from reglue.errors import UserError, one_line, option
 
 try:
     import resource
@@ -23,6 +24,9 @@ except ImportError:  # On Windows.
 
 LONG_WAIT = timedelta(days=30)
 """Until a process that waits for the others gives up. One that has died is noticed at once."""
+
+JOIN_WAIT = timedelta(minutes=3)
+"""Until a process gives up that waits for the others to start: none of them can be watched before it has."""
 
 STEP_WAIT = timedelta(minutes=30)
 """Until a message between GPUs that does not arrive ends its process: longer than the first one draws previews."""
@@ -88,8 +92,8 @@ def join(device: str) -> tuple[int, int]:
 
     `device` is the job's option. On GPUs, tensors travel from GPU to GPU (NCCL, whose connections are made by the first
     of them) and whatever is on the CPU over the network (gloo); on CPUs there is gloo alone. Messages between GPUs have
-    to arrive within STEP_WAIT; `barrier`, `all_gather` and `broadcast_object` wait for as long as it takes. Raises
-    UserError as `resolve_device`.
+    to arrive within STEP_WAIT; `barrier`, `all_gather` and `broadcast_object` wait for as long as it takes. All have to
+    come within JOIN_WAIT. Raises UserError as `resolve_device`.
     """
     global _waiting
     place = resolve_device(device)
@@ -99,9 +103,39 @@ def join(device: str) -> tuple[int, int]:
         return 0, 1
     if not dist.is_initialized():
         _open_many_files()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=STEP_WAIT)
+        with _meeting():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=STEP_WAIT)
         _waiting = private_group(LONG_WAIT)
     return dist.get_rank(), dist.get_world_size()
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Around what makes connections, which wait for a process that has died as long as messages may take afterwards.
+
+    When they take longer than JOIN_WAIT, this process says so in one line and ends with exit code 2. Raises UserError
+    if they fail.
+    """
+
+    this = f"process {os.environ.get('RANK', '0')} of {_announced()}"
+    remedy = "see which one has ended or did not start, and run the same command again"
+
+    def give_up() -> None:
+        reason = f"{this} has waited {JOIN_WAIT.seconds} seconds for the others"
+        print(f"reglue: {reason}; {remedy}", file=sys.stderr, flush=True)
+        os._exit(2)  # The main thread is inside a call that does not return.
+
+    timer = threading.Timer(JOIN_WAIT.total_seconds(), give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except DEVICE_ERRORS:
+        raise
+    except RuntimeError as error:
+        raise UserError(f"{this} cannot reach the others ({one_line(error)}); {remedy}") from error
+    finally:
+        timer.cancel()
 
 
 def rank_and_count() -> tuple[int, int]:
@@ -190,7 +224,8 @@ def first_process_first() -> Iterator[None]:
 
 def private_group(timeout: timedelta = STEP_WAIT) -> dist.ProcessGroup:
     """Another group of all processes, over the CPU: its messages do not mix with the others. All must make it."""
-    group = dist.new_group(backend="gloo", timeout=timeout)
+    with _meeting():
+        group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     return group
 

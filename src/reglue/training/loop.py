@@ -14,11 +14,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from reglue.config import YOUNG, OptimiserConfig
 from reglue.data.prefetch import prefetch
 from reglue.errors import Stopped, UserError, option
+from reglue.progress import Bar
 from reglue.training import checkpoints, distributed, parallel, stopping
 from reglue.training.tracking import Trackers
 
@@ -142,7 +142,7 @@ def fit(
         averages, weights = list(ema.values()), [current[name] for name in ema]
 
     if averages and rank == 0 and (warning := warning_of_age(optimisation)):
-        tqdm.write(warning, file=sys.stderr)
+        Bar.write(warning, file=sys.stderr)
     with ExitStack() as stack:
         trackers = stack.enter_context(closing(Trackers(run, track, step or -1))) if rank == 0 else None
         writer = stack.enter_context(closing(checkpoints.Writer(run, keep, sharded)))
@@ -155,7 +155,7 @@ def fit(
         ahead = (part for future in range(step, steps) for part in parts_of(future))
         batches = stack.enter_context(closing(prefetch(task.read, ahead, workers, task.device)))
         progress = stack.enter_context(
-            tqdm(total=steps, initial=step, unit="step", desc=task.name, disable=rank > 0, smoothing=0.05)
+            Bar(total=steps, initial=step, unit="step", desc=task.name, disable=rank > 0, smoothing=0.05)
         )
         means = Means()
         logged_step, logged_time = step, time.perf_counter()

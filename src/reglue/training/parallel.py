@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from reglue.config import Precision
 from reglue.errors import UserError, option
+from reglue.sampling import Precision
 from reglue.training import distributed
 
 

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from reglue.config import Compile, Precision
+from reglue.config import Compile
 from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import Denoiser, Prediction
 from reglue.diffusion.modalities import State
+from reglue.machine import multiplies_bfloat16_faster
+from reglue.sampling import AutoPrecision, Precision
+from reglue.training import distributed
+
+
+def to_precision(asked: AutoPrecision, device: torch.device) -> Precision:
+    """The precision of matrix products, where `auto` is what the device multiplies fastest."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if multiplies_bfloat16_faster(device) else "float32"
+
+
+def agreed(device: torch.device) -> Precision:
+    """What `auto` is in new work of all processes: what the first one's device multiplies fastest. All must ask."""
+    return distributed.broadcast_object(to_precision("auto", device))
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -44,15 +62,25 @@ def matmul_precision(device: torch.device, precision: Precision) -> Iterator[Non
         torch.set_float32_matmul_precision(before)
 
 
-def to_compile(asked: Compile, device: torch.device) -> Compile:
-    """What torch.compile compiles of a transformer, where `auto` is resolved.
+WORTH_COMPILING = 1000
+"""Steps of a training from which on a CPU makes up for the quarter of a minute that it compiles: the demo's model does
+after some 400, larger ones sooner (`benchmarks/train_speed.py`)."""
 
-    `auto` is blocks on a GPU, if Triton and the C compiler that it needs are there, and nothing otherwise.
+
+def to_compile(asked: Compile, device: torch.device, steps: int) -> Compile:
+    """What torch.compile compiles of a transformer that is trained for so many steps in all, where `auto` is resolved.
+
+    `auto` is blocks where it pays, which it always does on a GPU, and what it needs is there: Triton and a C compiler,
+    or a C++ compiler and Python's headers. It is nothing otherwise, and on CPUs of other systems than Linux.
     """
     if asked != "auto":
         return asked
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return "blocks" if device.type == "cuda" and find_spec("triton") and compiler else "no"
+    if device.type == "cuda":
+        able = find_spec("triton") and (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+    else:
+        headers = Path(sysconfig.get_path("include"), "Python.h")
+        able = sys.platform == "linux" and shutil.which(os.environ.get("CXX") or "g++") and headers.is_file()
+    return "blocks" if able and (device.type == "cuda" or steps >= WORTH_COMPILING) else "no"
 
 
 def compiled_for_shapes(

@@ -1,14 +1,64 @@
-"""Stopping on request: SIGTERM and Ctrl-C end a training after a step, with a checkpoint, and not in the middle."""
+"""Stopping on request, at any moment: Ctrl-C (SIGINT) ends a command with exit code 130, SIGTERM with 143.
+
+Nothing here takes time to import: `listen` comes before everything else.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
-_requested = threading.Event()
+REQUESTS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
+PATIENCE = 10.0
+"""Seconds within which an interrupted command ends, whatever its main thread waits for."""
+
+_asked = 0
+"""The number of the last signal; 0 if there was none."""
+_interrupted = _at_work = False
+_deferred = threading.Event()
+
+
+def listen() -> None:
+    """Have Ctrl-C and SIGTERM end this process in one line: at once, but for what is done inside `at_work`.
+
+    Signals that are ignored stay so, as for a command that a script runs in the background. A file that grows over the
+    limit (SIGXFSZ) raises OSError.
+    """
+    for number in REQUESTS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+    if hasattr(signal, "SIGXFSZ"):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = sys.unraisablehook
+
+    def unraisable(what: sys.UnraisableHookArgs) -> None:
+        if _interrupted:  # It came where Python cannot raise, in a destructor for example.
+            end(_asked)
+        before(what)
+
+    sys.unraisablehook = unraisable
+    arrived, written = os.pipe()
+    os.set_blocking(written, False)
+    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(arrived,), daemon=True).start()
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """Inside, there may be something to tidy up: a signal raises KeyboardInterrupt, and does not end the process."""
+    global _at_work
+    _at_work = True
+    try:
+        yield
+    finally:
+        _at_work = False
 
 
 @contextmanager
@@ -17,28 +67,81 @@ def deferred() -> Iterator[None]:
 
     A second Ctrl-C does. In threads other than the main one, which Python does not let handle signals, nothing changes.
     """
+    global _asked
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def interrupt(*_: object) -> None:
-        if _requested.is_set():
+    def request(number: int, _: object) -> None:
+        global _asked, _interrupted
+        if _asked and number == signal.SIGINT:
+            _asked, _interrupted = number, True
+            _deferred.clear()
             raise KeyboardInterrupt
-        _requested.set()
-        # Not by print: the signal may have come in the middle of one.
-        os.write(2, b"\nreglue: stops with a checkpoint; Ctrl-C again stops at once, without one\n")
+        if number == signal.SIGINT:
+            # Not by print: the signal may have come in the middle of one.
+            os.write(2, b"\nreglue: stops with a checkpoint; Ctrl-C again stops at once, without one\n")
+        _asked = number
 
-    _requested.clear()
-    handlers = {signal.SIGTERM: lambda *_: _requested.set(), signal.SIGINT: interrupt}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    _asked = 0
+    _deferred.set()
+    before = {number: signal.signal(number, request) for number in REQUESTS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _requested.clear()
+        _deferred.clear()
 
 
 def requested() -> bool:
     """Whether SIGTERM or SIGINT has come to this process. It may not have come to the others."""
-    return _requested.is_set()
+    return _deferred.is_set() and _asked > 0
+
+
+def interrupted() -> bool:
+    """Whether a signal has interrupted what this process did, whichever exception that has become."""
+    return _interrupted
+
+
+def exit_code() -> int:
+    """Of a process that was asked to stop; that of SIGTERM where another process of the group was."""
+    return 128 + (_asked or signal.SIGTERM)
+
+
+def line() -> str:
+    """What an interrupted process says."""
+    how = REQUESTS[signal.Signals(_asked or signal.SIGINT)]
+    return f"{how}; run the same command again, which keeps what was finished"
+
+
+def end(number: int) -> NoReturn:
+    """End the process in one line, now."""
+    with suppress(OSError):
+        os.write(2, f"reglue: {line()}\n".encode())
+    os._exit(128 + number)
+
+
+def _interrupt(number: int, _: object) -> NoReturn:
+    global _asked, _interrupted
+    _asked = number
+    if not _at_work:
+        end(number)
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def _watch(arrived: int) -> None:
+    """End the process soon after a signal, even if its main thread is in a call that does not return."""
+    while True:
+        (number,) = os.read(arrived, 1)
+        if number in REQUESTS and not _deferred.is_set():
+            time.sleep(PATIENCE)
+            end(number)
+
+
+def _leave_to_parent() -> None:
+    """In a process that decodes for this one: Ctrl-C reaches both, and who started it ends it."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

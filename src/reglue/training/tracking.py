@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
-from tqdm import tqdm
 
 from reglue.errors import UserError, option
 from reglue.files import read_jsonl, replacing
+from reglue.progress import Bar
 
 FILE = "metrics.jsonl"
 
@@ -108,7 +108,7 @@ class Trackers:
         except Exception as error:
             self.others.pop(name, None)
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            tqdm.write(f"warning: tracker {name} failed and is left out from here on ({reason})", file=sys.stderr)
+            Bar.write(f"warning: tracker {name} failed and is left out from here on ({reason})", file=sys.stderr)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Backbones: from tokens and what conditions them to tokens.
 
-To add one, write a `Backbone` and register it in `BACKBONES`; recipes name it.
+To add one, write a `Backbone` and register it in `BACKBONES`; recipes name it. `attention.attention` is for any
+of them.
 """
 
 from __future__ import annotations

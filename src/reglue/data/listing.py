@@ -1,0 +1,166 @@
+"""What lies in folders: which files are images, which folders classes, and what is passed over."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import features
+
+from reglue.data.labels import in_class_order
+from reglue.errors import UserError, option
+
+PLUG_INS = {
+    "pillow_heif": ("pillow-heif", (".heic", ".heif", ".hif")),
+    "pillow_jxl": ("pillow-jxl-plugin", (".jxl",)),
+}
+"""Modules that teach Pillow further formats: their packages, and what the files of these formats end in."""
+EXTENSIONS = frozenset(
+    (
+        *(".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+        *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+        *((".avif",) if features.check("avif") else ()),
+        *(ending for module, (_, endings) in PLUG_INS.items() if find_spec(module) for ending in endings),
+    )
+)
+"""Files with these endings (in either case) are images; every other file is passed over."""
+SYSTEM_FOLDERS = frozenset(
+    ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+)
+"""What systems leave among images, besides hidden entries."""
+SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"))
+"""Folders with these names are parts of a data set, and no classes."""
+
+
+@dataclass
+class Listing:
+    """What is in a folder. Hidden entries and those of the system are passed over."""
+
+    images: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    endings: Counter[str] = field(default_factory=Counter)
+    """Of the other files, how many have which."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """See `ImageSource.notes`."""
+        return passed_over(self.endings)
+
+    @property
+    def reason(self) -> str:
+        """The same in brackets, to explain why there are no images."""
+        return "".join(f" ({note})" for note in self.notes)
+
+
+def list_folder(folder: Path) -> Listing:
+    """The images, sub-folders and other files that lie in a folder, by their names, sorted."""
+    found = Listing()
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                found.folders.append(entry.name)
+            elif is_image(entry.name):
+                found.images.append(entry.name)
+            else:
+                found.endings[ending_of(entry.name)] += 1
+    return found
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name."""
+    return ending_of(name) in EXTENSIONS
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that people do not see, by its name."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def ending_of(name: str) -> str:
+    """The ending of a file's name in lower case, with its dot; empty if it has none."""
+    return Path(name).suffix.lower()
+
+
+def passed_over(endings: Mapping[str, int]) -> tuple[str, ...]:
+    """A line that says what was no image, if anything was: how many files of each ending."""
+    counts = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    named = [f"{count} {ending or 'without an ending'}" for ending, count in counts[:8]]
+    if len(counts) > 8:
+        named.append(f"{sum(count for _, count in counts[8:])} others")
+    readable = [f"{package} reads {ending}" for package, of in PLUG_INS.values() for ending in of if ending in endings]
+    return (f"passed over: {', '.join(named)}{''.join(f' ({package})' for package in readable)}",) if named else ()
+
+
+def list_tree(path: Path) -> Listing:
+    """What is in a folder and in all folders below it, by paths. Links that lead back up are not followed."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a folder of images, or one with a sub-folder per class")
+    found = Listing()
+
+    def walk(folder: Path, prefix: str, above: frozenset[Path]) -> None:
+        here = folder.resolve()
+        if here in above:
+            return
+        listing = list_folder(folder)
+        found.images += [prefix + name for name in listing.images]
+        found.endings.update(listing.endings)
+        for name in listing.folders:
+            found.folders.append(prefix + name)
+            walk(folder / name, f"{prefix}{name}/", above | {here})
+
+    walk(path, "", frozenset())
+    return found
+
+
+def refuse_none(path: Path, found: Listing) -> None:
+    """Raise UserError if there are no images in a folder."""
+    if not found.images:
+        raise UserError(f"{path} holds no images{found.reason}; images end in {', '.join(sorted(EXTENSIONS))}")
+
+
+def classes_of(path: Path, names: Sequence[str], class_level: int | None = None) -> tuple[list[str], tuple[str, ...]]:
+    """The class of each image by its path: its folders down to a level. And notes, as a source has them.
+
+    Without a level it is the first. Raises UserError for images above it, and, where no level was given and there are
+    folders in folders, if the first ones are no classes: the parts of a data set (`SPLITS`), or a single one.
+    """
+    level = class_level or 1
+    folders = [name.split("/")[:-1] for name in names]
+    for name, above in zip(names, folders, strict=True):
+        if len(above) < level:
+            place = next((f"beside {'/'.join(inner)}" for inner in folders if len(inner) >= level), "above them")
+            raise UserError(
+                f"classes are folders of level {level}, but {path.joinpath(*above)} holds images, such as "
+                f"{name.rpartition('/')[2]} {place}; put every image into a class folder, or leave only images"
+            )
+    classes = ["/".join(above[:level]) for above in folders]
+    deeper = next(("/".join(above[: level + 1]) for above in folders if len(above) > level), None)
+    if deeper is None or class_level is not None:
+        return classes, ()
+    kinds = in_class_order(set(classes))
+    if len(kinds) == 1 or SPLITS.issuperset(kind.lower() for kind in kinds):
+        raise UserError(
+            f"{path} holds no classes but {', '.join(kinds)}, with further folders (such as {deeper}); give "
+            f"{path / kinds[0]}, or choose {option('class_level')} 2"
+        )
+    return classes, (
+        f"classes are the folders of the first level ({', '.join(kinds[:2])}, …); {option('class_level')} 2 takes the "
+        f"second (such as {deeper})",
+    )
+
+
+@cache
+def plug_in() -> None:
+    """Teach Pillow the formats of the plug-ins that are installed."""
+    if find_spec("pillow_heif"):
+        import_module("pillow_heif").register_heif_opener()
+    if find_spec("pillow_jxl"):
+        import_module("pillow_jxl")  # It needs no more.
