@@ -65,6 +65,8 @@ class Inputs:
     bare: Path
     """A store without compressors."""
     head: Path
+    pictures: list[Path]
+    masks: Path
     exported: Path
 
 

@@ -13,6 +13,8 @@ from reglue.errors import UserError, option, require
 from reglue.files import TakesPaths
 from reglue.sampling import Draw
 
+SHEET = "edits.png"
+"""The picture to look at in a folder of edits."""
 LOCAL, CLASS_TOKEN = "local", "cls"
 """The modalities that some of these options are about."""
 

@@ -16,7 +16,7 @@ from reglue.data.images import ImageFolder, crop_to
 from reglue.data.manifest import file_sha256
 from reglue.data.pictures import colours_of, enlarge, titled_grid
 from reglue.diffusion.modalities import concatenate_states
-from reglue.editing import LOCAL, DrawEdits, Editing
+from reglue.editing import LOCAL, SHEET, DrawEdits, Editing
 from reglue.errors import UserError
 from reglue.files import plain, read_json, replacing, to_json
 from reglue.locks import writing
@@ -30,7 +30,7 @@ from reglue.seeds import generator
 from reglue.subjects import Request, Subject, refuse_lacking
 from reglue.training import distributed
 
-RECORD, SHEET = "edits.json", "edits.png"
+RECORD = "edits.json"
 REMEDY = "choose another folder, or delete this one and edit the images again"
 SHOWN = 8
 """Images on the sheet, and edits of each, at most."""

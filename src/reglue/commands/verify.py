@@ -16,8 +16,8 @@ from reglue.commands.train_head import TRAINING, HeadRecord
 from reglue.contact_sheet import TABLE, read_hashes, refuse_changed
 from reglue.data.manifest import MANIFEST, PARTIAL, Shard, is_intact, read_manifest
 from reglue.data.store import Store
+from reglue.editing import SHEET
 from reglue.edits import RECORD as EDITS
-from reglue.edits import SHEET
 from reglue.edits import read_record as read_edits
 from reglue.encoders.alignment import FILE as ALIGNMENT
 from reglue.encoders.alignment import load_alignment

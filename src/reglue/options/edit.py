@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reglue.editing import DrawEdits
+from reglue.editing import SHEET, DrawEdits
 
 
 @dataclass(frozen=True)
@@ -14,3 +14,8 @@ class Edit(DrawEdits):
     Images are scaled and cropped as `reglue prepare` does, and results go back into the image, in its size. The same
     command again draws what is missing.
     """
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        return f"edits are in {self.out}; look at {self.out / SHEET}"

@@ -9,6 +9,7 @@ from tyro.conf import Positional
 
 from reglue.errors import require
 from reglue.files import TakesPaths
+from reglue.options import ready
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,9 @@ class MakePrototypes(TakesPaths):
         super().__post_init__()
         require(self, "looks", at_least=1)
         require(self, "seed", at_least=0)
+
+    @property
+    def written(self) -> str:
+        """The last line: see `options`."""
+        painting = ("--paint", "LABELS.png", "--prototypes", self.out)
+        return ready(self.out, "edit", "RUN", "IMAGE", *painting, "--out", "edits")
