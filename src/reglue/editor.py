@@ -155,9 +155,9 @@ class Editor(ABC):
             raise UserError(f"steps {steps}: choose 2 at least")
         refuse_numbers(steps, seed, batch_size)
         sampling = self.resolved(self.sampling_for(classes is not None).changed(**changes))
-        ends = [self.encode(image) for image in (image_a, image_b)]
+        a, b = self.encode(image_a), self.encode(image_b)
         shares = torch.linspace(0, 1, steps, device=self.device)
-        known = {name: torch.cat([torch.lerp(*(end[name] for end in ends), f) for f in shares]) for name in held}
+        known = {name: torch.cat([torch.lerp(a[name], b[name], f) for f in shares]) for name in held}
         labels = self.labels_of(classes, steps)
         images: list[Image.Image] = []
         for start in range(0, steps, batch_size):

@@ -288,7 +288,7 @@ def test_what_a_python_call_draws_is_what_the_command_draws(
     model: reglue.ImageModel, tiny_run: Path, pictures: Path, tmp_path: Path
 ) -> None:
     edit(parse(line(tiny_run, tmp_path / "out", pictures / "wide.png", "--strength=0.5", "--classes", "1", "2")))
-    drawn = [Image.open(tmp_path / "out" / f"000000-{i:03d}.png") for i in range(4)]
+    drawn: list[Image.Image] = [Image.open(tmp_path / "out" / f"000000-{i:03d}.png") for i in range(4)]
     assert same(drawn, model.edit(pictures / "wide.png", strength=0.5, classes=[1, 2], count=4, steps=3))
 
 
@@ -381,6 +381,7 @@ def test_a_run_without_semantics_edits_with_what_it_has(sit_run: Path, pictures:
     assert list(model.encode(pictures / "a.png")) == ["latent"]
     (result,) = model.edit(pictures / "wide.png", mask=pictures / "wide-mask.png", strength=0.8, classes=1, steps=3)
     assert result.size == (50, 30)
+    changes: dict[str, Any]
     for changes in ({"keep": ("local",)}, {"cls_from": pictures / "b.png"}, {"local_from": pictures / "b.png"}):
         with pytest.raises(UserError, match=r"this model does not learn (local|cls), only latent"):
             model.edit(pictures / "a.png", **changes)

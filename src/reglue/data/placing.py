@@ -55,6 +55,10 @@ class Place:
             end = start + 1
         return max(0, start), min(self.image_size[axis], end)
 
+    def _seen(self, pixel: int, axis: int) -> float:
+        """Where an edge of the image's pixels is in the crop."""
+        return min(max(pixel * self._scale(axis) - self._cut(axis), 0.0), float(self.size[1 - axis]))
+
     def put_back(self, image: Image.Image, edited: Image.Image, share: np.ndarray | None = None) -> Image.Image:
         """The image with an edited crop in its place.
 
@@ -62,11 +66,8 @@ class Place:
         of share 0, and those outside the crop, are the image's own to the bit. None stands for 1 everywhere.
         """
         left, top, right, bottom = self.box
-        corners = [
-            min(max(value * self._scale(axis) - self._cut(axis), 0), self.size[1 - axis])
-            for value, axis in ((left, 0), (top, 1), (right, 0), (bottom, 1))
-        ]
-        inside = edited.resize((right - left, bottom - top), Image.Resampling.BICUBIC, tuple(corners))
+        corners = (self._seen(left, 0), self._seen(top, 1), self._seen(right, 0), self._seen(bottom, 1))
+        inside = edited.resize((right - left, bottom - top), Image.Resampling.BICUBIC, corners)
         result = np.array(image)
         part, drawn = result[top:bottom, left:right], np.asarray(inside)
         if share is None:
