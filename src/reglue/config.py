@@ -282,7 +282,7 @@ class OptimiserConfig:
     processor or GPU multiplies it faster, float32 elsewhere; a run keeps what it began with."""
     compile: Compile = "no"
     """torch.compile: slower to start, faster after. blocks: one block of the transformer, used for all of them. model:
-    the whole network with its losses, slowest to start. auto: blocks on a GPU, and on a CPU for 1000 steps or more if
+    the whole network with its losses, slowest to start. auto: blocks on a GPU, and on a CPU for 1000 steps or more, if
     there is a compiler; no otherwise."""
 
     def __post_init__(self) -> None:

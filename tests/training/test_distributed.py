@@ -156,32 +156,30 @@ def test_tf32_is_float32_for_everything_but_the_products_of_a_gpu(precision: Pre
 
 @pytest.mark.parametrize("asked", ["auto", "no", "blocks", "model"])
 def test_blocks_are_compiled_where_it_pays_unless_told_otherwise(
-    asked: Compile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    asked: Compile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def auto(resolved: Compile) -> Compile:
         return resolved if asked == "auto" else asked
 
-    (tmp_path / "Python.h").touch()
-    monkeypatch.setattr(precision.sysconfig, "get_path", lambda _: str(tmp_path))
-    monkeypatch.setattr(precision.sys, "platform", "linux")
-    monkeypatch.setattr(precision.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(precision, "find_spec", lambda name: name)
     monkeypatch.setenv("CC", "gcc")
     for steps in (1, WORTH_COMPILING):
         assert to_compile(asked, GPU, steps) == auto("blocks")
-    assert to_compile(asked, CPU, WORTH_COMPILING) == auto("blocks")
-    assert to_compile(asked, CPU, WORTH_COMPILING - 1) == auto("no")
-    monkeypatch.setattr(precision.sys, "platform", "darwin")
-    assert to_compile(asked, CPU, WORTH_COMPILING) == auto("no")
-    monkeypatch.setattr(precision.sys, "platform", "linux")
-    monkeypatch.setattr(precision.shutil, "which", lambda name: None)
-    assert to_compile(asked, CPU, WORTH_COMPILING) == auto("no")
-    assert to_compile(asked, GPU, 1) == auto("blocks")  # CC says where it is.
-    monkeypatch.setattr(precision.shutil, "which", lambda name: f"/usr/bin/{name}")
-    (tmp_path / "Python.h").unlink()
-    assert to_compile(asked, CPU, WORTH_COMPILING) == auto("no")
     monkeypatch.setattr(precision, "find_spec", lambda name: None)
     assert to_compile(asked, GPU, WORTH_COMPILING) == auto("no")
+
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert to_compile(asked, CPU, WORTH_COMPILING) == auto("blocks")
+    assert to_compile(asked, CPU, WORTH_COMPILING - 1) == auto("no")
+
+
+def test_without_a_working_compiler_a_cpu_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fails)
+    assert to_compile("auto", CPU, WORTH_COMPILING) == "no"
+    assert to_compile("blocks", CPU, WORTH_COMPILING) == "blocks"
 
 
 def test_an_unexpected_error_ends_a_process_among_others_at_once_after_its_traceback(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -70,17 +67,25 @@ after some 400, larger ones sooner (`benchmarks/train_speed.py`)."""
 def to_compile(asked: Compile, device: torch.device, steps: int) -> Compile:
     """What torch.compile compiles of a transformer that is trained for so many steps in all, where `auto` is resolved.
 
-    `auto` is blocks where it pays, which it always does on a GPU, and what it needs is there: Triton and a C compiler,
-    or a C++ compiler and Python's headers. It is nothing otherwise, and on CPUs of other systems than Linux.
+    `auto` is blocks on a GPU, if Triton and the C compiler that it needs are there, and on a CPU where that pays and
+    works; nothing otherwise.
     """
     if asked != "auto":
         return asked
     if device.type == "cuda":
         able = find_spec("triton") and (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
     else:
-        headers = Path(sysconfig.get_path("include"), "Python.h")
-        able = sys.platform == "linux" and shutil.which(os.environ.get("CXX") or "g++") and headers.is_file()
-    return "blocks" if able and (device.type == "cuda" or steps >= WORTH_COMPILING) else "no"
+        able = steps >= WORTH_COMPILING and compiles()
+    return "blocks" if able else "no"
+
+
+def compiles() -> bool:
+    """Whether torch.compile works on this CPU: it needs a C++ compiler, OpenMP, headers and room for its files."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8))
+    except Exception:  # Whatever is missing.
+        return False
+    return True
 
 
 def compiled_for_shapes(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reglue.diffusion.backbones.activation import Gelu
 from reglue.diffusion.backbones.attention import attention
 from reglue.diffusion.backbones.backbone import NORM_EPSILON, Backbone, BackboneSizes
 
@@ -38,7 +39,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPSILON, elementwise_affine=False)
         self.attention = Attention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), Gelu(), nn.Linear(4 * width, width))
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
