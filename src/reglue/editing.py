@@ -18,6 +18,9 @@ SHEET = "edits.png"
 LOCAL, CLASS_TOKEN = "local", "cls"
 """The modalities that some of these options are about."""
 
+SEMANTICS = ("local_from", "cls_from", "paste", "paint")
+"""The options that hold semantics of other images."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Editing(TakesPaths):
@@ -51,6 +54,11 @@ class Editing(TakesPaths):
     """A painted map: a palette or greyscale PNG of class numbers with the image's proportions, 255 is free."""
     prototypes: Path | None = None
     """What the classes of --paint look like: a folder that `reglue prototypes` made."""
+    flow_edit: bool = False
+    """Change the class (--classes) with little change of the rest (FlowEdit): from noise of --strength, 1 by default,
+    with a deterministic sampler."""
+    source_class: str | None = None
+    """The class of the image, for --flow-edit. Default: none."""
     resample: int = 0
     """Go over every tenth of the steps so many times more, which harmonises seams."""
 
@@ -64,6 +72,9 @@ class Editing(TakesPaths):
         self._refuse_incomplete()
 
     def _refuse_contradictions(self) -> None:
+        if self.flow_edit and (self.semantics or self.resample):
+            names = [name for name in ("keep", *SEMANTICS, "resample") if getattr(self, name)]
+            raise UserError(f"{option('flow_edit')} has its own way from the image; leave {option(names[0])} out")
         for name in ("strength", "mask"):
             if LATENT in self.keep and getattr(self, name) is not None:
                 raise UserError(
@@ -90,15 +101,16 @@ class Editing(TakesPaths):
             raise UserError(f"{option('box')} {shown}: choose left < right and top < bottom")
         if self.until and not self.semantics:
             raise UserError(f"{option('until')} {self.until}: nothing is held that could be let go; leave it out")
-        if not (self.semantics or self.mask is not None or self.strength is not None):
-            ways = ", ".join(map(option, ("keep", "mask", "strength", "local_from", "cls_from", "paste", "paint")))
+        if self.source_class is not None and not self.flow_edit:
+            raise UserError(f"{option('source_class')} belongs to {option('flow_edit')}; give it too, or leave it out")
+        if not (self.semantics or self.flow_edit or self.mask is not None or self.strength is not None):
+            ways = ", ".join(map(option, ("keep", "mask", "strength", *SEMANTICS, "flow_edit")))
             raise UserError(f"nothing of the image would be left; choose what stays, by one of {ways}")
 
     @property
     def semantics(self) -> bool:
         """Whether a modality is held, as a whole or in a part that is painted."""
-        held = (self.local_from, self.cls_from, self.paste, self.paint)
-        return bool(self.keep) or any(one is not None for one in held)
+        return bool(self.keep) or any(getattr(self, name) is not None for name in SEMANTICS)
 
     def needs(self) -> list[tuple[str, str]]:
         """The modalities that a model must have for this, and what asks for each."""

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from reglue.data.pictures import colours_of, enlarge, image_grid
 from reglue.diffusion.conditions import Condition
-from reglue.diffusion.controls import Clamp, Control
+from reglue.diffusion.controls import Clamp, Control, FlowEdit
 from reglue.diffusion.denoiser import Denoiser
+from reglue.diffusion.guidance import Velocity
 from reglue.diffusion.modalities import LATENT, State, concatenate_states
 from reglue.diffusion.noise import Draws
 from reglue.diffusion.paths import PATHS
@@ -24,7 +25,7 @@ from reglue.diffusion.samplers import SAMPLERS, Start
 from reglue.editing import CLASS_TOKEN, LOCAL, Editing
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.encoding import ImageEncoder, Picture, as_pixels, open_picture
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.progress import Bar
 from reglue.run import RunRecord
 from reglue.sampling import MODALITY_SCALES, Sampling
@@ -80,6 +81,10 @@ class Editor(ABC):
         """The states of images, drawn."""
 
     @abstractmethod
+    def velocity(self, condition: Condition, sampling: Sampling, weaker: Denoiser | None = None) -> Velocity:
+        """What samplers follow under a condition."""
+
+    @abstractmethod
     def decode(self, state: State, rounding: Any) -> np.ndarray:
         """The images of a state."""
 
@@ -125,6 +130,7 @@ class Editor(ABC):
         refuse_numbers(count, seed, batch_size)
         labels = self.labels_of(classes, count)
         sampling = self.resolved((sampling or self.sampling_for(classes is not None)).changed(**changes))
+        self.refuse_unfit(editing, sampling, classes is not None)
         subject = self.subject(image, editing)
         pairs = [(0, i) for i in range(count)]
         return [*self.edits([subject], pairs, labels, editing, sampling, seed, batch_size, progress=progress)]
@@ -204,9 +210,23 @@ class Editor(ABC):
             own if with_classes else replace(own, guidance_scale=1.0, local_scale=None, cls_scale=None, other_scales={})
         )
 
-    def subject(self, image: Picture, editing: Editing) -> Subject:
-        """An image with what its edits are to have. Raises UserError for what does not fit it or the model."""
+    def refuse_unfit(self, editing: Editing, sampling: Sampling, with_classes: bool) -> None:
+        """Raise UserError if an edit cannot be drawn so."""
         refuse_lacking(editing, self.record)
+        if not editing.flow_edit:
+            return
+        asked = option("flow_edit")
+        if not with_classes:
+            raise UserError(f"{asked} changes the class; name one with {option('classes')}")
+        if SAMPLERS[sampling.sampler].stochastic:
+            known = ", ".join(name for name, sampler in SAMPLERS.items() if not sampler.stochastic)
+            raise UserError(
+                f"{asked} has no place for the noise of {sampling.sampler}; choose {option('sampler')} {known}"
+            )
+        self.labels_of(editing.source_class, 1)
+
+    def subject(self, image: Picture, editing: Editing) -> Subject:
+        """An image with what its edits are to have. Raises UserError for what does not fit it."""
         request = Request.of(image, editing, self.record)
         return request.subject(self.image_encoder().encode, [modality.name for modality in self.record.denoiser.maps])
 
@@ -263,9 +283,21 @@ class Editor(ABC):
             maps = {modality.name: own[modality.name] for modality in self.record.denoiser.maps}
             # Of both, the image's own wins, since outside the mask nothing is to change.
             controls.append(self._clamp(maps, dict.fromkeys(maps, outside), indices, seed, sampling, 0.0))
+        if editing.flow_edit:
+            controls.insert(0, self._flow_edit(own, indices, editing, sampling, seed))
         if editing.strength is None:
             return controls, None
         return controls, Start(editing.strength, concatenate_states([one.shown() for one in subjects]))
+
+    def _flow_edit(
+        self, own: State, indices: Sequence[Index], editing: Editing, sampling: Sampling, seed: int
+    ) -> Control:
+        """What leads images (B, …) to another class. The way of the images themselves is not guided."""
+        condition = self.condition(self.labels_of(editing.source_class, len(indices)))
+        plain = replace(sampling, guidance_scale=1.0, other_scales={}, **dict.fromkeys(MODALITY_SCALES, None))  # type: ignore[arg-type]
+        plain = replace(plain, representation_scale=1.0, auto_scale=1.0, guiders={})
+        noise = Draws(seed, KNOWN, indices, {name: tuple(value.shape[1:]) for name, value in own.items()})
+        return FlowEdit(lambda condition: self.velocity(condition, plain), condition, own, noise)
 
     def _clamp(
         self,

@@ -96,6 +96,7 @@ def _write_edits(options: DrawEdits) -> Path:
     )
     default = model.sampling_for(bool(options.classes))
     weaker, sampling = way_to_sample(options, model, default, lambda: precision_before(options.out))
+    model.refuse_unfit(editing, sampling, bool(options.classes))
     allowed = [model.label(name) for name in options.classes] or model.labels_of(None, 1)
     drawing = Drawing(model, weaker, sampling, [], options.seed)
     asked = EditsRecord(

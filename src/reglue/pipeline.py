@@ -464,8 +464,16 @@ class ImageModel(Editor):
         filling = max(room - len(indices), 0) if self.compile and plain else 0
         if filling:
             condition = {n: torch.cat([v, v[-1:].expand(filling, *v.shape[1:])]) for n, v in condition.items()}
+        config, velocity = self.record.denoiser, self.velocity(condition, sampling, weaker)
+        filled = [*indices, *[indices[-1]] * filling]
+        times = SCHEDULES[self.record.recipe.times]
+        state = from_noise(velocity, seed, filled, config.shapes(), sampling, device, times, controls, start, repeats)
+        return {name: value[: len(indices)] for name, value in state.items()}
+
+    def velocity(self, condition: Condition, sampling: Sampling, weaker: Denoiser | None = None) -> Velocity:
+        """What samplers follow under a condition (B, …), guided as `sampling`, which is `resolved`, says."""
         config = self.record.denoiser
-        velocity = guided_velocity(
+        return guided_velocity(
             self._network(self.denoiser, sampling.precision),
             condition,
             config.modalities,
@@ -473,10 +481,6 @@ class ImageModel(Editor):
             self._network(weaker, sampling.precision) if weaker else None,
             PATHS[config.path],
         )
-        filled = [*indices, *[indices[-1]] * filling]
-        times = SCHEDULES[self.record.recipe.times]
-        state = from_noise(velocity, seed, filled, config.shapes(), sampling, device, times, controls, start, repeats)
-        return {name: value[: len(indices)] for name, value in state.items()}
 
     def _network(self, denoiser: Denoiser, precision: AutoPrecision) -> SamplingNetwork:
         key = denoiser, to_precision(precision, self.device)

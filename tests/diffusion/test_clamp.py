@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from reglue.diffusion.controls import Clamp, Controlled
+from reglue.diffusion.controls import Clamp, Controlled, FlowEdit
 from reglue.diffusion.guidance import Velocity
 from reglue.diffusion.modalities import State, Times
 from reglue.diffusion.noise import Draws
 from reglue.diffusion.paths import PATHS, Path
-from reglue.diffusion.samplers import SAMPLERS, Start, integrate, returning
+from reglue.diffusion.samplers import SAMPLERS, Start, begin_at, integrate, returning
 from solving import at
 
 MEAN = torch.tensor([0.5, -0.3], dtype=torch.float64)
@@ -175,3 +175,40 @@ def test_a_start_for_some_of_the_images() -> None:
     start = Start(0.5, {"latent": torch.arange(4.0)[:, None]})
     assert start.of(slice(1, 3)).data["latent"].flatten().tolist() == [1, 2]
     assert start.of(slice(1, 3)).time == 0.5
+
+
+class Moved(Velocity):
+    """A Gaussian whose latents are moved by the condition."""
+
+    def __init__(self, condition: dict[str, Tensor]) -> None:
+        self.by = condition["shift"]
+
+    def __call__(self, state: State, times: Times, decided_at: Times | None = None) -> State:
+        t = times["latent"]
+        still = {**state, "latent": state["latent"] - (1 - t) * self.by}
+        moved = Gaussian()(still, times)
+        return {**moved, "latent": moved["latent"] - self.by}
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("adams-bashforth", 2), ("dopri5", None)])
+@pytest.mark.parametrize("begin", [1.0, 0.6])
+def test_an_edit_of_the_flow_moves_what_the_condition_moves(name: str, order: int | None, begin: float) -> None:
+    """And nothing else: from the same condition to the same, an image stays."""
+    data = {n: 0.3 * x for n, x in noise(seed=4).items()}
+    still, moved = {"shift": torch.zeros(IMAGES, 1)}, {"shift": torch.full((IMAGES, 1), 0.5)}
+
+    def edited(steps: int, condition: dict[str, Tensor]) -> State:
+        control = FlowEdit(Moved, still, data, Draws(2, "known", range(IMAGES), SHAPES))
+        grid = begin_at(SAMPLERS[name].grid(steps, 1.0, ()), begin)
+        return integrate(SAMPLERS[name].step, Moved(condition), noise(), at(grid, noise()), [control])
+
+    for modality, value in edited(10, still).items():
+        torch.testing.assert_close(value, data[modality], rtol=1e-6, atol=1e-6)
+    result = edited(40, moved)
+    change = result["latent"] - data["latent"]
+    assert bool((change > 0.1).all())
+    if order:
+        steps = [40, 80, 160, 1600]
+        values = [edited(n, moved)["latent"] for n in steps]
+        errors = [(value - values[-1]).abs().max().item() for value in values[:-1]]
+        assert errors[0] < 1e-9 or all(a / b > 0.7 * 2**order for a, b in pairwise(errors)), errors

@@ -303,7 +303,7 @@ def test_the_page_about_editing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if "starter" in line:
             options = cli.parse(line)
             cli.function_of(type(options))(replace(options, steps=2, device="cpu"))
-    shown = {Image.open(folder / "edits.png").height for folder in map(Path, ("variations", "half", "dressed"))}
+    shown = {Image.open(folder / "edits.png").height for folder in map(Path, ("variations", "half", "dressed", "flow"))}
     assert len(shown) == 2
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from reglue.diffusion.conditions import Condition
 from reglue.diffusion.guidance import Velocity
 from reglue.diffusion.modalities import LATENT, State, Times
 from reglue.diffusion.noise import Draws
@@ -157,3 +158,50 @@ class Clamp(Control):
             where = self.where.get(name)
             result[name] = known if where is None else torch.where(where, known, values[name])
         return result
+
+
+class FlowEdit(Control):
+    """Changes the condition of data X with little change of the rest (FlowEdit, arXiv 2412.08629), without inversion.
+
+    The edit Z follows dZ/dt = v(Z_t, c′) − v(X_t, c) with X_t = α X + σ ε and Z_t = Z + X_t − X. What is drawn here is
+    Z_t, which is Z at t = 0. One ε serves all steps, so that solvers keep their orders.
+    """
+
+    def __init__(
+        self, source: Callable[[Condition], Velocity], condition: Condition, data: State, noise: Draws
+    ) -> None:
+        """`source` makes of a condition c (B, …) the velocity that X follows; `data` is X, (B, …) each."""
+        self.source, self.condition, self.data, self.noise = source, condition, data, noise
+        self.followed: Velocity | None = None
+        self.drawn: State = {}
+
+    def of(self, images: slice) -> Control:
+        """See `Control.of`."""
+        condition, data = ({n: v[images] for n, v in part.items()} for part in (self.condition, self.data))
+        return FlowEdit(self.source, condition, data, self.noise.of(images))
+
+    def before(self, state: State, times: Times) -> State:
+        """See `Control.before`."""
+        if self.followed:
+            return state
+        self.followed, self.drawn = self.source(self.condition), self.noise.next(state)
+        self.data = {name: value.to(state[name]) for name, value in self.data.items()}
+        return self._path(times)[0]
+
+    def velocity(self, velocity: State, state: State, times: Times) -> State:
+        """See `Control.velocity`."""
+        assert self.followed
+        noisy, derivative = self._path(times)
+        source = self.followed(noisy, times)
+        return {name: v + derivative[name] - source[name] for name, v in velocity.items()}
+
+    def _path(self, times: Times) -> tuple[State, State]:
+        """X_t and its derivative."""
+        assert self.followed
+        states: State = {}
+        derivatives: State = {}
+        for name, x in self.data.items():
+            c = self.followed.path.coefficients(torch.tensor(times[name], dtype=torch.float64))
+            states[name] = c.alpha.item() * x + c.sigma.item() * self.drawn[name]
+            derivatives[name] = c.d_alpha.item() * x + c.d_sigma.item() * self.drawn[name]
+        return states, derivatives
