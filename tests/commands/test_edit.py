@@ -410,3 +410,31 @@ def test_a_compressor_that_is_gone_is_named(tiny_run: Path, tmp_path: Path, pict
 
 def test_every_option_of_editing_is_one_of_the_command() -> None:
     assert {part.name for part in fields(Editing)} < {part.name for part in fields(reglue.Edit)}
+
+
+@pytest.mark.trains
+def test_the_encoder_sees_in_an_edit_what_was_held() -> None:
+    """On the small model of the package: the map that it sees in an edit is nearly the one that was asked for."""
+    model = reglue.load("starter", device="cpu")
+    images = model.generate(["T-shirt", "ankle boot", "bag", "trousers"], steps=20)
+
+    def likeness(**changes: Any) -> float:
+        edits = [model.edit(image, steps=20, seed=3, **changes)[0] for image in images]
+        pairs = [
+            (model.encode(edit)["local"], model.encode(image)["local"])
+            for edit, image in zip(edits, images, strict=True)
+        ]
+        return float(np.mean([torch.cosine_similarity(a.flatten(1), b.flatten(1)).item() for a, b in pairs]))
+
+    held, resampled, early, free = (
+        likeness(**changes)
+        for changes in (
+            {"keep": ("local",)},
+            {"keep": ("local",), "resample": 1},
+            {"keep": ("local",), "until": 0.7},
+            {"strength": 1.0},
+        )
+    )
+    assert resampled > 0.9
+    assert held > 0.85
+    assert held > early > free + 0.1
