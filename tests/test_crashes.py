@@ -25,8 +25,8 @@ from reglue.files import BESIDE
 from reglue.locks import LOCK
 
 CRASH = """
-import os, sys
-changes = 0
+import os, sys, threading
+changes, one_at_a_time = 0, threading.RLock()
 def audit(event, arguments):
     global changes
     paths = [os.fspath(one) for one in arguments[:2] if isinstance(one, (str, os.PathLike))]
@@ -34,11 +34,12 @@ def audit(event, arguments):
         return
     writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.chmod", "os.truncate"):
-        changes += 1
-        with open({count!r}, "w") as file:
-            file.write(str(changes))
-        if changes == {last}:
-            os._exit(137)
+        with one_at_a_time:
+            changes += 1
+            with open({count!r}, "w") as file:
+                file.write(str(changes))
+            if changes == {last}:
+                os._exit(137)
 sys.addaudithook(audit)
 """
 SOME = 3
@@ -133,7 +134,7 @@ COMMANDS: dict[str, Line] = {
     "probe": lambda i, out: ["probe", i.store, "--out", out, "--columns", "cls", "latent", "--steps=2", "--device=cpu"],
     "head": lambda i, out: ["head", i.store, "--out", out, "--layers=all", "--steps=2", "--device=cpu"],
     "perceive": lambda i, out: ["perceive", i.run, "--out", out, "--count=2", "--head", i.head, "--steps=1"],
-    "import": lambda i, out: ["import", i.exported, "--out", out, f"--autoencoder={i.autoencoder}", "--heads=1"],
+    "import": lambda i, out: ["import", i.exported, "--out", out, f"--autoencoder={i.autoencoder}"],
     "export": lambda i, out: ["export", i.run, "--out", out / "weights.safetensors"],
 }
 

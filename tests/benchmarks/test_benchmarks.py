@@ -178,7 +178,7 @@ def test_the_matmul_rate_is_that_of_many_products_in_a_row(
 
 def test_a_step_is_that_of_the_command(tiny_store: Path, tmp_path: Path) -> None:
     """Three steps leave the weights and averages that `reglue train` leaves."""
-    optimisation = Optimisation(steps=3, batch_size=4, learning_rate=1e-2, clip=1.0, ema=0.9)
+    optimisation = Optimisation(steps=3, batch_size=4, learning_rate=1e-2, clip=1.0, ema=0.9, ema_warmup="no")
     store = Store.open(tiny_store)
     recipe = replace(RECIPES["sit"], model="2x32x2/2", optimisation=optimisation)
     run = train(Train(recipe, tiny_store, tmp_path / "run", preview_every=0, device="cpu"))

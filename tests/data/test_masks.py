@@ -144,6 +144,6 @@ def test_what_is_no_depth_map_is_refused(tmp_path: Path):
     Image.new("RGB", (4, 4)).save(tmp_path / "colours.png")
     np.save(tmp_path / "line.npy", np.ones(4))
     np.save(tmp_path / "objects.npy", np.array([[None]], dtype=object), allow_pickle=True)
-    for name, reason in (("colours.png", "no depth map"), ("line.npy", "no depth map"), ("objects.npy", "cannot be")):
+    for name, reason in (("colours.png", "no depth map"), ("line.npy", "no depth map"), ("objects.npy", "not numbers")):
         with pytest.raises(UserError, match=reason):
             read_depth(tmp_path / name)

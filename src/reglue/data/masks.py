@@ -84,6 +84,8 @@ def read_depth(path: Path) -> Image.Image:
 def read_mask(path: Path) -> Image.Image:
     """The class numbers of a file, as an image of 8 bits. Raises UserError for anything else."""
     numbers, mode = _read(path)
+    if path.suffix == ".npy" and mode == "F":
+        raise UserError(f"{path} holds {numbers.dtype}, not the whole numbers of classes; save it as such")
     if numbers.ndim != 2 or mode not in ("1", "L", "P", "I", "I;16"):
         raise UserError(f"{path} holds colours (mode {mode}), not class numbers; save it as a palette or greyscale PNG")
     if numbers.max(initial=0) > 255 or numbers.min(initial=0) < 0:
@@ -96,9 +98,7 @@ def _read(path: Path) -> tuple[np.ndarray, str]:
     try:
         if path.suffix == ".npy":
             numbers = ArrayFile(path).read(ONLY)
-            if numbers.dtype.kind not in "biu":
-                raise ValueError(f"it holds {numbers.dtype}, not whole numbers")
-            return numbers, "L"
+            return numbers, "L" if numbers.dtype.kind in "biu" else "F"
         with Image.open(path) as file:
             return np.asarray(file), file.mode
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
