@@ -82,6 +82,17 @@ COMMANDS = {
         "Compare images with a reference: FID and other metrics.",
         "evaluate samples --reference store --out report.json",
     ),
+    "edit": Command(
+        "reglue.options.edit:Edit",
+        "Edit images: keep, redraw, inpaint, recombine what a run sees in them.",
+        "edit run photo.png --out edits --keep local --count 8",
+        heading="images that are there",
+    ),
+    "prototypes": Command(
+        "reglue.options.prototypes:MakePrototypes",
+        "Find what the classes of masks look like in a store's codes, to paint with.",
+        "prototypes store --masks masks --out prototypes",
+    ),
     "autoencode": Command(
         "reglue.options.autoencode:Autoencode",
         "Train an autoencoder aligned with a vision encoder (ReaLS).",

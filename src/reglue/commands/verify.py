@@ -16,6 +16,9 @@ from reglue.commands.train_head import TRAINING, HeadRecord
 from reglue.contact_sheet import TABLE, read_hashes, refuse_changed
 from reglue.data.manifest import MANIFEST, PARTIAL, Shard, is_intact, read_manifest
 from reglue.data.store import Store
+from reglue.editing import SHEET
+from reglue.edits import RECORD as EDITS
+from reglue.edits import read_record as read_edits
 from reglue.encoders.alignment import FILE as ALIGNMENT
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, load_autoencoder
@@ -23,6 +26,8 @@ from reglue.encoders.compressors import CompressorSpec, load_compressor
 from reglue.errors import UserError, one_line
 from reglue.files import opened_tensors, read_json
 from reglue.options.verify import Verify
+from reglue.painting import SPEC_FILE as PROTOTYPES
+from reglue.painting import load_prototypes
 from reglue.perception.heads import SPEC_FILE, WEIGHTS_FILE, load_head
 from reglue.progress import Bar
 from reglue.reals.record import CONFIG, TrainingRecord
@@ -216,6 +221,29 @@ def archive(file: Path) -> Iterator[Check]:
     yield Check(file, read)
 
 
+def edits(folder: Path) -> Iterator[Check]:
+    """The pictures of a folder that `reglue edit` writes, and the record with their hashes."""
+    record = read_edits(folder)
+    yield Check(folder / EDITS, lambda: whole_edits(folder))
+    yield picture(folder / SHEET)
+    yield from (picture(folder / file, record.pictures) for file in record.pictures)
+
+
+def whole_edits(folder: Path) -> None:
+    """Raises UserError if the record of edits does not have as many pictures as were to be drawn."""
+    record = read_edits(folder)
+    if len(record.pictures) < len(record.images) * record.count:
+        raise UserError(
+            f"{folder / EDITS} does not have all {len(record.images) * record.count} pictures; `reglue edit` with the "
+            "same options adds them"
+        )
+
+
+def prototypes(folder: Path) -> Iterator[Check]:
+    """What `reglue prototypes` writes."""
+    yield Check(folder, lambda: load_prototypes(folder))
+
+
 KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
     RECORD: run,
     MANIFEST: store,
@@ -224,6 +252,8 @@ KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
     WEIGHTS_FILE: head,
     TRAINING_RECORD: autoencoder,
     PROTOCOL: samples,
+    EDITS: edits,
+    PROTOTYPES: prototypes,
 }
 """What each kind of folder holds, by a file that it alone has; heads have a record of the autoencoders' name too."""
 
