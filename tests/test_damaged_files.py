@@ -36,14 +36,14 @@ from reglue.data.manifest import MANIFEST, PARTIAL, Contents, read_manifest
 from reglue.data.store import Store
 from reglue.data.store_writer import StoreWriter
 from reglue.diffusion.denoiser import Denoiser
-from reglue.edits import read_record
+from reglue.editing.folder import read_record
+from reglue.editing.painting import load_prototypes
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.compressors import load_compressor
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
 from reglue.files import plain, read_json, read_jsonl, to_json
-from reglue.painting import load_prototypes
 from reglue.perception.heads import Head, HeadSpec, load_head
 from reglue.perception.probing import ProbeReport
 from reglue.run import RunRecord, find_run

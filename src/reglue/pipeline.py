@@ -35,7 +35,7 @@ from reglue.diffusion.samplers import (
     uniform_times,
 )
 from reglue.diffusion.schedules import SCHEDULES, Schedule
-from reglue.editor import Editor
+from reglue.editing.editor import Editor
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.errors import UserError, option
 from reglue.names import Weights

@@ -21,10 +21,10 @@ from reglue.commands.edit import edit
 from reglue.commands.prototypes import prototypes
 from reglue.commands.verify import Verify, verify
 from reglue.diffusion.samplers import SAMPLERS
-from reglue.editing import Editing
-from reglue.edits import read_record
+from reglue.editing.folder import read_record
+from reglue.editing.options import Editing
+from reglue.editing.painting import load_prototypes
 from reglue.errors import UserError
-from reglue.painting import load_prototypes
 
 STEPS = ["--steps=3", "--device=cpu"]
 
@@ -349,7 +349,7 @@ def test_mistakes_are_one_line_before_any_network_runs(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a network ran")
 
-    monkeypatch.setattr("reglue.encoding.ImageEncoder.encode", never)
+    monkeypatch.setattr("reglue.editing.encoding.ImageEncoder.encode", never)
     monkeypatch.setattr("reglue.diffusion.denoiser.Denoiser.forward", never)
     words = [part for word in ([arguments] if isinstance(arguments, str) else arguments) for part in word.split()]
     places = [str(looks) if w == "LOOKS" else str(pictures / w) if (pictures / w).exists() or w == "no.png" else w

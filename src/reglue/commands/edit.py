@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reglue.edits import write_edits
+from reglue.editing.folder import write_edits
 from reglue.options.edit import Edit
 from reglue.training.watchdog import watchdog
 

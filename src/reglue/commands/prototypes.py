@@ -10,11 +10,11 @@ from torch import Tensor
 
 from reglue.data.manifest import compressor_of, holds_codes, value_of
 from reglue.data.store import Store
+from reglue.editing.painting import IGNORED, SPEC_FILE, Prototypes, PrototypesSpec, load_prototypes, shares_of
 from reglue.errors import UserError
 from reglue.files import new_folder, refuse_filled
 from reglue.locks import writes
 from reglue.options.prototypes import MakePrototypes
-from reglue.painting import IGNORED, SPEC_FILE, Prototypes, PrototypesSpec, load_prototypes, shares_of
 from reglue.perception.labelled import with_masks
 from reglue.progress import Bar
 from reglue.run import versions

@@ -16,9 +16,11 @@ from reglue.commands.train_head import TRAINING, HeadRecord
 from reglue.contact_sheet import TABLE, read_hashes, refuse_changed
 from reglue.data.manifest import MANIFEST, PARTIAL, Shard, is_intact, read_manifest
 from reglue.data.store import Store
-from reglue.editing import SHEET
-from reglue.edits import RECORD as EDITS
-from reglue.edits import read_record as read_edits
+from reglue.editing.folder import RECORD as EDITS
+from reglue.editing.folder import read_record as read_edits
+from reglue.editing.options import SHEET
+from reglue.editing.painting import SPEC_FILE as PROTOTYPES
+from reglue.editing.painting import load_prototypes
 from reglue.encoders.alignment import FILE as ALIGNMENT
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, load_autoencoder
@@ -26,8 +28,6 @@ from reglue.encoders.compressors import CompressorSpec, load_compressor
 from reglue.errors import UserError, one_line
 from reglue.files import opened_tensors, read_json
 from reglue.options.verify import Verify
-from reglue.painting import SPEC_FILE as PROTOTYPES
-from reglue.painting import load_prototypes
 from reglue.perception.heads import SPEC_FILE, WEIGHTS_FILE, load_head
 from reglue.progress import Bar
 from reglue.reals.record import CONFIG, TrainingRecord

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reglue.editing import SHEET, DrawEdits
+from reglue.editing.options import SHEET, DrawEdits
 
 
 @dataclass(frozen=True)

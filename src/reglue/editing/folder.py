@@ -16,18 +16,18 @@ from reglue.data.images import ImageFolder, crop_to
 from reglue.data.manifest import file_sha256
 from reglue.data.pictures import colours_of, enlarge, titled_grid
 from reglue.diffusion.modalities import concatenate_states
-from reglue.editing import LOCAL, SHEET, DrawEdits, Editing
+from reglue.editing.options import LOCAL, SHEET, DrawEdits, Editing
+from reglue.editing.painting import WEIGHTS_FILE
+from reglue.editing.subjects import Request, Subject, refuse_lacking
 from reglue.errors import UserError
 from reglue.files import plain, read_json, replacing, to_json
 from reglue.locks import writing
-from reglue.painting import WEIGHTS_FILE
 from reglue.pipeline import load
 from reglue.progress import Bar
 from reglue.run import RunRecord, find_run
 from reglue.samples import PLACES, Drawing, protocol_of, way_to_sample
 from reglue.sampling import AutoPrecision
 from reglue.seeds import generator
-from reglue.subjects import Request, Subject, refuse_lacking
 from reglue.training import distributed
 
 RECORD = "edits.json"

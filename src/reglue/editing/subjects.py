@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from reglue.data.masks import crop_mask, read_mask
 from reglue.data.placing import WHITE, Place, feathered
 from reglue.diffusion.modalities import State
-from reglue.editing import CLASS_TOKEN, LOCAL, Editing
-from reglue.encoding import Picture, as_pixels, open_picture
+from reglue.editing.encoding import Picture, as_pixels, open_picture
+from reglue.editing.options import CLASS_TOKEN, LOCAL, Editing
+from reglue.editing.painting import load_prototypes
 from reglue.errors import UserError, option
-from reglue.painting import load_prototypes
 from reglue.run import RunRecord
 
 SOURCES = {"local_from": LOCAL, "cls_from": CLASS_TOKEN, "paste": LOCAL}

@@ -22,15 +22,15 @@ from reglue.diffusion.modalities import LATENT, State, concatenate_states
 from reglue.diffusion.noise import Draws
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.samplers import SAMPLERS, Start
-from reglue.editing import CLASS_TOKEN, LOCAL, Editing
+from reglue.editing.encoding import ImageEncoder, Picture, as_pixels, open_picture
+from reglue.editing.options import CLASS_TOKEN, LOCAL, Editing
+from reglue.editing.subjects import Request, Subject, refuse_lacking
 from reglue.encoders.autoencoders import Autoencoder
-from reglue.encoding import ImageEncoder, Picture, as_pixels, open_picture
 from reglue.errors import UserError, option
 from reglue.progress import Bar
 from reglue.run import RunRecord
 from reglue.sampling import MODALITY_SCALES, Sampling
 from reglue.seeds import Index
-from reglue.subjects import Request, Subject, refuse_lacking
 
 KNOWN = "known"
 """The purpose of the noise on what is held."""
