@@ -253,10 +253,16 @@ def test_other_statistics_are_refused(content: Any, message: str, tmp_path: Path
         read_statistics(tmp_path / "statistics.pkl")
 
 
+def with_whiten(value: Any) -> PCA:
+    """Components that say so of themselves."""
+    return PCA(4).fit(FEATURES).set_params(whiten=value)
+
+
 def test_other_components_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "pca.pkl"
     for model, message in (
         (PCA(4, whiten=True).fit(FEATURES), "whitened"),
+        *((with_whiten(value), "whitened") for value in (1, np.ones(2), "no", [1], 0.5)),
         (PCA(4).fit(FEATURES[:, :7]), "not of the same features"),
         (PCA(4), "no components_ and mean_"),
     ):
