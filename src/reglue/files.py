@@ -420,19 +420,23 @@ for _kind, _others in {bool: (), int: (), float: (int,), str: ()}.items():
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Raise UserError, naming the file and the tensor, if a number in one of them is NaN or infinite.
+    """Raise UserError, naming the file and the tensor, if a number in one of them is NaN, or infinite in float32.
 
-    A sum is finite only if all that it adds are: it is taken at the speed of memory, and nothing is made for it. Large
+    Also if they are of a type with which no network computes: complex ones, and those that torch can only store. A sum
+    is finite only if all that it adds are: it is taken at the speed of memory, and nothing is made for it. Large
     numbers may overflow it, so what it finds is looked at once more.
     """
     import torch  # slow to import
 
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() and not tensor.is_complex():
             continue
-        single = torch.float64 if tensor.dtype == torch.float64 else torch.float32  # in which halves do not overflow
-        if not tensor.sum(dtype=single).isfinite() and not (finite := tensor.to(single).isfinite()).all():
-            raise UserError(
-                f"{file} is damaged ({int((~finite).sum())} of the {tensor.numel()} numbers in {name} are NaN or "
-                "infinite); fetch or make it again"
-            )
+        reason = f"the numbers in {name} are of the type {tensor.dtype}"
+        if not tensor.is_complex():
+            try:
+                if tensor.sum(dtype=torch.float32).isfinite() or (finite := tensor.float().isfinite()).all():
+                    continue
+                reason = f"{int((~finite).sum())} of the {tensor.numel()} numbers in {name} are NaN or infinite"
+            except (NotImplementedError, RuntimeError):  # from torch, for what it cannot convert
+                pass
+        raise UserError(f"{file} is damaged ({reason}); fetch or make it again")

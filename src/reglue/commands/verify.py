@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from zipfile import BadZipFile, ZipFile
@@ -128,6 +129,9 @@ def run(folder: Path) -> Iterator[Check]:
     """The record, log, checkpoints, compressors, pictures and the autoencoder of a run."""
     record = RunRecord.read(folder)
     yield from training(folder)
+    if record.origin is not None and not checkpoints.steps(folder):
+        # Who trains a run may not have come to a checkpoint; who imports one has it at once.
+        yield Check(folder / checkpoints.FOLDER, partial(checkpoints.find, folder))
     for modality, spec in record.compressors.items():
         if (place := folder / COMPRESSORS / modality).is_dir():
             yield compressor(place, spec)
@@ -140,8 +144,7 @@ def training(folder: Path) -> Iterator[Check]:
     """What every training writes: log, checkpoints and previews."""
     yield Check(folder / tracking.FILE, lambda: tracking.read(folder))
     for checkpoint in sorted((folder / checkpoints.FOLDER).glob("[0-9]" * 8)):
-        progress = checkpoint / checkpoints.PROGRESS
-        yield Check(progress, lambda progress=progress: read_json(progress, checkpoints.Progress, checkpoints.REMEDY))
+        yield Check(checkpoint / checkpoints.PROGRESS, partial(checkpoints.read_step, checkpoint))
         # A run that was imported or shared has averaged weights alone.
         others = [checkpoint / name for name in (checkpoints.MODEL, checkpoints.OPTIMISER)]
         yield from map(tensors, [checkpoint / checkpoints.EMA, *(others if any(map(Path.exists, others)) else ())])
