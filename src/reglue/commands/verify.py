@@ -11,10 +11,10 @@ from types import MappingProxyType
 from zipfile import BadZipFile, ZipFile
 
 import torch
-from PIL import Image
 
 from reglue.commands.train_head import TRAINING, HeadRecord
 from reglue.contact_sheet import TABLE, read_hashes, refuse_changed
+from reglue.data.images import open_picture
 from reglue.data.manifest import MANIFEST, PARTIAL, Shard, is_intact, read_manifest
 from reglue.data.store import Store
 from reglue.editing.folder import RECORD as EDITS
@@ -166,7 +166,7 @@ def picture(file: Path, hashes: Mapping[str, str] = MappingProxyType({})) -> Che
 
     def read() -> None:
         try:
-            with Image.open(file) as opened:
+            with open_picture(file) as opened:
                 opened.verify()
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{file} is missing or damaged ({one_line(error)}); {COPY}") from error

@@ -20,8 +20,11 @@ from torch import Tensor
 
 from reglue.data.colours import in_srgb
 from reglue.data.labels import in_class_order
-from reglue.data.listing import classes_of, list_tree, plug_in, refuse_none
+from reglue.data.listing import classes_of, formats, list_tree, refuse_none
 from reglue.errors import UserError, printable
+
+ORIENTATION, TURNED = 0x0112, range(5, 9)
+"""EXIF's tag, and those of its values that exchange height and width."""
 
 
 @dataclass
@@ -218,9 +221,7 @@ def decode(file: Path | bytes) -> Image.Image:
     """
     if isinstance(file, Path) and not file.is_file():
         raise FileNotFoundError("not a file, or a broken link")
-    content = file if isinstance(file, Path) else io.BytesIO(file)
-    plug_in()
-    with Image.open(content) as opened:
+    with open_picture(file) as opened:
         # Pillow warns of a bomb before it decodes, and refuses only at twice the size.
         if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(
@@ -241,6 +242,21 @@ def decode(file: Path | bytes) -> Image.Image:
         shown.putalpha(image.convert("RGBA").getchannel("A"))
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), shown).convert("RGB")
     return shown
+
+
+def open_picture(file: Path | bytes) -> Image.Image:
+    """What Pillow opens, none of it decoded: an image in one of `listing.formats`. Raises whatever Pillow does."""
+    return Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=formats())
+
+
+def upright_size(file: Path) -> tuple[int, int]:
+    """Height and width of an image as `decode` turns it. Raises whatever Pillow does for what is no image."""
+    with open_picture(file) as image:
+        try:
+            turned = image.getexif().get(ORIENTATION) in TURNED
+        except Exception:  # Damaged EXIF data does not spoil the pixels.
+            turned = False
+        return image.size if turned else (image.height, image.width)
 
 
 def _eight_bits(grey: np.ndarray, transparent: int | None) -> Image.Image:
