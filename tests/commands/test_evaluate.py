@@ -195,10 +195,17 @@ def test_images_of_another_size_are_scaled_and_unreadable_ones_named(tmp_path, t
             {"samples": np.zeros((9, 16, 16, 3), np.uint8)},
             "no array arr_0 or images, nor statistics mu and sigma; it has samples",
         ),
-        ({"arr_0": np.zeros((9, 16, 16, 3), np.uint8), "protocol": "{"}, "not JSON"),
+        (
+            {"arr_0": np.zeros((9, 16, 16, 3), np.uint8), "protocol": "{"},
+            r"bad\.npz is damaged \(its protocol",
+        ),
         ({"arr_0": np.array([{}], dtype=object)}, "object"),
         ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, r"mu is \(3,\) and sigma \(2, 2\)"),
         ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.nan)}, "not finite"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "with D from 1"),
+        ({"mu": np.zeros(4), "sigma": -np.eye(4)}, "sigma is no covariance"),
+        ({"mu": np.zeros(4), "sigma": np.diag([1e9, 1, -1e6, 1])}, "sigma is no covariance"),
+        ({"mu": np.zeros(4), "sigma": np.triu(np.ones((4, 4)))}, "sigma is no covariance"),
         ({"mu": np.zeros(2), "sigma": np.zeros((2, 2))}, "holds no images, and its statistics are the Inception's"),
     ],
 )
