@@ -601,6 +601,34 @@ def test_a_statement_must_say_something(said, message, tmp_path, tiny_store, tin
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"\xff\xfe", b"", b"null", b"[]", b"3", b'"text"', b"[" * 100_000),
+        *(
+            b'{"labels": 5}',
+            b'{"labels": null}',
+            b'{"labels": {"a": 1}}',
+            b'{"labels": ["cat"]}',
+            b'{"labels": [true]}',
+        ),
+        *(b'{"class_names": 3}', b'{"class_names": [3]}', b'{"class_names": ["a"], "labels": [1]}', b'{"sampling": 4}'),
+        b'{"sha256": 5}',
+    ],
+)
+def test_a_protocol_that_is_none_is_one_line(content, tmp_path, tiny_store, noise):
+    folder = write_images(tmp_path / "noise", noise)
+    (folder / "samples.json").write_bytes(content)
+    np.savez(tmp_path / "noise.npz", arr_0=noise, protocol=np.array(content.decode(errors="replace")))
+    for images in (folder, tmp_path / "noise.npz"):
+        with pytest.raises(
+            UserError, match=r"(samples\.json|noise\.npz) is damaged \(it.*\); fix or remove it"
+        ) as raised:
+            evaluate(settings(images, tiny_store))
+        assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 500
+
+
 def test_a_statement_does_not_replace_a_record(tmp_path, tiny_run, tiny_store, noise):
     folder = write_images(tmp_path / "noise", noise)
     (folder / "samples.json").write_text(json.dumps({"seed": 3}))
