@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from zipfile import BadZipFile, ZipFile
+from typing import Any
+from zipfile import ZipFile
 
 import torch
 
+from reglue.arrays import ArrayFile
 from reglue.commands.train_head import TRAINING, HeadRecord
-from reglue.contact_sheet import TABLE, read_hashes, refuse_changed
+from reglue.contact_sheet import TABLE, holds, read_hashes, refuse_changed, table
+from reglue.contact_sheet import picture as picture_name
 from reglue.data.images import open_picture
 from reglue.data.manifest import MANIFEST, PARTIAL, Shard, is_intact, read_manifest
 from reglue.data.store import Store
@@ -196,30 +199,37 @@ def samples(folder: Path) -> Iterator[Check]:
     """The pictures of a folder that `reglue sample` writes, and the table that describes them."""
     protocol = read_protocol(folder / PROTOCOL)
     yield Check(folder / PROTOCOL, lambda: read_protocol(folder / PROTOCOL))
-    yield Check(folder / TABLE, lambda: whole_table(folder, len(protocol["labels"])))
+    yield Check(folder / TABLE, lambda: whole_table(folder, protocol))
     hashes = read_hashes(folder)
     yield from (picture(folder / file, hashes) for file in hashes)
 
 
-def whole_table(folder: Path, count: int) -> None:
-    """Raises UserError if the table of samples does not have as many pictures as were to be drawn."""
-    if len(read_hashes(folder)) < count:
+def whole_table(folder: Path, protocol: Mapping[str, Any]) -> None:
+    """Raises UserError if the table of samples lacks a picture that was to be drawn, or is not as the protocol is."""
+    hashes, wanted = read_hashes(folder), [*map(picture_name, range(len(protocol["labels"])))]
+    if missing := [name for name in wanted if name not in hashes]:
         raise UserError(
-            f"{folder / TABLE} does not have all {count} pictures; `reglue sample` with the same options adds them"
+            f"{folder / TABLE} does not have all {len(wanted)} pictures ({missing[0]} is missing); `reglue sample` "
+            "with the same options adds them"
+        )
+    if not holds(folder / TABLE, table(protocol, {name: hashes[name] for name in wanted})):
+        raise UserError(
+            f"{folder / TABLE} is damaged (it does not say of the pictures what {PROTOCOL} does); delete it, and "
+            "`reglue sample` with the same options writes it again"
         )
 
 
 def archive(file: Path) -> Iterator[Check]:
-    """The members of an archive of samples, which have sums of their own."""
+    """The members of an archive, which have sums of their own; one of samples has a hash of all of it, too."""
 
     def read() -> None:
         try:
             with ZipFile(file) as opened:
                 if broken := opened.testzip():
                     raise ValueError(f"{broken} in it is not what was written")
-        except (OSError, ValueError, BadZipFile, NotImplementedError, RuntimeError) as error:
+        except Exception as error:  # Bytes that mean nothing can end anywhere in zipfile and its compressions.
             raise UserError(f"{file} is damaged ({one_line(error)}); {COPY}") from error
-        archived_protocol(file)
+        ArrayFile(file).refuse_changed(sealed=archived_protocol(file) is not None)
 
     yield Check(file, read)
 
