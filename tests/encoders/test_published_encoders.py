@@ -264,6 +264,19 @@ def test_numbers_that_are_not_finite_are_refused(value: float, dtype: torch.dtyp
     assert "weights.safetensors is damaged (1 of the 4096 numbers in blocks.1.mlp.fc1.weight are NaN" in message
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int64, torch.uint8])
+def test_numbers_without_use_are_refused(dtype: torch.dtype, ending: str, tmp_path: Path) -> None:
+    state = network_of("dinov2").state_dict()
+    name = "blocks.1.mlp.fc1.weight"
+    state[name] = state[name].to(dtype)
+    state[name][3, 4] = 1e300 if dtype.is_floating_point else torch.nan if dtype.is_complex else 3
+    file = tmp_path / f"weights.{ending}"
+    (save_file if ending == "safetensors" else torch.save)(state, file)
+    reason = f"1 of the 4096 numbers in {name} are" if dtype.is_floating_point else f"the numbers in {name} are of the"
+    assert f"{file} is damaged ({reason}" in refusal(file)
+
+
 def test_large_numbers_are_finite(tmp_path: Path) -> None:
     """Though their sum is not."""
     state = network_of("dinov2").state_dict()
