@@ -42,6 +42,9 @@ MEMBERS: dict[str, bytes] = {
     "no array": b"text",
     "cut in its header": saved(NUMBERS)[:50],
     "cut in its numbers": saved(NUMBERS)[:-3],
+    "fewer numbers in its shape": described((1, 3, 4)),
+    "no number in its shape": described((0, 3, 4)),
+    "smaller numbers": described((2, 3), descr="<u2"),
     "a negative shape": described((-1, 3, 4)),
     "two negative sides": described((-2, -3, 4)),
     "a huge shape": described((10**9, 10**9, 10**9)),
@@ -167,8 +170,8 @@ def test_an_archive_that_is_none_is_one_line(kind: str, tmp_path: Path) -> None:
 
 def test_what_is_larger_than_memory_is_not_read_whole(tmp_path: Path) -> None:
     with (tmp_path / "a.npy").open("wb") as file:
-        file.write(described((2**31,)))
-        file.truncate(2**31 + 200)
+        size = file.write(npy(repr({"descr": "|u1", "fortran_order": False, "shape": (2**31,)}), b""))
+        file.truncate(size + 2**31)
     with pytest.raises(UserError, match=r"a\.npy is damaged \(arr_0 has 2147483648 bytes, more than"):
         ArrayFile(tmp_path / "a.npy").read("arr_0")
 

@@ -20,11 +20,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from helpers import draw_masks
+from reglue.arrays import UNSEALED
 from reglue.cli import parse
 from reglue.commands.autoencode import TrainingRecord, autoencode
 from reglue.commands.compress import Compress, compress
+from reglue.commands.edit import Edit, edit
 from reglue.commands.evaluate import Evaluate, evaluate
 from reglue.commands.probe import Probe, probe
+from reglue.commands.prototypes import MakePrototypes, prototypes
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train_head import HeadRecord
 from reglue.commands.verify import Verify, verify
@@ -33,12 +37,15 @@ from reglue.data.manifest import MANIFEST, PARTIAL, Contents, read_manifest
 from reglue.data.store import Store
 from reglue.data.store_writer import StoreWriter
 from reglue.diffusion.denoiser import Denoiser
+from reglue.editing.folder import read_record
+from reglue.editing.painting import load_prototypes
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.compressors import load_compressor
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
 from reglue.files import plain, read_json, read_jsonl, to_json
+from reglue.metrics.image_sets import open_image_set
 from reglue.perception.heads import Head, HeadSpec, load_head
 from reglue.perception.probing import ProbeReport
 from reglue.run import RunRecord, find_run
@@ -101,6 +108,19 @@ def encoder_folder(tiny_encoder: str) -> Path:
 @pytest.fixture(scope="session")
 def tiny_samples(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
     return sample(Sample(tiny_run, tmp_path_factory.mktemp("samples") / "out", 2, steps=2, device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_edits(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path, tiny_images: Path) -> Path:
+    out, image = tmp_path_factory.mktemp("edits") / "out", tiny_images / "circle" / "000.png"
+    return edit(Edit(tiny_run, out, 1, images=(image,), keep=("local",), steps=1, device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_looks(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path, tiny_images: Path) -> Path:
+    folder = tmp_path_factory.mktemp("looks")
+    prototypes(MakePrototypes(tiny_store, draw_masks(folder / "masks", tiny_images), folder / "out", "local.pca-4"))
+    return folder / "out"
 
 
 @pytest.fixture(scope="session")
@@ -182,6 +202,11 @@ def read_alignment(folder: Path, file: Path) -> Any:
     return network.spec, network.state_dict()
 
 
+def read_looks(folder: Path, file: Path) -> Any:
+    looks = load_prototypes(folder)
+    return looks.spec, looks.codes
+
+
 Read = Callable[[Path, Path], Any]
 READERS: list[tuple[str, str, Read]] = [
     ("tiny_store", "manifest.json", read_store),
@@ -215,6 +240,8 @@ READERS: list[tuple[str, str, Read]] = [
     ("encoder_folder", "model.safetensors", read_encoder),
     ("tiny_samples", "samples.json", lambda _, file: read_protocol(file)),
     ("tiny_samples", "samples.csv", lambda folder, _: verify(Verify(folder)) and read_hashes(folder)),
+    ("tiny_edits", "edits.json", lambda folder, _: read_record(folder)),
+    ("tiny_looks", "prototypes.*", read_looks),
     ("tiny_probe", "report.json", lambda _, file: read_json(file, ProbeReport, "delete it")),
 ]
 
@@ -519,8 +546,37 @@ def test_a_flipped_bit_of_an_archive_is_found(tiny_run: Path, tmp_path: Path) ->
     archive = sample(Sample(tiny_run, tmp_path / "out.npz", 2, steps=2, device="cpu"))
     assert verify(Verify(archive)) == archive
     content = archive.read_bytes()
-    for place in (0.1, 0.3, 0.6):
-        flip(archive, place)
-        with pytest.raises(UserError, match=r"out\.npz"):
-            verify(Verify(archive))
+    size, end = len(content), len(content) - len(UNSEALED)
+    # The members and all that leads to them; where they begin and end; and the comment.
+    for place in [*range(0, size, size // 20), *range(40), *range(end - 120, size, 3)]:
+        flip(archive, (place + 0.5) / size)
+        for read in (verify, lambda options: open_image_set(options.folder)):
+            if read is verify or place < end:
+                with pytest.raises(UserError, match=r"out\.npz"):
+                    read(Verify(archive))
         put_back(archive, content)
+
+
+def changed_cells(table: str) -> Iterator[str]:
+    """A table with another word in one of its cells."""
+    rows = [line.split(",") for line in table.splitlines()]
+    for y, row in enumerate(rows):
+        for x in range(len(row)):
+            changed = [*row[:x], "bat", *row[x + 1 :]]
+            yield "".join(",".join(cells) + "\n" for cells in [*rows[:y], changed, *rows[y + 1 :]])
+
+
+def test_any_change_of_what_is_said_of_samples_is_found(
+    tiny_samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_samples, tmp_path / "samples"))
+    protocol, table = ((folder / name).read_text() for name in ("samples.json", "samples.csv"))
+    said = json.loads(protocol)
+    others = [json.dumps(other) for other in changed_values(said, [0, 1.5, "bat"]) if other != said]
+    for name, before, changes in (("samples.json", protocol, others), ("samples.csv", table, changed_cells(table))):
+        for changed in changes:
+            put_back(folder / name, changed.encode())
+            with pytest.raises(UserError, match=name):
+                verify(Verify(folder))
+        put_back(folder / name, before.encode())
+    verify(Verify(folder))

@@ -1,11 +1,13 @@
 """NumPy's files: .npz archives and single .npy arrays, read so that any damage becomes one line that names the file.
 
-Nothing in them is executed, and no shape is believed before there are as many bytes.
+Nothing in them is executed, and no shape is believed unless there are just as many bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -47,6 +49,14 @@ class ArrayFile:
                 if len(set(members)) < len(members):
                     raise ValueError("two of its arrays have one name")
                 self.names = tuple(name.removesuffix(".npy") for name in members)
+
+    def refuse_changed(self, *, sealed: bool = False) -> None:
+        """Raise UserError if the file is not what was written, where its seal (`seal_archive`) tells; if it must be
+        `sealed`, also where it has none."""
+        with self._naming():
+            written, found = _seal(self.path)
+            if written != found and (written or sealed):
+                raise ValueError("its content is not what was written")
 
     def header(self, name: str) -> Header:
         """Shape, order and type of an array. Raises UserError for damage, and for what is neither numbers nor text."""
@@ -99,6 +109,37 @@ class ArrayFile:
             raise UserError(f"{self.path} is damaged ({one_line(error)}); fetch or make it again") from error
 
 
+SEAL = b"sha256="
+"""The comment of an archive of ours: this and the SHA-256 of the file as it is with zeros in the place of that one."""
+UNSEALED = SEAL + b"0" * 64
+"""The comment until `seal_archive`."""
+_SEALED = re.compile(SEAL + rb"([0-9a-f]{64})")
+
+
+def seal_archive(path: Path) -> None:
+    """Put its hash into the comment of an archive that was written with the comment `UNSEALED`.
+
+    The sums that archives have are of their members alone: not of names, dates, and how the members are found.
+    """
+    digest = _seal(path)[1]
+    with path.open("r+b") as file:
+        file.seek(-64, 2)
+        file.write(digest.encode())
+
+
+def _seal(path: Path) -> tuple[str | None, str]:
+    """The hash at the end of an archive, None if it has none, and the one that it should be."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = max(path.stat().st_size - len(UNSEALED), 0)
+        while part := file.read(min(2**20, left)):
+            digest.update(part)
+            left -= len(part)
+        written = _SEALED.fullmatch(file.read())
+    digest.update(UNSEALED)
+    return written and written[1].decode(), digest.hexdigest()
+
+
 def _header(name: str, file: IO[bytes], size: int) -> Header:
     """Raises ValueError, or whatever NumPy raises, for an array that cannot be read from a file of so many bytes."""
     first = np.lib.format.read_magic(file) == (1, 0)
@@ -106,8 +147,8 @@ def _header(name: str, file: IO[bytes], size: int) -> Header:
     if header.dtype.kind not in "biufU" or header.dtype.subdtype:
         raise ValueError(f"{name} holds {header.dtype}, not numbers")
     wanted = math.prod(header.shape) * header.dtype.itemsize
-    if min(header.shape, default=0) < 0 or wanted > size - file.tell():
-        raise ValueError(f"{name} has fewer numbers than its shape {header.shape} says")
+    if min(header.shape, default=0) < 0 or wanted != size - file.tell():
+        raise ValueError(f"{name} has more or fewer numbers than its shape {header.shape} says")
     return header
 
 

@@ -70,7 +70,7 @@ def forget_missing(folder: Path, protocol: Mapping[str, Any]) -> None:
     hashes = read_hashes(folder)
     there = {file: hashes[file] for file in _pictures(folder, protocol) if file in hashes}
     if there != hashes:
-        _write(folder / TABLE, _table(protocol, there))
+        _write(folder / TABLE, table(protocol, there))
 
 
 def describe(folder: Path, protocol: Mapping[str, Any]) -> None:
@@ -84,7 +84,7 @@ def describe(folder: Path, protocol: Mapping[str, Any]) -> None:
     new = [file for file in files if file not in known]
     with ThreadPoolExecutor(THREADS) as threads:
         known |= zip(new, threads.map(lambda file: _sha256(folder / file), new), strict=True)
-    _write(folder / TABLE, _table(protocol, {file: known[file] for file in files}))
+    _write(folder / TABLE, table(protocol, {file: known[file] for file in files}))
     _write(folder / PAGE, _page(folder, files, protocol))
 
 
@@ -93,7 +93,8 @@ def _pictures(folder: Path, protocol: Mapping[str, Any]) -> list[str]:
     return [file for file in map(picture, range(len(protocol["labels"]))) if (folder / file).is_file()]
 
 
-def _table(protocol: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
+def table(protocol: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
+    """What the table says of these pictures."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -136,7 +137,11 @@ def _sha256(file: Path) -> str:
 
 def _write(path: Path, text: str) -> None:
     # Names of classes may come from folders whose names are not UTF-8.
-    content = text.encode(errors="surrogateescape")
-    if not (path.is_file() and path.read_bytes() == content):
+    if not holds(path, text):
         with replacing(path) as beside:
-            beside.write_bytes(content)
+            beside.write_bytes(text.encode(errors="surrogateescape"))
+
+
+def holds(path: Path, text: str) -> bool:
+    """Whether a file is there and says just this."""
+    return path.is_file() and path.read_bytes() == text.encode(errors="surrogateescape")

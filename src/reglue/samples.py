@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -17,13 +18,13 @@ import numpy as np
 from PIL import Image
 
 from reglue import contact_sheet, fine_tuning
-from reglue.arrays import ArrayFile
+from reglue.arrays import UNSEALED, ArrayFile, seal_archive
 from reglue.data.picture_writer import THREADS, PictureWriter
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import State
-from reglue.errors import UserError, option
-from reglue.files import read_json, replacing
+from reglue.errors import UserError, one_line, option
+from reglue.files import SEAL, parse_json, read_json, replacing
 from reglue.locks import writing
 from reglue.pipeline import ImageModel, evaluations, load
 from reglue.progress import Bar
@@ -121,21 +122,25 @@ def _remove(folder: Path) -> None:
 def write_archive(out: Path, pictures: Sequence[Path], labels: list[int], protocol: dict[str, Any]) -> None:
     """Write pictures of one size into a NumPy archive, as `numpy.savez` would: `arr_0` (N, H, W, 3) uint8, as in ADM's.
 
-    Besides, `labels` (N,) and the `protocol` as JSON. A few pictures at a time are in memory. Raises UserError if the
-    file cannot be written.
+    Besides, `labels` (N,) and the `protocol` as JSON. The file is sealed (`seal_archive`). A few pictures at a time are
+    in memory. Raises UserError if the file cannot be written.
     """
     with Image.open(pictures[0]) as first:
         width, height = first.size
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(pictures), height, width, 3)}
-    with replacing(out) as beside, ZipFile(beside, "w") as archive, ThreadPoolExecutor(THREADS) as threads:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for start in range(0, len(pictures), PACKED_AT_ONCE):
-                for image in threads.map(_pixels, pictures[start : start + PACKED_AT_ONCE]):
-                    file.write(image.data)
-        for name, value in (("labels", np.array(labels)), ("protocol", np.array(json.dumps(protocol)))):
-            with archive.open(f"{name}.npy", "w") as file:
-                np.lib.format.write_array(file, value, allow_pickle=False)
+    others = {"labels": np.array(labels), "protocol": np.array(json.dumps(sealed(protocol)))}
+    with replacing(out) as beside:
+        with ZipFile(beside, "w") as archive, ThreadPoolExecutor(THREADS) as threads:
+            archive.comment = UNSEALED
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for start in range(0, len(pictures), PACKED_AT_ONCE):
+                    for image in threads.map(_pixels, pictures[start : start + PACKED_AT_ONCE]):
+                        file.write(image.data)
+            for name, value in others.items():
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array(file, value, allow_pickle=False)
+        seal_archive(beside)
 
 
 def archived_protocol(archive: Path) -> dict[str, Any] | None:
@@ -148,14 +153,39 @@ def archived_protocol(archive: Path) -> dict[str, Any] | None:
     return None if text is None else protocol_in(text, archive)
 
 
-def protocol_in(text: str, path: Path) -> dict[str, Any]:
-    """A protocol from JSON that was read in `path`. Raises UserError if it is none."""
+def protocol_in(text: str | bytes, path: Path) -> dict[str, Any]:
+    """A protocol from JSON that was read in `path`. Raises UserError if it is none, or not the one that was written.
+
+    Others may write less into theirs than we do: what is not there is not missed.
+    """
+    remedy = "fix or remove it"
     try:
-        protocol = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: the protocol is not JSON ({error}); fix or remove it") from error
-    if not isinstance(protocol, dict):
-        raise UserError(f"{path}: the protocol is not a JSON object; fix or remove it")
+        return _checked(parse_json(text, dict[str, Any]), path, remedy)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged (its protocol: {one_line(error)}); {remedy}") from error
+
+
+def sealed(protocol: dict[str, Any]) -> dict[str, Any]:
+    """A protocol with its own SHA-256, by which it is known when it is read."""
+    text = json.dumps(protocol, sort_keys=True)
+    return {**protocol, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _checked(content: dict[str, Any], path: Path, remedy: str) -> dict[str, Any]:
+    """A protocol without its hash, which is compared if it is there. Raises UserError for another hash, and for values
+    that are none of a protocol."""
+    protocol = {key: value for key, value in content.items() if key != SEAL}
+    if SEAL in content and content != sealed(protocol):
+        raise UserError(f"{path} is damaged (its protocol is not what was written); {remedy}")
+    labels, names = protocol.get("labels", []), protocol.get("class_names", [])
+    if not (
+        isinstance(protocol.get("sampling", {}), dict)
+        and isinstance(labels, list)
+        and isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and all(type(label) is int and (not names or 0 <= label < len(names)) for label in labels)
+    ):
+        raise UserError(f"{path} is damaged (it holds no protocol of samples); {remedy}")
     return protocol
 
 
@@ -193,6 +223,18 @@ class Drawing:
 
 def plan(options: Draw, model: ImageModel) -> Drawing:
     """What the options ask of a model. Raises UserError for what it cannot do."""
+    weaker, sampling = way_to_sample(options, model, model.default_sampling, lambda: drawn_before(options.out))
+    return Drawing(model, weaker, sampling, choose_labels(options, model), options.seed)
+
+
+def way_to_sample(
+    options: Draw, model: ImageModel, default: Sampling, before: Callable[[], AutoPrecision | None]
+) -> tuple[Denoiser | None, Sampling]:
+    """The second model of autoguidance, if there is one, and how images are drawn: as options say, or else as default.
+
+    `before` tells the precision of the images that are there already, which those to come have too. Raises UserError
+    for what the model cannot do.
+    """
     weaker = weaker_model(options, model) if options.weaker_run else None
     changes = {part.name: getattr(options, part.name) for part in fields(Sampling)}
     if weaker:
@@ -204,10 +246,10 @@ def plan(options: Draw, model: ImageModel) -> Drawing:
             f"{option('auto_scale')} {changes['auto_scale']}: autoguidance needs a weaker model; name one with "
             f"{option('weaker_run')}"
         )
-    sampling = model.default_sampling.changed(**changes)
+    sampling = default.changed(**changes)
     if sampling.precision == "auto":
-        sampling = replace(sampling, precision=drawn_before(options.out) or agreed(model.device))
-    return Drawing(model, weaker, model.resolved(sampling), choose_labels(options, model), options.seed)
+        sampling = replace(sampling, precision=before() or agreed(model.device))
+    return weaker, model.resolved(sampling)
 
 
 def drawn_before(out: Path) -> AutoPrecision | None:
@@ -283,16 +325,10 @@ def protocol_of(options: Draw, drawing: Drawing) -> dict[str, Any]:
 def read_protocol(path: Path) -> dict[str, Any]:
     """The protocol of images that are to be continued. Raises UserError if the file does not hold it (any more)."""
     remedy = "choose another folder, or delete this one and draw the images again"
-    protocol = read_json(path, dict[str, Any], remedy)
-    labels, names = protocol.get("labels"), protocol.get("class_names", [])
-    if not (
-        isinstance(protocol.get("sampling"), dict)
-        and isinstance(labels, list)
-        and isinstance(names, list)
-        and all(type(label) is int and (not names or 0 <= label < len(names)) for label in labels)
-    ):
-        raise UserError(f"{path} is damaged (it holds no protocol of samples); {remedy}")
-    return protocol
+    content = read_json(path, dict[str, Any], remedy)
+    if missing := [key for key in ("sampling", "labels", "class_names", "seed", SEAL) if key not in content]:
+        raise UserError(f"{path} is damaged (it holds no {missing[0]}); {remedy}")
+    return _checked(content, path, remedy)
 
 
 PLACES = {"run": "weights_sha256", "weaker_run": "weaker_weights_sha256", "decoder": "decoder_sha256"}
@@ -311,7 +347,7 @@ def create_or_resume(folder: Path, protocol: dict[str, Any], rank: int) -> None:
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside:
-            beside.write_text(json.dumps(protocol, indent=1))
+            beside.write_text(json.dumps(sealed(protocol), indent=1))
         contact_sheet.forget_missing(folder, protocol)
     distributed.barrier()
 

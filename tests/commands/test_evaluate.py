@@ -195,10 +195,17 @@ def test_images_of_another_size_are_scaled_and_unreadable_ones_named(tmp_path, t
             {"samples": np.zeros((9, 16, 16, 3), np.uint8)},
             "no array arr_0 or images, nor statistics mu and sigma; it has samples",
         ),
-        ({"arr_0": np.zeros((9, 16, 16, 3), np.uint8), "protocol": "{"}, "not JSON"),
+        (
+            {"arr_0": np.zeros((9, 16, 16, 3), np.uint8), "protocol": "{"},
+            r"bad\.npz is damaged \(its protocol",
+        ),
         ({"arr_0": np.array([{}], dtype=object)}, "object"),
         ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, r"mu is \(3,\) and sigma \(2, 2\)"),
         ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.nan)}, "not finite"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "with D from 1"),
+        ({"mu": np.zeros(4), "sigma": -np.eye(4)}, "sigma is no covariance"),
+        ({"mu": np.zeros(4), "sigma": np.diag([1e9, 1, -1e6, 1])}, "sigma is no covariance"),
+        ({"mu": np.zeros(4), "sigma": np.triu(np.ones((4, 4)))}, "sigma is no covariance"),
         ({"mu": np.zeros(2), "sigma": np.zeros((2, 2))}, "holds no images, and its statistics are the Inception's"),
     ],
 )
@@ -592,6 +599,34 @@ def test_a_statement_must_say_something(said, message, tmp_path, tiny_store, tin
     with pytest.raises(UserError, match=message) as raised:
         evaluate(settings(tiny_images, tiny_store, protocol=said))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"\xff\xfe", b"", b"null", b"[]", b"3", b'"text"', b"[" * 100_000),
+        *(
+            b'{"labels": 5}',
+            b'{"labels": null}',
+            b'{"labels": {"a": 1}}',
+            b'{"labels": ["cat"]}',
+            b'{"labels": [true]}',
+        ),
+        *(b'{"class_names": 3}', b'{"class_names": [3]}', b'{"class_names": ["a"], "labels": [1]}', b'{"sampling": 4}'),
+        b'{"sha256": 5}',
+    ],
+)
+def test_a_protocol_that_is_none_is_one_line(content, tmp_path, tiny_store, noise):
+    folder = write_images(tmp_path / "noise", noise)
+    (folder / "samples.json").write_bytes(content)
+    np.savez(tmp_path / "noise.npz", arr_0=noise, protocol=np.array(content.decode(errors="replace")))
+    for images in (folder, tmp_path / "noise.npz"):
+        with pytest.raises(
+            UserError, match=r"(samples\.json|noise\.npz) is damaged \(it.*\); fix or remove it"
+        ) as raised:
+            evaluate(settings(images, tiny_store))
+        assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 500
 
 
 def test_a_statement_does_not_replace_a_record(tmp_path, tiny_run, tiny_store, noise):

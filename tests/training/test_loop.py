@@ -350,6 +350,17 @@ def test_a_line_that_was_cut_short_is_written_again(tmp_path: Path, whole: Path)
     assert lines(tmp_path / "run") == lines(whole)
 
 
+@pytest.mark.parametrize("step", ['"x"', "null", "[1]", "1.5", "true", None])
+def test_a_line_without_a_step_is_named(step: str | None, tmp_path: Path) -> None:
+    line = "{}" if step is None else f'{{"step": {step}}}'
+    content = f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'
+    (tmp_path / "metrics.jsonl").write_text(content)
+    for use in (read, lambda run: JsonLines(run, 5)):
+        with pytest.raises(UserError, match=r"metrics\.jsonl is damaged \(line 2: its step is no whole number\); fix"):
+            use(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == content
+
+
 def test_figures_that_are_not_finite_are_left_out_of_the_log(tmp_path: Path) -> None:
     record = JsonLines(tmp_path, -1)
     record.log(3, {"loss": 0.5, "rate": float("inf"), "validation": {"distance": float("nan"), "psnr": 20.0}})

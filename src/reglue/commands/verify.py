@@ -5,17 +5,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from zipfile import BadZipFile, ZipFile
+from typing import Any
+from zipfile import ZipFile
 
 import torch
 
+from reglue.arrays import ArrayFile
 from reglue.commands.train_head import TRAINING, HeadRecord
-from reglue.contact_sheet import TABLE, read_hashes, refuse_changed
+from reglue.contact_sheet import TABLE, holds, read_hashes, refuse_changed, table
+from reglue.contact_sheet import picture as picture_name
 from reglue.data.images import open_picture
 from reglue.data.manifest import MANIFEST, PARTIAL, Shard, is_intact, read_manifest
 from reglue.data.store import Store
+from reglue.editing.folder import RECORD as EDITS
+from reglue.editing.folder import read_record as read_edits
+from reglue.editing.options import SHEET
+from reglue.editing.painting import SPEC_FILE as PROTOTYPES
+from reglue.editing.painting import load_prototypes
 from reglue.encoders.alignment import FILE as ALIGNMENT
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, load_autoencoder
@@ -61,8 +70,8 @@ def verify(options: Verify) -> Path:
     if folder.suffix == ".npz" and folder.is_file():
         kind = archive
     if kind is None:
-        known = ", ".join(sorted({f"{kind.__name__} ({name})" for name, kind in KINDS.items()}))
-        raise UserError(f"{folder} is nothing that can be verified; give a folder of one of these: {known}, or a .npz")
+        known = ", ".join(sorted({kind.__name__ for kind in KINDS.values()}))
+        raise UserError(f"{folder} is nothing that can be verified; give a folder of one of these: {known}; or an .npz")
     count, size = run_checks(folder, kind(folder))
     if kind is run:
         verify_training_store(folder)
@@ -123,6 +132,9 @@ def run(folder: Path) -> Iterator[Check]:
     """The record, log, checkpoints, compressors, pictures and the autoencoder of a run."""
     record = RunRecord.read(folder)
     yield from training(folder)
+    if record.origin is not None and not checkpoints.steps(folder):
+        # Who trains a run may not have come to a checkpoint; who imports one has it at once.
+        yield Check(folder / checkpoints.FOLDER, partial(checkpoints.find, folder))
     for modality, spec in record.compressors.items():
         if (place := folder / COMPRESSORS / modality).is_dir():
             yield compressor(place, spec)
@@ -135,8 +147,7 @@ def training(folder: Path) -> Iterator[Check]:
     """What every training writes: log, checkpoints and previews."""
     yield Check(folder / tracking.FILE, lambda: tracking.read(folder))
     for checkpoint in sorted((folder / checkpoints.FOLDER).glob("[0-9]" * 8)):
-        progress = checkpoint / checkpoints.PROGRESS
-        yield Check(progress, lambda progress=progress: read_json(progress, checkpoints.Progress, checkpoints.REMEDY))
+        yield Check(checkpoint / checkpoints.PROGRESS, partial(checkpoints.read_step, checkpoint))
         # A run that was imported or shared has averaged weights alone.
         others = [checkpoint / name for name in (checkpoints.MODEL, checkpoints.OPTIMISER)]
         yield from map(tensors, [checkpoint / checkpoints.EMA, *(others if any(map(Path.exists, others)) else ())])
@@ -188,32 +199,62 @@ def samples(folder: Path) -> Iterator[Check]:
     """The pictures of a folder that `reglue sample` writes, and the table that describes them."""
     protocol = read_protocol(folder / PROTOCOL)
     yield Check(folder / PROTOCOL, lambda: read_protocol(folder / PROTOCOL))
-    yield Check(folder / TABLE, lambda: whole_table(folder, len(protocol["labels"])))
+    yield Check(folder / TABLE, lambda: whole_table(folder, protocol))
     hashes = read_hashes(folder)
     yield from (picture(folder / file, hashes) for file in hashes)
 
 
-def whole_table(folder: Path, count: int) -> None:
-    """Raises UserError if the table of samples does not have as many pictures as were to be drawn."""
-    if len(read_hashes(folder)) < count:
+def whole_table(folder: Path, protocol: Mapping[str, Any]) -> None:
+    """Raises UserError if the table of samples lacks a picture that was to be drawn, or is not as the protocol is."""
+    hashes, wanted = read_hashes(folder), [*map(picture_name, range(len(protocol["labels"])))]
+    if missing := [name for name in wanted if name not in hashes]:
         raise UserError(
-            f"{folder / TABLE} does not have all {count} pictures; `reglue sample` with the same options adds them"
+            f"{folder / TABLE} does not have all {len(wanted)} pictures ({missing[0]} is missing); `reglue sample` "
+            "with the same options adds them"
+        )
+    if not holds(folder / TABLE, table(protocol, {name: hashes[name] for name in wanted})):
+        raise UserError(
+            f"{folder / TABLE} is damaged (it does not say of the pictures what {PROTOCOL} does); delete it, and "
+            "`reglue sample` with the same options writes it again"
         )
 
 
 def archive(file: Path) -> Iterator[Check]:
-    """The members of an archive of samples, which have sums of their own."""
+    """The members of an archive, which have sums of their own; one of samples has a hash of all of it, too."""
 
     def read() -> None:
         try:
             with ZipFile(file) as opened:
                 if broken := opened.testzip():
                     raise ValueError(f"{broken} in it is not what was written")
-        except (OSError, ValueError, BadZipFile, NotImplementedError, RuntimeError) as error:
+        except Exception as error:  # Bytes that mean nothing can end anywhere in zipfile and its compressions.
             raise UserError(f"{file} is damaged ({one_line(error)}); {COPY}") from error
-        archived_protocol(file)
+        ArrayFile(file).refuse_changed(sealed=archived_protocol(file) is not None)
 
     yield Check(file, read)
+
+
+def edits(folder: Path) -> Iterator[Check]:
+    """The pictures of a folder that `reglue edit` writes, and the record with their hashes."""
+    record = read_edits(folder)
+    yield Check(folder / EDITS, lambda: whole_edits(folder))
+    yield picture(folder / SHEET)
+    yield from (picture(folder / file, record.pictures) for file in record.pictures)
+
+
+def whole_edits(folder: Path) -> None:
+    """Raises UserError if the record of edits does not have as many pictures as were to be drawn."""
+    record = read_edits(folder)
+    if len(record.pictures) < len(record.images) * record.count:
+        raise UserError(
+            f"{folder / EDITS} does not have all {len(record.images) * record.count} pictures; `reglue edit` with the "
+            "same options adds them"
+        )
+
+
+def prototypes(folder: Path) -> Iterator[Check]:
+    """What `reglue prototypes` writes."""
+    yield Check(folder, lambda: load_prototypes(folder))
 
 
 KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
@@ -224,6 +265,8 @@ KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
     WEIGHTS_FILE: head,
     TRAINING_RECORD: autoencoder,
     PROTOCOL: samples,
+    EDITS: edits,
+    PROTOTYPES: prototypes,
 }
 """What each kind of folder holds, by a file that it alone has; heads have a record of the autoencoders' name too."""
 
@@ -237,6 +280,8 @@ def verify_training_store(folder: Path) -> None:
     if record.store is None or record.store_hash is None:
         return
     place = Path(record.store)
+    if not place.is_absolute():  # Of a run that was shared: a name that meant something elsewhere.
+        return
     if not place.is_dir():
         print(f"Its training store {place} is not there (any more), and was not verified.")
         return

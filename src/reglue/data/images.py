@@ -273,6 +273,28 @@ def _eight_bits(grey: np.ndarray, transparent: int | None) -> Image.Image:
     return Image.fromarray(np.where(grey == transparent, 255, scaled).astype(np.uint8))
 
 
+@dataclass(frozen=True)
+class Cover:
+    """Where the pixels of an image go when it is scaled to cover a size and cut: what `crop_to` does, as numbers."""
+
+    scaled: tuple[int, int]
+    """(width, height) of the image once it covers the size."""
+    left: int
+    top: int
+    """What is cut off there, in pixels of the scaled image."""
+
+    @classmethod
+    def of(cls, image_size: tuple[int, int], size: tuple[int, int]) -> Cover:
+        """That of an image of (width, height) pixels and a size (height, width)."""
+        height, width = size
+        columns, rows = image_size
+        while columns >= 2 * width and rows >= 2 * height:
+            columns, rows = columns // 2, rows // 2
+        scale = max(width / columns, height / rows)
+        scaled = (round(columns * scale), round(rows * scale))
+        return cls(scaled, (scaled[0] - width) // 2, (scaled[1] - height) // 2)
+
+
 def crop_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scale an image to cover `size` (height, width) and cut out its centre, as ADM (arXiv 2105.05233) prepares images.
 
@@ -281,14 +303,12 @@ def crop_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     would have more pixels than Pillow deems safe.
     """
     height, width = size
+    cover = Cover.of(image.size, size)
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    scaled = (round(image.width * scale), round(image.height * scale))
-    if Image.MAX_IMAGE_PIXELS and scaled[0] * scaled[1] > Image.MAX_IMAGE_PIXELS:
+    if Image.MAX_IMAGE_PIXELS and cover.scaled[0] * cover.scaled[1] > Image.MAX_IMAGE_PIXELS:
         raise ValueError(
             f"{image.width}×{image.height} pixels are too long and narrow to be cropped to {width}×{height}"
         )
-    image = image.resize(scaled, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    image = image.resize(cover.scaled, Image.Resampling.BICUBIC)
+    return image.crop((cover.left, cover.top, cover.left + width, cover.top + height))

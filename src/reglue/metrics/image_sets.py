@@ -29,6 +29,8 @@ IMAGE_ARRAYS = ("arr_0", "images")
 """Where an .npz file may keep its images. An .npy file has one array alone."""
 MOST_FEATURES = 2**14
 """No statistics are of more."""
+ROUNDING = 1e-6
+"""Of a covariance's largest numbers: how far from symmetric, or below zero along an axis, it may be."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def open_image_set(path: Path) -> ImageSet:
     """A folder of images, an .npz or .npy file, or a store. Raises UserError for anything else."""
     if path.suffix.lower() in (".npz", ".npy"):
         arrays = ArrayFile(path)
+        arrays.refuse_changed()
         pool, spatial = (_read_gaussian(arrays, *both) for both in (("mu", "sigma"), ("mu_s", "sigma_s")))
         has_images = pool is None or any(name in arrays.names for name in IMAGE_ARRAYS)
         return ImageSet(path, _ArchivedImages(arrays) if has_images else None, None, pool, spatial)
@@ -181,7 +184,7 @@ class _FolderImages(_SourceImages):
 
     def protocol(self) -> dict[str, Any] | None:
         path = self.source.path / PROTOCOL
-        protocol = protocol_in(path.read_text(), path) if path.is_file() else None
+        protocol = protocol_in(path.read_bytes(), path) if path.is_file() else None
         if protocol and "labels" in protocol:
             protocol["labels"] = protocol["labels"][: len(self)]
         return protocol
@@ -259,19 +262,36 @@ def _to_size(image: np.ndarray, resolution: tuple[int, int]) -> Tensor:
     return torch.tensor(image).permute(2, 0, 1)
 
 
+def _is_covariance(matrix: np.ndarray) -> bool:
+    """Whether a matrix (D, D) of finite numbers is symmetric and has no negative eigenvalues, but for rounding."""
+    room = ROUNDING * np.linalg.norm(matrix) + np.finfo(np.float64).tiny
+    if np.abs(matrix - matrix.T).max() > room:
+        return False
+    try:  # Many times faster than its eigenvalues.
+        np.linalg.cholesky(matrix + room * np.eye(len(matrix)))
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
 def _read_gaussian(arrays: ArrayFile, mean_name: str, covariance_name: str) -> Gaussian | None:
     """Statistics of an .npz file, if it has them. Raises UserError for arrays that are no mean and covariance."""
     if not {mean_name, covariance_name} <= set(arrays.names):
         return None
     means, covariances = (arrays.header(name) for name in (mean_name, covariance_name))
-    if len(means.shape) != 1 or covariances.shape != 2 * means.shape or means.shape[0] > MOST_FEATURES:
+    if covariances.shape != 2 * means.shape or len(means.shape) != 1 or not 1 <= means.shape[0] <= MOST_FEATURES:
         raise UserError(
             f"{arrays.path}: {mean_name} is {means.shape} and {covariance_name} {covariances.shape}, but a mean is "
-            f"(D,) and a covariance (D, D), with D up to {MOST_FEATURES}"
+            f"(D,) and a covariance (D, D), with D from 1 to {MOST_FEATURES}"
         )
     if "U" in (means.dtype.kind, covariances.dtype.kind):
         raise UserError(f"{arrays.path}: {mean_name} or {covariance_name} holds text, not numbers")
     mean, covariance = (arrays.read(name).astype(np.float64) for name in (mean_name, covariance_name))
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{arrays.path}: {mean_name} or {covariance_name} holds numbers that are not finite")
+    if not _is_covariance(covariance):
+        raise UserError(
+            f"{arrays.path}: {covariance_name} is no covariance (symmetric, and no variance below 0); fetch or make it "
+            "again"
+        )
     return Gaussian(torch.from_numpy(mean), torch.from_numpy(covariance))

@@ -16,6 +16,7 @@ from reglue.files import read_jsonl, replacing
 from reglue.progress import Bar
 
 FILE = "metrics.jsonl"
+REMEDY = "fix that line, or delete it"
 
 
 class Tracker(Protocol):
@@ -41,7 +42,7 @@ class JsonLines:
         """Continue the log after a step: later lines are of work that was lost and will be done again."""
         self.run = run
         if (run / FILE).is_file():
-            kept = [line for line in read(run) if line.get("step", 0) <= after_step]
+            kept = [line for line in read(run) if line["step"] <= after_step]
             with replacing(run / FILE) as beside:
                 beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
@@ -118,5 +119,9 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's log, as `read_jsonl` reads them."""
-    return read_jsonl(run / FILE, dict[str, Any], "fix that line, or delete it")
+    """All lines of a run's log, as `read_jsonl` reads them. Raises UserError for a line without a step, too."""
+    lines = read_jsonl(run / FILE, dict[str, Any], REMEDY)
+    for number, line in enumerate(lines, 1):
+        if type(line.get("step")) is not int:
+            raise UserError(f"{run / FILE} is damaged (line {number}: its step is no whole number); {REMEDY}")
+    return lines

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from reglue.arrays import ONLY, ArrayFile
-from reglue.data.images import open_picture, upright_size
+from reglue.data.images import Cover, open_picture, upright_size
 from reglue.errors import UserError
 from reglue.progress import Bar
 
@@ -113,13 +113,9 @@ def crop_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     it by up to half a pixel.
     """
     height, width = size
-    columns, rows = mask.size
-    while columns >= 2 * width and rows >= 2 * height:
-        columns, rows = columns // 2, rows // 2
-    scale = max(width / columns, height / rows)
-    mask = mask.resize((round(columns * scale), round(rows * scale)), Image.Resampling.NEAREST)
-    left, top = (mask.width - width) // 2, (mask.height - height) // 2
-    return mask.crop((left, top, left + width, top + height))
+    cover = Cover.of(mask.size, size)
+    mask = mask.resize(cover.scaled, Image.Resampling.NEAREST)
+    return mask.crop((cover.left, cover.top, cover.left + width, cover.top + height))
 
 
 def _check_proportions(mask: Image.Image, path: Path, image_path: Path) -> None:

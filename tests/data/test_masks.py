@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reglue.data.images import crop_to
+from reglue.data.masks import crop_mask, load_depths, load_masks, read_depth, read_mask
 from reglue.errors import UserError
-from reglue.perception.masks import crop_mask, load_depths, load_masks, read_depth, read_mask
 
 SIDES = st.integers(8, 400)
 
