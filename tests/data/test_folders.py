@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -211,3 +213,53 @@ def test_a_link_to_itself_is_an_image_that_cannot_be_read(tmp_path: Path):
     assert images.names == ("cat/1.png", "cat/2.png", "dog/1.png")
     assert images.fingerprint()
     assert images.load(1, (4, 4)) == UnreadableImage("cat/2.png", "not a file, or a broken link")
+
+
+def test_classes_called_as_tar_files_are(tmp_path: Path):
+    assert open_images(fill(tmp_path, "v1.tar/1.png", "v2.parquet/1.png")).class_names == ("v1.tar", "v2.parquet")
+    with pytest.raises(UserError, match=r"v1\.tar is no file; give one folder"):
+        open_images(tmp_path / "*.tar")
+
+
+def test_shards_beside_folders_of_other_files(tmp_path: Path):
+    write(tmp_path / "shards" / "0.tar", SAMPLES)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "read.txt").write_text("x")
+    assert len(open_images(tmp_path)) == len(SAME)
+
+
+@pytest.mark.parametrize("pattern", ["shard-{0..999999999}.tar", "{0..99999}/{0..99999}.tar", "{{-9..99999999},x}.tar"])
+def test_patterns_that_mean_too_many_files(tmp_path: Path, pattern: str):
+    with pytest.raises(UserError, match="means more than 1000000 files; name fewer"):
+        open_images(tmp_path / pattern)
+
+
+def test_what_would_be_waited_for_is_no_file(tmp_path: Path):
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(UserError, match=r"x\.tar is no file"):
+        open_images(tmp_path / "x.tar")
+    with pytest.raises(UserError, match="holds no images"):
+        open_images(tmp_path)
+
+
+def test_links_that_multiply_are_refused(tmp_path: Path):
+    fill(tmp_path, "d17/1.png")
+    for number in range(17):
+        (tmp_path / f"d{number}").mkdir()
+        for name in ("a", "b"):
+            (tmp_path / f"d{number}" / name).symlink_to(f"../d{number + 1}")
+    assert len(open_images(tmp_path / "d12", Reading(no_labels=True))) == 2**5
+    with pytest.raises(UserError, match=r"more than 100 links in .*/d0 lead to .*/d17; remove some"):
+        open_images(tmp_path / "d0")
+
+
+def test_folders_deeper_than_the_stack_of_python(tmp_path: Path):
+    path = tmp_path
+    for _ in range(1100):
+        path = path / "a"
+        path.mkdir()
+    (path / "1.png").write_bytes(PNG)
+    try:
+        assert len(open_images(tmp_path, Reading(no_labels=True))) == 1
+    finally:  # pytest itself would remove them by recursion.
+        subprocess.run(["rm", "-r", tmp_path / "a"], check=True)

@@ -102,6 +102,21 @@ READ: dict[str, tuple[dict, dict]] = {
         {"0/z.png": (SYMBOLIC, "../cat/1.png"), **FOLDERS},
         {"0/z.png": (1, "0"), **IN_FOLDERS},
     ),
+    "links from the root": (
+        {"cat/1.png": png(1), "dog/2.png": (SYMBOLIC, "/cat/1.png"), "dog/3.png": (HARD, "/cat/1.png")},
+        {"cat/1.png": (1, "cat"), "dog/2.png": (1, "dog"), "dog/3.png": (1, "dog")},
+    ),
+    "class folders with points in names": (
+        {"cat/a.1.png": png(1), "cat/a.2.png": png(2), "dog/a.1.png": png(3), "dog/b.png": png(4), "dog/b.jpg": png(5)},
+        {
+            **{"cat/a.1.png": (1, "cat"), "cat/a.2.png": (2, "cat"), "dog/a.1.png": (3, "dog")},
+            **{"dog/b.png": (4, "dog"), "dog/b.jpg": (5, "dog")},
+        },
+    ),
+    "all in a hidden folder": (
+        {f"home/me/.cache/x/{name}": content for name, content in {**FOLDERS, "cat/.thumbs/1.png": b"x"}.items()},
+        {f"home/me/.cache/x/{name}": value for name, value in IN_FOLDERS.items()},
+    ),
     "long names": ({f"{'x' * 150}/{name}": content for name, content in FOLDERS.items()}, {}),
 }
 
@@ -166,6 +181,10 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "two images of a sample": (
         {"IMG.1.jpg": png(1), "IMG.2.jpg": png(2)},
         r"images 1\.jpg, 2\.jpg .*to the first dot",
+    ),
+    "two images of a sample in a folder": (
+        {"x/1.left.png": png(1), "x/1.right.png": png(2), "x/1.cls": b"cat"},
+        r"images left\.png, right\.png .*to the first dot",
     ),
     "images beside class folders": ({**FOLDERS, "top.png": png(4)}, r"top\.png has no label"),
     "a label that is no text": ({**SAMPLES, "b.cls": b"\xff\xfe\xfa"}, r"\.cls beside .*b\.png is not text in UTF-8"),

@@ -37,6 +37,9 @@ SYSTEM_FOLDERS = frozenset(
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"))
 """Folders with these names are parts of a data set, and no classes."""
 
+MOST_WAYS = 100
+"""Links to links multiply: by no more ways is one folder reached."""
+
 
 @dataclass
 class Listing:
@@ -108,23 +111,30 @@ def passed_over(endings: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def list_tree(path: Path) -> Listing:
-    """What is in a folder and in all folders below it, by paths. Links that lead back up are not followed."""
+    """What is in a folder and in all folders below it, by paths. Links that lead back up are not followed.
+
+    Raises UserError if there is no such folder, and for links by which one folder is reached in too many ways.
+    """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a folder of images, or one with a sub-folder per class")
     found = Listing()
-
-    def walk(folder: Path, prefix: str, above: frozenset[Path]) -> None:
-        here = folder.resolve()
+    ways: Counter[tuple[int, int]] = Counter()
+    ahead: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while ahead:  # No recursion: folders may lie deeper than Python's own stack reaches.
+        prefix, above = ahead.pop()
+        folder = path / prefix
+        status = folder.stat()
+        here = (status.st_dev, status.st_ino)
         if here in above:
-            return
+            continue
+        ways[here] += 1
+        if ways[here] > MOST_WAYS:
+            raise UserError(f"more than {MOST_WAYS} links in {path} lead to {folder.resolve()}; remove some")
         listing = list_folder(folder)
         found.images += [prefix + name for name in listing.images]
         found.endings.update(listing.endings)
-        for name in listing.folders:
-            found.folders.append(prefix + name)
-            walk(folder / name, f"{prefix}{name}/", above | {here})
-
-    walk(path, "", frozenset())
+        found.folders += [prefix + name for name in listing.folders]
+        ahead += [(f"{prefix}{name}/", above | {here}) for name in reversed(listing.folders)]
     return found
 
 

@@ -10,6 +10,9 @@ With `--streaming` it reads tar files, parquet files and the hub in order, and k
 from __future__ import annotations
 
 import glob
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +27,10 @@ from reglue.data.tars import TarImages, name_in_tar
 from reglue.errors import UserError, option
 
 DATA_FILES = (".tar", ".parquet")
+MOST_FILES = 10**6
+"""No pattern means more."""
+RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
+"""The numbers from one to another, perhaps in steps, in a pattern."""
 
 
 def is_on_hub(path: Path) -> bool:
@@ -102,6 +109,8 @@ def _files(path: Path, reading: Reading) -> list[Path]:
     for file in files:
         if file.suffix not in DATA_FILES:
             raise UserError(f"{file} is neither a folder nor a .tar or .parquet file; unpack it into a folder first")
+        if not file.is_file():
+            raise UserError(f"{file} is no file; give one folder, or name .tar or .parquet files")
     if len({file.suffix for file in files}) > 1:
         raise UserError(f"{path} means tar and parquet files; name the ones or the others")
     return files
@@ -110,8 +119,13 @@ def _files(path: Path, reading: Reading) -> list[Path]:
 def _matches(pattern: Path) -> list[Path]:
     """The files that a pattern means. As far as it is a folder that is there, its signs mean themselves."""
     folder = next(folder for folder in (*pattern.parents, Path()) if folder.is_dir())
+    text = str(pattern.relative_to(folder) if folder.name else pattern)
     try:
-        names = list(braceexpand(str(pattern.relative_to(folder) if folder.name else pattern)))
+        # braceexpand keeps every number in memory before it gives the first name.
+        lengths = [abs(int(end) - int(start)) // (int(step or 1) or 1) + 1 for start, end, step in RANGE.findall(text)]
+        if math.prod(lengths) > MOST_FILES:
+            raise UserError(f"{pattern} means more than {MOST_FILES} files; name fewer, or their folder")
+        names = braceexpand(text)
     except ValueError as error:
         raise UserError(f"{pattern} is not a pattern ({error}); write for example shard-{{00..99}}.tar") from error
     files: list[Path] = []
@@ -128,9 +142,7 @@ def _files_in(folder: Path, reading: Reading) -> list[Path]:
     """The tar or parquet files of a folder and of its folders; none if it holds images."""
     found = list_folder(folder)
     beside = _data_files(folder)
-    # One class folder is enough; to look into all of them would take as long as to list the images.
-    below = [folder / name for name in found.folders[:1] if not beside]
-    files = beside or [file for place in below if not list_folder(place).images for file in _data_files(place)]
+    files = beside or _first_data_files([folder / name for name in found.folders])
     if not files:
         return []
     if found.images:
@@ -143,8 +155,22 @@ def _files_in(folder: Path, reading: Reading) -> list[Path]:
     return _tables().files_of_split(folder, files[0].suffix, beside, reading)
 
 
+def _first_data_files(folders: Sequence[Path]) -> list[Path]:
+    """The tar or parquet files of the first folder that has any; none if one before it holds images.
+
+    To look into all of them would take as long as to list the images.
+    """
+    for folder in folders:
+        if list_folder(folder).images:
+            return []
+        if files := _data_files(folder):
+            return files
+    return []
+
+
 def _data_files(folder: Path) -> list[Path]:
     """The tar and parquet files in a folder, without the tables that img2dataset writes beside its tar files."""
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in DATA_FILES and not is_hidden(file.name)]
+    named = [file for file in sorted(folder.iterdir()) if file.suffix in DATA_FILES and not is_hidden(file.name)]
+    files = [file for file in named if file.is_file()]  # A class may be called v1.tar.
     side_files = {file.with_suffix(".parquet") for file in files if file.suffix == ".tar"}
     return [file for file in files if file not in side_files]

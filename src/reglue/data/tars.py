@@ -69,16 +69,18 @@ class TarImages:
         for index, (file, shard) in enumerate(zip(files, shards, strict=True)):
             with file.open("rb") as content:
                 for key, members in _samples(file, content).items():
-                    image = _image_of(members, f"{shard}/{key}", reading)
-                    says = None
-                    if image is not None:
+                    images = _images_of(members, key, shard, reading)
+                    used = set(images)
+                    for image in images:
                         in_tar.append(f"{key}.{image}")
                         names.append(f"{shard}/{in_tar[-1]}")
                         places.append((index, *members[image]))
+                        says = None
                         if labelled and reading.class_level is None:
                             says = _label_of(members, content, names[-1], reading)
+                        if says:
+                            used.add(says.ending)
                         told.append(says)
-                    used = {image, says and says.ending}
                     endings.update(f".{ending}" if ending else "" for ending in members if ending not in used)
         self.notes = passed_over(endings)
         if not names:
@@ -133,19 +135,25 @@ def _samples(file: Path, content: BinaryIO) -> dict[str, dict[str, _Member]]:
 def _members(file: Path, content: BinaryIO) -> Iterator[tuple[str, _Member]]:
     """The files in a tar file by their names, links as what they lead to. What nobody sees is passed over."""
     found: list[tuple[str, _Member | str]] = []
+    with_holes: set[str] = set()
     for header in _headers(file, content):
-        name = os.path.normpath(f"/{header.name}").lstrip("/")  # ./a.png is a.png
-        if any(is_hidden(part) for part in name.split("/")):
-            continue
-        if header.issym() or header.islnk():  # Symbolic ones lead on from where they are.
-            start = f"/{name}/.." if header.issym() else ""
-            found.append((name, os.path.normpath(f"{start}/{header.linkname}").lstrip("/")))
+        name = _from_root(header.name)
+        if header.issym() or header.islnk():
+            # Symbolic ones lead on from where they are, unless from the root.
+            start = f"{name}/.." if header.issym() and not header.linkname.startswith("/") else ""
+            found.append((name, _from_root(f"{start}/{header.linkname}")))
         elif header.isfile():
-            if header.issparse() and is_image(name):
-                raise UserError(f"{file} keeps {name} with holes (as a sparse file); unpack it into a folder first")
             found.append((name, _Member(header.offset_data, header.size)))
+            if header.issparse():
+                with_holes.add(name)
     place_of = dict(found)
+    # All may lie in what is hidden elsewhere: home/me/.cache/cat/1.png.
+    shared = len(os.path.commonpath([f"/{name.rpartition('/')[0]}" for name in place_of])) if found else 0
     for name, place in found:
+        if any(is_hidden(part) for part in f"/{name}"[shared:].split("/")):
+            continue
+        if name in with_holes and is_image(name):
+            raise UserError(f"{file} keeps {name} with holes (as a sparse file); unpack it into a folder first")
         target = name
         for _ in range(LINKS):
             if not isinstance(place, str):
@@ -155,6 +163,11 @@ def _members(file: Path, content: BinaryIO) -> Iterator[tuple[str, _Member]]:
             yield name, place
         elif is_image(name):
             raise UserError(f"{file}: {name} is a link to {target}, which is not in it; unpack it where that is")
+
+
+def _from_root(path: str) -> str:
+    """A path from the root of the tar file, without a slash before it: ./a.png and /a.png are a.png."""
+    return os.path.normpath(f"/{path}").lstrip("/")
 
 
 def _headers(file: Path, content: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -215,16 +228,19 @@ def name_in_tar(name: str) -> str:
     return ".".join(_key_and_ending(name))
 
 
-def _image_of(members: dict[str, _Member], sample: str, reading: Reading) -> str | None:
-    """The ending of a sample's image."""
+def _images_of(members: dict[str, _Member], key: str, shard: str, reading: Reading) -> list[str]:
+    """The ending of a sample's image, if it has one.
+
+    Several images in a folder with nothing else are no sample, but images of their own: cat/a.1.png and cat/a.2.png.
+    """
     wanted = (reading.image_column or "").lower().removeprefix(".")
     endings = [ending for ending in members if (ending == wanted if wanted else is_image(f"a.{ending}"))]
-    if len(endings) > 1:
+    if len(endings) > 1 and not ("/" in key and len(endings) == len(members)):
         raise UserError(
-            f"{sample} has images {', '.join(endings)} (a sample is what has one name up to the first dot); choose one "
-            f"with {option('image_column')}, or rename them"
+            f"{shard}/{key} has images {', '.join(endings)} (a sample is what has one name up to the first dot); "
+            f"choose one with {option('image_column')}, or rename them"
         )
-    return endings[0] if endings else None
+    return endings
 
 
 def _label_of(members: dict[str, _Member], file: BinaryIO, name: str, reading: Reading) -> _Label | None:
