@@ -222,8 +222,8 @@ def refusal(name: str | Path) -> str:
 def test_any_tensor_may_be_missing_or_another(tmp_path: Path) -> None:
     state = as_latent_diffusion(network_of(attention=True))
     file = tmp_path / "vae.safetensors"
-    for name in [name for name in state if not re.search(r"(block|attn)[._][1-9]|(up|down)\.[1-9]", name)]:
-        for other in (None, torch.tensor(1.0), torch.zeros(2), torch.zeros(3, 1, 2), torch.zeros(0, 4, 3, 3)):
+    for name in [name for name in state if re.search(r"conv_(in|out)\.weight|mid\.attn_1\.q|down.0.block.0.c", name)]:
+        for other in (None, torch.tensor(1.0), torch.zeros(0, 4, 3, 0)):
             changed = {key: tensor for key, tensor in state.items() if key != name}
             save_file(changed if other is None else changed | {name: other}, file)
             assert str(file) in refusal(f"sd-vae-ft-mse@{file}"), name
