@@ -30,6 +30,17 @@ def draw_images(folder: Path, per_class: int, size: int = 20) -> Path:
     return folder
 
 
+def draw_masks(folder: Path, images: Path, most: int = 9) -> Path:
+    """Masks of some of the images that `draw_images` made: class 1 is right, class 0 left."""
+    values = np.zeros((20, 20), np.uint8)
+    values[:, 10:] = 1
+    for file in sorted(images.rglob("*.png"))[:most]:
+        place = folder / file.relative_to(images)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values).save(place)
+    return folder
+
+
 TINY_RECIPE = [
     "--model=2x32x2/2",
     "--local.compressor=conv-4",

@@ -18,7 +18,10 @@ import tempfile
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-COMMANDS = ("autoencode", "compress", "evaluate", "perceive", "prepare", "probe", "sample", "train", "verify")
+COMMANDS = (
+    *("autoencode", "compress", "edit", "evaluate", "perceive", "prepare", "probe", "prototypes", "sample", "train"),
+    "verify",
+)
 SERVER.set_forkserver_preload(
     [*(f"reglue.commands.{name}" for name in COMMANDS), "diffusers.models.autoencoders.autoencoder_kl", "timm.models"]
 )

@@ -16,13 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import TINY_RECIPE, run_reglue
+from helpers import TINY_RECIPE, draw_masks, run_reglue
 from reglue.cli import parse
 from reglue.commands.export_run import export_run
 from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.train_head import train_head
-from reglue.files import BESIDE
-from reglue.locks import LOCK
+from reglue.files import BESIDE, LOCK
 
 CRASH = """
 import os, sys, threading
@@ -66,6 +65,8 @@ class Inputs:
     bare: Path
     """A store without compressors."""
     head: Path
+    pictures: list[Path]
+    masks: Path
     exported: Path
 
 
@@ -95,6 +96,8 @@ def inputs(
         run=tiny_run,
         bare=folder / "bare",
         head=folder / "head",
+        pictures=[next((tiny_images / name).iterdir()) for name in ("circle", "square")],
+        masks=draw_masks(folder / "masks", tiny_images),
         exported=folder / "exported.safetensors",
     )
 
@@ -113,6 +116,12 @@ COMMANDS: dict[str, Line] = {
     "train --from": lambda i, out: ["train", "reglue", "--store", i.store, "--out", out, *TRAIN, "--from", i.run],
     "sample": lambda i, out: ["sample", i.run, "--out", out, "--count=3", "--steps=1", "--device=cpu"],
     "sample npz": lambda i, out: ["sample", i.run, "--out", f"{out}.npz", "--count=3", "--steps=1", "--device=cpu"],
+    "edit": lambda i, out: [
+        *("edit", i.run, *i.pictures, "--out", out, "--keep", "local", "--count=2", "--steps=1", "--device=cpu"),
+    ],
+    "prototypes": lambda i, out: [
+        *("prototypes", i.store, "--masks", i.masks, "--out", out, "--column=local.conv-4", "--looks=2"),
+    ],
     "evaluate": lambda i, out: [
         *("evaluate", i.images, "--reference", i.store, "--out", out / "report.json", "--feature-network", i.encoder),
         *("--resamples=0", "--device=cpu"),

@@ -20,12 +20,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from helpers import draw_masks
 from reglue.arrays import UNSEALED
 from reglue.cli import parse
 from reglue.commands.autoencode import TrainingRecord, autoencode
 from reglue.commands.compress import Compress, compress
+from reglue.commands.edit import Edit, edit
 from reglue.commands.evaluate import Evaluate, evaluate
 from reglue.commands.probe import Probe, probe
+from reglue.commands.prototypes import MakePrototypes, prototypes
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train_head import HeadRecord
 from reglue.commands.verify import Verify, verify
@@ -34,6 +37,8 @@ from reglue.data.manifest import MANIFEST, PARTIAL, Contents, read_manifest
 from reglue.data.store import Store
 from reglue.data.store_writer import StoreWriter
 from reglue.diffusion.denoiser import Denoiser
+from reglue.editing.folder import read_record
+from reglue.editing.painting import load_prototypes
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.compressors import load_compressor
@@ -103,6 +108,19 @@ def encoder_folder(tiny_encoder: str) -> Path:
 @pytest.fixture(scope="session")
 def tiny_samples(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
     return sample(Sample(tiny_run, tmp_path_factory.mktemp("samples") / "out", 2, steps=2, device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_edits(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path, tiny_images: Path) -> Path:
+    out, image = tmp_path_factory.mktemp("edits") / "out", tiny_images / "circle" / "000.png"
+    return edit(Edit(tiny_run, out, 1, images=(image,), keep=("local",), steps=1, device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_looks(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path, tiny_images: Path) -> Path:
+    folder = tmp_path_factory.mktemp("looks")
+    prototypes(MakePrototypes(tiny_store, draw_masks(folder / "masks", tiny_images), folder / "out", "local.pca-4"))
+    return folder / "out"
 
 
 @pytest.fixture(scope="session")
@@ -184,6 +202,11 @@ def read_alignment(folder: Path, file: Path) -> Any:
     return network.spec, network.state_dict()
 
 
+def read_looks(folder: Path, file: Path) -> Any:
+    looks = load_prototypes(folder)
+    return looks.spec, looks.codes
+
+
 Read = Callable[[Path, Path], Any]
 READERS: list[tuple[str, str, Read]] = [
     ("tiny_store", "manifest.json", read_store),
@@ -217,6 +240,8 @@ READERS: list[tuple[str, str, Read]] = [
     ("encoder_folder", "model.safetensors", read_encoder),
     ("tiny_samples", "samples.json", lambda _, file: read_protocol(file)),
     ("tiny_samples", "samples.csv", lambda folder, _: verify(Verify(folder)) and read_hashes(folder)),
+    ("tiny_edits", "edits.json", lambda folder, _: read_record(folder)),
+    ("tiny_looks", "prototypes.*", read_looks),
     ("tiny_probe", "report.json", lambda _, file: read_json(file, ProbeReport, "delete it")),
 ]
 

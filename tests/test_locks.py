@@ -14,8 +14,8 @@ import pytest
 from helpers import run_reglue
 from processes import Reglue
 from reglue.errors import UserError
-from reglue.files import BESIDE
-from reglue.locks import LOCK, sweep, writes, writing
+from reglue.files import BESIDE, LOCK, refuse_filled
+from reglue.locks import sweep, writes, writing
 from test_crashes import COMMANDS, Inputs, begin, inputs, tree  # noqa: F401, a fixture
 
 PAUSE = """
@@ -133,7 +133,8 @@ def test_a_folder_in_one_where_nothing_may_be_made(tmp_path: Path, monkeypatch: 
     out.mkdir()
     monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
     with writing(out):
-        assert [file.name for file in out.iterdir()] == [LOCK]
+        assert [file.suffix for file in out.iterdir()] == [LOCK]
+        refuse_filled(out)
     assert not list(out.iterdir())
 
 

@@ -46,6 +46,8 @@ JOBS = {
     "demo": ("demo",),
     "reencode": ("reencode", "store", "other", "--autoencoder=a"),
     "perceive": ("perceive", "run", "--head=h", "--out=o"),
+    "edit": ("edit", "run", "image.png", "--keep=local", "--out=o"),
+    "prototypes": ("prototypes", "store", "--masks=m", "--out=o"),
     "import": ("import", "file", "--out=o"),
     "export": ("export", "run", "--out=o.pt"),
 }
@@ -222,7 +224,7 @@ def words_around(option: Option, value: str) -> list[str]:
         return ["5", value]
     if option.name.rpartition(".")[2] in ("conditions", "guiders", "other-scales"):
         return [NAMES[option.name.rpartition(".")[2]], value]
-    pairs = {"betas": 2, "guidance-interval": 2, "position-grid": 2}
+    pairs = {"betas": 2, "guidance-interval": 2, "position-grid": 2, "box": 4, "at": 2}
     return [value] * pairs.get(option.name.rpartition(".")[2], 1)
 
 

@@ -253,10 +253,16 @@ def test_other_statistics_are_refused(content: Any, message: str, tmp_path: Path
         read_statistics(tmp_path / "statistics.pkl")
 
 
+def with_whiten(value: Any) -> PCA:
+    """Components that say so of themselves."""
+    return PCA(4).fit(FEATURES).set_params(whiten=value)
+
+
 def test_other_components_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "pca.pkl"
     for model, message in (
         (PCA(4, whiten=True).fit(FEATURES), "whitened"),
+        *((with_whiten(value), "whitened") for value in (1, np.ones(2), "no", [1], 0.5)),
         (PCA(4).fit(FEATURES[:, :7]), "not of the same features"),
         (PCA(4), "no components_ and mean_"),
     ):
@@ -300,6 +306,32 @@ def short(number: int) -> bytes:
 CLASHING = b"".join(short(i * (2**61 - 1)) + b"N" for i in range(1, 30_000))
 TUPLE = b"K\x01\x85" + b"2\x86" * 60
 """DUP and TUPLE2, sixty times; its hash takes 2^60 steps."""
+
+
+def repeated() -> dict[str, bytes]:
+    """Programs that hand one long list on, 30,000 times, by every operation that calls or fills something."""
+    ordered, plain = b"ccollections\nOrderedDict\n", b"cargparse\nNamespace\n"
+    # Number 0 is the class, 1 a pair, 2 the long list or tuple of pairs, 3 the arguments (2,), 4 a dict of as many.
+    pairs = b"K\x01K\x02\x86q\x010](" + b"h\x01" * 30_000 + b"eq\x02\x85q\x030"
+    long_tuple = b"(" + b"K\x01" * 30_000 + b"tq\x030"
+    long_dict = b"}(" + b"".join(b"J" + i.to_bytes(4, "little") + b"N" for i in range(30_000)) + b"uq\x04\x85q\x030"
+
+    def program(kind: bytes, given: bytes, call: bytes) -> bytes:
+        return b"\x80\x04" + kind + b"q\x000" + given + call * 30_000 + b"N."
+
+    return {
+        "REDUCE": program(ordered, pairs, b"h\x00h\x03R0"),
+        "REDUCE of a dict": program(ordered, long_dict, b"h\x00h\x03R0"),
+        "REDUCE of a tuple": program(plain, long_tuple, b"h\x00h\x03R0"),
+        "NEWOBJ": program(ordered, pairs, b"h\x00h\x03\x810"),
+        "NEWOBJ, kept": program(plain, long_tuple, b"h\x00h\x03\x81"),
+        "NEWOBJ_EX": program(plain, long_tuple, b"h\x00h\x03}\x920"),
+        "OBJ": program(ordered, pairs, b"(h\x00h\x02o0"),
+        "INST": program(ordered, pairs, b"(h\x02icollections\nOrderedDict\n0"),
+        "BUILD": program(ordered, long_dict, b"h\x00)Rh\x04b0"),
+    }
+
+
 BOMBS = {
     "lists": pickle.dumps(doubled(list), 2),
     "tuples": pickle.dumps(doubled(tuple), 2),
@@ -320,6 +352,15 @@ BOMBS = {
     "one text, encoded again and again": (
         b"\x80\x02c_codecs\nencode\nq\x01X" + (10**6).to_bytes(4, "little") + b"a" * 10**6 + b"q\x02"
         b"X\x06\x00\x00\x00latin1q\x0300" + b"h\x01h\x02h\x03\x86R" * 500 + b"."
+    ),
+    **{f"one list given again and again: {how}": content for how, content in repeated().items()},
+    "a set of one text, again and again": (
+        b"\x80\x02c__builtin__\nset\nq\x00X" + (10**6).to_bytes(4, "little") + b"a" * 10**6 + b"\x85q\x01"
+        + b"0h\x00h\x01R" * 9_000 + b"."
+    ),
+    "long keys": (
+        b"\x80\x02" + 2 * (b"X" + (10**7).to_bytes(4, "little") + b"a" * 10**7 + b"q\x01") + b"q\x020}h\x01Ns" +
+        b"h\x02Ns" * 20_000 + b"."
     ),
     "bytes of a size": b"\x80\x05\x8e" + (10**14).to_bytes(8, "little") + b".",
     "a bytearray of a size": b"\x80\x05\x96" + (10**11).to_bytes(8, "little") + b".",

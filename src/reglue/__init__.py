@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from reglue.commands.autoencode import autoencode
     from reglue.commands.compress import compress
     from reglue.commands.demo import demo
+    from reglue.commands.edit import edit
     from reglue.commands.evaluate import evaluate
     from reglue.commands.export_run import export_run
     from reglue.commands.import_run import import_run
     from reglue.commands.perceive import perceive
     from reglue.commands.prepare import prepare
     from reglue.commands.probe import probe
+    from reglue.commands.prototypes import prototypes
     from reglue.commands.reencode import reencode
     from reglue.commands.sample import sample
     from reglue.commands.train import train
@@ -36,12 +38,14 @@ if TYPE_CHECKING:
     from reglue.options.autoencode import Autoencode
     from reglue.options.compress import Compress
     from reglue.options.demo import Demo
+    from reglue.options.edit import Edit
     from reglue.options.evaluate import Evaluate
     from reglue.options.export_run import ExportRun
     from reglue.options.import_run import ImportRun
     from reglue.options.perceive import Perceive
     from reglue.options.prepare import Prepare
     from reglue.options.probe import Probe
+    from reglue.options.prototypes import MakePrototypes
     from reglue.options.reencode import Reencode
     from reglue.options.sample import Sample
     from reglue.options.train import Train
@@ -72,8 +76,12 @@ _HOMES = {
     "train": "reglue.commands.train",
     "Sample": "reglue.options.sample",
     "sample": "reglue.commands.sample",
+    "Edit": "reglue.options.edit",
+    "edit": "reglue.commands.edit",
     "Evaluate": "reglue.options.evaluate",
     "evaluate": "reglue.commands.evaluate",
+    "MakePrototypes": "reglue.options.prototypes",
+    "prototypes": "reglue.commands.prototypes",
     "Probe": "reglue.options.probe",
     "probe": "reglue.commands.probe",
     "TrainHead": "reglue.options.train_head",
@@ -117,8 +125,12 @@ __all__ = [  # noqa: RUF022 in the order of use
     "train",
     "Sample",
     "sample",
+    "Edit",
+    "edit",
     "Evaluate",
     "evaluate",
+    "MakePrototypes",
+    "prototypes",
     "Probe",
     "probe",
     "TrainHead",

@@ -82,6 +82,17 @@ COMMANDS = {
         "Compare images with a reference: FID and other metrics.",
         "evaluate samples --reference store --out report.json",
     ),
+    "edit": Command(
+        "reglue.options.edit:Edit",
+        "Edit images: keep, redraw, inpaint, recombine what a run sees in them.",
+        "edit run photo.png --out edits --keep local --count 8",
+        heading="images that are there",
+    ),
+    "prototypes": Command(
+        "reglue.options.prototypes:MakePrototypes",
+        "Find what the classes of masks look like in a store's codes, to paint with.",
+        "prototypes store --masks masks --out prototypes",
+    ),
     "autoencode": Command(
         "reglue.options.autoencode:Autoencode",
         "Train an autoencoder aligned with a vision encoder (ReaLS).",
@@ -122,7 +133,7 @@ COMMANDS = {
     ),
     "verify": Command(
         "reglue.options.verify:Verify",
-        "Check the files of a store or a run against their hashes.",
+        "Check all that the other commands write against its hashes.",
         "verify store",
         heading="and",
     ),
@@ -250,7 +261,7 @@ def parse(arguments: list[str]) -> Any:
 
         if asks and rest[0].startswith("-"):
             show(recipes({recipe: paper.title for recipe, paper in PAPERS.items()}))
-        recipe, *rest = rest or [""]
+        recipe, *rest = rest if rest and not rest[0].startswith("-") else ["", *rest]
         words.append(known(recipe, PAPERS, "recipe"))
         default["default"] = command.load()(PAPERS[recipe].recipe, MISSING, MISSING)
     if asks:

@@ -33,6 +33,10 @@ BESIDE = ".reglue-tmp"
 """What the name of a file or folder ends with that is being written, before it takes its place. Nobody else's."""
 LONGEST_HEADER = 100_000_000
 """Bytes: what the safetensors library takes."""
+LOCK = ".reglue-lock"
+"""What the name of a lock ends with: `run.reglue-lock` lies beside a folder `run` while someone writes there."""
+OWN = (BESIDE, LOCK)
+"""What may lie in a folder that nobody has filled yet."""
 _T = TypeVar("_T")
 _converter = make_converter(forbid_extra_keys=True)
 
@@ -96,7 +100,8 @@ def replacing(path: Path) -> Iterator[Path]:
         # safetensors wraps the system's error in its own, of which only the text is left.
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error).rpartition("error: ")[2]
         raise UserError(
-            f"cannot write {path}: {reason}; free some space or choose another folder, and run it again"
+            f"cannot write {path}: {reason}; free some space, raise a limit (ulimit -f) or choose another folder, "
+            "and run it again"
         ) from error
     finally:
         beside.unlink(missing_ok=True)
@@ -134,9 +139,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def refuse_filled(path: Path) -> None:
-    """Raise UserError if `path` is there and not an empty folder."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} holds other files; choose a new or an empty folder")
+    """Raise UserError if `path` is there and not an empty folder, our own lock and unfinished work aside."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; choose a new or an empty folder")
+    if path.is_dir() and (strangers := [part.name for part in path.iterdir() if part.suffix not in OWN]):
+        raise UserError(f"{path} holds other files ({min(strangers)}); choose a new or an empty folder")
 
 
 def plain(value: Any) -> Any:
@@ -413,19 +420,23 @@ for _kind, _others in {bool: (), int: (), float: (int,), str: ()}.items():
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Raise UserError, naming the file and the tensor, if a number in one of them is NaN or infinite.
+    """Raise UserError, naming the file and the tensor, if a number in one of them is NaN, or infinite in float32.
 
-    A sum is finite only if all that it adds are: it is taken at the speed of memory, and nothing is made for it. Large
+    Also if they are of a type with which no network computes: complex ones, and those that torch can only store. A sum
+    is finite only if all that it adds are: it is taken at the speed of memory, and nothing is made for it. Large
     numbers may overflow it, so what it finds is looked at once more.
     """
     import torch  # slow to import
 
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() and not tensor.is_complex():
             continue
-        single = torch.float64 if tensor.dtype == torch.float64 else torch.float32  # in which halves do not overflow
-        if not tensor.sum(dtype=single).isfinite() and not (finite := tensor.to(single).isfinite()).all():
-            raise UserError(
-                f"{file} is damaged ({int((~finite).sum())} of the {tensor.numel()} numbers in {name} are NaN or "
-                "infinite); fetch or make it again"
-            )
+        reason = f"the numbers in {name} are of the type {tensor.dtype}"
+        if not tensor.is_complex():
+            try:
+                if tensor.sum(dtype=torch.float32).isfinite() or (finite := tensor.float().isfinite()).all():
+                    continue
+                reason = f"{int((~finite).sum())} of the {tensor.numel()} numbers in {name} are NaN or infinite"
+            except (NotImplementedError, RuntimeError):  # from torch, for what it cannot convert
+                pass
+        raise UserError(f"{file} is damaged ({reason}); fetch or make it again")

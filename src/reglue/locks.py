@@ -18,10 +18,8 @@ from typing import ParamSpec, TypeVar
 from filelock import FileLock, Timeout
 
 from reglue.errors import UserError
-from reglue.files import BESIDE, parse_json, to_json
+from reglue.files import BESIDE, LOCK, parse_json, to_json
 
-LOCK = ".reglue-lock"
-"""What the name of a lock ends with: `run.reglue-lock` lies beside a folder `run` while someone writes there."""
 PARTING = 10.0
 """Seconds for which the children of a process that was killed may still hold its lock."""
 _P = ParamSpec("_P")
@@ -112,7 +110,7 @@ def writing(path: Path) -> Iterator[None]:
 def _lock_of(place: Path) -> Path:
     """Beside a folder; within one that has been made where nothing else may be, as containers have them."""
     if place.is_dir() and not os.access(place.parent, os.W_OK):
-        return place / LOCK
+        return place / f"this{LOCK}"  # A name that is an ending alone has none itself.
     return place.with_name(place.name + LOCK)
 
 

@@ -42,6 +42,10 @@ MOST_OBJECTS = 500_000
 """In the contents of a file, each counted as often as it is there."""
 DEEPEST = 100
 """How many lists and dicts may stand inside each other."""
+DEEPEST_GIVEN = 2
+"""How far into the arguments of a call its time is counted."""
+LONGEST_KEY = 2**16
+"""Characters: two long keys are compared whenever one is looked for."""
 MOST_BYTES = 2**27
 """That a compressed file, or a pickle in an archive, may unpack to."""
 COMPRESSED: dict[bytes, Callable[[], Any]] = {
@@ -135,6 +139,8 @@ class InertSet(Inert):
 
     def __new__(cls, values: Any = ()) -> InertSet:
         """Of a list, of values that are quickly found."""
+        if not isinstance(values, list | tuple):
+            raise TooMuchError(f"a set of what a {type(values).__name__} has in it")
         refuse_slow(values)
         made = super().__new__(cls, values)
         assert isinstance(made, InertSet)
@@ -262,10 +268,11 @@ def stand_in(name: str) -> type:
 def refuse_slow(keys: Iterable[Any]) -> None:
     """Raise TooMuchError unless all of these are quickly found in a dict.
 
-    Tuples take time with all that is in them, and large integers can be chosen so that all are looked for in one place.
+    Tuples and long texts take time with all that is in them, and large integers can be chosen so that all are looked
+    for in one place.
     """
     for key in keys:
-        small = not isinstance(key, int) or abs(key) < 2**60
+        small = abs(key) < 2**60 if isinstance(key, int) else not isinstance(key, str | bytes) or len(key) < LONGEST_KEY
         if not isinstance(key, str | bytes | int | float | NoneType | Inert | type) or not small:
             raise TooMuchError(f"a key of the type {type(key).__name__}, which no published file has")
 
@@ -275,10 +282,14 @@ class Counted(dict[int, Any]):
 
     left = MOST_OPERATIONS
 
-    def __getitem__(self, operation: int) -> Any:
-        self.left -= 1
+    def spend(self, count: int) -> None:
+        """Raise TooMuchError once there were too many."""
+        self.left -= count
         if self.left < 0:
             raise TooMuchError(f"more than {MOST_OPERATIONS:,} operations")
+
+    def __getitem__(self, operation: int) -> Any:
+        self.spend(1)
         return super().__getitem__(operation)
 
 
@@ -302,8 +313,22 @@ class InertUnpickler(pickle._Unpickler):
         """A stand-in, never what is really there."""
         return stand_in(f"{PYTHON_3.get(module, module)}.{name}")
 
+    def charge(self, given: Any, depth: int = 0) -> None:
+        """Count what a call is given, and what is in that, as operations: one list can be given again and again.
+
+        To the depth to which a function may go through it: its arguments, those that are lists, and the pairs in them.
+        """
+        if isinstance(given, InertDict | dict):
+            given = (given.state if isinstance(given, InertDict) else given).values()
+        elif not isinstance(given, list | tuple | set | frozenset):
+            return
+        self.dispatch.spend(len(given))
+        for each in given if depth < DEEPEST_GIVEN else ():
+            self.charge(each, depth + 1)
+
     def load_build(self) -> None:
         """Set an object's state; an array of joblib's then has its numbers in the file."""
+        self.charge(self.stack[-1])
         super().load_build()  # type: ignore[reportAttributeAccessIssue]
         built = self.stack[-1]
         if isinstance(built, StreamedArray):
@@ -311,11 +336,27 @@ class InertUnpickler(pickle._Unpickler):
 
     def load_reduce(self) -> None:
         """Call a stand-in; bytes of one text can be asked for again and again."""
+        self.charge(self.stack[-1])
         super().load_reduce()  # type: ignore[reportAttributeAccessIssue]
         made = self.stack[-1]
         self.bytes_left -= len(made) if isinstance(made, bytes) else 0
         if self.bytes_left < 0:
             raise TooMuchError(f"more than {MOST_BYTES:,} bytes made of text")
+
+    def load_newobj(self) -> None:
+        """Call the `__new__` of a stand-in."""
+        self.charge(self.stack[-1])
+        super().load_newobj()  # type: ignore[reportAttributeAccessIssue]
+
+    def load_newobj_ex(self) -> None:
+        """The same, with arguments by name."""
+        self.charge(self.stack[-2:])
+        super().load_newobj_ex()  # type: ignore[reportAttributeAccessIssue]
+
+    def _instantiate(self, kind: Any, arguments: list[Any]) -> None:
+        """Call a stand-in, as the operations INST and OBJ have it."""
+        self.charge(arguments)
+        super()._instantiate(kind, arguments)  # type: ignore[reportAttributeAccessIssue]
 
     def load_put(self) -> None:
         """Note an object under a number of any length."""
@@ -352,6 +393,8 @@ class InertUnpickler(pickle._Unpickler):
     dispatch |= {  # of this class alone
         pickle.BUILD[0]: load_build,
         pickle.REDUCE[0]: load_reduce,
+        pickle.NEWOBJ[0]: load_newobj,
+        pickle.NEWOBJ_EX[0]: load_newobj_ex,
         pickle.PUT[0]: load_put,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from inspect import Parameter, Signature, signature
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, Unpack, get_type_hints, overload
@@ -18,14 +19,23 @@ from torch import Tensor
 
 from reglue.config import YOUNG
 from reglue.diffusion.conditions import CLASS, Condition
-from reglue.diffusion.controls import Control, Progress
+from reglue.diffusion.controls import Control, Controlled, Progress
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.guidance import Velocity, guided_velocity, hidden_modalities
 from reglue.diffusion.modalities import LATENT, State, concatenate_states
 from reglue.diffusion.noise import drawn_ahead
 from reglue.diffusion.paths import PATHS
-from reglue.diffusion.samplers import SAMPLERS, StatePrecision, integrate
+from reglue.diffusion.samplers import (
+    SAMPLERS,
+    Start,
+    StatePrecision,
+    begin_at,
+    integrate,
+    returning,
+    uniform_times,
+)
 from reglue.diffusion.schedules import SCHEDULES, Schedule
+from reglue.editing.editor import Editor
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.errors import UserError, option
 from reglue.names import Weights
@@ -34,10 +44,13 @@ from reglue.published import sharing
 from reglue.run import FILE as RECORD
 from reglue.run import RunRecord, decoder, find_run
 from reglue.sampling import MODALITY_SCALES, AutoPrecision, Precision, Rounding, Sampling, SamplingChanges
+from reglue.seeds import Index
 from reglue.training import checkpoints
 from reglue.training.distributed import resolve_device
 from reglue.training.precision import SamplingNetwork, to_precision
 
+RETURNS = 10
+"""Parts of a grid that resampling goes over one by one."""
 STATE_PRECISIONS: dict[StatePrecision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -48,6 +61,7 @@ def load(
     weights: Weights = "ema",
     device: str = "auto",
     autoencoder: str | None = None,
+    encoder: str | None = None,
     revision: str | None = None,
     compile: bool = False,
 ) -> ImageModel:
@@ -55,9 +69,9 @@ def load(
 
     `run` is a run folder, or `OWNER/NAME` of a model on the Hugging Face hub that `ImageModel.push_to_hub` put there,
     of which `revision` picks a version, or `starter`, the small model that this package brings along; a folder of that
-    name comes first. `step` picks a checkpoint, the last one if
-    not given; `autoencoder` replaces the one that the run decodes with; `compile` compiles the denoiser when it is
-    first used: a minute's wait, and faster from then on. Raises UserError for anything missing or unfitting.
+    name comes first. `step` picks a checkpoint, the last one if not given; `autoencoder` replaces the one that the run
+    decodes with; `encoder` says where the run's vision encoder is now, for edits; `compile` compiles the denoiser when
+    it is first used: a minute's wait, and faster from then on. Raises UserError for anything missing or unfitting.
     """
     folder, target = find_run(run, revision), resolve_device(device)
     record = RunRecord.read(folder)
@@ -77,6 +91,7 @@ def load(
         int(checkpoint.name),
         compile,
         weights,
+        encoder,
     )
 
 
@@ -93,7 +108,7 @@ class GenerateOptions(SamplingChanges, total=False):
 
 
 @dataclass(repr=False)
-class ImageModel:
+class ImageModel(Editor):
     """A denoiser and the decoder of its latents."""
 
     record: RunRecord
@@ -107,6 +122,8 @@ class ImageModel:
     """Compile the denoiser when it is first used. Then batches should have one size: see `draw`."""
     weights: Weights = "ema"
     """Which ones of the checkpoint the denoiser has."""
+    encoder: str | None = None
+    """The run's vision encoder, if it is elsewhere than the record says. Loaded when an image is first encoded."""
     _networks: dict[tuple[Denoiser, Precision], SamplingNetwork] = field(
         default_factory=dict[tuple[Denoiser, Precision], SamplingNetwork], init=False, repr=False, compare=False
     )
@@ -192,6 +209,7 @@ class ImageModel:
         self.denoiser.to(device)
         self.autoencoder.to(device)
         self._networks.clear()
+        self._image_encoder = None
         return self
 
     def condition(self, labels: Sequence[int], others: Condition | None = None) -> Condition:
@@ -357,6 +375,16 @@ class ImageModel:
             raise UserError(f"count {count}, but {len(classes)} classes: give one class for several images of it")
         return [self.label(name) for name in classes]
 
+    def labels_of(self, classes: int | str | Sequence[int | str] | None, count: int) -> list[int]:
+        """The labels of so many images: of one class, of several in turn, or of none.
+
+        Raises UserError for an unknown class, and for none where the model was trained with classes alone.
+        """
+        if classes is None or isinstance(classes, int | str | np.integer):
+            return self._labels(classes, count)
+        given = [self.label(name) for name in classes]
+        return [given[i % len(given)] for i in range(count)]
+
     @property
     def null_label(self) -> int:
         """The class number that stands for none."""
@@ -389,7 +417,7 @@ class ImageModel:
     @torch.no_grad()
     def draw(
         self,
-        indices: Sequence[int],
+        indices: Sequence[Index],
         condition: Condition,
         seed: int,
         sampling: Sampling,
@@ -397,13 +425,16 @@ class ImageModel:
         weaker: Denoiser | None = None,
         room: int = 0,
         controls: Sequence[Control] = (),
+        start: Start | None = None,
+        repeats: int = 0,
     ) -> State:
         """Sample the images `indices` of a seed, under a condition as long: normalised states on the device.
 
         They are in float32 or float64, as `sampling` says. `weaker` is the second model of autoguidance. A compiled
         model evaluates batches of `room` images, if that is more, so that a smaller last batch needs no compilation.
         Adaptive samplers take image by image, since their steps would otherwise depend on which images are drawn
-        together. `controls` see every step; they are for the images `indices`, in their order.
+        together. `controls` see every step; they are for the images `indices`, in their order. So is `start`, where
+        they begin if that is not noise. `repeats`: every tenth of the steps is gone over so many times more.
         """
         sampling, device = self.resolved(sampling), self.device
         if sampling.auto_scale != 1 and weaker is None:
@@ -416,18 +447,33 @@ class ImageModel:
             return concatenate_states(
                 [
                     self.draw(
-                        [i], one, seed, sampling, weaker=weaker, controls=[c.of(slice(n, n + 1)) for c in controls]
+                        [i],
+                        one,
+                        seed,
+                        sampling,
+                        weaker=weaker,
+                        controls=[c.of(slice(n, n + 1)) for c in controls],
+                        start=start and start.of(slice(n, n + 1)),
+                        repeats=repeats,
                     )
                     for n, (i, one) in enumerate(zip(indices, one_by_one, strict=True))
                 ]
             )
         # Controls are for these images alone.
-        plain = not adaptive and all(isinstance(control, Progress) for control in controls)
+        plain = not adaptive and not start and all(isinstance(control, Progress) for control in controls)
         filling = max(room - len(indices), 0) if self.compile and plain else 0
         if filling:
             condition = {n: torch.cat([v, v[-1:].expand(filling, *v.shape[1:])]) for n, v in condition.items()}
+        config, velocity = self.record.denoiser, self.velocity(condition, sampling, weaker)
+        filled = [*indices, *[indices[-1]] * filling]
+        times = SCHEDULES[self.record.recipe.times]
+        state = from_noise(velocity, seed, filled, config.shapes(), sampling, device, times, controls, start, repeats)
+        return {name: value[: len(indices)] for name, value in state.items()}
+
+    def velocity(self, condition: Condition, sampling: Sampling, weaker: Denoiser | None = None) -> Velocity:
+        """What samplers follow under a condition (B, …), guided as `sampling`, which is `resolved`, says."""
         config = self.record.denoiser
-        velocity = guided_velocity(
+        return guided_velocity(
             self._network(self.denoiser, sampling.precision),
             condition,
             config.modalities,
@@ -435,10 +481,6 @@ class ImageModel:
             self._network(weaker, sampling.precision) if weaker else None,
             PATHS[config.path],
         )
-        filled = [*indices, *[indices[-1]] * filling]
-        times = SCHEDULES[self.record.recipe.times]
-        state = from_noise(velocity, seed, filled, config.shapes(), sampling, device, times, controls)
-        return {name: value[: len(indices)] for name, value in state.items()}
 
     def _network(self, denoiser: Denoiser, precision: AutoPrecision) -> SamplingNetwork:
         key = denoiser, to_precision(precision, self.device)
@@ -498,21 +540,43 @@ ImageModel.generate.__signature__ = _visible_signature()  # type: ignore[reportF
 def from_noise(
     velocity: Velocity,
     seed: int,
-    indices: Sequence[int],
+    indices: Sequence[Index],
     shapes: Mapping[str, Sequence[int]],
     sampling: Sampling,
     device: torch.device,
     schedule: Schedule = SCHEDULES["shared"],
     controls: Sequence[Control] = (),
+    start: Start | None = None,
+    repeats: int = 0,
 ) -> State:
-    """The states of the images `indices` of a seed, from their noise to data, by a way to sample that is `resolved`."""
+    """The states of the images `indices` of a seed, from their noise to data, by a way to sample that is `resolved`.
+
+    See `ImageModel.draw` for `start` and `repeats`.
+    """
     assert sampling.state_precision is not None
-    sampler = SAMPLERS[sampling.sampler]
-    grid = sampler.grid(sampling.steps, sampling.time_shift, velocity.discontinuities)
+    sampler, dtype = SAMPLERS[sampling.sampler], STATE_PRECISIONS[sampling.state_precision]
+    grid = times_of(sampling, Controlled(velocity, controls).discontinuities, start.time if start else 1.0, repeats)
     times = [schedule.times(clock, shapes) for clock in grid]
-    draws = len(grid) - 1 if sampler.stochastic else 1  # The start, and every step but the last.
-    with drawn_ahead(seed, indices, shapes, device, STATE_PRECISIONS[sampling.state_precision], draws) as noise:
-        return integrate(sampler.configured(vars(sampling)), velocity, next(noise), times, controls, noise)
+    # The start, every return, and every step that does not end in data.
+    draws = 1 + sum(b > a or (sampler.stochastic and b > 0) for a, b in pairwise(grid))
+    with drawn_ahead(seed, indices, shapes, device, dtype, draws) as noise:
+        state = next(noise)
+        if start:
+            data = {name: value.to(state[name]) for name, value in start.data.items()}
+            at = torch.full((len(indices),), start.time, dtype=dtype, device=device)
+            state, _ = velocity.path.interpolate(data, state, at)
+        return integrate(sampler.configured(vars(sampling)), velocity, state, times, controls, noise)
+
+
+def times_of(sampling: Sampling, discontinuities: Sequence[float], start: float, repeats: int) -> list[float]:
+    """The clock's times of a way to sample, from `start` to 0; with returns, each over a tenth of the steps."""
+    sampler = SAMPLERS[sampling.sampler]
+    grid = sampler.grid(sampling.steps, sampling.time_shift, discontinuities)
+    if repeats and sampler.adaptive:  # It would have nothing to return to.
+        grid = sorted({*grid, *uniform_times(RETURNS)}, reverse=True)
+    if start < 1:
+        grid = begin_at(grid, start)
+    return returning(grid, repeats, max(1, round(len(grid) / RETURNS))) if repeats else grid
 
 
 def evaluations(sampling: Sampling, count: int = 1, batch_size: int = 1) -> int | None:

@@ -286,6 +286,10 @@ def told(different: Mapping[str, tuple[Any, Any]], options: Collection[str]) -> 
     for name, values in different.items():
         is_option = name.startswith("recipe.") or name in options
         spelt = option(name.removeprefix("recipe.")) if is_option else name
+        if is_option and isinstance(values[1], bool):  # A switch is not followed by a value.
+            before, _, last = spelt.rpartition(".")
+            lines.append(spelt if values[1] else f"{before}.{'no-' if spelt.startswith('-') else 'no_'}{last}")
+            continue
         was, is_ = (" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values)
         lines.append(spelt if max(len(was), len(is_)) > BRIEF else f"{spelt} {is_} (was {was})")
     return lines

@@ -223,6 +223,18 @@ class Drawing:
 
 def plan(options: Draw, model: ImageModel) -> Drawing:
     """What the options ask of a model. Raises UserError for what it cannot do."""
+    weaker, sampling = way_to_sample(options, model, model.default_sampling, lambda: drawn_before(options.out))
+    return Drawing(model, weaker, sampling, choose_labels(options, model), options.seed)
+
+
+def way_to_sample(
+    options: Draw, model: ImageModel, default: Sampling, before: Callable[[], AutoPrecision | None]
+) -> tuple[Denoiser | None, Sampling]:
+    """The second model of autoguidance, if there is one, and how images are drawn: as options say, or else as default.
+
+    `before` tells the precision of the images that are there already, which those to come have too. Raises UserError
+    for what the model cannot do.
+    """
     weaker = weaker_model(options, model) if options.weaker_run else None
     changes = {part.name: getattr(options, part.name) for part in fields(Sampling)}
     if weaker:
@@ -234,10 +246,10 @@ def plan(options: Draw, model: ImageModel) -> Drawing:
             f"{option('auto_scale')} {changes['auto_scale']}: autoguidance needs a weaker model; name one with "
             f"{option('weaker_run')}"
         )
-    sampling = model.default_sampling.changed(**changes)
+    sampling = default.changed(**changes)
     if sampling.precision == "auto":
-        sampling = replace(sampling, precision=drawn_before(options.out) or agreed(model.device))
-    return Drawing(model, weaker, model.resolved(sampling), choose_labels(options, model), options.seed)
+        sampling = replace(sampling, precision=before() or agreed(model.device))
+    return weaker, model.resolved(sampling)
 
 
 def drawn_before(out: Path) -> AutoPrecision | None:

@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Index = int | tuple[int, ...]
+"""What tells one thing that is drawn from the others: image i, or edit i of image j as (j, i)."""
+
 
 def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
     """A generator of its own for one thing that is drawn.
@@ -23,6 +26,11 @@ def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
     # crc32 and not hash(): the latter changes from process to process.
     entropy = (seed, zlib.crc32(purpose.encode()), *indices)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+
+
+def indices_of(index: Index) -> tuple[int, ...]:
+    """An index as the last arguments of `generator`."""
+    return (index,) if isinstance(index, int) else index
 
 
 def torch_generator(seed: int, purpose: str, *indices: int) -> torch.Generator:

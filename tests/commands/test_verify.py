@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from helpers import run_reglue
 from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.verify import Verify, verify
 from reglue.errors import UserError
+from reglue.training import checkpoints
 
 
 def flip_last_byte(file: Path) -> None:
@@ -83,3 +86,17 @@ def test_a_run_is_read_and_its_store_verified(
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"ema\.safetensors is damaged"):
         verify(Verify(run))
+
+
+@pytest.mark.parametrize("content", ['{"step": 5}', '{"step": 0}', '{"step": -6}', '{"step": "6"}', "{}", None])
+def test_a_checkpoint_is_of_the_step_that_its_folder_says(content: str | None, tiny_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    progress = run / checkpoints.FOLDER / "00000006" / checkpoints.PROGRESS
+    progress.write_text(content) if content else progress.unlink()
+    layer = nn.Linear(1, 1)
+    for read in (
+        lambda: verify(Verify(run)),
+        lambda: checkpoints.restore(progress.parent, layer, {}, torch.optim.AdamW(layer.parameters())),
+    ):
+        with pytest.raises(UserError, match=r"00000006/progress\.json is (damaged|missing)"):
+            read()

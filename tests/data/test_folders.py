@@ -14,7 +14,7 @@ import torch
 from PIL import Image, features
 from test_tars import FOLDERS, SAME, SAMPLES, png, write
 
-from reglue.data.images import ImageFolder, decode
+from reglue.data.images import ImageFolder, UnreadableImage, decode
 from reglue.data.labels import in_class_order
 from reglue.data.opening import open_images
 from reglue.data.reading import Reading
@@ -179,14 +179,15 @@ def test_a_plug_in_is_asked_to_read_its_format(tmp_path: Path, monkeypatch: pyte
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pillow_heif", raising=False)
+    monkeypatch.setitem(Image.EXTENSION, ".heic", "TOY")
     listing = "reglue.data.listing"
-    sys.modules[listing].plug_in.cache_clear()
+    sys.modules[listing].formats.cache_clear()
     file = io.BytesIO()
     Image.new("RGB", (4, 4), (9, 8, 7)).save(file, "ppm")
     try:
         assert decode(b"TOY!" + file.getvalue()).getpixel((0, 0)) == (9, 8, 7)
     finally:
-        sys.modules[listing].plug_in.cache_clear()
+        sys.modules[listing].formats.cache_clear()
         Image.OPEN.pop("TOY", None)
         Image.ID.remove("TOY")
 
@@ -201,3 +202,12 @@ def test_links_to_class_folders_are_followed_once(tmp_path: Path):
     assert images.class_names == ("cat", "dog")
     shutil.rmtree(tmp_path / "pool")
     assert ImageFolder.open(tmp_path / "photos").names == ("dog/1.png",)
+
+
+def test_a_link_to_itself_is_an_image_that_cannot_be_read(tmp_path: Path):
+    fill(tmp_path, "cat/1.png", "dog/1.png")
+    (tmp_path / "cat" / "2.png").symlink_to("2.png")
+    images = ImageFolder.open(tmp_path)
+    assert images.names == ("cat/1.png", "cat/2.png", "dog/1.png")
+    assert images.fingerprint()
+    assert images.load(1, (4, 4)) == UnreadableImage("cat/2.png", "not a file, or a broken link")

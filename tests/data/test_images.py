@@ -16,8 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from reglue.perception.masks import read_mask
 
-from reglue.data.images import ImageFolder, UnreadableImage, crop_to, decode, load_crop
+from reglue.commands.verify import picture
+from reglue.data.images import ORIENTATION, ImageFolder, UnreadableImage, crop_to, decode, load_crop, upright_size
 from reglue.errors import UserError
 
 
@@ -324,3 +326,26 @@ def test_reasons_are_the_same_each_time(tmp_path: Path):
     unreadable = load_crop("x", (tmp_path / "text.png").read_bytes, (8, 8))
     assert unreadable == UnreadableImage("x", "cannot identify image file")
     assert only_image(tmp_path, "text.png").load(0, (8, 8)) == UnreadableImage("text.png", "cannot identify image file")
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("opened", [decode, upright_size, read_mask, lambda file: picture(file).read()])
+def test_no_program_is_started_for_postscript_called_an_image(tmp_path: Path, monkeypatch, opened):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    (tmp_path / "a.png").write_bytes(POSTSCRIPT)
+    with pytest.raises((OSError, UserError), match="cannot identify image file"):
+        opened(tmp_path / "a.png")
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("kind", [b"\0\3\0\0\0\1", b"\0\2\0\0\0\2"], ids=["a number", "text"])
+@pytest.mark.parametrize("value", [b"\0\1", b"\0\6", b"\0\x09", b"6\0", b"\xff\xff"])
+def test_the_upright_size_is_that_of_the_decoded_image(tmp_path: Path, kind: bytes, value: bytes):
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\1" + ORIENTATION.to_bytes(2) + kind + value + bytes(6)
+    noise_image(8, 4).save(tmp_path / "a.jpg", exif=exif)
+    assert upright_size(tmp_path / "a.jpg") == decode(tmp_path / "a.jpg").size[::-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,11 @@ OBJECTS += '{"label": "ape", "file_name": "deep/0003.png"}\n'
             "ids.json",
             '[{"id": "0001", "class": "ape"}, {"id": "0002", "class": "zebra"}, {"id": "0003", "class": "ape"}]',
         ),
+        (
+            "marks.jsonl",
+            '{"file": "0001", "label": "ape", "note": "x\u2028y\u0085z"}\r\n{"file": "0002", "label": "zebra"}\r\n'
+            '{"file": "0003", "label": "ape"}',
+        ),
         ("map.json", '{"0001": "ape", "0002.png": "zebra", "0003": "ape"}'),
         ("pairs.json", '{"labels": [["0001.png", "ape"], ["0002.png", "zebra"], ["deep/0003.png", "ape"]]}'),
     ],
@@ -135,6 +141,24 @@ REFUSED = {
     "a row too short": (lines("file_name,w,label", "0001.png,5,ape", "0002.png,5"), "line 3: it has 2 column"),
     "the same image twice": (lines("id,label", "0001,ape", "0001.png,zebra"), "has 0001.png twice"),
     "Latin-1": ("file_name,label\n0001.png,Äffchen\n".encode("latin-1"), "not text in UTF-8"),
+    **{
+        f"the column {column} is no label": (
+            lines(f"file_name,{column}", "0001.png,5", "0002.png,6", "0003,5"),
+            rf"no column that is known to hold labels \(it has file_name, {column}\); name it with label_column",
+        )
+        for column in ("width", "Height", "file size", "split", "URL", "caption", "SHA256")
+    },
+    **{
+        f"{word} among numbers": (
+            lines("file_name,label", "0001.png,1", f"0002.png,{word}", "0003,2"),
+            rf"0002\.png of .* has no label \('{word}'\)",
+        )
+        for word in ("nan", "NaN", "NA", "N/A", "null", "None")
+    },
+    "a zero in a label": (
+        lines("file_name,label", "0001.png,a\0b", "0002.png,b", "0003,b"),
+        r"'a\\x00b', which no file",
+    ),
     "an archive": (b"PK\x03\x04\x14\0\x06\0", "not text in UTF-8|names no|is not CSV|no column|labels no image"),
 }
 
@@ -145,6 +169,23 @@ def test_what_cannot_be_told_is_refused_with_its_columns(photos: Path, text: str
         labels_by(photos, "table.csv", text)
     assert "\n" not in str(caught.value)
     assert "table.csv" in str(caught.value)
+
+
+@pytest.mark.parametrize("character", ["\0", "\ud800"])
+def test_labels_that_no_file_can_hold_are_refused(photos: Path, character: str):
+    text = json.dumps({"0001": f"a{character}", "0002": "b", "0003": "b"})
+    with pytest.raises(UserError, match=r"labels\.json has a class called 'a\\.*', which no file can hold"):
+        labels_by(photos, "labels.json", text)
+    with pytest.raises(UserError, match="which no file can hold"):
+        index_labels([0], str, (f"a{character}",), "x")
+
+
+def test_missing_numbers_are_names_among_names(photos: Path):
+    assert labels_by(photos, "table.csv", lines("file_name,label", "0001,NA", "0002,SE", "0003,NA")) == [
+        "NA",
+        "SE",
+        "NA",
+    ]
 
 
 def test_a_name_that_may_be_two_images_is_refused(photos: Path, tmp_path: Path):

@@ -65,6 +65,10 @@ SYMBOLIC, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
 
 READ: dict[str, tuple[dict, dict]] = {
     "as WebDataset writes it": (SAMPLES, SAME),
+    "labels as other programs end and begin them": (
+        {**SAMPLES, "a.cls": b"\xef\xbb\xbfcat\r\n", "b.cls": b"dog\0\0"},
+        SAME,
+    ),
     "names that begin with ./": ({f"./{name}": content for name, content in SAMPLES.items()}, SAME),
     "names from the root": ({f"/{name}": content for name, content in SAMPLES.items()}, SAME),
     "labels after all images": (dict(sorted(SAMPLES.items(), key=lambda item: item[0][::-1], reverse=True)), SAME),

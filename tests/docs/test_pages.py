@@ -294,6 +294,19 @@ def test_what_a_newcomer_trains_first_needs_no_network(
     assert RunRecord.read(tmp_path / "run").recipe.optimisation.ema_warmup == "yes"
 
 
+def test_the_page_about_editing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    mask.save("right.png")
+    for line in commands((ROOT / "docs/editing.md").read_text()):
+        if "starter" in line:
+            options = cli.parse(line)
+            cli.function_of(type(options))(replace(options, steps=2, device="cpu"))
+    shown = {Image.open(folder / "edits.png").height for folder in map(Path, ("variations", "half", "dressed", "flow"))}
+    assert len(shown) == 2
+
+
 def test_the_readme_fits_a_screen() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 90

@@ -146,6 +146,52 @@ def test_other_weights_are_no_published_compressor():
         conv_compressor_from_published({"blocks.0.weight": torch.zeros(1)}, torch.zeros(6), torch.ones(6))
 
 
+def published(**changed: Tensor) -> dict[str, Tensor]:
+    """The weights of a compressor under their published names, some of them as others are."""
+    own = make("conv").state_dict()
+    names = {name: name.replace("coder.", "coder.model.") for name in own if name.startswith(("encoder", "decoder"))}
+    return {new: changed.get(name, own[name]) for name, new in names.items()}
+
+
+FIRST, LAST = "encoder.0.weight", "encoder.2.weight"
+MEAN, STD = torch.zeros(CHANNELS), torch.ones(CHANNELS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_published_compressor_is_as_it_was(dtype: torch.dtype):
+    weights = {name: value.to(dtype) if value.ndim else value for name, value in published().items()}
+    compressor = conv_compressor_from_published(weights, MEAN, STD)
+    assert compressor.encode(features()).shape == (20, 2, 3, 4)
+    for name, value in compressor.state_dict().items():
+        assert value.device.type == "cpu"
+        assert value.dtype == (torch.int64 if name.endswith("num_batches_tracked") else torch.float32)
+        if name.startswith("encoder"):
+            assert torch.equal(value, weights[name.replace("encoder.", "encoder.model.")].to(value.dtype))
+
+
+@pytest.mark.parametrize(
+    ("weights", "mean", "std"),
+    [
+        *((published(), torch.zeros(size), torch.ones(size))
+          for size in [(CHANNELS - 1,), (1,), (), (0,), (CHANNELS, 1)]),
+        (published(), MEAN, torch.ones(1)),
+        *(
+            (published(**{name: torch.zeros(size)}), MEAN, STD)
+            for name in (FIRST, LAST, "encoder.1.bn1.weight", "decoder.2.bias")
+            for size in [(), (9,), (5, CHANNELS), (5, CHANNELS, 3), (5, CHANNELS, 1, 1), (3_000_000, CHANNELS, 0, 0),
+                         (3_000_000, 3_000_000, 0, 0), (0, CHANNELS, 3, 3), (2**40, CHANNELS, 0, 3)]
+        ),
+        (published(**{FIRST: torch.zeros(3_000_000, 0, 0, 0)}), torch.zeros(0), torch.ones(0)),
+        ({name: value[:0] if value.ndim else value for name, value in published().items()}, MEAN, STD),
+        ({**published(), "encoder.model.3.weight": torch.zeros(1)}, MEAN, STD),
+    ],
+)  # fmt: skip
+def test_other_shapes_are_no_published_compressor(weights: dict[str, Tensor], mean: Tensor, std: Tensor):
+    with pytest.raises(UserError, match="not a published REGLUE compressor") as caught:
+        conv_compressor_from_published(weights, mean, std)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_spec_is_plain_data(tmp_path: Path):
     make("conv").save(tmp_path)
     assert json.loads((tmp_path / "compressor.json").read_text())["hidden"] == 5

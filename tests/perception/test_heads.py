@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +118,13 @@ DAMAGE: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "a scalar": lambda head: head.update({"decode_head.conv_seg.weight": torch.tensor(1.0)}),
     "another bias": lambda head: head.update({"decode_head.conv_seg.bias": torch.zeros(2)}),
     "no class": lambda head: head.update({"decode_head.conv_seg.weight": torch.zeros(0, 384, 1, 1)}),
+    "no class at all": lambda head: head.update(
+        {"decode_head.conv_seg.weight": torch.zeros(0, 384, 1, 1), "decode_head.conv_seg.bias": torch.zeros(0)}
+    ),
+    "complex": lambda head: head.update(
+        {"decode_head.conv_seg.weight": head["decode_head.conv_seg.weight"] * torch.tensor(1j)}
+    ),
+    "beyond float32": lambda head: head.update({"decode_head.bn.bias": head["decode_head.bn.bias"].double() + 1e300}),
     "no norm": lambda head: head.pop("decode_head.bn.running_var"),
     "sparse": lambda head: head.update({"decode_head.bn.bias": torch.eye(3).to_sparse()}),
     "nothing": lambda head: head.clear(),
@@ -176,3 +185,24 @@ def test_a_damaged_folder_says_so(tmp_path: Path) -> None:
     (tmp_path / "head.json").write_text("{}")
     with pytest.raises(UserError, match=r"head\.json is damaged"):
         load_head(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"layers": layers} for layers in ([], [-1], [10**18], [3, 3], [4, 3])),
+        *({name: number} for name in ("width", "outputs") for number in (0, -1, 10**18)),
+        {"hidden": -1},
+        {"hidden": 10**18},
+        *({"class_names": names} for names in (["a"], ["a", "b", "c"])),
+        *({"depth_range": depths} for depths in ([1, 0], [0], [0, 1, 2])),
+    ],
+    ids=repr,
+)
+def test_a_head_that_cannot_be_is_refused(changed: dict[str, Any], tmp_path: Path) -> None:
+    Head(SPEC).save(tmp_path)
+    file = tmp_path / "head.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(UserError, match=r"head\.(json is damaged|safetensors does not fit)") as caught:
+        load_head(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from golden_files import METHODS, Golden
@@ -18,10 +20,23 @@ from torch import Tensor
 from helpers import mistake
 from reglue.commands.export_run import ExportRun, export_run
 from reglue.commands.import_run import ImportRun, import_run
+from reglue.commands.verify import Verify, verify
 from reglue.errors import UserError
-from reglue.published.containers import WRAPPERS, read_official
-from reglue.published.families import DIT, NAMES
+from reglue.published.containers import RECORD, WRAPPERS, read_official
+from reglue.published.families import (
+    DIT,
+    ENCODER_DEPTH,
+    FAMILY,
+    LABEL_DROPOUTS,
+    MAP_DROPOUT,
+    NAMES,
+    NUM_CLASSES,
+    NUM_HEADS,
+    PATH_TYPE,
+    PREDICTION,
+)
 from reglue.run import RunRecord
+from reglue.training import checkpoints
 
 Weights = dict[str, Tensor]
 Container = Callable[[Weights, Weights], dict[str, Any]]
@@ -60,6 +75,13 @@ WITH_AVERAGES: dict[str, Container] = {
     "one module within the other": lambda ema, raw: {**under("model", raw), **under("model.ema", ema)},
     "ema_pytorch": lambda ema, raw: {
         "ema": {**under("online_model", raw), **under("ema_model", ema), "initted": torch.tensor(True)}
+    },
+    **{
+        f"{first}, {second}": lambda ema, raw, first=first, second=second: {first: raw, second: ema}
+        for first, second in [
+            ("model", "modelEMA"), ("model", "emaModel"), ("net", "EMANet"), ("model", "avg_model"),
+            ("student", "teacher"), ("cinema", "model_averages"), ("schemaNet", "netAvg"), ("exp_avg", "ema1"),
+        ]
     },
 }  # fmt: skip
 WITHOUT: dict[str, Container] = {
@@ -265,7 +287,7 @@ def test_weights_that_are_no_numbers_are_refused(
     file = tmp_path / f"in{ending}"
     save_file(weights, file) if ending == ".safetensors" else torch.save({"ema": weights}, file)
     line = mistake(capsys, monkeypatch, "import", file, "--out", tmp_path / "run", "--heads=4")
-    assert f"{file}: blocks.1.attn.qkv.bias holds NaN or infinite numbers" in line
+    assert f"{file} is damaged (1 of the 144 numbers in blocks.1.attn.qkv.bias are NaN or infinite)" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -300,3 +322,62 @@ def test_options_in_the_file_spare_those_of_the_command(tmp_path: Path, capsys: 
     run = import_run(ImportRun(tmp_path / "in.ckpt", tmp_path / "run"))
     assert RunRecord.read(run).denoiser.heads == 4
     assert "Of 7 classes its labels have 1001 rows: taken for 1000 and none." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (torch.tensor(1e300, dtype=torch.float64), "1 of the 144 numbers in {} are NaN or infinite"),
+        (torch.tensor(complex(1, torch.nan)), "the numbers in {} are of the type torch.complex64"),
+        (torch.tensor(1j), "the numbers in {} are of the type torch.complex64"),
+        (torch.tensor(0, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "of the type torch.float4_e2m1fn_x2"),
+    ],
+    ids=["beyond float32", "complex NaN", "complex", "of four bits"],
+)
+def test_weights_of_numbers_without_use_are_refused(number: Tensor, reason: str, tmp_path: Path) -> None:
+    name, weights = "blocks.1.attn.qkv.bias", dict(Golden("sit").published)
+    if number.dtype == torch.float4_e2m1fn_x2:
+        weights[name] = torch.zeros(72, dtype=torch.uint8).view(number.dtype)
+    else:
+        weights[name] = weights[name].to(number.dtype)
+        weights[name][0] = number
+    save_file(weights, tmp_path / "file.safetensors")
+    with pytest.raises(UserError) as caught:
+        read_official(tmp_path / "file.safetensors")
+    assert reason.format(name) in str(caught.value)
+    assert "file.safetensors is damaged" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "taken"),
+    [
+        ("1700000000.pt", None, 0),
+        ("0400000.pt", 10**12, 400_000),
+        ("last.pt", 10**8, 0),
+        ("last.pt", 10**30, 0),
+        ("last.pt", 10**8 - 1, 10**8 - 1),
+    ],
+)
+def test_steps_that_no_training_reaches_are_not_taken(
+    name: str, steps: int | None, taken: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"ema": dict(Golden("sit").published), "steps": steps}, tmp_path / name)
+    run = import_run(ImportRun(tmp_path / name, tmp_path / "run", autoencoder="sd-vae-ft-mse", heads=4))
+    assert checkpoints.steps(run) == [taken]
+    assert ("which no training reaches" in capsys.readouterr().out) == (taken != steps)
+    assert verify(Verify(run)) == run
+    shutil.rmtree(run / checkpoints.FOLDER)
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        verify(Verify(run))
+
+
+@pytest.mark.parametrize("value", [np.array([1, 2]), torch.ones(2), [1], (1, 2), b"v", {"a": np.ones(2)}], ids=repr)
+def test_options_that_are_no_plain_values_are_as_if_not_there(value: Any, tmp_path: Path) -> None:
+    names = [
+        PREDICTION, PATH_TYPE, ENCODER_DEPTH, NUM_CLASSES, NUM_HEADS, *LABEL_DROPOUTS, FAMILY, MAP_DROPOUT, RECORD,
+        "model",
+    ]  # fmt: skip
+    file = saved("redi", tmp_path / "file.pt", dict.fromkeys(names, value))
+    run = import_run(ImportRun(file, tmp_path / "run", autoencoder="sd-vae-ft-mse", heads=4))
+    other = import_run(ImportRun(saved("redi", file), tmp_path / "other", autoencoder="sd-vae-ft-mse", heads=4))
+    assert RunRecord.read(run) == RunRecord.read(other)

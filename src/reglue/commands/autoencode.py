@@ -16,7 +16,7 @@ from reglue.data.reading import Reading
 from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
-from reglue.files import read_json, replacing, to_json
+from reglue.files import read_json, refuse_filled, replacing, to_json
 from reglue.locks import writes
 from reglue.options.autoencode import Autoencode
 from reglue.reals.measuring import Judges, latent_mean_std, load_judges, semantic_lengths
@@ -192,8 +192,8 @@ def create_or_resume(
         record = replace(
             record, steps_done=before.steps_done, figures=before.figures, measured_with=before.measured_with
         )
-    elif options.out.is_dir() and any(options.out.iterdir()):
-        raise UserError(f"{options.out} holds other files; choose a new or an empty folder")
+    else:
+        refuse_filled(options.out)
     distributed.barrier()
     if rank == 0:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,7 @@ def announce(options: ImportRun, record: RunRecord, published: PublishedFile, mo
     learned = ", learned positions" if config.learned_positions else ""
     print(
         f"{options.file}: {model.family} {record.recipe.model} of step {published.step}, {height}×{width} pixels, "
-        f"{classes}{learned}; sample it with `reglue sample {options.out} --out SAMPLES`"
+        f"{classes}{learned}"
     )
     for note in (*published.notes, *model.notes):
         print(note)

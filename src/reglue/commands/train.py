@@ -23,6 +23,7 @@ from reglue.diffusion.paths import Path as Interpolant
 from reglue.diffusion.samplers import SAMPLERS
 from reglue.encoders.compressors import SPEC_FILE, load_compressor
 from reglue.errors import UserError
+from reglue.files import refuse_filled
 from reglue.locks import writes
 from reglue.options.train import Train
 from reglue.pipeline import ImageModel
@@ -164,12 +165,14 @@ def create_or_resume(out: Path, record: RunRecord, device: torch.device, rank: i
                 f"{out} is a run with other settings: {', '.join(different)}; choose a new --out, or the old settings"
             )
         checkpoints.refuse_fewer_steps(out, record.recipe.optimisation.steps)
-    elif out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} holds other files; choose a new or an empty folder for --out")
+    else:
+        refuse_filled(out)
     distributed.barrier()
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         record.write(out)
+        if checkpoints.steps(out)[-1:] == [record.recipe.optimisation.steps]:
+            print(f"{out} is complete already: {record.recipe.optimisation.steps} steps")
     return record
 
 

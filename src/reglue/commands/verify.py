@@ -5,20 +5,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 from zipfile import ZipFile
 
 import torch
-from PIL import Image
 
 from reglue.arrays import ArrayFile
 from reglue.commands.train_head import TRAINING, HeadRecord
 from reglue.contact_sheet import TABLE, holds, read_hashes, refuse_changed, table
 from reglue.contact_sheet import picture as picture_name
+from reglue.data.images import open_picture
 from reglue.data.manifest import MANIFEST, PARTIAL, Shard, is_intact, read_manifest
 from reglue.data.store import Store
+from reglue.editing.folder import RECORD as EDITS
+from reglue.editing.folder import read_record as read_edits
+from reglue.editing.options import SHEET
+from reglue.editing.painting import SPEC_FILE as PROTOTYPES
+from reglue.editing.painting import load_prototypes
 from reglue.encoders.alignment import FILE as ALIGNMENT
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, load_autoencoder
@@ -64,8 +70,8 @@ def verify(options: Verify) -> Path:
     if folder.suffix == ".npz" and folder.is_file():
         kind = archive
     if kind is None:
-        known = ", ".join(sorted({f"{kind.__name__} ({name})" for name, kind in KINDS.items()}))
-        raise UserError(f"{folder} is nothing that can be verified; give a folder of one of these: {known}, or a .npz")
+        known = ", ".join(sorted({kind.__name__ for kind in KINDS.values()}))
+        raise UserError(f"{folder} is nothing that can be verified; give a folder of one of these: {known}; or an .npz")
     count, size = run_checks(folder, kind(folder))
     if kind is run:
         verify_training_store(folder)
@@ -126,6 +132,9 @@ def run(folder: Path) -> Iterator[Check]:
     """The record, log, checkpoints, compressors, pictures and the autoencoder of a run."""
     record = RunRecord.read(folder)
     yield from training(folder)
+    if record.origin is not None and not checkpoints.steps(folder):
+        # Who trains a run may not have come to a checkpoint; who imports one has it at once.
+        yield Check(folder / checkpoints.FOLDER, partial(checkpoints.find, folder))
     for modality, spec in record.compressors.items():
         if (place := folder / COMPRESSORS / modality).is_dir():
             yield compressor(place, spec)
@@ -138,8 +147,7 @@ def training(folder: Path) -> Iterator[Check]:
     """What every training writes: log, checkpoints and previews."""
     yield Check(folder / tracking.FILE, lambda: tracking.read(folder))
     for checkpoint in sorted((folder / checkpoints.FOLDER).glob("[0-9]" * 8)):
-        progress = checkpoint / checkpoints.PROGRESS
-        yield Check(progress, lambda progress=progress: read_json(progress, checkpoints.Progress, checkpoints.REMEDY))
+        yield Check(checkpoint / checkpoints.PROGRESS, partial(checkpoints.read_step, checkpoint))
         # A run that was imported or shared has averaged weights alone.
         others = [checkpoint / name for name in (checkpoints.MODEL, checkpoints.OPTIMISER)]
         yield from map(tensors, [checkpoint / checkpoints.EMA, *(others if any(map(Path.exists, others)) else ())])
@@ -161,7 +169,7 @@ def picture(file: Path, hashes: Mapping[str, str] = MappingProxyType({})) -> Che
 
     def read() -> None:
         try:
-            with Image.open(file) as opened:
+            with open_picture(file) as opened:
                 opened.verify()
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{file} is missing or damaged ({one_line(error)}); {COPY}") from error
@@ -226,6 +234,29 @@ def archive(file: Path) -> Iterator[Check]:
     yield Check(file, read)
 
 
+def edits(folder: Path) -> Iterator[Check]:
+    """The pictures of a folder that `reglue edit` writes, and the record with their hashes."""
+    record = read_edits(folder)
+    yield Check(folder / EDITS, lambda: whole_edits(folder))
+    yield picture(folder / SHEET)
+    yield from (picture(folder / file, record.pictures) for file in record.pictures)
+
+
+def whole_edits(folder: Path) -> None:
+    """Raises UserError if the record of edits does not have as many pictures as were to be drawn."""
+    record = read_edits(folder)
+    if len(record.pictures) < len(record.images) * record.count:
+        raise UserError(
+            f"{folder / EDITS} does not have all {len(record.images) * record.count} pictures; `reglue edit` with the "
+            "same options adds them"
+        )
+
+
+def prototypes(folder: Path) -> Iterator[Check]:
+    """What `reglue prototypes` writes."""
+    yield Check(folder, lambda: load_prototypes(folder))
+
+
 KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
     RECORD: run,
     MANIFEST: store,
@@ -234,6 +265,8 @@ KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
     WEIGHTS_FILE: head,
     TRAINING_RECORD: autoencoder,
     PROTOCOL: samples,
+    EDITS: edits,
+    PROTOTYPES: prototypes,
 }
 """What each kind of folder holds, by a file that it alone has; heads have a record of the autoencoders' name too."""
 
@@ -247,6 +280,8 @@ def verify_training_store(folder: Path) -> None:
     if record.store is None or record.store_hash is None:
         return
     place = Path(record.store)
+    if not place.is_absolute():  # Of a run that was shared: a name that meant something elsewhere.
+        return
     if not place.is_dir():
         print(f"Its training store {place} is not there (any more), and was not verified.")
         return

@@ -20,8 +20,11 @@ from torch import Tensor
 
 from reglue.data.colours import in_srgb
 from reglue.data.labels import in_class_order
-from reglue.data.listing import classes_of, list_tree, plug_in, refuse_none
+from reglue.data.listing import classes_of, formats, list_tree, refuse_none
 from reglue.errors import UserError, printable
+
+ORIENTATION, TURNED = 0x0112, range(5, 9)
+"""EXIF's tag, and those of its values that exchange height and width."""
 
 
 @dataclass
@@ -218,9 +221,7 @@ def decode(file: Path | bytes) -> Image.Image:
     """
     if isinstance(file, Path) and not file.is_file():
         raise FileNotFoundError("not a file, or a broken link")
-    content = file if isinstance(file, Path) else io.BytesIO(file)
-    plug_in()
-    with Image.open(content) as opened:
+    with open_picture(file) as opened:
         # Pillow warns of a bomb before it decodes, and refuses only at twice the size.
         if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(
@@ -243,6 +244,21 @@ def decode(file: Path | bytes) -> Image.Image:
     return shown
 
 
+def open_picture(file: Path | bytes) -> Image.Image:
+    """What Pillow opens, none of it decoded: an image in one of `listing.formats`. Raises whatever Pillow does."""
+    return Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=formats())
+
+
+def upright_size(file: Path) -> tuple[int, int]:
+    """Height and width of an image as `decode` turns it. Raises whatever Pillow does for what is no image."""
+    with open_picture(file) as image:
+        try:
+            turned = image.getexif().get(ORIENTATION) in TURNED
+        except Exception:  # Damaged EXIF data does not spoil the pixels.
+            turned = False
+        return image.size if turned else (image.height, image.width)
+
+
 def _eight_bits(grey: np.ndarray, transparent: int | None) -> Image.Image:
     """Grey values of more than 8 bits (h, w) as an image of mode L, white where they are the transparent value."""
     lowest, highest = float(grey.min()), float(grey.max())
@@ -257,6 +273,28 @@ def _eight_bits(grey: np.ndarray, transparent: int | None) -> Image.Image:
     return Image.fromarray(np.where(grey == transparent, 255, scaled).astype(np.uint8))
 
 
+@dataclass(frozen=True)
+class Cover:
+    """Where the pixels of an image go when it is scaled to cover a size and cut: what `crop_to` does, as numbers."""
+
+    scaled: tuple[int, int]
+    """(width, height) of the image once it covers the size."""
+    left: int
+    top: int
+    """What is cut off there, in pixels of the scaled image."""
+
+    @classmethod
+    def of(cls, image_size: tuple[int, int], size: tuple[int, int]) -> Cover:
+        """That of an image of (width, height) pixels and a size (height, width)."""
+        height, width = size
+        columns, rows = image_size
+        while columns >= 2 * width and rows >= 2 * height:
+            columns, rows = columns // 2, rows // 2
+        scale = max(width / columns, height / rows)
+        scaled = (round(columns * scale), round(rows * scale))
+        return cls(scaled, (scaled[0] - width) // 2, (scaled[1] - height) // 2)
+
+
 def crop_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scale an image to cover `size` (height, width) and cut out its centre, as ADM (arXiv 2105.05233) prepares images.
 
@@ -265,14 +303,12 @@ def crop_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     would have more pixels than Pillow deems safe.
     """
     height, width = size
+    cover = Cover.of(image.size, size)
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    scaled = (round(image.width * scale), round(image.height * scale))
-    if Image.MAX_IMAGE_PIXELS and scaled[0] * scaled[1] > Image.MAX_IMAGE_PIXELS:
+    if Image.MAX_IMAGE_PIXELS and cover.scaled[0] * cover.scaled[1] > Image.MAX_IMAGE_PIXELS:
         raise ValueError(
             f"{image.width}×{image.height} pixels are too long and narrow to be cropped to {width}×{height}"
         )
-    image = image.resize(scaled, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    image = image.resize(cover.scaled, Image.Resampling.BICUBIC)
+    return image.crop((cover.left, cover.top, cover.left + width, cover.top + height))

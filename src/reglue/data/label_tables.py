@@ -26,6 +26,16 @@ LABEL_COLUMNS = (
     *("class_id", "class_label", "label_id", "category_id"),
 )
 """What columns with labels are called, the surest first."""
+NO_LABEL_COLUMNS = frozenset(
+    (
+        *("width", "height", "size", "w", "h", "area", "aspect_ratio", "channels", "format", "mode"),
+        *("split", "subset", "set", "fold", "partition", "phase"),
+        *("url", "uri", "link", "license", "author", "caption", "text", "prompt", "description"),
+        *("bytes", "file_size", "filesize", "hash", "md5", "sha1", "sha256", "checksum"),
+        *("date", "time", "datetime", "timestamp", "created", "score", "confidence", "weight", "bbox"),
+    )
+)
+"""What columns are called that say something else of an image: of two columns, such a one is no label."""
 REMEDY = f"call them {NAME_COLUMNS[1]} and {LABEL_COLUMNS[0]}"
 
 
@@ -74,9 +84,9 @@ def read_table(file: Path, images: ImageNames, asked: Asked = Asked()) -> dict[s
 
     `.csv` and `.tsv` (whatever stands between columns: a comma, a semicolon, a tab) and `.jsonl`, or a list of objects
     in `.json`, have columns: those that are asked for, those that are called as `NAME_COLUMNS` and `LABEL_COLUMNS`, or
-    of two the other one. Two columns need no heading. `.json` may also be {"name": label, …}, or the dataset.json of
-    ADM and EDM, {"labels": [["name", number], …]}. Raises UserError for anything else, naming the line or image, or
-    listing the columns.
+    of two the other one, unless it is one of `NO_LABEL_COLUMNS`. Two columns need no heading. `.json` may also be
+    {"name": label, …}, or the dataset.json of ADM and EDM, {"labels": [["name", number], …]}. Raises UserError for
+    anything else, naming the line or image, or listing the columns.
     """
     readers = {".csv": _separated, ".tsv": _separated, ".json": _json, ".jsonl": _json_lines}
     if file.suffix.lower() not in readers:
@@ -155,7 +165,7 @@ def _json(file: Path, images: ImageNames, asked: Asked) -> Iterator[tuple[Any, A
 
 
 def _json_lines(file: Path, images: ImageNames, asked: Asked) -> Iterator[tuple[Any, Any]]:
-    lines = [line for line in read_text(file).splitlines() if line.strip()]
+    lines = [line for line in io.StringIO(read_text(file), newline=None) if line.strip()]
     return _objects(file, [_parsed(file, line, list) for line in lines], images, asked)
 
 
@@ -201,7 +211,8 @@ def _columns(
     names = [at for at in names if at in naming] or names
     if len(heading) == 2:  # One column tells the other.
         names = names or naming or [1 - at for at in labels] or [0]
-        labels = [at for at in labels if at != names[0]] or [1 - names[0]]
+        other = 1 - names[0]
+        labels = [at for at in labels if at == other] or [other] * (_plain(heading[other]) not in NO_LABEL_COLUMNS)
     if not names or not labels:
         what, field = ("labels", "label_column") if names else ("names of images", "image_column")
         raise UserError(f"{file} has no column that is known to hold {what} ({has}); name it with {option(field)}")

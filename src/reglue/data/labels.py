@@ -14,6 +14,8 @@ from reglue.errors import UserError, option
 
 Label = str | int
 """The name of a class, or its number."""
+NO_LABEL = frozenset(("nan", "na", "n/a", "null", "none"))
+"""What programs write, in capitals or not, where a number is missing."""
 
 
 class ClassIndex:
@@ -28,6 +30,7 @@ class ClassIndex:
         if len(self._index_of) < len(self.names):
             twice = next(name for index, name in enumerate(self.names) if self._index_of[name] != index)
             raise UserError(f"{owner} has two classes called {twice}; give each a name of its own")
+        _refuse_unwritable(self.names, owner)
 
     def __call__(self, label: Any, image: str) -> int:
         """The index of a label's class; `image` is whose label it is."""
@@ -51,22 +54,31 @@ def index_labels(
 
     `names` are the classes in their order, where they are known. Otherwise they are the labels that occur: numbers in
     ascending order (11.0 is 11), names in alphabetical order. `name_of(i)` names image i, and `owner` the whole, in
-    messages. Raises UserError for labels that are missing, neither names nor whole numbers, or without a class.
+    messages. Raises UserError for labels that are missing (`NO_LABEL` among numbers, too), neither names nor whole
+    numbers, without a class, or of characters that no file holds.
     """
     if names is not None:
         index = ClassIndex(names, owner)
         return tuple(index(label, name_of(i)) for i, label in enumerate(labels)), index.names
+
+    def refused(i: int, what: str) -> UserError:
+        return UserError(f"{name_of(i)} of {owner} has {what}; fix it, or use {option('no_labels')}")
+
     for i, label in enumerate(labels):
-        missing = _is_missing(label)
-        if missing or not (isinstance(label, str) or whole_number(label) is not None):
-            what = f"no label ({label!r})" if missing else f"label {brief(label)}, neither a name nor a whole number"
-            raise UserError(f"{name_of(i)} of {owner} has {what}; fix it, or use {option('no_labels')}")
+        if _is_missing(label):
+            raise refused(i, f"no label ({label!r})")
+        if not (isinstance(label, str) or whole_number(label) is not None):
+            raise refused(i, f"label {brief(label)}, neither a name nor a whole number")
     numbers = {label: whole_number(label) for label in set(labels)}
-    some_are_names = None in numbers.values()
+    called_by_name = {label for label, number in numbers.items() if number is None}
+    if called_by_name and NO_LABEL.issuperset(map(str.lower, called_by_name)):
+        i = next(i for i, label in enumerate(labels) if label in called_by_name)
+        raise refused(i, f"no label ({labels[i]!r})")
     called = {
-        label: label if some_are_names and isinstance(label, str) else str(number) for label, number in numbers.items()
+        label: label if called_by_name and isinstance(label, str) else str(number) for label, number in numbers.items()
     }
     classes = in_class_order(set(called.values()))
+    _refuse_unwritable(classes, owner)
     index_of = {name: index for index, name in enumerate(classes)}
     return tuple(index_of[called[label]] for label in labels), classes
 
@@ -119,6 +131,17 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file} is not text in UTF-8 ({error}); save it as such") from error
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
+
+
+def _refuse_unwritable(names: Sequence[str], owner: str) -> None:
+    """Raise UserError for a name that the name of a folder could not be: a zero in it, or half of a character."""
+    for name in names:
+        try:
+            unwritable = b"\0" in name.encode(errors="surrogateescape")
+        except UnicodeEncodeError:
+            unwritable = True
+        if unwritable:
+            raise UserError(f"{owner} has a class called {brief(name)}, which no file can hold; rename it")
 
 
 def _is_missing(label: Any) -> bool:

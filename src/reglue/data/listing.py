@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from PIL import features
+from PIL import Image, features
 
 from reglue.data.labels import in_class_order
 from reglue.errors import UserError, option
@@ -65,13 +65,21 @@ def list_folder(folder: Path) -> Listing:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if is_hidden(entry.name):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 found.folders.append(entry.name)
             elif is_image(entry.name):
                 found.images.append(entry.name)
             else:
                 found.endings[ending_of(entry.name)] += 1
     return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one. A link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def is_image(name: str) -> bool:
@@ -158,9 +166,17 @@ def classes_of(path: Path, names: Sequence[str], class_level: int | None = None)
 
 
 @cache
-def plug_in() -> None:
-    """Teach Pillow the formats of the plug-ins that are installed."""
+def formats() -> tuple[str, ...]:
+    """The formats of images by Pillow's names, with those of the plug-ins that are installed.
+
+    Pillow goes by what a file holds, and knows more of them: it hands PostScript over to another program, whatever the
+    file is called.
+    """
     if find_spec("pillow_heif"):
         import_module("pillow_heif").register_heif_opener()
     if find_spec("pillow_jxl"):
         import_module("pillow_jxl")  # It needs no more.
+    endings = EXTENSIONS.union(*(endings for _, endings in PLUG_INS.values()))
+    of_images = {kind for ending, kind in Image.registered_extensions().items() if ending in endings}
+    # In Pillow's order: a format that has no mark of its own, such as TGA, is tried late.
+    return tuple(kind for kind in Image.ID if kind in of_images)

@@ -40,7 +40,7 @@ from reglue.data.manifest import (
 from reglue.data.store import Store
 from reglue.encoders.compressors import CompressorSpec
 from reglue.errors import UserError
-from reglue.files import BESIDE, plain, read_json, read_jsonl, replacing, to_json
+from reglue.files import BESIDE, plain, read_json, read_jsonl, refuse_filled, replacing, to_json
 from reglue.names import codes_column
 from reglue.progress import Bar
 
@@ -77,11 +77,7 @@ class StoreWriter:
         elif (self.folder / PARTIAL).is_file():
             has = read_json(self.folder / PARTIAL, Contents, REMEDY)
         else:
-            strangers = [entry.name for entry in self.folder.iterdir() if entry.suffix != BESIDE]
-            if strangers:
-                raise UserError(
-                    f"{self.folder} is not a store, but holds {strangers[0]}; choose a new or an empty folder"
-                )
+            refuse_filled(self.folder)
             has = asked
             with replacing(self.folder / PARTIAL) as beside:
                 beside.write_text(to_json(asked))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import string
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -232,7 +233,7 @@ def _label_of(members: dict[str, _Member], file: BinaryIO, name: str, reading: R
     ending = column.lower().removeprefix(".") if column else "cls"
     if ending in members:
         try:
-            text = _read(file, members[ending]).decode().strip()
+            text = _read(file, members[ending]).decode("utf-8-sig").strip(f"\0{string.whitespace}")
         except UnicodeDecodeError as error:
             raise UserError(f"the .{ending} beside {name} is not text in UTF-8 ({error}); save it as such") from error
         return _Label(int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else text, ending)

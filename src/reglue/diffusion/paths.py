@@ -42,6 +42,15 @@ class Path(ABC):
             velocities[name] = c.d_alpha * x + c.d_sigma * noise[name]
         return states, velocities
 
+    def returned(self, x: Tensor, t: Tensor, earlier: Tensor, noise: Tensor) -> Tensor:
+        """What x at time t may have come from at a time that is nearer to noise, t < t′ (RePaint, arXiv 2201.09865).
+
+        a x + √(σ_t′² − a² σ_t²) ξ with a = α_t′/α_t and standard normal ξ: what the path has there, given x.
+        """
+        now, then = self.coefficients(t), self.coefficients(earlier)
+        a = then.alpha / now.alpha
+        return a * x + (then.sigma**2 - (a * now.sigma) ** 2).clamp(min=0).sqrt() * noise
+
     def velocity_to_score(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The score ∇ log p_t(x) that belongs to a velocity; t in (0, 1], broadcast against x.
 

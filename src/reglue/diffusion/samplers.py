@@ -64,11 +64,17 @@ def integrate(
     """The one loop over time: from the first of `times`, at which `state` is, to the last.
 
     It may begin at any time. `noise` yields the standard normal states that stochastic steps ask for. Controls see
-    each state before and after a step, and each velocity.
+    each state before and after a step, and each velocity. Where times rise, the state returns to what it may have come
+    from (`Path.returned`, `returning`), with noise of `noise` too.
     """
     followed = Controlled(velocity, controls) if controls else velocity
     memory: Memory = {}
     for now, then in pairwise(times):
+        if then[LATENT] > now[LATENT]:
+            drawn, memory = next(noise), {}
+            t, earlier = ({n: torch.tensor(at[n], dtype=torch.float64) for n in state} for at in (now, then))
+            state = {n: velocity.path.returned(x, t[n], earlier[n], drawn[n]) for n, x in state.items()}
+            continue
         for control in controls:
             state = control.before(state, now)
         state = step(followed, state, now, then, memory, noise)
@@ -256,6 +262,32 @@ def whole_intervals(steps: int, shift: float = 1.0, discontinuities: Sequence[fl
 def begin_at(grid: Sequence[float], start: float) -> list[float]:
     """The part of a grid below `start`, which becomes its first time: for samples that begin as noisy data."""
     return [start, *(t for t in grid if t < start)]
+
+
+def returning(grid: Sequence[float], repeats: int, stretch: int) -> list[float]:
+    """A grid that goes over every `stretch` steps once and then `repeats` times again (RePaint, arXiv 2201.09865).
+
+    What begins at t = 1 is not repeated: nothing of the state would be left there.
+    """
+    times = [grid[0]]
+    for start in range(0, len(grid) - 1, stretch):
+        part = grid[start + 1 : start + 1 + stretch]
+        times += [*part, *([grid[start], *part] * repeats if grid[start] < 1 else [])]
+    return times
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where samples begin that do not begin as noise (SDEdit, arXiv 2108.01073)."""
+
+    time: float
+    """The clock's, in [0, 1]."""
+    data: State
+    """What is there without noise, (B, …) each."""
+
+    def of(self, images: slice) -> Start:
+        """That of some of the images."""
+        return Start(self.time, {name: value[images] for name, value in self.data.items()})
 
 
 @dataclass(frozen=True)

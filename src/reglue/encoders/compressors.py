@@ -318,14 +318,24 @@ def conv_compressor_from_published(state_dict: Mapping[str, Tensor], mean: Tenso
     """REGLUE's released compressor, in eval mode.
 
     `state_dict` has keys `encoder.model.{0,1,2}.*` and `decoder.model.{0,1,2}.*`, with or without `module.` in front;
-    `mean` and `std` (channels_in,) are its normalisation statistics. Raises UserError for any other keys or shapes.
+    `mean` and `std` (channels_in,) are its normalisation statistics. It is built without memory, so that shapes in a
+    damaged file cannot ask for too much of it. Raises UserError for any other keys or shapes.
     """
     weights = {key.removeprefix("module.").replace(".model.", "."): tensor for key, tensor in state_dict.items()}
     try:
-        hidden, channels_in, *_ = weights["encoder.0.weight"].shape
-        compressor = ConvCompressor(channels_in, hidden, weights["encoder.2.weight"].shape[0], mean, std)
-        compressor.load_state_dict({**weights, "mean": compressor.mean, "std": compressor.std})
-    except (KeyError, RuntimeError) as error:
+        hidden, channels_in, _, _ = weights["encoder.0.weight"].shape
+        sizes = (channels_in, hidden, len(weights["encoder.2.weight"]))
+        if not all(sizes):
+            raise ValueError(f"its channels are {', '.join(map(str, sizes))}")
+        for name, statistics in {"mean": mean, "std": std}.items():
+            if statistics.shape != (channels_in,):
+                raise ValueError(f"{name} is {list(statistics.shape)}, and they take {channels_in} channels")
+        with torch.device("meta"):
+            compressor = ConvCompressor(*sizes, mean, std)
+        own = compressor.state_dict()
+        weights = {key: value.to(own[key].dtype, copy=True) if key in own else value for key, value in weights.items()}
+        compressor.load_state_dict({**weights, "mean": compressor.mean, "std": compressor.std}, assign=True)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"these weights are not a published REGLUE compressor: {' '.join(str(error).split())}"
         ) from error

@@ -17,7 +17,7 @@ from torch import Tensor
 from reglue import run as runs
 from reglue.arrays import ArrayFile
 from reglue.contact_sheet import read_hashes, refuse_changed
-from reglue.data.images import ImageFolder, ImageSource, UnreadableImage, crop_to, decode
+from reglue.data.images import ImageFolder, ImageSource, UnreadableImage, crop_to, decode, upright_size
 from reglue.data.manifest import MANIFEST, PARTIAL
 from reglue.data.store import Store
 from reglue.errors import UserError
@@ -27,8 +27,6 @@ from reglue.sampling import Draw
 
 IMAGE_ARRAYS = ("arr_0", "images")
 """Where an .npz file may keep its images. An .npy file has one array alone."""
-ORIENTATION, TURNED = 0x0112, 5
-"""EXIF's tag, and the least of its values that exchange height and width."""
 MOST_FEATURES = 2**14
 """No statistics are of more."""
 ROUNDING = 1e-6
@@ -171,7 +169,7 @@ class _FolderImages(_SourceImages):
             if not asked:  # Only the beginning of each file is read once more.
                 readable = [number for number, image in zip(numbers, batch, strict=True) if isinstance(image, Tensor)]
                 files = (self.source.path / self.name(number) for number in readable)
-                self.other_sizes += sum(_upright_size(file) != resolution for file in files)
+                self.other_sizes += sum(upright_size(file) != resolution for file in files)
             yield batch
 
     def first_size(self) -> tuple[int, int]:
@@ -256,13 +254,6 @@ class _ArchivedImages(Images):
 
     def protocol(self) -> dict[str, Any] | None:
         return archived_protocol(self.arrays.path) if self.arrays.path.suffix.lower() == ".npz" else None
-
-
-def _upright_size(file: Path) -> tuple[int, int]:
-    """Height and width of an image that can be read."""
-    with Image.open(file) as image:
-        turned = image.getexif().get(ORIENTATION, 1) >= TURNED
-        return image.size if turned else (image.height, image.width)
 
 
 def _to_size(image: np.ndarray, resolution: tuple[int, int]) -> Tensor:

@@ -125,4 +125,5 @@ class Compress(TakesPaths):
         name = self.compressor_name
         what = ("--local.compressor" if self.column == "features" else "--class-token.compressor", name)
         recipe = "redi" if self.kind == "pca" and self.column == "features" else "reglue"
-        return ready(self.store, "train", recipe, "--store", self.store, "--out", "run", *what)
+        line = ready(self.store, "train", recipe, "--store", self.store, "--out", "run", *what)
+        return f"{line} (on a laptop with --model tiny, see docs/evening.md)"

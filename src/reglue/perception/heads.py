@@ -25,6 +25,8 @@ Task = Literal["segmentation", "depth"]
 
 SPEC_FILE, WEIGHTS_FILE = "head.json", "head.safetensors"
 REMEDY = "train the head again with `reglue head`"
+POSSIBLE_LAYERS = frozenset(range(1000))
+"""Of an encoder; the deepest have some fifty."""
 BATCH_NORM_EPSILON = 1e-5
 """PyTorch's default, which the published heads were trained with."""
 DEPTH_LAYERS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
@@ -69,6 +71,16 @@ class HeadSpec:
     depth_range: tuple[float, float] | None = None
     """Least and greatest depth, in the unit that it was trained with. Bins divide it evenly; other heads may
     predict depths outside."""
+
+    def __post_init__(self) -> None:
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or not set(self.layers) <= POSSIBLE_LAYERS:
+            raise ValueError(f"layers {list(self.layers)} are not ascending numbers of blocks")
+        if self.width < 1 or self.outputs < 1 or self.hidden < 0:
+            raise ValueError(f"width {self.width}, outputs {self.outputs}, hidden {self.hidden} are too small")
+        if self.class_names and len(self.class_names) != self.outputs:
+            raise ValueError(f"{len(self.class_names)} class_names are not those of {self.outputs} outputs")
+        if self.depth_range and not -torch.inf < self.depth_range[0] <= self.depth_range[1] < torch.inf:
+            raise ValueError(f"depth_range {list(self.depth_range)} is none")
 
     @property
     def channels(self) -> int:
@@ -174,7 +186,9 @@ def load_head(path: Path | str, device: str | torch.device = "cpu") -> Head:
     if path.is_dir():
         head = _load_folder(path)
     elif path.is_file():
-        tensors = {name.removeprefix("decode_head."): one.float() for name, one in read_weights([path]).items()}
+        read = read_weights([path])
+        refuse_not_finite(read, path)
+        tensors = {name.removeprefix("decode_head."): one.float() for name, one in read.items()}
         head = _published(tensors, path)
         refuse_not_finite(head.state_dict(), path)
     else:
@@ -216,7 +230,7 @@ def _published(tensors: dict[str, Tensor], file: Path) -> Head:
 
 def _published_spec(task: Task, shape: tuple[int, ...], file: Path) -> HeadSpec | None:
     """By the shape of the last convolution: which of the networks, and how many of its layers. None if none fits."""
-    if len(shape) != 4 or shape[2:] != (1, 1):
+    if len(shape) != 4 or shape[0] < 1 or shape[2:] != (1, 1):
         return None
     depth = task == "depth"
     channels = shape[1] // 2 if depth else shape[1]  # Depth heads read the class token too.

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from reglue.data.manifest import compressor_of, holds_codes, value_of
+from reglue.data.masks import load_depths, load_masks
 from reglue.data.store import Store
 from reglue.encoders.compressors import Compressor, as_map, load_compressor
 from reglue.errors import UserError
 from reglue.files import read_jsonl
-from reglue.perception.masks import load_depths, load_masks
 from reglue.perception.probes import Examples
 from reglue.seeds import permutation
 

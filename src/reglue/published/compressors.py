@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from reglue.encoders.compressors import (
     load_compressor,
 )
 from reglue.errors import UserError, option
+from reglue.files import refuse_not_finite
 from reglue.pickles import read_untrusted
-from reglue.published.containers import refuse_nonfinite, weights_in
+from reglue.published.containers import weights_in
 
 FIRST_WEIGHT = "encoder.model.0.weight"
 """Every compressor of REGLUE's has it."""
@@ -87,11 +89,12 @@ def _pca(content: Mapping[str, Any], file: Path, most: int) -> PcaCompressor:
     model = content["pca_model"]
     if not isinstance(model, Mapping) or not {"components_", "mean_"} <= model.keys():
         raise UserError(f"{file}: pca_model has no components_ and mean_; found {_description(model)}")
-    if model.get("whiten"):
+    whiten = model.get("whiten")
+    if not isinstance(whiten, int | NoneType) or whiten:
         raise UserError(f"{file}: its components are whitened, and the published ones are not")
     mean, std = _statistics(content, file)
     components, centre = (_numbers(model[name], name, file) for name in ("components_", "mean_"))
-    refuse_nonfinite({"components_": components, "mean_": centre}, file)
+    refuse_not_finite({"components_": components, "mean_": centre}, file)
     if components.ndim != 2 or components.shape[1:] != mean.shape or centre.shape != mean.shape:
         raise UserError(
             f"{file}: components_ {tuple(components.shape)}, mean_ {tuple(centre.shape)} and mean {tuple(mean.shape)} "

@@ -10,20 +10,27 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
 
 from reglue.encoders.weights import is_pickled
 from reglue.errors import UserError
-from reglue.files import opened_tensors
+from reglue.files import opened_tensors, refuse_not_finite
 from reglue.pickles import read_untrusted
+from reglue.training.checkpoints import MOST_STEPS
 
 WRAPPERS = frozenset(
     {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_flat_param"}
 )
 """What DDP, torch.compile, FSDP, recomputation and Lightning put into names, anywhere and in any order."""
-AVERAGED = re.compile(r"(?<![a-z])(?:ema|averaged?|swa|shadow|polyak)(?![a-z])", re.IGNORECASE)
+AVERAGED = re.compile(
+    # Words in names of any style: model_ema, ema1, modelEMA, emaModel, EMAModel. Adam's exp_avg averages no weights.
+    r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))(?<!exp_)"
+    r"(?i:ema|avg|average[ds]?|swa|shadow|polyak|teacher)"
+    r"(?:(?![A-Za-z])|(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z]))"
+)
 """In the name of a state dict, or in a prefix: averaged weights."""
 ARGUMENTS = ("args", "hyper_parameters", "config", "cfg")
 """Where containers keep the options of the training."""
@@ -91,7 +98,11 @@ def read_official(file: Path) -> PublishedFile:
     groups = [container[name] for name in ARGUMENTS if isinstance(container.get(name), dict)]
     steps = [place[name] for place in (container, stated) for name in STEPS if type(place.get(name)) is int]
     named = [int(file.stem)] if STEP_DIGITS.fullmatch(file.stem) else []
-    return PublishedFile(weights, _flat([stated, *groups]), next((s for s in [*steps, *named] if s >= 0), 0), notes)
+    counts = [step for step in (*steps, *named) if step >= 0]
+    step = next((count for count in counts if count <= MOST_STEPS), 0)
+    if counts and counts[0] > MOST_STEPS:
+        notes += (f"It says step {counts[0]:,}, which no training reaches: taking it as step {step}.",)
+    return PublishedFile(weights, _flat([stated, *groups]), step, notes)
 
 
 def _is_safetensors(file: Path) -> bool:
@@ -101,9 +112,10 @@ def _is_safetensors(file: Path) -> bool:
 
 
 def _flat(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Options with those of inner groups among them; outer ones win."""
+    """Options with those of inner groups among them; outer ones win. What is no text, number or None is left out."""
     inner = [value for group in groups for value in group.values() if isinstance(value, dict)]
-    own = {name: value for group in groups for name, value in group.items() if not isinstance(value, dict)}
+    plain = str | int | float | NoneType
+    own = {name: value for group in groups for name, value in group.items() if isinstance(value, plain)}
     return _flat(inner) | own if inner else own
 
 
@@ -127,19 +139,12 @@ def weights_in(content: Any, file: Path, first: str) -> tuple[dict[str, Tensor],
     if len(averages) > 1:
         others = ", ".join(each.place for each in averages[1:])
         notes.append(f"It has several averages of the weights: taking {taken.place} (the others are {others}).")
+    if "teacher" in taken.place.lower():
+        notes.append(f"It has averaged (EMA) weights by the name {taken.place}, if that was not another model's.")
     if not averages and taken.place:
         notes.append(f"It has no averaged (EMA) weights by name: taking those of {taken.place}.")
-    refuse_nonfinite(weights, file)
+    refuse_not_finite(weights, file)
     return weights, tuple(notes)
-
-
-def refuse_nonfinite(weights: Mapping[str, Tensor], file: Path) -> None:
-    """Raise UserError, naming the tensor, if a number is not finite."""
-    for name, value in weights.items():
-        if not value.float().isfinite().all():
-            raise UserError(
-                f"{file}: {name} holds NaN or infinite numbers: the file is damaged, or its training diverged"
-            )
 
 
 def _state_dicts(content: Any, first: str, place: str = "") -> Iterator[StateDict]:

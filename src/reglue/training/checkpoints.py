@@ -27,6 +27,8 @@ Tensors = Mapping[str, Tensor]
 Files = dict[str, dict[str, Tensor]]
 
 FOLDER = "checkpoints"
+MOST_STEPS = 10**8 - 1
+"""Checkpoints are folders of eight digits."""
 VISIBLE_WITHIN = 120.0
 """Seconds: network file systems keep listings for a minute by default."""
 MODEL, EMA, OPTIMISER, PROGRESS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "progress.json"
@@ -255,13 +257,24 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return read_tensors(file, REMEDY, sealed=True)
 
 
+def read_step(folder: Path) -> int:
+    """The step of a checkpoint, as its `progress.json` and its folder's name say.
+
+    Raises UserError if the file is missing or damaged, or says another one.
+    """
+    step = read_json(folder / PROGRESS, Progress, REMEDY).step
+    if step != int(folder.name):
+        raise UserError(f"{folder / PROGRESS} is damaged (it says step {step}); {REMEDY}")
+    return step
+
+
 def restore(folder: Path, model: nn.Module, ema: Tensors, optimiser: torch.optim.Optimizer) -> int:
     """Load a checkpoint into a model, its moving average and its optimiser, in place. Returns the step.
 
     However the model was spread when it was written, and is now: with shards, a process reads its own rows alone.
     Raises UserError if a file is missing, damaged or of another model.
     """
-    step = read_json(folder / PROGRESS, Progress, REMEDY).step
+    step = read_step(folder)
     _fill(model.state_dict(), folder / MODEL)
     if ema:
         _fill(ema, folder / EMA)

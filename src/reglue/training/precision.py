@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -112,6 +113,7 @@ def compile_parts(network: nn.Module, blocks: Iterable[nn.Module], parts: Compil
     assert parts != "auto"
     if parts == "no":
         return
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # It says that there is no GPU.
     # Sizes are known, and stay. Kernels of a network before, in the same process, would make these ones take any
     # size, and so compute otherwise than those of a process that continues the training.
     torch.compiler.reset()

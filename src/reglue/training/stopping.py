@@ -78,9 +78,9 @@ def deferred() -> Iterator[None]:
             _asked, _interrupted = number, True
             _deferred.clear()
             raise KeyboardInterrupt
-        if number == signal.SIGINT:
-            # Not by print: the signal may have come in the middle of one.
-            os.write(2, b"\nreglue: stops with a checkpoint; Ctrl-C again stops at once, without one\n")
+        # Not by print: the signal may have come in the middle of one.
+        how = b"; Ctrl-C again stops at once, without one" if number == signal.SIGINT else b" after this step"
+        os.write(2, b"\nreglue: stops with a checkpoint" + how + b"\n")
         _asked = number
 
     _asked = 0

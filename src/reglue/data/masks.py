@@ -11,11 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from reglue.arrays import ONLY, ArrayFile
+from reglue.data.images import Cover, open_picture, upright_size
 from reglue.errors import UserError
 from reglue.progress import Bar
-
-ORIENTATION = 0x0112
-"""EXIF tag: from 5 on, an image lies on its side."""
 
 
 def load_masks(folder: Path, images: Path, names: Sequence[str], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -97,9 +95,13 @@ def _read(path: Path) -> tuple[np.ndarray, str]:
     try:
         if path.suffix == ".npy":
             numbers = ArrayFile(path).read(ONLY)
-            return numbers, "L" if numbers.dtype.kind in "biu" else "F"
-        with Image.open(path) as file:
-            return np.asarray(file), file.mode
+            mode = "L" if numbers.dtype.kind in "biu" else "F"
+        else:
+            with open_picture(path) as file:
+                numbers, mode = np.asarray(file), file.mode
+        if not numbers.size:
+            raise ValueError(f"it has no pixels, its shape is {numbers.shape}")
+        return numbers, mode
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read ({error}); fix it or remove it") from error
 
@@ -111,22 +113,15 @@ def crop_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     it by up to half a pixel.
     """
     height, width = size
-    columns, rows = mask.size
-    while columns >= 2 * width and rows >= 2 * height:
-        columns, rows = columns // 2, rows // 2
-    scale = max(width / columns, height / rows)
-    mask = mask.resize((round(columns * scale), round(rows * scale)), Image.Resampling.NEAREST)
-    left, top = (mask.width - width) // 2, (mask.height - height) // 2
-    return mask.crop((left, top, left + width, top + height))
+    cover = Cover.of(mask.size, size)
+    mask = mask.resize(cover.scaled, Image.Resampling.NEAREST)
+    return mask.crop((cover.left, cover.top, cover.left + width, cover.top + height))
 
 
 def _check_proportions(mask: Image.Image, path: Path, image_path: Path) -> None:
     try:
-        with Image.open(image_path) as image:
-            width, height = image.size
-            if image.getexif().get(ORIENTATION, 1) >= 5:
-                width, height = height, width
-    except OSError:
+        height, width = upright_size(image_path)
+    except Exception:  # Decoders raise nearly anything on malformed bytes.
         return  # The images may have moved since the store was made.
     # A mask may be smaller or larger than its image, with sides that were rounded to whole pixels.
     if abs(mask.width * height - mask.height * width) > max(width, height, *mask.size):

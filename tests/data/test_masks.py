@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reglue.data.images import crop_to
+from reglue.data.masks import crop_mask, load_depths, load_masks, read_depth, read_mask
 from reglue.errors import UserError
-from reglue.perception.masks import crop_mask, load_depths, load_masks, read_depth, read_mask
 
 SIDES = st.integers(8, 400)
 
@@ -143,7 +143,13 @@ def test_depth_maps_keep_their_unit_and_what_is_unknown(ending: str, tmp_path: P
 def test_what_is_no_depth_map_is_refused(tmp_path: Path):
     Image.new("RGB", (4, 4)).save(tmp_path / "colours.png")
     np.save(tmp_path / "line.npy", np.ones(4))
+    np.save(tmp_path / "empty.npy", np.ones((0, 5)))
     np.save(tmp_path / "objects.npy", np.array([[None]], dtype=object), allow_pickle=True)
-    for name, reason in (("colours.png", "no depth map"), ("line.npy", "no depth map"), ("objects.npy", "not numbers")):
+    for name, reason in {
+        "colours.png": "no depth map",
+        "line.npy": "no depth map",
+        "objects.npy": "not numbers",
+        "empty.npy": r"no pixels, its shape is \(0, 5\)",
+    }.items():
         with pytest.raises(UserError, match=reason):
             read_depth(tmp_path / name)

@@ -1,0 +1,233 @@
+"""Images that are edited, and what is asked of each: checked first, without any network, and then encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from reglue.data.masks import crop_mask, read_mask
+from reglue.data.placing import WHITE, Place, feathered
+from reglue.diffusion.modalities import State
+from reglue.editing.encoding import Picture, as_pixels, open_picture
+from reglue.editing.options import CLASS_TOKEN, LOCAL, Editing
+from reglue.editing.painting import load_prototypes
+from reglue.errors import UserError, option
+from reglue.run import RunRecord
+
+SOURCES = {"local_from": LOCAL, "cls_from": CLASS_TOKEN, "paste": LOCAL}
+"""The options that name another image, and what they take of it."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of one map that goes to a place in another, in cells of their grid."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    to_left: int
+    to_top: int
+    to_size: tuple[int, int]
+    """(rows, columns) that it gets."""
+    mirror: bool
+
+    def put(self, into: Tensor, source: Tensor) -> Tensor:
+        """The map `into` (1, K, h, w) with the piece of `source`."""
+        piece = source[..., self.top : self.bottom, self.left : self.right]
+        piece = piece.flip(-1) if self.mirror else piece
+        if piece.shape[2:] != self.to_size:
+            piece = F.interpolate(piece, self.to_size, mode="bilinear", align_corners=False)
+        result = into.clone()
+        rows, columns = self.to_size
+        result[..., self.to_top : self.to_top + rows, self.to_left : self.to_left + columns] = piece
+        return result
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An image that is edited, and what its edits are to have. Tensors have a batch of one."""
+
+    image: Image.Image
+    """As it is, in RGB."""
+    place: Place
+    own: State
+    """What the model would learn of it."""
+    known: State
+    """What is held until it is let go, of other images perhaps."""
+    where: State
+    """Where, of maps that are not held everywhere: bool (1, 1, h, w)."""
+    outside: Tensor | None
+    """Where a mask leaves the image as it is: bool (1, 1, h, w)."""
+    share: np.ndarray | None
+    """How much of each pixel (height, width) is drawn; None for all of it."""
+
+    def shown(self) -> State:
+        """What an edit resembles: what is held, and the image's own elsewhere."""
+        held = {n: torch.where(self.where[n], v, self.own[n]) if n in self.where else v for n, v in self.known.items()}
+        return {**self.own, **held}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of an image, found to be possible. Nothing is encoded yet."""
+
+    editing: Editing
+    image: Image.Image
+    place: Place
+    pixels: Tensor
+    """What the model sees of it: uint8 (1, 3, H, W)."""
+    white: np.ndarray | None
+    """Where its mask is white: bool (height, width)."""
+    inside: Tensor | None
+    """The cells of the grid with something white: bool (1, 1, h, w)."""
+    sources: Mapping[str, Tensor]
+    """What the model sees of the images that options of `SOURCES` name."""
+    piece: Piece | None
+    painted: tuple[Tensor, Tensor] | None
+    """A map (1, K, h, w) as the model learns it, and where it is painted, bool (1, 1, h, w)."""
+
+    @classmethod
+    def of(cls, picture: Picture, editing: Editing, record: RunRecord) -> Request:
+        """Raises UserError for images that cannot be read, and for what does not fit the image."""
+        image, name = open_picture(picture), named(picture)
+        place, grid = Place(image.size, record.resolution), record.denoiser.grid
+        white = read_white(editing, image.size, name)
+        inside = None if white is None else place.cells(white, grid)[None, None]
+        if inside is not None and not inside.any():
+            raise UserError(f"{option('mask')}: its white lies outside of the part of {name} that the model sees")
+        others = {field: open_picture(value) for field in SOURCES if (value := getattr(editing, field)) is not None}
+        return cls(
+            editing=editing,
+            image=image,
+            place=place,
+            pixels=as_pixels(image, record.resolution),
+            white=white,
+            inside=inside,
+            sources={field: as_pixels(other, record.resolution) for field, other in others.items()},
+            piece=find_piece(editing, others["paste"].size, place, name, grid) if "paste" in others else None,
+            painted=read_painting(editing, record, image.size, name),
+        )
+
+    def subject(self, encode: Callable[[Tensor], State], maps: list[str]) -> Subject:
+        """The image and what is asked, encoded. `maps` are the names of the model's maps."""
+        own = encode(self.pixels)
+        device = next(iter(own.values())).device
+        seen = {field: encode(pixels)[SOURCES[field]] for field, pixels in self.sources.items()}
+        known = {name: own[name] for name in self.editing.keep}
+        known |= {SOURCES[field]: seen[field] for field in ("local_from", "cls_from") if field in seen}
+        inside = None if self.inside is None else self.inside.to(device)
+        where = {} if inside is None else dict.fromkeys(maps, inside)
+        if self.piece:
+            known[LOCAL] = self.piece.put(known.get(LOCAL, own[LOCAL]), seen["paste"])
+        if self.painted:
+            code, there = (part.to(device) for part in self.painted)
+            if LOCAL in known:
+                known[LOCAL] = torch.where(there, code, known[LOCAL])
+            else:
+                known[LOCAL], where[LOCAL] = code, there & where.get(LOCAL, there)
+        return Subject(
+            image=self.image,
+            place=self.place,
+            own=own,
+            known=known,
+            where={name: part for name, part in where.items() if name in known},
+            outside=None if inside is None else ~inside,
+            share=None if self.white is None else feathered(self.white, self.editing.feather),
+        )
+
+
+def refuse_lacking(editing: Editing, record: RunRecord) -> None:
+    """Raise UserError if a run does not learn what an edit asks for."""
+    learned = {modality.name: modality.kind for modality in record.denoiser.modalities}
+    for name, asked in editing.needs():
+        if name not in learned:
+            raise UserError(f"{asked}: this model does not learn {name}, only {', '.join(learned)}")
+        if asked in (option("paste"), option("paint")) and learned[name] != "map":
+            raise UserError(f"{asked}: what this model learns as {name} is no map")
+
+
+def read_white(editing: Editing, size: tuple[int, int], name: str) -> np.ndarray | None:
+    """Where a mask is white: bool (height, width). Raises UserError for one that does not fit the image."""
+    if editing.mask is None:
+        return None
+    mask = open_picture(editing.mask).convert("L")
+    if mask.size != size:
+        raise UserError(
+            f"{option('mask')} {named(editing.mask)} has {mask.width}×{mask.height} pixels, and {name} "
+            f"{size[0]}×{size[1]}; give a mask of the image's size"
+        )
+    white = np.asarray(mask) >= WHITE
+    if white.all() or not white.any():
+        what, remedy = ("all white", "leave it out") if white.any() else ("all black", "paint white what is to change")
+        raise UserError(f"{option('mask')} {named(editing.mask)} is {what}; {remedy}")
+    return white
+
+
+def find_piece(editing: Editing, source_size: tuple[int, int], place: Place, name: str, grid: tuple[int, int]) -> Piece:
+    """Where a piece is and goes. Raises UserError if it lies outside of what the model sees of either image."""
+    box, at = editing.box, editing.at
+    assert box is not None
+    assert at is not None
+    source = Place(source_size, place.size)
+    width, height = (max(1, round(side * editing.scale)) for side in (box[2] - box[0], box[3] - box[1]))
+    goes = (*at, at[0] + width, at[1] + height)
+    first, last = source.on_grid(box, grid), place.on_grid(goes, grid)
+    for field, pixels, cells, within, whose in (
+        ("box", box, first, source, named(editing.paste)),
+        ("at", goes, last, place, name),
+    ):
+        seen = min(cells[:2]) >= 0 and cells[2] <= grid[1] and cells[3] <= grid[0]
+        if not seen or pixels[2] > within.image_size[0] or pixels[3] > within.image_size[1]:
+            raise UserError(
+                f"{option(field)} {' '.join(map(str, getattr(editing, field)))}: the piece lies outside of what the "
+                f"model sees of {whose}, {' '.join(map(str, within.box))} (left, top, right, bottom)"
+            )
+    return Piece(*first, *last[:2], (last[3] - last[1], last[2] - last[0]), editing.mirror)
+
+
+def read_painting(
+    editing: Editing, record: RunRecord, size: tuple[int, int], name: str
+) -> tuple[Tensor, Tensor] | None:
+    """The map of a painting (1, K, h, w), as the model learns it, and where it is painted, bool (1, 1, h, w).
+
+    Raises UserError for one that does not fit the image, for labels without prototypes, and for prototypes that are not
+    of the run's codes.
+    """
+    if editing.paint is None or editing.prototypes is None:
+        return None
+    modality = record.denoiser.modality(LOCAL)
+    assert modality is not None
+    looks = load_prototypes(editing.prototypes)
+    looks.refuse_others(record.compressors.get(LOCAL), editing.prototypes)
+    labels, what = read_label_map(editing.paint), named(editing.paint)
+    if abs(labels.width * size[1] - labels.height * size[0]) > max(*size, *labels.size):
+        raise UserError(
+            f"{option('paint')} {what} has {labels.width}×{labels.height} pixels, and {name} {size[0]}×{size[1]}; "
+            "paint the whole image, in its proportions"
+        )
+    looks.refuse_unknown(np.unique(np.asarray(labels)).tolist(), f"{option('paint')} {what}")
+    cropped = np.asarray(crop_mask(labels, record.resolution))
+    code, there = looks.map_of(torch.from_numpy(cropped.astype(np.int64)), record.denoiser.grid)
+    return modality.normalise(code[None]), there[None, None]
+
+
+def read_label_map(picture: Picture) -> Image.Image:
+    """A painted map as an image of class numbers. Raises UserError for anything else."""
+    if not isinstance(picture, Image.Image):
+        return read_mask(Path(picture))
+    if picture.mode not in ("1", "L", "P"):
+        raise UserError(f"a painting holds colours (mode {picture.mode}), not class numbers; give a palette image")
+    return Image.fromarray(np.asarray(picture).astype(np.uint8))
+
+
+def named(picture: Picture | None) -> str:
+    """What messages call a picture."""
+    return "the image" if picture is None or isinstance(picture, Image.Image) else str(picture)
