@@ -254,6 +254,28 @@ def refusal(name: str | Path) -> str:
     return message
 
 
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [(as_published, "dinov3_vit"), (as_transformers, "dinov2_with_registers"), (as_transformers, "dinov3_vit")],
+)
+def test_any_tensor_may_be_missing_or_another(names: Callable[[str], Tensors], kind: str, tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "folder", kind)
+    state = {name: tensor.contiguous() for name, tensor in names(kind).items()}
+    file = tmp_path / "weights.safetensors" if names is as_published else folder / "model.safetensors"
+    asked = f"{kind}@{file}" if names is as_published else folder
+    for name in [name for name in state if not re.search(r"(blocks|layer)\.[123]\.|norm|mlp|gamma|lambda", name)]:
+        for other in (None, torch.tensor(1.0), torch.zeros(2)):
+            changed = {key: tensor for key, tensor in state.items() if key != name}
+            save_file(changed if other is None else changed | {name: other}, file)
+            try:  # Some are not needed.
+                load_encoder(str(asked), 64)
+            except UserError as error:
+                message = str(error)
+                assert "\n" not in message
+                assert len(message) < 700
+                assert str(tmp_path) in message, name
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_numbers_that_are_not_finite_are_refused(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
