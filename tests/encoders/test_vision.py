@@ -401,7 +401,7 @@ def test_unfitting_files_are_refused_by_name(folder: Path, tmp_path: Path, tiny_
     ids=str,
 )  # fmt: skip
 def test_a_folder_is_all_that_timm_reads(
-    changes: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_folder(tmp_path / "small", **changes)
     monkeypatch.setattr(timm.models, "load_checkpoint", lambda *_: pytest.fail("it read another file"))
