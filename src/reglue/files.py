@@ -422,17 +422,18 @@ for _kind, _others in {bool: (), int: (), float: (int,), str: ()}.items():
 def refuse_not_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Raise UserError, naming the file and the tensor, if a number in one of them is NaN, or infinite in float32.
 
-    Also if they are of a type with which no network computes: complex ones, and those that torch can only store. A sum
-    is finite only if all that it adds are: it is taken at the speed of memory, and nothing is made for it. Large
-    numbers may overflow it, so what it finds is looked at once more.
+    Also if they are of a type with which no network computes: complex ones, those that torch can only store, and
+    integers as weights, where they are no counters or indices. A sum is finite only if all that it adds are: it is
+    taken at the speed of memory, and nothing is made for it. Large numbers may overflow it, so what it finds is looked
+    at once more.
     """
     import torch  # slow to import
 
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() and not tensor.is_complex():
+        if not (tensor.is_floating_point() or tensor.is_complex() or name.endswith(("weight", "bias"))):
             continue
         reason = f"the numbers in {name} are of the type {tensor.dtype}"
-        if not tensor.is_complex():
+        if tensor.is_floating_point():
             try:
                 if tensor.sum(dtype=torch.float32).isfinite() or (finite := tensor.float().isfinite()).all():
                     continue

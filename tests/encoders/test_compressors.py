@@ -148,9 +148,12 @@ def test_other_weights_are_no_published_compressor():
 
 def published(**changed: Tensor) -> dict[str, Tensor]:
     """The weights of a compressor under their published names, some of them as others are."""
-    own = make("conv").state_dict()
-    names = {name: name.replace("coder.", "coder.model.") for name in own if name.startswith(("encoder", "decoder"))}
-    return {new: changed.get(name, own[name]) for name, new in names.items()}
+    weights = {**make("conv").state_dict(), **changed}
+    return {
+        name.replace("coder.", "coder.model."): value
+        for name, value in weights.items()
+        if name.startswith(("encoder", "decoder"))
+    }
 
 
 FIRST, LAST = "encoder.0.weight", "encoder.2.weight"

@@ -133,7 +133,7 @@ def test_a_pipelines_root_stands_for_its_autoencoder(given: str, folder: Path, t
 
 def test_latent_diffusions_names_become_those_that_diffusers_makes_of_them() -> None:
     state = as_latent_diffusion(network := network_of())
-    own, theirs = as_diffusers(state), convert_ldm_vae_checkpoint(state, network.config)
+    own, theirs = as_diffusers(state, Path("vae.ckpt")), convert_ldm_vae_checkpoint(state, network.config)
     assert own.keys() == theirs.keys() == network.state_dict().keys()
     for name, tensor in own.items():
         assert torch.equal(tensor, theirs[name].reshape(tensor.shape)), name
@@ -217,6 +217,16 @@ def refusal(name: str | Path) -> str:
     assert "\n" not in message
     assert len(message) < 700, message
     return message
+
+
+def test_any_tensor_may_be_missing_or_another(tmp_path: Path) -> None:
+    state = as_latent_diffusion(network_of(attention=True))
+    file = tmp_path / "vae.safetensors"
+    for name in [name for name in state if re.search(r"conv_(in|out)\.weight|mid\.attn_1\.q|down.0.block.0.c", name)]:
+        for other in (None, torch.tensor(1.0), torch.zeros(0, 4, 3, 0)):
+            changed = {key: tensor for key, tensor in state.items() if key != name}
+            save_file(changed if other is None else changed | {name: other}, file)
+            assert str(file) in refusal(f"sd-vae-ft-mse@{file}"), name
 
 
 def test_numbers_that_are_not_finite_are_refused(folder: Path) -> None:

@@ -254,6 +254,28 @@ def refusal(name: str | Path) -> str:
     return message
 
 
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [(as_published, "dinov3_vit"), (as_transformers, "dinov2_with_registers"), (as_transformers, "dinov3_vit")],
+)
+def test_any_tensor_may_be_missing_or_another(names: Callable[[str], Tensors], kind: str, tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "folder", kind)
+    state = {name: tensor.contiguous() for name, tensor in names(kind).items()}
+    file = tmp_path / "weights.safetensors" if names is as_published else folder / "model.safetensors"
+    asked = f"{kind}@{file}" if names is as_published else folder
+    for name in [name for name in state if not re.search(r"(blocks|layer)\.[123]\.|norm|mlp|gamma|lambda", name)]:
+        for other in (None, torch.tensor(1.0), torch.zeros(2)):
+            changed = {key: tensor for key, tensor in state.items() if key != name}
+            save_file(changed if other is None else changed | {name: other}, file)
+            try:  # Some are not needed.
+                load_encoder(str(asked), 64)
+            except UserError as error:
+                message = str(error)
+                assert "\n" not in message
+                assert len(message) < 700
+                assert str(tmp_path) in message, name
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_numbers_that_are_not_finite_are_refused(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -262,6 +284,19 @@ def test_numbers_that_are_not_finite_are_refused(value: float, dtype: torch.dtyp
     save_file(state, tmp_path / "weights.safetensors")
     message = refusal(tmp_path / "weights.safetensors")
     assert "weights.safetensors is damaged (1 of the 4096 numbers in blocks.1.mlp.fc1.weight are NaN" in message
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int64, torch.uint8])
+def test_numbers_without_use_are_refused(dtype: torch.dtype, ending: str, tmp_path: Path) -> None:
+    state = network_of("dinov2").state_dict()
+    name = "blocks.1.mlp.fc1.weight"
+    state[name] = state[name].to(dtype)
+    state[name][3, 4] = 1e300 if dtype.is_floating_point else torch.nan if dtype.is_complex else 3
+    file = tmp_path / f"weights.{ending}"
+    (save_file if ending == "safetensors" else torch.save)(state, file)
+    reason = f"1 of the 4096 numbers in {name} are" if dtype.is_floating_point else f"the numbers in {name} are of the"
+    assert f"{file} is damaged ({reason}" in refusal(file)
 
 
 def test_large_numbers_are_finite(tmp_path: Path) -> None:

@@ -387,6 +387,30 @@ def test_unfitting_files_are_refused_by_name(folder: Path, tmp_path: Path, tiny_
     assert "config.json is missing" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"architecture": name} for name in ("hf-hub:evil/x", "hf_hub:evil/x", "local-dir:/other", "x", "", 3, None)),
+        *(
+            {"model_args": SMALL | {name: value}}
+            for name in ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained",
+                         "pretrained_strict", "pretrained_filter_fn", "scriptable", "model_name", "device", "dtype")
+            for value in ("/other/weights.pth", {"file": "/other/weights.pth"})
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_folder_is_all_that_timm_reads(
+    changes: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "small", **changes)
+    monkeypatch.setattr(timm.models, "load_checkpoint", lambda *_: pytest.fail("it read another file"))
+    monkeypatch.setattr("timm.models._registry.model_entrypoint", lambda *_: pytest.fail("it was to be built"))
+    message = refusal(tmp_path / "small")
+    assert f"{tmp_path / 'small' / 'config.json'}: " in message
+    assert "timm has no architecture" in message or "which is nothing of a network; take it out" in message
+
+
 def test_truncated_weights_are_refused(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

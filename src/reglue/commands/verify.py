@@ -70,8 +70,8 @@ def verify(options: Verify) -> Path:
     if folder.suffix == ".npz" and folder.is_file():
         kind = archive
     if kind is None:
-        known = ", ".join(sorted({kind.__name__ for kind in KINDS.values()}))
-        raise UserError(f"{folder} is nothing that can be verified; give a folder of one of these: {known}; or an .npz")
+        kinds = sorted({kind.__name__ for kind in KINDS.values()})
+        raise UserError(f"{folder} has none of {', '.join(KINDS)}; give {', '.join(kinds)} or an .npz of samples")
     count, size = run_checks(folder, kind(folder))
     if kind is run:
         verify_training_store(folder)

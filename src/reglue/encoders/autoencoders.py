@@ -306,14 +306,14 @@ def _load_diffusers(name: str, folder: Path) -> PosteriorAutoencoder | Determini
     config = read_config(folder / CONFIG, REMEDY)
     class_name = _class_name(config, folder)
     files = weight_files(folder, [DIFFUSERS_STEM], REMEDY)
-    tensors = as_diffusers(read_weights(files, REMEDY))
+    tensors = as_diffusers(read_weights(files, REMEDY), files[0])
     return _of_diffusers(name, class_name, config, tensors, files, folder / CONFIG)
 
 
 def _load_latent_diffusion(latents_of: str | None, file: Path) -> PosteriorAutoencoder | DeterministicAutoencoder:
     """A KL autoencoder from a file by itself, in the latent space of a short name, or in that which the file shows."""
     tensors = read_weights([file], REMEDY)
-    parts = as_diffusers(tensors)
+    parts = as_diffusers(tensors, file)
     try:
         config = kl_config(parts)
     except ValueError as error:

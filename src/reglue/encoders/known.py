@@ -168,7 +168,7 @@ def recognise(file: Path) -> str:
     from reglue.encoders.renaming import as_timm  # slow to import, as torch is
     from reglue.encoders.weights import read_shapes
 
-    tensors = as_timm(read_shapes([file]))
+    tensors = as_timm(read_shapes([file]), file)
     names = fitting(tensors)
     if len(names) == 1 and KNOWN_ENCODERS[names[0]].family.recognisable:
         return names[0]

@@ -8,11 +8,15 @@ Stable Diffusion. Tensors may be on the device `meta`, so that shapes alone can 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from reglue.encoders.weights import unfitting
 
 DINO_V3 = {
     r"^storage_tokens$": "reg_token",
@@ -71,6 +75,24 @@ def renamed(tensors: Mapping[str, Tensor], renames: Mapping[str, Any]) -> dict[s
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
+def _of_file(
+    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+) -> Callable[[Mapping[str, Tensor], Path], dict[str, Tensor]]:
+    """With the file that has the tensors: where one is missing or of another shape, a UserError names it."""
+
+    @wraps(rename)
+    def checked(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+        try:
+            return rename(tensors)
+        except KeyError as error:
+            raise unfitting(file, f"it has no tensor for {error}") from error
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise unfitting(file, error) from error
+
+    return checked
+
+
+@_of_file
 def as_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A vision encoder's tensors by the names that timm reads; those of other networks as they are.
 
@@ -101,6 +123,7 @@ def _as_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"mask_token": torch.zeros_like(tensors["cls_token"]), **tensors}
 
 
+@_of_file
 def as_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A KL autoencoder's tensors by the names that diffusers reads, and none of whatever else is in the checkpoint.
 
@@ -131,14 +154,14 @@ def kl_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         raise ValueError("it is the autoencoder of FLUX.2")
     stages = len({name.split(".")[2] for name in tensors if name.startswith("encoder.down_blocks.")})
     try:
-        first = [tensors[f"encoder.down_blocks.{stage}.resnets.0.conv1.weight"] for stage in range(stages)]
+        widths = [tensors[f"encoder.down_blocks.{stage}.resnets.0.conv1.weight"].shape[0] for stage in range(stages)]
         latent_channels = tensors["decoder.conv_in.weight"].shape[1]
         channels_in = tensors["encoder.conv_in.weight"].shape[1]
         channels_out = tensors["decoder.conv_out.weight"].shape[0]
         moments = tensors["encoder.conv_out.weight"].shape[0]
     except (KeyError, IndexError):
         raise ValueError("it has no tensors of a KL autoencoder of images") from None
-    if not first or moments != 2 * latent_channels:
+    if not widths or moments != 2 * latent_channels:
         raise ValueError(f"its encoder gives {moments} channels for {latent_channels} of the latents")
     attentive = [any(f".down_blocks.{stage}.attentions." in name for name in tensors) for stage in range(stages)]
     return {
@@ -146,7 +169,7 @@ def kl_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "out_channels": channels_out,
         "down_block_types": ["AttnDownEncoderBlock2D" if has else "DownEncoderBlock2D" for has in attentive],
         "up_block_types": ["AttnUpDecoderBlock2D" if has else "UpDecoderBlock2D" for has in reversed(attentive)],
-        "block_out_channels": [weight.shape[0] for weight in first],
+        "block_out_channels": widths,
         "layers_per_block": len({k.split(".")[4] for k in tensors if k.startswith("encoder.down_blocks.0.resnets.")}),
         "latent_channels": latent_channels,
         "norm_num_groups": 32,

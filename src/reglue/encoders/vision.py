@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -290,7 +291,7 @@ def load_encoder(
     """
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
     source = _find_source(name)
-    empty = _empty_network(source, len(as_timm(read_shapes(source.weights))))
+    empty = _empty_network(source, len(as_timm(read_shapes(source.weights), source.weights[0])))
     patch_size: int = cast(Any, empty.patch_embed).patch_size[0]
     depth = len(empty.blocks)
     grid, input_size = source.input_rule.sizes(size, patch_size, name)
@@ -374,12 +375,29 @@ def _timm_architecture(name: str) -> str:
     return architecture
 
 
+def _refuse_elsewhere(config: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError if a folder's configuration in timm's layout has timm look beyond it, for a network on the hub or
+    in another folder, or for other weights."""
+    import timm
+    from timm.models import build_model_with_cfg
+
+    architecture, arguments = config["architecture"], dict(config.get("model_args", {}))
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise UserError(f"{file}: timm has no architecture {str(architecture)[:100]!r}; timm.list_models() lists them")
+    # What timm's functions take themselves, and do not hand on to the network.
+    takers = (timm.create_model, build_model_with_cfg)
+    own = {name for taker in takers for name in signature(taker).parameters} | {"device", "dtype"}
+    if found := sorted(own & arguments.keys()):
+        raise UserError(f"{file}: model_args has {', '.join(found)}, which is nothing of a network; take it out")
+
+
 def _source_from_folder(folder: Path) -> _Source:
     config_file = folder / CONFIG
     config = read_config(config_file, LAYOUT)
     if "model_type" in config and "architecture" not in config:
         return _source_from_transformers(folder, config)
     try:
+        _refuse_elsewhere(config, config_file)
         pretrained_cfg = dict(config.get("pretrained_cfg", {}))
         return _Source(
             str(folder),
@@ -403,7 +421,7 @@ def _source_from_transformers(folder: Path, config: Mapping[str, Any]) -> _Sourc
             f"{', '.join(OF_TRANSFORMERS)} can be read; give the same network of timm's, as a short name or timm:NAME"
         )
     files = weight_files(folder, STEMS)
-    tensors = as_timm(read_shapes(files))
+    tensors = as_timm(read_shapes(files), files[0])
     shape = Shape.of(tensors)
     heads = config.get("num_attention_heads", shape.width // HEAD_WIDTH)
     if type(heads) is not int or heads < 1 or shape.width % heads:
@@ -411,7 +429,8 @@ def _source_from_transformers(folder: Path, config: Mapping[str, Any]) -> _Sourc
     known = fitting(tensors)
     if known and heads * HEAD_WIDTH == shape.width:
         return _Source(str(folder), KNOWN_ENCODERS[known[0]].architecture, files)
-    hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in tensors else 0
+    first = tensors.get("blocks.0.mlp.fc1.weight")
+    hidden = first.shape[0] if first is not None and first.ndim else 0
     sizes = {
         "embed_dim": shape.width,
         "depth": shape.depth,
@@ -458,7 +477,7 @@ def _empty_network(source: _Source, tensors: int) -> "VisionTransformer | Eva":
 def _load_network(source: _Source, input_size: tuple[int, int], empty: nn.Module) -> "VisionTransformer | Eva":
     file, wanted = source.weights[0], empty.state_dict()
     # Without the classifier of the training, since with it timm would load a file in which others are missing.
-    tensors = as_timm(read_weights(source.weights, REMEDY))
+    tensors = as_timm(read_weights(source.weights, REMEDY), file)
     state = {key: value for key, value in tensors.items() if not _CLASSIFIER.match(key)}
     if "blocks.0.attn.q_bias" in state and "blocks.0.attn.q_bias" not in wanted:
         state = _without_biases(state, source)
@@ -470,7 +489,9 @@ def _load_network(source: _Source, input_size: tuple[int, int], empty: nn.Module
             raise unfitting(file, f"{name} is {shapes[0]}, not {shapes[1]}")
     try:
         network = _create(source, img_size=input_size, pretrained=True, state_dict=state)
-    except (RuntimeError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # What is not as timm expects it may fail anywhere.
         raise UserError(f"{file} does not fit the network {source.architecture}: {one_line(error)}") from error
     return network
 
@@ -512,7 +533,7 @@ def _create(
         if not (mean.isfinite().all() and std.isfinite().all() and std.min() > 0):
             raise ValueError(f"mean and std are {statistics}")
     except Exception as error:  # timm checks nothing: wrong arguments may fail anywhere.
-        if pretrained and isinstance(error, RuntimeError | KeyError):  # These are about the weights.
+        if pretrained:  # It is about the weights: without them, the network could be built.
             raise
         raise _unbuildable(source, arguments, error) from error
     if not isinstance(network, VisionTransformer | Eva):
