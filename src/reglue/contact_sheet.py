@@ -106,9 +106,10 @@ def table(protocol: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
 
 def _page(folder: Path, files: list[str], protocol: Mapping[str, Any]) -> str:
     import jinja2  # slow to import
-    from PIL import Image
 
-    with Image.open(folder / files[0]) as first:
+    from reglue.data.images import open_picture  # imports PyTorch
+
+    with open_picture(folder / files[0]) as first:
         width, height = first.size
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("reglue", "templates"),

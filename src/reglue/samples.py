@@ -15,10 +15,10 @@ from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
-from PIL import Image
 
 from reglue import contact_sheet, fine_tuning
 from reglue.arrays import UNSEALED, ArrayFile, seal_archive
+from reglue.data.images import open_picture
 from reglue.data.picture_writer import THREADS, PictureWriter
 from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import Denoiser
@@ -125,7 +125,7 @@ def write_archive(out: Path, pictures: Sequence[Path], labels: list[int], protoc
     Besides, `labels` (N,) and the `protocol` as JSON. The file is sealed (`seal_archive`). A few pictures at a time are
     in memory. Raises UserError if the file cannot be written.
     """
-    with Image.open(pictures[0]) as first:
+    with open_picture(pictures[0]) as first:
         width, height = first.size
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(pictures), height, width, 3)}
     others = {"labels": np.array(labels), "protocol": np.array(json.dumps(sealed(protocol)))}
@@ -191,7 +191,7 @@ def _checked(content: dict[str, Any], path: Path, remedy: str) -> dict[str, Any]
 
 def _pixels(file: Path) -> np.ndarray:
     """A picture as contiguous uint8 (height, width, 3)."""
-    with Image.open(file) as picture:
+    with open_picture(file) as picture:
         return np.ascontiguousarray(picture)
 
 

@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from reglue.data.masks import read_mask
 
 from reglue.commands.verify import picture
 from reglue.data.images import ORIENTATION, ImageFolder, UnreadableImage, crop_to, decode, load_crop, upright_size
+from reglue.data.masks import read_mask
 from reglue.errors import UserError
 
 

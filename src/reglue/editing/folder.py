@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from reglue.data.images import ImageFolder, crop_to
+from reglue.data.images import ImageFolder, crop_to, open_picture
 from reglue.data.manifest import file_sha256
 from reglue.data.pictures import colours_of, enlarge, titled_grid
 from reglue.diffusion.modalities import concatenate_states
@@ -255,7 +255,7 @@ def sheet(folder: Path, subjects: Sequence[Subject], names: Sequence[str], same_
             row.append(one)
     for j, row in enumerate(rows):
         for i in range(min(len(names), SHOWN)):
-            with Image.open(folder / picture(j, i)) as edit:
+            with open_picture(folder / picture(j, i)) as edit:
                 row.append(np.asarray(crop_to(edit.convert("RGB"), size)))
     titles += [name if same_classes else str(i + 1) for i, name in enumerate(names[:SHOWN])]
     factor = max(1, -(-CELL // min(size)))
