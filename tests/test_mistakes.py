@@ -31,6 +31,8 @@ FORMS = {
     "import": ["a", "--out", "b"],
     "export": ["a", "--out", "b"],
     "verify": ["a"],
+    "edit": ["a", "b", "--out", "c"],
+    "prototypes": ["a", "--masks", "b", "--out", "c"],
     "demo": [],
 }
 """Every command, with what it needs."""

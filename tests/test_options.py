@@ -340,5 +340,5 @@ def test_schedules_hold_weights(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 def test_a_head_looks_at_its_folder_before_its_training(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds other files; choose a new or an empty folder$"):
+    with pytest.raises(UserError, match=r"holds other files \(notes.txt\); choose a new or an empty folder$"):
         train_head(TrainHead(Path("no-store"), tmp_path, device="cpu"))
