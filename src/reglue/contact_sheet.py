@@ -17,8 +17,9 @@ from typing import Any
 
 from reglue.errors import UserError
 from reglue.files import replacing
+from reglue.names import PAGE as PAGE
 
-TABLE, PAGE = "samples.csv", "samples.html"
+TABLE = "samples.csv"
 COLUMNS = ("file_name", "label", "class_index", "index", "seed", "sha256")
 """Of the table. `label` is the name of the class, so that `reglue prepare --labels` takes the table."""
 SHOWN = 1000

@@ -15,6 +15,8 @@ Weights = Literal["ema", "model"]
 """Of a checkpoint: the averaged ones, or those that are trained."""
 INCEPTION = "inception"
 """The name by which the network of FID is loaded from the internet, or from torch.hub's cache."""
+PAGE = "samples.html"
+"""In a folder of samples: the page on which to look at them."""
 NO_ENCODER = "none"
 """In place of a vision encoder."""
 LOCAL_CODES = "local."

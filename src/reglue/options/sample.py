@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reglue.names import PAGE
 from reglue.options import ready
 from reglue.sampling import Draw
 
@@ -15,4 +16,5 @@ class Sample(Draw):
     @property
     def written(self) -> str:
         """The last line: see `options`."""
-        return ready(self.out, "evaluate", self.out, "--reference", "STORE")
+        line = ready(self.out, "evaluate", self.out, "--reference", "STORE")
+        return line if self.out.suffix.lower() == ".npz" else f"{line} (look at {self.out / PAGE})"
