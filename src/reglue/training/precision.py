@@ -22,6 +22,9 @@ from reglue.machine import multiplies_bfloat16_faster
 from reglue.sampling import AutoPrecision, Precision
 from reglue.training import distributed
 
+# What is compiled on a CPU need not say that there is no GPU.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
 
 def to_precision(asked: AutoPrecision, device: torch.device) -> Precision:
     """The precision of matrix products, where `auto` is what the device multiplies fastest."""
@@ -113,7 +116,6 @@ def compile_parts(network: nn.Module, blocks: Iterable[nn.Module], parts: Compil
     assert parts != "auto"
     if parts == "no":
         return
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # It says that there is no GPU.
     # Sizes are known, and stay. Kernels of a network before, in the same process, would make these ones take any
     # size, and so compute otherwise than those of a process that continues the training.
     torch.compiler.reset()
