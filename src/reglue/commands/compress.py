@@ -76,7 +76,10 @@ def compress(options: Compress) -> Store:
     fits = _is_the_one(folder, store.manifest.compressors.get(name))
     _same_options_as_before(folder, options.decisive(fitted), begun=fits)
     if fits and store.has_whole(options.codes):
-        shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)  # Left, if the process died before it could.
+        # What the process left, or left out, if it died before it could.
+        shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)
+        if options.column == "features" and not (folder / "codes.png").is_file():
+            _draw_codes(store, options.codes, folder / "codes.png")
         print(f"{store.folder} has compressor {name} already")
         return store
 

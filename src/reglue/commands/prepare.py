@@ -17,7 +17,16 @@ from torch import Tensor
 
 from reglue.data.decoding import decoded
 from reglue.data.images import ImageSource, Noticed, UnreadableImage
-from reglue.data.manifest import MANIFEST, Contents, Source, holds_codes, is_whole, read_manifest, refuse_others
+from reglue.data.manifest import (
+    MANIFEST,
+    PARTIAL,
+    Contents,
+    Source,
+    holds_codes,
+    is_whole,
+    read_manifest,
+    refuse_others,
+)
 from reglue.data.opening import is_on_hub, open_images
 from reglue.data.store import Store, quantised
 from reglue.data.store_writer import StoreWriter
@@ -140,6 +149,7 @@ def _is_same(known: str, asked: str, since: float) -> bool:
 def _finished(options: Prepare, rank: int) -> Store:
     store = Store.open(options.out)
     if rank == 0:
+        (options.out / PARTIAL).unlink(missing_ok=True)  # Left, if the process died before it could.
         print(f"{printable(str(options.out))} is complete already: {len(store)} images")
     return store
 
