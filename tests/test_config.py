@@ -7,6 +7,7 @@ import pytest
 from reglue.config import Alignment, ClassToken, LocalSemantics, OtherModality, Part, Recipe, model_size
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import Modality
+from reglue.diffusion.samplers import SAMPLERS
 from reglue.errors import UserError
 from reglue.overrides import field_docstrings
 from reglue.papers import PAPERS, RECIPES
@@ -147,7 +148,7 @@ def test_sampling_is_changed_by_what_is_given() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampler": "midpoint"}, "sampler midpoint: choose euler, heun, euler-maruyama, adams-bashforth, dopri5"),
+        ({"sampler": "midpoint"}, f"sampler midpoint: choose {', '.join(SAMPLERS)}"),
         ({"rounding": "up"}, "rounding up: choose truncate, round"),
         ({"guiders": {"mine": 1.0}}, "guider mine: none is registered"),
         ({"guiders": {"auto": 2.0}}, "guider auto: none is registered"),

@@ -32,6 +32,7 @@ from reglue.diffusion.samplers import (
     StatePrecision,
     begin_at,
     integrate,
+    respaced_times,
     returning,
     uniform_times,
 )
@@ -171,7 +172,14 @@ class ImageModel(Editor):
             raise UserError(
                 f"{option(name)} {getattr(sampling, name)}: this model has no {lacking} to guide with; choose 1"
             )
-        learned = [modality.name for modality in self.record.denoiser.modalities]
+        config = self.record.denoiser
+        known = len(PREDICTIONS[config.prediction].known_times(PATHS[config.path]))
+        if SAMPLERS[sampling.sampler].respaced and 0 < known < sampling.steps:
+            raise UserError(
+                f"{option('steps')} {sampling.steps}: {sampling.sampler} goes along the {known} steps of the model's "
+                f"training; choose {known} or fewer"
+            )
+        learned = [modality.name for modality in config.modalities]
         for name, scale in sampling.other_scales.items():
             if name not in learned:
                 raise UserError(f"{option('other_scales')} {name}: this model learns {', '.join(learned)}")
@@ -481,7 +489,7 @@ class ImageModel(Editor):
             sampling.guidance,
             self._network(weaker, sampling.precision) if weaker else None,
             PATHS[config.path],
-            latest=PREDICTIONS[config.prediction].latest(PATHS[config.path]),
+            known_times=PREDICTIONS[config.prediction].known_times(PATHS[config.path]),
         )
 
     def _network(self, denoiser: Denoiser, precision: AutoPrecision) -> SamplingNetwork:
@@ -559,7 +567,7 @@ def from_noise(
     sampler, dtype = SAMPLERS[sampling.sampler], STATE_PRECISIONS[sampling.state_precision]
     begin = min(start.time if start else 1.0, velocity.latest)
     edges = (*Controlled(velocity, controls).discontinuities, *schedule.edges)
-    grid = times_of(sampling, edges, begin, repeats)
+    grid = times_of(sampling, edges, begin, repeats, velocity.known_times)
     times = [{n: min(t, velocity.latest) for n, t in schedule.times(clock, shapes).items()} for clock in grid]
     # The start, every return, and every step that does not end in data.
     draws = 1 + sum(b > a or (sampler.stochastic and b > 0) for a, b in pairwise(grid))
@@ -569,15 +577,23 @@ def from_noise(
             data = {name: value.to(state[name]) for name, value in start.data.items()}
             state, _ = velocity.path.interpolate(data, state, tensor_times(times[0], state))
         elif velocity.latest < 1:  # There, states have the variance of the path, for data of variance 1.
-            c = velocity.path.coefficients(torch.tensor(velocity.latest, dtype=torch.float64))
-            state = {name: x * (c.alpha.square() + c.sigma.square()).sqrt() for name, x in state.items()}
+            latest = velocity.path.coefficients(torch.tensor(velocity.latest, dtype=torch.float64))
+            state = {name: latest.norm * x for name, x in state.items()}
         return integrate(sampler.configured(vars(sampling)), velocity, state, times, controls, noise)
 
 
-def times_of(sampling: Sampling, discontinuities: Sequence[float], start: float, repeats: int) -> list[float]:
-    """The clock's times of a way to sample, from `start` to 0; with returns, each over a tenth of the steps."""
+def times_of(
+    sampling: Sampling, discontinuities: Sequence[float], start: float, repeats: int, known: Sequence[float] = ()
+) -> list[float]:
+    """The clock's times of a way to sample, from `start` to 0; with returns, each over a tenth of the steps.
+
+    `known` are those of the chain that the network was trained on.
+    """
     sampler = SAMPLERS[sampling.sampler]
-    grid = sampler.grid(sampling.steps, sampling.time_shift, discontinuities)
+    if sampler.respaced and known:
+        grid = respaced_times(known, sampling.steps, sampling.time_shift)
+    else:
+        grid = sampler.grid(sampling.steps, sampling.time_shift, discontinuities)
     if repeats and sampler.adaptive:  # It would have nothing to return to.
         grid = sorted({*grid, *uniform_times(RETURNS)}, reverse=True)
     if start < 1:

@@ -15,6 +15,7 @@ from reglue.locks import writes
 from reglue.options.export_run import ExportRun
 from reglue.published.containers import RECORD, STEP
 from reglue.published.families import (
+    DIT,
     ENCODER_DEPTH,
     FAMILY,
     NUM_CLASSES,
@@ -76,11 +77,11 @@ def arguments_of(record: RunRecord, family: Family) -> dict[str, str | int]:
     shared = replace(without_places(record), autoencoder=record.autoencoder, store=None)
     arguments: dict[str, str | int] = {
         FAMILY: family,
-        PREDICTION: VELOCITY[0],
-        PATH_TYPE: record.recipe.path,
         NUM_CLASSES: record.denoiser.classes,
         RECORD: to_json(shared),
     }
+    if family != DIT:  # Whose code has neither option.
+        arguments |= {PREDICTION: VELOCITY[0], PATH_TYPE: record.recipe.path}
     if record.denoiser.alignment_depth:
         arguments[ENCODER_DEPTH] = record.denoiser.alignment_depth
     return arguments

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reglue.diffusion.conditions import Condition
+from reglue.diffusion.denoiser import Prediction
 from reglue.diffusion.guidance import Velocity
 from reglue.diffusion.modalities import LATENT, State, Times
 from reglue.diffusion.noise import Draws
@@ -45,16 +46,21 @@ class Controlled(Velocity):
 
     def __init__(self, inner: Velocity, controls: Sequence[Control]) -> None:
         self.inner, self.controls = inner, controls
-        self.path, self.latest = inner.path, inner.latest
+        self.path, self.known_times = inner.path, inner.known_times
         edges = {*inner.discontinuities, *(edge for control in controls for edge in control.discontinuities)}
         self.discontinuities = tuple(sorted(edges))
 
     def __call__(self, state: State, times: Times, decided_at: Times | None = None) -> State:
         """See `Velocity.__call__`."""
-        velocity = self.inner(state, times, decided_at)
+        return self.predict(state, times, decided_at).velocity
+
+    def predict(self, state: State, times: Times, decided_at: Times | None = None) -> Prediction:
+        """See `Velocity.predict`."""
+        predicted = self.inner.predict(state, times, decided_at)
+        velocity = predicted.velocity
         for control in self.controls:
             velocity = control.velocity(velocity, state, times)
-        return velocity
+        return predicted._replace(velocity=velocity)
 
 
 class Progress(Control):

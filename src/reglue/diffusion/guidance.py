@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from reglue.diffusion.conditions import Condition
-from reglue.diffusion.denoiser import DenoiserFunction
+from reglue.diffusion.denoiser import DenoiserFunction, Prediction
 from reglue.diffusion.modalities import (
     LATENT,
     Modality,
@@ -41,8 +41,13 @@ class Velocity(ABC):
     """The interpolant, which scores and predictions of the data depend on."""
     discontinuities: tuple[float, ...] = ()
     """The clock's times at which the velocity is not continuous, strictly between 0 and 1."""
-    latest: float = 1.0
-    """The noisiest time that it knows, where samples begin."""
+    known_times: tuple[float, ...] = ()
+    """The times of the chain that its network was trained on, rising; none where it knows them all."""
+
+    @property
+    def latest(self) -> float:
+        """The noisiest time that it knows, where samples begin."""
+        return max(self.known_times, default=1.0)
 
     @abstractmethod
     def __call__(self, state: State, times: Times, decided_at: Times | None = None) -> State:
@@ -54,6 +59,10 @@ class Velocity(ABC):
         all: it is where the step began in the published Heun sampler, and the step's middle where steps end at
         discontinuities.
         """
+
+    def predict(self, state: State, times: Times, decided_at: Times | None = None) -> Prediction:
+        """The same, with the variance that a network may have learned beside it."""
+        return Prediction(self(state, times, decided_at), None)
 
 
 @dataclass(frozen=True)
@@ -197,37 +206,45 @@ class GuidedVelocity(Velocity):
         interval: tuple[float, float] = (0.0, 1.0),
         path: Path = LINEAR,
         dtype: torch.dtype = torch.float32,
-        latest: float = 1.0,
+        known_times: tuple[float, ...] = (),
     ) -> None:
         self.denoiser, self.condition, self.guiders = denoiser, condition, guiders
-        self.interval, self.path, self.dtype, self.latest = interval, path, dtype, latest
+        self.interval, self.path, self.dtype, self.known_times = interval, path, dtype, known_times
         edges = tuple(edge for edge in sorted({*interval}) if 0 < edge < 1)
         self.discontinuities = edges if guiders else ()
 
     def __call__(self, state: State, times: Times, decided_at: Times | None = None) -> State:
         """See `Velocity.__call__`. The interval is about the time of the latents."""
+        return self.predict(state, times, decided_at).velocity
+
+    def predict(self, state: State, times: Times, decided_at: Times | None = None) -> Prediction:
+        """See `Velocity.predict`. The variance is the conditional one's, which is not guided."""
         lowest, highest = self.interval
         seen = {name: x.to(self.dtype) for name, x in state.items()}
         conditional = Evaluation(self.denoiser, seen, self.condition)
         guided = lowest <= (times if decided_at is None else decided_at)[LATENT] <= highest
         guiders = self.guiders if guided else ()
-        velocity, *worse = self._evaluate([conditional, *(guider.worse(conditional) for guider in guiders)], times)
-        velocity = {name: velocity[name].to(x.dtype) for name, x in state.items()}
+        own, *worse = self._evaluate([conditional, *(guider.worse(conditional) for guider in guiders)], times)
+        velocity = {name: own.velocity[name].to(x.dtype) for name, x in state.items()}
         result = velocity
         for guider, other in zip(guiders, worse, strict=True):
-            result = guider.move(result, velocity, other)
-        return result
+            result = guider.move(result, velocity, other.velocity)
+        variance = {name: w.to(state[name].dtype) for name, w in (own.variance or {}).items()}
+        return Prediction(result, None, variance)
 
-    def _evaluate(self, evaluations: Sequence[Evaluation], times: Times) -> list[State]:
-        """The velocities, in order: one batch for each network."""
-        results: dict[int, State] = {}
+    def _evaluate(self, evaluations: Sequence[Evaluation], times: Times) -> list[Prediction]:
+        """What is predicted, in order: one batch for each network."""
+        results: dict[int, Prediction] = {}
         for network in {id(e.network): e.network for e in evaluations}.values():
             own = [i for i, e in enumerate(evaluations) if e.network is network]
             states, conditions = ([getattr(evaluations[i], part) for i in own] for part in ("state", "condition"))
             state = concatenate_states(states) if len(own) > 1 else states[0]
             condition = concatenate_states(conditions) if len(own) > 1 else conditions[0]
-            velocities = split_state(network(state, tensor_times(times, state), condition).velocity, len(own))
-            results |= dict(zip(own, velocities, strict=True))
+            predicted = network(state, tensor_times(times, state), condition)
+            velocities, variances = (
+                split_state(part or {}, len(own)) for part in (predicted.velocity, predicted.variance)
+            )
+            results |= {i: Prediction(v, None, w) for i, v, w in zip(own, velocities, variances, strict=True)}
         return [results[i] for i in range(len(evaluations))]
 
 
@@ -247,7 +264,7 @@ def guided_velocity(
     weaker: DenoiserFunction | None = None,
     path: Path = LINEAR,
     dtype: torch.dtype = torch.float32,
-    latest: float = 1.0,
+    known_times: tuple[float, ...] = (),
 ) -> GuidedVelocity:
     """The velocity function of a denoiser under a condition (B, …), with every registered guidance that is asked for.
 
@@ -257,4 +274,4 @@ def guided_velocity(
         raise ValueError(f"guider {', '.join(sorted(unknown))} is unknown; registered are {', '.join(GUIDERS)}")
     model = Guided(denoiser, condition, modalities, weaker)
     built = [build(guidance, model) for build in GUIDERS.values()]
-    return GuidedVelocity(denoiser, condition, [g for g in built if g], guidance.interval, path, dtype, latest)
+    return GuidedVelocity(denoiser, condition, [g for g in built if g], guidance.interval, path, dtype, known_times)

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reglue.diffusion.conditions import Condition
-from reglue.diffusion.denoiser import Denoiser
+from reglue.diffusion.denoiser import Denoiser, Prediction
 from reglue.diffusion.modalities import State, TensorTimes, expand_as, times_of_each
 from reglue.diffusion.paths import Path
-from reglue.diffusion.predictions import PREDICTIONS
+from reglue.diffusion.predictions import PREDICTIONS, PredictionKind
 
 ALIGNMENT = "alignment"
+VARIANCE = "variance"
 
 
 @dataclass(frozen=True)
@@ -40,26 +41,47 @@ def velocity_losses(predicted: State, target: State) -> State:
     return {name: (predicted[name] - v).float().square().flatten(1).mean(1) for name, v in target.items()}
 
 
+def variance_losses(
+    kind: PredictionKind, predicted: Prediction, target: State, data: State, times: TensorTimes, path: Path
+) -> State:
+    """What trains the learned variance of each map, which it alone feels, in bits per element: {name: (B,)}."""
+    return {
+        name: kind.variance_loss(variance, predicted.velocity[name] - target[name], data[name], times[name], path)
+        for name, variance in (predicted.variance or {}).items()
+    }
+
+
 def alignment_loss(projection: Tensor, target: Tensor) -> Tensor:
     """−mean cos between projected hidden tokens and the encoder's tokens, both (B, N, d): a scalar in [−1, 1]."""
     return -F.cosine_similarity(projection.float(), target.float(), dim=-1).mean()
 
 
 def loss_terms(denoiser: Denoiser, path: Path, sample: TrainingSample) -> dict[str, Tensor]:
-    """The unweighted terms of the loss as scalars: one per modality, and `alignment` if the sample has targets.
+    """The unweighted terms of the loss as scalars: one per modality, `alignment` if the sample has targets, and
+    `variance` if the network learns one: the sum over maps.
 
     A term is the squared error of the velocity, or of the noise where the network predicts that. Where a modality is
     hidden, the model sees zeros in its place and is not asked for its velocity, which cannot be predicted from nothing.
     """
+    kind, times = PREDICTIONS[denoiser.config.prediction], times_of_each(sample.time, sample.data)
     noisy, velocity = path.interpolate(sample.data, sample.noise, sample.time)
     for name, keep in sample.keep.items():
         noisy[name] = noisy[name] * expand_as(keep, noisy[name])
     prediction = denoiser(noisy, sample.time, sample.condition)
+
+    def mean(losses: State) -> dict[str, Tensor]:
+        return {
+            name: (loss * sample.keep[name] if name in sample.keep else loss).mean() for name, loss in losses.items()
+        }
+
     losses = velocity_losses(prediction.velocity, velocity)
-    for name, t in times_of_each(sample.time, losses).items():
-        if (weight := PREDICTIONS[denoiser.config.prediction].weight(t, path)) is not None:
+    for name, t in times.items():
+        if name in losses and (weight := kind.weight(t, path)) is not None:
             losses[name] = losses[name] * weight.to(losses[name].dtype)
-    terms = {name: (loss * sample.keep[name] if name in sample.keep else loss).mean() for name, loss in losses.items()}
+    terms = mean(losses)
+    if prediction.variance is not None:
+        of_maps = mean(variance_losses(kind, prediction, velocity, sample.data, times, path))
+        terms[VARIANCE] = torch.stack([*of_maps.values()]).sum()
     if sample.alignment_target is not None:
         terms[ALIGNMENT] = alignment_loss(denoiser.projector(prediction.tap), sample.alignment_target)
     return terms

@@ -15,7 +15,7 @@ from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError, option
 
-Family = Literal["sit", "repa", "redi", "reg", "reglue"]
+Family = Literal["sit", "dit", "repa", "redi", "reg", "reglue"]
 
 TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi"})
 """The families whose published time runs from noise (0) to data (1)."""
@@ -33,12 +33,12 @@ MAP_DROPOUT = "dino_drop_prob"
 """ReDi's option for the share of the training without the map; None is 0."""
 VELOCITY = ("v", "velocity")
 """How the published codes call what our models predict: REPA's and those made of it, and SiT's."""
-DIT = "dit"
-"""A family with the shapes of SiT's that is not among the models here."""
-FAMILY_NAMES = re.compile(rf"(?<![a-z])(?:{DIT}|{'|'.join(get_args(Family))})(?![a-z])", re.IGNORECASE)
-NAMES = {"sit": "SiT", "repa": "REPA", "redi": "ReDi", "reg": "REG", "reglue": "REGLUE", DIT: "DiT"}
+DIT: Family = "dit"
+"""The family with the shapes of SiT's, whose networks predict noise."""
+FAMILY_NAMES = re.compile(rf"(?<![a-z])(?:{'|'.join(get_args(Family))})(?![a-z])", re.IGNORECASE)
+NAMES = {"sit": "SiT", DIT: "DiT", "repa": "REPA", "redi": "ReDi", "reg": "REG", "reglue": "REGLUE"}
 """As they are written."""
-CANNOT = "they cannot be imported: choose a checkpoint of SiT, REPA, ReDi, REG or REGLUE"
+CANNOT = "they cannot be imported: choose a checkpoint of SiT, DiT, REPA, ReDi, REG or REGLUE"
 OTHERS = {
     "in_blocks.": "U-ViT's",
     "r_embedder.": "MeanFlow's",
@@ -82,17 +82,16 @@ def evidence_in(file: Path, arguments: Mapping[str, Any], said: str | None) -> l
 
 
 def _for_dit(is_dit: bool, reason: str) -> Evidence:
-    return Evidence(frozenset({DIT} if is_dit else get_args(Family)), reason)
+    return Evidence(frozenset({DIT}) if is_dit else frozenset(get_args(Family)) - {DIT}, reason)
 
 
 def choose_family(
     published: Mapping[str, Tensor], config: DenoiserConfig, evidence: Sequence[Evidence]
 ) -> tuple[Family, tuple[str, ...]]:
-    """The family of weights, and what is to be said about the choice. Raises UserError for DiT's, and for another than
-    the user's."""
+    """The family of weights, and what is to be said about the choice. Raises UserError for another than the user's."""
     usual = family_of(config)
     alone = not (config.alignment_width or config.tokens or len(config.maps) > 1)
-    possible = [usual, *(name for name in ("sit", DIT) if alone and name != usual)]
+    possible = [usual, *(cast(Family, name) for name in ("sit", DIT) if alone and name != usual)]
     doubt = ""
     if config.learn_sigma:
         # SiT's second half of the outputs gets no gradient and stays as it began; DiT's predicts the variance.
@@ -111,11 +110,7 @@ def choose_family(
         if 0 < len(left) < len(possible):
             possible = left
             reasons.append(each.reason)
-    if possible == [DIT]:
-        raise UserError(
-            f"these weights are DiT's, since {reasons[-1]}; {CANNOT} (if they are SiT's, say {option('family')} sit)"
-        )
-    family = cast(Family, possible[0])
+    family = possible[0]
     if not alone:
         return family, ()
     if reasons:
@@ -139,14 +134,19 @@ def family_of(config: DenoiserConfig) -> Family:
         *(f"modality {modality.name}" for modality in config.modalities if modality.name not in published),
         *(f"condition {name}" for name in config.conditions if name != CLASS),
         *([f"backbone {config.backbone}"] if config.backbone != "sit" else []),
-        *([f"prediction {config.prediction}"] if config.prediction != "velocity" else []),
+        *([f"prediction {config.prediction}"] if config.prediction not in ("velocity", "noise") else []),
     ]
     if strangers:
         raise UserError(f"no published code has a model with {', '.join(strangers)}")
     with_class_token, with_local = (channels_of(config, part.modality) > 0 for part in (ClassToken, LocalSemantics))
-    if config.learn_sigma and (with_class_token or with_local or config.alignment_width):
+    own = (
+        "prediction noise (DiT)" if config.prediction == "noise" else "learn-sigma (SiT)" if config.learn_sigma else ""
+    )
+    if own and (with_class_token or with_local or config.alignment_width):
         other = "a class token" if with_class_token else "a local map" if with_local else "alignment"
-        raise UserError(f"no published code has a model with learn-sigma (SiT) and {other}")
+        raise UserError(f"no published code has a model with {own} and {other}")
+    if config.prediction == "noise":
+        return DIT
     if with_class_token:
         return "reglue" if with_local else "reg"
     if with_local:

@@ -1,4 +1,4 @@
-"""Checkpoints of the published code bases: SiT, REPA, ReDi, REG and REGLUE, read and written under their key names.
+"""Checkpoints of the published code bases: SiT, DiT, REPA, ReDi, REG and REGLUE, under their key names, in and out.
 
 The shapes of the weights tell which family a file is from. SiT and ReDi count time from noise to data; their weights
 are converted exactly, so that the imported model has data at t = 0 like every other and nothing needs to remember it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.errors import UserError, option
 from reglue.published.families import (
     CANNOT,
+    DIT,
     OTHERS,
     OUTPUTS,
     TIME_FROM_NOISE,
@@ -113,6 +114,8 @@ def import_official(
     published, has_null, of_labels = _with_null_label(published, classes)
     config = _recognise(published, latent_channels, heads, alignment_depth, grid)
     family, why = choose_family(published, config, evidence)
+    if family == DIT:
+        config = replace(config, prediction="noise")
     weights = {ours: published[theirs].float() for theirs, ours in _names(published).items()}
     if config.learned_positions:
         weights["positions"] = published["pos_embed"].float()

@@ -93,17 +93,17 @@ def compiles() -> bool:
 
 
 def compiled_for_shapes(
-    function: Callable[..., dict[str, Tensor]], device: torch.device
-) -> Callable[..., dict[str, Tensor]]:
+    function: Callable[..., tuple[State, ...]], device: torch.device
+) -> Callable[..., tuple[State, ...]]:
     """A function of tensors, compiled for each shape that it meets.
 
     On a GPU it is captured in CUDA graphs, whose results lie where the next call writes its own, so they are copied.
     """
     fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
 
-    def call(*arguments: object) -> dict[str, Tensor]:
+    def call(*arguments: object) -> tuple[State, ...]:
         torch.compiler.cudagraph_mark_step_begin()
-        return {name: value.clone() for name, value in fast(*arguments).items()}
+        return tuple({name: value.clone() for name, value in part.items()} for part in fast(*arguments))
 
     return call
 
@@ -130,7 +130,7 @@ def compile_parts(network: nn.Module, blocks: Iterable[nn.Module], parts: Compil
 
 
 class SamplingNetwork:
-    """A frozen denoiser, for velocities alone.
+    """A frozen denoiser, for velocities and learned variances alone.
 
     The weights of its matrix products are brought to their precision once: autocast would do it in every evaluation,
     with the same bits. What training needs besides, hidden tokens for alignment, is not returned.
@@ -141,17 +141,19 @@ class SamplingNetwork:
         device = denoiser.positions.device
         network = with_products_in(denoiser, torch.bfloat16) if precision == "bfloat16" else denoiser
 
-        def velocity(state: State, time: Tensor | TensorTimes, condition: Condition) -> State:
+        def predict(state: State, time: Tensor | TensorTimes, condition: Condition) -> tuple[State, State]:
             with autocast(device, precision):
-                return network(state, time, condition).velocity
+                predicted = network(state, time, condition)
+            return predicted.velocity, predicted.variance or {}
 
         self._products = partial(matmul_precision, device, precision)
-        self._velocity = compiled_for_shapes(velocity, device) if compiled else velocity
+        self._predict = compiled_for_shapes(predict, device) if compiled else predict
 
     def __call__(self, state: State, time: Tensor | TensorTimes, condition: Condition) -> Prediction:
         """See `diffusion.denoiser.DenoiserFunction`."""
         with self._products():
-            return Prediction(self._velocity(state, time, condition), None)
+            velocity, variance = self._predict(state, time, condition)
+        return Prediction(velocity, None, variance)
 
 
 def with_products_in(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
