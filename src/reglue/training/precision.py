@@ -93,17 +93,17 @@ def compiles() -> bool:
 
 
 def compiled_for_shapes(
-    function: Callable[..., tuple[State, ...]], device: torch.device
-) -> Callable[..., tuple[State, ...]]:
+    function: Callable[..., dict[str, Tensor]], device: torch.device
+) -> Callable[..., dict[str, Tensor]]:
     """A function of tensors, compiled for each shape that it meets.
 
     On a GPU it is captured in CUDA graphs, whose results lie where the next call writes its own, so they are copied.
     """
     fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
 
-    def call(*arguments: object) -> tuple[State, ...]:
+    def call(*arguments: object) -> dict[str, Tensor]:
         torch.compiler.cudagraph_mark_step_begin()
-        return tuple({name: value.clone() for name, value in part.items()} for part in fast(*arguments))
+        return {name: value.clone() for name, value in fast(*arguments).items()}
 
     return call
 
@@ -129,6 +129,10 @@ def compile_parts(network: nn.Module, blocks: Iterable[nn.Module], parts: Compil
             block.compile(dynamic=False)
 
 
+OF = "variance of "
+"""Before the name of a modality, in what a compiled network returns."""
+
+
 class SamplingNetwork:
     """A frozen denoiser, for velocities and learned variances alone.
 
@@ -141,10 +145,10 @@ class SamplingNetwork:
         device = denoiser.positions.device
         network = with_products_in(denoiser, torch.bfloat16) if precision == "bfloat16" else denoiser
 
-        def predict(state: State, time: Tensor | TensorTimes, condition: Condition) -> tuple[State, State]:
+        def predict(state: State, time: Tensor | TensorTimes, condition: Condition) -> dict[str, Tensor]:
             with autocast(device, precision):
                 predicted = network(state, time, condition)
-            return predicted.velocity, predicted.variance or {}
+            return predicted.velocity | {OF + name: w for name, w in (predicted.variance or {}).items()}
 
         self._products = partial(matmul_precision, device, precision)
         self._predict = compiled_for_shapes(predict, device) if compiled else predict
@@ -152,8 +156,9 @@ class SamplingNetwork:
     def __call__(self, state: State, time: Tensor | TensorTimes, condition: Condition) -> Prediction:
         """See `diffusion.denoiser.DenoiserFunction`."""
         with self._products():
-            velocity, variance = self._predict(state, time, condition)
-        return Prediction(velocity, None, variance)
+            predicted = self._predict(state, time, condition)
+        variance = {name: predicted[OF + name] for name in state if OF + name in predicted}
+        return Prediction({name: predicted[name] for name in state}, None, variance)
 
 
 def with_products_in(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
