@@ -132,7 +132,9 @@ def test_both_terms_of_the_loss(dit: Golden, denoiser: Denoiser) -> None:
     with torch.no_grad():
         output = denoiser(noisy, sample.time, sample.condition)
         times = {LATENT: times_of(dit["loss.t"])}
-        errors = velocity_losses(output.velocity, velocity)[LATENT].double() * NOISE.weight(times[LATENT], LINEAR)
+        weight = NOISE.weight(times[LATENT], LINEAR)
+        assert weight is not None
+        errors = velocity_losses(output.velocity, velocity)[LATENT].double() * weight
         bits = variance_losses(NOISE, output, velocity, sample.data, times, LINEAR)[LATENT]
     assert_close(errors, dit["loss.mse_term"])
     assert_close(bits, dit["loss.vb_term"])

@@ -144,7 +144,7 @@ def _below(x: Tensor) -> Tensor:
 
 def on_device(table: Table, device: torch.device) -> Tensor:
     """A table as a tensor on a device, for which nothing waits."""
-    return torch.from_numpy(table).to(device, non_blocking=True)
+    return torch.as_tensor(table).to(device, non_blocking=True)
 
 
 def _at(table: Table, n: Tensor, like: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -91,7 +91,8 @@ def choose_family(
     """The family of weights, and what is to be said about the choice. Raises UserError for another than the user's."""
     usual = family_of(config)
     alone = not (config.alignment_width or config.tokens or len(config.maps) > 1)
-    possible = [usual, *(cast(Family, name) for name in ("sit", DIT) if alone and name != usual)]
+    either: tuple[Family, ...] = ("sit", DIT) if alone else ()
+    possible: list[Family] = [usual, *(name for name in either if name != usual)]
     doubt = ""
     if config.learn_sigma:
         # SiT's second half of the outputs gets no gradient and stays as it began; DiT's predicts the variance.
