@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
+from reglue.diffusion.schedules import Schedule, schedule_of
 from reglue.diffusion.specs import CLASS, LATENT, DenoiserConfig, Modality, Normalisation, PathName, registered
 from reglue.errors import UserError, option, require
 from reglue.sampling import AutoPrecision, Precision, Sampling, refuse_unknown
@@ -333,6 +334,8 @@ class Optimisation(OptimiserConfig):
 
     time_shift: float = 1.0
     """Training times are t = s·u / (1 + (s − 1)·u) for uniform u; 1 is uniform, above 1 is noisier (SD3, eq. 23)."""
+    clean_loss: bool = False
+    """Where modalities have times of their own: keep the loss of one that is without noise already, as SFD does."""
     label_dropout: float = 0.1
     """Share of samples trained without their class, for classifier-free guidance."""
     checkpoint_blocks: float = 0.0
@@ -364,7 +367,11 @@ class Recipe:
     """What the network predicts: velocity, data, or noise, on the chain of DDPM (noise, as DiT) or of Stable Diffusion
     (noise-sd, as U-ViT)."""
     times: str = "shared"
-    """Schedule of the modalities' times: shared, one time for all, as published."""
+    """Schedule of the modalities' times: shared, one for all; lead, all else is ahead of the latents by delta (0.3), as
+    in SFD; cascade, all else is drawn first, and learned by a share (0.4) of the samples, while the others see it with
+    a noise of 0.25 at most, as in Latent Forcing; independent, each has its own."""
+    times_options: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Options of that schedule, by name: `delta 0.15` for lead, `share 0.5 noise 0.1` for cascade."""
     learn_sigma: bool = False
     """Twice the output channels, half of them unused, as in SiT's published checkpoints."""
     position_grid: tuple[int, int] | None = None
@@ -389,6 +396,10 @@ class Recipe:
         refuse_unknown(option("backbone"), self.backbone, registered("backbones.BACKBONES"))
         refuse_unknown(option("prediction"), self.prediction, registered("predictions.PREDICTIONS"))
         refuse_unknown(option("times"), self.times, registered("schedules.SCHEDULES"))
+        try:
+            schedule_of(self.times, self.times_options)
+        except ValueError as error:
+            raise UserError(f"{option('times_options')} {error}") from None
         for name, share in self.conditions.items():
             refuse_unknown("condition", name, registered("conditions.CONDITIONS"))
             if name == CLASS or not 0 <= share < 1:
@@ -402,9 +413,15 @@ class Recipe:
             )
         if len(names := [part.modality for part in self.learned_parts]) > len({*names}):
             raise UserError(f"modalities {', '.join(names)}: all need different names")
-        for name in self.sampling.other_scales:
-            if name not in names:
-                raise UserError(f"{option('sampling.other_scales')} {name}: this recipe learns {', '.join(names)}")
+        for scales in ("other_scales", "auto_scales"):
+            for name in getattr(self.sampling, scales):
+                if name not in names:
+                    raise UserError(f"{option(f'sampling.{scales}')} {name}: this recipe learns {', '.join(names)}")
+
+    @property
+    def schedule(self) -> Schedule:
+        """That of the modalities' times."""
+        return schedule_of(self.times, self.times_options)
 
     @property
     def learned_parts(self) -> tuple[LearnedPart, ...]:

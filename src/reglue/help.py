@@ -32,9 +32,10 @@ GROUPS = {
     "editing": """edit.keep until mask feather strength local-from cls-from paste box at mirror scale paint
         edit.prototypes flow-edit source-class resample""",
     "sampling": """sampling count classes sampler time-shift diffusion guidance-scale local-scale cls-scale
-        guidance-interval other-scales representation-scale auto-scale weaker-run guided-channels guiders
-        state-precision relative-tolerance absolute-tolerance rounding samples-per-class sample.steps sample.seed
-        sample.labels edit.steps edit.seed edit.labels perceive.steps perceive.seed perceive.labels""",
+        guidance-interval other-scales representation-scale auto-scale auto-scales unconditional weaker-run
+        guided-channels guiders state-precision relative-tolerance absolute-tolerance rounding
+        samples-per-class sample.steps sample.seed sample.labels edit.steps edit.seed edit.labels
+        perceive.steps perceive.seed perceive.labels""",
     "metrics": """feature-network resamples kernel-subsets kernel-subset-size measure-lpips measure-inception
         flat-limit evaluate.features evaluate.seed""",
     "output": """out name features features-dtype dtype shard-size log-every evaluate-every checkpoint-every keep

@@ -33,6 +33,8 @@ class TrainingSample:
     """The vision encoder's tokens (B, N, d), class token first where the model has one."""
     keep: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """(B,) bool, False where a modality is hidden from the model, for representation guidance (ReDi, 2504.16064)."""
+    learned: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """(B,) bool, False where a modality is seen, but its velocity is not asked for: where it is known already."""
 
 
 def velocity_losses(predicted: State, target: State) -> State:
@@ -59,7 +61,9 @@ def loss_terms(denoiser: Denoiser, path: Path, sample: TrainingSample) -> dict[s
     for name, t in times_of_each(sample.time, losses).items():
         if (weight := PREDICTIONS[denoiser.config.prediction].weight(t, path)) is not None:
             losses[name] = losses[name] * weight.to(losses[name].dtype)
-    terms = {name: (loss * sample.keep[name] if name in sample.keep else loss).mean() for name, loss in losses.items()}
+    for asked in (sample.keep, sample.learned):
+        losses |= {name: losses[name] * mask for name, mask in asked.items()}
+    terms = {name: loss.mean() for name, loss in losses.items()}
     if sample.alignment_target is not None:
         terms[ALIGNMENT] = alignment_loss(denoiser.projector(prediction.tap), sample.alignment_target)
     return terms

@@ -295,7 +295,7 @@ class Editor(ABC):
         """What leads images (B, …) to another class. The way of the images themselves is not guided."""
         condition = self.condition(self.labels_of(editing.source_class, len(indices)))
         plain = replace(sampling, guidance_scale=1.0, other_scales={}, **dict.fromkeys(MODALITY_SCALES, None))  # type: ignore[arg-type]
-        plain = replace(plain, representation_scale=1.0, auto_scale=1.0, guiders={})
+        plain = replace(plain, representation_scale=1.0, auto_scale=1.0, auto_scales={}, guiders={})
         noise = Draws(seed, KNOWN, indices, {name: tuple(value.shape[1:]) for name, value in own.items()})
         return FlowEdit(lambda condition: self.velocity(condition, plain), condition, own, noise)
 
