@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reglue.config import LearnedPart, Recipe
+from reglue.config import LearnedPart, Recipe, TimeDistribution
 from reglue.data.manifest import CLASS_TOKEN_CODES, compressor_of, value_of
 from reglue.data.store import Store
 from reglue.data.targets import Tokens, alignment_targets, target_columns
@@ -109,6 +109,13 @@ def _compress_command(store: Store, column: str) -> str:
         f"{f'--kind {kind} --channels {channels}' if by_sizes else f'--name {name}'}"
         f"{' --layers last' if by_sizes and layers else ''}`"
     )
+
+
+TIME_DISTRIBUTIONS: dict[TimeDistribution, Callable[[Tensor], Tensor]] = {
+    "uniform": lambda u: u,
+    "logit-normal": lambda u: torch.special.ndtri(u).sigmoid(),
+}
+"""Times in [0, 1] of a distribution, made of uniform ones."""
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -223,7 +230,8 @@ class TrainingData:
             )
             for (name, share), u in zip(dropout.items(), of_conditions, strict=True)
         }
-        clock = shift_time(uniform[0], self.recipe.optimisation.time_shift)
+        optimisation = self.recipe.optimisation
+        clock = shift_time(TIME_DISTRIBUTIONS[optimisation.time_distribution](uniform[0]), optimisation.time_shift)
         times = self.schedule.training_times((clock, *uniform[own:]), self.shapes)
         distinct = {id(t): self.prediction.training_time(t, self.path) for t in times.values()}
         drawn = {f"time {name}": distinct[id(t)] for name, t in times.items() if len(distinct) > 1 or name == LATENT}

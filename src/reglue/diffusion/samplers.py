@@ -217,7 +217,7 @@ def dpm_solver(
     memory: Memory,
     noise: Iterator[State],
     *,
-    steps: int,
+    steps: float = math.inf,
     order: int = 3,
 ) -> State:
     """One evaluation of DPM-Solver++ (arXiv 2211.01095), predicting data: U-ViT's sampler, for any path.

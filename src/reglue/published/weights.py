@@ -126,10 +126,11 @@ def import_official(
     for part, whose in OTHERS.items():
         if any(part in name for name in published):
             raise UserError(f"these weights are {whose}; {CANNOT}")
+    is_uvit = any(re.search(r"\bin_blocks\.\d", name) for name in published)
     published, alignment_depth = _with_uniform_names(published, alignment_depth)
     published, notes = _with_one_projector(published)
     published, has_null, of_labels = _with_null_label(published, classes)
-    config = _recognise(published, latent_channels, heads, alignment_depth, grid)
+    config = _recognise(published, is_uvit, latent_channels, heads, alignment_depth, grid)
     family, why = choose_family(published, config, evidence)
     weights = {ours: published[theirs].float() for theirs, ours in _names(published).items()}
     if family == "uvit":
@@ -205,8 +206,8 @@ def _with_uniform_names(
     Those begin after the block that is aligned. Returns the weights and that block, where it is known.
     """
     plain = {name.removeprefix("module."): value for name, value in published.items()}
-    if _is_uvit(plain):
-        return _from_uvit(plain), alignment_depth
+    if early := [int(m[1]) for name in plain if (m := re.match(r"in_blocks\.(\d{1,4})\.", name))]:
+        return _from_uvit(plain, 1 + max(early)), alignment_depth
     late = {name: int(m[1]) for name in plain if (m := re.match(r"decoder_blocks\.(\d{1,4})\.", name))}
     if late:
         first = _blocks(plain)
@@ -220,13 +221,8 @@ def _with_uniform_names(
     return plain, alignment_depth
 
 
-def _is_uvit(published: Mapping[str, Tensor]) -> bool:
-    return any(name.startswith("in_blocks.") for name in published)
-
-
-def _from_uvit(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """U-ViT's weights under the names of the others, its blocks counted from the first to the last."""
-    early = 1 + max(int(m[1]) for name in published if (m := re.match(r"in_blocks\.(\d{1,4})\.", name)))
+def _from_uvit(published: Mapping[str, Tensor], early: int) -> dict[str, Tensor]:
+    """U-ViT's weights, with so many early blocks, under the names of the others, and all blocks counted in a row."""
     first = {"in_blocks": 0, "mid_block": early, "out_blocks": early + 1}
 
     def renamed(name: str) -> str:
@@ -239,7 +235,7 @@ def _from_uvit(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _as_uvit(published: Mapping[str, Tensor], early: int) -> dict[str, Tensor]:
-    """The inverse of `_from_uvit`, for so many early blocks."""
+    """The inverse of `_from_uvit`."""
     stems = {others: theirs for theirs, others in OF_UVIT.items()}
 
     def renamed(name: str) -> str:
@@ -305,28 +301,30 @@ def _blocks(published: Mapping[str, Tensor]) -> int:
 
 def _recognise(
     published: Mapping[str, Tensor],
+    is_uvit: bool,
     latent_channels: int,
     heads: int | None,
     alignment_depth: int | None,
     grid: tuple[int, int] | None,
 ) -> DenoiserConfig:
-    inputs, is_uvit = "x_embedder.proj.weight", "blocks.0.adaLN_modulation.1.weight" not in published
-    dimensions = {"pos_embed": 3, inputs: 4, LABELS: 2, OUTPUTS: 2}
+    inputs, likeness = "x_embedder.proj.weight", "U-ViT's" if is_uvit else "a SiT-like"
+    dimensions = {"pos_embed": 3, inputs: 4, OUTPUTS: 2}
+    if not is_uvit or LABELS in published:  # An unconditional U-ViT has none.
+        dimensions[LABELS] = 2
+    said = {name: next(iter(_as_uvit({name: torch.empty(0)}, 0))) if is_uvit else name for name in dimensions}
     for name, count in dimensions.items():
-        if name == LABELS and is_uvit and name not in published:
-            continue  # Unconditional.
         if name not in published:
-            found = ", ".join(sorted(published)[:4])
+            found = ", ".join(sorted(_as_uvit(published, 0) if is_uvit else published)[:4])
             raise UserError(
-                f"not a SiT-like checkpoint: no {name} (expected {', '.join(dimensions)}; found {found}, …)"
+                f"not {likeness} checkpoint: no {said[name]} (expected {', '.join(said.values())}; found {found}, …)"
             )
         if published[name].ndim != count or not published[name].numel():
-            raise UserError(f"not a SiT-like checkpoint: {name} has shape {tuple(published[name].shape)}")
+            raise UserError(f"not {likeness} checkpoint: {said[name]} has shape {tuple(published[name].shape)}")
     width, channels, patch, _ = published[inputs].shape
     outputs = published[OUTPUTS].shape[0]
     has_class_token = "cls_projectors2.weight" in published
     local_channels = channels - latent_channels
-    blocks, heads = _blocks_of(published, width), heads or _heads(published, width)
+    blocks, heads = _blocks_of(published, width, is_uvit), heads or _heads(published, width)
     other = f"choose the autoencoder whose latents it learned, with {option('autoencoder')}"
     if local_channels < 0:
         raise UserError(
@@ -384,16 +382,16 @@ def _recognise(
         raise UserError(f"these weights are of no model that can be built: {error}") from None
 
 
-def _blocks_of(published: Mapping[str, Tensor], width: int) -> Blocks:
+def _blocks_of(published: Mapping[str, Tensor], width: int, is_uvit: bool) -> Blocks:
     """What the transformer is made of, by the names and shapes of the first block."""
     modulation = published.get("blocks.0.adaLN_modulation.1.weight")
     return Blocks(
-        rms_norm="blocks.0.norm1.weight" in published and "blocks.0.norm1.bias" not in published,
+        rms_norm="blocks.0.norm1.weight" in published and not is_uvit,
         qk_norm="blocks.0.attn.q_norm.weight" in published,
         rope=any(name in published for name in ROTARY),
         swiglu="blocks.0.mlp.w12.weight" in published,
         shift=modulation is None or modulation.shape[0] != 4 * width,
-        time_mlp=modulation is None and "t_embedder.mlp.0.weight" in published,
+        time_mlp=is_uvit and "t_embedder.mlp.0.weight" in published,
         convolution="convolution.weight" in published,
     )
 
