@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 from reglue.diffusion.schedules import Schedule, schedule_of
-from reglue.diffusion.specs import CLASS, LATENT, DenoiserConfig, Modality, Normalisation, PathName, registered
+from reglue.diffusion.specs import CLASS, LATENT, Blocks, DenoiserConfig, Modality, Normalisation, PathName, registered
 from reglue.errors import UserError, option, require
 from reglue.sampling import AutoPrecision, Precision, Sampling, refuse_unknown
 
 Compile = Literal["auto", "no", "blocks", "model"]
 EmaWarmup = Literal["auto", "yes", "no"]
+TimeDistribution = Literal["uniform", "logit-normal"]
 
 FORGOTTEN, YOUNG = 0.01, 0.03
 """Shares of a moving average that the weights it began with hold: so little is nothing, and so much shows in images."""
@@ -44,16 +45,21 @@ MODEL_SIZES = {
     "L/2": ModelSize(24, 1024, 16, 2, 8),
     "XL/2": ModelSize(28, 1152, 16, 2, 8),
 }
+PATCHES = ("1", "4", "8")
+"""Sides of patches that the sizes of a letter were published with, besides 2."""
 
 
 def model_size(name: str) -> ModelSize:
     """The sizes behind `B/2`, `evening` or an explicit `DEPTHxWIDTHxHEADS/PATCH`, such as `8x192x6/2`.
 
-    An explicit size is aligned after a third of its blocks, as the published ones are (rounded up). Raises UserError
-    for an unknown name.
+    Those of a letter have patches of 1, 4 and 8 too. An explicit size is aligned after a third of its blocks, as the
+    published ones are (rounded up). Raises UserError for an unknown name.
     """
     if name in MODEL_SIZES:
         return MODEL_SIZES[name]
+    letter, _, patch = name.partition("/")
+    if f"{letter}/2" in MODEL_SIZES and patch in PATCHES:
+        return replace(MODEL_SIZES[f"{letter}/2"], patch=int(patch))
     if match := re.fullmatch(r"(\d+)x(\d+)x(\d+)/(\d+)", name):
         depth, width, heads, patch = map(int, match.groups())
         if min(depth, width, heads, patch) > 0:
@@ -185,9 +191,8 @@ class ClassToken(LearnedPart):
         return "cls" if self.compressor is None else f"cls.{self.compressor}"
 
 
-RESERVED = frozenset(
-    ("alignment", "gradient_norm", "images_per_second", "learning_rate", "loss", "posterior", "step", "time", "type")
-)
+RESERVED = frozenset({"alignment", "cosine", "gradient_norm", "images_per_second", "learning_rate", "loss"})
+RESERVED |= {"posterior", "step", "time", "type"}
 """Names that logs, batches and modules use for other things."""
 
 
@@ -247,6 +252,14 @@ class Alignment(Part):
                 f"{option('alignment.compressor')} {self.compressor} is for {option('alignment.targets')} decoded "
                 "alone; leave it out"
             )
+
+
+@dataclass(frozen=True)
+class Cosine(Part):
+    """1 − cos of the predicted and the true velocity of all maps, at each position, beside their squared errors
+    (LightningDiT, arXiv 2501.01423)."""
+
+    prefix = "cosine."
 
 
 @dataclass(frozen=True)
@@ -333,7 +346,10 @@ class Optimisation(OptimiserConfig):
     """How a denoiser is trained."""
 
     time_shift: float = 1.0
-    """Training times are t = s·u / (1 + (s − 1)·u) for uniform u; 1 is uniform, above 1 is noisier (SD3, eq. 23)."""
+    """Training times are t = s·u / (1 + (s − 1)·u) for u in [0, 1]; above 1 is noisier (SD3, eq. 23)."""
+    time_distribution: TimeDistribution = "uniform"
+    """Of u: uniform, or logit-normal, 1 / (1 + exp(−n)) for standard normal n, which has most of its times in the
+    middle (SD3, LightningDiT)."""
     clean_loss: bool = False
     """Where modalities have times of their own: keep the loss of one that is without noise already, as SFD does."""
     label_dropout: float = 0.1
@@ -357,10 +373,12 @@ class Recipe:
     name: str
     """Recorded in the run."""
     model: str = "B/2"
-    """S/2, B/2, L/2, XL/2, as published; tiny, small or evening, named by what a laptop needs; or
-    DEPTHxWIDTHxHEADS/PATCH."""
+    """S/2, B/2, L/2, XL/2, as published, also with patches of 1, 4 or 8; tiny, small or evening, named by what a laptop
+    needs; or DEPTHxWIDTHxHEADS/PATCH."""
     backbone: str = "sit"
-    """The transformer: sit, or a registered one of your own."""
+    """The transformer: sit; lightning, which is sit with RMSNorm, rotary positions and SwiGLU; uvit; or a registered
+    one of your own."""
+    blocks: Blocks = field(default_factory=Blocks)
     path: PathName = "linear"
     """Interpolant between data and noise."""
     prediction: str = "velocity"
@@ -386,6 +404,7 @@ class Recipe:
     """Registered conditions besides the class, by name, and the share of samples trained without each. Samples trained
     without their class are trained without the others too, for the unconditional branch of guidance."""
     alignment: Alignment = field(default_factory=Alignment)
+    cosine: Cosine = field(default_factory=Cosine)
     optimisation: Optimisation = field(default_factory=Optimisation)
     sampling: Sampling = field(default_factory=Sampling)
     """The defaults of `reglue sample`, also used for previews."""
@@ -438,6 +457,8 @@ class Recipe:
         parts: dict[str, Part] = {part.modality: part for part in self.learned_parts}
         if self.alignment.present:
             parts["alignment"] = self.alignment
+        if self.cosine.present:
+            parts["cosine"] = self.cosine
         return {name: part.weight_at(step) for name, part in parts.items()}
 
     def denoiser_config(
@@ -464,6 +485,7 @@ class Recipe:
                 heads=size.heads,
                 patch=size.patch,
                 backbone=self.backbone,
+                blocks=self.blocks,
                 prediction=self.prediction,
                 path=self.path,
                 times=self.times,

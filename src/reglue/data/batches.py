@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reglue.config import LearnedPart, Recipe
+from reglue.config import LearnedPart, Recipe, TimeDistribution
 from reglue.data.manifest import CLASS_TOKEN_CODES, compressor_of, value_of
 from reglue.data.store import Store
 from reglue.data.targets import Tokens, alignment_targets, target_columns
@@ -108,6 +108,13 @@ def _compress_command(store: Store, column: str) -> str:
         f"{f'--kind {kind} --channels {channels}' if by_sizes else f'--name {name}'}"
         f"{' --layers last' if by_sizes and layers else ''}`"
     )
+
+
+TIME_DISTRIBUTIONS: dict[TimeDistribution, Callable[[Tensor], Tensor]] = {
+    "uniform": lambda u: u,
+    "logit-normal": lambda u: torch.special.ndtri(u).sigmoid(),
+}
+"""Times in [0, 1] of a distribution, made of uniform ones."""
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -224,7 +231,9 @@ class TrainingData:
             )
             for (name, share), u in zip(dropout.items(), of_conditions, strict=True)
         }
-        clocks = [shift_time(u, self.recipe.optimisation.time_shift) for u in (uniform[0], *uniform[own:behind])]
+        optimisation = self.recipe.optimisation
+        distributed = TIME_DISTRIBUTIONS[optimisation.time_distribution]
+        clocks = [shift_time(distributed(u), optimisation.time_shift) for u in (uniform[0], *uniform[own:behind])]
         times = self.schedule.training_times(clocks, self.shapes, uniform[behind:])
         distinct = {id(t): self.prediction.training_time(t, self.path) for t in times.values()}
         drawn = {f"time {name}": distinct[id(t)] for name, t in times.items() if len(distinct) > 1 or name == LATENT}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from reglue.diffusion.backbones import BACKBONES, BackboneSizes
 from reglue.diffusion.backbones.backbone import NORM_EPSILON
 from reglue.diffusion.conditions import CONDITIONS, Condition
-from reglue.diffusion.embeddings import TimeEmbedding, TimeOffsets, position_embedding
+from reglue.diffusion.embeddings import TimeOffsets, position_embedding
 from reglue.diffusion.modalities import LATENT, State, TensorTimes, times_of_each
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.predictions import PREDICTIONS
@@ -79,19 +79,32 @@ class Denoiser(nn.Module):
         self.config = config
         width = config.width
         outputs = config.patch**2 * config.channels * (2 if config.learn_sigma else 1)
-        sizes = BackboneSizes(config.depth, width, config.heads, len(config.tokens), config.token_grid)
+        sizes = BackboneSizes(
+            config.depth,
+            width,
+            config.heads,
+            len(config.tokens),
+            config.token_grid,
+            config.position_grid,
+            bool(config.conditions),
+            config.parts,
+            PREDICTIONS[config.prediction].largest_time,
+        )
         with torch.random.fork_rng(devices=[]):  # type: ignore[reportUnknownMemberType]
             torch.manual_seed(seed)  # type: ignore[reportUnknownMemberType], for what `initialise` leaves alone
+            self.backbone = BACKBONES[config.backbone](sizes)
             self.patches = nn.Conv2d(config.channels, width, config.patch, config.patch)
-            self.time_embedding = TimeEmbedding(width)
+            self.time_embedding = self.backbone.time_embedding(width)
             apart = [m.name for m in config.modalities[1:]] if config.times != "shared" else []
             self.time_offsets = TimeOffsets(width, apart, config.span)
             self.conditions = nn.ModuleDict(
                 {name: CONDITIONS[name].embedding(size, width) for name, size in config.conditions.items()}
             )
             self.tokens = nn.ModuleDict({m.name: TokenEmbedding(m.channels, width) for m in config.tokens})
-            self.backbone = BACKBONES[config.backbone](sizes)
             self.velocity = nn.Linear(width, outputs)
+            if config.parts.convolution:
+                channels = outputs // config.patch**2
+                self.convolution = nn.Conv2d(channels, channels, 3, padding=1)
             self.token_velocities = nn.ModuleDict({m.name: nn.Linear(width, m.channels) for m in config.tokens})
             if config.alignment_depth and config.alignment_width:
                 self.projector = Projector(width, config.alignment_hidden, config.alignment_width)
@@ -122,10 +135,14 @@ class Denoiser(nn.Module):
         if not embeddings:
             embeddings = [torch.zeros_like(time_embedding)]
         conditioning = torch.stack(embeddings).sum(0) if len(embeddings) > 1 else embeddings[0]
-        tokens, tap = self.backbone(tokens + self.positions, time_embedding, conditioning, config.alignment_depth)
+        if self.backbone.fixed_positions:
+            tokens = tokens + self.positions
+        tokens, tap = self.backbone(tokens, time_embedding, conditioning, config.alignment_depth)
 
         output: State = {m.name: self.token_velocities[m.name](tokens[:, i]) for i, m in enumerate(config.tokens)}
         image, variance = self.unpatchify(self.velocity(tokens[:, len(config.tokens) :])), None
+        if config.parts.convolution:
+            image = self.convolution(image)
         if config.learn_sigma:
             image, second = image.chunk(2, dim=1)
             variance = self._by_map(second) if prediction.learns_variance else None
@@ -158,7 +175,7 @@ class Denoiser(nn.Module):
         Every layer draws from a stream of its own, told by its name: models of one seed begin with the same weights in
         whatever they share, other parts or not.
         """
-        small = {self.time_embedding[0], self.time_embedding[2], *self.conditions.values()}
+        small = {*self.time_embedding, *self.conditions.values(), *self.backbone.small_layers()}
         zero = {self.velocity, *self.token_velocities.values(), *self.backbone.zero_layers()}
         zero |= {*self.time_offsets.zero_layers()}
         for name, layer in self.named_modules():  # type: ignore[reportUnknownVariableType]

@@ -6,6 +6,7 @@ accumulate in float64, as the published samplers do. To add a sampler, write a s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from reglue.diffusion.chains import STABLE_DIFFUSION
 from reglue.diffusion.controls import Control, Controlled
 from reglue.diffusion.guidance import Velocity
 from reglue.diffusion.modalities import State, Times
@@ -215,6 +217,64 @@ def dopri5(
     return {name: value[-1] for name, value in zip(names, solved, strict=True)}
 
 
+def dpm_solver(
+    velocity: Velocity,
+    state: State,
+    times: Times,
+    next_times: Times,
+    memory: Memory,
+    noise: Iterator[State],
+    *,
+    steps: float = math.inf,
+    order: int = 3,
+) -> State:
+    """One evaluation of DPM-Solver++ (arXiv 2211.01095), predicting data: U-ViT's sampler, for any path.
+
+    Its own steps are of as many evaluations as their order, 3 as long as more than three are left, then 2 or 1; the
+    grid's times are their beginnings and what lies between. With λ = log(α/σ), h = λ_t − λ_s and φ = 1 − e^(−h), a step
+    from s brings x to σ_t/σ_s·x + α_t·φ·x̂_s and, by the data x̂_j predicted at the latest λ_j, adds
+
+        α_t·φ·h / 2(λ_j − λ_s)·(x̂_j − x̂_s)  for order 2,  α_t·(h − φ) / (λ_j − λ_s)·(x̂_j − x̂_s)  for order 3.
+
+    The last time before data is as good as data: it is scaled, with the noise that is left in it, as U-ViT's code does.
+    """
+    t = {name: torch.tensor(time, dtype=torch.float64) for name, time in times.items()}
+    if is_data(next_times):
+        known = {name: velocity.path.coefficients(time) for name, time in t.items()}
+        return {name: x / (known[name].alpha ** 2 + known[name].sigma ** 2).sqrt() for name, x in state.items()}
+    v = velocity(state, times)
+    data = {name: velocity.path.velocity_to_data(v[name], x, t[name]) for name, x in state.items()}
+    left, ahead = memory.get("left", steps), memory.get("ahead", 0)
+    if not ahead:
+        # Without any data in the state there is no λ: the first step of a flow is of order 1.
+        ahead = 1 if max(times.values()) == 1 else min(order, left if left < 3 else 2 if left == 3 else 3)
+        memory |= {"order": ahead, "state": state, "times": times, "data": data}
+    memory |= {"left": left - 1, "ahead": ahead - 1}
+    return {
+        name: _dpm_step(velocity.path, name, memory, x, data[name], times[name], next_times[name])
+        for name, x in state.items()
+    }
+
+
+def _dpm_step(path: Path, name: str, memory: Memory, now: Tensor, data: Tensor, t: float, then: float) -> Tensor:
+    """What one modality, `now` at time t, has become `then`, on the way from the beginning of a step in `memory`."""
+    if then in (t, 0.0):
+        return now if then == t else data
+    (alpha_s, sigma_s), (alpha_j, sigma_j), (alpha, sigma) = (
+        [part.item() for part in path.coefficients(torch.tensor(at, dtype=torch.float64))[:2]]
+        for at in (memory["times"][name], t, then)
+    )
+    first = memory["data"][name]
+    phi = 1 - sigma / alpha * alpha_s / sigma_s
+    result = sigma / sigma_s * memory["state"][name] + alpha * phi * first
+    if t == memory["times"][name]:
+        return result
+    lambda_s = math.log(alpha_s / sigma_s)
+    h, h_j = math.log(alpha / sigma) - lambda_s, math.log(alpha_j / sigma_j) - lambda_s
+    factor = phi * h / 2 if memory["order"] == 2 else h - phi
+    return result + alpha * factor / h_j * (data - first)
+
+
 def is_data(times: Times) -> bool:
     """Whether every modality has arrived at the data."""
     return not any(times.values())
@@ -247,6 +307,14 @@ def stochastic_times(steps: int, shift: float = 1.0, discontinuities: Sequence[f
     """
     span = 1 - shifted(LAST_NOISY_TIME, 1 / shift)  # 1/s undoes s
     return [shifted(1 - span * i / max(steps - 1, 1), shift) for i in range(steps)] + [0.0]
+
+
+def chain_times(steps: int, shift: float = 1.0, discontinuities: Sequence[float] = ()) -> list[float]:
+    """Steps of Stable Diffusion's chain, equally spaced from the last to the first and then `shifted`, as times of the
+    linear path; 1 in place of the last, and 0 behind the first: U-ViT's, for `steps` evaluations."""
+    chain = STABLE_DIFFUSION
+    numbers = [chain.first + (chain.steps - 1) * shifted(1 - i / steps, shift) for i in range(1, steps + 1)]
+    return [1.0, *(ratio / (1 + ratio) for ratio in map(chain.ratio, numbers)), 0.0]
 
 
 def aligned_times(steps: int, shift: float = 1.0, discontinuities: Sequence[float] = ()) -> list[float]:
@@ -339,6 +407,7 @@ SAMPLERS: dict[str, Sampler] = {
         euler_maruyama, stochastic_times, stochastic=True, state_precision="float64", options=("diffusion",)
     ),
     "adams-bashforth": Sampler(adams_bashforth, aligned_times),
+    "dpm-solver": Sampler(dpm_solver, chain_times, options=("steps",)),
     "dopri5": Sampler(
         dopri5,
         whole_intervals,
