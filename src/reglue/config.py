@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
@@ -390,6 +390,9 @@ class Recipe:
     a noise of 0.25 at most, as in Latent Forcing; independent, each has its own."""
     times_options: Mapping[str, float] = field(default_factory=dict[str, float])
     """Options of that schedule, by name: `delta 0.15` for lead, `share 0.5 noise 0.1` for cascade."""
+    one_mean: bool = False
+    """Take one mean over the elements of all modalities, in which each has its weight, as SFD does; otherwise every
+    modality has a mean of its own, whatever its size."""
     learn_sigma: bool = False
     """Twice the output channels, half of them unused, as in SiT's published checkpoints."""
     position_grid: tuple[int, int] | None = None
@@ -452,14 +455,19 @@ class Recipe:
         """All conditions by name, and the share of samples that are trained without each."""
         return {CLASS: self.optimisation.label_dropout, **self.conditions}
 
-    def loss_weights(self, step: int) -> dict[str, float]:
-        """The weight of each term of the loss at a step, under the names of the terms."""
+    def loss_weights(self, step: int, shapes: Mapping[str, Sequence[int]] = {}) -> dict[str, float]:
+        """The weight of each term of the loss at a step, under the names of the terms.
+
+        `shapes` are those of the modalities, for `one_mean`: there they share the mean by their sizes.
+        """
         parts: dict[str, Part] = {part.modality: part for part in self.learned_parts}
         if self.alignment.present:
             parts["alignment"] = self.alignment
         if self.cosine.present:
             parts["cosine"] = self.cosine
-        return {name: part.weight_at(step) for name, part in parts.items()}
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()} if self.one_mean else {}
+        shares = {name: size / sum(sizes.values()) for name, size in sizes.items()}
+        return {name: part.weight_at(step) * shares.get(name, 1) for name, part in parts.items()}
 
     def denoiser_config(
         self,
