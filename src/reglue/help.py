@@ -30,7 +30,7 @@ GROUPS = {
     "optimisation": """optimisation perceptual kl adversary kl-weight epochs cosine-epochs patience micro-batch
         learning-rate final-learning-rate seed steps batch-size compare""",
     "editing": """edit.keep until mask feather strength local-from cls-from paste box at mirror scale paint
-        edit.prototypes flow-edit source-class resample""",
+        edit.prototypes edit.head edit.by loss-scale flow-edit source-class resample""",
     "sampling": """sampling count classes sampler time-shift diffusion guidance-scale local-scale cls-scale
         guidance-interval other-scales representation-scale auto-scale weaker-run guided-channels guiders
         state-precision relative-tolerance absolute-tolerance rounding samples-per-class sample.steps sample.seed

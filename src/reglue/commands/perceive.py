@@ -217,9 +217,7 @@ def choose_views(options: Perceive, heads: Mapping[str, Head], subject: Subject)
         refusals = []
         for estimator, encoder in subject.estimates.items():
             try:
-                head.spec.check_fits(encoder, f"{whose[estimator]} of {options.run}")
-                if head.spec.class_token and estimator == "local":
-                    raise UserError("the head reads the class token too, which a local map does not have")
+                head.spec.check_fits(encoder, f"{whose[estimator]} of {options.run}", estimator != "local")
                 views[estimator].append(name)
             except UserError as error:
                 refusals.append(error)

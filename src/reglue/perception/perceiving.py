@@ -27,7 +27,7 @@ from reglue.encoders.vision import EncoderSpec, VisionEncoder, VisionFeatures
 from reglue.errors import UserError
 from reglue.files import parse_json
 from reglue.names import Estimator
-from reglue.perception.heads import Head
+from reglue.perception.heads import Head, features_of_codes
 from reglue.pipeline import evaluations
 from reglue.progress import Bar
 from reglue.reals.samples import ImageSamples, all_of, to_images, to_pixels
@@ -59,14 +59,9 @@ class Subject:
         return features, self.estimates["alignment"].layers
 
     def from_local(self, code: Tensor) -> Seen:
-        """What the compressor decodes from a raw local map (B, K, H, W), at the encoder's grid.
-
-        A local map has no class token: its width is 0.
-        """
+        """What the compressor decodes from a raw local map (B, K, H, W): see `features_of_codes`."""
         assert self.compressor is not None
-        encoder = self.estimates["local"]
-        features = self.compressor.decode(resize(code, encoder.grid))
-        return VisionFeatures(features.new_empty(len(code), 0), features), encoder.layers
+        return features_of_codes(code, self.compressor, self.estimates["local"])
 
 
 def aligned_encoder(alignment: AlignmentNetwork, folder: Path) -> EncoderSpec:
