@@ -246,17 +246,25 @@ def read_head(editing: Editing, record: RunRecord, labels: np.ndarray) -> Head |
     """What is to see a painting. Raises UserError for a head that does not read the run's map, or not such labels."""
     if editing.head is None:
         return None
-    head, compressor = load_head(editing.head), record.compressors[LOCAL]
-    asked = f"{option('head')} {editing.head}"
+    head = segmenting_head(editing.head, record)
+    refuse_unknown(labels, range(head.spec.outputs), editing, "class in the head")
+    return head
+
+
+def segmenting_head(path: Path, record: RunRecord) -> Head:
+    """A head that sees classes in a run's local map. Raises UserError for any other, and for a run without one."""
+    compressor, asked = record.compressors.get(LOCAL), f"{option('head')} {path}"
+    if compressor is None or record.encoder is None:
+        learned = ", ".join(modality.name for modality in record.denoiser.modalities)
+        raise UserError(f"{asked} reads a local map, and this model learns {learned}; choose a run that has one")
+    head = load_head(path)
     if head.spec.task != "segmentation":
-        raise UserError(f"{asked} predicts {head.spec.task}, and a painting has classes; give a head of masks")
-    assert record.encoder is not None
-    read = replace(record.encoder, layers=compressor.layers or record.encoder.layers)
+        raise UserError(f"{asked} predicts {head.spec.task}, not classes; give a head of masks")
     try:
+        read = replace(record.encoder, layers=compressor.layers or record.encoder.layers)
         head.spec.check_fits(read, "the run's local map", class_token=False)
     except UserError as error:
         raise UserError(f"{asked}: {error}") from None
-    refuse_unknown(labels, range(head.spec.outputs), editing, "class in the head")
     return head
 
 
