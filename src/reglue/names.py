@@ -27,3 +27,7 @@ CLASS_TOKEN_CODES = "cls."
 def codes_column(name: str, column: CompressedColumn) -> str:
     """The column with the codes of compressor `name`, which was fitted to `column`."""
     return (LOCAL_CODES if column == "features" else CLASS_TOKEN_CODES) + name
+
+
+DatasetFormat = Literal["coco", "yolo", "voc", "masks"]
+"""In which a data set of images with masks is written."""

@@ -221,9 +221,10 @@ class Drawing:
         )
 
 
-def plan(options: Draw, model: ImageModel) -> Drawing:
-    """What the options ask of a model. Raises UserError for what it cannot do."""
-    weaker, sampling = way_to_sample(options, model, model.default_sampling, lambda: drawn_before(options.out))
+def plan(options: Draw, model: ImageModel, before: Callable[[], AutoPrecision | None] | None = None) -> Drawing:
+    """What the options ask of a model; `before` as for `way_to_sample`. Raises UserError for what it cannot do."""
+    before = before or (lambda: drawn_before(options.out))
+    weaker, sampling = way_to_sample(options, model, model.default_sampling, before)
     return Drawing(model, weaker, sampling, choose_labels(options, model), options.seed)
 
 

@@ -14,18 +14,27 @@ from PIL import Image
 
 from reglue.config import LocalSemantics
 from reglue.data.opening import open_images
+from reglue.data.picture_writer import write_picture
 from reglue.data.reading import Reading
 from reglue.encoders.alignment import FILE as ALIGNMENT_FILE
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, load_encoder
 from reglue.errors import UserError
-from reglue.files import new_folder, plain, read_json, replacing, to_json
+from reglue.files import new_folder, plain, read_json, to_json
 from reglue.locks import writes
 from reglue.options.perceive import Perceive
 from reglue.perception.agreement import Agreement, ClassAgreement, DepthAgreement, Estimate, markdown_table
 from reglue.perception.heads import Head, HeadSpec, load_head
-from reglue.perception.perceiving import Estimator, Subject, View, aligned_encoder, drawn_scenes, encoded_scenes
+from reglue.perception.perceiving import (
+    Estimator,
+    Subject,
+    View,
+    aligned_encoder,
+    drawn_scenes,
+    encoded_scenes,
+    in_batches,
+)
 from reglue.perception.pictures import Maps, as_image, draw_maps
 from reglue.pipeline import ImageModel, load
 from reglue.progress import Bar
@@ -92,7 +101,7 @@ def perceive(options: Perceive) -> Perception:
             print(f"{options.out} is complete already\n\n{agreement_table(before)}")
             return before
     if model:
-        scenes = drawn_scenes(drawing, subject, encoder, options.count, options.batch_size)
+        scenes = drawn_scenes(drawing, subject, encoder, in_batches(options.count, options.batch_size))
     else:
         scenes = encoded_scenes(samples, subject, encoder, options.batch_size, device)
     counted: dict[tuple[str, View], Agreement] = {
@@ -109,9 +118,9 @@ def perceive(options: Perceive) -> Perception:
                 agreement.update(maps[key], maps[key[0], "encoder"])
             for position, pixels in enumerate(scene.pixels.permute(0, 2, 3, 1).cpu().numpy()):
                 of_image = {key: of_batch[position].numpy() for key, of_batch in maps.items()}
-                write_png(out / IMAGES / f"{count:06d}.png", Image.fromarray(pixels))
+                write_picture(out / IMAGES / f"{count:06d}.png", Image.fromarray(pixels))
                 for (name, view), values in of_image.items():
-                    write_png(out / MAPS / name / view / f"{count:06d}.png", as_image(values, heads[name]))
+                    write_picture(out / MAPS / name / view / f"{count:06d}.png", as_image(values, heads[name]))
                 if count < SHOWN:
                     shown.append((pixels, of_image))
                 count += 1
@@ -217,9 +226,7 @@ def choose_views(options: Perceive, heads: Mapping[str, Head], subject: Subject)
         refusals = []
         for estimator, encoder in subject.estimates.items():
             try:
-                head.spec.check_fits(encoder, f"{whose[estimator]} of {options.run}")
-                if head.spec.class_token and estimator == "local":
-                    raise UserError("the head reads the class token too, which a local map does not have")
+                head.spec.check_fits(encoder, f"{whose[estimator]} of {options.run}", estimator != "local")
                 views[estimator].append(name)
             except UserError as error:
                 refusals.append(error)
@@ -273,10 +280,3 @@ def agreement_table(report: Perception) -> str:
         f"{table}\n\nAgreement with the same head on the encoder's features of the decoded image, over {report.images} "
         "images; ± one standard error. Unrelated: with the map of another image."
     )
-
-
-def write_png(path: Path, image: Image.Image) -> None:
-    """Write a picture, whole or not at all, with the folder that it is in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
-        image.save(beside, format="png")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reglue.data.pictures import colours_of, enlarge, image_grid
 from reglue.diffusion.conditions import Condition
-from reglue.diffusion.controls import Clamp, Control, FlowEdit
+from reglue.diffusion.controls import Clamp, Control, FlowEdit, Loss, LossGuidance, SquaredError
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.guidance import Velocity
 from reglue.diffusion.modalities import LATENT, State, concatenate_states
@@ -24,6 +24,7 @@ from reglue.diffusion.paths import PATHS
 from reglue.diffusion.samplers import SAMPLERS, Start
 from reglue.editing.encoding import ImageEncoder, Picture, as_pixels, open_picture
 from reglue.editing.options import CLASS_TOKEN, LOCAL, Editing
+from reglue.editing.painting import HeadLoss, shares_of
 from reglue.editing.subjects import Request, Subject, refuse_lacking
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.errors import UserError, option
@@ -34,6 +35,8 @@ from reglue.seeds import Index
 
 KNOWN = "known"
 """The purpose of the noise on what is held."""
+LOSS_SCALE = 10.0
+"""Of loss guidance, where it is not given."""
 
 
 class Editor(ABC):
@@ -143,7 +146,7 @@ class Editor(ABC):
         steps: int = 8,
         what: Sequence[str] = (LOCAL, CLASS_TOKEN),
         classes: int | str | Sequence[int | str] | None = None,
-        until: float = 0.0,
+        until: float | Mapping[str, float] = 0.0,
         seed: int = 0,
         batch_size: int = 32,
         **changes: Any,
@@ -251,6 +254,7 @@ class Editor(ABC):
             for first in range(0, len(pairs), batch_size):
                 part = slice(first, first + batch_size)
                 own = list(subjects[part]) if len(subjects) > 1 else [*subjects] * len(pairs[part])
+                own = [subject.edit(i) for subject, (_, i) in zip(own, pairs[part], strict=True)]
                 clamps, start = self.controls_for(own, pairs[part], editing, sampling, seed)
                 condition = self.condition(labels[part])
                 state = self.draw(
@@ -273,21 +277,42 @@ class Editor(ABC):
     ) -> tuple[list[Control], Start | None]:
         """What holds the known of images, one for each index, and where they begin."""
         controls: list[Control] = []
+        scale, path = editing.loss_scale or LOSS_SCALE, PATHS[self.record.denoiser.path]
         known, where, own = (
             concatenate_states([getattr(one, part) for one in subjects]) for part in ("known", "where", "own")
         )
-        if known:
+        if subjects[0].head:
+            controls.append(LossGuidance(self._painted(subjects), scale, until=editing.until, path=path))
+        if known and editing.by == "loss":
+            controls.append(LossGuidance(SquaredError(known, where), scale, until=editing.until, path=path))
+        elif known:
             controls.append(self._clamp(known, where, indices, seed, sampling, editing.until))
         if subjects[0].outside is not None:
             outside = torch.cat([one.outside for one in subjects if one.outside is not None])
             maps = {modality.name: own[modality.name] for modality in self.record.denoiser.maps}
-            # Of both, the image's own wins, since outside the mask nothing is to change.
-            controls.append(self._clamp(maps, dict.fromkeys(maps, outside), indices, seed, sampling, 0.0))
+            everywhere = dict.fromkeys(maps, outside)
+            if editing.by == "loss":
+                controls.append(LossGuidance(SquaredError(maps, everywhere), scale, path=path))
+            else:
+                # Of both, the image's own wins, since outside the mask nothing is to change.
+                controls.append(self._clamp(maps, everywhere, indices, seed, sampling, 0.0))
         if editing.flow_edit:
             controls.insert(0, self._flow_edit(own, indices, editing, sampling, seed))
         if editing.strength is None:
             return controls, None
         return controls, Start(editing.strength, concatenate_states([one.shown() for one in subjects]))
+
+    def _painted(self, subjects: Sequence[Subject]) -> Loss:
+        """How far maps are from what is painted on images, as a head sees it."""
+        seen, modality, head = self.image_encoder(), self.record.denoiser.modality(LOCAL), subjects[0].head
+        compressor = seen.compressors[LOCAL]
+        assert seen.encoder
+        assert modality
+        assert head
+        encoder = replace(seen.encoder.spec, layers=compressor.layers or seen.encoder.spec.layers)
+        labels = torch.from_numpy(np.stack([one.labels for one in subjects if one.labels is not None]))
+        shares = shares_of(labels.to(self.device), head.spec.outputs, encoder.grid)
+        return HeadLoss(head, modality, compressor, encoder, shares)
 
     def _flow_edit(
         self, own: State, indices: Sequence[Index], editing: Editing, sampling: Sampling, seed: int
@@ -306,7 +331,7 @@ class Editor(ABC):
         indices: Sequence[Index],
         seed: int,
         sampling: Sampling,
-        until: float,
+        until: float | Mapping[str, float],
     ) -> Control:
         """What holds values (B, …) of the images `indices`."""
         noise = Draws(seed, KNOWN, indices, {name: tuple(value.shape[1:]) for name, value in known.items()})
