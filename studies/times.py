@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -31,6 +32,7 @@ ARMS = {
     "lead 0.15": {"delta": 0.15},
 }
 """The schedule, and what tells arms of one apart, to its options."""
+QUICK: dict[str, Any] = {"sampler": "adams-bashforth", "steps": 20}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Times:
     """The folder of its images, for the judge."""
     work: Path
     """Where runs, samples and figures go."""
-    steps: int = 800
+    steps: int = 600
     """Training steps of each arm."""
     count: int = 500
     """Samples of each kind."""
@@ -65,7 +67,10 @@ def study(options: Times) -> None:
             figures: dict[str, float] = {}
             for kind, scale in (("guided", recipe.sampling.guidance_scale), ("unguided", 1.0)):
                 out, count = place / kind, options.count
-                sample(Sample(place / "run", out, count=count, seed=seed, guidance_scale=scale, batch_size=100))
+                drawn = Sample(
+                    place / "run", out, count=count, seed=seed, guidance_scale=scale, batch_size=100, **QUICK
+                )
+                sample(drawn)
                 pixels = read_images(ImageFolder.open(out))[0]
                 figures[kind] = judge.accuracy(pixels, torch.arange(count) % 10)
                 report = evaluate(Evaluate(out, options.store, place / f"{kind}.json", feature_network="store"))

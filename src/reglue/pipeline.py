@@ -578,13 +578,13 @@ def from_noise(
     # The start, every return, and every step that does not end in data.
     draws = 1 + sum(b > a or (sampler.stochastic and b > 0) for a, b in pairwise(grid))
     with drawn_ahead(seed, indices, shapes, device, dtype, draws) as noise:
-        state = next(noise)
-        if start:
-            data = {name: value.to(state[name]) for name, value in start.data.items()}
-            state, _ = velocity.path.interpolate(data, state, tensor_times(times[0], state))
-        elif velocity.latest < 1:  # There, states have the variance of the path, for data of variance 1.
+        drawn = state = next(noise)
+        if velocity.latest < 1:  # There, states have the variance of the path, for data of variance 1.
             c = velocity.path.coefficients(torch.tensor(velocity.latest, dtype=torch.float64))
             state = {name: x * (c.alpha.square() + c.sigma.square()).sqrt() for name, x in state.items()}
+        if start:
+            data = {name: value.to(state[name]) for name, value in start.data.items()}
+            state = state | velocity.path.interpolate(data, drawn, tensor_times(times[0], state))[0]
         return integrate(sampler.configured(vars(sampling)), velocity, state, times, controls, noise)
 
 

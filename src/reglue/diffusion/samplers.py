@@ -364,7 +364,7 @@ class Start:
     time: float
     """The clock's, in [0, 1]."""
     data: State
-    """What is there without noise, (B, …) each."""
+    """What is there without noise, (B, …) each; a modality that is not named begins as noise."""
 
     def of(self, images: slice) -> Start:
         """That of some of the images."""
