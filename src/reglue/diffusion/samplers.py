@@ -197,14 +197,14 @@ def dopri5(
         return state
     middle = {name: (t + next_times[name]) / 2 for name, t in times.items()}
     # Every modality moves with the time of the one that goes farthest, each at its own rate, or stands still.
-    rates = {name: 1.0 if t == start and next_times[name] == end else (next_times[name] - t) / (end - start)
-             for name, t in times.items()}  # fmt: skip
+    rates = {name: (next_times[name] - t) / (end - start) for name, t in times.items()}
+    alike = {name for name, t in times.items() if t == start and next_times[name] == end}  # without any rounding
 
     def slopes(now: Tensor, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         t = now.item()
-        at = {name: t if rates[name] == 1 else times[name] + rates[name] * (t - start) for name in names}
+        at = {name: t if name in alike else times[name] + rate * (t - start) for name, rate in rates.items()}
         v = velocity(dict(zip(names, values, strict=True)), at, decided_at=middle)
-        return tuple(v[name] if rates[name] == 1 else rates[name] * v[name] for name in names)
+        return tuple(v[name] if name in alike else rates[name] * v[name] for name in names)
 
     ends = torch.tensor([start, end], dtype=torch.float64, device=values[0].device)
     try:
