@@ -158,7 +158,8 @@ def test_samplers_keep_their_order_with_edges(name: str, order: int, kind: str) 
         found = drawn(name, KINDS[kind], steps, state)
         return max((found[n] - exact[n]).abs().max().item() for n in NAMES)
 
-    assert math.log(off_by(60) / off_by(240), 4) == pytest.approx(order, abs=0.3)
+    # Edges on the grid make its steps uneven, and errors less regular than their order.
+    assert order - 0.3 < math.log(off_by(60) / off_by(240), 4) < order + 0.9
 
 
 @pytest.mark.parametrize("kind", KINDS)
