@@ -16,7 +16,7 @@ from reglue.commands.train import Losses, train
 from reglue.data.batches import TrainingData
 from reglue.data.store import Store
 from reglue.diffusion.backbones import BACKBONES
-from reglue.diffusion.denoiser import Denoiser
+from reglue.diffusion.denoiser import ConvolutionalProjector, Denoiser
 from reglue.diffusion.objective import weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.specs import OWN_PARTS
@@ -67,6 +67,29 @@ def test_every_recipe_trains_and_samples_on_every_backbone(name: str, backbone: 
         optimiser.step()
     images = ImageModel(record, model, decoder(record, CPU)).generate(0, count=1, output="tensor", steps=2)
     assert images.shape == (1, 3, 16, 16)
+
+
+def test_spatially_normalised_targets_and_a_convolutional_projector(tiny_store: Path) -> None:
+    alignment = replace(RECIPES["reg"].alignment, projector="convolution", spatial_norm=0.6)
+    recipe = replace(RECIPES["reg"], model="2x32x4/2", alignment=alignment)
+    store = Store.open(tiny_store)
+    plain, normalised = (
+        TrainingData(store, each, RunRecord.of(store, each, 0).denoiser, 0).sample(range(3))
+        for each in (replace(recipe, alignment=replace(alignment, spatial_norm=None)), recipe)
+    )
+    ours, theirs = normalised.alignment_target, plain.alignment_target
+    assert ours is not None
+    assert theirs is not None
+    assert torch.equal(ours[:, 0], theirs[:, 0])  # the class token
+    patches = theirs[:, 1:]
+    expected = patches - 0.6 * patches.mean(1, keepdim=True)
+    cosines = torch.nn.functional.cosine_similarity(ours[:, 1:], expected / expected.std(1, keepdim=True), dim=-1)
+    torch.testing.assert_close(cosines, torch.ones_like(cosines))
+    model = Denoiser(RunRecord.of(store, recipe, 0).denoiser)
+    assert isinstance(model.projector, ConvolutionalProjector)
+    terms = Losses(model, PATHS[recipe.path])(normalised)
+    terms["alignment"].backward()
+    assert model.projector.weight.grad is not None
 
 
 def arguments(store: Path, out: Path, backbone: str, *more: str) -> list[str]:

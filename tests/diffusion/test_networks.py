@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reglue.diffusion.backbones import BACKBONES, UViT
 from reglue.diffusion.backbones.parts import rotated
-from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
+from reglue.diffusion.denoiser import ConvolutionalProjector, Denoiser, DenoiserConfig
 from reglue.diffusion.embeddings import rotation_of
 from reglue.diffusion.modalities import Modality, State
 from reglue.diffusion.specs import ALWAYS, OWN_PARTS, Blocks
@@ -162,6 +162,18 @@ def test_rotations_depend_on_distances_alone() -> None:
 def test_positions_of_a_finer_grid_lie_between() -> None:
     coarse, fine = rotation_of((2, 3), 8), rotation_of((4, 6), 8, counted_in=(2, 3))
     assert torch.equal(fine.view(2, 4, 6, 4)[:, ::2, ::2], coarse.view(2, 2, 3, 4))
+
+
+def test_the_convolutional_projector_sees_neighbours_and_the_class_token_alone() -> None:
+    projector = ConvolutionalProjector(6, 5, (3, 4))
+    tokens = torch.randn(2, 1 + 12, 6, generator=torch.Generator().manual_seed(0))
+    result = projector(tokens)
+    assert result.shape == (2, 13, 5)
+    image = tokens[:, 1:].transpose(1, 2).unflatten(2, (3, 4))
+    expected = torch.nn.functional.conv2d(image, projector.weight, projector.bias, padding=1)
+    torch.testing.assert_close(result[:, 1:], expected.flatten(2).transpose(1, 2))
+    alone = projector(torch.cat([tokens[:, :1], 0 * tokens[:, 1:]], dim=1))
+    torch.testing.assert_close(alone[:, 0], result[:, 0])
 
 
 def test_every_backbone_is_registered() -> None:
