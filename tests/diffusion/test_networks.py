@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -131,11 +132,11 @@ def test_long_skips_join_the_first_block_to_the_last() -> None:
     given: dict[int, Tensor] = {}
     made: dict[int, Tensor] = {}
 
-    def note(number: int, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(number: int, _: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         given[number], made[number] = inputs[-1], output
 
     for number, block in enumerate(backbone.blocks):
-        block.register_forward_hook(lambda _, inputs, output, number=number: note(number, inputs, output))
+        block.register_forward_hook(partial(note, number))
     backbone(torch.randn(1, 7, 32), torch.randn(1, 32), torch.randn(1, 32))
     assert len(made) == 5
     assert given[3] is made[1]

@@ -32,7 +32,7 @@ def by_hand(ours: Tensor, theirs: Tensor, neighbours: int) -> float:
 
     kept = [torch.tensor([[i != j and near(k, i, j) for j in range(n)] for i in range(n)]).double() for k in kernels]
     own = [hsic(k, k, mask) for k, mask in zip(kernels, kept, strict=True)]
-    return hsic(*kernels, kept[0] * kept[1]) / (own[0] * own[1]) ** 0.5
+    return hsic(kernels[0], kernels[1], kept[0] * kept[1]) / (own[0] * own[1]) ** 0.5
 
 
 def test_it_is_what_the_definition_says() -> None:

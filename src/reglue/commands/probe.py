@@ -81,8 +81,7 @@ def probe(options: Probe) -> ProbeReport:
         read = inputs[index]
         if index not in speeds:
             speeds[index] = encoded_per_second(read, parts, options.batch_size, device)
-            compared = of_last is not None and read is not last
-            alike[index] = cknna(pooled(read, parts), of_last) if compared else None
+            alike[index] = None if of_last is None or read is last else cknna(pooled(read, parts), of_last)
         training = training_of(options, options.hidden if kind == "conv" else 0, device)
         result = run_probe(read, kind, parts, report.classes, training)
         done[read.name, kind] = replace(result, encoded_per_second=speeds[index], cknna=alike[index])

@@ -71,15 +71,16 @@ class ConvolutionalProjector(nn.Conv2d):
     """The same by one 3×3 convolution over the patches, and its middle for tokens in front (iREPA, 2512.10794)."""
 
     def __init__(self, width: int, target_width: int, grid: tuple[int, int]) -> None:
-        super().__init__(width, target_width, 3, padding=1)
+        super().__init__(width, target_width, 3, padding=1)  # type: ignore[reportUnknownMemberType]
         self.grid = grid
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, N, width) → (B, N, target_width)."""
         patches = self.grid[0] * self.grid[1]
         leading, image = input.tensor_split([input.shape[1] - patches], dim=1)
-        image = super().forward(image.transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
-        return torch.cat([F.linear(leading, self.weight[:, :, 1, 1], self.bias), image], dim=1)
+        image = super().forward(image.transpose(1, 2).reshape(len(input), -1, *self.grid))
+        alone = F.linear(leading, self.weight[:, :, 1, 1], self.bias)
+        return torch.cat([alone, image.flatten(2).transpose(1, 2)], dim=1)
 
 
 class Denoiser(nn.Module):
