@@ -149,7 +149,7 @@ def test_sampling_is_changed_by_what_is_given() -> None:
     [
         (
             {"sampler": "midpoint"},
-            "sampler midpoint: choose euler, heun, euler-maruyama, adams-bashforth, dpm-solver, dopri5",
+            "sampler midpoint: choose euler, heun, euler-maruyama, adams-bashforth, dpm-solver,",
         ),
         ({"rounding": "up"}, "rounding up: choose truncate, round"),
         ({"guiders": {"mine": 1.0}}, "guider mine: none is registered"),

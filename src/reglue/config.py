@@ -13,7 +13,17 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 from reglue.diffusion.schedules import Schedule, schedule_of
-from reglue.diffusion.specs import CLASS, LATENT, Blocks, DenoiserConfig, Modality, Normalisation, PathName, registered
+from reglue.diffusion.specs import (
+    CLASS,
+    LATENT,
+    Blocks,
+    DenoiserConfig,
+    Modality,
+    Normalisation,
+    PathName,
+    ProjectorKind,
+    registered,
+)
 from reglue.errors import UserError, option, require
 from reglue.sampling import AutoPrecision, Precision, Sampling, refuse_unknown
 
@@ -238,6 +248,12 @@ class Alignment(Part):
     """Block after which hidden tokens are aligned, counted from 1. Default: the published one for the model's size."""
     hidden: int = 2048
     """Hidden width of the projector."""
+    projector: ProjectorKind = "mlp"
+    """From hidden tokens to the encoder's: mlp, three layers for every token by itself; convolution, one of 3×3 over
+    the patches (iREPA, arXiv 2512.10794)."""
+    spatial_norm: float | None = None
+    """Subtract so much of their mean over an image's patches from the targets, and divide by their standard deviation
+    over the patches: iREPA's is 0.6. Default: the encoder's tokens as they are."""
     targets: Literal["cached", "decoded", "online"] = "cached"
     """cached: features from the store (--features). decoded: features decoded from the compressor's codes in the store.
     online: computed from the images in every step."""
@@ -247,6 +263,7 @@ class Alignment(Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "after_block", "hidden", prefix=self.prefix, at_least=1)
+        require(self, "spatial_norm", prefix=self.prefix, at_least=0, at_most=1)
         if self.compressor is not None and self.targets != "decoded":
             raise UserError(
                 f"{option('alignment.compressor')} {self.compressor} is for {option('alignment.targets')} decoded "
@@ -501,6 +518,7 @@ class Recipe:
                 alignment_depth=(size.alignment_depth if after_block is None else after_block) if aligned else 0,
                 alignment_width=token_width if aligned else 0,
                 alignment_hidden=self.alignment.hidden,
+                alignment_projector=self.alignment.projector,
                 position_grid=self.position_grid,
             )
         except ValueError as error:

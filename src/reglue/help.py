@@ -39,7 +39,7 @@ GROUPS = {
         synthesise.steps synthesise.seed synthesise.labels""",
     "metrics": """feature-network resamples kernel-subsets kernel-subset-size measure-lpips measure-inception
         flat-limit evaluate.features evaluate.seed""",
-    "output": """out name format agreement objects
+    "output": """out to batch name format agreement objects
         features features-dtype dtype shard-size log-every evaluate-every checkpoint-every keep
         preview-every preview-count preview-steps track""",
     "machine": """device workers precision compile deterministic shards prepare.batch-size reencode.batch-size

@@ -17,6 +17,8 @@ from reglue.published.weights import OfficialModel, import_official
 GOLDEN = Path(os.environ.get("REGLUE_GOLDEN") or Path(__file__).parent / "golden")
 TOLERANCE = 2e-5
 METHODS = ("sit", "repa", "redi", "reg", "reglue")
+FAMILIES = (*METHODS, "lightningdit", "uvit")
+"""All whose files come in and go out."""
 
 
 class Golden:

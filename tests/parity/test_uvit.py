@@ -86,9 +86,8 @@ def test_loss_and_its_gradients(golden: Golden, denoiser: Denoiser) -> None:
     expected = golden["loss.noise_term" if "loss.noise_term" in golden else "loss.eps_term"]
     for i, term in enumerate(expected):
         one = slice(i, i + 1)
-        sample = TrainingSample(
-            {LATENT: data[LATENT][one]}, {LATENT: noise[LATENT][one]}, t[one], class_of(golden, one)
-        )
+        x, drawn = ({LATENT: part[LATENT][one]} for part in (data, noise))
+        sample = TrainingSample(x, drawn, t[one], class_of(golden, one))
         assert_close(loss_terms(denoiser, LINEAR, sample)[LATENT].detach(), term)
     terms = loss_terms(denoiser, LINEAR, TrainingSample(data, noise, t, class_of(golden)))
     assert_close(terms[LATENT].detach(), expected.mean())
@@ -109,6 +108,9 @@ def test_the_chain(golden: Golden) -> None:
     prefix = "schedule" if "schedule.betas" in golden else "table"
     assert_close(torch.from_numpy(STABLE_DIFFUSION.betas), golden[f"{prefix}.betas"])
     assert_close(torch.from_numpy(STABLE_DIFFUSION.alphas_cumprod), golden[f"{prefix}.cum_alphas"][1:])
+    if "table.lambda" in golden:
+        ratios = [STABLE_DIFFUSION.ratio(1000 * t) for t in golden["table.lambda_t"].double().flatten().tolist()]
+        assert_close(-torch.tensor(ratios).log(), golden["table.lambda"].flatten())
 
 
 SAMPLED: dict[str, dict[str, Any]] = {

@@ -117,6 +117,9 @@ TIME_DISTRIBUTIONS: dict[TimeDistribution, Callable[[Tensor], Tensor]] = {
 """Times in [0, 1] of a distribution, made of uniform ones."""
 
 
+SPATIAL_EPSILON = 1e-6
+
+
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Times in [0, 1] moved towards noise for shift > 1, towards data for shift < 1 (SD3, arXiv 2403.03206, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
@@ -286,6 +289,9 @@ class TrainingData:
         patches = tokens.patches
         if patches.shape[2:] != self.config.token_grid:
             patches = F.interpolate(patches.float(), self.config.token_grid, mode="bilinear", antialias=True)
+        if (share := self.recipe.alignment.spatial_norm) is not None:  # iREPA (arXiv 2512.10794)
+            std, mean = torch.std_mean(patches.float(), dim=(2, 3), correction=0, keepdim=True)
+            patches = (patches - share * mean) / (std + SPATIAL_EPSILON)
         patches = patches.flatten(2).transpose(1, 2)
         leading = int(any(modality.is_class_token for modality in self.config.tokens))
         # Float16 to float32, another order and the token in front: in one pass over the largest tensor of a step.

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reglue.diffusion.backbones import BACKBONES, BackboneSizes
 from reglue.diffusion.backbones.backbone import NORM_EPSILON
@@ -66,6 +67,22 @@ class Projector(nn.Sequential):
         )
 
 
+class ConvolutionalProjector(nn.Conv2d):
+    """The same by one 3×3 convolution over the patches, and its middle for tokens in front (iREPA, 2512.10794)."""
+
+    def __init__(self, width: int, target_width: int, grid: tuple[int, int]) -> None:
+        super().__init__(width, target_width, 3, padding=1)  # type: ignore[reportUnknownMemberType]
+        self.grid = grid
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, N, width) → (B, N, target_width)."""
+        patches = self.grid[0] * self.grid[1]
+        leading, image = input.tensor_split([input.shape[1] - patches], dim=1)
+        image = super().forward(image.transpose(1, 2).reshape(len(input), -1, *self.grid))
+        alone = F.linear(leading, self.weight[:, :, 1, 1], self.bias)
+        return torch.cat([alone, image.flatten(2).transpose(1, 2)], dim=1)
+
+
 class Denoiser(nn.Module):
     """Predicts the velocity of every modality of a noisy state.
 
@@ -107,7 +124,10 @@ class Denoiser(nn.Module):
                 self.convolution = nn.Conv2d(channels, channels, 3, padding=1)
             self.token_velocities = nn.ModuleDict({m.name: nn.Linear(width, m.channels) for m in config.tokens})
             if config.alignment_depth and config.alignment_width:
-                self.projector = Projector(width, config.alignment_hidden, config.alignment_width)
+                if config.alignment_projector == "mlp":
+                    self.projector = Projector(width, config.alignment_hidden, config.alignment_width)
+                else:
+                    self.projector = ConvolutionalProjector(width, config.alignment_width, config.token_grid)
         positions = position_embedding(config.token_grid, width, len(config.tokens), config.position_grid)
         self.register_buffer("positions", positions, persistent=config.learned_positions)
         self.positions: Tensor

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PathName = Literal["linear", "cosine"]
 StatePrecision = Literal["float32", "float64"]
+ProjectorKind = Literal["mlp", "convolution"]
 Diffusion = Literal["time", "sigma"]
 """How much noise the reverse-time SDE adds."""
 Unconditional = Literal["class", "everything"]
@@ -158,6 +159,7 @@ class DenoiserConfig:
     """Width of the vision encoder's tokens that alignment projects to; 0: no alignment."""
     alignment_hidden: int = 2048
     """Hidden width of the projector."""
+    alignment_projector: ProjectorKind = "mlp"
     learned_positions: bool = False
     """The position embedding comes with the weights, as in some imported models; else it is the fixed sin-cos one."""
     position_grid: tuple[int, int] | None = None

@@ -152,6 +152,7 @@ def family_of(config: DenoiserConfig) -> Family:
         *([f"backbone {config.backbone}"] if config.backbone not in ("sit", "lightning", "uvit") else []),
         *([f"prediction {config.prediction}"] if config.prediction != prediction else []),
         *([f"times {config.times}"] if config.times not in ("shared", "lead") else []),
+        *(["a convolutional projector"] if config.alignment_width and config.alignment_projector != "mlp" else []),
     ]
     if strangers:
         raise UserError(f"no published code has a model with {', '.join(strangers)}")

@@ -67,5 +67,5 @@ class Attention(nn.Module):
 def rotated(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn the pairs of channels (2j, 2j + 1) of x (…, N, D) by cosines and sines (2, N, D/2) (arXiv 2104.09864)."""
     cos, sin = rotation
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
