@@ -234,10 +234,8 @@ def test_another_family_than_the_shapes_say_is_refused(method: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("key", "whose"),
     [
-        ("in_blocks.0.norm1.weight", "U-ViT's"),
         ("r_embedder.mlp.0.weight", "MeanFlow's"),
-        ("t_embedder_sem.mlp.0.weight", "SFD's"),
-        ("blocks.0.mlp.w12.weight", "LightningDiT's"),
+        ("t_pixel_embedder.mlp.0.weight", "Latent Forcing's"),
         ("transformer_blocks.0.attn1.to_q.weight", "of a transformer of diffusers"),
     ],
 )

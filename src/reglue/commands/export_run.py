@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from reglue import graphs
 from reglue.config import Recipe
 from reglue.errors import UserError, option
-from reglue.files import replacing, save_tensors, to_json
+from reglue.files import new_folder, refuse_filled, replacing, save_tensors, to_json
 from reglue.locks import writes
 from reglue.options.export_run import ExportRun
+from reglue.pipeline import load
 from reglue.published.containers import RECORD, STEP
 from reglue.published.families import (
-    DIT,
     ENCODER_DEPTH,
     FAMILY,
     NUM_CLASSES,
@@ -36,17 +37,19 @@ ENDINGS = (".safetensors", ".pt", ".pth")
 
 @writes()
 def export_run(options: ExportRun) -> Path:
-    """Export the run. Returns the file, which is written whole or not at all.
+    """Export the run. Returns the file or folder, which is written whole or not at all.
 
     Raises UserError for a run that the published class cannot be built for, and for another kind of file.
     """
+    if options.to == "onnx":
+        return export_graphs(options)
     if options.out.suffix not in ENDINGS:
         raise UserError(f"--out {options.out}: choose a file that ends in {', '.join(ENDINGS)}")
     folder = find_run(options.run)
     record = RunRecord.read(folder)
     checkpoint = checkpoints.find(folder, options.step)
-    refuse_own_parts(record.recipe)
     family = family_of(record.denoiser)
+    refuse_own_parts(record.recipe, family)
     refuse_unpublished(record.denoiser)
 
     def published(file: Path) -> dict[str, Tensor]:
@@ -69,29 +72,61 @@ def export_run(options: ExportRun) -> Path:
     return options.out
 
 
+def export_graphs(options: ExportRun) -> Path:
+    """Write the run's networks as graphs into a new folder. Returns it.
+
+    Raises UserError if the folder holds other files, or what is needed is not installed.
+    """
+    refuse_filled(options.out)
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        graphs.needed(package)
+    model = load(options.run, step=options.step, device="cpu", encoder=options.encoder)
+    if model.is_graph:
+        raise UserError(f"{options.run} was exported to ONNX already; export the run that it was made of")
+    try:
+        encoder = model.image_encoder()
+    except UserError as error:
+        if options.encoder:
+            raise
+        encoder = None
+        print(f"no graph encodes images: {error}")
+    with new_folder(options.out) as beside:
+        without_places(model.record).write(beside)
+        described = graphs.write(
+            beside,
+            model.record,
+            model.denoiser,
+            model.autoencoder,
+            encoder,
+            model.step,
+            model.default_sampling,
+            options.precision,
+            options.batch,
+        )
+    for graph in described.graphs:
+        print(f"{options.out / graph.file}: {graph.bytes / 1e6:.1f} MB, {graph.difference:.1e} from PyTorch")
+    return options.out
+
+
 def arguments_of(record: RunRecord, family: Family) -> dict[str, str | int]:
     """What the weights leave open: under the names of the published options, and the whole record for `reglue import`.
 
     What was trained on and from stays here, but for names.
     """
     shared = replace(without_places(record), autoencoder=record.autoencoder, store=None)
-    arguments: dict[str, str | int] = {
-        FAMILY: family,
-        NUM_CLASSES: record.denoiser.classes,
-        RECORD: to_json(shared),
-    }
-    if family != DIT:  # Whose code has neither option.
+    arguments: dict[str, str | int] = {FAMILY: family, NUM_CLASSES: record.denoiser.classes, RECORD: to_json(shared)}
+    if record.denoiser.prediction == VELOCITY[1]:
         arguments |= {PREDICTION: VELOCITY[0], PATH_TYPE: record.recipe.path}
     if record.denoiser.alignment_depth:
         arguments[ENCODER_DEPTH] = record.denoiser.alignment_depth
     return arguments
 
 
-def refuse_own_parts(recipe: Recipe) -> None:
+def refuse_own_parts(recipe: Recipe, family: Family) -> None:
     """Raise UserError for what the published files cannot hold: a modality that is scaled by the store's statistics,
-    and codes of the class token."""
+    which LightningDiT's and SFD's code alone know, from a file beside the weights; and codes of the class token."""
     for part in recipe.learned_parts:
-        if part.unit_variance:
+        if part.unit_variance and family not in ("lightningdit", "sfd"):
             raise UserError(
                 f"the published code has no {option(part.prefix + 'unit_variance')}: the file would lose its "
                 "statistics, so this run cannot be exported"

@@ -97,6 +97,11 @@ class Chain:
         before, behind = knots[after - 1], knots[after]
         return self.first + (after - 1 + (wanted - before) / (behind - before)).clamp(0, self.steps - 1)
 
+    def ratio(self, number: float) -> float:
+        """σ/α at the number of a step or between two: the inverse of `number`."""
+        log = np.interp(number - self.first, np.arange(self.steps), np.log(self.alphas_cumprod))
+        return float(np.sqrt(np.expm1(-log)))
+
     def log_variance(self, variance: Tensor | None, n: Tensor, like: Tensor) -> Tensor:
         """log σ² of p(x_{n−1} | x_n) by what a network says of it: f log β + (1 − f) log β̃ with f = (w + 1)/2.
 
