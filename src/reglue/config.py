@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
+from reglue.diffusion.schedules import Schedule, schedule_of
 from reglue.diffusion.specs import (
     CLASS,
     LATENT,
@@ -366,6 +367,8 @@ class Optimisation(OptimiserConfig):
     time_distribution: TimeDistribution = "uniform"
     """Of u: uniform, or logit-normal, 1 / (1 + exp(−n)) for standard normal n, which has most of its times in the
     middle (SD3, LightningDiT)."""
+    clean_loss: bool = False
+    """Where modalities have times of their own: keep the loss of one that is without noise already, as SFD does."""
     label_dropout: float = 0.1
     """Share of samples trained without their class, for classifier-free guidance."""
     checkpoint_blocks: float = 0.0
@@ -399,7 +402,14 @@ class Recipe:
     """What the network predicts: velocity, data, or noise, on the chain of DDPM (noise, as DiT) or of Stable Diffusion
     (noise-sd, as U-ViT)."""
     times: str = "shared"
-    """Schedule of the modalities' times: shared, one time for all, as published."""
+    """Schedule of the modalities' times: shared, one for all; lead, all else is ahead of the latents by delta (0.3), as
+    in SFD; cascade, all else is drawn first, and learned by a share (0.4) of the samples, while the others see it with
+    a noise of 0.25 at most, as in Latent Forcing; independent, each has its own."""
+    times_options: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Options of that schedule, by name: `delta 0.15` for lead, `share 0.5 noise 0.1` for cascade."""
+    one_mean: bool = False
+    """Take one mean over the elements of all modalities, in which each has its weight, as SFD does; otherwise every
+    modality has a mean of its own, whatever its size."""
     learn_sigma: bool = False
     """Twice the output channels, half of them unused, as in SiT's published checkpoints."""
     position_grid: tuple[int, int] | None = None
@@ -425,6 +435,10 @@ class Recipe:
         refuse_unknown(option("backbone"), self.backbone, registered("backbones.BACKBONES"))
         refuse_unknown(option("prediction"), self.prediction, registered("predictions.PREDICTIONS"))
         refuse_unknown(option("times"), self.times, registered("schedules.SCHEDULES"))
+        try:
+            schedule_of(self.times, self.times_options)
+        except ValueError as error:
+            raise UserError(f"{option('times_options')} {error}") from None
         for name, share in self.conditions.items():
             refuse_unknown("condition", name, registered("conditions.CONDITIONS"))
             if name == CLASS or not 0 <= share < 1:
@@ -438,9 +452,15 @@ class Recipe:
             )
         if len(names := [part.modality for part in self.learned_parts]) > len({*names}):
             raise UserError(f"modalities {', '.join(names)}: all need different names")
-        for name in self.sampling.other_scales:
-            if name not in names:
-                raise UserError(f"{option('sampling.other_scales')} {name}: this recipe learns {', '.join(names)}")
+        for scales in ("other_scales", "auto_scales"):
+            for name in getattr(self.sampling, scales):
+                if name not in names:
+                    raise UserError(f"{option(f'sampling.{scales}')} {name}: this recipe learns {', '.join(names)}")
+
+    @property
+    def schedule(self) -> Schedule:
+        """That of the modalities' times."""
+        return schedule_of(self.times, self.times_options)
 
     @property
     def learned_parts(self) -> tuple[LearnedPart, ...]:
@@ -452,14 +472,19 @@ class Recipe:
         """All conditions by name, and the share of samples that are trained without each."""
         return {CLASS: self.optimisation.label_dropout, **self.conditions}
 
-    def loss_weights(self, step: int) -> dict[str, float]:
-        """The weight of each term of the loss at a step, under the names of the terms."""
+    def loss_weights(self, step: int, shapes: Mapping[str, Sequence[int]] = {}) -> dict[str, float]:
+        """The weight of each term of the loss at a step, under the names of the terms.
+
+        `shapes` are those of the modalities, for `one_mean`: there they share the mean by their sizes.
+        """
         parts: dict[str, Part] = {part.modality: part for part in self.learned_parts}
         if self.alignment.present:
             parts["alignment"] = self.alignment
         if self.cosine.present:
             parts["cosine"] = self.cosine
-        return {name: part.weight_at(step) for name, part in parts.items()}
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()} if self.one_mean else {}
+        shares = {name: size / sum(sizes.values()) for name, size in sizes.items()}
+        return {name: part.weight_at(step) * shares.get(name, 1) for name, part in parts.items()}
 
     def denoiser_config(
         self,

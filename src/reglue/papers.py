@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reglue.config import Alignment, ClassToken, Cosine, Latent, LocalSemantics, Optimisation, Recipe
+from reglue.config import Alignment, Blocks, ClassToken, Cosine, Latent, LocalSemantics, Optimisation, Recipe
 from reglue.sampling import Sampling
 
 
@@ -103,6 +103,20 @@ LIGHTNINGDIT = Recipe(
         rounding="round",
     ),
 )
+SFD = Recipe(
+    name="sfd",
+    model="B/1",
+    backbone="lightning",
+    blocks=Blocks(qk_norm=True),
+    times="lead",
+    one_mean=True,
+    latent=Latent(unit_variance=True),
+    local=LocalSemantics(2.0, compressor="conv-16", unit_variance=True),
+    alignment=Alignment(1.0, after_block=2),
+    cosine=Cosine(1.0),
+    optimisation=Optimisation(steps=400_000, time_distribution="logit-normal", clean_loss=True, compile="auto"),
+    sampling=Sampling("heun", 125, auto_scale=1.6, rounding="round"),
+)
 
 PAPERS = {
     paper.recipe.name: paper
@@ -165,6 +179,16 @@ PAPERS = {
             "reglue train lightningdit --store STORE --out RUN",
             5.14,
             "XL/1 | 80K | none",
+        ),
+        Paper(
+            SFD,
+            "SFD: semantics lead the way, semantic-first diffusion",
+            "2512.04926",
+            "reglue prepare IMAGES STORE --encoder dinov2-b-reg --features --flips --autoencoder SD-VAE-F16D32; "
+            "reglue compress STORE",
+            "reglue train sfd --store STORE --out RUN",
+            3.43,
+            "XL/1 | 400K | none",
         ),
     )
 }

@@ -38,7 +38,7 @@ from reglue.papers import RECIPES
 from reglue.pipeline import load
 from reglue.published.containers import read_official
 from reglue.published.sharing import model_card
-from reglue.published.weights import import_official
+from reglue.published.weights import export_official, import_official
 from reglue.run import RunRecord, decoder
 from reglue.training.checkpoints import read_weights
 
@@ -708,3 +708,26 @@ def test_what_no_published_class_can_hold_is_not_exported(
     run = train(parse([*line, "--optimisation.steps=1"]))
     with pytest.raises(UserError, match=f"no published code has a model .*{message}"):
         export_run(ExportRun(run, tmp_path / "out.pt"))
+
+
+def test_sfd_comes_in_samples_and_goes_out(autoencoder: str, tmp_path: Path) -> None:
+    golden = write("sfd", tmp_path / "0001234.pt")
+    run = import_run(ImportRun(tmp_path / "0001234.pt", tmp_path / "run", autoencoder=autoencoder))
+    record = RunRecord.read(run)
+    assert (record.recipe.name, record.recipe.times, record.denoiser.times) == ("sfd", "lead", "lead")
+    assert record.denoiser.alignment_depth == golden.about["repa_depth"]
+    model = load(run, device="cpu")
+    assert model.default_sampling.auto_scale == 1  # There is no weaker model yet.
+    model.generate([0, 1], steps=2, guidance_scale=1.5)
+    export_run(ExportRun(run, tmp_path / "out.safetensors"))
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert {*file.keys()} == golden.published.keys()
+        for name, value in golden.published.items():
+            assert_close(file.get_tensor(name), value)
+    # One embedding for two times has no place in SFD's files.
+    weights = read_weights(run / "checkpoints" / "00001234" / "ema.safetensors")
+    weights["time_offsets.local.weight"] += 0.1
+    with pytest.raises(UserError, match="only what was imported can be exported"):
+        export_official("sfd", record.denoiser, weights)
+    with pytest.raises(UserError, match=r"not an SFD checkpoint: t_embedder_sem\.mlp\.0\.weight and"):
+        import_official({**golden.published, "t_embedder_tex.mlp.0.weight": torch.ones(3)}, latent_channels=4)

@@ -207,7 +207,7 @@ def test_the_commands_of_a_method_are_those_of_its_published_numbers(page: Path)
     drawn = {options.out: options for options in asked if isinstance(options, Sample)}
     assert drawn.keys() == {options.images for options in asked if isinstance(options, Evaluate)}
     assert all(options.reference == Path(REFERENCE) for options in asked if isinstance(options, Evaluate))
-    own_autoencoder = page.stem in ("reals", "lightningdit")
+    own_autoencoder = page.stem in ("reals", "lightningdit", "sfd")
     assert {options.autoencoder for options in drawn.values()} == {None if own_autoencoder else PUBLISHED_DECODER}
     results = section(page, "Published results")
     assert (Path("samples-xl.npz") in drawn) == bool(re.search(r"\| XL/2 \| [^|]* \| \d|with guidance \d", results))
@@ -217,6 +217,7 @@ def test_the_commands_of_a_method_are_those_of_its_published_numbers(page: Path)
     assert (compared.sampler or sampling.sampler, compared.steps or sampling.steps) == {
         "uvit": ("dpm-solver", 50),
         "lightningdit": ("euler", 249),
+        "sfd": ("heun", 125),
     }.get(page.stem, ("euler-maruyama", 250))
 
 

@@ -48,9 +48,10 @@ class Golden:
         return {"class": self["input.y"]}
 
     def official(self) -> OfficialModel:
-        depth = self.about.get("encoder_depth")
+        depth = self.about.get("encoder_depth", self.about.get("repa_depth"))
         # The file counts all channels: beside a map, the latents are the SD-VAE's.
         latent_channels = 4 if self.method in ("redi", "reglue") else self.about["in_channels"]
+        latent_channels -= self.about.get("semantic_chans", 0)
         return import_official(
             self.published, heads=self.about["num_heads"], alignment_depth=depth, latent_channels=latent_channels
         )

@@ -124,9 +124,9 @@ def arguments_of(record: RunRecord, family: Family) -> dict[str, str | int]:
 
 def refuse_own_parts(recipe: Recipe, family: Family) -> None:
     """Raise UserError for what the published files cannot hold: a modality that is scaled by the store's statistics,
-    which only LightningDiT's code knows, from a file beside the weights; and codes of the class token."""
+    which LightningDiT's and SFD's code alone know, from a file beside the weights; and codes of the class token."""
     for part in recipe.learned_parts:
-        if part.unit_variance and family != "lightningdit":
+        if part.unit_variance and family not in ("lightningdit", "sfd"):
             raise UserError(
                 f"the published code has no {option(part.prefix + 'unit_variance')}: the file would lose its "
                 "statistics, so this run cannot be exported"

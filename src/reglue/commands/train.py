@@ -73,7 +73,7 @@ class DenoiserTask(Task[HostBatch]):
         with matmul_precision(self.device, self.precision), parallel.accumulating(self.losses, last_part):
             with autocast(self.device, self.precision):
                 terms = self.losses(self.data.finish(batch))
-            loss = weighted_sum(terms, self.recipe.loss_weights(step))
+            loss = weighted_sum(terms, self.recipe.loss_weights(step, self.data.shapes))
             (loss / self.optimisation.accumulate).backward()
         return {**terms, "loss": loss}
 

@@ -17,11 +17,10 @@ from reglue.data.store import Store
 from reglue.data.targets import Tokens, alignment_targets, target_columns
 from reglue.diffusion.conditions import CLASS, CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
-from reglue.diffusion.modalities import LATENT, Modality, Normalisation, State
+from reglue.diffusion.modalities import LATENT, Modality, Normalisation, State, TensorTimes
 from reglue.diffusion.objective import TrainingSample
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.predictions import PREDICTIONS
-from reglue.diffusion.schedules import SCHEDULES
 from reglue.encoders.compressors import resize
 from reglue.errors import UserError, option
 from reglue.seeds import generator, normals, permutation
@@ -192,7 +191,7 @@ class TrainingData:
         self.store = Store(store.folder, store.manifest, pinned=True) if gpu else store
         self.recipe, self.config, self.seed, self.device = recipe, config, seed, device
         self.shapes, self.path = config.shapes(), PATHS[config.path]
-        self.schedule, self.prediction = SCHEDULES[config.times], PREDICTIONS[config.prediction]
+        self.schedule, self.prediction = recipe.schedule, PREDICTIONS[config.prediction]
         self.dropped_modalities = [modality for modality in config.modalities if modality.dropout]
         self.targets = alignment_targets(self.store, recipe, device) if config.alignment_width else None
         self.copies = torch.cuda.Stream(device) if gpu else None
@@ -218,10 +217,12 @@ class TrainingData:
         """Read and draw the samples at positions of the run, on the CPU. If the device is a GPU, it copies them."""
         rows = self.rows(positions)
         generators = [generator(self.seed, "training sample", position) for position in positions]
-        # Of each sample: its time, whether its class is dropped, whether a modality is; then those of other parts.
+        # Of each sample: its time, whether its class is dropped, whether a modality is; then those of other parts, and
+        # what else its times are made of.
         dropout = self.recipe.condition_dropout
         own = 2 + max(len(self.dropped_modalities), 1) + len(dropout) - 1
-        draws = own + self.schedule.draws - 1
+        behind = own + self.schedule.clocks(self.shapes) - 1
+        draws = behind + self.schedule.choices
         uniform = torch.from_numpy(np.stack([g.random(draws) for g in generators])).unbind(1)
         noise = normals(generators, {"posterior": self.shapes[LATENT], **self.shapes}, pinned=self.store.pinned)
 
@@ -234,8 +235,9 @@ class TrainingData:
             for (name, share), u in zip(dropout.items(), of_conditions, strict=True)
         }
         optimisation = self.recipe.optimisation
-        clock = shift_time(TIME_DISTRIBUTIONS[optimisation.time_distribution](uniform[0]), optimisation.time_shift)
-        times = self.schedule.training_times((clock, *uniform[own:]), self.shapes)
+        distributed = TIME_DISTRIBUTIONS[optimisation.time_distribution]
+        clocks = [shift_time(distributed(u), optimisation.time_shift) for u in (uniform[0], *uniform[own:behind])]
+        times = self.schedule.training_times(clocks, self.shapes, uniform[behind:])
         distinct = {id(t): self.prediction.training_time(t, self.path) for t in times.values()}
         drawn = {f"time {name}": distinct[id(t)] for name, t in times.items() if len(distinct) > 1 or name == LATENT}
         drawn |= {m.name: u >= m.dropout for m, u in zip(self.dropped_modalities, uniform[2:], strict=False)}
@@ -272,7 +274,15 @@ class TrainingData:
             condition=batch.condition,
             alignment_target=self._target(self.targets.tokens(batch.target)) if self.targets else None,
             keep={modality.name: batch.drawn[modality.name] for modality in self.dropped_modalities},
+            learned=self._learned(times) if len(times) > 1 else {},
         )
+
+    def _learned(self, times: TensorTimes) -> dict[str, Tensor]:
+        """Of which samples each modality is learned, (B,) bool."""
+        learned = dict(self.schedule.learned(times))
+        if not self.recipe.optimisation.clean_loss:
+            learned = {name: learned.get(name, True) & (t > 0) for name, t in times.items()}
+        return learned
 
     def _target(self, tokens: Tokens) -> Tensor:
         """The encoder's raw tokens (B, N, D) float32 for the model's tokens: resampled if the grids differ."""

@@ -33,6 +33,8 @@ class TrainingSample:
     """The vision encoder's tokens (B, N, d), class token first where the model has one."""
     keep: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """(B,) bool, False where a modality is hidden from the model, for representation guidance (ReDi, 2504.16064)."""
+    learned: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """(B,) bool, False where a modality is seen, but its velocity is not asked for: where it is known already."""
 
 
 def velocity_losses(predicted: State, target: State) -> State:
@@ -69,10 +71,13 @@ def loss_terms(denoiser: Denoiser, path: Path, sample: TrainingSample, cosine: b
     for name, t in times_of_each(sample.time, losses).items():
         if (weight := PREDICTIONS[denoiser.config.prediction].weight(t, path)) is not None:
             losses[name] = losses[name] * weight.to(losses[name].dtype)
-    terms = {name: (loss * sample.keep[name] if name in sample.keep else loss).mean() for name, loss in losses.items()}
+    asked = sample.keep | {name: mask & sample.keep.get(name, mask) for name, mask in sample.learned.items()}
+    terms = {name: (loss * asked[name] if name in asked else loss).mean() for name, loss in losses.items()}
     if cosine:
-        kept = {name: sample.keep.get(name, torch.ones_like(loss, dtype=torch.bool)) for name, loss in losses.items()}
-        parts = ({n: v * expand_as(kept[n], v) for n, v in of.items()} for of in (prediction.velocity, velocity))
+        parts = (
+            {name: v * expand_as(asked[name], v) if name in asked else v for name, v in of.items()}
+            for of in (prediction.velocity, velocity)
+        )
         terms[COSINE] = cosine_losses(*parts).mean()
     if sample.alignment_target is not None:
         terms[ALIGNMENT] = alignment_loss(denoiser.projector(prediction.tap), sample.alignment_target)

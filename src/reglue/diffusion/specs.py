@@ -17,6 +17,8 @@ StatePrecision = Literal["float32", "float64"]
 ProjectorKind = Literal["mlp", "convolution"]
 Diffusion = Literal["time", "sigma"]
 """How much noise the reverse-time SDE adds."""
+Unconditional = Literal["class", "everything"]
+"""What the worse model of classifier-free guidance lacks."""
 
 LATENT = "latent"
 """The name of the autoencoder's latents, which every model learns and images are decoded from."""
@@ -29,7 +31,7 @@ OWN_PARTS = {
     "guidance.GUIDERS": ("classifier-free", "representation", "auto"),
     "predictions.PREDICTIONS": ("velocity", "data", "noise", "noise-sd"),
     "samplers.SAMPLERS": ("euler", "heun", "euler-maruyama", "adams-bashforth", "dpm-solver", "dopri5"),
-    "schedules.SCHEDULES": ("shared",),
+    "schedules.SCHEDULES": ("shared", "lead", "cascade", "independent"),
 }
 """MODULE.TABLE of each registry → the parts that this package has in it."""
 
@@ -251,11 +253,16 @@ class Guidance:
     scales: Mapping[str, float] = field(default_factory=dict[str, float])
     """That of single modalities, by name; 1 leaves a modality conditional."""
     interval: tuple[float, float] = (0.0, 1.0)
-    """Guided only while lowest ≤ t ≤ highest, in noise time (t = 1 is noise)."""
+    """A modality is guided only while lowest ≤ t ≤ highest, in noise time (t = 1 is noise)."""
     representation_scale: float = 1.0
     """Scale of representation guidance; needs a model that was trained with dropped maps."""
+    unconditional: Unconditional = "class"
+    """What classifier-free guidance leads away from: the model without its condition, or without everything else too,
+    for models that know all combinations of times."""
     auto_scale: float = 1.0
     """Scale of autoguidance by a weaker model."""
+    auto_scales: Mapping[str, float] = field(default_factory=dict[str, float])
+    """That of single modalities, by name."""
     guided_channels: int | None = None
     """Classifier-free guidance moves so many latent channels, the first ones (SiT's published samples: 3), or all."""
     others: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -264,3 +271,8 @@ class Guidance:
     def scale_of(self, modality: str) -> float:
         """The classifier-free scale of a modality."""
         return self.scales.get(modality, self.scale)
+
+    @property
+    def asks_for_weaker(self) -> bool:
+        """Whether a weaker model is needed."""
+        return any(scale != 1 for scale in (self.auto_scale, *self.auto_scales.values()))

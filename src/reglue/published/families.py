@@ -16,9 +16,9 @@ from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.specs import Blocks
 from reglue.errors import UserError, option
 
-Family = Literal["sit", "repa", "redi", "reg", "reglue", "lightningdit", "uvit"]
+Family = Literal["sit", "repa", "redi", "reg", "reglue", "lightningdit", "sfd", "uvit"]
 
-TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi", "lightningdit"})
+TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi", "lightningdit", "sfd"})
 """The families whose published time runs from noise (0) to data (1)."""
 
 PREDICTION, PATH_TYPE, ENCODER_DEPTH, NUM_CLASSES = "prediction", "path_type", "encoder_depth", "num_classes"
@@ -44,14 +44,14 @@ NAMES = {
     "reg": "REG",
     "reglue": "REGLUE",
     "lightningdit": "LightningDiT",
+    "sfd": "SFD",
     "uvit": "U-ViT",
     DIT: "DiT",
 }
 """As they are written."""
-CANNOT = "they cannot be imported: choose a checkpoint of SiT, REPA, ReDi, REG, REGLUE, LightningDiT or U-ViT"
+CANNOT = "they cannot be imported: choose a checkpoint of SiT, REPA, ReDi, REG, REGLUE, LightningDiT, SFD or U-ViT"
 OTHERS = {
     "r_embedder.": "MeanFlow's",
-    "t_embedder_sem.": "SFD's",
     "t_pixel_embedder.": "Latent Forcing's",
     "transformer_blocks.": "of a transformer of diffusers",
 }
@@ -99,7 +99,7 @@ def choose_family(
     """The family of weights, and what is to be said about the choice. Raises UserError for DiT's, and for another than
     the user's."""
     usual = family_of(config)
-    by_name = usual in ("lightningdit", "uvit")
+    by_name = usual in ("lightningdit", "sfd", "uvit")
     alone = not (by_name or config.alignment_width or config.tokens or len(config.maps) > 1)
     possible = [usual, *(name for name in ("sit", DIT) if alone and name != usual)]
     doubt = ""
@@ -151,7 +151,7 @@ def family_of(config: DenoiserConfig) -> Family:
         *(f"condition {name}" for name in config.conditions if name != CLASS),
         *([f"backbone {config.backbone}"] if config.backbone not in ("sit", "lightning", "uvit") else []),
         *([f"prediction {config.prediction}"] if config.prediction != prediction else []),
-        *([f"times {config.times}"] if config.times != "shared" else []),
+        *([f"times {config.times}"] if config.times not in ("shared", "lead") else []),
         *(["a convolutional projector"] if config.alignment_width and config.alignment_projector != "mlp" else []),
     ]
     if strangers:
@@ -159,6 +159,12 @@ def family_of(config: DenoiserConfig) -> Family:
     with_class_token, with_local = (channels_of(config, part.modality) > 0 for part in (ClassToken, LocalSemantics))
     more = {"a class token": with_class_token, "a local map": with_local, "alignment": config.alignment_width > 0}
     family: Family | None = "uvit" if is_uvit else "lightningdit" if parts != Blocks() else None
+    if config.times == "lead":
+        if family != "lightningdit" or with_class_token or not with_local or config.learn_sigma or parts.convolution:
+            raise UserError(
+                "of models with times lead, the published one (SFD) has LightningDiT's blocks and a local map"
+            )
+        return "sfd"
     if family:
         own = Blocks(time_mlp=parts.time_mlp, convolution=parts.convolution) if is_uvit else parts
         more |= {

@@ -1,9 +1,9 @@
-"""Checkpoints of the published code bases: SiT, REPA, ReDi, REG, REGLUE, LightningDiT and U-ViT, read and written
+"""Checkpoints of the published code bases: SiT, REPA, ReDi, REG, REGLUE, LightningDiT, SFD and U-ViT, read and written
 under their key names.
 
-The names and shapes of the weights tell which family a file is from. SiT, ReDi and LightningDiT count time from noise
-to data; their weights are converted exactly, so that the imported model has data at t = 0 like every other and nothing
-needs to remember it.
+The names and shapes of the weights tell which family a file is from. SiT, ReDi, LightningDiT and SFD count time from
+noise to data; their weights are converted exactly, so that the imported model has data at t = 0 like every other and
+nothing needs to remember it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from reglue.diffusion.modalities import Modality
 from reglue.diffusion.specs import ALWAYS, Blocks
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.errors import UserError, option
+from reglue.papers import SFD
 from reglue.published.families import (
     CANNOT,
     OTHERS,
@@ -33,6 +34,7 @@ from reglue.published.families import (
     Family,
     choose_family,
 )
+from reglue.published.sfd import OFFSET, SEMANTIC, as_sfd, from_sfd
 
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
 """Attention heads by width, for S, B, L, XL and LightningDiT's 1p0B and 1p6B: few weights have a shape that tells."""
@@ -63,6 +65,7 @@ KEYS = {
     "projectors.0": "projector",
     "projector": "projector",
     "convolution": "convolution",
+    "time_offsets": "time_offsets",
 }
 """Published name → ours. {i} stands for the number of a block."""
 
@@ -162,7 +165,7 @@ def export_official(
     """
     if family in TIME_FROM_NOISE:
         weights = reverse_time(weights)
-    others = {*(() if family == "redi" else ("projector",)), *(() if config.parts.swiglu else sit.SWIGLU)}
+    others = {*(() if family in ("redi", "sfd") else ("projector",)), *(() if config.parts.swiglu else sit.SWIGLU)}
     theirs_by_ours = {ours: theirs for theirs, ours in KEYS.items() if theirs not in others}
     positions = position_embedding(config.token_grid, config.width, len(config.tokens), config.position_grid)
     published = {"pos_embed": positions, **_rotary_tables(config)}
@@ -174,6 +177,8 @@ def export_official(
             published[theirs + name[len(stem) :]] = value
     if not has_null:
         published[LABELS] = published[LABELS][:-1]
+    if family == "sfd":
+        return as_sfd(published)
     return _as_uvit(published, config.depth // 2) if family == "uvit" else published
 
 
@@ -208,6 +213,8 @@ def _with_uniform_names(
     plain = {name.removeprefix("module."): value for name, value in published.items()}
     if early := [int(m[1]) for name in plain if (m := re.match(r"in_blocks\.(\d{1,4})\.", name))]:
         return _from_uvit(plain, 1 + max(early)), alignment_depth
+    if any(name.startswith(f"{SEMANTIC}.") for name in plain):
+        return from_sfd(plain), alignment_depth or SFD.alignment.after_block
     late = {name: int(m[1]) for name in plain if (m := re.match(r"decoder_blocks\.(\d{1,4})\.", name))}
     if late:
         first = _blocks(plain)
@@ -333,7 +340,8 @@ def _recognise(
     learn_sigma = outputs == 2 * patch**2 * channels
     if not learn_sigma and outputs != patch**2 * channels:
         raise UserError(f"final_layer.linear has {outputs} rows; expected {patch**2 * channels}, or twice that (SiT)")
-    if local_channels and (learn_sigma or is_uvit or blocks != Blocks()):
+    is_sfd = OFFSET in published
+    if local_channels and (learn_sigma or is_uvit or (blocks != Blocks() and not is_sfd)):
         kind = "U-ViT's" if is_uvit else "SiT's" if blocks == Blocks() else "LightningDiT's"
         raise UserError(
             f"the checkpoint has {channels} input channels and no local map (it is {kind} kind), but the latents have "
@@ -372,6 +380,7 @@ def _recognise(
             backbone="uvit" if is_uvit else "lightning" if is_lightning else "sit",
             blocks=replace(blocks, rms_norm=False, rope=False, swiglu=False) if is_lightning else blocks,
             prediction="noise-sd" if is_uvit else "velocity",
+            times=SFD.times if is_sfd else "shared",
             learn_sigma=learn_sigma,
             alignment_depth=aligned_after if last is not None else 0,
             alignment_width=last.shape[0] if last is not None else 0,
