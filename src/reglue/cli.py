@@ -131,16 +131,32 @@ COMMANDS = {
         "Turn a run into a checkpoint for the published code.",
         "export run --out weights.safetensors",
     ),
+    "report": Command(
+        "reglue.options.report:Report",
+        "Write a page about a run, or several beside each other.",
+        "report run other-run --out report.html",
+        heading="what there is",
+    ),
+    "info": Command(
+        "reglue.options.info:Info",
+        "Say what a folder or file is, and show some of it.",
+        "info store --out store.png",
+    ),
+    "list": Command(
+        "reglue.options.list_folder:ListFolder",
+        "List the runs, stores and autoencoders below a folder.",
+        "list experiments --sort loss",
+    ),
     "verify": Command(
         "reglue.options.verify:Verify",
         "Check all that the other commands write against its hashes.",
         "verify store",
-        heading="and",
     ),
     "demo": Command(
         "reglue.options.demo:Demo",
         "Train, sample and evaluate on handwritten digits, in minutes.",
         "demo --out demo-output",
+        heading="and",
     ),
 }
 

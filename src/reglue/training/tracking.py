@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +13,13 @@ from typing import Any, Protocol
 from PIL import Image
 
 from reglue.errors import UserError, option
-from reglue.files import read_jsonl, replacing
+from reglue.files import parse_json, read_jsonl, replacing
 from reglue.progress import Bar
 
 FILE = "metrics.jsonl"
 REMEDY = "fix that line, or delete it"
+TAIL = 2**16
+"""Bytes at the end of a log, which hold its last lines."""
 
 
 class Tracker(Protocol):
@@ -116,6 +119,24 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """The values without floats that are not finite, also within those that are named sets of figures."""
     kept = {name: _finite(value) if isinstance(value, dict) else value for name, value in values.items()}
     return {name: value for name, value in kept.items() if not isinstance(value, float) or isfinite(value)}
+
+
+def newest(run: Path, name: str) -> dict[str, Any]:
+    """The last line of a run's log that has a figure of this name; empty if the log's end has none.
+
+    Only the end is read, which is quick however long the log is, and lines that are damaged are passed over.
+    """
+    if not (run / FILE).is_file():
+        return {}
+    with (run / FILE).open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - TAIL))
+        lines = file.read().split(b"\n")
+    for line in reversed(lines):
+        with suppress(ValueError):
+            values = parse_json(line, dict[str, Any])
+            if name in values and type(values.get("step")) is int:
+                return values
+    return {}
 
 
 def read(run: Path) -> list[dict[str, Any]]:
