@@ -14,6 +14,7 @@ from reglue.perception.labelled import LAST_LAYER, StoreInput, open_input, with_
 from reglue.run import versions
 from reglue.training import distributed
 
+
 @writes()
 def train_head(options: TrainHead) -> Head:
     """Train and measure a head and write it. Raises UserError for anything that the user can fix."""

@@ -18,8 +18,8 @@ class Info(TakesPaths):
     """Say what a folder or file is: counts, sizes, where it came from; and show some of it as one picture."""
 
     path: Positional[Path]
-    """A run, store, autoencoder, head, prototypes, samples, edits, an .npz archive or a published checkpoint; OWNER/NAME
-    of a run on the Hugging Face hub, or starter, the small model of this package."""
+    """A run, store, autoencoder, head, prototypes, samples, edits, an .npz archive or a published checkpoint; or
+    OWNER/NAME of a run on the Hugging Face hub, or starter, the small model of this package."""
     out: Path | None = None
     """Picture to write of what is in it: .png, .jpg or .webp."""
 

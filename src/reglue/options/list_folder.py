@@ -13,7 +13,7 @@ from reglue.files import TakesPaths
 
 @dataclass(frozen=True)
 class ListFolder(TakesPaths):
-    """List the runs, stores and autoencoders below a folder, one line each: recipe, steps, loss, newest figure, size."""
+    """List the runs, stores and autoencoders below a folder: recipe, steps, loss, newest figure and size of each."""
 
     folder: Positional[Path] = Path()
     """Where to look, at any depth. Default: here."""

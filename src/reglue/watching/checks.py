@@ -27,8 +27,8 @@ from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, load_autoencoder
 from reglue.encoders.compressors import CompressorSpec, load_compressor
 from reglue.errors import UserError, one_line
 from reglue.files import opened_tensors, read_json
-from reglue.perception.heads import HeadRecord, load_head
 from reglue.perception.heads import TRAINING as HEAD_RECORD
+from reglue.perception.heads import HeadRecord, load_head
 from reglue.published.containers import read_official
 from reglue.reals.record import CONFIG, TrainingRecord
 from reglue.reals.record import RECORD as TRAINING_RECORD

@@ -27,12 +27,10 @@ def listed(names: Sequence[str], most: int = LISTED) -> str:
 
 def size(count: float) -> str:
     """A number of bytes: `97 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            break
-        count /= 1000
-    else:
-        unit = "TB"
+    units = ["TB", "GB", "MB", "kB", "B"]
+    while count >= 999.5 and len(units) > 1:
+        count, _ = count / 1000, units.pop()
+    unit = units[-1]
     return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
 
 
