@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import redirect_stderr, suppress
+from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import reduce
@@ -28,6 +28,7 @@ from reglue.training import stopping
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
 DISTRIBUTED = "reglue.training.distributed"
+QUIET = "--quiet"
 FIRST = {
     "demo": "the whole pipeline on handwritten digits, in minutes",
     "sample starter --out clothes": "images from the small model in this package",
@@ -177,9 +178,12 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # Names of files may hold what no terminal can show.
     try:
         with command_line():
-            options = parse(sys.argv[1:])
+            arguments = [word for word in sys.argv[1:] if word != QUIET]  # Every command takes it.
+            options = parse(arguments)
             command = function_of(type(options))  # imports PyTorch
-            with stopping.at_work():
+            from reglue.progress import quiet, stage
+
+            with stopping.at_work(), stage(arguments[0]), quiet() if QUIET in sys.argv else nullcontext():
                 command(options)
                 say_what_follows(options)
     except SystemExit:
@@ -190,9 +194,10 @@ def main() -> None:
 
 def say_what_follows(options: Any) -> None:
     """Print what the command has written and what may come next, once for all processes, which part."""
+    from reglue.progress import is_quiet
     from reglue.training import distributed
 
-    if distributed.is_first() and options.written:
+    if distributed.is_first() and options.written and not is_quiet():
         print(options.written)
     sys.stdout.flush()
     distributed.leave()
@@ -288,10 +293,10 @@ def parse(arguments: list[str]) -> Any:
         with redirect_stderr(StringIO()):  # tyro explains itself in boxes.
             return tyro.cli(command.load(), prog=" ".join(["reglue", *words]), args=rest, **default)
     except SystemExit:
-        from reglue.help import declared
+        from reglue.help import QUIET_OPTION, declared
         from reglue.mistakes import mistake
 
-        raise UserError(mistake(words, declared(command.load(), **default), rest)) from None
+        raise UserError(mistake(words, [*declared(command.load(), **default), QUIET_OPTION], rest)) from None
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:

@@ -20,8 +20,9 @@ from tyro.conf import Positional
 from reglue.overrides import field_docstrings
 
 GROUPS = {
-    "data": """images store file folder reference protocol masks depth validation validation-masks labels no-labels
-        class-level class-names image-column label-column configuration split streaming resolution flips share per-class
+    "data": """images store file folder runs info.path reference protocol masks depth validation validation-masks
+        labels no-labels class-level class-names image-column label-column configuration split streaming resolution
+        flips share per-class
         strict statistics-images validation-images held-out selection columns
         looks prototypes.seed prepare.seed prepare.count evaluate.count probe.images head.images perceive.images""",
     "model": """run model backbone path prediction times conditions learn-sigma position-grid latent local class-token
@@ -34,13 +35,14 @@ GROUPS = {
     "sampling": """sampling count classes sampler time-shift diffusion guidance-scale local-scale cls-scale
         guidance-interval other-scales representation-scale auto-scale weaker-run guided-channels guiders
         state-precision relative-tolerance absolute-tolerance rounding samples-per-class sample.steps sample.seed
-        sample.labels edit.steps edit.seed edit.labels perceive.steps perceive.seed perceive.labels""",
+        sample.labels edit.steps edit.seed edit.labels perceive.steps perceive.seed perceive.labels report.steps
+        report.seed""",
     "metrics": """feature-network resamples kernel-subsets kernel-subset-size measure-lpips measure-inception
         flat-limit evaluate.features evaluate.seed""",
     "output": """out name features features-dtype dtype shard-size log-every evaluate-every checkpoint-every keep
-        preview-every preview-count preview-steps track""",
+        preview-every preview-count preview-steps track quiet list.sort""",
     "machine": """device workers precision compile deterministic shards prepare.batch-size reencode.batch-size
-        sample.batch-size edit.batch-size evaluate.batch-size perceive.batch-size""",
+        sample.batch-size edit.batch-size evaluate.batch-size perceive.batch-size report.batch-size""",
 }
 """Title of a group → options, or the part before their dot; COMMAND.OPTION where commands mean different things."""
 _TITLES = {name: title for title, names in GROUPS.items() for name in names.split()}
@@ -93,12 +95,16 @@ class Option:
         return _TITLES[own if own in _TITLES else self.name.partition(".")[0]]
 
 
+QUIET_OPTION = Option("quiet", bool, False, "Show no progress: warnings and results alone.", positional=False)
+"""What every command takes; the command line itself reads it."""
+
+
 def command_help(command: list[str], options: type, example: str, default: Any = MISSING) -> str:
     """The help of a command: usage, what it does, its options in groups, an example.
 
     `command` is its name, for `train` with the recipe's; `default` is an instance of `options` with defaults to show.
     """
-    found = list(declared(options, default))
+    found = [*declared(options, default), QUIET_OPTION]
     words = [option.name.upper() for option in found if option.positional]
     words += [f"{option.flags[0]} {option.metavar}" for option in found if option.required and not option.positional]
     width = min(get_terminal_size().columns, 120)

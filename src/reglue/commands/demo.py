@@ -32,7 +32,7 @@ from reglue.metrics.classifier import train_classifier
 from reglue.options.demo import Demo
 from reglue.papers import RECIPES
 from reglue.pipeline import ImageModel
-from reglue.progress import Bar
+from reglue.progress import Bar, stage
 from reglue.published.sharing import changed_options
 from reglue.sampling import Sampling
 from reglue.watching.looking import Wanted, look
@@ -87,10 +87,10 @@ def demo(options: Demo) -> Path:
     seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(name: str) -> Iterator[None]:
+    def timed(name: str) -> Iterator[None]:
         begun = time.perf_counter()
-        Bar.write(f"── {name}")
-        yield
+        with stage(name, announced=True):
+            yield
         seconds[name] = time.perf_counter() - begun
 
     out = options.out
@@ -101,15 +101,15 @@ def demo(options: Demo) -> Path:
         without = {"local": LocalSemantics(), "class_token": ClassToken(), "alignment": Alignment()}
         recipes["SiT"] = replace(recipe, name="sit", **without)
 
-    with stage("digits"):
+    with timed("digits"):
         write_digits(out / "digits")
         training, held_out = (read_images(ImageFolder.open(out / "digits" / part)) for part in ("train", "held-out"))
         class_names = ImageFolder.open(digits).class_names
-    with stage("prepare"):
+    with timed("prepare"):
         prepare(Prepare(digits, store, RESOLUTION, "starter", "starter", features=True, batch_size=64, workers=0))
-    with stage("compress"):
+    with timed("compress"):
         compress(Compress(store, channels=LOCAL_CHANNELS, hidden=64, epochs=3, cosine_epochs=3, batch_size=64))
-    with stage("judge"):
+    with timed("judge"):
         judge = train_classifier(*training, classes=len(class_names), seed=options.seed)
         judge_accuracy = judge.accuracy(*held_out)
 
@@ -117,15 +117,15 @@ def demo(options: Demo) -> Path:
     recognised: dict[str, float] = {}
     for name, each in recipes.items():
         run = out / "runs" / each.name
-        with stage(f"train {name}"):
+        with timed(f"train {name}"):
             train(Train(each, store, run, options.seed, checkpoint_every=500, preview_every=500, preview_count=40))
         for kind, scale in (("guided", each.sampling.guidance_scale), ("unguided", 1.0)):
-            with stage(f"sample {name}, {kind}"):
+            with timed(f"sample {name}, {kind}"):
                 drawn = draw(run, out / "samples" / each.name / kind, options, len(class_names), scale)
-            with stage(f"evaluate {name}, {kind}"):
+            with timed(f"evaluate {name}, {kind}"):
                 evaluate(Evaluate(drawn.folder, store, drawn.folder.with_suffix(".json"), feature_network="store"))
                 recognised[f"{name} {kind}"] = judge.accuracy(drawn.pixels, drawn.labels)
-        with stage(f"look at {name}"):
+        with timed(f"look at {name}"):
             shown = look(
                 run, name, Wanted(both_ways, min(options.samples_per_class, SHOWN_PER_CLASS), seed=options.seed)
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from reglue.data.pictures import enlarge, stacked
+from reglue.data.pictures import enlarge
 
 Curve = Sequence[tuple[int, float]]
 """Steps, ascending, and the values there."""
@@ -24,6 +24,8 @@ POINTS = 400
 LARGEST = 1e30
 """What a plot can hold; a file that was damaged may say more."""
 PIXELS_PER_INCH = 120
+MARGIN = 24
+"""Pixels between a plot and a preview."""
 
 
 def curves(lines: Iterable[Mapping[str, Any]], names: Iterable[str]) -> dict[str, Curve]:
@@ -50,7 +52,7 @@ def as_svg(runs: Sequence[Mapping[str, Curve]]) -> str:
 
 
 def beside_preview(found: Mapping[str, Curve], preview: np.ndarray) -> np.ndarray:
-    """Curves over a picture of uint8 (h, w, 3), as one such picture on white."""
+    """Curves left of a picture of uint8 (h, w, 3), which is enlarged to their height, as one such picture on white."""
     names = _names([found])
     if not names:
         return preview
@@ -60,8 +62,12 @@ def beside_preview(found: Mapping[str, Curve], preview: np.ndarray) -> np.ndarra
     canvas.draw()
     plot = np.asarray(canvas.buffer_rgba())[..., :3]
     height, width = preview.shape[:2]
-    factor = max(1, plot.shape[1] // width)
-    return stacked([plot, enlarge(preview[None], (factor * height, factor * width))[0]])
+    factor = max(1, len(plot) // height)
+    parts = [plot, enlarge(preview[None], (factor * height, factor * width))[0]]
+    tallest = max(map(len, parts))
+    return np.concatenate(
+        [np.pad(part, ((0, tallest - len(part)), (0, MARGIN), (0, 0)), constant_values=255) for part in parts], axis=1
+    )
 
 
 def _names(runs: Sequence[Mapping[str, Curve]]) -> list[str]:

@@ -103,7 +103,7 @@ def training(folder: Path) -> Iterator[Check]:
         # A run that was imported or shared has averaged weights alone.
         others = [checkpoint / name for name in (checkpoints.MODEL, checkpoints.OPTIMISER)]
         yield from map(tensors, [checkpoint / checkpoints.EMA, *(others if any(map(Path.exists, others)) else ())])
-    yield from map(picture, sorted(folder.glob("previews/*.png")))
+    yield from map(picture, [*sorted(folder.glob("previews/*.png")), *folder.glob(tracking.PROGRESS)])
 
 
 def tensors(file: Path) -> Check:
