@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from reglue.report import DemoReport, Nearest, RunResult, Semantics, write_report
 
 from reglue.errors import UserError
-from reglue.report import DemoReport, Nearest, RunResult, Semantics, write_report
 
 RNG = np.random.default_rng(0)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from reglue.commands.export_run import export_run
     from reglue.commands.import_run import import_run
     from reglue.commands.info import info
-    from reglue.commands.list_folder import list_folder
+    from reglue.commands.list_runs import list_runs
     from reglue.commands.perceive import perceive
     from reglue.commands.prepare import prepare
     from reglue.commands.probe import probe
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from reglue.options.export_run import ExportRun
     from reglue.options.import_run import ImportRun
     from reglue.options.info import Info
-    from reglue.options.list_folder import ListFolder
+    from reglue.options.list_runs import ListRuns
     from reglue.options.perceive import Perceive
     from reglue.options.prepare import Prepare
     from reglue.options.probe import Probe
@@ -102,8 +102,8 @@ _HOMES = {
     "report": "reglue.commands.report",
     "Info": "reglue.options.info",
     "info": "reglue.commands.info",
-    "ListFolder": "reglue.options.list_folder",
-    "list_folder": "reglue.commands.list_folder",
+    "ListRuns": "reglue.options.list_runs",
+    "list_runs": "reglue.commands.list_runs",
     "Verify": "reglue.options.verify",
     "verify": "reglue.commands.verify",
     "Demo": "reglue.options.demo",
@@ -157,8 +157,8 @@ __all__ = [  # noqa: RUF022 in the order of use
     "report",
     "Info",
     "info",
-    "ListFolder",
-    "list_folder",
+    "ListRuns",
+    "list_runs",
     "Verify",
     "verify",
     "Demo",

@@ -144,7 +144,7 @@ COMMANDS = {
         "info store --out store.png",
     ),
     "list": Command(
-        "reglue.options.list_folder:ListFolder",
+        "reglue.options.list_runs:ListRuns",
         "List the runs, stores and autoencoders below a folder.",
         "list experiments --sort loss",
     ),
@@ -321,7 +321,8 @@ def overview() -> str:
     for name, command in COMMANDS.items():
         lines += ["", f"{command.heading}:"] if command.heading else []
         lines.append(f"  {name:<13}{command.description}")
-    return "\n".join([*lines, "", "`reglue COMMAND --help` lists a command's options, `reglue --version` the version."])
+    lines += ["", "`reglue COMMAND --help` lists a command's options, `reglue --version` the version."]
+    return "\n".join([*lines, f"Every command takes {QUIET}: no progress, but warnings and results alone."])
 
 
 def recipes(titles: dict[str, str]) -> str:

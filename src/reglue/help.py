@@ -40,7 +40,7 @@ GROUPS = {
     "metrics": """feature-network resamples kernel-subsets kernel-subset-size measure-lpips measure-inception
         flat-limit evaluate.features evaluate.seed""",
     "output": """out name features features-dtype dtype shard-size log-every evaluate-every checkpoint-every keep
-        preview-every preview-count preview-steps track quiet list.sort""",
+        preview-every preview-count preview-steps track list.sort""",
     "machine": """device workers precision compile deterministic shards prepare.batch-size reencode.batch-size
         sample.batch-size edit.batch-size evaluate.batch-size perceive.batch-size report.batch-size""",
 }
@@ -95,7 +95,7 @@ class Option:
         return _TITLES[own if own in _TITLES else self.name.partition(".")[0]]
 
 
-QUIET_OPTION = Option("quiet", bool, False, "Show no progress: warnings and results alone.", positional=False)
+QUIET_OPTION = Option("quiet", bool, False, "", positional=False)
 """What every command takes; the command line itself reads it."""
 
 
@@ -104,11 +104,12 @@ def command_help(command: list[str], options: type, example: str, default: Any =
 
     `command` is its name, for `train` with the recipe's; `default` is an instance of `options` with defaults to show.
     """
-    found = [*declared(options, default), QUIET_OPTION]
+    found = list(declared(options, default))
     words = [option.name.upper() for option in found if option.positional]
     words += [f"{option.flags[0]} {option.metavar}" for option in found if option.required and not option.positional]
     width = min(get_terminal_size().columns, 120)
     paragraphs = (inspect.getdoc(options) or "").split("\n\n")
+    paragraphs.append(f"{QUIET_OPTION.flags[0]} shows no progress, but warnings and results alone.")
     lines = [line for paragraph in paragraphs for line in (*wrap(paragraph, width), "")]
     parser = ArgumentParser(
         usage=" ".join(["reglue", *command, *words, "[options]"]),

@@ -36,6 +36,8 @@ class Task(ABC, Generic[Batch]):
     """On the progress bar."""
     remedy: str
     """What to do when the loss is not finite, for the message."""
+    shown: tuple[str, ...] = ("loss", "images_per_second")
+    """Figures beside the progress bar."""
 
     def __init__(
         self,
@@ -186,9 +188,8 @@ def fit(
                 if trackers:
                     trackers.log(step, line)
                     upcoming = min(steps, (step // checkpoint_every + 1) * checkpoint_every)
-                    progress.set_postfix_str(
-                        f"loss {line['loss']:.4g}, {line['images_per_second']:.4g} images/s, checkpoint at {upcoming:,}"
-                    )
+                    told = [f"{name.replace('_', ' ')} {line[name]:.4g}" for name in task.shown]
+                    progress.set_postfix_str(", ".join([*told, f"checkpoint at {upcoming:,}"]))
                 task.check(step, saved)
                 means, logged_step, logged_time = Means(), step, time.perf_counter()
             # Figures and pictures come before the checkpoint: a process that is killed in between makes them again, and

@@ -12,7 +12,7 @@ from reglue.files import TakesPaths
 
 
 @dataclass(frozen=True)
-class ListFolder(TakesPaths):
+class ListRuns(TakesPaths):
     """List the runs, stores and autoencoders below a folder: recipe, steps, loss, newest figure and size of each."""
 
     folder: Positional[Path] = Path()

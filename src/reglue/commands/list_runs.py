@@ -10,7 +10,7 @@ from shutil import get_terminal_size
 from typing import Any
 
 from reglue.errors import UserError, printable
-from reglue.options.list_folder import ListFolder
+from reglue.options.list_runs import ListRuns
 from reglue.watching import words
 from reglue.watching.kinds import kind_among
 from reglue.watching.rows import Row, size_of
@@ -43,7 +43,7 @@ ORDERS: dict[str, Callable[[Listed], Any]] = {
 }
 
 
-def list_folder(options: ListFolder) -> list[Listed]:
+def list_runs(options: ListRuns) -> list[Listed]:
     """Print the table. Returns its lines. Raises UserError for what is no folder.
 
     What is damaged has a line that says so.
