@@ -191,14 +191,14 @@ def png_address(images: np.ndarray, columns: int | None = None) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def in_html(title: str, facts: Mapping[str, str], images: np.ndarray | None = None, columns: int | None = None) -> str:
+def in_html(title: str, facts: Mapping[str, str], images: np.ndarray | None = None) -> str:
     """What a notebook shows of an object: a title, a table of facts, and images uint8 (N, H, W, 3) below."""
     rows = "".join(
         f'<tr><th style="text-align:left">{html.escape(name)}</th>'
         f'<td style="text-align:left;white-space:pre-wrap">{html.escape(text)}</td></tr>'
         for name, text in facts.items()
     )
-    shown = "" if images is None or not len(images) else f'<img src="{png_address(images, columns)}" width="480">'
+    shown = "" if images is None or not len(images) else f'<div><img src="{png_address(images)}" width="480"></div>'
     return f"<b>{html.escape(title)}</b><table>{rows}</table>{shown}"
 
 

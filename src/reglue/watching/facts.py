@@ -139,12 +139,7 @@ def stored_images(folder: Path) -> list[np.ndarray]:
     files = [Path(manifest.source.path) / name for name in opened.names(rows)]
     with suppress(Exception):  # Whatever Pillow raises for what has gone or been damaged since.
         return enlarged([np.asarray(crop_to(decode(file), manifest.source.resolution)) for file in files])
-    return enlarged([*latents_as_colours(opened, rows)])
-
-
-def latents_as_colours(store: Store, rows: torch.Tensor) -> np.ndarray:
-    """The latents of some rows as colours, uint8 (n, h, w, 3): no network is asked."""
-    return colours_of(store.read("latent", rows)["mean"].float())
+    return enlarged([*opened.as_colours(rows)])
 
 
 def autoencoder(folder: Path) -> dict[str, str]:

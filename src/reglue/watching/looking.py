@@ -52,7 +52,7 @@ COMPARED = 500
 NUMBERS = 2**26
 """Of training images that are searched at most, all of them in memory."""
 REMEDY = "see `reglue verify`"
-LONGEST = 60
+LONGEST = 32
 """Characters of a value in a table."""
 
 
@@ -298,12 +298,14 @@ def differences(records: Sequence[RunRecord]) -> dict[str, tuple[str, ...]]:
     names: dict[str, None] = {}
     for other in records[1:]:
         names |= dict.fromkeys(differing(records[0], other))
-    # The sizes of the denoiser are those of the recipe and the store.
-    causes = [name for name in names if not name.startswith("denoiser.")] or [*names]
+    # Sizes and compressors are those of the recipe and the store.
+    causes = [name for name in names if not name.startswith(("denoiser.", "compressors"))] or [*names]
     return {_spelt(name): tuple(_brief(_at(record, name)) for record in records) for name in causes}
 
 
 def _spelt(name: str) -> str:
+    if name == "recipe.name":
+        return "recipe"
     return f"--{name.removeprefix('recipe.').replace('_', '-')}" if name.startswith("recipe.") else name
 
 
