@@ -23,6 +23,14 @@ POINTS = 400
 """Of a curve that are drawn at most."""
 LARGEST = 1e30
 """What a plot can hold; a file that was damaged may say more."""
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "reglue",
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
 PIXELS_PER_INCH = 120
 MARGIN = 24
 """Pixels between a plot and a preview."""
@@ -44,9 +52,11 @@ def as_svg(runs: Sequence[Mapping[str, Curve]]) -> str:
     names = _names(runs)
     if not names:
         return ""
+    import matplotlib as mpl  # slow to import
+
     file = io.StringIO()
-    figure = _figure(runs, names)
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    with mpl.rc_context(STYLE):  # What is drawn is a function of it, as well as what is written.
+        _figure(runs, names).savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
 
@@ -56,10 +66,12 @@ def beside_preview(found: Mapping[str, Curve], preview: np.ndarray) -> np.ndarra
     names = _names([found])
     if not names:
         return preview
+    import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(_figure([found], names))
-    canvas.draw()
+    with mpl.rc_context(STYLE):
+        canvas = FigureCanvasAgg(_figure([found], names))
+        canvas.draw()
     plot = np.asarray(canvas.buffer_rgba())[..., :3]
     height, width = preview.shape[:2]
     factor = max(1, len(plot) // height)
@@ -75,28 +87,14 @@ def _names(runs: Sequence[Mapping[str, Curve]]) -> list[str]:
 
 
 def _figure(runs: Sequence[Mapping[str, Curve]], names: Sequence[str]) -> Any:
-    import matplotlib as mpl  # slow to import
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "reglue",
-        "font.family": "sans-serif",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    }
-    with mpl.rc_context(style):
-        columns = min(COLUMNS, len(names))
-        rows = -(-len(names) // columns)
-        figure = Figure(figsize=(3.5 * columns, 2.5 * rows), layout="constrained", dpi=PIXELS_PER_INCH)
-        panels = figure.subplots(rows, columns, squeeze=False).flat
-        for panel in panels:
-            panel.set_visible(False)
-        for name, panel in zip(names, figure.axes, strict=False):
-            panel.set_visible(True)
-            _draw(panel, name, [run.get(name, ()) for run in runs])
-        return figure
+    columns = min(COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.5 * columns, 2.5 * rows), layout="constrained", dpi=PIXELS_PER_INCH)
+    for number, name in enumerate(names, 1):
+        _draw(figure.add_subplot(rows, columns, number), name, [run.get(name, ()) for run in runs])
+    return figure
 
 
 def _draw(panel: Any, name: str, drawn: Sequence[Curve]) -> None:
