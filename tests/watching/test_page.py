@@ -112,6 +112,9 @@ def test_whatever_is_missing_is_left_out(tmp_path: Path) -> None:
     assert "Samples of SiT" in written(tmp_path, page_of(alone))
 
 
+HOSTILE = ["<script>x</script>", '"><img src=x onerror=y>', "{{ 7 * 7 }}", "$\\x$", "</style>"]
+
+
 class Tags(HTMLParser):
     """What a browser would make of a page."""
 
@@ -124,7 +127,10 @@ class Tags(HTMLParser):
 
 
 @settings(deadline=None, max_examples=10)
-@given(st.text(min_size=1, max_size=12) | st.sampled_from(["<script>x</script>", '"><img src=x onerror=y>', "{{ 7 * 7 }}", "$\\x$"]))
+@given(
+    st.text(min_size=1, max_size=12)
+    | st.sampled_from(["<script>x</script>", '"><img src=x onerror=y>', "{{ 7 * 7 }}", "$\\x$"])
+)
 def test_no_text_of_a_run_is_trusted(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     def all_tags(text: str) -> list[str]:
         run = shown(
