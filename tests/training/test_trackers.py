@@ -4,50 +4,48 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from helpers import TINY_RECIPE, mistake, run_reglue
+from helpers import mistake
+from reglue.commands.evaluate import Evaluate, evaluate
+from reglue.commands.sample import Sample, sample
 from reglue.errors import UserError
 from reglue.training import tracking
 from reglue.training.trackers import IDENTITY, configuration, flat, identity
 from reglue.training.tracking import TRACKERS, Trackers, check_trackers, read
 
-TRAIN = [*TINY_RECIPE[:-3], "--log-every=2", "--preview-every=4", "--preview-count=1", "--preview-steps=1"]
-TRAIN += ["--sampling.steps=1", "--device=cpu", "--checkpoint-every=4"]
-FIGURES = {"loss", "latent", "local", "cls", "alignment", "gradient_norm", "learning_rate", "images_per_second"}
+ALL = ("tensorboard", "wandb", "trackio")
+FIGURES = {"loss": 2.0, "latent": 1.5, "gradient_norm": 0.7, "learning_rate": 1e-4, "images_per_second": 900.0}
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> tuple[Path, Path]:
+def tracked(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> tuple[Path, Path]:
     """A run of four steps that was continued to eight, with all trackers, and where Trackio keeps its own."""
     folder = tmp_path_factory.mktemp("tracked")
-    for steps in (4, 8):
-        result = run_reglue(
-            *(
-                "train",
-                "reglue",
-                "--store",
-                tiny_store,
-                "--out",
-                folder / "run",
-                *TRAIN,
-                f"--optimisation.steps={steps}",
-            ),
-            *("--track", "tensorboard", "wandb", "trackio"),
-            TRACKIO_DIR=str(folder / "trackio"),
-            WANDB_MODE="offline",
-        )
-        assert "warning: tracker" not in result.stderr, result.stderr
-        assert "rackio" not in result.stdout
-    return folder / "run", folder / "trackio"
+    run = Path(shutil.copytree(tiny_run, folder / "run"))
+    (run / "metrics.jsonl").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
+        patch.setenv("WANDB_MODE", "offline")
+        for begun in (0, 4):
+            trackers = Trackers(run, ALL, begun or -1)
+            assert trackers.others.keys() == {*ALL}
+            for step in (begun + 2, begun + 4):
+                trackers.log(step, {**FIGURES, "loss": 2 / step})
+            trackers.image(step, "previews", Image.new("RGB", (8, 8), "teal"))
+            trackers.close()
+            assert trackers.others.keys() == {*ALL}
+    return run, folder / "trackio"
 
 
 def logged(run: Path, name: str) -> list[tuple[int, float]]:
@@ -60,7 +58,7 @@ def test_tensorboard(tracked: tuple[Path, Path]) -> None:
     run, _ = tracked
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == FIGURES
+    assert set(events.Tags()["scalars"]) == {*FIGURES}
     for name in ("loss", "learning_rate", "gradient_norm"):
         found = [(event.step, event.value) for event in events.Scalars(name)]
         assert [step for step, _ in found] == [2, 4, 6, 8]
@@ -68,6 +66,20 @@ def test_tensorboard(tracked: tuple[Path, Path]) -> None:
     assert [event.step for event in events.Images("previews")] == [4, 8]
     text = events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
     assert '"model": "2x32x2/2"' in text
+
+
+def test_tensorboard_forgets_work_that_was_lost(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "run.json").write_text('{"recipe": {}}')
+    for after, value in ((-1, 1.0), (2, 5.0)):
+        tracker = TRACKERS["tensorboard"](tmp_path, after)
+        for step in range(after + 1, 5):
+            tracker.log(step, {"loss": value})
+        tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 1), (1, 1), (2, 1), (3, 5), (4, 5)]
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
@@ -83,7 +95,7 @@ def wandb_records(file: Path) -> Iterator[Any]:
         parts += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # type: ignore[reportAttributeAccessIssue]
             record.ParseFromString(parts)
             parts = b""
             yield record
@@ -102,7 +114,7 @@ def test_wandb(tracked: tuple[Path, Path]) -> None:
     ]
     assert [(line["_step"], line["loss"]) for line in lines] == logged(run, "loss")
     assert [line["_step"] for line in lines if any(name.startswith("previews") for name in line)] == [4, 8]
-    assert set(lines[0]) >= FIGURES
+    assert set(lines[0]) >= {*FIGURES}
     config = {item.key: item.value_json for record in records for item in record.run.config.update}
     assert json.loads(config["recipe"])["model"] == "2x32x2/2"
 
@@ -134,22 +146,21 @@ def test_progress_is_a_picture_beside_the_previews(tracked: tuple[Path, Path]) -
 
 
 def test_figures_of_an_evaluation_follow_the_curve(
-    tracked: tuple[Path, Path], tiny_store: Path, tiny_encoder: str
+    tracked: tuple[Path, Path], tiny_store: Path, tiny_encoder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run, _ = tracked
     lines = (run / "metrics.jsonl").read_bytes()
-    samples = run.parent / "samples"
-    run_reglue("sample", run, "--out", samples, "--count=8", "--steps=1", "--device=cpu")
-    arguments = ["evaluate", samples, "--reference", tiny_store, "--feature-network", tiny_encoder, "--device=cpu"]
-    result = run_reglue(*arguments, "--resamples=0", "--track", "tensorboard")
-    assert "warning: tracker" not in result.stderr, result.stderr
+    samples = sample(Sample(run, run.parent / "samples", 8, steps=1, device="cpu"))
+    options = Evaluate(samples, tiny_store, feature_network=tiny_encoder, resamples=0, device="cpu")
+    evaluate(replace(options, track=("tensorboard",)))
+    assert "warning: tracker" not in capsys.readouterr().err
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     names = {name for name in events.Tags()["scalars"] if name.startswith("evaluation/")}
     assert {"evaluation/precision", "evaluation/recall"} < names
-    assert [event.step for event in events.Scalars("evaluation/precision")] == [8]
+    assert [event.step for event in events.Scalars("evaluation/precision")] == [6]
     assert [event.step for event in events.Scalars("loss")] == [2, 4, 6, 8]
     assert (run / "metrics.jsonl").read_bytes() == lines
 

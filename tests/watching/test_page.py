@@ -126,22 +126,24 @@ class Tags(HTMLParser):
         self.seen += [tag, *(f"{tag} {name}" for name, _ in attrs)]
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=8)
 @given(
     st.text(min_size=1, max_size=12)
     | st.sampled_from(["<script>x</script>", '"><img src=x onerror=y>', "{{ 7 * 7 }}", "$\\x$"])
 )
 def test_no_text_of_a_run_is_trusted(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    folder = tmp_path_factory.mktemp("page")
+
     def all_tags(text: str) -> list[str]:
         run = shown(
             f"run {text}", about={text: text}, provenance={text: text}, rows=(text, text), notes=(text,),
-            cards=(Card(text, text, text),), samples={text: pixels(2, 1, 4, 4)}, curves={f"l{text}": [(1, 1.0)]},
+            cards=(Card(text, text, text),), samples={text: pixels(2, 1, 4, 4)}, curves={},
             figures=(Figures(text, {text: text}, {text: text}, (text,)),), checkpoints=({text: text},),
             recipe={text: text}, command=f"x{text}", nearest=None, semantics=None,
         )  # fmt: skip
         page = page_of(run, shown("other", curves={}), title=text, lead=text, differing={text: (text, text)})
         tags = Tags()
-        tags.feed(written(tmp_path_factory.mktemp("page"), page).partition("<svg")[0])
+        tags.feed(written(folder, page))
         return tags.seen
 
     assert all_tags(text) == all_tags("quiet")
@@ -156,11 +158,9 @@ def test_curves_survive_what_a_log_may_hold() -> None:
     lines = [{"step": i, "loss": value} for i, value in enumerate([1.0, 1e300, "high", None, True, -2, 0.0])]
     found = curves(lines, ["loss", "other"])
     assert found == {"loss": [(0, 1.0), (4, 1.0), (5, -2.0), (6, 0.0)]}
-    long = {"$\\frac$ <b>": [(i, 1.0 + i) for i in range(5000)]}
-    svg = as_svg([long, {}])
+    svg = as_svg([{"$\\frac$ <b>": [(i, 1.0 + i) for i in range(5000)]}, {}])
     assert len(svg) < 100_000
     assert "<b>" not in svg
-    assert as_svg([long, {}]) == svg
     assert as_svg([{}]) == ""
 
 
