@@ -39,8 +39,8 @@ GROUPS = {
         report.seed""",
     "metrics": """feature-network resamples kernel-subsets kernel-subset-size measure-lpips measure-inception
         flat-limit evaluate.features evaluate.seed""",
-    "output": """out name features features-dtype dtype shard-size log-every evaluate-every checkpoint-every keep
-        preview-every preview-count preview-steps track list.sort""",
+    "output": """out to batch name features features-dtype dtype shard-size log-every evaluate-every checkpoint-every
+        keep preview-every preview-count preview-steps track list.sort""",
     "machine": """device workers precision compile deterministic shards prepare.batch-size reencode.batch-size
         sample.batch-size edit.batch-size evaluate.batch-size perceive.batch-size report.batch-size""",
 }
