@@ -100,6 +100,8 @@ def training(folder: Path) -> Iterator[Check]:
     yield Check(folder / tracking.FILE, lambda: tracking.read(folder))
     for checkpoint in sorted((folder / checkpoints.FOLDER).glob("[0-9]" * 8)):
         yield Check(checkpoint / checkpoints.PROGRESS, partial(checkpoints.read_step, checkpoint))
+        if (checkpoint / checkpoints.GRAPH).is_file():
+            continue  # Of an exported run, whose graphs have no hash.
         # A run that was imported or shared has averaged weights alone.
         others = [checkpoint / name for name in (checkpoints.MODEL, checkpoints.OPTIMISER)]
         yield from map(tensors, [checkpoint / checkpoints.EMA, *(others if any(map(Path.exists, others)) else ())])
