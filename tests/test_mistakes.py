@@ -35,6 +35,7 @@ FORMS = {
     "list": [],
     "verify": ["a"],
     "edit": ["a", "b", "--out", "c"],
+    "synthesise": ["a", "--out", "b", "--head", "c"],
     "prototypes": ["a", "--masks", "b", "--out", "c"],
     "demo": [],
 }

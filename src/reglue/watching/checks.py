@@ -16,7 +16,7 @@ from reglue.arrays import ArrayFile
 from reglue.contact_sheet import TABLE, holds, read_hashes, refuse_changed, table
 from reglue.contact_sheet import picture as picture_name
 from reglue.data.images import open_picture
-from reglue.data.manifest import Shard, is_intact, read_manifest
+from reglue.data.manifest import Shard, file_sha256, is_intact, read_manifest
 from reglue.editing.folder import RECORD as EDITS
 from reglue.editing.folder import read_record as read_edits
 from reglue.editing.options import SHEET
@@ -27,6 +27,7 @@ from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, load_autoencoder
 from reglue.encoders.compressors import CompressorSpec, load_compressor
 from reglue.errors import UserError, one_line
 from reglue.files import opened_tensors, read_json
+from reglue.perception import synthesised
 from reglue.perception.heads import TRAINING as HEAD_RECORD
 from reglue.perception.heads import HeadRecord, load_head
 from reglue.published.containers import read_official
@@ -209,6 +210,29 @@ def whole_edits(folder: Path) -> None:
 def prototypes(folder: Path) -> Iterator[Check]:
     """What `reglue prototypes` writes."""
     yield Check(folder, lambda: load_prototypes(folder))
+
+
+def dataset(folder: Path) -> Iterator[Check]:
+    """What `reglue synthesise` writes: all files that its record has the hashes of."""
+    record = synthesised.read_record(folder)
+    yield Check(folder / synthesised.RECORD, lambda: whole_dataset(folder))
+    yield from (Check(folder / name, partial(whole_file, folder / name, sha)) for name, sha in record.files.items())
+
+
+def whole_dataset(folder: Path) -> None:
+    """Raises UserError if the record of a data set does not have all images that were to be drawn."""
+    record, rows = synthesised.read_record(folder), synthesised.read_rows(folder)
+    if synthesised.JOURNAL not in record.files or len(rows) < len(record.protocol.get("labels", ())):
+        raise UserError(
+            f"{folder / synthesised.RECORD} does not have all images; `reglue synthesise` with the same options adds "
+            "them"
+        )
+
+
+def whole_file(file: Path, digest: str) -> None:
+    """Raises UserError if a file is not the one that was written."""
+    if not file.is_file() or file_sha256(file) != digest:
+        raise UserError(f"{file} is missing or damaged; {COPY}")
 
 
 def published(file: Path) -> Iterator[Check]:

@@ -24,6 +24,7 @@ from reglue.editing.painting import load_prototypes
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.errors import UserError, one_line
 from reglue.files import opened_tensors, read_json
+from reglue.perception import synthesised
 from reglue.perception.heads import TRAINING as HEAD_RECORD
 from reglue.perception.heads import HeadRecord, load_head
 from reglue.published.containers import read_official
@@ -244,6 +245,25 @@ def colours_of_prototypes(folder: Path) -> list[np.ndarray]:
     """Each class's prototypes as colours, a row of looks each."""
     codes = load_prototypes(folder).codes
     return enlarged([*colours_of(codes.transpose(1, 2).unsqueeze(2))])
+
+
+def dataset(folder: Path) -> dict[str, str]:
+    """What a data set that was drawn holds."""
+    record, rows = synthesised.read_record(folder), synthesised.read_rows(folder)
+    kept = Counter(row.label for row in rows if row.kept)
+    return {
+        **_protocol(record.protocol),
+        "images": f"{sum(kept.values()):,} kept of {len(rows):,} drawn",
+        "labels": listed([f"{name or 'none'} ({n:,})" for name, n in sorted(kept.items())]),
+        "boxes": listed([f"{name} ({n:,})" for name, n in record.boxes.items()]) or "none",
+        "size": words.size(size_of(folder)),
+    }
+
+
+def drawn_images(folder: Path) -> list[np.ndarray]:
+    """The first pictures that the record lists."""
+    files = (folder / name for name in sorted(synthesised.read_record(folder).files) if name.endswith(".png"))
+    return enlarged([_pixels(file) for file in islice((file for file in files if file.is_file()), SHOWN)])
 
 
 def archive(file: Path) -> dict[str, str]:

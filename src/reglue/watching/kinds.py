@@ -13,6 +13,7 @@ from reglue.editing.folder import RECORD as EDITS
 from reglue.editing.painting import SPEC_FILE as PROTOTYPES
 from reglue.errors import UserError
 from reglue.perception.heads import SPEC_FILE, WEIGHTS_FILE
+from reglue.perception.synthesised import RECORD as DATASET_RECORD
 from reglue.reals.record import RECORD as TRAINING_RECORD
 from reglue.run import FILE as RECORD
 from reglue.samples import PROTOCOL
@@ -41,6 +42,7 @@ HEAD = Kind("head", checks.head, facts.head)
 SAMPLES = Kind("samples", checks.samples, facts.samples, facts.first_samples)
 EDITED = Kind("edits", checks.edits, facts.edits, facts.sheet)
 LOOKS = Kind("prototypes", checks.prototypes, facts.prototypes, facts.colours_of_prototypes)
+DATASET = Kind("data set", checks.dataset, facts.dataset, facts.drawn_images)
 ARCHIVE = Kind("archive", checks.archive, facts.archive, facts.archived_images)
 PUBLISHED = Kind("published file", checks.published, facts.published)
 
@@ -54,6 +56,7 @@ KINDS: dict[str, Kind] = {
     PROTOCOL: SAMPLES,
     EDITS: EDITED,
     PROTOTYPES: LOOKS,
+    DATASET_RECORD: DATASET,
 }
 """Kinds of folders by a file that each alone has; heads have a record of the autoencoders' name too."""
 FILES = {".npz": ARCHIVE, **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin", ".safetensors"), PUBLISHED)}
