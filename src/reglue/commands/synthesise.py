@@ -31,7 +31,7 @@ from reglue.perception.datasets import LAYOUTS, Labelled, boxes_of
 from reglue.perception.heads import HeadSpec
 from reglue.perception.perceiving import Scene, Subject, drawn_scenes, in_batches
 from reglue.perception.pictures import OPACITY, as_image
-from reglue.perception.synthesised import COPY, JOURNAL, RECORD, REMEDY, DatasetRecord, Drawn, read_record, read_rows
+from reglue.perception.records import COPY, JOURNAL, RECORD, REMEDY, DatasetRecord, Drawn, read_record, read_rows
 from reglue.pipeline import ImageModel, load
 from reglue.run import RunRecord, find_run
 from reglue.samples import joined, plan, protocol_of

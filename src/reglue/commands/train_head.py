@@ -9,8 +9,9 @@ from reglue.files import new_folder, read_json, refuse_filled, replacing, to_jso
 from reglue.locks import writes
 from reglue.options.train_head import TrainHead
 from reglue.perception.fitting import fit_head, head_spec, score_head
-from reglue.perception.heads import TRAINING, Head, HeadRecord, load_head
+from reglue.perception.heads import TRAINING, Head, load_head
 from reglue.perception.labelled import LAST_LAYER, StoreInput, open_input, with_depths
+from reglue.perception.records import HeadRecord
 from reglue.run import versions
 from reglue.training import distributed
 

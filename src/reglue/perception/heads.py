@@ -21,7 +21,6 @@ from reglue.encoders.vision import EncoderSpec, VisionFeatures
 from reglue.encoders.weights import read_weights
 from reglue.errors import UserError
 from reglue.files import read_json, read_network, refuse_not_finite, replacing, to_json, write_tensors
-from reglue.perception.agreement import Estimate
 
 Task = Literal["segmentation", "depth"]
 
@@ -116,24 +115,6 @@ class HeadSpec:
         else:
             return
         raise UserError(f"the head was made for {reason}; choose a head that fits")
-
-
-@dataclass(frozen=True)
-class HeadRecord:
-    """`training.json`: how a head was trained, and how well it does on images that it was not trained on."""
-
-    options: dict[str, str]
-    images_sha256: str
-    """Of the store's images."""
-    fitted: int
-    selected: int
-    measured: int
-    """Images."""
-    chosen: float
-    """The ridge's penalty, or the step at which training stopped."""
-    scores: dict[str, Estimate]
-    """On the measured images. Of class maps there is `accuracy` alone, of images by their mean over patches."""
-    versions: dict[str, str] = field(default_factory=dict)
 
 
 class Head(nn.Module):

@@ -27,9 +27,10 @@ from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, load_autoencoder
 from reglue.encoders.compressors import CompressorSpec, load_compressor
 from reglue.errors import UserError, one_line
 from reglue.files import opened_tensors, read_json
-from reglue.perception import synthesised
+from reglue.perception import records
 from reglue.perception.heads import TRAINING as HEAD_RECORD
-from reglue.perception.heads import HeadRecord, load_head
+from reglue.perception.heads import load_head
+from reglue.perception.records import HeadRecord
 from reglue.published.containers import read_official
 from reglue.reals.record import CONFIG, TrainingRecord
 from reglue.reals.record import RECORD as TRAINING_RECORD
@@ -214,18 +215,17 @@ def prototypes(folder: Path) -> Iterator[Check]:
 
 def dataset(folder: Path) -> Iterator[Check]:
     """What `reglue synthesise` writes: all files that its record has the hashes of."""
-    record = synthesised.read_record(folder)
-    yield Check(folder / synthesised.RECORD, lambda: whole_dataset(folder))
+    record = records.read_record(folder)
+    yield Check(folder / records.RECORD, lambda: whole_dataset(folder))
     yield from (Check(folder / name, partial(whole_file, folder / name, sha)) for name, sha in record.files.items())
 
 
 def whole_dataset(folder: Path) -> None:
     """Raises UserError if the record of a data set does not have all images that were to be drawn."""
-    record, rows = synthesised.read_record(folder), synthesised.read_rows(folder)
-    if synthesised.JOURNAL not in record.files or len(rows) < len(record.protocol.get("labels", ())):
+    record, rows = records.read_record(folder), records.read_rows(folder)
+    if records.JOURNAL not in record.files or len(rows) < len(record.protocol.get("labels", ())):
         raise UserError(
-            f"{folder / synthesised.RECORD} does not have all images; `reglue synthesise` with the same options adds "
-            "them"
+            f"{folder / records.RECORD} does not have all images; `reglue synthesise` with the same options adds them"
         )
 
 

@@ -24,9 +24,10 @@ from reglue.editing.painting import load_prototypes
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.errors import UserError, one_line
 from reglue.files import opened_tensors, read_json
-from reglue.perception import synthesised
+from reglue.perception import records
 from reglue.perception.heads import TRAINING as HEAD_RECORD
-from reglue.perception.heads import HeadRecord, load_head
+from reglue.perception.heads import load_head
+from reglue.perception.records import HeadRecord
 from reglue.published.containers import read_official
 from reglue.published.sharing import PREVIEWS, REPORTS
 from reglue.reals.record import RECORD as TRAINING_RECORD
@@ -249,7 +250,7 @@ def colours_of_prototypes(folder: Path) -> list[np.ndarray]:
 
 def dataset(folder: Path) -> dict[str, str]:
     """What a data set that was drawn holds."""
-    record, rows = synthesised.read_record(folder), synthesised.read_rows(folder)
+    record, rows = records.read_record(folder), records.read_rows(folder)
     kept = Counter(row.label for row in rows if row.kept)
     return {
         **_protocol(record.protocol),
@@ -262,7 +263,7 @@ def dataset(folder: Path) -> dict[str, str]:
 
 def drawn_images(folder: Path) -> list[np.ndarray]:
     """The first pictures that the record lists."""
-    files = (folder / name for name in sorted(synthesised.read_record(folder).files) if name.endswith(".png"))
+    files = (folder / name for name in sorted(records.read_record(folder).files) if name.endswith(".png"))
     return enlarged([_pixels(file) for file in islice((file for file in files if file.is_file()), SHOWN)])
 
 

@@ -13,7 +13,7 @@ from reglue.editing.folder import RECORD as EDITS
 from reglue.editing.painting import SPEC_FILE as PROTOTYPES
 from reglue.errors import UserError
 from reglue.perception.heads import SPEC_FILE, WEIGHTS_FILE
-from reglue.perception.synthesised import RECORD as DATASET_RECORD
+from reglue.perception.records import RECORD as DATASET_RECORD
 from reglue.reals.record import RECORD as TRAINING_RECORD
 from reglue.run import FILE as RECORD
 from reglue.samples import PROTOCOL

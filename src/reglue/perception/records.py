@@ -1,4 +1,4 @@
-"""What lies in a folder of synthesised data: its record, and a line for each image that was drawn."""
+"""What heads and drawn data sets say of how they were made."""
 
 from __future__ import annotations
 
@@ -7,12 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from reglue.files import read_json, read_jsonl
+from reglue.perception.agreement import Estimate
 from reglue.perception.heads import HeadSpec
 
 RECORD, JOURNAL = "dataset.json", "drawn.jsonl"
 REMEDY = "choose another folder, or delete this one and draw its images again"
 COPY = 0.5
 """Of that: an image that is nearer to a training image is flagged as its copy."""
+
+
+@dataclass(frozen=True)
+class HeadRecord:
+    """`training.json`: how a head was trained, and how well it does on images that it was not trained on."""
+
+    options: dict[str, str]
+    images_sha256: str
+    """Of the store's images."""
+    fitted: int
+    selected: int
+    measured: int
+    """Images."""
+    chosen: float
+    """The ridge's penalty, or the step at which training stopped."""
+    scores: dict[str, Estimate]
+    """On the measured images. Of class maps there is `accuracy` alone, of images by their mean over patches."""
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
