@@ -25,6 +25,7 @@ from reglue.watching.kinds import FILES, KINDS, kind_of
 from test_damaged_files import (  # noqa: F401, fixtures
     aligned_autoencoder,
     begun_store,
+    tiny_dataset,
     tiny_edits,
     tiny_head,
     tiny_looks,
@@ -39,6 +40,7 @@ SAID = {
     "tiny_head": ("head", {"predicts": "3 classes"}),
     "tiny_samples": ("samples", {"images": "2 images"}),
     "tiny_edits": ("edits", {"recipe": "reglue"}),
+    "tiny_dataset": ("data set", {}),
     "tiny_looks": ("prototypes", {"codes": "local.pca-4, 4 channels"}),
 }
 
