@@ -19,8 +19,8 @@ from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
 COMMANDS = (
-    *("autoencode", "compress", "edit", "evaluate", "perceive", "prepare", "probe", "prototypes", "sample", "train"),
-    *("synthesise", "verify"),
+    *("autoencode", "compress", "edit", "evaluate", "info", "perceive", "prepare", "probe", "prototypes", "report"),
+    *("sample", "synthesise", "train", "verify"),
 )
 SERVER.set_forkserver_preload(
     [*(f"reglue.commands.{name}" for name in COMMANDS), "diffusers.models.autoencoders.autoencoder_kl", "timm.models"]

@@ -144,6 +144,10 @@ COMMANDS: dict[str, Line] = {
     ],
     "import": lambda i, out: ["import", i.exported, "--out", out, f"--autoencoder={i.autoencoder}"],
     "export": lambda i, out: ["export", i.run, "--out", out / "weights.safetensors"],
+    "report": lambda i, out: [
+        *("report", i.run, "--out", out / "report.html", "--samples-per-class=1", "--steps=1", "--device=cpu"),
+    ],
+    "info": lambda i, out: ["info", i.store, "--out", out / "store.png"],
 }
 
 

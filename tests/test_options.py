@@ -50,6 +50,9 @@ JOBS = {
     "prototypes": ("prototypes", "store", "--masks=m", "--out=o"),
     "import": ("import", "file", "--out=o"),
     "export": ("export", "run", "--out=o.pt"),
+    "report": ("report", "run"),
+    "info": ("info", "run"),
+    "list": ("list",),
 }
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import os
 import pty
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from helpers import mistake, run_reglue
 from reglue import progress
-from reglue.progress import Bar
+from reglue.progress import Bar, is_quiet, quiet, stage
 
 
 @pytest.fixture
@@ -54,3 +57,56 @@ def test_a_terminal_has_a_bar() -> None:
         bar.update()
     assert b"\rdraw:   0%|" in os.read(shown, 1000)
     assert sys.stderr is not terminal
+
+
+def test_bars_say_to_which_stage_they_belong(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(what: str) -> str:
+        with Bar(total=1, desc=what, file=io.StringIO()) as bar:
+            return bar.desc.removesuffix(": ")
+
+    assert told("statistics") == "statistics"
+    with stage("prepare"):
+        assert [told(what) for what in ("prepare", "statistics", "")] == ["prepare", "prepare: statistics", "prepare"]
+        with stage("train REGLUE", announced=True):
+            assert told("train reglue") == "train reglue"
+        assert told("images") == "prepare: images"
+    assert capsys.readouterr().out == "── train REGLUE\n"
+
+
+def test_quiet_shows_nothing(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with quiet(), stage("prepare", announced=True):
+        assert is_quiet()
+        for _ in Bar(range(100), mininterval=0):
+            clock[0] += 1
+    assert not is_quiet()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_every_command_takes_quiet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["sample", "starter", "--out", tmp_path / "clothes", "--count=1", "--steps=1", "--device=cpu"]
+    assert "is ready" in run_reglue(*arguments).stdout
+    for words in ([*arguments, "--quiet"], ["--quiet", *arguments]):
+        result = run_reglue(*words)
+        assert result.stdout == ""
+        assert "sample" not in result.stderr
+    assert "did you mean --quiet?" in mistake(capsys, monkeypatch, "verify", "starter", "--quite")
+    assert "--quiet takes no value" in mistake(capsys, monkeypatch, "verify", "starter", "--quiet=yes")
+
+
+def test_a_notebook_has_bars_of_its_own() -> None:
+    program = """
+import sys, types
+import IPython
+sys.modules["ipykernel.zmqshell"] = types.ModuleType("ipykernel.zmqshell")  # as in a kernel
+from reglue.progress import Bar, quiet
+with Bar(total=3, desc="draw") as bar:
+    bar.update()
+    bar.refresh()
+    print([getattr(part, "value", None) for part in bar.container.children][1])
+with quiet(), Bar(total=3) as bar:
+    bar.update()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "1.0"

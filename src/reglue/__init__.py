@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from reglue.commands.evaluate import evaluate
     from reglue.commands.export_run import export_run
     from reglue.commands.import_run import import_run
+    from reglue.commands.info import info
+    from reglue.commands.list_runs import list_runs
     from reglue.commands.perceive import perceive
     from reglue.commands.prepare import prepare
     from reglue.commands.probe import probe
     from reglue.commands.prototypes import prototypes
     from reglue.commands.reencode import reencode
+    from reglue.commands.report import report
     from reglue.commands.sample import sample
     from reglue.commands.train import train
     from reglue.commands.train_head import train_head
@@ -42,11 +45,14 @@ if TYPE_CHECKING:
     from reglue.options.evaluate import Evaluate
     from reglue.options.export_run import ExportRun
     from reglue.options.import_run import ImportRun
+    from reglue.options.info import Info
+    from reglue.options.list_runs import ListRuns
     from reglue.options.perceive import Perceive
     from reglue.options.prepare import Prepare
     from reglue.options.probe import Probe
     from reglue.options.prototypes import MakePrototypes
     from reglue.options.reencode import Reencode
+    from reglue.options.report import Report
     from reglue.options.sample import Sample
     from reglue.options.train import Train
     from reglue.options.train_head import TrainHead
@@ -92,6 +98,12 @@ _HOMES = {
     "import_run": "reglue.commands.import_run",
     "ExportRun": "reglue.options.export_run",
     "export_run": "reglue.commands.export_run",
+    "Report": "reglue.options.report",
+    "report": "reglue.commands.report",
+    "Info": "reglue.options.info",
+    "info": "reglue.commands.info",
+    "ListRuns": "reglue.options.list_runs",
+    "list_runs": "reglue.commands.list_runs",
     "Verify": "reglue.options.verify",
     "verify": "reglue.commands.verify",
     "Demo": "reglue.options.demo",
@@ -141,6 +153,12 @@ __all__ = [  # noqa: RUF022 in the order of use
     "import_run",
     "ExportRun",
     "export_run",
+    "Report",
+    "report",
+    "Info",
+    "info",
+    "ListRuns",
+    "list_runs",
     "Verify",
     "verify",
     "Demo",

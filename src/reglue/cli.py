@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import redirect_stderr, suppress
+from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import reduce
@@ -28,6 +28,7 @@ from reglue.training import stopping
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
 DISTRIBUTED = "reglue.training.distributed"
+QUIET = "--quiet"
 FIRST = {
     "demo": "the whole pipeline on handwritten digits, in minutes",
     "sample starter --out clothes": "images from the small model in this package",
@@ -136,16 +137,32 @@ COMMANDS = {
         "Turn a run into a checkpoint for the published code.",
         "export run --out weights.safetensors",
     ),
+    "report": Command(
+        "reglue.options.report:Report",
+        "Write a page about a run, or several beside each other.",
+        "report run other-run --out report.html",
+        heading="what there is",
+    ),
+    "info": Command(
+        "reglue.options.info:Info",
+        "Say what a folder or file is, and show some of it.",
+        "info store --out store.png",
+    ),
+    "list": Command(
+        "reglue.options.list_runs:ListRuns",
+        "List the runs, stores and autoencoders below a folder.",
+        "list experiments --sort loss",
+    ),
     "verify": Command(
         "reglue.options.verify:Verify",
         "Check all that the other commands write against its hashes.",
         "verify store",
-        heading="and",
     ),
     "demo": Command(
         "reglue.options.demo:Demo",
         "Train, sample and evaluate on handwritten digits, in minutes.",
         "demo --out demo-output",
+        heading="and",
     ),
 }
 
@@ -166,9 +183,12 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # Names of files may hold what no terminal can show.
     try:
         with command_line():
-            options = parse(sys.argv[1:])
+            arguments = [word for word in sys.argv[1:] if word != QUIET]  # Every command takes it.
+            options = parse(arguments)
             command = function_of(type(options))  # imports PyTorch
-            with stopping.at_work():
+            from reglue.progress import quiet, stage
+
+            with stopping.at_work(), stage(arguments[0]), quiet() if QUIET in sys.argv else nullcontext():
                 command(options)
                 say_what_follows(options)
     except SystemExit:
@@ -179,9 +199,10 @@ def main() -> None:
 
 def say_what_follows(options: Any) -> None:
     """Print what the command has written and what may come next, once for all processes, which part."""
+    from reglue.progress import is_quiet
     from reglue.training import distributed
 
-    if distributed.is_first() and options.written:
+    if distributed.is_first() and options.written and not is_quiet():
         print(options.written)
     sys.stdout.flush()
     distributed.leave()
@@ -277,10 +298,10 @@ def parse(arguments: list[str]) -> Any:
         with redirect_stderr(StringIO()):  # tyro explains itself in boxes.
             return tyro.cli(command.load(), prog=" ".join(["reglue", *words]), args=rest, **default)
     except SystemExit:
-        from reglue.help import declared
+        from reglue.help import QUIET_OPTION, declared
         from reglue.mistakes import mistake
 
-        raise UserError(mistake(words, declared(command.load(), **default), rest)) from None
+        raise UserError(mistake(words, [*declared(command.load(), **default), QUIET_OPTION], rest)) from None
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:
@@ -305,7 +326,8 @@ def overview() -> str:
     for name, command in COMMANDS.items():
         lines += ["", f"{command.heading}:"] if command.heading else []
         lines.append(f"  {name:<13}{command.description}")
-    return "\n".join([*lines, "", "`reglue COMMAND --help` lists a command's options, `reglue --version` the version."])
+    lines += ["", "`reglue COMMAND --help` lists a command's options, `reglue --version` the version."]
+    return "\n".join([*lines, f"Every command takes {QUIET}: no progress, but warnings and results alone."])
 
 
 def recipes(titles: dict[str, str]) -> str:

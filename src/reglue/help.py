@@ -21,30 +21,29 @@ from reglue.overrides import field_docstrings
 
 GROUPS = {
     "data": """images store file folder reference protocol masks depth validation validation-masks labels no-labels
-        class-level class-names image-column label-column configuration split streaming resolution flips share per-class
-        strict statistics-images validation-images held-out selection columns
-        looks prototypes.seed prepare.seed prepare.count evaluate.count probe.images head.images perceive.images""",
+        class-level class-names image-column label-column configuration split streaming resolution flips share
+        per-class strict statistics-images validation-images held-out selection columns looks prototypes.seed
+        prepare.seed prepare.count evaluate.count probe.images head.images perceive.images runs info.path""",
     "model": """run model backbone blocks path prediction times conditions learn-sigma position-grid latent local
         class-token alignment variance cosine architecture autoencoder encoder layers final-norm kind column channels
-        hidden conv head from from-step from-weights step weights fitted compressor statistics heads family""",
+        hidden conv head from from-step from-weights step weights fitted compressor statistics heads family
+        times-options one-mean""",
     "optimisation": """optimisation perceptual kl adversary kl-weight epochs cosine-epochs patience micro-batch
         learning-rate final-learning-rate seed steps batch-size compare""",
     "editing": """edit.keep until mask feather strength local-from cls-from paste box at mirror scale paint
         edit.prototypes edit.head edit.by loss-scale flow-edit source-class resample""",
     "sampling": """sampling count classes sampler time-shift diffusion guidance-scale local-scale cls-scale
         guidance-interval other-scales representation-scale auto-scale auto-scales unconditional weaker-run
-        guided-channels guiders state-precision relative-tolerance absolute-tolerance rounding
-        samples-per-class sample.steps sample.seed sample.labels edit.steps edit.seed edit.labels
-        perceive.steps perceive.seed perceive.labels
-        synthesise.steps synthesise.seed synthesise.labels""",
+        guided-channels guiders state-precision relative-tolerance absolute-tolerance rounding samples-per-class
+        sample.steps sample.seed sample.labels edit.steps edit.seed edit.labels perceive.steps perceive.seed
+        perceive.labels synthesise.steps synthesise.seed synthesise.labels report.steps report.seed""",
     "metrics": """feature-network resamples kernel-subsets kernel-subset-size measure-lpips measure-inception
         flat-limit evaluate.features evaluate.seed""",
-    "output": """out to batch name format agreement objects
-        features features-dtype dtype shard-size log-every evaluate-every checkpoint-every keep
-        preview-every preview-count preview-steps track""",
+    "output": """out to batch name format agreement objects features features-dtype dtype shard-size log-every
+        evaluate-every checkpoint-every keep preview-every preview-count preview-steps track list.sort""",
     "machine": """device workers precision compile deterministic shards prepare.batch-size reencode.batch-size
-        sample.batch-size edit.batch-size evaluate.batch-size perceive.batch-size
-        synthesise.batch-size""",
+        sample.batch-size edit.batch-size evaluate.batch-size perceive.batch-size synthesise.batch-size
+        report.batch-size""",
 }
 """Title of a group → options, or the part before their dot; COMMAND.OPTION where commands mean different things."""
 _TITLES = {name: title for title, names in GROUPS.items() for name in names.split()}
@@ -97,6 +96,10 @@ class Option:
         return _TITLES[own if own in _TITLES else self.name.partition(".")[0]]
 
 
+QUIET_OPTION = Option("quiet", bool, False, "", positional=False)
+"""What every command takes; the command line itself reads it."""
+
+
 def command_help(command: list[str], options: type, example: str, default: Any = MISSING) -> str:
     """The help of a command: usage, what it does, its options in groups, an example.
 
@@ -107,6 +110,7 @@ def command_help(command: list[str], options: type, example: str, default: Any =
     words += [f"{option.flags[0]} {option.metavar}" for option in found if option.required and not option.positional]
     width = min(get_terminal_size().columns, 120)
     paragraphs = (inspect.getdoc(options) or "").split("\n\n")
+    paragraphs.append(f"{QUIET_OPTION.flags[0]} shows no progress, but warnings and results alone.")
     lines = [line for paragraph in paragraphs for line in (*wrap(paragraph, width), "")]
     parser = ArgumentParser(
         usage=" ".join(["reglue", *command, *words, "[options]"]),

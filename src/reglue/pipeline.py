@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from inspect import Parameter, Signature, signature
 from itertools import pairwise
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from reglue import graphs
 from reglue.config import YOUNG
+from reglue.data.images import decode
+from reglue.data.pictures import in_html
 from reglue.diffusion.conditions import CLASS, Condition
 from reglue.diffusion.controls import Control, Controlled, Progress
 from reglue.diffusion.denoiser import Denoiser
@@ -53,6 +56,8 @@ from reglue.training import checkpoints
 from reglue.training.distributed import resolve_device
 from reglue.training.precision import SamplingNetwork, to_precision
 
+LISTED = 12
+"""Classes that a notebook shows by name."""
 RETURNS = 10
 """Parts of a grid that resampling goes over one by one."""
 STATE_PRECISIONS: dict[StatePrecision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
@@ -147,6 +152,26 @@ class ImageModel(Editor):
         record, (height, width) = self.record, self.record.resolution
         what = f"{record.recipe.name} {record.recipe.model}, {height}×{width}, {len(record.class_names)} classes"
         return f"ImageModel({what}, step {self.step}, from {self.folder}, on {self.device})"
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook, with the run's newest preview."""
+        record = self.record
+        # Sampling does without the projector.
+        own = [w.numel() for name, w in self.denoiser.named_parameters() if not name.startswith("projector")]
+        facts = {
+            "recipe": f"{record.recipe.name} {record.recipe.model}",
+            "images": "{}×{} pixels".format(*record.resolution),
+            "classes": ", ".join(record.class_names[:LISTED]) + (", …" if len(record.class_names) > LISTED else ""),
+            "parameters": f"{sum(own) / 1e6:.1f} million",
+            "step": f"{self.step:,} ({self.weights})",
+            "from": str(self.folder),
+            "on": str(self.device),
+        }
+        previews = sorted((self.folder / sharing.PREVIEWS).glob("*.png")) if self.folder else []
+        shown = None
+        with suppress(Exception):  # A damaged preview is no reason to show nothing.
+            shown = np.asarray(decode(previews[-1]))[None]
+        return in_html("ImageModel", {name: text for name, text in facts.items() if text}, shown)
 
     @property
     def is_graph(self) -> bool:

@@ -1,16 +1,50 @@
-"""Progress: a bar on a terminal, and in a log a line every half minute."""
+"""Progress: a bar on a terminal or in a notebook, and in a log a line every half minute; or nothing, if asked."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 EVERY = 30.0
 """Seconds between lines in a log."""
 LINE = "{desc}: {percentage:.0f}%, {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+_IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+"""Whether bars are widgets. Importing tqdm's own class, to ask it, takes a second."""
+_quiet = False
+_stages: list[str] = []
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, no progress is shown. Warnings and results are."""
+    global _quiet
+    before, _quiet = _quiet, True
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
+def is_quiet() -> bool:
+    """Whether nobody wants to see more than results."""
+    return _quiet
+
+
+@contextmanager
+def stage(name: str, announced: bool = False) -> Iterator[None]:
+    """Inside, bars say that they belong to a stage of the work, `prepare`. First a line says so, if asked."""
+    if announced and not _quiet:
+        Bar.write(f"── {name}")
+    _stages.append(name)
+    try:
+        yield
+    finally:
+        _stages.pop()
 
 
 class Bar(tqdm):
@@ -18,32 +52,43 @@ class Bar(tqdm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._begun, self._said, self._shown = time.monotonic(), time.monotonic(), 0
+        kwargs["desc"] = _in_stage(kwargs.get("desc") or "")
+        kwargs["disable"] = kwargs.get("disable", False) or _quiet
         super().__init__(*args, **kwargs)
 
     @property
-    def _on_terminal(self) -> bool:
-        return self.fp.isatty() or "ipykernel" in sys.modules
+    def _in_log(self) -> bool:
+        # A notebook without widgets gets the terminal's bar.
+        return not (_IN_NOTEBOOK or self.fp.isatty() or "ipykernel" in sys.modules)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
+    def display(self, msg: str | None = None, pos: int | None = None, **how: Any) -> Any:
         """Draw the bar, or write a line if it is time to."""
-        if self._on_terminal:
-            return super().display(msg, pos)
+        if not self._in_log:
+            return super().display(msg, pos, **how)
         if time.monotonic() - self._said >= EVERY:
             self._said, self._shown = time.monotonic(), self.n
             self.fp.write(self.format_meter(**{**self.format_dict, "bar_format": LINE}) + "\n")
             self.fp.flush()
         return True
 
-    def clear(self, nolock: bool = False) -> None:
+    def clear(self, *args: Any, **kwargs: Any) -> None:
         """Take the bar off the terminal for a moment."""
-        if self._on_terminal:
-            super().clear(nolock)
+        if not self._in_log:
+            super().clear(*args, **kwargs)
 
     def close(self) -> None:
         """End, with a last bar or line if it is to stay."""
-        if not self.disable and not self._on_terminal:
+        if not self.disable and self._in_log:
             if self.leave and self.n > self._shown and time.monotonic() - self._begun >= EVERY:
                 self._said = -EVERY  # whenever the last line was
                 self.display()
             self.delay = float("inf")  # tqdm takes it for one that has never been shown.
         super().close()
+
+
+def _in_stage(what: str) -> str:
+    """A bar's description with the stage in front, unless it begins with the same word."""
+    stage = _stages[-1] if _stages else ""
+    if not stage or what.split()[:1] == stage.split()[:1]:
+        return what or stage
+    return f"{stage}: {what}" if what else stage

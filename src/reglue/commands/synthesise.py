@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from reglue.data.pictures import enlarge, label_colours, titled_grid
 from reglue.editing.options import LOCAL
 from reglue.editing.subjects import segmenting_head
 from reglue.errors import UserError, option
-from reglue.files import plain, read_json, read_jsonl, replacing, to_json
+from reglue.files import plain, replacing, to_json
 from reglue.locks import writes
 from reglue.metrics.distances import nearest
 from reglue.metrics.image_sets import open_training_images
@@ -32,58 +31,21 @@ from reglue.perception.datasets import LAYOUTS, Labelled, boxes_of
 from reglue.perception.heads import HeadSpec
 from reglue.perception.perceiving import Scene, Subject, drawn_scenes, in_batches
 from reglue.perception.pictures import OPACITY, as_image
+from reglue.perception.records import COPY, JOURNAL, RECORD, REMEDY, DatasetRecord, Drawn, read_record, read_rows
 from reglue.pipeline import ImageModel, load
 from reglue.run import RunRecord, find_run
 from reglue.samples import joined, plan, protocol_of
 from reglue.sampling import AutoPrecision
 from reglue.training import distributed
 
-RECORD, JOURNAL = "dataset.json", "drawn.jsonl"
-REMEDY = "choose another folder, or delete this one and draw its images again"
 QUALITY = 95
 """Of JPEG files."""
 NEIGHBOURHOOD = 10
 """Training images around the nearest one whose mean distance from it shows what is usual there."""
-COPY = 0.5
-"""Of that: an image that is nearer to a training image is flagged as its copy."""
 SHOWN = 8
 """Images on the sheet, in two columns."""
 CELL = 120
 """Least side of an image on the sheet in pixels."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A line of `drawn.jsonl`: an image that was drawn, kept or not."""
-
-    index: int
-    label: str
-    """The class it was drawn as; nothing where there are none."""
-    agreement: float
-    """Mean intersection over union of what the head sees in the local map and in the decoded image."""
-    kept: bool
-    nearest: str | None = None
-    """The training image that is nearest by the encoder's class token; None if there are none to compare with."""
-    closeness: float | None = None
-    """How far that one is, as a share of what is usual there; below `COPY` it is taken for a copy."""
-
-    @property
-    def copied(self) -> bool:
-        """Whether it is taken for a copy of a training image."""
-        return self.closeness is not None and self.closeness < COPY
-
-
-@dataclass(frozen=True)
-class DatasetRecord:
-    """`dataset.json`: everything that decides the data set, and what it is."""
-
-    protocol: dict[str, Any]
-    """Of sampling, as samples have it, with the head and how images are chosen."""
-    head: HeadSpec
-    boxes: dict[str, int] = field(default_factory=dict[str, int])
-    """How many each class has, by name."""
-    files: dict[str, str] = field(default_factory=dict[str, str])
-    """SHA-256 of each file but this one; of pictures alone until all are drawn."""
 
 
 @writes()
@@ -181,16 +143,6 @@ def precision_before(folder: Path) -> AutoPrecision | None:
     if not (folder / RECORD).is_file():
         return None
     return (read_record(folder).protocol.get("sampling") or {}).get("precision")
-
-
-def read_record(folder: Path) -> DatasetRecord:
-    """The record of a data set. Raises UserError if it is damaged."""
-    return read_json(folder / RECORD, DatasetRecord, REMEDY)
-
-
-def read_rows(folder: Path) -> list[Drawn]:
-    """What was drawn. Raises UserError for damage."""
-    return read_jsonl(folder / JOURNAL, Drawn, "delete it, and its images are drawn again")
 
 
 def line(row: Drawn) -> str:

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from reglue.commands.probe import labelled_images, parts_of, training_of
 from reglue.data.store import Store
 from reglue.errors import UserError
 from reglue.files import new_folder, read_json, refuse_filled, replacing, to_json
 from reglue.locks import writes
 from reglue.options.train_head import TrainHead
-from reglue.perception.agreement import Estimate
 from reglue.perception.fitting import fit_head, head_spec, score_head
-from reglue.perception.heads import Head, load_head
+from reglue.perception.heads import TRAINING, Head, load_head
 from reglue.perception.labelled import LAST_LAYER, StoreInput, open_input, with_depths
+from reglue.perception.records import HeadRecord
 from reglue.run import versions
 from reglue.training import distributed
-
-TRAINING = "training.json"
-
-
-@dataclass(frozen=True)
-class HeadRecord:
-    """`training.json`: how a head was trained, and how well it does on images that it was not trained on."""
-
-    options: dict[str, str]
-    images_sha256: str
-    """Of the store's images."""
-    fitted: int
-    selected: int
-    measured: int
-    """Images."""
-    chosen: float
-    """The ridge's penalty, or the step at which training stopped."""
-    scores: dict[str, Estimate]
-    """On the measured images. Of class maps there is `accuracy` alone, of images by their mean over patches."""
-    versions: dict[str, str] = field(default_factory=dict)
 
 
 @writes()

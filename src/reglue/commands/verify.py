@@ -3,80 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
-from zipfile import ZipFile
 
-import torch
-
-from reglue.arrays import ArrayFile
-from reglue.commands.synthesise import JOURNAL, read_rows
-from reglue.commands.synthesise import RECORD as DATASET
-from reglue.commands.synthesise import read_record as read_dataset
-from reglue.commands.train_head import TRAINING, HeadRecord
-from reglue.contact_sheet import TABLE, holds, read_hashes, refuse_changed, table
-from reglue.contact_sheet import picture as picture_name
-from reglue.data.images import open_picture
-from reglue.data.manifest import MANIFEST, PARTIAL, Shard, file_sha256, is_intact, read_manifest
 from reglue.data.store import Store
-from reglue.editing.folder import RECORD as EDITS
-from reglue.editing.folder import read_record as read_edits
-from reglue.editing.options import SHEET
-from reglue.editing.painting import SPEC_FILE as PROTOTYPES
-from reglue.editing.painting import load_prototypes
-from reglue.encoders.alignment import FILE as ALIGNMENT
-from reglue.encoders.alignment import load_alignment
-from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, load_autoencoder
-from reglue.encoders.compressors import CompressorSpec, load_compressor
-from reglue.errors import UserError, one_line
-from reglue.files import opened_tensors, read_json
+from reglue.errors import UserError
 from reglue.options.verify import Verify
-from reglue.perception.heads import SPEC_FILE, WEIGHTS_FILE, load_head
 from reglue.progress import Bar
-from reglue.reals.record import CONFIG, TrainingRecord
-from reglue.reals.record import RECORD as TRAINING_RECORD
-from reglue.run import COMPRESSORS, RunRecord, decoder, find_run
-from reglue.run import FILE as RECORD
-from reglue.samples import PROTOCOL, archived_protocol, read_protocol
-from reglue.training import checkpoints, tracking
-
-COPY = "copy it again, or delete it and run the command that made it again"
-
-
-@dataclass(frozen=True)
-class Check:
-    """Something to be read: a file, or a folder whose files belong together."""
-
-    path: Path
-    read: Callable[[], object]
-    """Raises UserError if it is missing or damaged."""
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        files = self.path.rglob("*") if self.path.is_dir() else [self.path]
-        return sum(file.stat().st_size for file in files if file.is_file())
+from reglue.run import RunRecord, find_run
+from reglue.training import checkpoints
+from reglue.watching.checks import Check
+from reglue.watching.kinds import RUN, STORE, kind_of
 
 
 def verify(options: Verify) -> Path:
     """Read everything. Returns the folder.
 
     Every damaged file is named on stderr as it is found. Raises UserError if there is one, and for what is none of the
-    kinds that `KINDS` knows.
+    kinds of `watching.kinds`.
     """
     folder = find_run(options.folder)
-    kind = next((kind for name, kind in KINDS.items() if (folder / name).is_file()), None)
-    if folder.suffix == ".npz" and folder.is_file():
-        kind = archive
-    if kind is None:
-        kinds = sorted({kind.__name__ for kind in KINDS.values()})
-        raise UserError(f"{folder} has none of {', '.join(KINDS)}; give {', '.join(kinds)} or an .npz of samples")
-    count, size = run_checks(folder, kind(folder))
-    if kind is run:
+    kind = kind_of(folder)
+    count, size = run_checks(folder, kind.checks(folder))
+    if kind is RUN:
         verify_training_store(folder)
     else:
         print(f"{folder}: {count} parts of {size:,} bytes in all are as they were written")
@@ -105,198 +54,6 @@ def run_checks(folder: Path, checks: Iterable[Check]) -> tuple[int, int]:
     return len(checks), total
 
 
-def store(folder: Path) -> Iterator[Check]:
-    """The shards and compressors of a store."""
-    manifest = read_manifest(folder)
-    for column in manifest.columns.values():
-        for shard in column.shards:
-            yield Check(folder / shard.file, lambda shard=shard: whole_shard(folder, shard))
-    for name, spec in manifest.compressors.items():
-        yield compressor(folder / COMPRESSORS / name, spec)
-
-
-def whole_shard(folder: Path, shard: Shard) -> None:
-    """Raises UserError if a file of a store is not the one in its manifest."""
-    if not is_intact(folder, shard, lambda _: None):
-        raise UserError(f"{folder / shard.file} is missing or damaged; {COPY}")
-
-
-def compressor(folder: Path, spec: CompressorSpec) -> Check:
-    """A compressor whose codes are known by its specification."""
-
-    def read() -> None:
-        if load_compressor(folder, COPY).spec() != spec:
-            raise UserError(f"{folder} is not the compressor of the codes that were made with it; {COPY}")
-
-    return Check(folder, read)
-
-
-def run(folder: Path) -> Iterator[Check]:
-    """The record, log, checkpoints, compressors, pictures and the autoencoder of a run."""
-    record = RunRecord.read(folder)
-    yield from training(folder)
-    if record.origin is not None and not checkpoints.steps(folder):
-        # Who trains a run may not have come to a checkpoint; who imports one has it at once.
-        yield Check(folder / checkpoints.FOLDER, partial(checkpoints.find, folder))
-    for modality, spec in record.compressors.items():
-        if (place := folder / COMPRESSORS / modality).is_dir():
-            yield compressor(place, spec)
-    own = folder / (record.decoder or record.autoencoder.name)
-    if own.is_dir() and own.is_relative_to(folder):
-        yield Check(own, lambda: decoder(record, torch.device("cpu"), folder=folder))
-
-
-def training(folder: Path) -> Iterator[Check]:
-    """What every training writes: log, checkpoints and previews."""
-    yield Check(folder / tracking.FILE, lambda: tracking.read(folder))
-    for checkpoint in sorted((folder / checkpoints.FOLDER).glob("[0-9]" * 8)):
-        yield Check(checkpoint / checkpoints.PROGRESS, partial(checkpoints.read_step, checkpoint))
-        # A run that was imported or shared has averaged weights alone.
-        others = [checkpoint / name for name in (checkpoints.MODEL, checkpoints.OPTIMISER)]
-        yield from map(tensors, [checkpoint / checkpoints.EMA, *(others if any(map(Path.exists, others)) else ())])
-    yield from map(picture, sorted(folder.glob("previews/*.png")))
-
-
-def tensors(file: Path) -> Check:
-    """A tensor file with its hash in its header."""
-
-    def read() -> None:
-        with opened_tensors(file, COPY, sealed=True):
-            pass
-
-    return Check(file, read)
-
-
-def picture(file: Path, hashes: Mapping[str, str] = MappingProxyType({})) -> Check:
-    """A PNG file, whose parts have sums of their own, and perhaps a hash by its name."""
-
-    def read() -> None:
-        try:
-            with open_picture(file) as opened:
-                opened.verify()
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{file} is missing or damaged ({one_line(error)}); {COPY}") from error
-        refuse_changed(file, hashes)
-
-    return Check(file, read)
-
-
-def autoencoder(folder: Path) -> Iterator[Check]:
-    """What `reglue autoencode` writes: the record, the training and, once it is done, the result."""
-    record = read_json(folder / TRAINING_RECORD, TrainingRecord, COPY)
-    yield from training(folder)
-    if record.steps_done == record.recipe.optimisation.steps:
-        yield Check(folder / CONFIG, lambda: load_autoencoder(str(folder)))
-        yield tensors(folder / DIFFUSERS_WEIGHTS)
-        if record.recipe.alignment.present:
-            yield Check(folder / ALIGNMENT, lambda: load_alignment(folder))
-
-
-def head(folder: Path) -> Iterator[Check]:
-    """What `reglue head` writes."""
-    yield Check(folder, lambda: load_head(folder))
-    yield Check(folder / TRAINING, lambda: read_json(folder / TRAINING, HeadRecord, COPY))
-
-
-def samples(folder: Path) -> Iterator[Check]:
-    """The pictures of a folder that `reglue sample` writes, and the table that describes them."""
-    protocol = read_protocol(folder / PROTOCOL)
-    yield Check(folder / PROTOCOL, lambda: read_protocol(folder / PROTOCOL))
-    yield Check(folder / TABLE, lambda: whole_table(folder, protocol))
-    hashes = read_hashes(folder)
-    yield from (picture(folder / file, hashes) for file in hashes)
-
-
-def whole_table(folder: Path, protocol: Mapping[str, Any]) -> None:
-    """Raises UserError if the table of samples lacks a picture that was to be drawn, or is not as the protocol is."""
-    hashes, wanted = read_hashes(folder), [*map(picture_name, range(len(protocol["labels"])))]
-    if missing := [name for name in wanted if name not in hashes]:
-        raise UserError(
-            f"{folder / TABLE} does not have all {len(wanted)} pictures ({missing[0]} is missing); `reglue sample` "
-            "with the same options adds them"
-        )
-    if not holds(folder / TABLE, table(protocol, {name: hashes[name] for name in wanted})):
-        raise UserError(
-            f"{folder / TABLE} is damaged (it does not say of the pictures what {PROTOCOL} does); delete it, and "
-            "`reglue sample` with the same options writes it again"
-        )
-
-
-def archive(file: Path) -> Iterator[Check]:
-    """The members of an archive, which have sums of their own; one of samples has a hash of all of it, too."""
-
-    def read() -> None:
-        try:
-            with ZipFile(file) as opened:
-                if broken := opened.testzip():
-                    raise ValueError(f"{broken} in it is not what was written")
-        except Exception as error:  # Bytes that mean nothing can end anywhere in zipfile and its compressions.
-            raise UserError(f"{file} is damaged ({one_line(error)}); {COPY}") from error
-        ArrayFile(file).refuse_changed(sealed=archived_protocol(file) is not None)
-
-    yield Check(file, read)
-
-
-def edits(folder: Path) -> Iterator[Check]:
-    """The pictures of a folder that `reglue edit` writes, and the record with their hashes."""
-    record = read_edits(folder)
-    yield Check(folder / EDITS, lambda: whole_edits(folder))
-    yield picture(folder / SHEET)
-    yield from (picture(folder / file, record.pictures) for file in record.pictures)
-
-
-def whole_edits(folder: Path) -> None:
-    """Raises UserError if the record of edits does not have as many pictures as were to be drawn."""
-    record = read_edits(folder)
-    if len(record.pictures) < len(record.images) * record.count:
-        raise UserError(
-            f"{folder / EDITS} does not have all {len(record.images) * record.count} pictures; `reglue edit` with the "
-            "same options adds them"
-        )
-
-
-def prototypes(folder: Path) -> Iterator[Check]:
-    """What `reglue prototypes` writes."""
-    yield Check(folder, lambda: load_prototypes(folder))
-
-
-def dataset(folder: Path) -> Iterator[Check]:
-    """What `reglue synthesise` writes: all files that its record has the hashes of."""
-    record = read_dataset(folder)
-    yield Check(folder / DATASET, lambda: whole_dataset(folder))
-    yield from (Check(folder / name, partial(whole_file, folder / name, sha)) for name, sha in record.files.items())
-
-
-def whole_dataset(folder: Path) -> None:
-    """Raises UserError if the record of a data set does not have all images that were to be drawn."""
-    record, rows = read_dataset(folder), read_rows(folder)
-    if JOURNAL not in record.files or len(rows) < len(record.protocol.get("labels", ())):
-        raise UserError(
-            f"{folder / DATASET} does not have all images; `reglue synthesise` with the same options adds them"
-        )
-
-
-def whole_file(file: Path, digest: str) -> None:
-    """Raises UserError if a file is not the one that was written."""
-    if not file.is_file() or file_sha256(file) != digest:
-        raise UserError(f"{file} is missing or damaged; {COPY}")
-
-
-KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
-    RECORD: run,
-    MANIFEST: store,
-    PARTIAL: store,
-    SPEC_FILE: head,
-    WEIGHTS_FILE: head,
-    TRAINING_RECORD: autoencoder,
-    PROTOCOL: samples,
-    EDITS: edits,
-    PROTOTYPES: prototypes,
-    DATASET: dataset,
-}
-"""What each kind of folder holds, by a file that it alone has; heads have a record of the autoencoders' name too."""
-
-
 def verify_training_store(folder: Path) -> None:
     """Say what can be read of a run, and verify its store. Raises UserError if that is damaged, or another one."""
     record = RunRecord.read(folder)
@@ -311,6 +68,6 @@ def verify_training_store(folder: Path) -> None:
     if not place.is_dir():
         print(f"Its training store {place} is not there (any more), and was not verified.")
         return
-    run_checks(place, store(place))
+    run_checks(place, STORE.checks(place))
     if not record.trained_on(Store.open(place)):
         raise UserError(f"{place} is whole, but not the store that {folder} was trained on; put that one back")

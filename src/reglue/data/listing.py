@@ -61,7 +61,7 @@ class Listing:
         return "".join(f" ({note})" for note in self.notes)
 
 
-def list_folder(folder: Path) -> Listing:
+def list_runs(folder: Path) -> Listing:
     """The images, sub-folders and other files that lie in a folder, by their names, sorted."""
     found = Listing()
     with os.scandir(folder) as entries:
@@ -130,7 +130,7 @@ def list_tree(path: Path) -> Listing:
         ways[here] += 1
         if ways[here] > MOST_WAYS:
             raise UserError(f"more than {MOST_WAYS} links in {path} lead to {folder.resolve()}; remove some")
-        listing = list_folder(folder)
+        listing = list_runs(folder)
         found.images += [prefix + name for name in listing.images]
         found.endings.update(listing.endings)
         found.folders += [prefix + name for name in listing.folders]

@@ -20,7 +20,7 @@ from types import ModuleType
 from braceexpand import braceexpand
 
 from reglue.data.images import ImageFolder, ImageSource
-from reglue.data.listing import is_hidden, list_folder
+from reglue.data.listing import is_hidden, list_runs
 from reglue.data.reading import Reading, Subset
 from reglue.data.sources import HUB, Chosen, Mirrored, Relabelled
 from reglue.data.tars import TarImages, name_in_tar
@@ -140,7 +140,7 @@ def _matches(pattern: Path) -> list[Path]:
 
 def _files_in(folder: Path, reading: Reading) -> list[Path]:
     """The tar or parquet files of a folder and of its folders; none if it holds images."""
-    found = list_folder(folder)
+    found = list_runs(folder)
     beside = _data_files(folder)
     files = beside or _first_data_files([folder / name for name in found.folders])
     if not files:
@@ -161,7 +161,7 @@ def _first_data_files(folders: Sequence[Path]) -> list[Path]:
     To look into all of them would take as long as to list the images.
     """
     for folder in folders:
-        if list_folder(folder).images:
+        if list_runs(folder).images:
             return []
         if files := _data_files(folder):
             return files

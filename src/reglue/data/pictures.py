@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +23,10 @@ TEXT_SIZES = (12, 24)
 """Height of text in pixels: the least, and the greatest, which pictures of many pixels have."""
 LONGEST = 20
 """Width of a name in a legend, in heights of its text, from which it is broken into lines."""
+PAGE_WIDTH = 1600
+"""Pictures of a page are enlarged to about so many pixels …"""
+MAX_ENLARGEMENT = 6
+"""… but by no more than this."""
 
 
 def image_grid(images: np.ndarray, columns: int, background: int = 255) -> np.ndarray:
@@ -167,6 +174,32 @@ def enlarge(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.stack(
         [np.asarray(Image.fromarray(p).resize((width, height), Image.Resampling.NEAREST)) for p in pictures]
     )
+
+
+def png_address(images: np.ndarray, columns: int | None = None) -> str:
+    """Images uint8 (N, H, W, 3) as the address of one PNG, `columns` to a row (all, if not given); gaps are clear.
+
+    Small ones are enlarged by whole numbers: a browser would blur them, or make their pixels unequal.
+    """
+    columns = columns or len(images)
+    factor = max(1, min(MAX_ENLARGEMENT, PAGE_WIDTH // (columns * images.shape[2])))
+    # Clear gaps, so that the page's own colour is seen between the images in the dark too.
+    opaque = image_grid(np.full_like(images, 255), columns, background=0)[..., :1]
+    grid = np.concatenate([image_grid(images, columns), opaque], axis=2).repeat(factor, 0).repeat(factor, 1)
+    file = io.BytesIO()
+    Image.fromarray(grid).save(file, "png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def in_html(title: str, facts: Mapping[str, str], images: np.ndarray | None = None) -> str:
+    """What a notebook shows of an object: a title, a table of facts, and images uint8 (N, H, W, 3) below."""
+    rows = "".join(
+        f'<tr><th style="text-align:left">{html.escape(name)}</th>'
+        f'<td style="text-align:left;white-space:pre-wrap">{html.escape(text)}</td></tr>'
+        for name, text in facts.items()
+    )
+    shown = "" if images is None or not len(images) else f'<div><img src="{png_address(images)}" width="480"></div>'
+    return f"<b>{html.escape(title)}</b><table>{rows}</table>{shown}"
 
 
 def _positions(code: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from reglue.data.manifest import (
     read_manifest,
     value_of,
 )
+from reglue.data.pictures import colours_of, in_html
 from reglue.data.read_ahead import expect
 from reglue.data.sources import FLIPPED
 from reglue.errors import UserError, option
@@ -49,6 +50,8 @@ SHARD_REMEDY = "delete it and run the command that made it again"
 SCALE = "scale"
 """The tensor of a column in 8 bits that its values are multiplied with."""
 INT8_LARGEST = 127
+SHOWN = 12
+"""Latents, and names of classes, that a notebook shows."""
 MAPPED_AT_ONCE = 16_384
 """Files that a store keeps mapped. Linux allows a process 65,530 maps, and ImageNet-21k has more shards."""
 
@@ -85,6 +88,28 @@ class Store:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def __repr__(self) -> str:
+        source = self.manifest.source
+        height, width = source.resolution
+        what = f"{len(self):,} images of {height}×{width}, {len(source.class_names)} classes"
+        return f"Store({what}, columns {', '.join(sorted(self.manifest.columns))}, in {self.folder})"
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook, with a few latents as colours."""
+        source, columns = self.manifest.source, self.manifest.columns
+        facts = {
+            "images": "{:,} of {}×{} pixels".format(len(self), *source.resolution),
+            "classes": ", ".join(source.class_names[:SHOWN]) + (", …" if len(source.class_names) > SHOWN else ""),
+            **{f"column {name}": ", ".join(map(str, columns[name].tensors.values())) for name in sorted(columns)},
+            "in": str(self.folder),
+        }
+        rows = torch.linspace(0, len(self) - 1, min(SHOWN, len(self))).long()
+        return in_html("Store", {name: text for name, text in facts.items() if text}, self.as_colours(rows))
+
+    def as_colours(self, rows: Tensor) -> np.ndarray:
+        """The latents of some rows (n,) as colours, uint8 (n, h, w, 3): no network is asked."""
+        return colours_of(self.read("latent", rows)["mean"].float())
 
     @cached_property
     def labels(self) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reglue.data.pictures import in_html
 from reglue.errors import option
 from reglue.metrics.distances import (
     Gaussian,
@@ -95,7 +96,7 @@ class Metrics:
         return f"<Metrics {measured}: print their Evaluation, which says how they were made>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """Figures and all that they depend on; `print(evaluation)` shows the table."""
 
@@ -135,12 +136,19 @@ class Evaluation:
     warnings: tuple[str, ...]
     versions: dict[str, str]
 
-    def __str__(self) -> str:
-        """The report for people: several lines, no newline at the end."""
+    def figures(self) -> dict[str, float]:
+        """The numbers alone, by the field's names: for what draws curves of them."""
+        return {name: figure.value for name, figure in self._named().items()}
+
+    def _named(self) -> dict[str, Figure]:
+        named = {self.distance_name: self.metrics.frechet_distance}
+        named |= {name: getattr(self.metrics, field) for field, name in NAMES.items()}
+        return {name: figure for name, figure in named.items() if figure is not None}
+
+    def rows(self) -> dict[str, str]:
+        """The report for people: what is measured and what that depends on, by title."""
         metrics = self.metrics
-        named = {self.distance_name: metrics.frechet_distance}
-        named |= {name: getattr(metrics, field) for field, name in NAMES.items()}
-        rows = {name: figure.shown() for name, figure in named.items() if figure is not None}
+        rows = {name: figure.shown() for name, figure in self._named().items()}
         if self.protocol is None:
             rows[self.distance_name] += ", protocol not recorded"
         if metrics.kernel_distance is not None:
@@ -158,8 +166,20 @@ class Evaluation:
             "protocol": _protocol_row(self.protocol),
             "versions": ", ".join(f"{name} {number}" for name, number in self.versions.items()),
         }
+        return rows
+
+    def __str__(self) -> str:
+        """The report for people: several lines, no newline at the end."""
+        rows = self.rows()
         width = max(map(len, rows))
         return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows.items()), *self.warnings])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook."""
+        warnings = {"": "\n".join(self.warnings)} if self.warnings else {}
+        return in_html(f"Evaluation of {self.images}", self.rows() | warnings)
 
     def report_name(self) -> str:
         """The file of a report in its run's `reports`: step, network, and a hash of all that the figures depend on.

@@ -63,7 +63,8 @@ class Autoencode(TakesPaths):
     keep: int = 2
     """Number of checkpoints to keep; 0 keeps all."""
     track: tuple[str, ...] = ()
-    """Registered trackers of your own, by name: figures and pictures go there too, beside metrics.jsonl."""
+    """Where figures, pictures and the recipe go too, beside metrics.jsonl: tensorboard, wandb, trackio, or registered
+    trackers of your own. They write to this machine alone unless your own settings for them say otherwise."""
     workers: int = 2
     """Threads that decode images ahead, per process of torchrun; 0 decodes when needed."""
     device: str = "auto"

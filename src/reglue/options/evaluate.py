@@ -62,6 +62,10 @@ class Evaluate(TakesPaths):
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 
+    track: tuple[str, ...] = ()
+    """Trackers that get the figures too, at the step of the run that the images were drawn from: tensorboard, wandb,
+    trackio, or your own."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "count", "resolution", "kernel_subsets", "batch_size", at_least=1)

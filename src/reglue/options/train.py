@@ -54,7 +54,8 @@ class Train(TakesPaths):
     """The same bits from the same command on a GPU too, resumed or not, on the same kind of GPU with the same versions.
     Without it, attention's backward pass is slightly faster."""
     track: tuple[str, ...] = ()
-    """Registered trackers of your own, by name: figures and pictures go there too, beside metrics.jsonl."""
+    """Where figures, pictures and the recipe go too, beside metrics.jsonl: tensorboard, wandb, trackio, or registered
+    trackers of your own. They write to this machine alone unless your own settings for them say otherwise."""
     shards: int = 1
     """Under torchrun: number of processes that share one copy of the model, for models larger than one device. 1 keeps
     a whole copy in each."""

@@ -25,6 +25,7 @@ from reglue.files import read_json, read_network, refuse_not_finite, replacing, 
 Task = Literal["segmentation", "depth"]
 
 SPEC_FILE, WEIGHTS_FILE = "head.json", "head.safetensors"
+TRAINING = "training.json"
 REMEDY = "train the head again with `reglue head`"
 POSSIBLE_LAYERS = frozenset(range(1000))
 """Of an encoder; the deepest have some fifty."""

@@ -187,7 +187,9 @@ def fit(
                 line = task.line(step, values)
                 if trackers:
                     trackers.log(step, line)
-                    progress.set_postfix({name: f"{line[name]:.4g}" for name in task.shown})
+                    upcoming = min(steps, (step // checkpoint_every + 1) * checkpoint_every)
+                    told = [f"{name.replace('_', ' ')} {line[name]:.4g}" for name in task.shown]
+                    progress.set_postfix_str(", ".join([*told, f"checkpoint at {upcoming:,}"]))
                 task.check(step, saved)
                 means, logged_step, logged_time = Means(), step, time.perf_counter()
             # Figures and pictures come before the checkpoint: a process that is killed in between makes them again, and
