@@ -143,6 +143,17 @@ def test_long_skips_join_the_first_block_to_the_last() -> None:
     assert given[4] is made[0]
 
 
+@pytest.mark.parametrize("backbone", [name for name in OWN if name != "sit"])
+def test_a_whole_model_is_one_graph_to_compile(backbone: str) -> None:
+    of = config(backbone, depth=2)
+    whole, compiled, x = awake(of), awake(of), state(of)
+    torch._dynamo.reset()
+    compiled.compile(fullgraph=True, backend="eager", dynamic=False)
+    with torch.no_grad():
+        for ours, theirs in zip(outputs(compiled, x), outputs(whole, x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_a_model_without_conditions_has_no_token_for_them() -> None:
     with_condition, without = (config("uvit", conditions=conditions) for conditions in ({"class": 0}, {}))
     places = [Denoiser(of).state_dict()["backbone.positions.weight"].shape[0] for of in (with_condition, without)]

@@ -75,7 +75,8 @@ class UViT(Backbone):
         inserted = [condition.unsqueeze(1)] if self.inserted > 1 else []
         leading, patches = tokens.tensor_split([self.leading], dim=1)
         x = torch.cat([leading, *inserted, time.unsqueeze(1), patches], dim=1) + self.positions.weight
-        tap, skipped = None, list[Tensor]()
+        tap: Tensor | None = None
+        skipped: list[Tensor] = []
         for number in range(1, len(self.blocks) + 1):
             late = [skipped.pop()] if number > self.early + 1 else []
             x = self.through(number, x, self.rotation, *late)
