@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from reglue.commands.prototypes import prototypes
     from reglue.commands.reencode import reencode
     from reglue.commands.sample import sample
+    from reglue.commands.synthesise import synthesise
     from reglue.commands.train import train
     from reglue.commands.train_head import train_head
     from reglue.commands.verify import verify
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from reglue.options.prototypes import MakePrototypes
     from reglue.options.reencode import Reencode
     from reglue.options.sample import Sample
+    from reglue.options.synthesise import Synthesise
     from reglue.options.train import Train
     from reglue.options.train_head import TrainHead
     from reglue.options.verify import Verify
@@ -88,6 +90,8 @@ _HOMES = {
     "train_head": "reglue.commands.train_head",
     "Perceive": "reglue.options.perceive",
     "perceive": "reglue.commands.perceive",
+    "Synthesise": "reglue.options.synthesise",
+    "synthesise": "reglue.commands.synthesise",
     "ImportRun": "reglue.options.import_run",
     "import_run": "reglue.commands.import_run",
     "ExportRun": "reglue.options.export_run",
@@ -137,6 +141,8 @@ __all__ = [  # noqa: RUF022 in the order of use
     "train_head",
     "Perceive",
     "perceive",
+    "Synthesise",
+    "synthesise",
     "ImportRun",
     "import_run",
     "ExportRun",
