@@ -22,6 +22,7 @@ stays: the same command goes on.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -193,7 +194,10 @@ class Measuring:
         print(name, self.results[name], flush=True)
         if self.last:
             shown = enlarge(np.stack([np.asarray(one.convert("RGB")) for one in self.last[:10]]), (96, 96))
-            write_picture(self.options.out / "pictures" / f"{name}.png", Image.fromarray(image_grid(shown, 10)))
+            write_picture(
+                self.options.out / "pictures" / f"{re.sub(r'[^a-z0-9.]+', '-', name)}.png",
+                Image.fromarray(image_grid(shown, 10)),
+            )
         self.options.out.mkdir(parents=True, exist_ok=True)
         with replacing(self.options.out / RESULTS) as beside:
             beside.write_text(json.dumps(self.results, indent=1))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -70,10 +69,7 @@ class Pairs:
         self.images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
         labels = np.stack([np.asarray(crop_mask(read_mask(file), options.size)) for file in masks])
         self.masks = torch.from_numpy(np.where(labels == options.ignored, IGNORE, labels).astype(np.int64))
-
-    def classes(self) -> int:
-        """One more than the greatest class."""
-        return int(self.masks[self.masks != IGNORE].max()) + 1
+        self.classes = int(self.masks[self.masks != IGNORE].max()) + 1
 
 
 class Study:
@@ -83,11 +79,7 @@ class Study:
         self.options, file = options, options.out / RESULTS
         self.real, self.test, self.made = (Pairs(one, options) for one in (options.train, options.test, options.made))
         self.results: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
-
-    @cached_property
-    def order(self) -> Tensor:
-        """Which real images a share takes: the first ones of a random order."""
-        return permutation(self.options.seeds[0], "real images", 0, len(self.real.images))
+        self.order = permutation(options.seeds[0], "real images", 0, len(self.real.images))
 
     def measure(self) -> None:
         """Every arm that has no figure yet."""
@@ -103,12 +95,11 @@ class Study:
         if name in self.results:
             return
         images, masks = self.real.images[rows], self.real.masks[rows]
+        weights = torch.full((len(rows),), 1 / max(len(rows), 1))
         if with_made:  # As many of either, whatever there are of them.
-            weights = torch.cat([torch.full((len(rows),), 1 / max(len(rows), 1)),
-                                 torch.full((len(self.made.images),), 1 / len(self.made.images))])  # fmt: skip
+            made = len(self.made.images)
+            weights = torch.cat([weights, torch.full((made,), 1 / made)])
             images, masks = torch.cat([images, self.made.images]), torch.cat([masks, self.made.masks])
-        else:
-            weights = torch.ones(len(rows))
         self.results[name] = round(self.miou(self.trained(images, masks, weights, seed, name)), 4)
         print(name, self.results[name], flush=True)
         self.options.out.mkdir(parents=True, exist_ok=True)
@@ -119,7 +110,7 @@ class Study:
         """A segmenter (LR-ASPP on MobileNetV3, from random weights), mirrored images at random."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=self.real.classes())
+            network = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=self.real.classes)
         draws, steps = torch_generator(seed, "batches"), self.options.steps
         optimiser = torch.optim.AdamW(network.parameters(), LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps)
@@ -139,7 +130,7 @@ class Study:
     def miou(self, network: nn.Module) -> float:
         """On the images of `test`."""
         found = [network(some.float() / 127.5 - 1)["out"].argmax(1) for some in self.test.images.split(BATCH)]
-        return mean_iou(confusions(torch.cat(found), self.test.masks, self.real.classes()).sum(0))
+        return mean_iou(confusions(torch.cat(found), self.test.masks, self.real.classes).sum(0))
 
     def report(self) -> None:
         """Print the table, a row for each arm and a column for each seed."""
