@@ -162,7 +162,8 @@ class Measuring:
             network = load_lpips(self.options.lpips)
             return lambda *both: network(*(F.interpolate(x / 127.5 - 1, 64, mode="bilinear") for x in both))
         layers = len(self.encoder.spec.layers)
-        return lambda *both: encoder_distance(*(self.encoder.describe(x).features for x in both), layers)
+        seen = lambda images: self.encoder.describe(images).features  # noqa: E731
+        return lambda first, second: encoder_distance(seen(first), seen(second), layers)
 
     def edited(
         self, way: Figures, files: Sequence[Path] = (), classes: Sequence[int] = (), edit: int = 0, **sampling: Any
@@ -173,7 +174,9 @@ class Measuring:
         """
         model, files = self.model, files or self.subjects
         own = model.resolved(model.sampling_for(bool(classes)).changed(**sampling))
-        painted = [{"paint": Image.fromarray(one)} for one in self.paintings] if "head" in way else [{}] * len(files)
+        painted: list[Figures] = (
+            [{"paint": Image.fromarray(one)} for one in self.paintings] if "head" in way else [{}] * len(files)
+        )
         asked = [Editing(**way, **one) for one in painted]
         images = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in self.pixels(files)]
         subjects = [model.subject(image, one) for image, one in zip(images, asked, strict=True)]
