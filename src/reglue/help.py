@@ -38,9 +38,9 @@ GROUPS = {
         synthesise.steps synthesise.seed synthesise.labels""",
     "metrics": """feature-network resamples kernel-subsets kernel-subset-size measure-lpips measure-inception
         flat-limit evaluate.features evaluate.seed""",
-    "output": """out name format agreement objects
-        features features-dtype dtype shard-size log-every evaluate-every checkpoint-every keep
-        preview-every preview-count preview-steps track""",
+    "output": """out to batch name features features-dtype dtype shard-size log-every evaluate-every checkpoint-every
+        keep preview-every preview-count preview-steps track
+        format agreement objects""",
     "machine": """device workers precision compile deterministic shards prepare.batch-size reencode.batch-size
         sample.batch-size edit.batch-size evaluate.batch-size perceive.batch-size
         synthesise.batch-size""",
