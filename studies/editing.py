@@ -301,7 +301,7 @@ class Measuring:
         figure, axes = plt.subplots(1, len(CURVES), figsize=(11, 2.8), sharey=True, layout="constrained")
         for axis, (option, values) in zip(axes, CURVES.items(), strict=True):
             for key in ("cosine", "class", "variety"):
-                found = [self.results[f"curves: {option} {value:g}"][key] for value in values]
+                found = [self.results.get(f"curves: {option} {value:g}", {}).get(key, np.nan) for value in values]
                 axis.plot(values, found, "o-", label=key)
             axis.axhline(self.results["real images: another of the class"]["cosine"], color="C0", ls=":")
             axis.set(xlabel="--guidance-scale" if option == "guidance" else f"--{option}", ylim=(0, 1.02))
