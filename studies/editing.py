@@ -298,8 +298,9 @@ class Measuring:
             lines = [[name, *(f"{row[key]:.3f}" if key in row else "" for key in heads)] for name, row in rows.items()]
             tables.append(markdown_table([title, *heads], lines, texts=1))
         (self.options.out / "tables.md").write_text("\n\n".join(tables) + "\n")
-        figure, axes = plt.subplots(1, len(CURVES), figsize=(11, 2.8), sharey=True, layout="constrained")
-        for axis, (option, values) in zip(axes, CURVES.items(), strict=True):
+        measured = {name: values for name, values in CURVES.items() if f"curves: {name} {values[0]:g}" in self.results}
+        figure, axes = plt.subplots(1, len(measured), figsize=(11, 2.8), sharey=True, layout="constrained")
+        for axis, (option, values) in zip(axes, measured.items(), strict=True):
             for key in ("cosine", "class", "variety"):
                 found = [self.results.get(f"curves: {option} {value:g}", {}).get(key, np.nan) for value in values]
                 axis.plot(values, found, "o-", label=key)
