@@ -242,11 +242,12 @@ def way_to_sample(
         own = model.record.recipe.sampling.auto_scale
         given = changes["auto_scale"]
         changes["auto_scale"] = given if given is not None else own if own != 1 else WEAKER_SCALE
-    elif changes["auto_scale"] not in (None, 1):
-        raise UserError(
-            f"{option('auto_scale')} {changes['auto_scale']}: autoguidance needs a weaker model; name one with "
-            f"{option('weaker_run')}"
-        )
+    for name in ("auto_scale", "auto_scales"):
+        if not weaker and changes[name] not in (None, 1):
+            given = changes[name] if name == "auto_scale" else " ".join(f"{n} {w}" for n, w in changes[name].items())
+            raise UserError(
+                f"{option(name)} {given}: autoguidance needs a weaker model; name one with {option('weaker_run')}"
+            )
     sampling = default.changed(**changes)
     if sampling.precision == "auto":
         sampling = replace(sampling, precision=before() or agreed(model.device))

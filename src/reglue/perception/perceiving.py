@@ -9,7 +9,7 @@ the measure of both: the same head on its features of the decoded image.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -33,7 +33,7 @@ from reglue.progress import Bar
 from reglue.reals.samples import ImageSamples, all_of, to_images, to_pixels
 from reglue.samples import Drawing
 
-View = Literal["alignment", "local", "original", "encoder"]
+View = Literal["alignment", "local", "drawn", "original", "encoder"]
 """Whose features a head reads: an estimator's, or the encoder's, of the original or of the decoded image."""
 Seen = tuple[VisionFeatures, tuple[int, ...]]
 """Features, and the encoder's blocks that they are of."""
@@ -50,6 +50,8 @@ class Subject:
     """The estimators that it has, with the encoder whose features each estimates: its layers are those."""
     alignment: AlignmentNetwork | None
     compressor: Compressor | None = None
+    draw: Callable[[Tensor, range], Tensor] | None = None
+    """Raw latents (B, C, H, W) of images by number to raw local maps (B, K, H, W) that a run draws given them."""
 
     def from_latents(self, latents: Tensor) -> Seen:
         """What the alignment network estimates from raw latents (B, C, H, W)."""
@@ -58,10 +60,10 @@ class Subject:
         features = VisionFeatures(semantics.class_token, semantics.patches, semantics.class_token)
         return features, self.estimates["alignment"].layers
 
-    def from_local(self, code: Tensor) -> Seen:
+    def from_local(self, code: Tensor, estimator: Estimator = "local") -> Seen:
         """What the compressor decodes from a raw local map (B, K, H, W): see `features_of_codes`."""
         assert self.compressor is not None
-        return features_of_codes(code, self.compressor, self.estimates["local"])
+        return features_of_codes(code, self.compressor, self.estimates[estimator])
 
 
 def aligned_encoder(alignment: AlignmentNetwork, folder: Path) -> EncoderSpec:
@@ -116,7 +118,7 @@ def encoded_scenes(
     samples: ImageSamples, subject: Subject, encoder: VisionEncoder, batch_size: int, device: torch.device
 ) -> Iterator[Scene]:
     """Images as the autoencoder of a subject decodes them, in batches, and as they were."""
-    grid = subject.autoencoder.spec.latent_size(subject.size)
+    grid, done = subject.autoencoder.spec.latent_size(subject.size), 0
     for originals, noise in all_of(samples, batch_size, 0, device):
         latents = subject.autoencoder.encode(to_images(originals)).draw(noise)
         seen, code = encoder.describe(originals), None
@@ -127,6 +129,9 @@ def encoded_scenes(
             code = resize(subject.compressor.encode(torch.cat([each[layer] for layer in layers], dim=1)), grid)
         scene = _scene(subject, encoder, to_pixels(subject.autoencoder.decode(latents)), latents, code)
         scene.seen["original"] = (seen, encoder.spec.layers)
+        if subject.draw and "drawn" in subject.estimates:
+            scene.seen["drawn"] = subject.from_local(subject.draw(latents, range(done, done + len(latents))), "drawn")
+        done += len(latents)
         yield scene
 
 
