@@ -47,6 +47,7 @@ JOBS = {
     "reencode": ("reencode", "store", "other", "--autoencoder=a"),
     "perceive": ("perceive", "run", "--head=h", "--out=o"),
     "edit": ("edit", "run", "image.png", "--keep=local", "--out=o"),
+    "synthesise": ("synthesise", "run", "--head=h", "--out=o"),
     "prototypes": ("prototypes", "store", "--masks=m", "--out=o"),
     "import": ("import", "file", "--out=o"),
     "export": ("export", "run", "--out=o.pt"),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from reglue.commands.reencode import reencode
     from reglue.commands.report import report
     from reglue.commands.sample import sample
+    from reglue.commands.synthesise import synthesise
     from reglue.commands.train import train
     from reglue.commands.train_head import train_head
     from reglue.commands.verify import verify
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from reglue.options.reencode import Reencode
     from reglue.options.report import Report
     from reglue.options.sample import Sample
+    from reglue.options.synthesise import Synthesise
     from reglue.options.train import Train
     from reglue.options.train_head import TrainHead
     from reglue.options.verify import Verify
@@ -94,6 +96,8 @@ _HOMES = {
     "train_head": "reglue.commands.train_head",
     "Perceive": "reglue.options.perceive",
     "perceive": "reglue.commands.perceive",
+    "Synthesise": "reglue.options.synthesise",
+    "synthesise": "reglue.commands.synthesise",
     "ImportRun": "reglue.options.import_run",
     "import_run": "reglue.commands.import_run",
     "ExportRun": "reglue.options.export_run",
@@ -149,6 +153,8 @@ __all__ = [  # noqa: RUF022 in the order of use
     "train_head",
     "Perceive",
     "perceive",
+    "Synthesise",
+    "synthesise",
     "ImportRun",
     "import_run",
     "ExportRun",

@@ -264,8 +264,9 @@ class LossGuidance(Control):
         slopes = torch.autograd.grad(total, [state[n] for n in velocity], retain_graph=True, materialize_grads=True)
         moves = {n: self.scale * self._factor(at[n]) * slope for n, slope in zip(velocity, slopes, strict=True)}
         # Never farther than the velocity itself goes, or a large w would lead away from all data.
-        most, least = (sum(x.detach().square().flatten(1).sum(1) for x in part.values()) for part in (velocity, moves))
-        shorter = (most / least.clamp(min=1e-30)).sqrt().clamp(max=1)  # type: ignore[reportAttributeAccessIssue]
+        squares = [[x.detach().square().flatten(1).sum(1) for x in part.values()] for part in (velocity, moves)]
+        most, found = (torch.stack(of_each).sum(0) for of_each in squares)
+        shorter = (most / found.clamp(min=1e-30)).sqrt().clamp(max=1)
         return {name: v.detach() + expand_as(shorter, v) * moves[name] for name, v in velocity.items()}
 
     def _factor(self, t: Tensor) -> float:

@@ -49,7 +49,7 @@ def boxes_of(mask: np.ndarray, classes: Sequence[int], least: float) -> list[Box
 
     found: list[Box] = []
     for number in classes:
-        components, _ = label(mask == number, CORNERS)
+        components: np.ndarray = label(mask == number, CORNERS)[0]  # type: ignore[index]
         for index, (rows, columns) in enumerate(find_objects(components), 1):
             inside = components[rows, columns] == index
             if inside.sum() >= least:
@@ -175,7 +175,7 @@ def run_lengths(box: Box, size: tuple[int, int]) -> list[int]:
     whole[box.top : box.bottom, box.left : box.right] = box.inside
     pixels = whole.T.ravel()
     edges = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
-    lengths = np.diff([0, *edges, len(pixels)]).tolist()
+    lengths = np.diff(np.array([0, *edges.tolist(), len(pixels)])).tolist()
     return [0, *lengths] if pixels[0] else lengths
 
 
