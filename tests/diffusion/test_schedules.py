@@ -170,7 +170,8 @@ def test_every_sampler_draws_the_distribution_under_every_schedule(name: str, ki
     state = noise(images)
     if kind == "known":
         state["local"] = torch.full((images, 1), value, dtype=torch.float64)
-    found = drawn(name, KINDS[kind], 200 if name == "dpm-solver" else 60, state)
+    # Samplers of chains converge slowly: what is left of the last noise, and the least variance of a step, show.
+    found = drawn(name, KINDS[kind], 300 if name in ("ddpm", "dpm-solver") else 60, state)
     x = torch.cat([found[n] for n in NAMES], dim=1)
     if kind == "known":
         assert bool((found["local"] == value).all())
