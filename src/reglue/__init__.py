@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from reglue.commands.prototypes import prototypes
     from reglue.commands.reencode import reencode
     from reglue.commands.sample import sample
+    from reglue.commands.studio import studio
     from reglue.commands.train import train
     from reglue.commands.train_head import train_head
     from reglue.commands.verify import verify
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from reglue.options.prototypes import MakePrototypes
     from reglue.options.reencode import Reencode
     from reglue.options.sample import Sample
+    from reglue.options.studio import Studio
     from reglue.options.train import Train
     from reglue.options.train_head import TrainHead
     from reglue.options.verify import Verify
@@ -94,6 +96,8 @@ _HOMES = {
     "export_run": "reglue.commands.export_run",
     "Verify": "reglue.options.verify",
     "verify": "reglue.commands.verify",
+    "Studio": "reglue.options.studio",
+    "studio": "reglue.commands.studio",
     "Demo": "reglue.options.demo",
     "demo": "reglue.commands.demo",
     # parts
@@ -143,6 +147,8 @@ __all__ = [  # noqa: RUF022 in the order of use
     "export_run",
     "Verify",
     "verify",
+    "Studio",
+    "studio",
     "Demo",
     "demo",
     "Recipe",

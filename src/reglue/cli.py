@@ -137,6 +137,11 @@ COMMANDS = {
         "verify store",
         heading="and",
     ),
+    "studio": Command(
+        "reglue.options.studio:Studio",
+        "Draw, edit, see and watch in the browser.",
+        "studio starter",
+    ),
     "demo": Command(
         "reglue.options.demo:Demo",
         "Train, sample and evaluate on handwritten digits, in minutes.",

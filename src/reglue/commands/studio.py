@@ -1,0 +1,39 @@
+"""`reglue studio`: models in the browser."""
+
+from __future__ import annotations
+
+import os
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
+
+from reglue.errors import Stopped, UserError
+from reglue.options.studio import Studio
+
+
+def studio(options: Studio) -> None:
+    """Show the page until Ctrl-C. Raises UserError for what is not there, and Stopped in the end."""
+    if find_spec("gradio") is None:
+        raise UserError("the studio needs gradio: run `pip install 'reglue[app]'`")
+    from reglue.app.workshop import Workshop
+
+    with TemporaryDirectory(prefix="reglue-studio-", ignore_cleanup_errors=True) as name:
+        folder = Path(name).resolve()
+        os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")  # It is read while gradio is imported.
+        workshop = Workshop.open(options.runs, folder, options.heads, options.prototypes, options.device)
+        Thread(target=workshop.runs[0].warm, daemon=True).start()
+        from reglue.app.page import password_for, serve  # imports gradio, which takes seconds too
+
+        password = password_for(options.host, options.password)
+        page = serve(workshop, options.host, options.port, password, options.browser)
+        if password and options.password is None:
+            print(f"password: {password} (any user name)", flush=True)
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            raise Stopped("the studio is closed, and its files are removed") from None
+        finally:
+            page.close(verbose=False)
