@@ -33,6 +33,7 @@ FORMS = {
     "verify": ["a"],
     "edit": ["a", "b", "--out", "c"],
     "prototypes": ["a", "--masks", "b", "--out", "c"],
+    "studio": [],
     "demo": [],
 }
 """Every command, with what it needs."""

@@ -50,6 +50,7 @@ JOBS = {
     "prototypes": ("prototypes", "store", "--masks=m", "--out=o"),
     "import": ("import", "file", "--out=o"),
     "export": ("export", "run", "--out=o.pt"),
+    "studio": ("studio",),
 }
 
 
@@ -145,6 +146,8 @@ def test_the_message_says_what_was_given_and_what_to_choose() -> None:
         ("prepare", "--resolution", "0"),
         ("prepare", "--share", "1.5"),
         ("demo", "--samples-per-class", "0"),
+        ("studio", "--port", "0"),
+        ("studio", "--port", "65536"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(job: str, option: str, value: str) -> None:

@@ -7,7 +7,8 @@
 | `work` | long work in a thread: it reports, shows what is being drawn, and can be stopped |
 | `uploads` | a stranger's image, bounded in bytes and pixels |
 | `drawing`, `editing`, `seeing`, `watching` | what the tabs do |
+| `door` | passwords, and the size of requests |
 | `words` | options as the command line that has them |
 | `pictures`, `curves` | images and losses as HTML |
-| `tab_*`, `parts`, `page` | how it looks: these alone import gradio |
+| `tab_*`, `knobs`, `parts`, `page` | how it looks: these alone import gradio |
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,7 @@ def samplers() -> list[str]:
     return list(SAMPLERS)
 
 
-def scales_of(runs: list[Run]) -> dict[str, float]:
+def scales_of(runs: Sequence[Run]) -> dict[str, float]:
     """The guidance scale of each modality that one of the runs learns, as the recipe of the first such run has it."""
     found: dict[str, float] = {}
     for run in runs:
@@ -58,20 +58,18 @@ def scales_of(runs: list[Run]) -> dict[str, float]:
     return found
 
 
-def labels_of(run: Run, wish: Wish) -> list[int] | None:
-    """The class of each image by number, as `reglue sample` counts; None for no class."""
+def classes_of(run: Run, wish: Wish) -> list[int] | list[str] | None:
+    """The class of each image, by number where each has its turn, as `reglue sample` counts; None for no class."""
     names = run.record.class_names
     if not names or wish.classes == NO_CLASS:
         return None
-    if wish.classes == EACH:
-        return [i % len(names) for i in range(wish.count)]
-    return [run.model().label(wish.classes)] * wish.count
+    return [i % len(names) for i in range(wish.count)] if wish.classes == EACH else [wish.classes] * wish.count
 
 
-def titles_of(run: Run, wish: Wish) -> list[str]:
+def alts(run: Run, wish: Wish) -> list[str]:
     """A few words about each image, for those who hover and those who listen."""
-    labels = labels_of(run, wish)
-    names = [run.record.class_names[label] for label in labels] if labels else ["image"] * wish.count
+    classes = classes_of(run, wish) or ["image"] * wish.count
+    names = [run.record.class_names[one] if isinstance(one, int) else one for one in classes]
     return [f"{name}, seed {wish.seed}, number {i}" for i, name in enumerate(names)]
 
 
@@ -79,7 +77,7 @@ def draw(run: Run, wish: Wish, work: Work) -> list[Image.Image]:
     """Draw with one run. Image i is a function of the seed and i. Raises UserError for what the run cannot do."""
     model = run.model()
     return model.generate(
-        labels_of(run, wish),
+        classes_of(run, wish),
         count=wish.count,
         seed=wish.seed,
         controls=[work.watching(model)],
@@ -87,7 +85,7 @@ def draw(run: Run, wish: Wish, work: Work) -> list[Image.Image]:
     )
 
 
-def draw_all(runs: list[Run], wish: Wish, work: Work) -> dict[str, list[Image.Image]]:
+def draw_all(runs: Sequence[Run], wish: Wish, work: Work) -> dict[str, list[Image.Image]]:
     """Draw the same with each run, one after the other: images by the run's title."""
     drawn: dict[str, list[Image.Image]] = {}
     for run in runs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import gradio as gr
 from reglue.app import pictures
 from reglue.app.uploads import MOST_BYTES, read_upload
 from reglue.app.visitor import Visitor
-from reglue.app.work import Done, Failed, Report, Work, at_work
+from reglue.app.work import Failed, Report, Work, at_work
 from reglue.errors import UserError, printable
 
 LONG = {"concurrency_id": "long", "concurrency_limit": 1, "show_progress": "minimal"}
@@ -74,6 +74,7 @@ class Visitors:
         """`folder` holds theirs, and what is being uploaded."""
         self.folder = folder
         self.uploads = folder / "uploads"
+        self.count = 0
         self._known: dict[str, Visitor] = {}
         self._lock = threading.Lock()
 
@@ -82,12 +83,16 @@ class Visitors:
         name = "".join(c for c in str(request.session_hash) if c.isalnum())
         with self._lock:
             if name not in self._known:
-                self._known[name] = Visitor(self.folder / f"visitor-{len(self._known):03d}-{name[:20]}")
+                self.count += 1
+                self._known[name] = Visitor(self.folder / f"visitor-{self.count}")
             return self._known[name]
 
     def leave(self, request: gr.Request) -> None:
         """The page is closed: nothing of it stays."""
-        self.of(request).leave()
+        visitor = self.of(request)
+        with self._lock:
+            self._known = {name: one for name, one in self._known.items() if one is not visitor}
+        visitor.leave()
 
     def uploaded(self, event: gr.EventData) -> Any:
         """The image of an `uploaded` event. Raises UserError as `read_upload`, and for events of no image."""
@@ -112,20 +117,21 @@ def shown_while(
     action: Callable[[Work], Any],
     lock: threading.Lock,
     verb: str,
-    glimpse: Callable[[Report], Any],
-    finish: Callable[[Done[Any]], Any],
-) -> Iterator[tuple[str, Any]]:
-    """Run an action and yield (status, what is shown) as it goes on.
+    glimpse: Callable[[Report], Sequence[Any]] | None,
+    finish: Callable[[Any], Sequence[Any]],
+    count: int,
+) -> Iterator[tuple[Any, ...]]:
+    """Run an action and yield the status and, for `count` other outputs, what they become as it goes on.
 
-    `glimpse` makes of a report with pictures what is shown, `finish` of what has come out; nothing else changes it.
+    `glimpse` makes that of a report with pictures, `finish` of what has come out; nothing else changes them.
     """
-    yield pictures.progress(0, f"{verb} …"), gr.skip()
+    same = [gr.skip()] * count
+    yield pictures.progress(0, f"{verb} …"), *same
     for news in at_work(action, lock):
         if isinstance(news, Report):
             what = f"{verb} {news.what}".strip()
-            yield pictures.progress(news.share, what), glimpse(news) if news.images else gr.skip()
+            yield pictures.progress(news.share, what), *(glimpse(news) if glimpse and news.images else same)
         elif isinstance(news, Failed):
-            yield problem(news.reason), gr.skip()
+            yield problem(news.reason), *same
         else:
-            shown = finish(news)
-            yield pictures.note(f"done in {news.seconds:.1f} s"), shown
+            yield pictures.note(f"done in {news.seconds:.1f} s"), *finish(news.value)

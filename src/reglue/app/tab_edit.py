@@ -10,8 +10,8 @@ import gradio as gr
 from reglue.app import editing, pictures
 from reglue.app.drawing import NO_CLASS
 from reglue.app.editing import FREE, KEEP, EditWish, Painted
+from reglue.app.knobs import NAMES, Knobs
 from reglue.app.parts import LONG, QUICK, Visitors, board, command_box, drop, problem, refused, shown_while, tiles
-from reglue.app.tab_draw import NAMES, knobs
 from reglue.app.visitor import Visitor
 from reglue.app.work import Report, Work
 from reglue.app.workshop import Workshop
@@ -40,7 +40,7 @@ class EditTab:
                 self.status = gr.HTML(pictures.note(""), elem_id="edit-status", apply_default_css=False)
                 self.shown = tiles(EMPTY, "edits")
                 self.line = command_box("the same from the command line, while the studio runs", "edit-command")
-            with gr.Column(scale=2, min_width=280):
+            with gr.Column(scale=2, min_width=280, elem_id="edit-knobs"):
                 self.run = gr.Dropdown([run.title for run in runs], label="run", visible=len(runs) > 1)
                 self.held = [
                     gr.Radio(editing.choices_of(name), value=KEEP if name == LOCAL else FREE,
@@ -54,7 +54,7 @@ class EditTab:
                 self.strength = gr.Slider(
                     0, 1, 1, step=0.05, label="strength", info="0 gives the image back, 1 ignores it"
                 )
-                self.knobs = knobs(runs, NO_CLASS, 4)
+                self.knobs = Knobs.lay_out(runs, NO_CLASS, 4)
                 with gr.Accordion("more", open=False):
                     self.feather = gr.Slider(0, 32, 0, step=1, label="feather of the mask, in pixels")
                     self.resample = gr.Slider(
@@ -175,14 +175,12 @@ class EditTab:
             return editing.edit(run, wish, options, visitor, work), editing.command(run, wish, options, visitor)
 
         def glimpse(report: Report) -> Any:
-            padded = [*(report.images or []), *[None] * wish.count][: wish.count]
-            return pictures.tiles(padded, alts, lossy=True), gr.skip()
+            images = [*(report.images or []), *[None] * wish.count][: wish.count]
+            return pictures.tiles(images, alts, lossy=True), gr.skip()
 
-        def finish(done: Any) -> Any:
-            visitor.edits, line = done.value
+        def finish(value: Any) -> Any:
+            visitor.edits, line = value
             shown = pictures.tiles(visitor.edits, alts, first=0, action="make it the image at hand")
             return shown, gr.update(value=line, visible=True)
 
-        for message, what in shown_while(action, self.workshop.at_work, "editing", glimpse, finish):
-            shown, line = what if isinstance(what, tuple) else (gr.skip(), gr.skip())
-            yield message, shown, line
+        yield from shown_while(action, self.workshop.at_work, "editing", glimpse, finish, 2)

@@ -60,15 +60,12 @@ class SeeTab:
         """See an image, and show it."""
 
         def action(work: Work) -> Seen:
-            image = visitor.open()
-            return seeing.look(self.workshop.run(title), image, self.workshop.heads, work)
+            return seeing.look(self.workshop.run(title), visitor.open(), self.workshop.heads, work)
 
-        def finish(done: Any) -> Any:
-            return gr.update(view=self.view(done.value)), self.rows(done.value)
+        def finish(seen: Seen) -> Any:
+            return gr.update(view=self.view(seen)), self.rows(seen)
 
-        for message, what in shown_while(action, self.workshop.at_work, "looking", lambda _: gr.skip(), finish):
-            board, rows = what if isinstance(what, tuple) else (gr.skip(), gr.skip())
-            yield message, board, rows
+        yield from shown_while(action, self.workshop.at_work, "looking", None, finish, 2)
 
     @staticmethod
     def view(seen: Seen) -> dict[str, Any]:

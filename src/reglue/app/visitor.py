@@ -27,6 +27,8 @@ class Visitor:
     """What the Draw tab shows, in its order."""
     edits: list[Image.Image] = field(default_factory=list[Image.Image])
     """What the Edit tab shows."""
+    samples: dict[str, dict[int, list[Image.Image]]] = field(default_factory=dict[str, dict[int, list[Image.Image]]])
+    """What the Watch tab has drawn: by the run's title and the checkpoint's step."""
     written: int = 0
     """Files so far."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +11,20 @@ from typing import Any
 
 from PIL import Image
 
+from reglue.app.drawing import Wish, classes_of
+from reglue.app.work import Work
 from reglue.app.workshop import Run
 from reglue.data.images import open_picture
 from reglue.errors import UserError, one_line
+from reglue.pipeline import load
 from reglue.training import checkpoints, tracking
 
 FIGURES = ("step", "images_per_second", "learning_rate", "validation")
 """Of the log's lines, what is no loss and has no curve."""
 RECENT = 10
 """Lines whose mean rate the remaining time is computed from."""
+SAMPLES, SAMPLE_STEPS = 8, 40
+"""Images of a checkpoint, and the steps that they are drawn in, at most."""
 QUIET = 180.0
 """Seconds without a line after which a run is said to be quiet."""
 Points = list[tuple[int, float]]
@@ -43,6 +49,11 @@ class Watched:
     previews: tuple[int, ...] = ()
     """Steps with a preview, ascending."""
     checkpoints: tuple[int, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Of the steps that are done, from 0 to 1."""
+        return self.step / self.steps
 
     @property
     def ended(self) -> bool:
@@ -110,6 +121,24 @@ def preview(run: Run, step: int) -> Image.Image:
             return opened.convert("RGB")
     except Exception as error:  # Decoders raise nearly anything on malformed bytes, not OSError alone.
         raise UserError(f"{file} cannot be read ({one_line(error)}); wait for the next preview") from error
+
+
+def draw_checkpoints(runs: Sequence[Run], work: Work) -> dict[str, dict[int, list[Image.Image]]]:
+    """Images of the same seeds from every checkpoint of each run: by the run's title and the step."""
+    drawn: dict[str, dict[int, list[Image.Image]]] = {}
+    for run in runs:
+        for step in checkpoints.steps(run.folder):
+            work.what = f"{run.title}, step {step:,}"
+            model = load(run.name, step=step, device=run.device)
+            wish = Wish(count=SAMPLES)
+            steps = min(model.default_sampling.steps, SAMPLE_STEPS)
+            with warnings.catch_warnings():  # Of young averages, which is what there is to see here.
+                warnings.simplefilter("ignore")
+                images = model.generate(
+                    classes_of(run, wish), count=SAMPLES, steps=steps, controls=[work.watching(model)]
+                )
+            drawn.setdefault(run.title, {})[step] = images
+    return drawn
 
 
 def nearest_step(steps: Sequence[int], asked: float) -> int | None:

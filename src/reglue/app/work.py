@@ -118,7 +118,7 @@ def at_work(action: Callable[[Work], T], one_at_a_time: threading.Lock) -> Itera
                 news.put(Failed(str(error)))
             except Exception as error:
                 traceback.print_exc()
-                news.put(Failed(f"{type(error).__name__}: a defect; its traceback is where the studio was started"))
+                news.put(Failed(f"a defect ({type(error).__name__}); its traceback is where the studio was started"))
             finally:
                 news.put(None)
 

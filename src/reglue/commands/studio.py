@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,19 +18,27 @@ def studio(options: Studio) -> None:
     """Show the page until Ctrl-C. Raises UserError for what is not there, and Stopped in the end."""
     if find_spec("gradio") is None:
         raise UserError("the studio needs gradio: run `pip install 'reglue[app]'`")
+    from reglue.app.door import password_for
     from reglue.app.workshop import Workshop
 
+    password = password_for(options.host, options.password)
     with TemporaryDirectory(prefix="reglue-studio-", ignore_cleanup_errors=True) as name:
         folder = Path(name).resolve()
         os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")  # It is read while gradio is imported.
         workshop = Workshop.open(options.runs, folder, options.heads, options.prototypes, options.device)
-        Thread(target=workshop.runs[0].warm, daemon=True).start()
-        from reglue.app.page import password_for, serve  # imports gradio, which takes seconds too
+        warming = Thread(target=workshop.runs[0].warm, daemon=True)
+        warming.start()
+        from reglue.app.page import serve  # imports gradio, which takes seconds too
 
-        password = password_for(options.host, options.password)
-        page = serve(workshop, options.host, options.port, password, options.browser)
+        try:
+            page = serve(workshop, options.host, options.port, password, options.browser)
+        except UserError:
+            warming.join()  # A thread of PyTorch's would not let Python end.
+            raise
+        print(f"studio: {page.local_url} (Ctrl-C ends it)")
         if password and options.password is None:
-            print(f"password: {password} (any user name)", flush=True)
+            print(f"password: {password} (by any name)")
+        sys.stdout.flush()
         try:
             while True:
                 time.sleep(3600)

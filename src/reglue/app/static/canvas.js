@@ -124,6 +124,8 @@ function send() {
   const [rows, columns] = view.cells, [left, top, right, bottom] = view.box;
   const across = (c) => Math.round(left + (right - left) * c / view.grid[1]);
   const down = (c) => Math.round(top + (bottom - top) * c / view.grid[0]);
+  const there = [mask.some((one) => one) && 'a mask', labels.some((one) => one !== FREE) && 'painted classes', piece && 'a piece'];
+  canvas.setAttribute('aria-label', ['the image at hand', ...there.filter(Boolean)].join(', '));
   props.value = JSON.stringify({
     rows, columns,
     mask: mask.some((one) => one) ? base64(mask) : '',
