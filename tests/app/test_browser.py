@@ -307,16 +307,12 @@ def test_the_command_leaves_nothing_behind(tmp_path: Path) -> None:
     folders = {"HOME": str(home), "TMPDIR": str(temporary)}
     prelude = "import tempfile; tempfile.tempdir = None"  # The server has asked for it before.
     process = Reglue("studio", "--no-browser", "--port", port, "--device=cpu", prelude=prelude, **folders)
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            content = urllib.request.urlopen(f"http://127.0.0.1:{port}/").read()
-            break
-        except OSError:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-    assert b"reglue studio" in content
+    deadline = time.monotonic() + 300
+    while not process.said():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert b"reglue studio" in urllib.request.urlopen(f"http://127.0.0.1:{port}/").read()
     assert len([*temporary.glob("reglue-studio-*")]) == 1
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()

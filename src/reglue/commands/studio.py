@@ -32,17 +32,17 @@ def studio(options: Studio) -> None:
 
         try:
             page = serve(workshop, options.host, options.port, password, options.browser)
+            try:
+                print(f"studio: {page.local_url} (Ctrl-C ends it)")
+                if password and options.password is None:
+                    print(f"password: {password} (by any name)")
+                sys.stdout.flush()
+                while True:
+                    time.sleep(3600)
+            finally:
+                page.close(verbose=False)
+        except KeyboardInterrupt:
+            raise Stopped("the studio is closed, and its files are removed") from None
         except UserError:
             warming.join()  # A thread of PyTorch's would not let Python end.
             raise
-        print(f"studio: {page.local_url} (Ctrl-C ends it)")
-        if password and options.password is None:
-            print(f"password: {password} (by any name)")
-        sys.stdout.flush()
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            raise Stopped("the studio is closed, and its files are removed") from None
-        finally:
-            page.close(verbose=False)
