@@ -21,10 +21,11 @@ from reglue.config import YOUNG
 from reglue.diffusion.conditions import CLASS, Condition
 from reglue.diffusion.controls import Control, Controlled, Progress
 from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.guidance import Velocity, guided_velocity, hidden_modalities
+from reglue.diffusion.guidance import Velocity, guided_velocity, hidden_modalities, tensor_times
 from reglue.diffusion.modalities import LATENT, State, concatenate_states
 from reglue.diffusion.noise import drawn_ahead
 from reglue.diffusion.paths import PATHS
+from reglue.diffusion.predictions import PREDICTIONS
 from reglue.diffusion.samplers import (
     SAMPLERS,
     Start,
@@ -480,6 +481,7 @@ class ImageModel(Editor):
             sampling.guidance,
             self._network(weaker, sampling.precision) if weaker else None,
             PATHS[config.path],
+            latest=PREDICTIONS[config.prediction].latest(PATHS[config.path]),
         )
 
     def _network(self, denoiser: Denoiser, precision: AutoPrecision) -> SamplingNetwork:
@@ -555,16 +557,20 @@ def from_noise(
     """
     assert sampling.state_precision is not None
     sampler, dtype = SAMPLERS[sampling.sampler], STATE_PRECISIONS[sampling.state_precision]
-    grid = times_of(sampling, Controlled(velocity, controls).discontinuities, start.time if start else 1.0, repeats)
-    times = [schedule.times(clock, shapes) for clock in grid]
+    begin = min(start.time if start else 1.0, velocity.latest)
+    edges = (*Controlled(velocity, controls).discontinuities, *schedule.edges)
+    grid = times_of(sampling, edges, begin, repeats)
+    times = [{n: min(t, velocity.latest) for n, t in schedule.times(clock, shapes).items()} for clock in grid]
     # The start, every return, and every step that does not end in data.
     draws = 1 + sum(b > a or (sampler.stochastic and b > 0) for a, b in pairwise(grid))
     with drawn_ahead(seed, indices, shapes, device, dtype, draws) as noise:
         state = next(noise)
         if start:
             data = {name: value.to(state[name]) for name, value in start.data.items()}
-            at = torch.full((len(indices),), start.time, dtype=dtype, device=device)
-            state, _ = velocity.path.interpolate(data, state, at)
+            state, _ = velocity.path.interpolate(data, state, tensor_times(times[0], state))
+        elif velocity.latest < 1:  # There, states have the variance of the path, for data of variance 1.
+            c = velocity.path.coefficients(torch.tensor(velocity.latest, dtype=torch.float64))
+            state = {name: x * (c.alpha.square() + c.sigma.square()).sqrt() for name, x in state.items()}
         return integrate(sampler.configured(vars(sampling)), velocity, state, times, controls, noise)
 
 
