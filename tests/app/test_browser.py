@@ -151,7 +151,7 @@ def test_draw_shows_the_same_seeds_of_two_runs_and_the_command_lines_repeat_them
     assert page.get_by_role("tab", name="Edit").get_attribute("aria-selected") == "true"
 
 
-def test_edit_paints_moves_picks_and_undoes(page: Any, tmp_path: Path, tiny_images: Path) -> None:
+def test_edit_paints_copies_picks_and_undoes(page: Any, tmp_path: Path, tiny_images: Path) -> None:
     open_tab(page, "Edit")
     page.locator("#canvas input[type=file]").set_input_files(tiny_images / "circle/000.png")
     canvas = page.locator("#canvas canvas")
@@ -172,7 +172,7 @@ def test_edit_paints_moves_picks_and_undoes(page: Any, tmp_path: Path, tiny_imag
 
     page.locator("#edits [data-index]").nth(1).click()  # It becomes the image, and the mask is gone.
     page.get_by_role("img", name="the image at hand", exact=True).wait_for()
-    page.get_by_role("button", name="Move a piece").click()
+    page.get_by_role("button", name="Copy a piece").click()
     drag(page, canvas, (0.05, 0.05), (0.3, 0.3))
     drag(page, canvas, (0.2, 0.2), (0.45, 0.2))
     page.keyboard.press("ArrowDown")

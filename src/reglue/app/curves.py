@@ -49,13 +49,13 @@ def panel(term: str, of_run: Mapping[str, Points]) -> str:
         for v in ticks(lowest, highest, logarithmic)
     )
     marks += f'<text x="{LEFT}" y="{HEIGHT - 6}">0</text>'
-    marks += f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{last:,}</text>'
+    marks += f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{last:,.0f}</text>'
     lines = "".join(
         f'<polyline class="curve-{i % 4}" points="{" ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in one)}"/>'
         for i, one in enumerate(thinned.values())
         if one
     )
-    title = f"{term}: {points[-1][1]:.4g} at step {points[-1][0]:,}"
+    title = f"{term}: {points[-1][1]:.4g} at step {points[-1][0]:,.0f}"
     return (
         f"<figure><figcaption>{escape(term.replace('_', ' '))}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{marks}{lines}</svg></figure>'

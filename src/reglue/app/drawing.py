@@ -94,8 +94,8 @@ def draw_all(runs: Sequence[Run], wish: Wish, work: Work) -> dict[str, list[Imag
     return drawn
 
 
-def command(run: Run, wish: Wish) -> str:
-    """The command line that draws the same; empty for images of no class, which it does not draw from a run of some."""
+def command(run: Run, wish: Wish, out: str = "samples") -> str:
+    """The command line that draws the same into a folder; empty for images of no class, which it does not draw from a run of some."""
     if run.record.class_names and wish.classes == NO_CLASS:
         return ""
     model = run.model()
@@ -103,5 +103,5 @@ def command(run: Run, wish: Wish) -> str:
     options = changed(wish.sampling(model), model.default_sampling)
     device = {} if run.device == "auto" else {"device": run.device}
     return command_line(
-        "sample", run.name, out="samples", classes=classes, count=wish.count, seed=wish.seed, **options, **device
+        "sample", run.name, out=out, classes=classes, count=wish.count, seed=wish.seed, **options, **device
     )

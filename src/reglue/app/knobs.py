@@ -50,7 +50,7 @@ class Knobs:
         sampler = gr.Dropdown(drawing.samplers(), value=sampling.sampler, label="sampler")
         steps = gr.Slider(1, MOST_STEPS, min(sampling.steps, MOST_STEPS), step=1, label="steps")
         scales = drawing.scales_of(runs)
-        with gr.Accordion("guidance (1 is none)", open=len(scales) < 5):
+        with gr.Accordion("guidance (1 is none)", open=classes == EACH):
             dials = {
                 name: gr.Slider(0, MOST_SCALE, scale, step=0.1, label=NAMES.get(name, name))
                 for name, scale in scales.items()

@@ -32,8 +32,8 @@ class DrawTab:
                 self.knobs = Knobs.lay_out(workshop.runs, EACH, 8)
             with gr.Column(scale=3, min_width=320):
                 with gr.Row():
-                    go = gr.Button("Draw", variant="primary", elem_id="draw", scale=0, min_width=140)
-                    stop = gr.Button("Stop", elem_id="draw-stop", scale=0, min_width=80)
+                    go = gr.Button("Draw", variant="primary", elem_id="draw", size="md", scale=0, min_width=140)
+                    stop = gr.Button("Stop", elem_id="draw-stop", size="md", scale=0, min_width=80)
                 status = gr.HTML(pictures.note(""), elem_id="draw-status", apply_default_css=False)
                 self.shown = tiles(EMPTY, "drawn")
                 line = command_box("the same from the command line", "draw-command")
@@ -52,12 +52,17 @@ class DrawTab:
             for i, run in enumerate(chosen):
                 images = [*there.get(run.title, []), *[None] * wish.count][: wish.count]
                 first = None if lossy else i * wish.count
-                content = pictures.tiles(images, drawing.alts(run, wish), first=first, action="edit it", lossy=lossy)
-                found.append(pictures.row(run.title if len(chosen) > 1 else "", content))
+                several, alts = len(chosen) > 1, drawing.alts(run, wish)
+                columns = 8 if several else 4
+                content = pictures.tiles(images, alts, columns=columns, first=first, action="edit it", lossy=lossy)
+                found.append(pictures.row(run.title if several else "", content))
             return "".join(found)
 
         def action(work: Work) -> Any:
-            return drawing.draw_all(chosen, wish, work), [drawing.command(run, wish) for run in chosen]
+            # Each run needs a folder of its own.
+            folders = ["samples" if len(chosen) == 1 else f"samples-{i + 1}" for i in range(len(chosen))]
+            lines = [drawing.command(run, wish, out) for run, out in zip(chosen, folders, strict=True)]
+            return drawing.draw_all(chosen, wish, work), lines
 
         def glimpse(report: Report) -> Any:
             there[report.what] = report.images or []

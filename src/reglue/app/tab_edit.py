@@ -34,9 +34,9 @@ class EditTab:
             with gr.Column(scale=3, min_width=320):
                 self.board = board("canvas", "canvas")
                 with gr.Row():
-                    self.go = gr.Button("Edit", variant="primary", elem_id="edit", scale=0, min_width=140)
-                    self.stop = gr.Button("Stop", scale=0, min_width=80, elem_id="edit-stop")
-                    self.undo = gr.Button("Undo", scale=0, min_width=80, elem_id="undo")
+                    self.go = gr.Button("Edit", variant="primary", elem_id="edit", size="md", scale=0, min_width=140)
+                    self.stop = gr.Button("Stop", size="md", scale=0, min_width=80, elem_id="edit-stop")
+                    self.undo = gr.Button("Undo", size="md", scale=0, min_width=80, elem_id="undo")
                 self.status = gr.HTML(pictures.note(""), elem_id="edit-status", apply_default_css=False)
                 self.shown = tiles(EMPTY, "edits")
                 self.line = command_box("the same from the command line, while the studio runs", "edit-command")

@@ -94,5 +94,5 @@ class SeeTab:
             captions = [f"{one.similarity:.3f} · {one.name}" for one in seen.neighbours]
             alts = [f"training image {one.name}, cosine {one.similarity:.3f}" for one in seen.neighbours]
             title = "nearest training images, by cosine of class tokens"
-            found.append(pictures.row(title, pictures.tiles(images, alts, captions)))
+            found.append(pictures.row(title, pictures.tiles(images, alts, captions, columns=8)))
         return "".join([*found, *map(pictures.note, seen.notes)])

@@ -36,8 +36,8 @@ class WatchTab:
         self.newest = gr.State(0)
         self.shown = gr.HTML("", elem_id="watch-shown", apply_default_css=False)
         with gr.Row():
-            go = gr.Button("Draw from every checkpoint", elem_id="watch-draw", scale=0, min_width=240)
-            stop = gr.Button("Stop", scale=0, min_width=80)
+            go = gr.Button("Draw from every checkpoint", elem_id="watch-draw", size="md", scale=0, min_width=240)
+            stop = gr.Button("Stop", size="md", scale=0, min_width=80)
             status = gr.HTML(pictures.note(""), elem_id="watch-status", apply_default_css=False)
         self.timer = gr.Timer(EVERY, active=False)
         self.inputs = [self.runs, self.step, self.newest]
@@ -118,6 +118,6 @@ class WatchTab:
             nearest = watching.nearest_step([*samples], step)
             if nearest is not None:
                 alts = [f"sample {i} of step {nearest}" for i in range(len(samples[nearest]))]
-                tiles = pictures.tiles(samples[nearest], alts)
+                tiles = pictures.tiles(samples[nearest], alts, columns=8)
                 found.append(pictures.row(f"{prefix}samples of the checkpoint of step {nearest:,}", tiles))
         return "".join(found)
