@@ -38,7 +38,7 @@ def tiles(
     action: str = "",
     lossy: bool = False,
 ) -> str:
-    """Images side by side, so many in a row of a wide page; None is one that is not there yet.
+    """Images side by side, 4 or 8 `columns` on a wide page; None is one that is not there yet.
 
     With `first` they can be picked: image i then has the index first + i, and `action` says what a click does.
     """
@@ -51,7 +51,7 @@ def tiles(
             label = escape(f"{alt}: {action}")
             inside = f'<button type="button" data-index="{first + i}" title="{label}">{inside}</button>'
         shown.append(f"<figure>{inside}{caption}</figure>")
-    return f'<div class="tiles" style="--columns:{columns}">{"".join(shown)}</div>'
+    return f'<div class="tiles by-{columns}">{"".join(shown)}</div>'
 
 
 def row(title: str, content: str) -> str:
