@@ -95,7 +95,7 @@ def draw_all(runs: Sequence[Run], wish: Wish, work: Work) -> dict[str, list[Imag
 
 
 def command(run: Run, wish: Wish, out: str = "samples") -> str:
-    """The command line that draws the same into a folder; empty for images of no class, which it does not draw from a run of some."""
+    """The command line that draws the same into a folder; empty for images of no class from a run that has some."""
     if run.record.class_names and wish.classes == NO_CLASS:
         return ""
     model = run.model()
