@@ -95,8 +95,9 @@ def test_pictures_are_those_of_generate_and_appear_while_they_are_drawn(workshop
     run, reports = workshop.run("starter"), list[Report]()
     wish = Wish("bag", count=2, seed=3, sampler="heun", steps=6, strengths={"latent": 2.5, "local": 1.5, "other": 9.0})
     drawn = drawing.draw_all([run], wish, Work(reports.append))["starter"]
-    scales = {"guidance_scale": 2.5, "local_scale": 1.5, "cls_scale": 2.0}  # The last one is the recipe's.
-    own = run.model().generate("bag", count=2, seed=3, sampler="heun", steps=6, **scales)
+    own = run.model().generate(
+        "bag", count=2, seed=3, sampler="heun", steps=6, guidance_scale=2.5, local_scale=1.5, cls_scale=2.0
+    )  # The last one is the recipe's.
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(drawn, own, strict=True))
     assert [report.share for report in reports] == sorted(report.share for report in reports)
     assert reports[-1].share == 1

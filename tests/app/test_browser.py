@@ -69,6 +69,7 @@ def address(
         for run in workshop.runs:
             run.warm()
         page = serve(workshop, port=free_port())
+        assert page.local_url
         yield page.local_url
         page.close(verbose=False)
 

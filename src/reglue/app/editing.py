@@ -102,7 +102,9 @@ def canvas(run: Run, visitor: Visitor, workshop: Workshop) -> dict[str, Any]:
     share = min(1.0, FINEST / max(image.size))
     return {
         "image": image,
-        "map": model.see(image).resize(grid[::-1], Image.Resampling.NEAREST) if LOCAL in run.modalities else None,
+        "map": model.see(image).resize((grid[1], grid[0]), Image.Resampling.NEAREST)
+        if LOCAL in run.modalities
+        else None,
         "box": place.box,
         "grid": grid,
         "cells": (max(1, round(image.height * share)), max(1, round(image.width * share))),

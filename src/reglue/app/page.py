@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 import gradio as gr
+from gradio.themes.base import Base
 from gradio.themes.utils.fonts import Font
 from starlette.middleware import Middleware
 
@@ -59,9 +60,9 @@ def masthead(runs: list[Run]) -> str:
     return f'<header class="masthead"><h1>reglue studio</h1><span>{escape(" · ".join(lines))}</span></header>'
 
 
-def theme() -> gr.themes.Base:
+def theme() -> Base:
     """Quiet, and with the system's own fonts: nothing is fetched from anywhere."""
-    return gr.themes.Base(
+    return Base(
         primary_hue="indigo",
         neutral_hue="zinc",
         radius_size="sm",

@@ -123,7 +123,7 @@ class EditTab:
         visitor.other = visitor.write(image, "other")
         return pictures.picture(image, "the other image"), pictures.note("")
 
-    def on_run(self, request: gr.Request, title: str) -> tuple[Any, str]:
+    def on_run(self, request: gr.Request, title: str) -> tuple[Any, Any]:
         """Another run was chosen."""
         visitor = self.visitors.of(request)
         return self.refreshed(visitor, title) if visitor.image else (gr.skip(), gr.skip())
