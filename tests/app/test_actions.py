@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -418,6 +419,7 @@ def test_without_gradio_one_line_says_what_to_install(
     assert told == "reglue: the studio needs gradio: run `pip install 'reglue[app]'`"
 
 
+@pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -430,7 +432,6 @@ def test_without_gradio_one_line_says_what_to_install(
 def test_what_is_not_there_is_said_before_the_page_is(
     arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pytest.importorskip("gradio")
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
