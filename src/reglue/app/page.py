@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from html import escape
 from typing import Any
 
@@ -88,7 +87,6 @@ def serve(
     browser: bool = False,
 ) -> gr.Blocks:
     """Show the page. Returns once the server listens. Raises UserError for a taken port."""
-    os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), *OWN_MACHINE[:2]]))
     page = build(workshop).queue(api_open=False, default_concurrency_limit=1, max_size=64)
     try:
         page.launch(
@@ -96,6 +94,7 @@ def serve(
             server_port=port,
             inbrowser=browser,
             share=False,
+            _frontend=False,  # It would ask itself over a proxy, or give up on a busy machine.
             quiet=True,
             prevent_thread_lock=True,
             auth=check_of(password),
