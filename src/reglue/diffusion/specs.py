@@ -30,7 +30,16 @@ OWN_PARTS = {
     "conditions.CONDITIONS": (CLASS,),
     "guidance.GUIDERS": ("classifier-free", "representation", "auto"),
     "predictions.PREDICTIONS": ("velocity", "data", "noise", "noise-sd"),
-    "samplers.SAMPLERS": ("euler", "heun", "euler-maruyama", "adams-bashforth", "dpm-solver", "dopri5"),
+    "samplers.SAMPLERS": (
+        "euler",
+        "heun",
+        "euler-maruyama",
+        "ddpm",
+        "ddim",
+        "adams-bashforth",
+        "dpm-solver",
+        "dopri5",
+    ),
     "schedules.SCHEDULES": ("shared", "lead", "cascade", "independent"),
 }
 """MODULE.TABLE of each registry → the parts that this package has in it."""
