@@ -61,6 +61,10 @@ class Reglue:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
+    def said(self) -> str:
+        """What it has written to stdout so far."""
+        return Path(self._folder.name, "stdout").read_text() if Path(self._folder.name, "stdout").exists() else ""
+
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
         """Wait until it ends. Returns (stdout, stderr); raises TimeoutExpired after `timeout` seconds."""
         self._process.join(timeout)

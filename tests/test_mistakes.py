@@ -37,6 +37,7 @@ FORMS = {
     "edit": ["a", "b", "--out", "c"],
     "synthesise": ["a", "--out", "b", "--head", "c"],
     "prototypes": ["a", "--masks", "b", "--out", "c"],
+    "studio": [],
     "demo": [],
 }
 """Every command, with what it needs."""

@@ -54,6 +54,7 @@ JOBS = {
     "report": ("report", "run"),
     "info": ("info", "run"),
     "list": ("list",),
+    "studio": ("studio",),
 }
 
 
@@ -149,6 +150,8 @@ def test_the_message_says_what_was_given_and_what_to_choose() -> None:
         ("prepare", "--resolution", "0"),
         ("prepare", "--share", "1.5"),
         ("demo", "--samples-per-class", "0"),
+        ("studio", "--port", "0"),
+        ("studio", "--port", "65536"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(job: str, option: str, value: str) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from reglue.commands.reencode import reencode
     from reglue.commands.report import report
     from reglue.commands.sample import sample
+    from reglue.commands.studio import studio
     from reglue.commands.synthesise import synthesise
     from reglue.commands.train import train
     from reglue.commands.train_head import train_head
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from reglue.options.reencode import Reencode
     from reglue.options.report import Report
     from reglue.options.sample import Sample
+    from reglue.options.studio import Studio
     from reglue.options.synthesise import Synthesise
     from reglue.options.train import Train
     from reglue.options.train_head import TrainHead
@@ -110,6 +112,8 @@ _HOMES = {
     "list_runs": "reglue.commands.list_runs",
     "Verify": "reglue.options.verify",
     "verify": "reglue.commands.verify",
+    "Studio": "reglue.options.studio",
+    "studio": "reglue.commands.studio",
     "Demo": "reglue.options.demo",
     "demo": "reglue.commands.demo",
     # parts
@@ -167,6 +171,8 @@ __all__ = [  # noqa: RUF022 in the order of use
     "list_runs",
     "Verify",
     "verify",
+    "Studio",
+    "studio",
     "Demo",
     "demo",
     "Recipe",

@@ -158,6 +158,11 @@ COMMANDS = {
         "Check all that the other commands write against its hashes.",
         "verify store",
     ),
+    "studio": Command(
+        "reglue.options.studio:Studio",
+        "Draw, edit, see and watch in the browser.",
+        "studio starter",
+    ),
     "demo": Command(
         "reglue.options.demo:Demo",
         "Train, sample and evaluate on handwritten digits, in minutes.",

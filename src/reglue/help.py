@@ -27,11 +27,11 @@ GROUPS = {
     "model": """run model backbone blocks path prediction times conditions learn-sigma position-grid latent local
         class-token alignment variance cosine architecture autoencoder encoder layers final-norm kind column channels
         hidden conv head from from-step from-weights step weights fitted compressor statistics heads family
-        times-options one-mean""",
+        times-options one-mean runs""",
     "optimisation": """optimisation perceptual kl adversary kl-weight epochs cosine-epochs patience micro-batch
         learning-rate final-learning-rate seed steps batch-size compare""",
     "editing": """edit.keep until mask feather strength local-from cls-from paste box at mirror scale paint
-        edit.prototypes edit.head edit.by loss-scale flow-edit source-class resample""",
+        edit.prototypes edit.head edit.by loss-scale flow-edit source-class resample studio.prototypes""",
     "sampling": """sampling count classes sampler time-shift diffusion guidance-scale local-scale cls-scale
         guidance-interval other-scales representation-scale auto-scale auto-scales unconditional weaker-run
         guided-channels guiders state-precision relative-tolerance absolute-tolerance rounding samples-per-class
@@ -43,7 +43,7 @@ GROUPS = {
         evaluate-every checkpoint-every keep preview-every preview-count preview-steps track list.sort""",
     "machine": """device workers precision compile deterministic shards prepare.batch-size reencode.batch-size
         sample.batch-size edit.batch-size evaluate.batch-size perceive.batch-size synthesise.batch-size
-        report.batch-size""",
+        report.batch-size host port password browser""",
 }
 """Title of a group → options, or the part before their dot; COMMAND.OPTION where commands mean different things."""
 _TITLES = {name: title for title, names in GROUPS.items() for name in names.split()}

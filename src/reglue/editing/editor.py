@@ -121,6 +121,7 @@ class Editor(ABC):
         classes: int | str | Sequence[int | str] | None = None,
         batch_size: int = 32,
         progress: bool = False,
+        controls: Sequence[Control] = (),
         sampling: Sampling | None = None,
         **changes: Any,
     ) -> list[Image.Image]:
@@ -128,8 +129,8 @@ class Editor(ABC):
 
         What is held is told by the fields of `Editing` (`keep=("local",)`, `mask="mask.png"`, `strength=0.6`), how the
         rest is drawn by those of `Sampling` (`steps=50`). Edit i depends on `seed` and i alone. `classes` are taken in
-        turn; without them edits belong to none. Raises UserError for what contradicts itself, does not fit the image or
-        is not in the model, and TypeError for an unknown option.
+        turn; without them edits belong to none. `controls` are as for `generate`. Raises UserError for what contradicts
+        itself, does not fit the image or is not in the model, and TypeError for an unknown option.
         """
         editing, changes = _split(changes)
         refuse_numbers(count, seed, batch_size)
@@ -138,7 +139,10 @@ class Editor(ABC):
         self.refuse_unfit(editing, sampling, classes is not None)
         subject = self.subject(image, editing)
         pairs = [(0, i) for i in range(count)]
-        return [*self.edits([subject], pairs, labels, editing, sampling, seed, batch_size, progress=progress)]
+        drawn = self.edits(
+            [subject], pairs, labels, editing, sampling, seed, batch_size, progress=progress, controls=controls
+        )
+        return [*drawn]
 
     def interpolate(
         self,
@@ -279,6 +283,7 @@ class Editor(ABC):
         *,
         weaker: Denoiser | None = None,
         progress: bool = False,
+        controls: Sequence[Control] = (),
     ) -> Iterator[Image.Image]:
         """The edits (j, i), in the sizes of their images: edit i of image j, of which `subjects` has one each, or one.
 
@@ -297,7 +302,7 @@ class Editor(ABC):
                     seed,
                     sampling,
                     weaker=weaker,
-                    controls=clamps,
+                    controls=[*clamps, *(control.of(part) for control in controls)],
                     start=start,
                     repeats=editing.resample,
                     schedule=schedule,

@@ -44,7 +44,7 @@ def draw_maps(path: Path, shown: Sequence[tuple[np.ndarray, Maps]], heads: Mappi
     """Write a picture with a row for each image uint8 (H, W, 3), the image and then its maps, over a legend."""
     columns = sorted(shown[0][1], key=lambda key: (list(heads).index(key[0]), list(TITLES).index(key[1])))
     height, width = (side * -(-CELL // min(shown[0][0].shape[:2])) for side in shown[0][0].shape[:2])
-    rows = [[image, *(_as_colours(maps[key], heads[key[0]], image) for key in columns)] for image, maps in shown]
+    rows = [[image, *(as_colours(maps[key], heads[key[0]], image) for key in columns)] for image, maps in shown]
     titles = ["decoded image", *(f"{name}\n{TITLES[view]}" for name, view in columns)]
     cells = enlarge(np.concatenate(rows), (height, width))
     grid = titled_grid(cells, len(titles), titles)
@@ -52,22 +52,22 @@ def draw_maps(path: Path, shown: Sequence[tuple[np.ndarray, Maps]], heads: Mappi
     for name, head in heads.items():
         of_head = [one for _, maps in shown for (owner, _), one in maps.items() if owner == name]
         prefix = f"{name}: " if len(heads) > 1 else ""
-        entries += [(colour, prefix + meaning) for colour, meaning in _meanings(head, of_head)]
+        entries += [(colour, prefix + meaning) for colour, meaning in meanings(head, of_head)]
     with replacing(path) as beside:
         Image.fromarray(stacked([grid, legend(entries, grid.shape[1], text_size(width))])).save(beside, format="png")
 
 
-def _meanings(head: Head, maps: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, str]]:
+def meanings(head: Head, maps: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, str]]:
     """The colours in a head's maps (H, W) and what they stand for: its classes, or the ends of its range of depth."""
     if head.spec.depth_range is not None:
         for end in head.spec.depth_range:
-            yield _as_colours(np.full((1, 1), end), head, np.empty(0))[0, 0], f"{end:g}"
+            yield as_colours(np.full((1, 1), end), head, np.empty(0))[0, 0], f"{end:g}"
     else:
         for number in np.unique(np.stack(maps)):
             yield label_colours(head.spec.outputs)[number], head.spec.class_names[number]
 
 
-def _as_colours(values: np.ndarray, head: Head, image: np.ndarray) -> np.ndarray:
+def as_colours(values: np.ndarray, head: Head, image: np.ndarray) -> np.ndarray:
     """A map (H, W) as uint8 (H, W, 3): classes as colours over the image (H, W, 3), depth from dark to light."""
     if head.spec.task == "depth":
         return heat_of(torch.from_numpy(2 * _depth_share(values, head) - 1)[None])[0]
