@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from functools import reduce
 from importlib import import_module
 from io import StringIO, TextIOWrapper
+from itertools import pairwise
 from operator import or_
 from typing import Annotated, Any, NoReturn
 
@@ -262,8 +263,13 @@ def parse(arguments: list[str]) -> Any:
         if asks and rest[0].startswith("-"):
             show(recipes({recipe: paper.title for recipe, paper in PAPERS.items()}))
         recipe, *rest = rest if rest and not rest[0].startswith("-") else ["", *rest]
-        words.append(known(recipe, PAPERS, "recipe"))
-        default["default"] = command.load()(PAPERS[recipe].recipe, MISSING, MISSING)
+        if not recipe and (run := run_in(rest)):
+            from reglue.run import RunRecord, find_run  # imports PyTorch
+
+            default["default"] = command.load()(RunRecord.read(find_run(run)).recipe, MISSING, MISSING)
+        else:
+            words.append(known(recipe, PAPERS, "recipe"))
+            default["default"] = command.load()(PAPERS[recipe].recipe, MISSING, MISSING)
     if asks:
         from reglue.help import command_help
 
@@ -276,6 +282,12 @@ def parse(arguments: list[str]) -> Any:
         from reglue.mistakes import mistake
 
         raise UserError(mistake(words, declared(command.load(), **default), rest)) from None
+
+
+def run_in(arguments: list[str]) -> str:
+    """The run that `--from` names; nothing if it is not there."""
+    given = [after for word, after in pairwise(arguments) if word == "--from"]
+    return next(iter([*given, *(word.removeprefix("--from=") for word in arguments if word.startswith("--from="))]), "")
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:

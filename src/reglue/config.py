@@ -12,13 +12,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
-from reglue.diffusion.specs import CLASS, LATENT, DenoiserConfig, Modality, Normalisation, PathName, registered
+from reglue.diffusion.specs import (
+    CLASS,
+    LATENT,
+    MEAN_VELOCITY,
+    DenoiserConfig,
+    Guidance,
+    Modality,
+    Normalisation,
+    PathName,
+    registered,
+)
 from reglue.errors import UserError, option, require
 from reglue.sampling import AutoPrecision, Precision, Sampling, refuse_unknown
 
 Compile = Literal["auto", "no", "blocks", "model"]
 EmaWarmup = Literal["auto", "yes", "no"]
 
+FEW = 4
+"""Steps in which students sample unless told otherwise."""
 FORGOTTEN, YOUNG = 0.01, 0.03
 """Shares of a moving average that the weights it began with hold: so little is nothing, and so much shows in images."""
 
@@ -185,7 +197,10 @@ class ClassToken(LearnedPart):
 
 
 RESERVED = frozenset(
-    ("alignment", "gradient_norm", "images_per_second", "learning_rate", "loss", "posterior", "step", "time", "type")
+    (
+        *("alignment", "gradient_norm", "images_per_second", "learning_rate", "loss", "posterior", "span", "spanning"),
+        *("step", "time", "type"),
+    )
 )
 """Names that logs, batches and modules use for other things."""
 
@@ -348,6 +363,50 @@ class Optimisation(OptimiserConfig):
 
 
 @dataclass(frozen=True)
+class FewSteps:
+    """How a student learns to sample in a few steps, with guidance in its weights."""
+
+    share: float = 0.25
+    """Share of the samples that learn steps with a length; the others learn the velocity."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance scale that the student learns; 1 is none. Default: what the recipe samples with, or with
+    --from and no recipe, that run."""
+    guidance_interval: tuple[float, float] | None = None
+    """Times between which that guidance acts. Default: likewise."""
+    guidance_scales: Mapping[str, float] | None = None
+    """That of single modalities, by name. Default: likewise."""
+    mix: float = 0.5
+    """meanflow: how much of the guided velocity is the network's own in place of the data's (κ, with ω = (1 − κ)·w)."""
+
+    def __post_init__(self) -> None:
+        prefix = "few_steps."
+        require(self, "share", prefix=prefix, at_least=0, at_most=1)
+        require(self, "mix", prefix=prefix, at_least=0, less_than=1)
+        require(self, "guidance_scale", "guidance_scales", prefix=prefix, at_least=0)
+        lowest, highest = self.guidance_interval or (0, 1)
+        if not 0 <= lowest <= highest <= 1:
+            raise UserError(
+                f"{option(prefix + 'guidance_interval')} {lowest} {highest}: choose 0 ≤ lowest ≤ highest ≤ 1"
+            )
+
+    @property
+    def guidance(self) -> Guidance:
+        """What of it is said, as guidance."""
+        scale = 1.0 if self.guidance_scale is None else self.guidance_scale
+        return Guidance(scale, self.guidance_scales or {}, self.guidance_interval or (0.0, 1.0))
+
+    def settled(self, sampling: Sampling) -> FewSteps:
+        """The same with the guidance of a way to sample where none is said."""
+        asked = sampling.guidance
+        return replace(
+            self,
+            guidance_scale=asked.scale if self.guidance_scale is None else self.guidance_scale,
+            guidance_interval=self.guidance_interval or asked.interval,
+            guidance_scales=asked.scales if self.guidance_scales is None else self.guidance_scales,
+        )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One way to train a denoiser."""
 
@@ -379,6 +438,10 @@ class Recipe:
     """Registered conditions besides the class, by name, and the share of samples trained without each. Samples trained
     without their class are trained without the others too, for the unconditional branch of guidance."""
     alignment: Alignment = field(default_factory=Alignment)
+    student: str | None = None
+    """Learn steps instead of a velocity, to sample in one to a few: meanflow (mean velocities) or shortcut (steps that
+    agree with two of half the length). With --from, from a trained run."""
+    few_steps: FewSteps = field(default_factory=FewSteps)
     optimisation: Optimisation = field(default_factory=Optimisation)
     sampling: Sampling = field(default_factory=Sampling)
     """The defaults of `reglue sample`, also used for previews."""
@@ -389,6 +452,7 @@ class Recipe:
         refuse_unknown(option("backbone"), self.backbone, registered("backbones.BACKBONES"))
         refuse_unknown(option("prediction"), self.prediction, registered("predictions.PREDICTIONS"))
         refuse_unknown(option("times"), self.times, registered("schedules.SCHEDULES"))
+        self._check_student()
         for name, share in self.conditions.items():
             refuse_unknown("condition", name, registered("conditions.CONDITIONS"))
             if name == CLASS or not 0 <= share < 1:
@@ -405,6 +469,33 @@ class Recipe:
         for name in self.sampling.other_scales:
             if name not in names:
                 raise UserError(f"{option('sampling.other_scales')} {name}: this recipe learns {', '.join(names)}")
+
+    def _check_student(self) -> None:
+        if self.student is None:
+            return
+        student = f"{option('student')} {self.student}"
+        refuse_unknown(option("student"), self.student, registered("students.STUDENTS"))
+        if self.times != "shared":
+            raise UserError(f"{student} gives all modalities one time: choose {option('times')} shared")
+        if self.prediction != "velocity":
+            raise UserError(f"{student} predicts mean velocities: choose {option('prediction')} velocity")
+        if self.optimisation.compile == "model":
+            raise UserError(
+                f"{student} makes targets that are not compiled: choose {option('optimisation.compile')} blocks"
+            )
+        if self.optimisation.label_dropout == 0 and self.few_steps.guidance_scale not in (None, 1):
+            raise UserError(
+                f"{option('few_steps.guidance_scale')} {self.few_steps.guidance_scale} is away from the branch without "
+                f"labels, which {option('optimisation.label_dropout')} 0 does not train: choose 1"
+            )
+
+    def settled(self) -> Recipe:
+        """The same with what a student's leaves open: guidance, which it learns, and few steps without it."""
+        if self.student is None:
+            return self
+        few_steps = self.few_steps.settled(self.sampling if self.optimisation.label_dropout else Sampling())
+        few = {} if self.sampling.sampler == MEAN_VELOCITY else {"sampler": MEAN_VELOCITY, "steps": FEW}
+        return replace(self, few_steps=few_steps, sampling=self.sampling.unguided().changed(**few))
 
     @property
     def learned_parts(self) -> tuple[LearnedPart, ...]:
@@ -450,6 +541,7 @@ class Recipe:
                 prediction=self.prediction,
                 path=self.path,
                 times=self.times,
+                span=self.student is not None,
                 learn_sigma=self.learn_sigma,
                 alignment_depth=(size.alignment_depth if after_block is None else after_block) if aligned else 0,
                 alignment_width=token_width if aligned else 0,

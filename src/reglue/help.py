@@ -26,9 +26,9 @@ GROUPS = {
         looks prototypes.seed prepare.seed prepare.count evaluate.count probe.images head.images perceive.images""",
     "model": """run model backbone path prediction times conditions learn-sigma position-grid latent local class-token
         alignment architecture autoencoder encoder layers final-norm kind column channels hidden conv head from
-        from-step from-weights step weights fitted compressor statistics heads family""",
-    "optimisation": """optimisation perceptual kl adversary kl-weight epochs cosine-epochs patience micro-batch
-        learning-rate final-learning-rate seed steps batch-size compare""",
+        student from-step from-weights step weights fitted compressor statistics heads family""",
+    "optimisation": """optimisation few-steps perceptual kl adversary kl-weight epochs cosine-epochs patience
+        micro-batch learning-rate final-learning-rate seed steps batch-size compare""",
     "editing": """edit.keep until mask feather strength local-from cls-from paste box at mirror scale paint
         edit.prototypes flow-edit source-class resample""",
     "sampling": """sampling count classes sampler time-shift diffusion guidance-scale local-scale cls-scale

@@ -158,7 +158,7 @@ class ImageModel(Editor):
         """What the recipe says, but for guidance by what this model lacks: a condition, a modality, a weaker model."""
         sampling = replace(self.record.recipe.sampling, auto_scale=1.0)
         if self._lacks_unconditional():
-            sampling = replace(sampling, guidance_scale=1.0, other_scales={}, **dict.fromkeys(MODALITY_SCALES, None))
+            sampling = sampling.unguided()
         return replace(sampling, **dict.fromkeys(self._unfitting_scales(sampling), 1.0))  # type: ignore[arg-type]
 
     def resolved(self, sampling: Sampling) -> Sampling:
@@ -166,12 +166,18 @@ class ImageModel(Editor):
 
         Raises UserError for guidance of, or by, what the model lacks, and for a sampler that is not installed.
         """
-        SAMPLERS[sampling.sampler].check()
+        sampler, config = SAMPLERS[sampling.sampler], self.record.denoiser
+        sampler.check()
+        if sampler.spans and not config.span:
+            raise UserError(
+                f"{option('sampler')} {sampling.sampler} is for students, and this run is none; choose euler, or train "
+                f"one from it with {option('student')}"
+            )
         for name, lacking in self._unfitting_scales(sampling).items():
             raise UserError(
                 f"{option(name)} {getattr(sampling, name)}: this model has no {lacking} to guide with; choose 1"
             )
-        learned = [modality.name for modality in self.record.denoiser.modalities]
+        learned = [modality.name for modality in config.modalities]
         for name, scale in sampling.other_scales.items():
             if name not in learned:
                 raise UserError(f"{option('other_scales')} {name}: this model learns {', '.join(learned)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -17,11 +17,13 @@ from reglue.data.store import Store
 from reglue.data.targets import Tokens, alignment_targets, target_columns
 from reglue.diffusion.conditions import CLASS, CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
+from reglue.diffusion.embeddings import SPAN
 from reglue.diffusion.modalities import LATENT, Modality, Normalisation, State
 from reglue.diffusion.objective import TrainingSample
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.predictions import PREDICTIONS
 from reglue.diffusion.schedules import SCHEDULES
+from reglue.diffusion.students import STUDENTS, Student
 from reglue.encoders.compressors import resize
 from reglue.errors import UserError, option
 from reglue.seeds import generator, normals, permutation
@@ -98,6 +100,12 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
     )
 
 
+def student_of(recipe: Recipe) -> Student | None:
+    """The student of a recipe that is `settled`; None for one that learns velocities."""
+    few = recipe.few_steps
+    return STUDENTS[recipe.student](few.guidance, few.share, few.mix) if recipe.student else None
+
+
 def _compress_command(store: Store, column: str) -> str:
     """What makes a column of codes, as far as its name shows."""
     name = compressor_of(column).removeprefix(CLASS_TOKEN_CODES)
@@ -129,8 +137,8 @@ class HostBatch:
     condition: dict[str, Tensor]
     """See `TrainingSample`."""
     drawn: dict[str, Tensor]
-    """`time MODALITY` where they differ, else that of the latents, and what is kept of each modality that is dropped,
-    under its name."""
+    """`time MODALITY` where they differ, else that of the latents; what is kept of each modality that is dropped,
+    under its name; for a student, the lengths of steps and which samples have one (`spanning`)."""
     copied: torch.cuda.Event | None = None
     """When a GPU has it, if `sent` is copying it there."""
 
@@ -183,6 +191,7 @@ class TrainingData:
         self.recipe, self.config, self.seed, self.device = recipe, config, seed, device
         self.shapes, self.path = config.shapes(), PATHS[config.path]
         self.schedule, self.prediction = SCHEDULES[config.times], PREDICTIONS[config.prediction]
+        self.student = student_of(recipe)
         self.dropped_modalities = [modality for modality in config.modalities if modality.dropout]
         self.targets = alignment_targets(self.store, recipe, device) if config.alignment_width else None
         self.copies = torch.cuda.Stream(device) if gpu else None
@@ -211,7 +220,7 @@ class TrainingData:
         # Of each sample: its time, whether its class is dropped, whether a modality is; then those of other parts.
         dropout = self.recipe.condition_dropout
         own = 2 + max(len(self.dropped_modalities), 1) + len(dropout) - 1
-        draws = own + self.schedule.draws - 1
+        draws = own + self.schedule.draws - 1 + (2 if self.student else 0)
         uniform = torch.from_numpy(np.stack([g.random(draws) for g in generators])).unbind(1)
         noise = normals(generators, {"posterior": self.shapes[LATENT], **self.shapes}, pinned=self.store.pinned)
 
@@ -223,11 +232,15 @@ class TrainingData:
             )
             for (name, share), u in zip(dropout.items(), of_conditions, strict=True)
         }
-        clock = shift_time(uniform[0], self.recipe.optimisation.time_shift)
+        shift = partial(shift_time, shift=self.recipe.optimisation.time_shift)
+        clock = shift(uniform[0])
         times = self.schedule.training_times((clock, *uniform[own:]), self.shapes)
         distinct = {id(t): self.prediction.training_time(t, self.path) for t in times.values()}
         drawn = {f"time {name}": distinct[id(t)] for name, t in times.items() if len(distinct) > 1 or name == LATENT}
         drawn |= {m.name: u >= m.dropout for m, u in zip(self.dropped_modalities, uniform[2:], strict=False)}
+        if self.student:
+            time, span = self.student.times((uniform[0], *uniform[-2:]), shift)
+            drawn |= {f"time {LATENT}": time.float(), SPAN: span.float(), "spanning": span.nonzero().squeeze(1)}
         batch = HostBatch(
             columns={modality.name: self.store.read(modality.column, rows) for modality in self.config.modalities},
             target=self.targets.read(rows) if self.targets else {},
@@ -254,6 +267,8 @@ class TrainingData:
                 value = resize(value, self.config.grid)
             state[modality.name] = value
         times = {name: batch.drawn[key] for name in state if (key := f"time {name}") in batch.drawn}
+        if SPAN in batch.drawn:
+            times = {**dict.fromkeys(state, times[LATENT]), SPAN: batch.drawn[SPAN]}
         return TrainingSample(
             data=state,
             noise={name: batch.noise[name] for name in state},
@@ -261,6 +276,7 @@ class TrainingData:
             condition=batch.condition,
             alignment_target=self._target(self.targets.tokens(batch.target)) if self.targets else None,
             keep={modality.name: batch.drawn[modality.name] for modality in self.dropped_modalities},
+            spanning=batch.drawn.get("spanning"),
         )
 
     def _target(self, tokens: Tokens) -> Tensor:

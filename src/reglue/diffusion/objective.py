@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reglue.diffusion.conditions import Condition
-from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.modalities import State, TensorTimes, expand_as, times_of_each
+from reglue.diffusion.denoiser import Denoiser, DenoiserFunction
+from reglue.diffusion.embeddings import SPAN
+from reglue.diffusion.modalities import LATENT, State, TensorTimes, times_of_each
 from reglue.diffusion.paths import Path
 from reglue.diffusion.predictions import PREDICTIONS
+from reglue.diffusion.students import Lesson, Student, shown
 
 ALIGNMENT = "alignment"
 
@@ -33,6 +35,8 @@ class TrainingSample:
     """The vision encoder's tokens (B, N, d), class token first where the model has one."""
     keep: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """(B,) bool, False where a modality is hidden from the model, for representation guidance (ReDi, 2504.16064)."""
+    spanning: Tensor | None = None
+    """For a student, the numbers (b,) int64 of the samples whose step has a length; `time` then has it as `SPAN`."""
 
 
 def velocity_losses(predicted: State, target: State) -> State:
@@ -45,20 +49,35 @@ def alignment_loss(projection: Tensor, target: Tensor) -> Tensor:
     return -F.cosine_similarity(projection.float(), target.float(), dim=-1).mean()
 
 
-def loss_terms(denoiser: Denoiser, path: Path, sample: TrainingSample) -> dict[str, Tensor]:
+def loss_terms(
+    denoiser: Denoiser,
+    path: Path,
+    sample: TrainingSample,
+    student: Student | None = None,
+    averaged: DenoiserFunction | None = None,
+) -> dict[str, Tensor]:
     """The unweighted terms of the loss as scalars: one per modality, and `alignment` if the sample has targets.
 
     A term is the squared error of the velocity, or of the noise where the network predicts that. Where a modality is
     hidden, the model sees zeros in its place and is not asked for its velocity, which cannot be predicted from nothing.
+
+    A `student` chooses another target than the velocity of the path; `averaged` is the denoiser with the moving
+    averages of its weights, for those that ask it.
     """
     noisy, velocity = path.interpolate(sample.data, sample.noise, sample.time)
-    for name, keep in sample.keep.items():
-        noisy[name] = noisy[name] * expand_as(keep, noisy[name])
+    noisy, velocity = shown(noisy, sample.keep), shown(velocity, sample.keep)
+    if student and sample.spanning is not None:
+        times = times_of_each(sample.time, noisy)
+        lesson = Lesson(noisy, velocity, times[LATENT], times[SPAN], sample.condition, sample.keep)
+        velocity = student.target(denoiser, averaged or denoiser, lesson, sample.spanning)
     prediction = denoiser(noisy, sample.time, sample.condition)
     losses = velocity_losses(prediction.velocity, velocity)
-    for name, t in times_of_each(sample.time, losses).items():
-        if (weight := PREDICTIONS[denoiser.config.prediction].weight(t, path)) is not None:
-            losses[name] = losses[name] * weight.to(losses[name].dtype)
+    times = times_of_each(sample.time, losses)
+    for name, loss in losses.items():
+        if (weight := PREDICTIONS[denoiser.config.prediction].weight(times[name], path)) is not None:
+            losses[name] = loss * weight.to(loss.dtype)
+        elif student:
+            losses[name] = student.weighed(loss, velocity[name][0].numel())
     terms = {name: (loss * sample.keep[name] if name in sample.keep else loss).mean() for name, loss in losses.items()}
     if sample.alignment_target is not None:
         terms[ALIGNMENT] = alignment_loss(denoiser.projector(prediction.tap), sample.alignment_target)

@@ -20,13 +20,17 @@ LATENT = "latent"
 CLASS = "class"
 """The name of the class label among the conditions."""
 
+MEAN_VELOCITY = "mean-velocity"
+"""The sampler of students."""
+
 OWN_PARTS = {
     "backbones.BACKBONES": ("sit",),
     "conditions.CONDITIONS": (CLASS,),
     "guidance.GUIDERS": ("classifier-free", "representation", "auto"),
     "predictions.PREDICTIONS": ("velocity", "data", "noise", "noise-sd"),
-    "samplers.SAMPLERS": ("euler", "heun", "euler-maruyama", "adams-bashforth", "dopri5"),
+    "samplers.SAMPLERS": ("euler", "heun", "euler-maruyama", "adams-bashforth", "dopri5", MEAN_VELOCITY),
     "schedules.SCHEDULES": ("shared",),
+    "students.STUDENTS": ("meanflow", "shortcut"),
 }
 """MODULE.TABLE of each registry → the parts that this package has in it."""
 

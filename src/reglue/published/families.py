@@ -15,7 +15,7 @@ from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.errors import UserError, option
 
-Family = Literal["sit", "repa", "redi", "reg", "reglue"]
+Family = Literal["sit", "repa", "redi", "reg", "reglue", "meanflow"]
 
 TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi"})
 """The families whose published time runs from noise (0) to data (1)."""
@@ -36,12 +36,11 @@ VELOCITY = ("v", "velocity")
 DIT = "dit"
 """A family with the shapes of SiT's that is not among the models here."""
 FAMILY_NAMES = re.compile(rf"(?<![a-z])(?:{DIT}|{'|'.join(get_args(Family))})(?![a-z])", re.IGNORECASE)
-NAMES = {"sit": "SiT", "repa": "REPA", "redi": "ReDi", "reg": "REG", "reglue": "REGLUE", DIT: "DiT"}
+NAMES = {"sit": "SiT", "repa": "REPA", "redi": "ReDi", "reg": "REG", "reglue": "REGLUE", "meanflow": "MeanFlow", DIT: "DiT"}
 """As they are written."""
-CANNOT = "they cannot be imported: choose a checkpoint of SiT, REPA, ReDi, REG or REGLUE"
+CANNOT = "they cannot be imported: choose a checkpoint of SiT, REPA, ReDi, REG, REGLUE or MeanFlow"
 OTHERS = {
     "in_blocks.": "U-ViT's",
-    "r_embedder.": "MeanFlow's",
     "t_embedder_sem.": "SFD's",
     "t_pixel_embedder.": "Latent Forcing's",
     ".mlp.w12.": "LightningDiT's",
@@ -91,7 +90,7 @@ def choose_family(
     """The family of weights, and what is to be said about the choice. Raises UserError for DiT's, and for another than
     the user's."""
     usual = family_of(config)
-    alone = not (config.alignment_width or config.tokens or len(config.maps) > 1)
+    alone = not (config.alignment_width or config.tokens or len(config.maps) > 1 or config.span)
     possible = [usual, *(name for name in ("sit", DIT) if alone and name != usual)]
     doubt = ""
     if config.learn_sigma:
@@ -143,10 +142,16 @@ def family_of(config: DenoiserConfig) -> Family:
     ]
     if strangers:
         raise UserError(f"no published code has a model with {', '.join(strangers)}")
+    if config.times != "shared":
+        raise UserError(f"no published code has a model with times {config.times}")
     with_class_token, with_local = (channels_of(config, part.modality) > 0 for part in (ClassToken, LocalSemantics))
     if config.learn_sigma and (with_class_token or with_local or config.alignment_width):
         other = "a class token" if with_class_token else "a local map" if with_local else "alignment"
         raise UserError(f"no published code has a model with learn-sigma (SiT) and {other}")
+    if config.span:
+        if config.learn_sigma or with_class_token or with_local or config.alignment_width:
+            raise UserError("no published code has a student (MeanFlow) with anything but the latents")
+        return "meanflow"
     if with_class_token:
         return "reglue" if with_local else "reg"
     if with_local:

@@ -17,7 +17,7 @@ from reglue.config import ClassToken, Latent, LocalSemantics
 from reglue.diffusion.backbones import sit
 from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
-from reglue.diffusion.embeddings import FREQUENCIES, MAX_PERIOD, position_embedding
+from reglue.diffusion.embeddings import FREQUENCIES, MAX_PERIOD, SPAN, position_embedding
 from reglue.diffusion.modalities import Modality
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.errors import UserError, option
@@ -50,6 +50,7 @@ PUBLISHED_DECODER = "sd-vae-ft-ema"
 KEYS = {
     "x_embedder.proj": "patches",
     "t_embedder.mlp": "time_embedding",
+    "r_embedder.mlp": f"time_offsets.{SPAN}",
     "y_embedder.embedding_table": f"conditions.{CLASS}",
     **{theirs: f"backbone.{ours}" for theirs, ours in sit.KEYS.items()},
     "final_layer.linear": "velocity",
@@ -301,6 +302,7 @@ def _recognise(
             alignment_width=last.shape[0] if last is not None else 0,
             alignment_hidden=last.shape[-1] if last is not None else DenoiserConfig.alignment_hidden,
             learned_positions=learned,
+            span="r_embedder.mlp.0.weight" in published,
         )
     except ValueError as error:
         raise UserError(f"these weights are of no model that can be built: {error}") from None
