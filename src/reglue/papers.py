@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reglue.config import Alignment, ClassToken, LocalSemantics, Optimisation, Recipe
+from reglue.config import Alignment, ClassToken, FewSteps, LocalSemantics, Optimisation, Recipe
 from reglue.sampling import Sampling
 
 
@@ -23,7 +23,8 @@ class Paper:
     """What the store must hold: the commands before `train`."""
     command: str
     published_fid: float
-    """B/2, 400K steps, no guidance."""
+    setting: str = "B/2 | 400K | none"
+    """Of that figure: model, steps and guidance, as a row of the method's page has them."""
 
 
 PLAIN = Optimisation(compile="auto")
@@ -62,6 +63,13 @@ REGLUE = Recipe(
     alignment=Alignment(0.5),
     optimisation=CLIPPED,
     sampling=Sampling(guidance_scale=2.8, guidance_interval=(0.0, 0.9)),
+)
+MEANFLOW = Recipe(
+    name="meanflow",
+    student="meanflow",
+    few_steps=FewSteps(guidance_scale=2.0, mix=0.5),
+    optimisation=Optimisation(steps=1_200_000, betas=(0.9, 0.95), clip=1.0, compile="auto"),
+    sampling=Sampling("mean-velocity", 1),
 )
 
 PAPERS = {
@@ -107,6 +115,15 @@ PAPERS = {
             "reglue prepare IMAGES STORE --encoder dinov2-b-reg --features; reglue compress STORE",
             "reglue train reglue --store STORE --out RUN",
             12.9,
+        ),
+        Paper(
+            MEANFLOW,
+            "MeanFlow: mean flows for one-step generative modeling",
+            "2505.13447",
+            "reglue prepare IMAGES STORE --encoder none --flips",
+            "reglue train meanflow --store STORE --out RUN",
+            6.17,
+            "B/2 | 1.2M, one evaluation | 2, learned",
         ),
     )
 }

@@ -195,6 +195,9 @@ class ImageModel(Editor):
             return "classes"
         if not self.record.has_null_class:
             return f"branch without labels (trained with {option('optimisation.label_dropout')} 0)"
+        learned = self.record.recipe.few_steps.guidance
+        if self.record.recipe.student and {learned.scale, *learned.scales.values()} != {1}:
+            return f"unguided branch (it has learned guidance {learned.scale:g})"
         return ""
 
     def _unfitting_scales(self, sampling: Sampling) -> dict[str, str]:

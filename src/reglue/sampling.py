@@ -113,7 +113,7 @@ class Sampling:
     def unguided(self) -> Sampling:
         """The same without classifier-free guidance."""
         nothing = dict.fromkeys(MODALITY_SCALES, None)
-        return replace(self, guidance_scale=1.0, guidance_interval=(0.0, 1.0), other_scales={}, **nothing)
+        return replace(self, guidance_scale=1.0, other_scales={}, **nothing)
 
     def changed(self, **overrides: Any) -> Sampling:
         """The same with what is given (not None) in place of its own. Raises UserError for what cannot be."""

@@ -388,7 +388,7 @@ def test_every_published_recipe_has_a_page_that_states_its_result() -> None:
     assert pages.keys() >= PAPERS.keys()
     for name, paper in PAPERS.items():
         assert f"arxiv.org/abs/{paper.arxiv}" in pages[name]
-        assert f"| B/2 | 400K | none | {paper.published_fid} |" in pages[name]
+        assert f"| {paper.setting} | {paper.published_fid} |" in pages[name]
 
 
 @pytest.mark.parametrize(

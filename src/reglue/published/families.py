@@ -36,7 +36,15 @@ VELOCITY = ("v", "velocity")
 DIT = "dit"
 """A family with the shapes of SiT's that is not among the models here."""
 FAMILY_NAMES = re.compile(rf"(?<![a-z])(?:{DIT}|{'|'.join(get_args(Family))})(?![a-z])", re.IGNORECASE)
-NAMES = {"sit": "SiT", "repa": "REPA", "redi": "ReDi", "reg": "REG", "reglue": "REGLUE", "meanflow": "MeanFlow", DIT: "DiT"}
+NAMES = {
+    "sit": "SiT",
+    "repa": "REPA",
+    "redi": "ReDi",
+    "reg": "REG",
+    "reglue": "REGLUE",
+    "meanflow": "MeanFlow",
+    DIT: "DiT",
+}
 """As they are written."""
 CANNOT = "they cannot be imported: choose a checkpoint of SiT, REPA, ReDi, REG, REGLUE or MeanFlow"
 OTHERS = {
