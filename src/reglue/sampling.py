@@ -29,7 +29,7 @@ class Sampling:
     """How images are drawn from a trained model: the one declaration of these options, for recipes and all commands."""
 
     sampler: str = "euler-maruyama"
-    """euler, heun, euler-maruyama, adams-bashforth or dopri5."""
+    """euler, heun, euler-maruyama, adams-bashforth or dopri5; mean-velocity for students alone."""
     steps: int = 250
     """Intervals of the time grid: as many evaluations, except that Heun takes two in each. dopri5 chooses its
     own."""
