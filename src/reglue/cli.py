@@ -18,6 +18,7 @@ from importlib import import_module
 from io import StringIO, TextIOWrapper
 from itertools import pairwise
 from operator import or_
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import tyro
@@ -263,10 +264,12 @@ def parse(arguments: list[str]) -> Any:
         if asks and rest[0].startswith("-"):
             show(recipes({recipe: paper.title for recipe, paper in PAPERS.items()}))
         recipe, *rest = rest if rest and not rest[0].startswith("-") else ["", *rest]
-        if not recipe and (run := run_in(rest)):
-            from reglue.run import RunRecord, find_run  # imports PyTorch
+        if not recipe and (start := given("--from", rest)):
+            from reglue.run import FILE, RunRecord, find_run  # imports PyTorch
 
-            default["default"] = command.load()(RunRecord.read(find_run(run)).recipe, MISSING, MISSING)
+            out = Path(given("--out", rest))  # When it is resumed, the other run may be gone.
+            record = RunRecord.read(out if (out / FILE).is_file() else find_run(start))
+            default["default"] = command.load()(record.recipe, MISSING, MISSING)
         else:
             words.append(known(recipe, PAPERS, "recipe"))
             default["default"] = command.load()(PAPERS[recipe].recipe, MISSING, MISSING)
@@ -284,10 +287,10 @@ def parse(arguments: list[str]) -> Any:
         raise UserError(mistake(words, declared(command.load(), **default), rest)) from None
 
 
-def run_in(arguments: list[str]) -> str:
-    """The run that `--from` names; nothing if it is not there."""
-    given = [after for word, after in pairwise(arguments) if word == "--from"]
-    return next(iter([*given, *(word.removeprefix("--from=") for word in arguments if word.startswith("--from="))]), "")
+def given(flag: str, arguments: list[str]) -> str:
+    """The value of an option, before it is parsed; nothing if it is not there."""
+    joined = (word.removeprefix(f"{flag}=") for word in arguments if word.startswith(f"{flag}="))
+    return next(iter([*(after for word, after in pairwise(arguments) if word == flag), *joined]), "")
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:
@@ -323,7 +326,8 @@ def recipes(titles: dict[str, str]) -> str:
         [
             "usage: reglue train RECIPE --store PATH --out PATH [options]",
             *["", "recipes:", *lines, "", "example:", f"  reglue {example}", ""],
-            "`reglue train RECIPE --help` lists the options, with the recipe's values as defaults.",
+            "`reglue train RECIPE --help` lists the options, with the recipe's values as defaults. Instead of RECIPE,",
+            "`--from RUN` alone takes the recipe of a run that is trained already.",
         ]
     )
 

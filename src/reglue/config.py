@@ -402,7 +402,7 @@ class FewSteps:
             self,
             guidance_scale=asked.scale if self.guidance_scale is None else self.guidance_scale,
             guidance_interval=self.guidance_interval or asked.interval,
-            guidance_scales=asked.scales if self.guidance_scales is None else self.guidance_scales,
+            guidance_scales=(asked.scales or None) if self.guidance_scales is None else self.guidance_scales,
         )
 
 

@@ -14,7 +14,7 @@ from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig, Prediction
 from reglue.diffusion.embeddings import SPAN
 from reglue.diffusion.guidance import GuidedVelocity
-from reglue.diffusion.modalities import LATENT, Modality, State, expand_as
+from reglue.diffusion.modalities import LATENT, Modality, State, TensorTimes, expand_as
 from reglue.diffusion.objective import TrainingSample, loss_terms
 from reglue.diffusion.paths import LINEAR
 from reglue.diffusion.samplers import euler, mean_velocity, uniform_times
@@ -43,7 +43,7 @@ class Known:
     def null(self, batch: int) -> Condition:
         return {"class": torch.full((batch,), NULL)}
 
-    def __call__(self, state: State, time: Tensor | dict[str, Tensor], condition: Condition) -> Prediction:
+    def __call__(self, state: State, time: Tensor | TensorTimes, condition: Condition) -> Prediction:
         times = {LATENT: time, SPAN: torch.zeros_like(time)} if isinstance(time, Tensor) else time
         span = times.get(SPAN, torch.zeros_like(times[LATENT]))
         label = condition["class"]
@@ -196,7 +196,7 @@ def test_targets_leave_gradients_as_they_are(
     for weight, gradient in gradients[0].items():
         assert gradient is not None
         assert gradient.any(), weight
-        assert torch.equal(gradient, gradients[1][weight]), weight
+        torch.testing.assert_close(gradient, gradients[1][weight], rtol=0, atol=0, msg=weight)
 
 
 @pytest.mark.parametrize("name", STUDENTS)

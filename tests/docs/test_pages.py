@@ -39,7 +39,7 @@ from reglue.help import declared
 from reglue.papers import PAPERS
 from reglue.published.weights import PUBLISHED_DECODER
 from reglue.reals.config import Perceptual
-from reglue.run import RunRecord
+from reglue.run import RunRecord, find_run
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs/methods").glob("[a-z]*.md"))

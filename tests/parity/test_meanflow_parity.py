@@ -87,7 +87,8 @@ def test_what_training_calls_has_the_gradient_of_the_paper(golden: Golden, case:
 
 def test_times(golden: Golden) -> None:
     share = golden.about.get("ratio_r_not_equal_t", 0.25)
-    r, t = interval_of(*golden["time.normal"].unbind(1), golden["time.uniform"], share)
+    first, second = golden["time.normal"].unbind(1)
+    r, t = interval_of(first, second, golden["time.uniform"], share)
     assert_close(r, golden["time.r"])
     assert_close(t, golden["time.t"])
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -21,6 +20,7 @@ from reglue.data.prefetch import READERS
 from reglue.data.store import Store
 from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import Denoiser, Prediction
+from reglue.diffusion.modalities import State, TensorTimes
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.paths import Path as Interpolant
@@ -67,9 +67,9 @@ class Averaged:
         """That of the denoiser."""
         return self.denoiser.null(batch)
 
-    def __call__(self, *given: Any) -> Prediction:
+    def __call__(self, state: State, time: Tensor | TensorTimes, condition: Condition) -> Prediction:
         """That of the denoiser, by the other weights."""
-        return functional_call(self.denoiser, dict(self.weights), given)
+        return functional_call(self.denoiser, dict(self.weights), (state, time, condition))
 
 
 class DenoiserTask(Task[HostBatch]):

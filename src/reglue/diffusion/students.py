@@ -85,8 +85,8 @@ class Student(ABC):
 
             ω·v + κ·u(y) + (1 − ω − κ)·u(∅),  ω = w·(1 − κ)
 
-        (MeanFlow, arXiv 2505.13447, eq. 19–21), where u are the network's own at d = 0. Samples without a condition,
-        and those outside of the interval, keep v.
+        (MeanFlow, arXiv 2505.13447), where u are the network's own at d = 0. Samples without a condition, and those
+        outside of the interval, keep v.
         """
         names = list(lesson.velocity)
         if all(self.guidance.scale_of(name) == 1 for name in names):
@@ -119,7 +119,8 @@ class MeanFlow(Student):
     def times(self, draws: Sequence[Tensor], shift: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """See `Student.times`: the later and the earlier of two, which are the same for all but a share."""
         first, second, choice = draws
-        earlier, later = interval_of(torch.special.ndtri(first), torch.special.ndtri(second), choice, self.share)
+        quantile: Callable[[Tensor], Tensor] = torch.special.ndtri  # type: ignore[reportUnknownMemberType]
+        earlier, later = interval_of(quantile(first), quantile(second), choice, self.share)
         return shift(later), shift(later) - shift(earlier)
 
     def target(self, network: DenoiserFunction, averaged: DenoiserFunction, lesson: Lesson, spanning: Tensor) -> State:
@@ -188,7 +189,7 @@ def interval_of(first: Tensor, second: Tensor, choice: Tensor, share: float) -> 
 
 
 def adaptive(loss: Tensor, power: float = 1.0, offset: float = 1e-3) -> Tensor:
-    """L / (sg(L) + c)^p of losses (B,) that are sums of squares (MeanFlow, section 4.3)."""
+    """L / (sg(L) + c)^p of losses (B,) that are sums of squares (MeanFlow's paper)."""
     return loss / (loss.detach() + offset) ** power
 
 
