@@ -320,7 +320,7 @@ def overview() -> str:
 
 def recipes(titles: dict[str, str]) -> str:
     """The help of `reglue train` without a recipe."""
-    lines = [f"  {name:<9}{title}" for name, title in titles.items()]
+    lines = [f"  {name:<{2 + max(map(len, titles))}}{title}" for name, title in titles.items()]
     example = COMMANDS["train"].example.replace("{recipe}", "reglue")
     return "\n".join(
         [
