@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from reglue import graphs
 from reglue.config import YOUNG
 from reglue.diffusion.conditions import CLASS, Condition
 from reglue.diffusion.controls import Control, Controlled, Progress
@@ -78,16 +79,24 @@ def load(
     record = RunRecord.read(folder)
     checkpoint = checkpoints.find(folder, step)
     file = checkpoints.weights_file(checkpoint, weights, option("weights"))
-    tensors = checkpoints.read_weights(file)
-    denoiser = Denoiser(record.denoiser)
-    try:
-        denoiser.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"{file} does not fit {folder / RECORD}: {' '.join(str(error).split())[:200]}") from None
+    as_graph = file.name == checkpoints.GRAPH
+    if as_graph:
+        denoiser, target = graphs.GraphDenoiser(record.denoiser, file), torch.device("cpu")
+    else:
+        tensors = checkpoints.read_weights(file)
+        denoiser = Denoiser(record.denoiser)
+        try:
+            denoiser.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UserError(f"{file} does not fit {folder / RECORD}: {' '.join(str(error).split())[:200]}") from None
+    if as_graph and autoencoder is None:
+        decodes: Autoencoder = graphs.GraphAutoencoder(record.autoencoder, folder / graphs.DECODER)
+    else:
+        decodes = decoder(record, target, autoencoder, folder)
     return ImageModel(
         record,
         denoiser.to(target),
-        decoder(record, target, autoencoder, folder),
+        decodes,
         folder,
         int(checkpoint.name),
         compile,
@@ -138,6 +147,11 @@ class ImageModel(Editor):
         return f"ImageModel({what}, step {self.step}, from {self.folder}, on {self.device})"
 
     @property
+    def is_graph(self) -> bool:
+        """Whether its networks are graphs of another runtime, which have the precision that they were exported in."""
+        return isinstance(self.denoiser, graphs.GraphDenoiser)
+
+    @property
     def device(self) -> torch.device:
         """Where the model lives."""
         return self.denoiser.positions.device
@@ -186,7 +200,7 @@ class ImageModel(Editor):
         return replace(
             sampling,
             state_precision=sampling.state_precision or SAMPLERS[sampling.sampler].state_precision,
-            precision=to_precision(sampling.precision, self.device),
+            precision="float32" if self.is_graph else to_precision(sampling.precision, self.device),
         )
 
     def _lacks_unconditional(self) -> str:
@@ -361,6 +375,8 @@ class ImageModel(Editor):
         name: str | None,
         half_precision: bool,
     ) -> Path:
+        if self.is_graph:
+            raise UserError(f"{self.folder} was exported to ONNX: save the run that it was made of")
         if self.weights != "ema":
             raise UserError(f"{option('weights')} {self.weights}: averaged weights are shared; load the run with ema")
         files, shown = [Path(report) for report in reports], Path(picture) if picture else None
