@@ -147,7 +147,10 @@ def test_sampling_is_changed_by_what_is_given() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampler": "midpoint"}, "sampler midpoint: choose euler, heun, euler-maruyama, adams-bashforth, dopri5"),
+        (
+            {"sampler": "midpoint"},
+            "sampler midpoint: choose euler, heun, euler-maruyama, adams-bashforth, dpm-solver,",
+        ),
         ({"rounding": "up"}, "rounding up: choose truncate, round"),
         ({"guiders": {"mine": 1.0}}, "guider mine: none is registered"),
         ({"guiders": {"auto": 2.0}}, "guider auto: none is registered"),

@@ -122,6 +122,11 @@ COMMANDS = {
         "Apply heads to generated latents, beside the decoded images.",
         "perceive run --head head --out seen",
     ),
+    "synthesise": Command(
+        "reglue.options.synthesise:Synthesise",
+        "Draw images with masks and boxes: a data set for others to learn from.",
+        "synthesise run --head head --out dataset --count 1000 --format coco",
+    ),
     "import": Command(
         "reglue.options.import_run:ImportRun",
         "Turn a published checkpoint into a run.",

@@ -1,14 +1,24 @@
 """The published recipes. Each is one value, with the command that trains it and the result that its paper reports.
 
-Results: ImageNet 256×256, B/2 after 400,000 steps, 50,000 samples without guidance, FID of the ADM evaluator. Training
-B/2 takes about a day on eight A100s.
+Results: ImageNet 256×256, 50,000 samples, FID of the ADM evaluator; B/2 after 400,000 steps without guidance, unless
+the method was published otherwise. Training B/2 takes about a day on eight A100s.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reglue.config import Alignment, ClassToken, FewSteps, LocalSemantics, Optimisation, Recipe
+from reglue.config import (
+    Alignment,
+    Blocks,
+    ClassToken,
+    Cosine,
+    FewSteps,
+    Latent,
+    LocalSemantics,
+    Optimisation,
+    Recipe,
+)
 from reglue.sampling import Sampling
 
 
@@ -64,6 +74,59 @@ REGLUE = Recipe(
     optimisation=CLIPPED,
     sampling=Sampling(guidance_scale=2.8, guidance_interval=(0.0, 0.9)),
 )
+UVIT = Recipe(
+    name="uvit",
+    backbone="uvit",
+    prediction="noise-sd",
+    optimisation=Optimisation(
+        steps=500_000,
+        batch_size=1024,
+        learning_rate=2e-4,
+        warmup=5000,
+        betas=(0.99, 0.99),
+        weight_decay=0.03,
+        compile="auto",
+    ),
+    sampling=Sampling("dpm-solver", 50, guidance_scale=1.4, rounding="round"),
+)
+LIGHTNINGDIT = Recipe(
+    name="lightningdit",
+    model="B/1",
+    backbone="lightning",
+    latent=Latent(unit_variance=True),
+    cosine=Cosine(1.0),
+    optimisation=Optimisation(
+        steps=80_000,
+        batch_size=1024,
+        learning_rate=2e-4,
+        betas=(0.9, 0.95),
+        time_distribution="logit-normal",
+        compile="auto",
+    ),
+    sampling=Sampling(
+        "euler",
+        249,
+        time_shift=1 / 0.3,
+        guidance_scale=10.0,
+        guidance_interval=(0.0, 0.89),
+        guided_channels=3,
+        rounding="round",
+    ),
+)
+SFD = Recipe(
+    name="sfd",
+    model="B/1",
+    backbone="lightning",
+    blocks=Blocks(qk_norm=True),
+    times="lead",
+    one_mean=True,
+    latent=Latent(unit_variance=True),
+    local=LocalSemantics(2.0, compressor="conv-16", unit_variance=True),
+    alignment=Alignment(1.0, after_block=2),
+    cosine=Cosine(1.0),
+    optimisation=Optimisation(steps=400_000, time_distribution="logit-normal", clean_loss=True, compile="auto"),
+    sampling=Sampling("heun", 125, auto_scale=1.6, rounding="round"),
+)
 MEANFLOW = Recipe(
     name="meanflow",
     student="meanflow",
@@ -115,6 +178,34 @@ PAPERS = {
             "reglue prepare IMAGES STORE --encoder dinov2-b-reg --features; reglue compress STORE",
             "reglue train reglue --store STORE --out RUN",
             12.9,
+        ),
+        Paper(
+            UVIT,
+            "U-ViT: all are worth words, a ViT backbone for diffusion models",
+            "2209.12152",
+            "reglue prepare IMAGES STORE --encoder none --flips",
+            "reglue train uvit --store STORE --out RUN",
+            2.29,
+            "H/2 | 500K | 1.4",
+        ),
+        Paper(
+            LIGHTNINGDIT,
+            "LightningDiT: reconstruction vs. generation in latent diffusion models",
+            "2501.01423",
+            "reglue prepare IMAGES STORE --encoder none --flips --autoencoder VA-VAE",
+            "reglue train lightningdit --store STORE --out RUN",
+            5.14,
+            "XL/1 | 80K | none",
+        ),
+        Paper(
+            SFD,
+            "SFD: semantics lead the way, semantic-first diffusion",
+            "2512.04926",
+            "reglue prepare IMAGES STORE --encoder dinov2-b-reg --features --flips --autoencoder SD-VAE-F16D32; "
+            "reglue compress STORE",
+            "reglue train sfd --store STORE --out RUN",
+            3.43,
+            "XL/1 | 400K | none",
         ),
         Paper(
             MEANFLOW,

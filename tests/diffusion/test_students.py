@@ -155,7 +155,8 @@ def sample(keep: Tensor | None = None) -> TrainingSample:
     )
     time = {**dict.fromkeys(data, TIME.float()), SPAN: SPANS.float()}
     tokens = normal(4, 7, 8, seed=5).float()
-    return TrainingSample(data, noise, time, LABELS, tokens, {} if keep is None else {"local": keep}, SPANNING)
+    kept = {} if keep is None else {"local": keep}
+    return TrainingSample(data, noise, time, LABELS, tokens, kept, spanning=SPANNING)
 
 
 def test_the_derivative_is_that_of_finite_differences() -> None:
@@ -189,7 +190,7 @@ def test_targets_leave_gradients_as_they_are(
         monkeypatch.setattr(kind, "target", target)
         denoiser = awake()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-            terms = loss_terms(denoiser, LINEAR, sample(), student)
+            terms = loss_terms(denoiser, LINEAR, sample(), student=student)
         torch.stack(list(terms.values())).sum().backward()
         gradients.append({weight: p.grad for weight, p in denoiser.named_parameters()})
     assert len(made) == 1
@@ -208,7 +209,9 @@ def test_a_hidden_modality_is_neither_asked_for_nor_seen(name: str) -> None:
     other["local"] = given.data["local"] + expand_as(~hidden, given.data["local"])
     denoiser = awake()
     with torch.no_grad():
-        terms = [loss_terms(denoiser, LINEAR, replace(given, data=data), student) for data in (given.data, other)]
+        terms = [
+            loss_terms(denoiser, LINEAR, replace(given, data=data), student=student) for data in (given.data, other)
+        ]
     assert all(torch.equal(terms[0][term], terms[1][term]) for term in terms[0])
 
 

@@ -77,7 +77,7 @@ def test_what_training_calls_has_the_gradient_of_the_paper(golden: Golden, case:
         {LATENT: golden["loss.x"]}, {LATENT: golden["loss.noise"]}, time, lesson.condition, spanning=spanning
     )
     bias = denoiser.velocity.bias
-    loss = loss_terms(denoiser, LINEAR, sample, STUDENTS[case])[LATENT]
+    loss = loss_terms(denoiser, LINEAR, sample, student=STUDENTS[case])[LATENT]
     assert_close(loss, golden[f"loss.{case}.squared_sum"].mean() / golden["loss.x"][0].numel())
     predicted = evaluate(denoiser, lesson.noisy, lesson.time, lesson.span, lesson.condition)[LATENT]
     squared = (predicted - golden[f"loss.{case}.target"]).square().flatten(1).sum(1)

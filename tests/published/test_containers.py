@@ -177,7 +177,7 @@ def test_dits_are_refused_in_one_line(
     file = saved("sit", tmp_path / name, arguments)
     line = mistake(capsys, monkeypatch, "import", file, "--out", tmp_path / "run", "--heads=4", *options)
     assert f"{file}: these weights are DiT's, since" in line
-    assert "choose a checkpoint of SiT, REPA, ReDi, REG, REGLUE or MeanFlow" in line
+    assert "choose a checkpoint of SiT, REPA, ReDi, REG, REGLUE, LightningDiT, SFD, U-ViT or MeanFlow" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -229,9 +229,7 @@ def test_another_family_than_the_shapes_say_is_refused(method: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("key", "whose"),
     [
-        ("in_blocks.0.norm1.weight", "U-ViT's"),
-        ("t_embedder_sem.mlp.0.weight", "SFD's"),
-        ("blocks.0.mlp.w12.weight", "LightningDiT's"),
+        ("t_pixel_embedder.mlp.0.weight", "Latent Forcing's"),
         ("transformer_blocks.0.attn1.to_q.weight", "of a transformer of diffusers"),
     ],
 )

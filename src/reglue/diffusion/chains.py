@@ -58,6 +58,11 @@ class Chain:
         before, behind = knots[after - 1], knots[after]
         return self.first + (after - 1 + (wanted - before) / (behind - before)).clamp(0, self.steps - 1)
 
+    def ratio(self, number: float) -> float:
+        """σ/α at the number of a step or between two: the inverse of `number`."""
+        log = np.interp(number - self.first, np.arange(self.steps), np.log(self.alphas_cumprod))
+        return float(np.sqrt(np.expm1(-log)))
+
 
 DDPM = Chain(1e-4, 0.02)
 """DDPM's (arXiv 2006.11239), as DiT uses it (arXiv 2212.09748)."""

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import Denoiser, DenoiserFunction
 from reglue.diffusion.embeddings import SPAN
-from reglue.diffusion.modalities import LATENT, State, TensorTimes, times_of_each
+from reglue.diffusion.modalities import LATENT, State, TensorTimes, expand_as, times_of_each
 from reglue.diffusion.paths import Path
 from reglue.diffusion.predictions import PREDICTIONS
 from reglue.diffusion.students import Lesson, Student, shown
 
-ALIGNMENT = "alignment"
+ALIGNMENT, COSINE = "alignment", "cosine"
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class TrainingSample:
     """The vision encoder's tokens (B, N, d), class token first where the model has one."""
     keep: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """(B,) bool, False where a modality is hidden from the model, for representation guidance (ReDi, 2504.16064)."""
+    learned: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """(B,) bool, False where a modality is seen, but its velocity is not asked for: where it is known already."""
     spanning: Tensor | None = None
     """For a student, the numbers (b,) int64 of the samples whose step has a length; `time` then has it as `SPAN`."""
 
@@ -42,6 +44,15 @@ class TrainingSample:
 def velocity_losses(predicted: State, target: State) -> State:
     """Squared error per modality and sample: {name: (B,)}, each a mean over the modality's own elements."""
     return {name: (predicted[name] - v).float().square().flatten(1).mean(1) for name, v in target.items()}
+
+
+def cosine_losses(predicted: State, target: State) -> Tensor:
+    """1 − cos between velocities at a position, by the channels of all maps, (B,): means over positions, in [0, 2]."""
+    ours, theirs = (
+        torch.cat([v.float() for name, v in part.items() if target[name].ndim == 4], dim=1)
+        for part in (predicted, target)
+    )
+    return (1 - F.cosine_similarity(ours, theirs, dim=1)).flatten(1).mean(1)
 
 
 def alignment_loss(projection: Tensor, target: Tensor) -> Tensor:
@@ -53,10 +64,12 @@ def loss_terms(
     denoiser: Denoiser,
     path: Path,
     sample: TrainingSample,
+    cosine: bool = False,
     student: Student | None = None,
     averaged: DenoiserFunction | None = None,
 ) -> dict[str, Tensor]:
-    """The unweighted terms of the loss as scalars: one per modality, and `alignment` if the sample has targets.
+    """The unweighted terms of the loss as scalars: one per modality, `alignment` if the sample has targets, and
+    `cosine` on request.
 
     A term is the squared error of the velocity, or of the noise where the network predicts that. Where a modality is
     hidden, the model sees zeros in its place and is not asked for its velocity, which cannot be predicted from nothing.
@@ -78,7 +91,14 @@ def loss_terms(
             losses[name] = loss * weight.to(loss.dtype)
         elif student:
             losses[name] = student.weighed(loss, velocity[name][0].numel())
-    terms = {name: (loss * sample.keep[name] if name in sample.keep else loss).mean() for name, loss in losses.items()}
+    asked = sample.keep | {name: mask & sample.keep.get(name, mask) for name, mask in sample.learned.items()}
+    terms = {name: (loss * asked[name] if name in asked else loss).mean() for name, loss in losses.items()}
+    if cosine:
+        parts = (
+            {name: v * expand_as(asked[name], v) if name in asked else v for name, v in of.items()}
+            for of in (prediction.velocity, velocity)
+        )
+        terms[COSINE] = cosine_losses(*parts).mean()
     if sample.alignment_target is not None:
         terms[ALIGNMENT] = alignment_loss(denoiser.projector(prediction.tap), sample.alignment_target)
     return terms

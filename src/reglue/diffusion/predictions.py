@@ -25,6 +25,11 @@ class PredictionKind(ABC):
     learns_variance = False
     """Whether the second half of the outputs is that of a learned variance, where the network has one."""
 
+    @property
+    def largest_time(self) -> float:
+        """The number by which the network knows pure noise."""
+        return 1.0
+
     @abstractmethod
     def to_velocity(self, output: State, state: State, times: TensorTimes, path: Path) -> State:
         """The velocity dx/dt that an output for `state` at `times` (B,) means."""
@@ -73,6 +78,11 @@ class NoisePrediction(PredictionKind):
 
     chain: Chain
     learns_variance = True
+
+    @property
+    def largest_time(self) -> float:
+        """The number of steps of the chain."""
+        return float(self.chain.steps)
 
     def to_velocity(self, output: State, state: State, times: TensorTimes, path: Path) -> State:
         """v = α'/α·x_t + (σ' − α'σ/α)·ε̂: (ε̂ − x_t)/(1 − t) on the linear path."""

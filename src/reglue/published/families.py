@@ -13,11 +13,12 @@ from torch import Tensor
 from reglue.config import ClassToken, Latent, LocalSemantics
 from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import DenoiserConfig
+from reglue.diffusion.specs import Blocks
 from reglue.errors import UserError, option
 
-Family = Literal["sit", "repa", "redi", "reg", "reglue", "meanflow"]
+Family = Literal["sit", "repa", "redi", "reg", "reglue", "meanflow", "lightningdit", "sfd", "uvit"]
 
-TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi"})
+TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi", "lightningdit", "sfd"})
 """The families whose published time runs from noise (0) to data (1)."""
 
 PREDICTION, PATH_TYPE, ENCODER_DEPTH, NUM_CLASSES = "prediction", "path_type", "encoder_depth", "num_classes"
@@ -43,15 +44,17 @@ NAMES = {
     "reg": "REG",
     "reglue": "REGLUE",
     "meanflow": "MeanFlow",
+    "lightningdit": "LightningDiT",
+    "sfd": "SFD",
+    "uvit": "U-ViT",
     DIT: "DiT",
 }
 """As they are written."""
-CANNOT = "they cannot be imported: choose a checkpoint of SiT, REPA, ReDi, REG, REGLUE or MeanFlow"
+CANNOT = (
+    "they cannot be imported: choose a checkpoint of SiT, REPA, ReDi, REG, REGLUE, LightningDiT, SFD, U-ViT or MeanFlow"
+)
 OTHERS = {
-    "in_blocks.": "U-ViT's",
-    "t_embedder_sem.": "SFD's",
     "t_pixel_embedder.": "Latent Forcing's",
-    ".mlp.w12.": "LightningDiT's",
     "transformer_blocks.": "of a transformer of diffusers",
 }
 """What only the names of other models' weights have in them."""
@@ -98,7 +101,8 @@ def choose_family(
     """The family of weights, and what is to be said about the choice. Raises UserError for DiT's, and for another than
     the user's."""
     usual = family_of(config)
-    alone = not (config.alignment_width or config.tokens or len(config.maps) > 1 or config.span)
+    by_name = usual in ("lightningdit", "sfd", "uvit", "meanflow")
+    alone = not (by_name or config.alignment_width or config.tokens or len(config.maps) > 1)
     possible = [usual, *(name for name in ("sit", DIT) if alone and name != usual)]
     doubt = ""
     if config.learn_sigma:
@@ -142,24 +146,43 @@ def channels_of(config: DenoiserConfig, name: str) -> int:
 def family_of(config: DenoiserConfig) -> Family:
     """The published family whose models are built like this one. Raises UserError, by name, if there is none."""
     published = {Latent.modality, LocalSemantics.modality, ClassToken.modality}
+    is_uvit, parts = config.backbone == "uvit", config.parts
+    prediction = "noise-sd" if is_uvit else "velocity"
     strangers = [
         *(f"modality {modality.name}" for modality in config.modalities if modality.name not in published),
         *(f"condition {name}" for name in config.conditions if name != CLASS),
-        *([f"backbone {config.backbone}"] if config.backbone != "sit" else []),
-        *([f"prediction {config.prediction}"] if config.prediction != "velocity" else []),
+        *([f"backbone {config.backbone}"] if config.backbone not in ("sit", "lightning", "uvit") else []),
+        *([f"prediction {config.prediction}"] if config.prediction != prediction else []),
+        *([f"times {config.times}"] if config.times not in ("shared", "lead") else []),
+        *(["a convolutional projector"] if config.alignment_width and config.alignment_projector != "mlp" else []),
     ]
     if strangers:
         raise UserError(f"no published code has a model with {', '.join(strangers)}")
-    if config.times != "shared":
-        raise UserError(f"no published code has a model with times {config.times}")
     with_class_token, with_local = (channels_of(config, part.modality) > 0 for part in (ClassToken, LocalSemantics))
-    if config.learn_sigma and (with_class_token or with_local or config.alignment_width):
-        other = "a class token" if with_class_token else "a local map" if with_local else "alignment"
-        raise UserError(f"no published code has a model with learn-sigma (SiT) and {other}")
+    more = {"a class token": with_class_token, "a local map": with_local, "alignment": config.alignment_width > 0}
+    family: Family | None = "uvit" if is_uvit else "lightningdit" if parts != Blocks() else None
+    if config.times == "lead":
+        if family != "lightningdit" or with_class_token or not with_local or config.learn_sigma or parts.convolution:
+            raise UserError(
+                "of models with times lead, the published one (SFD) has LightningDiT's blocks and a local map"
+            )
+        return "sfd"
     if config.span:
-        if config.learn_sigma or with_class_token or with_local or config.alignment_width:
-            raise UserError("no published code has a student (MeanFlow) with anything but the latents")
+        if family or config.learn_sigma or any(more.values()):
+            raise UserError("no published code has a student (MeanFlow) with anything but SiT's blocks and the latents")
         return "meanflow"
+    if family:
+        own = Blocks(time_mlp=parts.time_mlp, convolution=parts.convolution) if is_uvit else parts
+        more |= {
+            "learn-sigma": is_uvit and config.learn_sigma,
+            "a last convolution": not is_uvit and parts.convolution,
+            "parts of LightningDiT": own != parts,
+        }
+        if other := [what for what, has in more.items() if has]:
+            raise UserError(f"no published code has a model of {NAMES[family]}'s kind with {', '.join(other)}")
+        return family
+    if config.learn_sigma and (other := [what for what, has in more.items() if has]):
+        raise UserError(f"no published code has a model with learn-sigma (SiT) and {other[0]}")
     if with_class_token:
         return "reglue" if with_local else "reg"
     if with_local:
