@@ -127,6 +127,7 @@ class Arm:
 
 REGLUE = "reglue --local.compressor conv-16"
 NO_TOKEN, NO_ALIGNMENT = "--class-token.weight 0", "--alignment.weight 0"
+DIT = "dit --learn-sigma --optimisation.time-shift 1"
 SCALED, LAST_LAYER = "--local.unit-variance", "--local.compressor conv-16-last"
 WHICH = {"all": "", "map": "--cls-scale 1", "token": "--local-scale 1", "latents": "--local-scale 1 --cls-scale 1"}
 """What is guided besides the latents."""
@@ -192,6 +193,7 @@ ARMS = {
         Arm("uniform-times", f"{REGLUE} --optimisation.time-shift 1"),
         *(Arm(f"sit-in-{space}", "sit", space=space) for space in SPACES),
         *(Arm(f"reglue-in-{space}", REGLUE, space=space) for space in ("plain", "aligned")),
+        *(Arm(f"dit-in-{space}", DIT, sample="--sampler ddpm", space=space) for space in ("plain", "aligned")),
         *(*COMPRESSORS, *GUIDED, *SAMPLERS),
     )
 }
@@ -215,6 +217,7 @@ QUESTIONS = {
     "samplers": [arm.name for arm in SAMPLERS],
     "spaces": ["sit-in-plain", "reglue-in-plain", "sit-in-aligned", "reglue-in-aligned"],
     "reals": [f"sit-in-{space}" for space in SPACES],
+    "reals-dit": ["dit-in-plain", "dit-in-aligned"],
 }
 
 
@@ -224,7 +227,7 @@ class Options:
 
     questions: Positional[tuple[str, ...]]
     """Of convergence, parts, weights, layers, compressors, scale, targets, times, changes, guidance, samplers, spaces,
-    reals."""
+    reals, reals-dit."""
     work: Path = Path("study")
     """Folder of the study: new, or one to continue."""
     images: Path | None = None

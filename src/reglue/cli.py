@@ -325,7 +325,8 @@ def overview() -> str:
 
 def recipes(titles: dict[str, str]) -> str:
     """The help of `reglue train` without a recipe."""
-    lines = [f"  {name:<{2 + max(map(len, titles))}}{title}" for name, title in titles.items()]
+    width = max(map(len, titles)) + 2
+    lines = [f"  {name:<{width}}{title}" for name, title in titles.items()]
     example = COMMANDS["train"].example.replace("{recipe}", "reglue")
     return "\n".join(
         [

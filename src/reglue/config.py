@@ -206,7 +206,7 @@ class ClassToken(LearnedPart):
 
 
 RESERVED = frozenset({"alignment", "cosine", "gradient_norm", "images_per_second", "learning_rate", "loss"})
-RESERVED |= {"posterior", "span", "spanning", "step", "time", "type"}
+RESERVED |= {"posterior", "span", "spanning", "step", "time", "type", "variance"}
 """Names that logs, batches and modules use for other things."""
 
 
@@ -273,6 +273,16 @@ class Alignment(Part):
                 f"{option('alignment.compressor')} {self.compressor} is for {option('alignment.targets')} decoded "
                 "alone; leave it out"
             )
+
+
+@dataclass(frozen=True)
+class LearnedVariance(Part):
+    """The variance of a step, learned beside the noise (DiT, after IDDPM), by the variational bound."""
+
+    prefix = "variance."
+    weight: float = 1.0
+    """Weight of the bound, in bits for each number, where there is a variance: with learn_sigma and predicted noise. It
+    trains nothing else."""
 
 
 @dataclass(frozen=True)
@@ -459,7 +469,8 @@ class Recipe:
     """Take one mean over the elements of all modalities, in which each has its weight, as SFD does; otherwise every
     modality has a mean of its own, whatever its size."""
     learn_sigma: bool = False
-    """Twice the output channels, half of them unused, as in SiT's published checkpoints."""
+    """Twice the output channels. The second half is a variance where noise is predicted, as in DiT, and is unused
+    elsewhere, as in SiT's published checkpoints."""
     position_grid: tuple[int, int] | None = None
     """Grid of tokens in which positions are counted; the tokens of a finer grid lie between. Default: the model's own,
     as published; with --from, that of the other run, so that no position is new."""
@@ -472,6 +483,7 @@ class Recipe:
     """Registered conditions besides the class, by name, and the share of samples trained without each. Samples trained
     without their class are trained without the others too, for the unconditional branch of guidance."""
     alignment: Alignment = field(default_factory=Alignment)
+    variance: LearnedVariance = field(default_factory=LearnedVariance)
     cosine: Cosine = field(default_factory=Cosine)
     student: str | None = None
     """Learn steps instead of a velocity, to sample in one to a few: meanflow (mean velocities) or shortcut (steps that
@@ -560,6 +572,8 @@ class Recipe:
         parts: dict[str, Part] = {part.modality: part for part in self.learned_parts}
         if self.alignment.present:
             parts["alignment"] = self.alignment
+        if self.learn_sigma and self.prediction not in ("velocity", "data"):
+            parts["variance"] = self.variance
         if self.cosine.present:
             parts["cosine"] = self.cosine
         sizes = {name: math.prod(shape) for name, shape in shapes.items()} if self.one_mean else {}

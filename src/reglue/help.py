@@ -25,8 +25,9 @@ GROUPS = {
         strict statistics-images validation-images held-out selection columns
         looks prototypes.seed prepare.seed prepare.count evaluate.count probe.images head.images perceive.images""",
     "model": """run model backbone blocks path prediction times conditions learn-sigma position-grid latent local
-        class-token alignment cosine architecture autoencoder encoder layers final-norm kind column channels hidden conv
-        head from student from-step from-weights step weights fitted compressor statistics heads family""",
+        class-token alignment variance cosine architecture autoencoder encoder layers final-norm kind column channels
+        hidden conv head from student from-step from-weights step weights fitted compressor statistics heads
+        family""",
     "optimisation": """optimisation few-steps perceptual kl adversary kl-weight epochs cosine-epochs patience
         micro-batch learning-rate final-learning-rate seed steps batch-size compare""",
     "editing": """edit.keep until mask feather strength local-from cls-from paste box at mirror scale paint

@@ -38,7 +38,7 @@ class Paper:
 
 
 PLAIN = Optimisation(compile="auto")
-"""Of SiT's code, and of ReDi's."""
+"""Of DiT's code, SiT's and ReDi's."""
 CLIPPED = Optimisation(clip=1.0, compile="auto")
 
 SIT = Recipe(
@@ -46,6 +46,13 @@ SIT = Recipe(
     learn_sigma=True,
     optimisation=PLAIN,
     sampling=Sampling("heun", 125, diffusion="sigma", guidance_scale=1.5, guided_channels=3, rounding="round"),
+)
+DIT = Recipe(
+    name="dit",
+    prediction="noise",
+    learn_sigma=True,
+    optimisation=PLAIN,
+    sampling=Sampling("ddpm", 250, guidance_scale=1.5, guided_channels=3, rounding="round"),
 )
 REPA = Recipe(
     name="repa",
@@ -138,6 +145,14 @@ MEANFLOW = Recipe(
 PAPERS = {
     paper.recipe.name: paper
     for paper in (
+        Paper(
+            DIT,
+            "DiT: scalable diffusion models with transformers",
+            "2212.09748",
+            "reglue prepare IMAGES STORE --encoder none --flips",
+            "reglue train dit --store STORE --out RUN",
+            43.5,
+        ),
         Paper(
             SIT,
             "SiT: flow and diffusion models with scalable interpolant transformers",

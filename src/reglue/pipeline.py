@@ -34,6 +34,7 @@ from reglue.diffusion.samplers import (
     aligned,
     begin_at,
     integrate,
+    respaced_times,
     returning,
     uniform_times,
 )
@@ -191,6 +192,12 @@ class ImageModel(Editor):
         for name, lacking in self._unfitting_scales(sampling).items():
             raise UserError(
                 f"{option(name)} {getattr(sampling, name)}: this model has no {lacking} to guide with; choose 1"
+            )
+        known = len(PREDICTIONS[config.prediction].known_times(PATHS[config.path]))
+        if sampler.respaced and 0 < known < sampling.steps:
+            raise UserError(
+                f"{option('steps')} {sampling.steps}: {sampling.sampler} goes along the {known} steps of the model's "
+                f"training; choose {known} or fewer"
             )
         learned = [modality.name for modality in config.modalities]
         for name in ("other_scales", "auto_scales"):
@@ -517,7 +524,7 @@ class ImageModel(Editor):
             sampling.guidance,
             self._network(weaker, sampling.precision) if weaker else None,
             PATHS[config.path],
-            latest=PREDICTIONS[config.prediction].latest(PATHS[config.path]),
+            known_times=PREDICTIONS[config.prediction].known_times(PATHS[config.path]),
             any_times=self.record.recipe.schedule.any_times,
         )
 
@@ -595,18 +602,16 @@ def from_noise(
     assert sampling.state_precision is not None
     sampler, dtype = SAMPLERS[sampling.sampler], STATE_PRECISIONS[sampling.state_precision]
     begin = min(start.time if start else 1.0, velocity.latest)
-    jumps = Controlled(velocity, controls).discontinuities
-    grid = times_of(
-        sampling, {clock for t in jumps for clock in schedule.clocks_at(t, shapes)}, schedule.edges, begin, repeats
-    )
+    jumps = {clock for t in Controlled(velocity, controls).discontinuities for clock in schedule.clocks_at(t, shapes)}
+    grid = times_of(sampling, jumps, schedule.edges, begin, repeats, velocity.known_times)
     times = [{n: min(t, velocity.latest) for n, t in schedule.times(clock, shapes).items()} for clock in grid]
     # The start, every return, and every step that does not end in data.
     draws = 1 + sum(b > a or (sampler.stochastic and b > 0) for a, b in pairwise(grid))
     with drawn_ahead(seed, indices, shapes, device, dtype, draws) as noise:
         drawn = state = next(noise)
         if velocity.latest < 1:  # There, states have the variance of the path, for data of variance 1.
-            c = velocity.path.coefficients(torch.tensor(velocity.latest, dtype=torch.float64))
-            state = {name: x * (c.alpha.square() + c.sigma.square()).sqrt() for name, x in state.items()}
+            latest = velocity.path.coefficients(torch.tensor(velocity.latest, dtype=torch.float64))
+            state = {name: latest.norm * x for name, x in state.items()}
         if start:
             data = {name: value.to(state[name]) for name, value in start.data.items()}
             state = state | velocity.path.interpolate(data, drawn, tensor_times(times[0], state))[0]
@@ -614,14 +619,24 @@ def from_noise(
 
 
 def times_of(
-    sampling: Sampling, discontinuities: Iterable[float], edges: Sequence[float], start: float, repeats: int
+    sampling: Sampling,
+    discontinuities: Iterable[float],
+    edges: Sequence[float],
+    start: float,
+    repeats: int,
+    known: Sequence[float] = (),
 ) -> list[float]:
     """The clock's times of a way to sample, from `start` to 0; with returns, each over a tenth of the steps.
 
     Samplers that heed discontinuities of the velocity have them on their grid, and all have the schedule's edges.
+    `known` are the times of the chain that the network was trained on.
     """
     sampler = SAMPLERS[sampling.sampler]
-    grid = aligned(sampler.grid(sampling.steps, sampling.time_shift, sorted({*discontinuities, *edges})), edges)
+    if sampler.respaced and known:
+        grid = respaced_times(known, sampling.steps, sampling.time_shift)
+    else:
+        grid = sampler.grid(sampling.steps, sampling.time_shift, sorted({*discontinuities, *edges}))
+    grid = aligned(grid, edges)
     if repeats and sampler.adaptive:  # It would have nothing to return to.
         grid = sorted({*grid, *uniform_times(RETURNS)}, reverse=True)
     if start < 1:

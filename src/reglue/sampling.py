@@ -29,8 +29,8 @@ class Sampling:
     """How images are drawn from a trained model: the one declaration of these options, for recipes and all commands."""
 
     sampler: str = "euler-maruyama"
-    """euler, heun, euler-maruyama, adams-bashforth, dpm-solver (as U-ViT's, for models of noise) or dopri5;
-    mean-velocity for students alone."""
+    """euler, heun, euler-maruyama, adams-bashforth, dpm-solver (as U-ViT's, for models of noise) or dopri5; ddpm or
+    ddim, along the steps of the chain that the model was trained on, if it was; mean-velocity, for students alone."""
     steps: int = 250
     """Intervals of the time grid: as many evaluations, except that Heun takes two in each. dopri5 chooses its
     own."""

@@ -216,6 +216,7 @@ def test_the_commands_of_a_method_are_those_of_its_published_numbers(page: Path)
     recipe = next(options.recipe for options in asked if isinstance(options, Train))
     sampling = recipe.sampling
     assert (compared.sampler or sampling.sampler, compared.steps or sampling.steps) == {
+        "dit": ("ddpm", 250),
         "uvit": ("dpm-solver", 50),
         "lightningdit": ("euler", 249),
         "sfd": ("heun", 125),

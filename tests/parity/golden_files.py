@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reglue.diffusion.denoiser import Denoiser
+from reglue.published.families import DIT, Evidence
 from reglue.published.weights import OfficialModel, import_official
 
 GOLDEN = Path(os.environ.get("REGLUE_GOLDEN") or Path(__file__).parent / "golden")
@@ -52,8 +53,14 @@ class Golden:
         # The file counts all channels: beside a map, the latents are the SD-VAE's.
         latent_channels = 4 if self.method in ("redi", "reglue") else self.about["in_channels"]
         latent_channels -= self.about.get("semantic_chans", 0)
+        # Random weights are not zero where trained ones of SiT are: no shape tells DiT's.
+        evidence = [Evidence(frozenset({DIT}), "the file says so", firm=True)] if self.method == DIT else []
         return import_official(
-            self.published, heads=self.about["num_heads"], alignment_depth=depth, latent_channels=latent_channels
+            self.published,
+            heads=self.about["num_heads"],
+            alignment_depth=depth,
+            latent_channels=latent_channels,
+            evidence=evidence,
         )
 
     def denoiser(self) -> Denoiser:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reglue.diffusion.conditions import Condition
+from reglue.diffusion.denoiser import Prediction
 from reglue.diffusion.guidance import Velocity
 from reglue.diffusion.modalities import State, Times, expand_as
 from reglue.diffusion.noise import Draws
@@ -48,21 +49,29 @@ class Controlled(Velocity):
 
     def __init__(self, inner: Velocity, controls: Sequence[Control]) -> None:
         self.inner, self.controls = inner, controls
-        self.path, self.latest = inner.path, inner.latest
+        self.path, self.known_times = inner.path, inner.known_times
         edges = {*inner.discontinuities, *(edge for control in controls for edge in control.discontinuities)}
         self.discontinuities = tuple(sorted(edges))
 
     def __call__(self, state: State, times: Times, decided_at: Times | None = None) -> State:
         """See `Velocity.__call__`."""
+        return self.predict(state, times, decided_at).velocity
+
+    def predict(self, state: State, times: Times, decided_at: Times | None = None) -> Prediction:
+        """See `Velocity.predict`."""
         if any(control.differentiates for control in self.controls):
             state = {name: x.detach().requires_grad_() for name, x in state.items()}
             with torch.enable_grad():
-                velocity = self.inner(state, times, decided_at)
+                predicted = self.inner.predict(state, times, decided_at)
         else:
-            velocity = self.inner(state, times, decided_at)
+            predicted = self.inner.predict(state, times, decided_at)
+        velocity = predicted.velocity
         for control in self.controls:
             velocity = control.velocity(velocity, state, times)
-        return {name: v.detach() for name, v in velocity.items()}
+        velocity, variance = (
+            {name: value.detach() for name, value in (part or {}).items()} for part in (velocity, predicted.variance)
+        )
+        return Prediction(velocity, None, variance)
 
 
 class Progress(Control):

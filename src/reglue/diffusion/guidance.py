@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from reglue.diffusion.conditions import Condition
-from reglue.diffusion.denoiser import DenoiserFunction
+from reglue.diffusion.denoiser import DenoiserFunction, Prediction
 from reglue.diffusion.modalities import (
     LATENT,
     Modality,
@@ -44,8 +44,13 @@ class Velocity(ABC):
     """The interpolant, which scores and predictions of the data depend on."""
     discontinuities: tuple[float, ...] = ()
     """The times, strictly between 0 and 1, at which the velocity of a modality that has come to them jumps."""
-    latest: float = 1.0
-    """The noisiest time that it knows, where samples begin."""
+    known_times: tuple[float, ...] = ()
+    """The times of the chain that its network was trained on, rising; none where it knows them all."""
+
+    @property
+    def latest(self) -> float:
+        """The noisiest time that it knows, where samples begin."""
+        return max(self.known_times, default=1.0)
 
     @abstractmethod
     def __call__(self, state: State, times: Times, decided_at: Times | None = None) -> State:
@@ -57,6 +62,10 @@ class Velocity(ABC):
         all: it is where the step began in the published Heun sampler, and the step's middle where steps end at
         discontinuities.
         """
+
+    def predict(self, state: State, times: Times, decided_at: Times | None = None) -> Prediction:
+        """The same, with the variance that a network may have learned beside it."""
+        return Prediction(self(state, times, decided_at), None)
 
 
 @dataclass(frozen=True)
@@ -226,31 +235,40 @@ class GuidedVelocity(Velocity):
         interval: tuple[float, float] = (0.0, 1.0),
         path: Path = LINEAR,
         dtype: torch.dtype = torch.float32,
-        latest: float = 1.0,
+        known_times: tuple[float, ...] = (),
     ) -> None:
         self.denoiser, self.condition, self.guiders = denoiser, condition, guiders
-        self.interval, self.path, self.dtype, self.latest = interval, path, dtype, latest
+        self.interval, self.path, self.dtype, self.known_times = interval, path, dtype, known_times
         edges = tuple(edge for edge in sorted({*interval}) if 0 < edge < 1)
         self.discontinuities = edges if guiders else ()
 
     def __call__(self, state: State, times: Times, decided_at: Times | None = None) -> State:
-        """See `Velocity.__call__`. The interval is about the time of each modality; what is data already needs none."""
+        """See `Velocity.__call__`."""
+        return self.predict(state, times, decided_at).velocity
+
+    def predict(self, state: State, times: Times, decided_at: Times | None = None) -> Prediction:
+        """See `Velocity.predict`. The interval is about the time of each modality; what is data already needs none.
+
+        The variance is the conditional one's, which is not guided.
+        """
         lowest, highest = self.interval
         seen = {name: x.to(self.dtype) for name, x in state.items()}
         conditional = Evaluation(self.denoiser, seen, self.condition, times)
         decisive = times if decided_at is None else decided_at
         guided = {name for name in state if lowest <= decisive[name] <= highest and decisive[name] > 0}
         guiders = self.guiders if guided else ()
-        velocity, *worse = self._evaluate([conditional, *(guider.worse(conditional) for guider in guiders)])
-        velocity = {name: velocity[name].to(x.dtype) for name, x in state.items()}
+        own, *worse = self._evaluate([conditional, *(guider.worse(conditional) for guider in guiders)])
+        velocity = {name: own.velocity[name].to(x.dtype) for name, x in state.items()}
         result = velocity
         for guider, other in zip(guiders, worse, strict=True):
-            result |= {n: v for n, v in guider.move(result, velocity, other).items() if n in guided}
-        return result
+            moved = guider.move(result, velocity, other.velocity)
+            result = {name: moved[name] if name in guided else v for name, v in result.items()}
+        variance = {name: w.to(state[name].dtype) for name, w in (own.variance or {}).items()}
+        return Prediction(result, None, variance)
 
-    def _evaluate(self, evaluations: Sequence[Evaluation]) -> list[State]:
-        """The velocities, in order: one batch for each network."""
-        results: dict[int, State] = {}
+    def _evaluate(self, evaluations: Sequence[Evaluation]) -> list[Prediction]:
+        """What is predicted, in order: one batch for each network."""
+        results: dict[int, Prediction] = {}
         for network in {id(e.network): e.network for e in evaluations}.values():
             own = [i for i, e in enumerate(evaluations) if e.network is network]
             states, conditions = ([getattr(evaluations[i], part) for i in own] for part in ("state", "condition"))
@@ -262,8 +280,11 @@ class GuidedVelocity(Velocity):
             else:
                 apart = zip(times, states, strict=True)
                 time = concatenate_states([dict(times_of_each(tensor_times(t, x), t)) for t, x in apart])
-            velocities = split_state(network(state, time, condition).velocity, len(own))
-            results |= dict(zip(own, velocities, strict=True))
+            predicted = network(state, time, condition)
+            velocities, variances = (
+                split_state(part or {}, len(own)) for part in (predicted.velocity, predicted.variance)
+            )
+            results |= {i: Prediction(v, None, w) for i, v, w in zip(own, velocities, variances, strict=True)}
         return [results[i] for i in range(len(evaluations))]
 
 
@@ -283,7 +304,7 @@ def guided_velocity(
     weaker: DenoiserFunction | None = None,
     path: Path = LINEAR,
     dtype: torch.dtype = torch.float32,
-    latest: float = 1.0,
+    known_times: tuple[float, ...] = (),
     any_times: bool = False,
 ) -> GuidedVelocity:
     """The velocity function of a denoiser under a condition (B, …), with every registered guidance that is asked for.
@@ -295,4 +316,4 @@ def guided_velocity(
         raise ValueError(f"guider {', '.join(sorted(unknown))} is unknown; registered are {', '.join(GUIDERS)}")
     model = Guided(denoiser, condition, modalities, weaker, any_times)
     built = [build(guidance, model) for build in GUIDERS.values()]
-    return GuidedVelocity(denoiser, condition, [g for g in built if g], guidance.interval, path, dtype, latest)
+    return GuidedVelocity(denoiser, condition, [g for g in built if g], guidance.interval, path, dtype, known_times)

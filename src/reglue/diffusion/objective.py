@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reglue.diffusion.conditions import Condition
-from reglue.diffusion.denoiser import Denoiser, DenoiserFunction
+from reglue.diffusion.denoiser import Denoiser, DenoiserFunction, Prediction
 from reglue.diffusion.embeddings import SPAN
 from reglue.diffusion.modalities import LATENT, State, TensorTimes, expand_as, times_of_each
 from reglue.diffusion.paths import Path
-from reglue.diffusion.predictions import PREDICTIONS
+from reglue.diffusion.predictions import PREDICTIONS, PredictionKind
 from reglue.diffusion.students import Lesson, Student, shown
 
-ALIGNMENT, COSINE = "alignment", "cosine"
+ALIGNMENT, COSINE, VARIANCE = "alignment", "cosine", "variance"
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,16 @@ def velocity_losses(predicted: State, target: State) -> State:
     return {name: (predicted[name] - v).float().square().flatten(1).mean(1) for name, v in target.items()}
 
 
+def variance_losses(
+    kind: PredictionKind, predicted: Prediction, target: State, data: State, times: TensorTimes, path: Path
+) -> State:
+    """What trains the learned variance of each map, which it alone feels, in bits per element: {name: (B,)}."""
+    return {
+        name: kind.variance_loss(variance, predicted.velocity[name] - target[name], data[name], times[name], path)
+        for name, variance in (predicted.variance or {}).items()
+    }
+
+
 def cosine_losses(predicted: State, target: State) -> Tensor:
     """1 − cos between velocities at a position, by the channels of all maps, (B,): means over positions, in [0, 2]."""
     ours, theirs = (
@@ -68,8 +78,8 @@ def loss_terms(
     student: Student | None = None,
     averaged: DenoiserFunction | None = None,
 ) -> dict[str, Tensor]:
-    """The unweighted terms of the loss as scalars: one per modality, `alignment` if the sample has targets, and
-    `cosine` on request.
+    """The unweighted terms of the loss as scalars: one per modality, `alignment` if the sample has targets, `variance`
+    if the network learns one (the sum over maps), and `cosine` on request.
 
     A term is the squared error of the velocity, or of the noise where the network predicts that. Where a modality is
     hidden, the model sees zeros in its place and is not asked for its velocity, which cannot be predicted from nothing.
@@ -77,22 +87,29 @@ def loss_terms(
     A `student` chooses another target than the velocity of the path; `averaged` is the denoiser with the moving
     averages of its weights, for those that ask it.
     """
+    kind, times = PREDICTIONS[denoiser.config.prediction], times_of_each(sample.time, sample.data)
     noisy, velocity = path.interpolate(sample.data, sample.noise, sample.time)
     noisy, velocity = shown(noisy, sample.keep), shown(velocity, sample.keep)
     if student and sample.spanning is not None:
-        times = times_of_each(sample.time, noisy)
         lesson = Lesson(noisy, velocity, times[LATENT], times[SPAN], sample.condition, sample.keep)
         velocity = student.target(denoiser, averaged or denoiser, lesson, sample.spanning)
     prediction = denoiser(noisy, sample.time, sample.condition)
-    losses = velocity_losses(prediction.velocity, velocity)
-    times = times_of_each(sample.time, losses)
-    for name, loss in losses.items():
-        if (weight := PREDICTIONS[denoiser.config.prediction].weight(times[name], path)) is not None:
-            losses[name] = loss * weight.to(loss.dtype)
-        elif student:
-            losses[name] = student.weighed(loss, velocity[name][0].numel())
+
     asked = sample.keep | {name: mask & sample.keep.get(name, mask) for name, mask in sample.learned.items()}
-    terms = {name: (loss * asked[name] if name in asked else loss).mean() for name, loss in losses.items()}
+
+    def mean(losses: State) -> dict[str, Tensor]:
+        return {name: (loss * asked[name] if name in asked else loss).mean() for name, loss in losses.items()}
+
+    losses = velocity_losses(prediction.velocity, velocity)
+    for name, t in times.items():
+        if name in losses and (weight := kind.weight(t, path)) is not None:
+            losses[name] = losses[name] * weight.to(losses[name].dtype)
+    if student:
+        losses = {name: student.weighed(loss, velocity[name][0].numel()) for name, loss in losses.items()}
+    terms = mean(losses)
+    if prediction.variance is not None:
+        of_maps = mean(variance_losses(kind, prediction, velocity, sample.data, times, path))
+        terms[VARIANCE] = torch.stack([*of_maps.values()]).sum()
     if cosine:
         parts = (
             {name: v * expand_as(asked[name], v) if name in asked else v for name, v in of.items()}

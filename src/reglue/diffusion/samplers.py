@@ -13,15 +13,16 @@ from importlib import import_module
 from itertools import pairwise
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from reglue.diffusion.chains import STABLE_DIFFUSION
+from reglue.diffusion.chains import STABLE_DIFFUSION, Chain, kept_steps
 from reglue.diffusion.controls import Control, Controlled
 from reglue.diffusion.embeddings import SPAN
 from reglue.diffusion.guidance import Velocity
 from reglue.diffusion.modalities import LATENT, State, Times
-from reglue.diffusion.paths import Path
+from reglue.diffusion.paths import Coefficients, Path
 from reglue.diffusion.specs import MEAN_VELOCITY, Diffusion
 from reglue.diffusion.specs import StatePrecision as StatePrecision
 from reglue.errors import UserError
@@ -226,6 +227,82 @@ def dopri5(
     return {name: value[-1] for name, value in zip(names, solved, strict=True)}
 
 
+def ddim(
+    velocity: Velocity,
+    state: State,
+    times: Times,
+    next_times: Times,
+    memory: Memory,
+    noise: Iterator[State],
+    *,
+    eta: float = 0.0,
+    clip: float | None = None,
+) -> State:
+    """DDIM's step (arXiv 2010.02502, eq. 12) on any path: α_s x̂ + √(σ_s² − ω²) ε̂ + ω ξ from time t to s.
+
+    ω = η σ_s √(1 − (α_t σ_s / α_s σ_t)²): nothing for η = 0, which is Euler's step on the linear path, and DDPM's β̃ for
+    η = 1. `clip` keeps x̂ in [−clip, clip], and ε̂ is what leads there.
+    """
+    v = velocity(state, times)
+    fresh = next(noise) if eta and not is_data(next_times) else None
+    result: State = {}
+    for name, x in state.items():
+        if times[name] == next_times[name]:
+            result[name] = x
+            continue
+        t, now, then = _between(velocity.path, times[name], next_times[name])
+        data = _clipped(velocity.path.velocity_to_data(v[name], x, t), clip)
+        spread = eta * then.sigma * (1 - (now.alpha * then.sigma / (then.alpha * now.sigma)) ** 2).sqrt()
+        noise_left = (then.sigma**2 - spread**2).sqrt()
+        result[name] = then.alpha * data + noise_left * (x - now.alpha * data) / now.sigma
+        if fresh is not None:
+            result[name] = result[name] + spread * fresh[name]
+    return result
+
+
+def ddpm(
+    velocity: Velocity,
+    state: State,
+    times: Times,
+    next_times: Times,
+    memory: Memory,
+    noise: Iterator[State],
+    *,
+    clip: float | None = None,
+) -> State:
+    """DDPM's ancestral step (arXiv 2006.11239, algorithm 2) on any path, with the variance that the network learned.
+
+    Without one it is β̃. A step between two times is the last one of the chain that goes through both (IDDPM, arXiv
+    2102.09672, section 4). `clip` keeps the predicted data in [−clip, clip].
+    """
+    predicted = velocity.predict(state, times)
+    fresh = None if is_data(next_times) else next(noise)
+    result: State = {}
+    for name, x in state.items():
+        if times[name] == next_times[name]:
+            result[name] = x
+            continue
+        t, now, then = _between(velocity.path, times[name], next_times[name])
+        data = _clipped(velocity.path.velocity_to_data(predicted.velocity[name], x, t), clip)
+        chain = Chain.through(np.array([c.kept for c in ((then, now) if next_times[name] else (now,))]))
+        last, variance = x.new_full((1,), chain.steps - 1, dtype=torch.long), (predicted.variance or {}).get(name)
+        mean, log_variance = chain.posterior(x / now.norm, data, last, variance)
+        if fresh is not None and next_times[name]:
+            mean = mean + (log_variance / 2).exp() * fresh[name]
+        result[name] = then.norm * mean
+    return result
+
+
+def _between(path: Path, t: float, s: float) -> tuple[Tensor, Coefficients, Coefficients]:
+    """A time, and the coefficients of it and of the next: float64 on the CPU, for which no device waits."""
+    now, then = (torch.tensor(time, dtype=torch.float64) for time in (t, s))
+    return now, path.coefficients(now), path.coefficients(then)
+
+
+def _clipped(data: Tensor, clip: float | None) -> Tensor:
+    return data if clip is None else data.clamp(-clip, clip)
+
+
 def dpm_solver(
     velocity: Velocity,
     state: State,
@@ -349,6 +426,16 @@ def whole_intervals(steps: int, shift: float = 1.0, discontinuities: Sequence[fl
     return [1.0, *sorted(discontinuities, reverse=True), 0.0]
 
 
+def respaced_times(known: Sequence[float], steps: int, shift: float = 1.0) -> list[float]:
+    """So many of the times of a chain, which rise, from its last one on, then 0: as DiT's samplers keep them.
+
+    Those between the last and 0 are `shifted`.
+    """
+    kept = kept_steps(len(known), steps) if steps > 1 else [len(known) - 1]
+    times = [known[n] for n in reversed(kept)]
+    return [*(t if shift == 1 else times[0] * shifted(t / times[0], shift) for t in times), 0.0]
+
+
 def begin_at(grid: Sequence[float], start: float) -> list[float]:
     """The part of a grid below `start`, which becomes its first time: for samples that begin as noisy data."""
     return [start, *(t for t in grid if t < start)]
@@ -389,6 +476,8 @@ class Sampler:
     """(steps, time shift, discontinuities of the velocity) to the times of the clock, from 1 to 0."""
     evaluations: Callable[[int], int | None] = lambda steps: steps
     """How often the velocity is evaluated in so many steps; None if nobody knows beforehand."""
+    respaced: bool = False
+    """Whether it goes along times of the chain that a network was trained on, where it was, in place of its grid."""
     stochastic: bool = False
     """Whether a step draws noise, all but the last."""
     check: Callable[[], object] = lambda: None
@@ -417,6 +506,8 @@ SAMPLERS: dict[str, Sampler] = {
     "euler-maruyama": Sampler(
         euler_maruyama, stochastic_times, stochastic=True, state_precision="float64", options=("diffusion",)
     ),
+    "ddpm": Sampler(ddpm, respaced=True, stochastic=True, state_precision="float64"),
+    "ddim": Sampler(ddim, respaced=True, state_precision="float64"),
     "adams-bashforth": Sampler(adams_bashforth, aligned_times),
     "dpm-solver": Sampler(dpm_solver, chain_times, options=("steps",)),
     "dopri5": Sampler(

@@ -33,7 +33,17 @@ OWN_PARTS = {
     "conditions.CONDITIONS": (CLASS,),
     "guidance.GUIDERS": ("classifier-free", "representation", "auto"),
     "predictions.PREDICTIONS": ("velocity", "data", "noise", "noise-sd"),
-    "samplers.SAMPLERS": ("euler", "heun", "euler-maruyama", "adams-bashforth", "dpm-solver", "dopri5", MEAN_VELOCITY),
+    "samplers.SAMPLERS": (
+        "euler",
+        "heun",
+        "euler-maruyama",
+        "ddpm",
+        "ddim",
+        "adams-bashforth",
+        "dpm-solver",
+        "dopri5",
+        MEAN_VELOCITY,
+    ),
     "schedules.SCHEDULES": ("shared", "lead", "cascade", "independent"),
     "students.STUDENTS": ("meanflow", "shortcut"),
 }

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.specs import Blocks
 from reglue.errors import UserError, option
 
-Family = Literal["sit", "repa", "redi", "reg", "reglue", "meanflow", "lightningdit", "sfd", "uvit"]
+Family = Literal["sit", "dit", "repa", "redi", "reg", "reglue", "meanflow", "lightningdit", "sfd", "uvit"]
 
 TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi", "lightningdit", "sfd"})
 """The families whose published time runs from noise (0) to data (1)."""
@@ -34,11 +34,12 @@ MAP_DROPOUT = "dino_drop_prob"
 """ReDi's option for the share of the training without the map; None is 0."""
 VELOCITY = ("v", "velocity")
 """How the published codes call what our models predict: REPA's and those made of it, and SiT's."""
-DIT = "dit"
-"""A family with the shapes of SiT's that is not among the models here."""
-FAMILY_NAMES = re.compile(rf"(?<![a-z])(?:{DIT}|{'|'.join(get_args(Family))})(?![a-z])", re.IGNORECASE)
+DIT: Family = "dit"
+"""The family with the shapes of SiT's, whose networks predict noise."""
+FAMILY_NAMES = re.compile(rf"(?<![a-z])(?:{'|'.join(get_args(Family))})(?![a-z])", re.IGNORECASE)
 NAMES = {
     "sit": "SiT",
+    DIT: "DiT",
     "repa": "REPA",
     "redi": "ReDi",
     "reg": "REG",
@@ -47,11 +48,11 @@ NAMES = {
     "lightningdit": "LightningDiT",
     "sfd": "SFD",
     "uvit": "U-ViT",
-    DIT: "DiT",
 }
 """As they are written."""
 CANNOT = (
-    "they cannot be imported: choose a checkpoint of SiT, REPA, ReDi, REG, REGLUE, LightningDiT, SFD, U-ViT or MeanFlow"
+    "they cannot be imported: choose a checkpoint of SiT, DiT, REPA, ReDi, REG, REGLUE, LightningDiT, SFD, U-ViT or "
+    "MeanFlow"
 )
 OTHERS = {
     "t_pixel_embedder.": "Latent Forcing's",
@@ -92,18 +93,18 @@ def evidence_in(file: Path, arguments: Mapping[str, Any], said: str | None) -> l
 
 
 def _for_dit(is_dit: bool, reason: str) -> Evidence:
-    return Evidence(frozenset({DIT} if is_dit else get_args(Family)), reason)
+    return Evidence(frozenset({DIT}) if is_dit else frozenset(get_args(Family)) - {DIT}, reason)
 
 
 def choose_family(
     published: Mapping[str, Tensor], config: DenoiserConfig, evidence: Sequence[Evidence]
 ) -> tuple[Family, tuple[str, ...]]:
-    """The family of weights, and what is to be said about the choice. Raises UserError for DiT's, and for another than
-    the user's."""
+    """The family of weights, and what is to be said about the choice. Raises UserError for another than the user's."""
     usual = family_of(config)
     by_name = usual in ("lightningdit", "sfd", "uvit", "meanflow")
     alone = not (by_name or config.alignment_width or config.tokens or len(config.maps) > 1)
-    possible = [usual, *(name for name in ("sit", DIT) if alone and name != usual)]
+    either: tuple[Family, ...] = ("sit", DIT) if alone else ()
+    possible: list[Family] = [usual, *(name for name in either if name != usual)]
     doubt = ""
     if config.learn_sigma:
         # SiT's second half of the outputs gets no gradient and stays as it began; DiT's predicts the variance.
@@ -122,11 +123,7 @@ def choose_family(
         if 0 < len(left) < len(possible):
             possible = left
             reasons.append(each.reason)
-    if possible == [DIT]:
-        raise UserError(
-            f"these weights are DiT's, since {reasons[-1]}; {CANNOT} (if they are SiT's, say {option('family')} sit)"
-        )
-    family = cast(Family, possible[0])
+    family = possible[0]
     if not alone:
         return family, ()
     if reasons:
@@ -147,12 +144,12 @@ def family_of(config: DenoiserConfig) -> Family:
     """The published family whose models are built like this one. Raises UserError, by name, if there is none."""
     published = {Latent.modality, LocalSemantics.modality, ClassToken.modality}
     is_uvit, parts = config.backbone == "uvit", config.parts
-    prediction = "noise-sd" if is_uvit else "velocity"
+    predictions = ("noise-sd",) if is_uvit else ("velocity", "noise")
     strangers = [
         *(f"modality {modality.name}" for modality in config.modalities if modality.name not in published),
         *(f"condition {name}" for name in config.conditions if name != CLASS),
         *([f"backbone {config.backbone}"] if config.backbone not in ("sit", "lightning", "uvit") else []),
-        *([f"prediction {config.prediction}"] if config.prediction != prediction else []),
+        *([f"prediction {config.prediction}"] if config.prediction not in predictions else []),
         *([f"times {config.times}"] if config.times not in ("shared", "lead") else []),
         *(["a convolutional projector"] if config.alignment_width and config.alignment_projector != "mlp" else []),
     ]
@@ -160,9 +157,11 @@ def family_of(config: DenoiserConfig) -> Family:
         raise UserError(f"no published code has a model with {', '.join(strangers)}")
     with_class_token, with_local = (channels_of(config, part.modality) > 0 for part in (ClassToken, LocalSemantics))
     more = {"a class token": with_class_token, "a local map": with_local, "alignment": config.alignment_width > 0}
+    of_noise = config.prediction == "noise"
     family: Family | None = "uvit" if is_uvit else "lightningdit" if parts != Blocks() else None
     if config.times == "lead":
-        if family != "lightningdit" or with_class_token or not with_local or config.learn_sigma or parts.convolution:
+        other_kind = family != "lightningdit" or of_noise or config.learn_sigma or parts.convolution
+        if other_kind or with_class_token or not with_local:
             raise UserError(
                 "of models with times lead, the published one (SFD) has LightningDiT's blocks and a local map"
             )
@@ -174,6 +173,7 @@ def family_of(config: DenoiserConfig) -> Family:
     if family:
         own = Blocks(time_mlp=parts.time_mlp, convolution=parts.convolution) if is_uvit else parts
         more |= {
+            "predicted noise": of_noise,
             "learn-sigma": is_uvit and config.learn_sigma,
             "a last convolution": not is_uvit and parts.convolution,
             "parts of LightningDiT": own != parts,
@@ -181,8 +181,11 @@ def family_of(config: DenoiserConfig) -> Family:
         if other := [what for what, has in more.items() if has]:
             raise UserError(f"no published code has a model of {NAMES[family]}'s kind with {', '.join(other)}")
         return family
-    if config.learn_sigma and (other := [what for what, has in more.items() if has]):
-        raise UserError(f"no published code has a model with learn-sigma (SiT) and {other[0]}")
+    if (of_noise or config.learn_sigma) and (other := [what for what, has in more.items() if has]):
+        alone = "prediction noise (DiT)" if of_noise else "learn-sigma (SiT)"
+        raise UserError(f"no published code has a model with {alone} and {other[0]}")
+    if of_noise:
+        return DIT
     if with_class_token:
         return "reglue" if with_local else "reg"
     if with_local:

@@ -1,5 +1,5 @@
-"""Checkpoints of the published code bases: SiT, REPA, ReDi, REG, REGLUE, LightningDiT, SFD and U-ViT, read and written
-under their key names.
+"""Checkpoints of the published code bases: SiT, DiT, REPA, ReDi, REG, REGLUE, LightningDiT, SFD and U-ViT, read and
+written under their key names.
 
 The names and shapes of the weights tell which family a file is from. SiT, ReDi, LightningDiT and SFD count time from
 noise to data; their weights are converted exactly, so that the imported model has data at t = 0 like every other and
@@ -27,6 +27,7 @@ from reglue.errors import UserError, option
 from reglue.papers import SFD
 from reglue.published.families import (
     CANNOT,
+    DIT,
     OTHERS,
     OUTPUTS,
     TIME_FROM_NOISE,
@@ -136,6 +137,8 @@ def import_official(
     published, has_null, of_labels = _with_null_label(published, classes)
     config = _recognise(published, is_uvit, latent_channels, heads, alignment_depth, grid)
     family, why = choose_family(published, config, evidence)
+    if family == DIT:
+        config = replace(config, prediction="noise")
     weights = {ours: published[theirs].float() for theirs, ours in _names(published).items()}
     if family == "uvit":
         weights[POSITIONS] = published["pos_embed"][0].float()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # type: ignore[reportUnknownVariableType]
 
-from reglue.diffusion.embeddings import TimeEmbedding
+from reglue.diffusion.embeddings import TimeEmbedding, rotation_of
 from reglue.diffusion.specs import Blocks
 
 NORM_EPSILON = 1e-6
@@ -35,6 +35,12 @@ class BackboneSizes:
     """What the blocks are made of."""
     largest_time: float = 1.0
     """The number by which the network knows pure noise."""
+
+    def rotation(self, inserted: int = 0) -> Tensor | None:
+        """The `rotation_of` the places, behind tokens that the backbone inserts, where blocks are to have one."""
+        if not self.blocks.rope:
+            return None
+        return rotation_of(self.grid, self.width // self.heads, self.leading + inserted, self.counted_in)
 
 
 class Backbone(nn.Module, ABC):

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from reglue.diffusion.backbones.activation import Gelu
 from reglue.diffusion.backbones.backbone import NORM_EPSILON, Backbone, BackboneSizes
 from reglue.diffusion.backbones.parts import Attention, mlp, norm
-from reglue.diffusion.embeddings import rotation_of
 from reglue.diffusion.specs import Blocks
 
 
@@ -54,8 +53,7 @@ class SiT(Backbone):
         super().__init__(Block(sizes.width, sizes.heads, sizes.blocks) for _ in range(sizes.depth))
         self.norm = norm(sizes.width, sizes.blocks, NORM_EPSILON, affine=False)
         self.modulation = nn.Linear(sizes.width, 2 * sizes.width)
-        rotation = rotation_of(sizes.grid, sizes.width // sizes.heads, sizes.leading, sizes.counted_in)
-        self.register_buffer("rotation", rotation if sizes.blocks.rope else None, persistent=False)
+        self.register_buffer("rotation", sizes.rotation(), persistent=False)
         self.rotation: Tensor | None
 
     def zero_layers(self) -> Iterable[nn.Module]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from reglue.diffusion.backbones.backbone import Backbone, BackboneSizes
 from reglue.diffusion.backbones.parts import Attention, mlp, norm
-from reglue.diffusion.embeddings import TimeEmbedding, rotation_of
+from reglue.diffusion.embeddings import TimeEmbedding
 from reglue.diffusion.specs import Blocks
 
 NORM_EPSILON = 1e-5
@@ -55,8 +55,7 @@ class UViT(Backbone):
         tokens = self.leading + self.inserted + sizes.grid[0] * sizes.grid[1]
         self.positions = nn.Embedding(tokens, sizes.width)
         self.norm = norm(sizes.width, sizes.blocks, NORM_EPSILON, affine=True)
-        turned = rotation_of(sizes.grid, sizes.width // sizes.heads, self.leading + self.inserted, sizes.counted_in)
-        self.register_buffer("rotation", turned if sizes.blocks.rope else None, persistent=False)
+        self.register_buffer("rotation", sizes.rotation(self.inserted), persistent=False)
         self.rotation: Tensor | None
         self.hidden_of_time = 4 * sizes.width if sizes.blocks.time_mlp else 0
         self.time_scale = LARGEST_TIME / sizes.largest_time
