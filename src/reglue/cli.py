@@ -16,7 +16,9 @@ from difflib import get_close_matches
 from functools import reduce
 from importlib import import_module
 from io import StringIO, TextIOWrapper
+from itertools import pairwise
 from operator import or_
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import tyro
@@ -293,8 +295,15 @@ def parse(arguments: list[str]) -> Any:
         if asks and rest[0].startswith("-"):
             show(recipes({recipe: paper.title for recipe, paper in PAPERS.items()}))
         recipe, *rest = rest if rest and not rest[0].startswith("-") else ["", *rest]
-        words.append(known(recipe, PAPERS, "recipe"))
-        default["default"] = command.load()(PAPERS[recipe].recipe, MISSING, MISSING)
+        if not recipe and (start := given("--from", rest)):
+            from reglue.run import FILE, RunRecord, find_run  # imports PyTorch
+
+            out = Path(given("--out", rest))  # When it is resumed, the other run may be gone.
+            record = RunRecord.read(out if (out / FILE).is_file() else find_run(start))
+            default["default"] = command.load()(record.recipe, MISSING, MISSING)
+        else:
+            words.append(known(recipe, PAPERS, "recipe"))
+            default["default"] = command.load()(PAPERS[recipe].recipe, MISSING, MISSING)
     if asks:
         from reglue.help import command_help
 
@@ -307,6 +316,12 @@ def parse(arguments: list[str]) -> Any:
         from reglue.mistakes import mistake
 
         raise UserError(mistake(words, [*declared(command.load(), **default), QUIET_OPTION], rest)) from None
+
+
+def given(flag: str, arguments: list[str]) -> str:
+    """The value of an option, before it is parsed; nothing if it is not there."""
+    joined = (word.removeprefix(f"{flag}=") for word in arguments if word.startswith(f"{flag}="))
+    return next(iter([*(after for word, after in pairwise(arguments) if word == flag), *joined]), "")
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:
@@ -344,7 +359,8 @@ def recipes(titles: dict[str, str]) -> str:
         [
             "usage: reglue train RECIPE --store PATH --out PATH [options]",
             *["", "recipes:", *lines, "", "example:", f"  reglue {example}", ""],
-            "`reglue train RECIPE --help` lists the options, with the recipe's values as defaults.",
+            "`reglue train RECIPE --help` lists the options, with the recipe's values as defaults. Instead of RECIPE,",
+            "`--from RUN` alone takes the recipe of a run that is trained already.",
         ]
     )
 

@@ -16,8 +16,10 @@ from reglue.diffusion.schedules import Schedule, schedule_of
 from reglue.diffusion.specs import (
     CLASS,
     LATENT,
+    MEAN_VELOCITY,
     Blocks,
     DenoiserConfig,
+    Guidance,
     Modality,
     Normalisation,
     PathName,
@@ -31,6 +33,8 @@ Compile = Literal["auto", "no", "blocks", "model"]
 EmaWarmup = Literal["auto", "yes", "no"]
 TimeDistribution = Literal["uniform", "logit-normal"]
 
+FEW = 4
+"""Steps in which students sample unless told otherwise."""
 FORGOTTEN, YOUNG = 0.01, 0.03
 """Shares of a moving average that the weights it began with hold: so little is nothing, and so much shows in images."""
 
@@ -202,7 +206,7 @@ class ClassToken(LearnedPart):
 
 
 RESERVED = frozenset({"alignment", "cosine", "gradient_norm", "images_per_second", "learning_rate", "loss"})
-RESERVED |= {"posterior", "step", "time", "type", "variance"}
+RESERVED |= {"posterior", "span", "spanning", "step", "time", "type", "variance"}
 """Names that logs, batches and modules use for other things."""
 
 
@@ -394,6 +398,50 @@ class Optimisation(OptimiserConfig):
 
 
 @dataclass(frozen=True)
+class FewSteps:
+    """How a student learns to sample in a few steps, with guidance in its weights."""
+
+    share: float = 0.25
+    """Share of the samples that learn steps with a length; the others learn the velocity."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance scale that the student learns; 1 is none. Default: what the recipe samples with, or with
+    --from and no recipe, that run."""
+    guidance_interval: tuple[float, float] | None = None
+    """Times between which that guidance acts. Default: likewise."""
+    guidance_scales: Mapping[str, float] | None = None
+    """That of single modalities, by name. Default: likewise."""
+    mix: float = 0.5
+    """meanflow: how much of the guided velocity is the network's own in place of the data's (κ, with ω = (1 − κ)·w)."""
+
+    def __post_init__(self) -> None:
+        prefix = "few_steps."
+        require(self, "share", prefix=prefix, at_least=0, at_most=1)
+        require(self, "mix", prefix=prefix, at_least=0, less_than=1)
+        require(self, "guidance_scale", "guidance_scales", prefix=prefix, at_least=0)
+        lowest, highest = self.guidance_interval or (0, 1)
+        if not 0 <= lowest <= highest <= 1:
+            raise UserError(
+                f"{option(prefix + 'guidance_interval')} {lowest} {highest}: choose 0 ≤ lowest ≤ highest ≤ 1"
+            )
+
+    @property
+    def guidance(self) -> Guidance:
+        """What of it is said, as guidance."""
+        scale = 1.0 if self.guidance_scale is None else self.guidance_scale
+        return Guidance(scale, self.guidance_scales or {}, self.guidance_interval or (0.0, 1.0))
+
+    def settled(self, sampling: Sampling) -> FewSteps:
+        """The same with the guidance of a way to sample where none is said."""
+        asked = sampling.guidance
+        return replace(
+            self,
+            guidance_scale=asked.scale if self.guidance_scale is None else self.guidance_scale,
+            guidance_interval=self.guidance_interval or asked.interval,
+            guidance_scales=(asked.scales or None) if self.guidance_scales is None else self.guidance_scales,
+        )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One way to train a denoiser."""
 
@@ -437,6 +485,10 @@ class Recipe:
     alignment: Alignment = field(default_factory=Alignment)
     variance: LearnedVariance = field(default_factory=LearnedVariance)
     cosine: Cosine = field(default_factory=Cosine)
+    student: str | None = None
+    """Learn steps instead of a velocity, to sample in one to a few: meanflow (mean velocities) or shortcut (steps that
+    agree with two of half the length). With --from, from a trained run."""
+    few_steps: FewSteps = field(default_factory=FewSteps)
     optimisation: Optimisation = field(default_factory=Optimisation)
     sampling: Sampling = field(default_factory=Sampling)
     """The defaults of `reglue sample`, also used for previews."""
@@ -451,6 +503,7 @@ class Recipe:
             schedule_of(self.times, self.times_options)
         except ValueError as error:
             raise UserError(f"{option('times_options')} {error}") from None
+        self._check_student()
         for name, share in self.conditions.items():
             refuse_unknown("condition", name, registered("conditions.CONDITIONS"))
             if name == CLASS or not 0 <= share < 1:
@@ -473,6 +526,33 @@ class Recipe:
     def schedule(self) -> Schedule:
         """That of the modalities' times."""
         return schedule_of(self.times, self.times_options)
+
+    def _check_student(self) -> None:
+        if self.student is None:
+            return
+        student = f"{option('student')} {self.student}"
+        refuse_unknown(option("student"), self.student, registered("students.STUDENTS"))
+        if self.times != "shared":
+            raise UserError(f"{student} gives all modalities one time: choose {option('times')} shared")
+        if self.prediction != "velocity":
+            raise UserError(f"{student} predicts mean velocities: choose {option('prediction')} velocity")
+        if self.optimisation.compile == "model":
+            raise UserError(
+                f"{student} makes targets that are not compiled: choose {option('optimisation.compile')} blocks"
+            )
+        if self.optimisation.label_dropout == 0 and self.few_steps.guidance_scale not in (None, 1):
+            raise UserError(
+                f"{option('few_steps.guidance_scale')} {self.few_steps.guidance_scale} is away from the branch without "
+                f"labels, which {option('optimisation.label_dropout')} 0 does not train: choose 1"
+            )
+
+    def settled(self) -> Recipe:
+        """The same with what a student's leaves open: guidance, which it learns, and few steps without it."""
+        if self.student is None:
+            return self
+        few_steps = self.few_steps.settled(self.sampling if self.optimisation.label_dropout else Sampling())
+        few = {} if self.sampling.sampler == MEAN_VELOCITY else {"sampler": MEAN_VELOCITY, "steps": FEW}
+        return replace(self, few_steps=few_steps, sampling=self.sampling.unguided().changed(**few))
 
     @property
     def learned_parts(self) -> tuple[LearnedPart, ...]:
@@ -528,6 +608,7 @@ class Recipe:
                 prediction=self.prediction,
                 path=self.path,
                 times=self.times,
+                span=self.student is not None,
                 learn_sigma=self.learn_sigma,
                 alignment_depth=(size.alignment_depth if after_block is None else after_block) if aligned else 0,
                 alignment_width=token_width if aligned else 0,

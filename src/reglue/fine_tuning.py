@@ -21,7 +21,7 @@ from reglue.training import checkpoints, distributed
 
 LABELS = f"conditions.{CLASS}.weight"
 """(classes + 1, width), the last row for the null label: the one tensor that may have another size."""
-OPTIONAL_GROUPS = ("tokens", "token_velocities", "conditions", "projector")
+OPTIONAL_GROUPS = ("time_offsets", "tokens", "token_velocities", "conditions", "projector")
 """Parts of a denoiser that some recipes have and others have not begin so."""
 NAMED = 4
 """How many tensors a refusal names."""

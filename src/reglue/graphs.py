@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig, Prediction
-from reglue.diffusion.modalities import LATENT, Normalisation, State, TensorTimes
+from reglue.diffusion.embeddings import SPAN
+from reglue.diffusion.modalities import LATENT, Normalisation, State, TensorTimes, times_of_each
 from reglue.editing.encoding import ImageEncoder
 from reglue.encoders.autoencoders import Autoencoder, AutoencoderSpec, Moments
 from reglue.errors import UserError, one_line
@@ -92,6 +93,9 @@ class GraphDenoiser(Denoiser):
 
     def forward(self, state: State, time: Tensor | TensorTimes, condition: Condition) -> Prediction:
         """See `Denoiser.forward`."""
+        if self.config.span:
+            time = times_of_each(time, state)
+            time = {SPAN: torch.zeros_like(time[LATENT]), **time}
         times = {TIME: time} if isinstance(time, Tensor) else {f"{TIME}_{name}": t for name, t in time.items()}
         seen = {name: value.float() for name, value in ({**state, **times}).items()}
         found = self.graph(**seen, **condition)
@@ -122,8 +126,9 @@ class FlatDenoiser(nn.Module):
         self.denoiser = deepcopy(denoiser)
         self.denoiser.conditions = nn.ModuleDict({OF + name: part for name, part in denoiser.conditions.items()})
         self.names = list(denoiser.config.shapes())
-        apart = denoiser.config.times != "shared"
-        self.times = [f"{TIME}_{name}" for name in self.names] if apart else [TIME]
+        spans = [SPAN] if denoiser.config.span else []
+        self.timed = [*self.names, *spans] if spans or denoiser.config.times != "shared" else []
+        self.times = [f"{TIME}_{name}" for name in self.timed] or [TIME]
         self.inputs = [*self.names, *self.times, *denoiser.config.conditions]
         self.outputs = [f"velocity_{name}" for name in self.names]
 
@@ -138,7 +143,7 @@ class FlatDenoiser(nn.Module):
         """The `inputs`, (B, …) each, to the `outputs`."""
         count, until = len(self.names), len(self.names) + len(self.times)
         state, times = dict(zip(self.names, given, strict=False)), given[count:until]
-        time = times[0] if len(times) == 1 else dict(zip(self.names, times, strict=True))
+        time = dict(zip(self.timed, times, strict=True)) if self.timed else times[0]
         names = (OF + name for name in self.denoiser.config.conditions)
         velocity = self.denoiser(state, time, dict(zip(names, given[until:], strict=True))).velocity
         return tuple(velocity[name] for name in self.names)

@@ -27,9 +27,9 @@ GROUPS = {
     "model": """run model backbone blocks path prediction times conditions learn-sigma position-grid latent local
         class-token alignment variance cosine architecture autoencoder encoder layers final-norm kind column channels
         hidden conv head from from-step from-weights step weights fitted compressor statistics heads family
-        times-options one-mean runs""",
+        times-options one-mean student""",
     "optimisation": """optimisation perceptual kl adversary kl-weight epochs cosine-epochs patience micro-batch
-        learning-rate final-learning-rate seed steps batch-size compare""",
+        learning-rate final-learning-rate seed steps batch-size compare few-steps""",
     "editing": """edit.keep until mask feather strength local-from cls-from paste box at mirror scale paint
         edit.prototypes edit.head edit.by loss-scale flow-edit source-class resample studio.prototypes""",
     "sampling": """sampling count classes sampler time-shift diffusion guidance-scale local-scale cls-scale

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reglue.config import Alignment, Blocks, ClassToken, Cosine, Latent, LocalSemantics, Optimisation, Recipe
+from reglue.config import (
+    Alignment,
+    Blocks,
+    ClassToken,
+    Cosine,
+    FewSteps,
+    Latent,
+    LocalSemantics,
+    Optimisation,
+    Recipe,
+)
 from reglue.sampling import Sampling
 
 
@@ -124,6 +134,13 @@ SFD = Recipe(
     optimisation=Optimisation(steps=400_000, time_distribution="logit-normal", clean_loss=True, compile="auto"),
     sampling=Sampling("heun", 125, auto_scale=1.6, rounding="round"),
 )
+MEANFLOW = Recipe(
+    name="meanflow",
+    student="meanflow",
+    few_steps=FewSteps(guidance_scale=2.0, mix=0.5),
+    optimisation=Optimisation(steps=1_200_000, betas=(0.9, 0.95), clip=1.0, compile="auto"),
+    sampling=Sampling("mean-velocity", 1),
+)
 
 PAPERS = {
     paper.recipe.name: paper
@@ -204,6 +221,15 @@ PAPERS = {
             "reglue train sfd --store STORE --out RUN",
             3.43,
             "XL/1 | 400K | none",
+        ),
+        Paper(
+            MEANFLOW,
+            "MeanFlow: mean flows for one-step generative modeling",
+            "2505.13447",
+            "reglue prepare IMAGES STORE --encoder none --flips",
+            "reglue train meanflow --store STORE --out RUN",
+            6.17,
+            "B/2 | 1.2M, one evaluation | 2, learned",
         ),
     )
 }

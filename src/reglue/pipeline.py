@@ -199,7 +199,7 @@ class ImageModel(Editor):
         """What the recipe says, but for guidance by what this model lacks: a condition, a modality, a weaker model."""
         sampling = replace(self.record.recipe.sampling, auto_scale=1.0, auto_scales={})
         if self._lacks_unconditional():
-            sampling = replace(sampling, guidance_scale=1.0, other_scales={}, **dict.fromkeys(MODALITY_SCALES, None))
+            sampling = sampling.unguided()
         return replace(sampling, **dict.fromkeys(self._unfitting_scales(sampling), 1.0))  # type: ignore[arg-type]
 
     def resolved(self, sampling: Sampling) -> Sampling:
@@ -207,14 +207,19 @@ class ImageModel(Editor):
 
         Raises UserError for guidance of, or by, what the model lacks, and for a sampler that is not installed.
         """
-        SAMPLERS[sampling.sampler].check()
+        sampler, config = SAMPLERS[sampling.sampler], self.record.denoiser
+        sampler.check()
+        if sampler.spans and not config.span:
+            raise UserError(
+                f"{option('sampler')} {sampling.sampler} is for students, and this run is none; choose euler, or train "
+                f"one from it with {option('student')}"
+            )
         for name, lacking in self._unfitting_scales(sampling).items():
             raise UserError(
                 f"{option(name)} {getattr(sampling, name)}: this model has no {lacking} to guide with; choose 1"
             )
-        config = self.record.denoiser
         known = len(PREDICTIONS[config.prediction].known_times(PATHS[config.path]))
-        if SAMPLERS[sampling.sampler].respaced and 0 < known < sampling.steps:
+        if sampler.respaced and 0 < known < sampling.steps:
             raise UserError(
                 f"{option('steps')} {sampling.steps}: {sampling.sampler} goes along the {known} steps of the model's "
                 f"training; choose {known} or fewer"
@@ -244,6 +249,9 @@ class ImageModel(Editor):
             return "classes"
         if not self.record.has_null_class:
             return f"branch without labels (trained with {option('optimisation.label_dropout')} 0)"
+        learned = self.record.recipe.few_steps.guidance
+        if self.record.recipe.student and {learned.scale, *learned.scales.values()} != {1}:
+            return f"unguided branch (it has learned guidance {learned.scale:g})"
         return ""
 
     def _unfitting_scales(self, sampling: Sampling) -> dict[str, str]:

@@ -30,7 +30,7 @@ class Sampling:
 
     sampler: str = "euler-maruyama"
     """euler, heun, euler-maruyama, adams-bashforth, dpm-solver (as U-ViT's, for models of noise) or dopri5; ddpm or
-    ddim, along the steps of the chain that the model was trained on, if it was."""
+    ddim, along the steps of the chain that the model was trained on, if it was; mean-velocity, for students alone."""
     steps: int = 250
     """Intervals of the time grid: as many evaluations, except that Heun takes two in each. dopri5 chooses its
     own."""
@@ -117,6 +117,11 @@ class Sampling:
             guided_channels=None if self.guided_channels == "all" else self.guided_channels,
             others=self.guiders,
         )
+
+    def unguided(self) -> Sampling:
+        """The same without classifier-free guidance."""
+        nothing = dict.fromkeys(MODALITY_SCALES, None)
+        return replace(self, guidance_scale=1.0, other_scales={}, **nothing)
 
     def changed(self, **overrides: Any) -> Sampling:
         """The same with what is given (not None) in place of its own. Raises UserError for what cannot be."""

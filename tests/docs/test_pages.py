@@ -39,7 +39,7 @@ from reglue.help import declared
 from reglue.papers import PAPERS
 from reglue.published.weights import PUBLISHED_DECODER
 from reglue.reals.config import Perceptual
-from reglue.run import RunRecord
+from reglue.run import RunRecord, find_run
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs/methods").glob("[a-z]*.md"))
@@ -146,8 +146,9 @@ def test_commands_are_found_among_others() -> None:
 
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_command_is_marked_and_parses(page: Path) -> None:
-    text = page.read_text()
+def test_every_command_is_marked_and_parses(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, starter = page.read_text(), find_run("starter")
+    monkeypatch.setattr("reglue.run.find_run", lambda run: starter)  # in place of the run that `train --from` names
     for mark, content in blocks(text):
         assert mark in ("sh", "python") or not re.search(r"\breglue\s", content), f"mark this block:\n{content}"
     for arguments in commands(text):
@@ -219,6 +220,7 @@ def test_the_commands_of_a_method_are_those_of_its_published_numbers(page: Path)
         "uvit": ("dpm-solver", 50),
         "lightningdit": ("euler", 249),
         "sfd": ("heun", 125),
+        "meanflow": ("mean-velocity", 1),
     }.get(page.stem, ("euler-maruyama", 250))
 
 
@@ -265,6 +267,22 @@ def test_the_page_of_resolutions(
     assert "positions: of 8×8 tokens, counted in 4×4" in capsys.readouterr().out
     assert RunRecord.read(tmp_path / "run-wide").resolution == (32, 48)
     assert {Image.open(file).size for file in (tmp_path / "wide").glob("*.png")} == {(48, 32)}
+
+
+def test_the_page_about_few_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_run: Path, tiny_store: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, tmp_path / "demo/runs/reglue")
+    shutil.copytree(tiny_store, tmp_path / "demo/store")
+    for arguments in commands((ROOT / "docs/few-steps.md").read_text()):
+        options = cli.parse(arguments)
+        if isinstance(options, Train):
+            optimisation = replace(options.recipe.optimisation, steps=1, batch_size=4)
+            cli.execute(replace(options, recipe=replace(options.recipe, optimisation=optimisation), device="cpu"))
+        elif isinstance(options, Sample):
+            cli.execute(replace(options, count=2, device="cpu"))
+    assert json.loads((tmp_path / "samples/samples.json").read_text())["sampling"]["steps"] == 4
 
 
 def test_the_page_about_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_run: Path) -> None:
@@ -412,7 +430,7 @@ def test_commands_in_sentences_name_options_that_exist(page: Path) -> None:
         name, *words = shlex.split(text)
         if "--help" in words or "…" in words:
             continue
-        recipe = [words.pop(0) if words else "sit"] if name == "train" else []
+        recipe = [words.pop(0) if words and words[0][0] != "-" else "sit"] if name == "train" else []
         known = list(declared(cli.COMMANDS[name].load()))
         if words and any(words[-1] in option.flags and option.type is not bool for option in known):
             words.append("1")  # A sentence may name an option without a value.

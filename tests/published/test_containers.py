@@ -234,7 +234,6 @@ def test_another_family_than_the_shapes_say_is_refused(method: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("key", "whose"),
     [
-        ("r_embedder.mlp.0.weight", "MeanFlow's"),
         ("t_pixel_embedder.mlp.0.weight", "Latent Forcing's"),
         ("transformer_blocks.0.attn1.to_q.weight", "of a transformer of diffusers"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reglue.config import MODEL_SIZES, ClassToken, LocalSemantics, Recipe, model_size
+from reglue.config import MODEL_SIZES, ClassToken, FewSteps, LocalSemantics, Recipe, model_size
 from reglue.data.labels import read_class_names
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.modalities import LATENT, Modality, Normalisation
@@ -146,7 +146,7 @@ def stated_record(file: Path, arguments: dict[str, Any]) -> RunRecord | None:
 
 def refuse_other_model(file: Path, stated: DenoiserConfig, found: DenoiserConfig) -> None:
     """Raise UserError if the weights in a file are not of the model that its record describes."""
-    for part in ("depth", "width", "heads", "patch", "grid", "learn_sigma", "classes"):
+    for part in ("depth", "width", "heads", "patch", "grid", "learn_sigma", "span", "classes"):
         said, is_so = getattr(stated, part), getattr(found, part)
         if said != is_so:
             raise UserError(
@@ -281,6 +281,7 @@ def recipe_of(model: OfficialModel, path: PathName, arguments: dict[str, Any]) -
         learn_sigma=config.learn_sigma,
         local=local,
         alignment=alignment,
+        few_steps=FewSteps(),  # What guidance a student has learned, its file does not say.
         optimisation=replace(
             paper.optimisation,
             precision="float32",

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from reglue import fine_tuning
-from reglue.data.batches import HostBatch, TrainingData
+from reglue.data.batches import HostBatch, TrainingData, student_of
 from reglue.data.manifest import compressor_of
 from reglue.data.pictures import image_grid
 from reglue.data.prefetch import READERS
 from reglue.data.store import Store
-from reglue.diffusion.denoiser import Denoiser
+from reglue.diffusion.conditions import Condition
+from reglue.diffusion.denoiser import Denoiser, Prediction
+from reglue.diffusion.modalities import State, TensorTimes
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.paths import Path as Interpolant
 from reglue.diffusion.samplers import SAMPLERS
+from reglue.diffusion.students import Student
 from reglue.encoders.compressors import SPEC_FILE, load_compressor
-from reglue.errors import UserError
+from reglue.errors import UserError, option
 from reglue.files import refuse_filled
 from reglue.locks import writes
 from reglue.options.train import Train
@@ -39,13 +44,34 @@ from reglue.training.watchdog import watchdog
 class Losses(nn.Module):
     """`loss_terms` as a module: all that a step differentiates, which is what processes share."""
 
-    def __init__(self, denoiser: Denoiser, path: Interpolant, cosine: bool = False) -> None:
+    def __init__(
+        self, denoiser: Denoiser, path: Interpolant, cosine: bool = False, student: Student | None = None
+    ) -> None:
         super().__init__()
-        self.denoiser, self.path, self.cosine = denoiser, path, cosine
+        self.denoiser, self.path, self.cosine, self.student = denoiser, path, cosine, student
+        self.averages: dict[str, Tensor] = {}
+        """Of the denoiser's weights, for students that ask the averaged one."""
 
     def forward(self, sample: TrainingSample) -> dict[str, Tensor]:
         """The unweighted terms, as scalars."""
-        return loss_terms(self.denoiser, self.path, sample, self.cosine)
+        averaged = Averaged(self.denoiser, self.averages)
+        return loss_terms(self.denoiser, self.path, sample, self.cosine, self.student, averaged)
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """A denoiser with other weights, see `DenoiserFunction`."""
+
+    denoiser: Denoiser
+    weights: Mapping[str, Tensor]
+
+    def null(self, batch: int) -> Condition:
+        """That of the denoiser."""
+        return self.denoiser.null(batch)
+
+    def __call__(self, state: State, time: Tensor | TensorTimes, condition: Condition) -> Prediction:
+        """That of the denoiser, by the other weights."""
+        return functional_call(self.denoiser, dict(self.weights), (state, time, condition))
 
 
 class DenoiserTask(Task[HostBatch]):
@@ -60,7 +86,7 @@ class DenoiserTask(Task[HostBatch]):
         blocks = model.backbone.blocks
         self.precision: Precision = to_precision(optimisation.precision, data.device)
         self.losses = parallel.parallelise(losses, blocks, options.shards, data.device, self.precision)
-        ema = {name: value.clone() for name, value in model.state_dict().items()}
+        losses.averages = ema = {name: value.clone() for name, value in model.state_dict().items()}
         optimiser = adamw(model.parameters(), optimisation)
         super().__init__(optimisation, data.device, part, model, optimiser, averaged=model, ema=ema)
 
@@ -106,13 +132,15 @@ def train(options: Train) -> Path:
     """
     check_trackers(options.track)
     start = fine_tuning.begin(options.out, options.start, options.start_step, options.start_weights)
-    recipe = start.recipe(options.recipe) if start else options.recipe
+    recipe = (start.recipe(options.recipe) if start else options.recipe).settled()
     rank, processes = distributed.join(options.device)
     device = distributed.resolve_device(options.device)
     optimisation = recipe.optimisation
     store = Store.open(options.store)
     part = part_size(optimisation, processes)
     parallel.check_shards(options.shards, processes)
+    if recipe.student and options.shards > 1:
+        raise UserError(f"{option('shards')} {options.shards}: a student needs whole weights for its targets; choose 1")
     if options.preview_every:
         SAMPLERS[
             recipe.sampling.sampler
@@ -129,7 +157,7 @@ def train(options: Train) -> Path:
         start.take_weights(model, record)
         checkpoints.save_start(options.out, model)  # From here on the other run is not needed.
     model.backbone.recomputed_blocks = round(optimisation.checkpoint_blocks * len(model.backbone.blocks))
-    losses = Losses(model, PATHS[recipe.path], recipe.cosine.present)
+    losses = Losses(model, PATHS[recipe.path], recipe.cosine.present, student_of(recipe))
     compile_parts(losses, model.backbone.blocks, to_compile(optimisation.compile, device, optimisation.steps))
     data = TrainingData(store, recipe, record.denoiser, options.seed, device)
     # On the CPU itself there is nothing to overlap: threads would take its cores from the step.

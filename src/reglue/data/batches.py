@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -17,10 +17,12 @@ from reglue.data.store import Store
 from reglue.data.targets import Tokens, alignment_targets, target_columns
 from reglue.diffusion.conditions import CLASS, CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
+from reglue.diffusion.embeddings import SPAN
 from reglue.diffusion.modalities import LATENT, Modality, Normalisation, State, TensorTimes
 from reglue.diffusion.objective import TrainingSample
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.predictions import PREDICTIONS
+from reglue.diffusion.students import STUDENTS, Student
 from reglue.encoders.compressors import resize
 from reglue.errors import UserError, option
 from reglue.seeds import generator, normals, permutation
@@ -97,6 +99,12 @@ def denoiser_config(store: Store, recipe: Recipe) -> DenoiserConfig:
     )
 
 
+def student_of(recipe: Recipe) -> Student | None:
+    """The student of a recipe that is `settled`; None for one that learns velocities."""
+    few = recipe.few_steps
+    return STUDENTS[recipe.student](few.guidance, few.share, few.mix) if recipe.student else None
+
+
 def _compress_command(store: Store, column: str) -> str:
     """What makes a column of codes, as far as its name shows."""
     name = compressor_of(column).removeprefix(CLASS_TOKEN_CODES)
@@ -138,8 +146,8 @@ class HostBatch:
     condition: dict[str, Tensor]
     """See `TrainingSample`."""
     drawn: dict[str, Tensor]
-    """`time MODALITY` where they differ, else that of the latents, and what is kept of each modality that is dropped,
-    under its name."""
+    """`time MODALITY` where they differ, else that of the latents; what is kept of each modality that is dropped,
+    under its name; for a student, the lengths of steps and which samples have one (`spanning`)."""
     copied: torch.cuda.Event | None = None
     """When a GPU has it, if `sent` is copying it there."""
 
@@ -192,6 +200,7 @@ class TrainingData:
         self.recipe, self.config, self.seed, self.device = recipe, config, seed, device
         self.shapes, self.path = config.shapes(), PATHS[config.path]
         self.schedule, self.prediction = recipe.schedule, PREDICTIONS[config.prediction]
+        self.student = student_of(recipe)
         self.dropped_modalities = [modality for modality in config.modalities if modality.dropout]
         self.targets = alignment_targets(self.store, recipe, device) if config.alignment_width else None
         self.copies = torch.cuda.Stream(device) if gpu else None
@@ -222,7 +231,8 @@ class TrainingData:
         dropout = self.recipe.condition_dropout
         own = 2 + max(len(self.dropped_modalities), 1) + len(dropout) - 1
         behind = own + self.schedule.clocks(self.shapes) - 1
-        draws = behind + self.schedule.choices
+        choices = behind + self.schedule.choices
+        draws = choices + (2 if self.student else 0)
         uniform = torch.from_numpy(np.stack([g.random(draws) for g in generators])).unbind(1)
         noise = normals(generators, {"posterior": self.shapes[LATENT], **self.shapes}, pinned=self.store.pinned)
 
@@ -236,11 +246,15 @@ class TrainingData:
         }
         optimisation = self.recipe.optimisation
         distributed = TIME_DISTRIBUTIONS[optimisation.time_distribution]
-        clocks = [shift_time(distributed(u), optimisation.time_shift) for u in (uniform[0], *uniform[own:behind])]
-        times = self.schedule.training_times(clocks, self.shapes, uniform[behind:])
+        shift = partial(shift_time, shift=optimisation.time_shift)
+        clocks = [shift(distributed(u)) for u in (uniform[0], *uniform[own:behind])]
+        times = self.schedule.training_times(clocks, self.shapes, uniform[behind:choices])
         distinct = {id(t): self.prediction.training_time(t, self.path) for t in times.values()}
         drawn = {f"time {name}": distinct[id(t)] for name, t in times.items() if len(distinct) > 1 or name == LATENT}
         drawn |= {m.name: u >= m.dropout for m, u in zip(self.dropped_modalities, uniform[2:], strict=False)}
+        if self.student:
+            time, span = self.student.times((uniform[0], *uniform[choices:]), shift)
+            drawn |= {f"time {LATENT}": time.float(), SPAN: span.float(), "spanning": span.nonzero().squeeze(1)}
         batch = HostBatch(
             columns={modality.name: self.store.read(modality.column, rows) for modality in self.config.modalities},
             target=self.targets.read(rows) if self.targets else {},
@@ -267,6 +281,9 @@ class TrainingData:
                 value = resize(value, self.config.grid)
             state[modality.name] = value
         times = {name: batch.drawn[key] for name in state if (key := f"time {name}") in batch.drawn}
+        learned = self._learned(times) if len(times) > 1 else {}
+        if SPAN in batch.drawn:
+            times = {**dict.fromkeys(state, times[LATENT]), SPAN: batch.drawn[SPAN]}
         return TrainingSample(
             data=state,
             noise={name: batch.noise[name] for name in state},
@@ -274,7 +291,8 @@ class TrainingData:
             condition=batch.condition,
             alignment_target=self._target(self.targets.tokens(batch.target)) if self.targets else None,
             keep={modality.name: batch.drawn[modality.name] for modality in self.dropped_modalities},
-            learned=self._learned(times) if len(times) > 1 else {},
+            learned=learned,
+            spanning=batch.drawn.get("spanning"),
         )
 
     def _learned(self, times: TensorTimes) -> dict[str, Tensor]:

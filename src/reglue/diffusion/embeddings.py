@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reglue.diffusion.specs import LATENT
+
 FREQUENCIES = 256
 SPAN = "span"
-"""How far a step goes towards data, among the times that a denoiser is given."""
+"""How far a step goes towards data, among the times that a denoiser is given; 0 where it is not said."""
 MAX_PERIOD = 10_000.0
 
 
@@ -102,5 +104,8 @@ class TimeOffsets(nn.ModuleDict):
         """E(t_z) (B, width), the times (B,) by name, and E, to the embedding of all of them (B, width)."""
         result = of_latents
         for name, layer in self.items():
-            result = result + (layer(times[name]) if name == SPAN else layer(embed(times[name]) - of_latents))
+            if name == SPAN:
+                result = result + layer(times.get(SPAN, torch.zeros_like(times[LATENT])))
+            else:
+                result = result + layer(embed(times[name]) - of_latents)
         return result

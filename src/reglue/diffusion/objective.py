@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reglue.diffusion.conditions import Condition
-from reglue.diffusion.denoiser import Denoiser, Prediction
-from reglue.diffusion.modalities import State, TensorTimes, expand_as, times_of_each
+from reglue.diffusion.denoiser import Denoiser, DenoiserFunction, Prediction
+from reglue.diffusion.embeddings import SPAN
+from reglue.diffusion.modalities import LATENT, State, TensorTimes, expand_as, times_of_each
 from reglue.diffusion.paths import Path
 from reglue.diffusion.predictions import PREDICTIONS, PredictionKind
+from reglue.diffusion.students import Lesson, Student, shown
 
 ALIGNMENT, COSINE, VARIANCE = "alignment", "cosine", "variance"
 
@@ -35,6 +37,8 @@ class TrainingSample:
     """(B,) bool, False where a modality is hidden from the model, for representation guidance (ReDi, 2504.16064)."""
     learned: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """(B,) bool, False where a modality is seen, but its velocity is not asked for: where it is known already."""
+    spanning: Tensor | None = None
+    """For a student, the numbers (b,) int64 of the samples whose step has a length; `time` then has it as `SPAN`."""
 
 
 def velocity_losses(predicted: State, target: State) -> State:
@@ -66,17 +70,29 @@ def alignment_loss(projection: Tensor, target: Tensor) -> Tensor:
     return -F.cosine_similarity(projection.float(), target.float(), dim=-1).mean()
 
 
-def loss_terms(denoiser: Denoiser, path: Path, sample: TrainingSample, cosine: bool = False) -> dict[str, Tensor]:
+def loss_terms(
+    denoiser: Denoiser,
+    path: Path,
+    sample: TrainingSample,
+    cosine: bool = False,
+    student: Student | None = None,
+    averaged: DenoiserFunction | None = None,
+) -> dict[str, Tensor]:
     """The unweighted terms of the loss as scalars: one per modality, `alignment` if the sample has targets, `variance`
     if the network learns one (the sum over maps), and `cosine` on request.
 
     A term is the squared error of the velocity, or of the noise where the network predicts that. Where a modality is
     hidden, the model sees zeros in its place and is not asked for its velocity, which cannot be predicted from nothing.
+
+    A `student` chooses another target than the velocity of the path; `averaged` is the denoiser with the moving
+    averages of its weights, for those that ask it.
     """
     kind, times = PREDICTIONS[denoiser.config.prediction], times_of_each(sample.time, sample.data)
     noisy, velocity = path.interpolate(sample.data, sample.noise, sample.time)
-    for name, keep in sample.keep.items():
-        noisy[name] = noisy[name] * expand_as(keep, noisy[name])
+    noisy, velocity = shown(noisy, sample.keep), shown(velocity, sample.keep)
+    if student and sample.spanning is not None:
+        lesson = Lesson(noisy, velocity, times[LATENT], times[SPAN], sample.condition, sample.keep)
+        velocity = student.target(denoiser, averaged or denoiser, lesson, sample.spanning)
     prediction = denoiser(noisy, sample.time, sample.condition)
 
     asked = sample.keep | {name: mask & sample.keep.get(name, mask) for name, mask in sample.learned.items()}
@@ -88,6 +104,8 @@ def loss_terms(denoiser: Denoiser, path: Path, sample: TrainingSample, cosine: b
     for name, t in times.items():
         if name in losses and (weight := kind.weight(t, path)) is not None:
             losses[name] = losses[name] * weight.to(losses[name].dtype)
+    if student:
+        losses = {name: student.weighed(loss, velocity[name][0].numel()) for name, loss in losses.items()}
     terms = mean(losses)
     if prediction.variance is not None:
         of_maps = mean(variance_losses(kind, prediction, velocity, sample.data, times, path))

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from reglue.diffusion.chains import STABLE_DIFFUSION, Chain, kept_steps
 from reglue.diffusion.controls import Control, Controlled
+from reglue.diffusion.embeddings import SPAN
 from reglue.diffusion.guidance import Velocity
-from reglue.diffusion.modalities import State, Times
+from reglue.diffusion.modalities import LATENT, State, Times
 from reglue.diffusion.paths import Coefficients, Path
-from reglue.diffusion.specs import Diffusion
+from reglue.diffusion.specs import MEAN_VELOCITY, Diffusion
 from reglue.diffusion.specs import StatePrecision as StatePrecision
 from reglue.errors import UserError
 
@@ -110,6 +111,14 @@ def heun(
         name: x + dt[name] * (v[name] + v_next[name]) / 2 if next_times[name] else ahead[name]
         for name, x in state.items()
     }
+
+
+def mean_velocity(
+    velocity: Velocity, state: State, times: Times, next_times: Times, memory: Memory, noise: Iterator[State]
+) -> State:
+    """x_r = x_t − (t − r)·u, for the mean velocity u over [r, t] that a student predicts: one evaluation per step."""
+    v = velocity(state, {**times, SPAN: times[LATENT] - next_times[LATENT]})
+    return {name: x + (next_times[name] - times[name]) * v[name] for name, x in state.items()}
 
 
 def adams_bashforth(
@@ -475,6 +484,8 @@ class Sampler:
     """Raises UserError if what the step needs is not installed."""
     adaptive: bool = False
     """Whether steps depend on the whole batch, so that images are drawn one at a time."""
+    spans: bool = False
+    """Whether the network must know how far a step goes."""
     state_precision: StatePrecision = "float32"
     """In which steps add up unless told otherwise: float64 for the published samplers."""
     options: tuple[str, ...] = ()
@@ -507,4 +518,5 @@ SAMPLERS: dict[str, Sampler] = {
         adaptive=True,
         options=("relative_tolerance", "absolute_tolerance"),
     ),
+    MEAN_VELOCITY: Sampler(mean_velocity, spans=True),
 }

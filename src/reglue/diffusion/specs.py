@@ -25,6 +25,9 @@ LATENT = "latent"
 CLASS = "class"
 """The name of the class label among the conditions."""
 
+MEAN_VELOCITY = "mean-velocity"
+"""The sampler of students."""
+
 OWN_PARTS = {
     "backbones.BACKBONES": ("sit", "lightning", "uvit"),
     "conditions.CONDITIONS": (CLASS,),
@@ -39,8 +42,10 @@ OWN_PARTS = {
         "adams-bashforth",
         "dpm-solver",
         "dopri5",
+        MEAN_VELOCITY,
     ),
     "schedules.SCHEDULES": ("shared", "lead", "cascade", "independent"),
+    "students.STUDENTS": ("meanflow", "shortcut"),
 }
 """MODULE.TABLE of each registry → the parts that this package has in it."""
 

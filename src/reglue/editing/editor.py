@@ -259,10 +259,12 @@ class Editor(ABC):
         asked = option("flow_edit")
         if not with_classes:
             raise UserError(f"{asked} changes the class; name one with {option('classes')}")
-        if SAMPLERS[sampling.sampler].stochastic:
-            known = ", ".join(name for name, sampler in SAMPLERS.items() if not sampler.stochastic)
+        known = [name for name, sampler in SAMPLERS.items() if not (sampler.stochastic or sampler.spans)]
+        if sampling.sampler not in known:
+            what = "noise" if SAMPLERS[sampling.sampler].stochastic else "long steps"
             raise UserError(
-                f"{asked} has no place for the noise of {sampling.sampler}; choose {option('sampler')} {known}"
+                f"{asked} has no place for the {what} of {sampling.sampler}; choose {option('sampler')} "
+                f"{', '.join(known)}"
             )
         self.labels_of(editing.source_class, 1)
 

@@ -16,7 +16,7 @@ from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.specs import Blocks
 from reglue.errors import UserError, option
 
-Family = Literal["sit", "dit", "repa", "redi", "reg", "reglue", "lightningdit", "sfd", "uvit"]
+Family = Literal["sit", "dit", "repa", "redi", "reg", "reglue", "meanflow", "lightningdit", "sfd", "uvit"]
 
 TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi", "lightningdit", "sfd"})
 """The families whose published time runs from noise (0) to data (1)."""
@@ -44,14 +44,17 @@ NAMES = {
     "redi": "ReDi",
     "reg": "REG",
     "reglue": "REGLUE",
+    "meanflow": "MeanFlow",
     "lightningdit": "LightningDiT",
     "sfd": "SFD",
     "uvit": "U-ViT",
 }
 """As they are written."""
-CANNOT = "they cannot be imported: choose a checkpoint of SiT, DiT, REPA, ReDi, REG, REGLUE, LightningDiT, SFD or U-ViT"
+CANNOT = (
+    "they cannot be imported: choose a checkpoint of SiT, DiT, REPA, ReDi, REG, REGLUE, LightningDiT, SFD, U-ViT or "
+    "MeanFlow"
+)
 OTHERS = {
-    "r_embedder.": "MeanFlow's",
     "t_pixel_embedder.": "Latent Forcing's",
     "transformer_blocks.": "of a transformer of diffusers",
 }
@@ -98,7 +101,7 @@ def choose_family(
 ) -> tuple[Family, tuple[str, ...]]:
     """The family of weights, and what is to be said about the choice. Raises UserError for another than the user's."""
     usual = family_of(config)
-    by_name = usual in ("lightningdit", "sfd", "uvit")
+    by_name = usual in ("lightningdit", "sfd", "uvit", "meanflow")
     alone = not (by_name or config.alignment_width or config.tokens or len(config.maps) > 1)
     either: tuple[Family, ...] = ("sit", DIT) if alone else ()
     possible: list[Family] = [usual, *(name for name in either if name != usual)]
@@ -163,6 +166,10 @@ def family_of(config: DenoiserConfig) -> Family:
                 "of models with times lead, the published one (SFD) has LightningDiT's blocks and a local map"
             )
         return "sfd"
+    if config.span:
+        if family or config.learn_sigma or any(more.values()):
+            raise UserError("no published code has a student (MeanFlow) with anything but SiT's blocks and the latents")
+        return "meanflow"
     if family:
         own = Blocks(time_mlp=parts.time_mlp, convolution=parts.convolution) if is_uvit else parts
         more |= {

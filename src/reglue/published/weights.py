@@ -19,7 +19,7 @@ from reglue.config import ClassToken, Latent, LocalSemantics
 from reglue.diffusion.backbones import sit
 from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
-from reglue.diffusion.embeddings import FREQUENCIES, MAX_PERIOD, position_embedding, rotation_of
+from reglue.diffusion.embeddings import FREQUENCIES, MAX_PERIOD, SPAN, position_embedding, rotation_of
 from reglue.diffusion.modalities import Modality
 from reglue.diffusion.specs import ALWAYS, Blocks
 from reglue.encoders.autoencoders import AutoencoderSpec
@@ -56,6 +56,7 @@ PUBLISHED_DECODER = "sd-vae-ft-ema"
 KEYS = {
     "x_embedder.proj": "patches",
     "t_embedder.mlp": "time_embedding",
+    "r_embedder.mlp": f"time_offsets.{SPAN}",
     "y_embedder.embedding_table": f"conditions.{CLASS}",
     **{theirs: f"backbone.{ours}" for theirs, ours in (sit.KEYS | sit.SWIGLU).items()},
     "blocks.{i}.skip_linear": "backbone.blocks.{i}.skip",
@@ -389,6 +390,7 @@ def _recognise(
             alignment_width=last.shape[0] if last is not None else 0,
             alignment_hidden=last.shape[-1] if last is not None else DenoiserConfig.alignment_hidden,
             learned_positions=learned,
+            span="r_embedder.mlp.0.weight" in published,
         )
     except ValueError as error:
         raise UserError(f"these weights are of no model that can be built: {error}") from None

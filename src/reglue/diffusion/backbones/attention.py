@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 FEW_TOKENS = 512
@@ -17,8 +18,11 @@ more memory at 512 tokens."""
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q·kᵀ/√D)·v for q, k, v (B, heads, N, D) → (B, heads, N, D): Attention Is All You Need, eq. 1.
 
-    By PyTorch's fused kernels, except for the gradients of `FEW_TOKENS` in bfloat16 on a CPU.
+    By PyTorch's fused kernels, except for the gradients of `FEW_TOKENS` in bfloat16 on a CPU, and for derivatives in
+    forward mode, which they do not have.
     """
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(q).tangent is not None:
+        return by_products(q, k, v)
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if differentiated and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= FEW_TOKENS:
         return by_products(q, k, v)
