@@ -109,15 +109,16 @@ class Denoiser(nn.Module):
         )
         with torch.random.fork_rng(devices=[]):  # type: ignore[reportUnknownMemberType]
             torch.manual_seed(seed)  # type: ignore[reportUnknownMemberType], for what `initialise` leaves alone
-            self.backbone = BACKBONES[config.backbone](sizes)
+            backbone = BACKBONES[config.backbone](sizes)
             self.patches = nn.Conv2d(config.channels, width, config.patch, config.patch)
-            self.time_embedding = self.backbone.time_embedding(width)
+            self.time_embedding = backbone.time_embedding(width)
             apart = [m.name for m in config.modalities[1:]] if config.times != "shared" else []
             self.time_offsets = TimeOffsets(width, apart, config.span)
             self.conditions = nn.ModuleDict(
                 {name: CONDITIONS[name].embedding(size, width) for name, size in config.conditions.items()}
             )
             self.tokens = nn.ModuleDict({m.name: TokenEmbedding(m.channels, width) for m in config.tokens})
+            self.backbone = backbone
             self.velocity = nn.Linear(width, outputs)
             if config.parts.convolution:
                 channels = outputs // config.patch**2
