@@ -50,9 +50,11 @@ class ExportRun(TakesPaths):
             for name in ("precision", "batch", "encoder"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise UserError(f"{option(name)} {getattr(self, name)} is for --to onnx; leave it out")
+            if self.weights != "ema" and self.out.suffix != ".safetensors":
+                raise UserError(
+                    f"--weights {self.weights} is for .safetensors files, since others hold both; leave it out"
+                )
         elif self.weights != "ema":
             raise UserError("--weights model is for published .safetensors files; leave it out")
         elif self.out.suffix:
             raise UserError(f"--out {self.out}: --to onnx makes a folder; choose a name without {self.out.suffix}")
-        elif self.weights != "ema" and self.out.suffix != ".safetensors":
-            raise UserError(f"--weights {self.weights} is for .safetensors files, since others hold both; leave it out")
