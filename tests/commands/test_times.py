@@ -83,7 +83,7 @@ def test_what_is_kept_is_data_all_along(
     seen: list[tuple[float, ...]] = []
     forward = type(model.denoiser).forward
 
-    def noting(self: torch.nn.Module, state, time, condition):  # type: ignore[no-untyped-def]
+    def noting(self, state, time, condition):  # type: ignore[no-untyped-def]
         seen.append(tuple(time[name][0].item() for name in ("latent", "local", "cls")))
         assert torch.equal(state["local"], own["local"].to(state["local"]).expand_as(state["local"]))
         return forward(self, state, time, condition)

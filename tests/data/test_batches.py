@@ -67,6 +67,7 @@ def test_labels_and_maps_are_dropped_as_often_as_asked(tiny_store: Path) -> None
     sample = data(Store.open(tiny_store), recipe).sample(range(2000))
     assert (sample.condition["class"] == 3).float().mean().item() == pytest.approx(0.1, abs=0.03)
     assert sample.keep["local"].float().mean().item() == pytest.approx(0.8, abs=0.03)
+    assert isinstance(sample.time, torch.Tensor)
     assert sample.time.min() >= 0
     assert sample.time.max() <= 1
     assert sample.time.mean().item() == pytest.approx(0.5, abs=0.03)
@@ -188,6 +189,7 @@ def test_a_sample_is_what_its_definition_says_to_the_bit(tiny_store: Path) -> No
     assert torch.equal(sample.data["cls"][2:3], store.read("cls", row)["cls"])
     for value, name in zip(noise, ("latent", "local", "cls"), strict=True):
         assert torch.equal(sample.noise[name][2].flatten(), value)
+    assert isinstance(sample.time, torch.Tensor)
     assert sample.time[2] == np.float32(uniform[0])
     assert sample.condition["class"][2] == (3 if uniform[1] < 0.1 else store.labels[row])
 
@@ -357,6 +359,8 @@ def test_a_gpu_copies_what_is_read_and_drawn_from_where_it_was_written(
     for kind in ("data", "noise"):
         for part, value in getattr(expected, kind).items():
             assert torch.equal(value, getattr(sample, kind)[part]), (kind, part)
+    assert isinstance(expected.time, torch.Tensor)
+    assert isinstance(sample.time, torch.Tensor)
     assert torch.equal(expected.time, sample.time)
 
 

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from reglue.commands.verify import picture
 from reglue.data.images import ORIENTATION, ImageFolder, UnreadableImage, crop_to, decode, load_crop, upright_size
 from reglue.data.masks import read_mask
 from reglue.errors import UserError
+from reglue.watching.checks import picture
 
 
 def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:

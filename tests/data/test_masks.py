@@ -24,7 +24,7 @@ def test_a_mask_is_cropped_where_its_image_is(width: int, height: int, target: t
     """Ramps say where a pixel came from: after either crop the same place, to within a pixel of the result."""
     rows, columns = np.mgrid[:height, :width]
     for axis, (ramp, side) in enumerate(((rows, height), (columns, width))):
-        image = Image.fromarray(np.float32(ramp))
+        image = Image.fromarray(ramp.astype(np.float32))
         mask = Image.fromarray((255.0 * ramp / side).astype(np.uint8))
         expected = np.asarray(crop_to(image, target))
         cropped = np.asarray(crop_mask(mask, target)).astype(np.float64) * side / 255

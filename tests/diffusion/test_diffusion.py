@@ -15,7 +15,7 @@ from reglue.diffusion.conditions import Condition
 from reglue.diffusion.controls import Control, Previews, Progress
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig, Prediction
 from reglue.diffusion.guidance import Guidance, GuidedVelocity, guided_velocity, hidden_modalities
-from reglue.diffusion.modalities import Modality, State, Times
+from reglue.diffusion.modalities import Modality, State, TensorTimes, Times
 from reglue.diffusion.objective import TrainingSample, loss_terms
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.samplers import euler, euler_maruyama, heun, integrate, stochastic_times, uniform_times
@@ -112,7 +112,7 @@ class Recorder:
     def null(self, batch: int) -> Condition:
         return {"class": torch.full((batch,), 9)}
 
-    def __call__(self, state: State, time: Tensor, condition: Condition) -> Prediction:
+    def __call__(self, state: State, time: Tensor | TensorTimes, condition: Condition) -> Prediction:
         label = condition["class"]
         self.asked.append(len(label))
         return Prediction(

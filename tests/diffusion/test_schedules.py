@@ -28,7 +28,7 @@ NAMES = ("latent", "local")
 MEAN = torch.tensor([0.5, -0.3], dtype=torch.float64)
 COVARIANCE = torch.tensor([[0.30, 0.24], [0.24, 0.25]], dtype=torch.float64)
 """Of the latent and the local value of an image, one number each."""
-SHAPES = dict.fromkeys(NAMES, (1,))
+SHAPES: dict[str, tuple[int, ...]] = dict.fromkeys(NAMES, (1,))
 KINDS: dict[str, Schedule] = {**SCHEDULES, "lead 0.7": Lead(0.7), "known": Known(frozenset({"local"}))}
 
 

@@ -71,7 +71,7 @@ def test_labels_of_probes_do_not_overprint(tmp_path: Path, monkeypatch: pytest.M
         *(f"local.conv-16{'-of-a-name-with-much-in-it' * (i % 5)}-{i}" for i in range(30)),
     ]
     results = tuple(
-        ProbeResult(name, kind, "", 16, 256, 0.5, 0.02, None, 1.0, 0.5, None, None, None, None, 1.0)
+        ProbeResult(name, kind, "", 16, 256, 0.5, 0.02, None, 1.0, 0.5, None, None, None, None, None, 1.0)
         for name in names
         for kind in PROBES
     )

@@ -111,7 +111,7 @@ class NoisePrediction(PredictionKind):
 
     def known_times(self, path: Path) -> tuple[float, ...]:
         """See `PredictionKind.known_times`: 0.0099 to 0.9937 for DDPM's chain on the linear path."""
-        return tuple(path.time_of(torch.as_tensor(self.chain.ratios)).tolist())
+        return tuple(map(float, path.time_of(torch.as_tensor(self.chain.ratios))))
 
     def training_time(self, t: Tensor, path: Path) -> Tensor:
         """That of a step of the chain, drawn uniformly, in float64."""

@@ -195,9 +195,10 @@ SCHEDULES: dict[str, Schedule] = {
 
 def schedule_of(name: str, options: Mapping[str, float]) -> Schedule:
     """A registered schedule, with options in place of its own. Raises ValueError for those that cannot be."""
-    schedule: Any = SCHEDULES[name]
+    schedule = SCHEDULES[name]
     known = [part.name for part in fields(schedule) if part.init] if is_dataclass(schedule) else []
     for one in options:
         if one not in known:
             raise ValueError(f"{one}: {name} takes {', '.join(known) or 'no options'}")
-    return replace(schedule, **options) if options else schedule
+    changed: Any = replace  # What has fields is a dataclass.
+    return changed(schedule, **options) if options else schedule

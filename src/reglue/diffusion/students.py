@@ -119,7 +119,7 @@ class MeanFlow(Student):
     def times(self, draws: Sequence[Tensor], shift: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """See `Student.times`: the later and the earlier of two, which are the same for all but a share."""
         first, second, choice = draws
-        quantile: Callable[[Tensor], Tensor] = torch.special.ndtri  # type: ignore[reportUnknownMemberType]
+        quantile: Callable[[Tensor], Tensor] = torch.special.ndtri  # type: ignore[reportUnknownMemberType, reportUnknownVariableType]
         earlier, later = interval_of(quantile(first), quantile(second), choice, self.share)
         return shift(later), shift(later) - shift(earlier)
 

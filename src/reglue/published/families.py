@@ -115,7 +115,7 @@ def choose_family(
     shapes = f"By its shapes it is {' or '.join(NAMES[name] for name in possible)}"
     reasons: list[str] = []
     for each in evidence:
-        left = [name for name in possible if name in each.families]
+        left: list[Family] = [name for name in possible if name in each.families]
         if each.firm and not left:
             raise UserError(
                 f"{option('family')} {' '.join(each.families)}: by their shapes these weights are {NAMES[usual]}'s"

@@ -21,7 +21,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     By PyTorch's fused kernels, except for the gradients of `FEW_TOKENS` in bfloat16 on a CPU, and for derivatives in
     forward mode, which they do not have.
     """
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(q).tangent is not None:
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(q).tangent is not None:  # type: ignore[reportUnknownMemberType]
         return by_products(q, k, v)
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if differentiated and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= FEW_TOKENS:
