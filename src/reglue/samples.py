@@ -25,8 +25,9 @@ from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import State
 from reglue.errors import UserError, one_line, option
 from reglue.files import SEAL, parse_json, read_json, replacing
+from reglue.generation import evaluations
 from reglue.locks import writing
-from reglue.pipeline import ImageModel, evaluations, load
+from reglue.pipeline import ImageModel, load
 from reglue.progress import Bar
 from reglue.run import find_run, known_as
 from reglue.sampling import AutoPrecision, Draw, Sampling

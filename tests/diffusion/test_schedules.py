@@ -21,7 +21,7 @@ from reglue.diffusion.modalities import Modality, State, TensorTimes, Times
 from reglue.diffusion.samplers import SAMPLERS, aligned, integrate, uniform_times
 from reglue.diffusion.schedules import SCHEDULES, Cascade, Independent, Known, Lead, Schedule, schedule_of
 from reglue.errors import UserError
-from reglue.pipeline import from_noise
+from reglue.generation import from_noise
 from reglue.sampling import Sampling
 
 NAMES = ("latent", "local")

@@ -34,8 +34,8 @@ from reglue.diffusion.guidance import guided_velocity
 from reglue.diffusion.modalities import State
 from reglue.diffusion.objective import weighted_sum
 from reglue.diffusion.paths import LINEAR
+from reglue.generation import from_noise
 from reglue.papers import RECIPES
-from reglue.pipeline import from_noise
 from reglue.sampling import Precision, Sampling
 from reglue.training import checkpoints, distributed, parallel
 from reglue.training.precision import SamplingNetwork, autocast

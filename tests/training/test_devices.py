@@ -30,11 +30,11 @@ from reglue.encoders.alignment import AlignmentSpec
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.compressors import load_compressor
 from reglue.encoders.vision import load_encoder
+from reglue.generation import to_pixels
 from reglue.metrics.inception import Inception
 from reglue.metrics.inception_network import InceptionNetwork
 from reglue.metrics.perceptual import Lpips
 from reglue.papers import RECIPES
-from reglue.pipeline import to_pixels
 from reglue.reals.adversary import PatchDiscriminator
 from reglue.reals.trainable import AlignedAutoencoder
 from reglue.sampling import Sampling

@@ -26,9 +26,9 @@ from reglue.encoders.compressors import Compressor, resize
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, VisionFeatures
 from reglue.errors import UserError
 from reglue.files import parse_json
+from reglue.generation import evaluations
 from reglue.names import Estimator
 from reglue.perception.heads import Head, features_of_codes
-from reglue.pipeline import evaluations
 from reglue.progress import Bar
 from reglue.reals.samples import ImageSamples, all_of, to_images, to_pixels
 from reglue.samples import Drawing

@@ -25,8 +25,9 @@ from reglue.diffusion.modalities import LATENT, State, concatenate_states
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError, one_line
 from reglue.files import SEAL, opened_tensors
+from reglue.generation import evaluations, to_pixels
 from reglue.metrics.distances import nearest
-from reglue.pipeline import ImageModel, evaluations, load, to_pixels
+from reglue.pipeline import ImageModel, load
 from reglue.progress import Bar
 from reglue.published.sharing import PREVIEWS, Report, read_reports, train_command
 from reglue.run import RunRecord, differing, find_run
