@@ -343,10 +343,11 @@ class Study:
                 raise UserError("--images is missing, and the study has no store of training images yet")
             if not isinstance(sides[1], Path):
                 sides = divided(sides[0], sides[1], self.work / "images")
+            words = merged(PREPARE, self.options.prepare)
             for images, store in zip(sides, stores, strict=True):
                 if not is_store(store):
-                    words = merged(PREPARE, self.options.prepare)
                     reglue("prepare", images, store, words=words, device=self.options.device)
+                words.pop("--flips", None)  # Held-out images are looked at as they are.
         return [Store.open(store) for store in stores]
 
     @cached_property
