@@ -252,12 +252,12 @@ class Study:
 
     def answer(self, question: str, arms: Sequence[Arm]) -> None:
         """Train, draw and measure what is missing, and write the report whenever an arm has come further."""
-        steps, plan = sorted(self.options.milestones), [(arm, 0) for arm in arms if not arm.train]
+        steps, plan = sorted(self.options.milestones), list[tuple[Arm, int]]()
         trained = [arm for arm in arms if arm.train and not arm.run]
         for _, turn in groupby(trained, lambda arm: (arm.name in self.options.repeated, arm.seed)):
             own = [*turn]
             plan += [(arm, step) for step in steps for arm in own]
-        plan += [(arm, steps[-1]) for arm in arms if arm.run]
+        plan += [(arm, steps[-1] if arm.run else 0) for arm in arms if arm not in trained]
         # Whatever does not compare is refused before anything is done.
         for arm, step, lacks in [(arm, step, self.missing(arm, step)) for arm, step in plan]:
             if lacks:
