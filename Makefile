@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-avx2 check format clean
+.PHONY: install demo test test-avx2 check docs play format clean
 
 install: $(VENV)/.installed
 
@@ -35,9 +35,17 @@ check: install
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# The documentation as a site, in the folder site; a link to nowhere is an error.
+docs: install
+	$(BIN)/zensical build --strict
+
+# The page that draws in a browser, beside it: npm brings the runtime.
+play: docs
+	$(BIN)/python scripts/build_play.py --out site/play
+
 format: install
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-output site .pytest_cache .ruff_cache .hypothesis

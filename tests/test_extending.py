@@ -25,7 +25,7 @@ from reglue.diffusion.conditions import CONDITIONS
 from reglue.diffusion.controls import Previews
 from reglue.diffusion.guidance import GUIDERS
 from reglue.diffusion.samplers import SAMPLERS
-from reglue.diffusion.schedules import SCHEDULES, Schedule
+from reglue.diffusion.schedules import SCHEDULES
 from reglue.errors import UserError
 from reglue.run import RunRecord
 from reglue.sampling import Sampling
@@ -33,7 +33,7 @@ from reglue.training import checkpoints
 from reglue.training.tracking import TRACKERS
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
-TABLES: tuple[dict[str, Any], ...] = (SAMPLERS, CONDITIONS, BACKBONES, GUIDERS, TRACKERS)
+TABLES: tuple[dict[str, Any], ...] = (SAMPLERS, CONDITIONS, BACKBONES, GUIDERS, SCHEDULES, TRACKERS)
 MOST_LINES = 30
 
 
@@ -90,7 +90,7 @@ def awake(model: reglue.ImageModel) -> None:
 
 def test_every_example_is_short() -> None:
     found = examples()
-    assert len(found) == 7
+    assert len(found) == 8
     assert {
         heading: len(source.splitlines()) for heading, source in found.items() if source.count("\n") >= MOST_LINES
     } == {}
@@ -100,6 +100,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "A backbone": {"backbone": "plain"},
     "A condition": {"conditions": {"brightness": 0.5}},
     "A modality": {},
+    "A time schedule": {"times": "squared"},
 }
 
 
@@ -338,19 +339,6 @@ def test_previews_are_counted_for_each_batch(tiny_run: Path) -> None:
     model = reglue.load(tiny_run, device="cpu")
     model.generate([0, 1], batch_size=1, sampler="euler", steps=3, controls=[previews])
     assert shown == [0.33, 0.33]
-
-
-def test_a_schedule_of_times_waits_for_a_denoiser_that_takes_them() -> None:
-    class Lead(Schedule):
-        def times(self, clock: float, names: Any) -> dict[str, float]:
-            return {name: clock if name == "latent" else max(0.0, clock - 0.3) for name in names}
-
-    SCHEDULES["lead"] = Lead()
-    try:
-        with pytest.raises(UserError, match="times lead: the denoiser takes one time for all; choose shared"):
-            tiny(times="lead")
-    finally:
-        del SCHEDULES["lead"]
 
 
 @pytest.mark.parametrize(

@@ -361,7 +361,8 @@ class Recipe:
     path: PathName = "linear"
     """Interpolant between data and noise."""
     prediction: str = "velocity"
-    """What the network predicts."""
+    """What the network predicts: velocity, data, or noise, on the chain of DDPM (noise, as DiT) or of Stable Diffusion
+    (noise-sd, as U-ViT)."""
     times: str = "shared"
     """Schedule of the modalities' times: shared, one time for all, as published."""
     learn_sigma: bool = False
@@ -388,8 +389,6 @@ class Recipe:
         refuse_unknown(option("backbone"), self.backbone, registered("backbones.BACKBONES"))
         refuse_unknown(option("prediction"), self.prediction, registered("predictions.PREDICTIONS"))
         refuse_unknown(option("times"), self.times, registered("schedules.SCHEDULES"))
-        if self.times != "shared":
-            raise UserError(f"{option('times')} {self.times}: the denoiser takes one time for all; choose shared")
         for name, share in self.conditions.items():
             refuse_unknown("condition", name, registered("conditions.CONDITIONS"))
             if name == CLASS or not 0 <= share < 1:
@@ -450,6 +449,7 @@ class Recipe:
                 backbone=self.backbone,
                 prediction=self.prediction,
                 path=self.path,
+                times=self.times,
                 learn_sigma=self.learn_sigma,
                 alignment_depth=(size.alignment_depth if after_block is None else after_block) if aligned else 0,
                 alignment_width=token_width if aligned else 0,

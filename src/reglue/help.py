@@ -37,8 +37,8 @@ GROUPS = {
         sample.labels edit.steps edit.seed edit.labels perceive.steps perceive.seed perceive.labels""",
     "metrics": """feature-network resamples kernel-subsets kernel-subset-size measure-lpips measure-inception
         flat-limit evaluate.features evaluate.seed""",
-    "output": """out name features features-dtype dtype shard-size log-every evaluate-every checkpoint-every keep
-        preview-every preview-count preview-steps track""",
+    "output": """out to batch name features features-dtype dtype shard-size log-every evaluate-every checkpoint-every
+        keep preview-every preview-count preview-steps track""",
     "machine": """device workers precision compile deterministic shards prepare.batch-size reencode.batch-size
         sample.batch-size edit.batch-size evaluate.batch-size perceive.batch-size""",
 }

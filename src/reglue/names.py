@@ -13,6 +13,8 @@ FeatureKind = Literal["class-token", "patch-mean"]
 """What stands for an image: the class token after the final norm, or the mean of the last chosen layer's patches."""
 Weights = Literal["ema", "model"]
 """Of a checkpoint: the averaged ones, or those that are trained."""
+GraphPrecision = Literal["float32", "float16", "int8"]
+"""Of the weights of an exported run."""
 INCEPTION = "inception"
 """The name by which the network of FID is loaded from the internet, or from torch.hub's cache."""
 PAGE = "samples.html"

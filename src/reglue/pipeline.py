@@ -17,14 +17,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from reglue import graphs
 from reglue.config import YOUNG
 from reglue.diffusion.conditions import CLASS, Condition
 from reglue.diffusion.controls import Control, Controlled, Progress
 from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.guidance import Velocity, guided_velocity, hidden_modalities
+from reglue.diffusion.guidance import Velocity, guided_velocity, hidden_modalities, tensor_times
 from reglue.diffusion.modalities import LATENT, State, concatenate_states
 from reglue.diffusion.noise import drawn_ahead
 from reglue.diffusion.paths import PATHS
+from reglue.diffusion.predictions import PREDICTIONS
 from reglue.diffusion.samplers import (
     SAMPLERS,
     Start,
@@ -77,16 +79,24 @@ def load(
     record = RunRecord.read(folder)
     checkpoint = checkpoints.find(folder, step)
     file = checkpoints.weights_file(checkpoint, weights, option("weights"))
-    tensors = checkpoints.read_weights(file)
-    denoiser = Denoiser(record.denoiser)
-    try:
-        denoiser.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"{file} does not fit {folder / RECORD}: {' '.join(str(error).split())[:200]}") from None
+    as_graph = file.name == checkpoints.GRAPH
+    if as_graph:
+        denoiser, target = graphs.GraphDenoiser(record.denoiser, file), torch.device("cpu")
+    else:
+        tensors = checkpoints.read_weights(file)
+        denoiser = Denoiser(record.denoiser)
+        try:
+            denoiser.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UserError(f"{file} does not fit {folder / RECORD}: {' '.join(str(error).split())[:200]}") from None
+    if as_graph and autoencoder is None:
+        decodes: Autoencoder = graphs.GraphAutoencoder(record.autoencoder, folder / graphs.DECODER)
+    else:
+        decodes = decoder(record, target, autoencoder, folder)
     return ImageModel(
         record,
         denoiser.to(target),
-        decoder(record, target, autoencoder, folder),
+        decodes,
         folder,
         int(checkpoint.name),
         compile,
@@ -137,6 +147,11 @@ class ImageModel(Editor):
         return f"ImageModel({what}, step {self.step}, from {self.folder}, on {self.device})"
 
     @property
+    def is_graph(self) -> bool:
+        """Whether its networks are graphs of another runtime, which have the precision that they were exported in."""
+        return isinstance(self.denoiser, graphs.GraphDenoiser)
+
+    @property
     def device(self) -> torch.device:
         """Where the model lives."""
         return self.denoiser.positions.device
@@ -179,7 +194,7 @@ class ImageModel(Editor):
         return replace(
             sampling,
             state_precision=sampling.state_precision or SAMPLERS[sampling.sampler].state_precision,
-            precision=to_precision(sampling.precision, self.device),
+            precision="float32" if self.is_graph else to_precision(sampling.precision, self.device),
         )
 
     def _lacks_unconditional(self) -> str:
@@ -351,6 +366,8 @@ class ImageModel(Editor):
         name: str | None,
         half_precision: bool,
     ) -> Path:
+        if self.is_graph:
+            raise UserError(f"{self.folder} was exported to ONNX: save the run that it was made of")
         if self.weights != "ema":
             raise UserError(f"{option('weights')} {self.weights}: averaged weights are shared; load the run with ema")
         files, shown = [Path(report) for report in reports], Path(picture) if picture else None
@@ -480,6 +497,7 @@ class ImageModel(Editor):
             sampling.guidance,
             self._network(weaker, sampling.precision) if weaker else None,
             PATHS[config.path],
+            latest=PREDICTIONS[config.prediction].latest(PATHS[config.path]),
         )
 
     def _network(self, denoiser: Denoiser, precision: AutoPrecision) -> SamplingNetwork:
@@ -555,16 +573,20 @@ def from_noise(
     """
     assert sampling.state_precision is not None
     sampler, dtype = SAMPLERS[sampling.sampler], STATE_PRECISIONS[sampling.state_precision]
-    grid = times_of(sampling, Controlled(velocity, controls).discontinuities, start.time if start else 1.0, repeats)
-    times = [schedule.times(clock, shapes) for clock in grid]
+    begin = min(start.time if start else 1.0, velocity.latest)
+    edges = (*Controlled(velocity, controls).discontinuities, *schedule.edges)
+    grid = times_of(sampling, edges, begin, repeats)
+    times = [{n: min(t, velocity.latest) for n, t in schedule.times(clock, shapes).items()} for clock in grid]
     # The start, every return, and every step that does not end in data.
     draws = 1 + sum(b > a or (sampler.stochastic and b > 0) for a, b in pairwise(grid))
     with drawn_ahead(seed, indices, shapes, device, dtype, draws) as noise:
         state = next(noise)
         if start:
             data = {name: value.to(state[name]) for name, value in start.data.items()}
-            at = torch.full((len(indices),), start.time, dtype=dtype, device=device)
-            state, _ = velocity.path.interpolate(data, state, at)
+            state, _ = velocity.path.interpolate(data, state, tensor_times(times[0], state))
+        elif velocity.latest < 1:  # There, states have the variance of the path, for data of variance 1.
+            c = velocity.path.coefficients(torch.tensor(velocity.latest, dtype=torch.float64))
+            state = {name: x * (c.alpha.square() + c.sigma.square()).sqrt() for name, x in state.items()}
         return integrate(sampler.configured(vars(sampling)), velocity, state, times, controls, noise)
 
 

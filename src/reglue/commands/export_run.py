@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from reglue import graphs
 from reglue.config import Recipe
 from reglue.errors import UserError, option
-from reglue.files import replacing, save_tensors, to_json
+from reglue.files import new_folder, refuse_filled, replacing, save_tensors, to_json
 from reglue.locks import writes
 from reglue.options.export_run import ExportRun
+from reglue.pipeline import load
 from reglue.published.containers import RECORD, STEP
 from reglue.published.families import (
     ENCODER_DEPTH,
@@ -35,10 +37,12 @@ ENDINGS = (".safetensors", ".pt", ".pth")
 
 @writes()
 def export_run(options: ExportRun) -> Path:
-    """Export the run. Returns the file, which is written whole or not at all.
+    """Export the run. Returns the file or folder, which is written whole or not at all.
 
     Raises UserError for a run that the published class cannot be built for, and for another kind of file.
     """
+    if options.to == "onnx":
+        return export_graphs(options)
     if options.out.suffix not in ENDINGS:
         raise UserError(f"--out {options.out}: choose a file that ends in {', '.join(ENDINGS)}")
     folder = find_run(options.run)
@@ -65,6 +69,42 @@ def export_run(options: ExportRun) -> Path:
             others = published(trained) if trained.is_file() else asked
             torch.save({"model": others, "ema": asked, "args": arguments, "steps": step}, beside)
     print(f"{options.out}: {family} {record.recipe.model} of step {step}")
+    return options.out
+
+
+def export_graphs(options: ExportRun) -> Path:
+    """Write the run's networks as graphs into a new folder. Returns it.
+
+    Raises UserError if the folder holds other files, or what is needed is not installed.
+    """
+    refuse_filled(options.out)
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        graphs.needed(package)
+    model = load(options.run, step=options.step, device="cpu", encoder=options.encoder)
+    if model.is_graph:
+        raise UserError(f"{options.run} was exported to ONNX already; export the run that it was made of")
+    try:
+        encoder = model.image_encoder()
+    except UserError as error:
+        if options.encoder:
+            raise
+        encoder = None
+        print(f"no graph encodes images: {error}")
+    with new_folder(options.out) as beside:
+        without_places(model.record).write(beside)
+        described = graphs.write(
+            beside,
+            model.record,
+            model.denoiser,
+            model.autoencoder,
+            encoder,
+            model.step,
+            model.default_sampling,
+            options.precision,
+            options.batch,
+        )
+    for graph in described.graphs:
+        print(f"{options.out / graph.file}: {graph.bytes / 1e6:.1f} MB, {graph.difference:.1e} from PyTorch")
     return options.out
 
 

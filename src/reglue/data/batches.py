@@ -19,6 +19,9 @@ from reglue.diffusion.conditions import CLASS, CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.modalities import LATENT, Modality, Normalisation, State
 from reglue.diffusion.objective import TrainingSample
+from reglue.diffusion.paths import PATHS
+from reglue.diffusion.predictions import PREDICTIONS
+from reglue.diffusion.schedules import SCHEDULES
 from reglue.encoders.compressors import resize
 from reglue.errors import UserError, option
 from reglue.seeds import generator, normals, permutation
@@ -126,7 +129,8 @@ class HostBatch:
     condition: dict[str, Tensor]
     """See `TrainingSample`."""
     drawn: dict[str, Tensor]
-    """`time`, and what is kept of each modality that is dropped, under its name."""
+    """`time MODALITY` where they differ, else that of the latents, and what is kept of each modality that is dropped,
+    under its name."""
     copied: torch.cuda.Event | None = None
     """When a GPU has it, if `sent` is copying it there."""
 
@@ -177,7 +181,8 @@ class TrainingData:
         gpu = device.type == "cuda"
         self.store = Store(store.folder, store.manifest, pinned=True) if gpu else store
         self.recipe, self.config, self.seed, self.device = recipe, config, seed, device
-        self.shapes = config.shapes()
+        self.shapes, self.path = config.shapes(), PATHS[config.path]
+        self.schedule, self.prediction = SCHEDULES[config.times], PREDICTIONS[config.prediction]
         self.dropped_modalities = [modality for modality in config.modalities if modality.dropout]
         self.targets = alignment_targets(self.store, recipe, device) if config.alignment_width else None
         self.copies = torch.cuda.Stream(device) if gpu else None
@@ -205,11 +210,12 @@ class TrainingData:
         generators = [generator(self.seed, "training sample", position) for position in positions]
         # Of each sample: its time, whether its class is dropped, whether a modality is; then those of other parts.
         dropout = self.recipe.condition_dropout
-        draws = 2 + max(len(self.dropped_modalities), 1) + len(dropout) - 1
+        own = 2 + max(len(self.dropped_modalities), 1) + len(dropout) - 1
+        draws = own + self.schedule.draws - 1
         uniform = torch.from_numpy(np.stack([g.random(draws) for g in generators])).unbind(1)
         noise = normals(generators, {"posterior": self.shapes[LATENT], **self.shapes}, pinned=self.store.pinned)
 
-        of_conditions = (uniform[1], *uniform[len(uniform) - len(dropout) + 1 :])
+        of_conditions = (uniform[1], *uniform[own - len(dropout) + 1 : own])
         without_class = uniform[1] < dropout[CLASS]  # and so without any other: the branch that guidance asks for
         condition = {
             name: CONDITIONS[name].drop(
@@ -217,7 +223,10 @@ class TrainingData:
             )
             for (name, share), u in zip(dropout.items(), of_conditions, strict=True)
         }
-        drawn = {"time": shift_time(uniform[0], self.recipe.optimisation.time_shift).float()}
+        clock = shift_time(uniform[0], self.recipe.optimisation.time_shift)
+        times = self.schedule.training_times((clock, *uniform[own:]), self.shapes)
+        distinct = {id(t): self.prediction.training_time(t, self.path) for t in times.values()}
+        drawn = {f"time {name}": distinct[id(t)] for name, t in times.items() if len(distinct) > 1 or name == LATENT}
         drawn |= {m.name: u >= m.dropout for m, u in zip(self.dropped_modalities, uniform[2:], strict=False)}
         batch = HostBatch(
             columns={modality.name: self.store.read(modality.column, rows) for modality in self.config.modalities},
@@ -244,10 +253,11 @@ class TrainingData:
             if modality.kind == "map" and value.shape[2:] != self.config.grid:
                 value = resize(value, self.config.grid)
             state[modality.name] = value
+        times = {name: batch.drawn[key] for name in state if (key := f"time {name}") in batch.drawn}
         return TrainingSample(
             data=state,
             noise={name: batch.noise[name] for name in state},
-            time=batch.drawn["time"],
+            time=times if len(times) > 1 else times[LATENT],
             condition=batch.condition,
             alignment_target=self._target(self.targets.tokens(batch.target)) if self.targets else None,
             keep={modality.name: batch.drawn[modality.name] for modality in self.dropped_modalities},

@@ -45,7 +45,7 @@ class Controlled(Velocity):
 
     def __init__(self, inner: Velocity, controls: Sequence[Control]) -> None:
         self.inner, self.controls = inner, controls
-        self.path = inner.path
+        self.path, self.latest = inner.path, inner.latest
         edges = {*inner.discontinuities, *(edge for control in controls for edge in control.discontinuities)}
         self.discontinuities = tuple(sorted(edges))
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from reglue.diffusion.backbones import BACKBONES, BackboneSizes
 from reglue.diffusion.backbones.backbone import NORM_EPSILON
 from reglue.diffusion.conditions import CONDITIONS, Condition
-from reglue.diffusion.embeddings import TimeEmbedding, position_embedding
-from reglue.diffusion.modalities import State
+from reglue.diffusion.embeddings import TimeEmbedding, TimeOffsets, position_embedding
+from reglue.diffusion.modalities import LATENT, State, TensorTimes, times_of_each
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.predictions import PREDICTIONS
 from reglue.diffusion.specs import DenoiserConfig as DenoiserConfig
@@ -27,6 +27,9 @@ class Prediction(NamedTuple):
     tap: Tensor | None
     """Hidden tokens after the alignment block, (B, N, width): that of the class token first, where the model has one,
     then the patches. None if the model has no alignment."""
+    variance: State | None = None
+    """Of maps, where it is learned, in their shapes: w of log σ² = (w + 1)/2·log β + (1 − w)/2·log β̃ (IDDPM, arXiv
+    2102.09672, eq. 15)."""
 
 
 class DenoiserFunction(Protocol):
@@ -36,8 +39,8 @@ class DenoiserFunction(Protocol):
         """The condition that stands for none, (batch, …) each."""
         ...
 
-    def __call__(self, state: State, time: Tensor, condition: Condition) -> Prediction:
-        """`state` at `time` (B,) in [0, 1], given `condition` (B, …) each."""
+    def __call__(self, state: State, time: Tensor | TensorTimes, condition: Condition) -> Prediction:
+        """`state` at `time` (B,) in [0, 1], one or that of each modality, given `condition` (B, …) each."""
         ...
 
 
@@ -81,6 +84,8 @@ class Denoiser(nn.Module):
             torch.manual_seed(seed)  # type: ignore[reportUnknownMemberType], for what `initialise` leaves alone
             self.patches = nn.Conv2d(config.channels, width, config.patch, config.patch)
             self.time_embedding = TimeEmbedding(width)
+            apart = [m.name for m in config.modalities[1:]] if config.times != "shared" else []
+            self.time_offsets = TimeOffsets(width, apart, config.span)
             self.conditions = nn.ModuleDict(
                 {name: CONDITIONS[name].embedding(size, width) for name, size in config.conditions.items()}
             )
@@ -100,13 +105,19 @@ class Denoiser(nn.Module):
         device = self.positions.device
         return {name: CONDITIONS[name].null(size, batch).to(device) for name, size in self.config.conditions.items()}
 
-    def forward(self, state: State, time: Tensor, condition: Condition) -> Prediction:
-        """Velocities of `state` at `time` (B,) in [0, 1], given `condition` (B, …) each."""
-        config = self.config
-        tokens = self.patches(torch.cat([state[m.name] for m in config.maps], dim=1)).flatten(2).transpose(1, 2)
+    def forward(self, state: State, time: Tensor | TensorTimes, condition: Condition) -> Prediction:
+        """Velocities of `state` at `time` (B,) in [0, 1], given `condition` (B, …) each.
+
+        `time` is one for all modalities, or has that of each by name, and what is left to the end of a step as `SPAN`.
+        """
+        config, prediction, path = self.config, PREDICTIONS[self.config.prediction], PATHS[self.config.path]
+        times = times_of_each(time, state)
+        seen, known = prediction.network_input(state, times, path)
+        tokens = self.patches(torch.cat([seen[m.name] for m in config.maps], dim=1)).flatten(2).transpose(1, 2)
         if config.tokens:
-            tokens = torch.cat([*(self.tokens[m.name](state[m.name]) for m in config.tokens), tokens], dim=1)
-        time_embedding = self.time_embedding(time)
+            tokens = torch.cat([*(self.tokens[m.name](seen[m.name]) for m in config.tokens), tokens], dim=1)
+        time_embedding = self.time_embedding(known[LATENT])
+        time_embedding = self.time_offsets(time_embedding, known, self.time_embedding)
         embeddings = [embed(condition[name]) for name, embed in self.conditions.items()]
         if not embeddings:
             embeddings = [torch.zeros_like(time_embedding)]
@@ -114,12 +125,18 @@ class Denoiser(nn.Module):
         tokens, tap = self.backbone(tokens + self.positions, time_embedding, conditioning, config.alignment_depth)
 
         output: State = {m.name: self.token_velocities[m.name](tokens[:, i]) for i, m in enumerate(config.tokens)}
-        image = self.unpatchify(self.velocity(tokens[:, len(config.tokens) :]))
-        parts = image.tensor_split([*accumulate(m.channels for m in config.maps)], dim=1)  # The last is unused.
-        output |= {m.name: part for m, part in zip(config.maps, parts, strict=False)}
-        output = {name: output[name] for name in state}
-        velocity = PREDICTIONS[config.prediction].to_velocity(output, state, time, PATHS[config.path])
-        return Prediction(velocity, self._aligned(tap))
+        image, variance = self.unpatchify(self.velocity(tokens[:, len(config.tokens) :])), None
+        if config.learn_sigma:
+            image, second = image.chunk(2, dim=1)
+            variance = self._by_map(second) if prediction.learns_variance else None
+        output |= self._by_map(image)
+        velocity = prediction.to_velocity({name: output[name] for name in state}, state, times, path)
+        return Prediction(velocity, self._aligned(tap), variance)
+
+    def _by_map(self, image: Tensor) -> State:
+        """The channels (B, C, H, W) of all maps, map by map."""
+        parts = image.tensor_split([*accumulate(m.channels for m in self.config.maps[:-1])], dim=1)
+        return {m.name: part for m, part in zip(self.config.maps, parts, strict=True)}
 
     def _aligned(self, tap: Tensor | None) -> Tensor | None:
         """The hidden tokens that alignment pairs with the encoder's: without tokens that it knows nothing of."""
@@ -143,6 +160,7 @@ class Denoiser(nn.Module):
         """
         small = {self.time_embedding[0], self.time_embedding[2], *self.conditions.values()}
         zero = {self.velocity, *self.token_velocities.values(), *self.backbone.zero_layers()}
+        zero |= {*self.time_offsets.zero_layers()}
         for name, layer in self.named_modules():  # type: ignore[reportUnknownVariableType]
             if not isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding):
                 continue

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 FREQUENCIES = 256
+SPAN = "span"
+"""How far a step goes towards data, among the times that a denoiser is given."""
 MAX_PERIOD = 10_000.0
 
 
@@ -41,7 +44,7 @@ def time_features(t: Tensor) -> Tensor:
 
 
 class TimeEmbedding(nn.Sequential):
-    """Time (B,) in [0, 1] to (B, width)."""
+    """Time (B,) to (B, width); in [0, 1], unless the prediction counts it otherwise."""
 
     def __init__(self, width: int) -> None:
         super().__init__(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
@@ -52,3 +55,28 @@ class TimeEmbedding(nn.Sequential):
         for layer in self:
             x = layer(x)
         return x
+
+
+class TimeOffsets(nn.ModuleDict):
+    """What times besides that of the latents add to its embedding: 0 where all are the same, and untrained.
+
+    Σ A_m·(E(t_m) − E(t_z)) over the other modalities m, and E′(d) for the length d of a step (MeanFlow, arXiv
+    2505.13447), whose last layer begins at zero. A published network is this one with equal times and without lengths.
+    """
+
+    def __init__(self, width: int, names: Iterable[str], span: bool) -> None:
+        """`names` are the modalities that may have a time of their own."""
+        super().__init__({name: nn.Linear(width, width, bias=False) for name in names})
+        if span:
+            self[SPAN] = TimeEmbedding(width)
+
+    def zero_layers(self) -> Iterable[nn.Module]:
+        """The linear layers that begin at zero."""
+        return [layer[-1] if isinstance(layer, TimeEmbedding) else layer for layer in self.values()]
+
+    def forward(self, of_latents: Tensor, times: Mapping[str, Tensor], embed: nn.Module) -> Tensor:
+        """E(t_z) (B, width), the times (B,) by name, and E, to the embedding of all of them (B, width)."""
+        result = of_latents
+        for name, layer in self.items():
+            result = result + (layer(times[name]) if name == SPAN else layer(embed(times[name]) - of_latents))
+        return result

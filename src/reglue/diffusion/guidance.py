@@ -20,7 +20,16 @@ from torch import Tensor
 
 from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import DenoiserFunction
-from reglue.diffusion.modalities import LATENT, Modality, State, Times, batch_size, concatenate_states, split_state
+from reglue.diffusion.modalities import (
+    LATENT,
+    Modality,
+    State,
+    TensorTimes,
+    Times,
+    batch_size,
+    concatenate_states,
+    split_state,
+)
 from reglue.diffusion.paths import LINEAR, Path
 from reglue.diffusion.specs import Guidance as Guidance
 
@@ -32,10 +41,14 @@ class Velocity(ABC):
     """The interpolant, which scores and predictions of the data depend on."""
     discontinuities: tuple[float, ...] = ()
     """The clock's times at which the velocity is not continuous, strictly between 0 and 1."""
+    latest: float = 1.0
+    """The noisiest time that it knows, where samples begin."""
 
     @abstractmethod
     def __call__(self, state: State, times: Times, decided_at: Times | None = None) -> State:
         """dx/dt of `state` at `times`, in its shapes and precision.
+
+        `times` may have the length of the step as `SPAN`: then it is the mean of dx/dt over it, if the network knows.
 
         `decided_at` decides in place of `times` whether guidance applies, for a step is guided as a whole or not at
         all: it is where the step began in the published Heun sampler, and the step's middle where steps end at
@@ -184,9 +197,10 @@ class GuidedVelocity(Velocity):
         interval: tuple[float, float] = (0.0, 1.0),
         path: Path = LINEAR,
         dtype: torch.dtype = torch.float32,
+        latest: float = 1.0,
     ) -> None:
         self.denoiser, self.condition, self.guiders = denoiser, condition, guiders
-        self.interval, self.path, self.dtype = interval, path, dtype
+        self.interval, self.path, self.dtype, self.latest = interval, path, dtype, latest
         edges = tuple(edge for edge in sorted({*interval}) if 0 < edge < 1)
         self.discontinuities = edges if guiders else ()
 
@@ -212,13 +226,17 @@ class GuidedVelocity(Velocity):
             states, conditions = ([getattr(evaluations[i], part) for i in own] for part in ("state", "condition"))
             state = concatenate_states(states) if len(own) > 1 else states[0]
             condition = concatenate_states(conditions) if len(own) > 1 else conditions[0]
-            size = batch_size(state)
-            if len({*times.values()}) > 1:
-                raise ValueError("this denoiser takes one time for all modalities; use the schedule `shared`")
-            time = torch.full((size,), times[LATENT], dtype=self.dtype, device=state[LATENT].device)
-            velocities = split_state(network(state, time, condition).velocity, len(own))
+            velocities = split_state(network(state, tensor_times(times, state), condition).velocity, len(own))
             results |= dict(zip(own, velocities, strict=True))
         return [results[i] for i in range(len(evaluations))]
+
+
+def tensor_times(times: Times, state: State) -> Tensor | TensorTimes:
+    """Times for a network: one (B,) float64 where all modalities have the same, else one for each name."""
+    size, device = batch_size(state), state[LATENT].device
+    distinct = {t: torch.full((size,), t, dtype=torch.float64, device=device) for t in {*times.values()}}
+    each = {name: distinct[t] for name, t in times.items()}
+    return each[LATENT] if len(distinct) == 1 and each.keys() == state.keys() else each
 
 
 def guided_velocity(
@@ -229,6 +247,7 @@ def guided_velocity(
     weaker: DenoiserFunction | None = None,
     path: Path = LINEAR,
     dtype: torch.dtype = torch.float32,
+    latest: float = 1.0,
 ) -> GuidedVelocity:
     """The velocity function of a denoiser under a condition (B, …), with every registered guidance that is asked for.
 
@@ -238,4 +257,4 @@ def guided_velocity(
         raise ValueError(f"guider {', '.join(sorted(unknown))} is unknown; registered are {', '.join(GUIDERS)}")
     model = Guided(denoiser, condition, modalities, weaker)
     built = [build(guidance, model) for build in GUIDERS.values()]
-    return GuidedVelocity(denoiser, condition, [g for g in built if g], guidance.interval, path, dtype)
+    return GuidedVelocity(denoiser, condition, [g for g in built if g], guidance.interval, path, dtype, latest)

@@ -6,7 +6,7 @@ modality, and a new one is a value of `Modality`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ from reglue.diffusion.specs import Normalisation as Normalisation
 State = dict[str, Tensor]
 Times = Mapping[str, float]
 """The time of each modality in a sampler: 0 is data, 1 is noise."""
+TensorTimes = Mapping[str, Tensor]
+"""That of each modality and sample, (B,) each."""
+
+
+def times_of_each(time: Tensor | TensorTimes, names: Iterable[str]) -> TensorTimes:
+    """One time (B,) for all modalities, or one for each, as one for each."""
+    return dict.fromkeys(names, time) if isinstance(time, Tensor) else time
 
 
 def concatenate_states(states: list[State]) -> State:

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import Denoiser
-from reglue.diffusion.modalities import State, expand_as
+from reglue.diffusion.modalities import State, TensorTimes, expand_as, times_of_each
 from reglue.diffusion.paths import Path
+from reglue.diffusion.predictions import PREDICTIONS
 
 ALIGNMENT = "alignment"
 
@@ -24,8 +25,8 @@ class TrainingSample:
     """The state at t = 0."""
     noise: State
     """ε in the same shapes."""
-    time: Tensor
-    """(B,) in [0, 1]."""
+    time: Tensor | TensorTimes
+    """(B,) in [0, 1]: one for all modalities, or that of each."""
     condition: Condition
     """(B, …) each, what is dropped already replaced by its null."""
     alignment_target: Tensor | None = None
@@ -47,14 +48,17 @@ def alignment_loss(projection: Tensor, target: Tensor) -> Tensor:
 def loss_terms(denoiser: Denoiser, path: Path, sample: TrainingSample) -> dict[str, Tensor]:
     """The unweighted terms of the loss as scalars: one per modality, and `alignment` if the sample has targets.
 
-    Where a modality is hidden, the model sees zeros in its place and is not asked for its velocity, which cannot be
-    predicted from nothing.
+    A term is the squared error of the velocity, or of the noise where the network predicts that. Where a modality is
+    hidden, the model sees zeros in its place and is not asked for its velocity, which cannot be predicted from nothing.
     """
     noisy, velocity = path.interpolate(sample.data, sample.noise, sample.time)
     for name, keep in sample.keep.items():
         noisy[name] = noisy[name] * expand_as(keep, noisy[name])
     prediction = denoiser(noisy, sample.time, sample.condition)
     losses = velocity_losses(prediction.velocity, velocity)
+    for name, t in times_of_each(sample.time, losses).items():
+        if (weight := PREDICTIONS[denoiser.config.prediction].weight(t, path)) is not None:
+            losses[name] = losses[name] * weight.to(losses[name].dtype)
     terms = {name: (loss * sample.keep[name] if name in sample.keep else loss).mean() for name, loss in losses.items()}
     if sample.alignment_target is not None:
         terms[ALIGNMENT] = alignment_loss(denoiser.projector(prediction.tap), sample.alignment_target)

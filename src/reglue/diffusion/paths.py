@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reglue.diffusion.modalities import State, expand_as
+from reglue.diffusion.modalities import State, TensorTimes, expand_as, times_of_each
 from reglue.diffusion.specs import PathName as PathName
 
 
@@ -29,18 +29,23 @@ class Path(ABC):
     def coefficients(self, t: Tensor) -> Coefficients:
         """The coefficients at the times t in [0, 1]."""
 
-    def interpolate(self, data: State, noise: State, t: Tensor) -> tuple[State, State]:
-        """Noisy states and their velocities for times t (B,).
+    def interpolate(self, data: State, noise: State, t: Tensor | TensorTimes) -> tuple[State, State]:
+        """Noisy states and their velocities for times t (B,), one for all modalities or one for each.
 
         Returns (x_t, v) with x_t = α x + σ ε and v = α' x + σ' ε, all in the shapes of `data`.
         """
         states: State = {}
         velocities: State = {}
+        times = times_of_each(t, data)
         for name, x in data.items():
-            c = self.coefficients(expand_as(t, x))
+            c = Coefficients(*(expand_as(part.to(x.dtype), x) for part in self.coefficients(times[name])))
             states[name] = c.alpha * x + c.sigma * noise[name]
             velocities[name] = c.d_alpha * x + c.d_sigma * noise[name]
         return states, velocities
+
+    @abstractmethod
+    def time_of(self, ratio: Tensor) -> Tensor:
+        """The time t at which σ_t/α_t is a ratio of at least 0."""
 
     def returned(self, x: Tensor, t: Tensor, earlier: Tensor, noise: Tensor) -> Tensor:
         """What x at time t may have come from at a time that is nearer to noise, t < t′ (RePaint, arXiv 2201.09865).
@@ -73,6 +78,10 @@ class LinearPath(Path):
         one = torch.ones_like(t)
         return Coefficients(1 - t, t, -one, one)
 
+    def time_of(self, ratio: Tensor) -> Tensor:
+        """See `Path.time_of`."""
+        return ratio / (1 + ratio)
+
 
 class CosinePath(Path):
     """α = cos(πt/2), σ = sin(πt/2)."""
@@ -82,6 +91,10 @@ class CosinePath(Path):
         angle = t * (pi / 2)
         cos, sin = torch.cos(angle), torch.sin(angle)
         return Coefficients(cos, sin, -pi / 2 * sin, pi / 2 * cos)
+
+    def time_of(self, ratio: Tensor) -> Tensor:
+        """See `Path.time_of`."""
+        return torch.atan(ratio) * (2 / pi)
 
 
 LINEAR = LinearPath()

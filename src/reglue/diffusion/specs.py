@@ -24,7 +24,7 @@ OWN_PARTS = {
     "backbones.BACKBONES": ("sit",),
     "conditions.CONDITIONS": (CLASS,),
     "guidance.GUIDERS": ("classifier-free", "representation", "auto"),
-    "predictions.PREDICTIONS": ("velocity",),
+    "predictions.PREDICTIONS": ("velocity", "data", "noise", "noise-sd"),
     "samplers.SAMPLERS": ("euler", "heun", "euler-maruyama", "adams-bashforth", "dopri5"),
     "schedules.SCHEDULES": ("shared",),
 }
@@ -110,8 +110,13 @@ class DenoiserConfig:
     backbone: str = "sit"
     prediction: str = "velocity"
     path: PathName = "linear"
+    times: str = "shared"
+    """The schedule of the modalities' times; all but `shared` give each an embedding of its own."""
+    span: bool = False
+    """Whether the network is told how far a step goes, and predicts the mean velocity of it (MeanFlow)."""
     learn_sigma: bool = False
-    """Twice the output channels, the second half unused: SiT's published checkpoints are so."""
+    """Twice the output channels: the second half is a learned variance where noise is predicted (DiT), and unused
+    elsewhere (SiT's published checkpoints are so)."""
     alignment_depth: int = 0
     """The block, counted from 1, after which tokens are aligned with the vision encoder; 0: no alignment."""
     alignment_width: int = 0
@@ -146,6 +151,7 @@ class DenoiserConfig:
         for kind, name, table in (
             ("backbone", self.backbone, "backbones.BACKBONES"),
             ("prediction", self.prediction, "predictions.PREDICTIONS"),
+            ("schedule", self.times, "schedules.SCHEDULES"),
             *(("condition", name, "conditions.CONDITIONS") for name in self.conditions),
         ):
             if name not in (known := registered(table)):

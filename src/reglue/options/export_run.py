@@ -4,25 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
-from reglue.errors import UserError, require
+from reglue.errors import UserError, option, require
 from reglue.files import TakesPaths
-from reglue.names import Weights
+from reglue.names import GraphPrecision, Weights
+
+Target = Literal["published", "onnx"]
 
 
 @dataclass(frozen=True)
 class ExportRun(TakesPaths):
-    """Write a run's weights under the names, and in the time convention, of SiT's, REPA's, ReDi's, REG's or REGLUE's
-    code."""
+    """Write a run for other programs: its weights for the published code of its method, or its networks as graphs."""
 
     run: Positional[Path]
     """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
     out: Path
-    """File to write. A .safetensors file holds the weights; a .pt or .pth file {ema, model, args, steps}, as the
-    published code reads it. Published samplers take the path as an option. For `reglue import` the run's record goes
-    with them, in the metadata or the args: it names the classes, and the autoencoder with its folder."""
+    """With --to onnx a folder, which `reglue sample` takes. Else a file: .safetensors holds the weights, .pt or .pth
+    {ema, model, args, steps}, as the published code reads it. Published samplers take the path as an option. For
+    `reglue import` the run's record goes with them, in the metadata or the args: it names the classes, and the
+    autoencoder with its folder."""
+    to: Target = "published"
+    """published: the weights, under the names and in the time convention of SiT's, REPA's, ReDi's, REG's or REGLUE's
+    code. onnx: the denoiser, the decoder and what encodes images as graphs, for ONNX Runtime, also in a browser."""
+    precision: GraphPrecision = "float32"
+    """Of graphs. float16: half the size. int8: weights of matrix products in 8 bits, a quarter of the size."""
+    batch: int | None = None
+    """Number of images that graphs take at a time, for runtimes that want it fixed. Default: any."""
+    encoder: str | None = None
+    """Where the run's vision encoder is now, for the graph that encodes images."""
     step: int | None = None
     """Checkpoint to export; the last one if not given."""
     weights: Weights = "ema"
@@ -33,5 +45,14 @@ class ExportRun(TakesPaths):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "step", at_least=0)
-        if self.weights != "ema" and self.out.suffix != ".safetensors":
+        require(self, "batch", at_least=1)
+        if self.to == "published":
+            for name in ("precision", "batch", "encoder"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise UserError(f"{option(name)} {getattr(self, name)} is for --to onnx; leave it out")
+        elif self.weights != "ema":
+            raise UserError("--weights model is for published .safetensors files; leave it out")
+        elif self.out.suffix:
+            raise UserError(f"--out {self.out}: --to onnx makes a folder; choose a name without {self.out.suffix}")
+        elif self.weights != "ema" and self.out.suffix != ".safetensors":
             raise UserError(f"--weights {self.weights} is for .safetensors files, since others hold both; leave it out")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reglue.config import Compile
 from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import Denoiser, Prediction
-from reglue.diffusion.modalities import State
+from reglue.diffusion.modalities import State, TensorTimes
 from reglue.machine import multiplies_bfloat16_faster
 from reglue.sampling import AutoPrecision, Precision
 from reglue.training import distributed
@@ -141,14 +141,14 @@ class SamplingNetwork:
         device = denoiser.positions.device
         network = with_products_in(denoiser, torch.bfloat16) if precision == "bfloat16" else denoiser
 
-        def velocity(state: State, time: Tensor, condition: Condition) -> State:
+        def velocity(state: State, time: Tensor | TensorTimes, condition: Condition) -> State:
             with autocast(device, precision):
                 return network(state, time, condition).velocity
 
         self._products = partial(matmul_precision, device, precision)
         self._velocity = compiled_for_shapes(velocity, device) if compiled else velocity
 
-    def __call__(self, state: State, time: Tensor, condition: Condition) -> Prediction:
+    def __call__(self, state: State, time: Tensor | TensorTimes, condition: Condition) -> Prediction:
         """See `diffusion.denoiser.DenoiserFunction`."""
         with self._products():
             return Prediction(self._velocity(state, time, condition), None)

@@ -1,0 +1,113 @@
+"""Runs as ONNX graphs: what they compute, in the real runtime, is what PyTorch computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import reglue
+from reglue.cli import parse
+from reglue.commands.export_run import export_run
+from reglue.commands.sample import sample
+from reglue.errors import UserError
+from reglue.graphs import FlatDenoiser, Graph, as_float16, as_int8, distance
+
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+SHORT = {"steps": 3, "sampler": "heun", "precision": "float32"}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "graphs"
+    export_run(parse(["export", str(tiny_run), "--to", "onnx", "--out", str(out)]))
+    return out
+
+
+def test_the_same_seeds_are_the_same_images(exported: Path, tiny_run: Path, tmp_path: Path) -> None:
+    graph, run = reglue.load(exported), reglue.load(tiny_run, device="cpu")
+    ours, theirs = (
+        model.generate([0, 1, 2], seed=1, output="tensor", guidance_scale=2.0, batch_size=2, **SHORT).int()
+        for model in (run, graph)
+    )
+    assert (ours - theirs).abs().max() <= 1
+    sample(parse(["sample", str(exported), "--out", str(tmp_path / "drawn"), "--count=2", "--steps=2"]))
+    assert len([*(tmp_path / "drawn").glob("*.png")]) == 2
+    protocol = json.loads((tmp_path / "drawn" / "samples.json").read_text())
+    assert protocol["sampling"]["precision"] == "float32", "that of the graph, whatever suits the processor"
+
+
+def test_an_image_is_encoded_as_by_the_run(exported: Path, tiny_run: Path) -> None:
+    model = reglue.load(tiny_run, device="cpu")
+    pixels = torch.randint(0, 256, (3, 3, *model.record.resolution), dtype=torch.uint8)
+    session = onnxruntime.InferenceSession(str(exported / "encoder.onnx"))
+    found = dict(
+        zip([o.name for o in session.get_outputs()], session.run(None, {"pixels": pixels.numpy()}), strict=True)
+    )
+    expected = model.image_encoder().encode(pixels)
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(torch.from_numpy(found[name]), value, rtol=1e-3, atol=1e-3)
+
+
+def test_what_a_runtime_needs_is_described(exported: Path, tiny_run: Path) -> None:
+    described = json.loads((exported / "graphs.json").read_text())
+    model = reglue.load(tiny_run, device="cpu")
+    shapes = {each["name"]: tuple(each["shape"]) for each in described["modalities"]}
+    assert shapes == model.record.denoiser.shapes()
+    assert described["sampling"]["sampler"] == model.default_sampling.sampler
+    for graph in described["graphs"]:
+        assert (exported / graph["file"]).stat().st_size == graph["bytes"]
+        assert graph["difference"] < 1e-4
+
+
+@pytest.mark.parametrize(("shrink", "share", "bound"), [(as_float16, 0.8, 0.01), (as_int8, 0.8, 0.2)])
+def test_smaller_weights_are_nearly_the_same(
+    shrink: Callable[[Path], None], share: float, bound: float, exported: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    (file,) = copy.rglob("denoiser.onnx")
+    size = file.stat().st_size
+    shrink(file)
+    assert file.stat().st_size < share * size
+    denoiser = FlatDenoiser(reglue.load(tiny_run, device="cpu").denoiser)
+    example = denoiser.example(3)
+    found = Graph(file)(**dict(zip(denoiser.inputs, example, strict=True)))
+    assert 0 < distance([found[name] for name in denoiser.outputs], denoiser(*example)) < bound
+    assert reglue.load(copy).generate([0, 1], output="tensor", **SHORT).shape == (2, 3, 16, 16)
+
+
+def test_a_graph_is_not_exported_again_nor_trained_on(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="was exported to ONNX already; export the run that it was made of"):
+        export_run(parse(["export", str(exported), "--to", "onnx", "--out", str(tmp_path / "again")]))
+    with pytest.raises(UserError, match="was exported to ONNX: save the run that it was made of"):
+        reglue.load(exported).save(tmp_path / "saved")
+
+
+def test_a_damaged_graph_is_named(exported: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    (file,) = copy.rglob("denoiser.onnx")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"denoiser\.onnx cannot be read .*; export the run again"):
+        reglue.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out=a.pt", "--precision=int8"], "precision int8 is for --to onnx; leave it out"),
+        (["--out=a.pt", "--batch=2"], "batch 2 is for --to onnx; leave it out"),
+        (["--out=a.onnx", "--to=onnx"], "--to onnx makes a folder; choose a name without .onnx"),
+        (["--out=a", "--to=onnx", "--weights=model"], "--weights model is for published .safetensors files"),
+        (["--out=a", "--to=onnx", "--batch=0"], "batch 0: choose at least 1"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(["export", "run", *arguments])
