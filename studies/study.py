@@ -111,6 +111,7 @@ class Arm:
         return f"{self.run or self.name}-seed-{self.seed}"
 
 
+SIT = Arm("sit", "sit", "33.0")
 REGLUE = "reglue --local.compressor conv-16"
 GRIDS = {
     ("euler-maruyama", 1): (250, 80, 40, 20, 10),
@@ -125,7 +126,7 @@ WHICH = {"all": "", "map": "--cls-scale 1", "token": "--local-scale 1", "latents
 """What is guided besides the latents."""
 QUESTIONS = {
     "convergence": [
-        Arm("sit", "sit", "33.0"),
+        SIT,
         Arm("reglue", REGLUE, "12.9"),
         Arm("repa", "repa", "24.4"),
         Arm("redi", "redi --local.compressor pca-8-last --local.unit-variance", "21.4"),
@@ -140,6 +141,7 @@ QUESTIONS = {
         Arm("no-token", f"{REGLUE} --class-token.weight 0"),
         Arm("time-shift-3", f"{REGLUE} --optimisation.time-shift 3"),
     ],
+    "reals": [SIT, Arm("dit", "dit --learn-sigma", sample="--sampler ddpm")],  # in the space of --prepare
     "guidance": [
         Arm(f"guided-{s}-{n}", REGLUE, "", f"--guidance-scale {s} --guidance-interval 0 0.9 {other}", "reglue")
         for s in ("1.5", "2", "2.8")
@@ -159,7 +161,7 @@ class Options:
     """What is asked, of which images, and how. Options of the commands, as in --train="--model B/2", come last."""
 
     questions: Positional[tuple[str, ...]]
-    """Of convergence, changes, guidance, samplers."""
+    """Of convergence, changes, reals, guidance, samplers."""
     work: Path = Path("study")
     """Folder of the study: new, or one to continue."""
     images: Path | None = None

@@ -20,7 +20,7 @@ from pathlib import Path
 SERVER = multiprocessing.get_context("forkserver")
 COMMANDS = (
     *("autoencode", "compress", "edit", "evaluate", "perceive", "prepare", "probe", "prototypes", "sample", "train"),
-    "verify",
+    *("synthesise", "verify"),
 )
 SERVER.set_forkserver_preload(
     [*(f"reglue.commands.{name}" for name in COMMANDS), "diffusers.models.autoencoders.autoencoder_kl", "timm.models"]

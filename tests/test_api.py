@@ -16,6 +16,7 @@ from PIL import Image
 
 import reglue
 from reglue.cli import COMMANDS
+from reglue.diffusion.samplers import SAMPLERS
 from reglue.errors import UserError
 from reglue.pipeline import GenerateOptions, ImageModel
 from reglue.sampling import Sampling, SamplingChanges
@@ -35,7 +36,7 @@ def test_every_public_name_is_there() -> None:
     for name in reglue.__all__:
         assert getattr(reglue, name) is not None
     assert set(reglue.__all__) <= set(dir(reglue))
-    assert set(reglue.recipes) == {"sit", "repa", "redi", "reg", "reglue"}
+    assert set(reglue.recipes) == {"sit", "dit", "repa", "redi", "reg", "reglue"}
     with pytest.raises(AttributeError, match="'trian'"):
         reglue.trian  # type: ignore[attr-defined]  # noqa: B018
     assert not hasattr(reglue, "functions_of_others")
@@ -122,7 +123,7 @@ def test_numbers_are_indices_and_text_is_a_name_first(model: reglue.ImageModel) 
         ({"classes": [3]}, "choose 0 to 2"),
         ({"classes": [0, 1], "count": 3}, "count 3, but 2 classes"),
         ({"count": -1}, "count -1"),
-        ({"classes": 0, "sampler": "dopri"}, "choose euler, heun, euler-maruyama, adams-bashforth, dopri5"),
+        ({"classes": 0, "sampler": "dopri"}, f"choose {', '.join(SAMPLERS)}"),
         ({"classes": 0, "state_precision": "float16"}, "state_precision float16: choose float32, float64"),
         ({"classes": 0, "precision": "int8"}, "precision int8: choose auto, float32, tf32, bfloat16"),
         ({"classes": 0, "time_shift": -1.0}, "time_shift -1.0: choose more than 0"),

@@ -7,6 +7,7 @@ import pytest
 from reglue.config import Alignment, ClassToken, LocalSemantics, OtherModality, Part, Recipe, model_size
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import Modality
+from reglue.diffusion.samplers import SAMPLERS
 from reglue.errors import UserError
 from reglue.overrides import field_docstrings
 from reglue.papers import PAPERS, RECIPES
@@ -31,6 +32,9 @@ def modalities(recipe: Recipe, **channels: int) -> tuple[Modality, ...]:
     [
         ("sit", "B/2", 130_512_416, 130_512_416),
         ("sit", "XL/2", 675_129_632, 675_129_632),
+        ("dit", "S/2", 32_963_360, 32_963_360),
+        ("dit", "L/2", 458_102_816, 458_102_816),
+        ("dit", "12x768x12/4", 130_475_648, 130_475_648),
         ("repa", "B/2", 137_845_008, 130_500_112),
         ("repa", "XL/2", 683_242_512, 675_111_184),
         ("redi", "B/2", 130_549_296, 130_549_296),
@@ -147,7 +151,7 @@ def test_sampling_is_changed_by_what_is_given() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampler": "midpoint"}, "sampler midpoint: choose euler, heun, euler-maruyama, adams-bashforth, dopri5"),
+        ({"sampler": "midpoint"}, f"sampler midpoint: choose {', '.join(SAMPLERS)}"),
         ({"rounding": "up"}, "rounding up: choose truncate, round"),
         ({"guiders": {"mine": 1.0}}, "guider mine: none is registered"),
         ({"guiders": {"auto": 2.0}}, "guider auto: none is registered"),

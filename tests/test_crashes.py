@@ -65,6 +65,7 @@ class Inputs:
     bare: Path
     """A store without compressors."""
     head: Path
+    segmenter: Path
     pictures: list[Path]
     masks: Path
     exported: Path
@@ -83,6 +84,9 @@ def inputs(
     export_run(parse(["export", str(tiny_run), "--out", str(folder / "exported.safetensors")]))
     heads = [str(tiny_store), "--out", str(folder / "head"), "--layers=all", "--steps=2", "--device=cpu"]
     train_head(parse(["head", *heads]))
+    masks = draw_masks(folder / "masks", tiny_images)
+    heads = [str(tiny_store), "--out", str(folder / "segmenter"), "--layers=all", "--steps=2", "--device=cpu"]
+    train_head(parse(["head", *heads, "--masks", str(masks)]))
     prepare(
         Prepare(
             tiny_images, folder / "bare", 16, tiny_autoencoder, tiny_encoder, features=True, workers=0, device="cpu"
@@ -96,8 +100,9 @@ def inputs(
         run=tiny_run,
         bare=folder / "bare",
         head=folder / "head",
+        segmenter=folder / "segmenter",
         pictures=[next((tiny_images / name).iterdir()) for name in ("circle", "square")],
-        masks=draw_masks(folder / "masks", tiny_images),
+        masks=masks,
         exported=folder / "exported.safetensors",
     )
 
@@ -133,6 +138,10 @@ COMMANDS: dict[str, Line] = {
     "probe": lambda i, out: ["probe", i.store, "--out", out, "--columns", "cls", "latent", "--steps=2", "--device=cpu"],
     "head": lambda i, out: ["head", i.store, "--out", out, "--layers=all", "--steps=2", "--device=cpu"],
     "perceive": lambda i, out: ["perceive", i.run, "--out", out, "--count=2", "--head", i.head, "--steps=1"],
+    "synthesise": lambda i, out: [
+        *("synthesise", i.run, "--out", out, "--head", i.segmenter, "--count=3", "--batch-size=2", "--steps=1"),
+        *("--agreement=0.01", "--format=coco", "--device=cpu"),
+    ],
     "import": lambda i, out: ["import", i.exported, "--out", out, f"--autoencoder={i.autoencoder}"],
     "export": lambda i, out: ["export", i.run, "--out", out / "weights.safetensors"],
 }

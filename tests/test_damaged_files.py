@@ -30,7 +30,9 @@ from reglue.commands.evaluate import Evaluate, evaluate
 from reglue.commands.probe import Probe, probe
 from reglue.commands.prototypes import MakePrototypes, prototypes
 from reglue.commands.sample import Sample, sample
-from reglue.commands.train_head import HeadRecord
+from reglue.commands.synthesise import Synthesise, read_rows, synthesise
+from reglue.commands.synthesise import read_record as read_dataset
+from reglue.commands.train_head import HeadRecord, train_head
 from reglue.commands.verify import Verify, verify
 from reglue.contact_sheet import read_hashes
 from reglue.data.manifest import MANIFEST, PARTIAL, Contents, read_manifest
@@ -121,6 +123,15 @@ def tiny_looks(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path, tiny_
     folder = tmp_path_factory.mktemp("looks")
     prototypes(MakePrototypes(tiny_store, draw_masks(folder / "masks", tiny_images), folder / "out", "local.pca-4"))
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path, tiny_store: Path, tiny_images: Path) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    line = ["head", str(tiny_store), "--masks", str(draw_masks(folder / "masks", tiny_images)), "--layers=all"]
+    train_head(parse([*line, "--out", str(folder / "head"), "--steps=2", "--device=cpu"]))
+    drawn = Synthesise(tiny_run, folder / "out", 3, head=folder / "head", agreement=0.01, steps=1, device="cpu")
+    return synthesise(drawn)
 
 
 @pytest.fixture(scope="session")
@@ -242,6 +253,9 @@ READERS: list[tuple[str, str, Read]] = [
     ("tiny_samples", "samples.csv", lambda folder, _: verify(Verify(folder)) and read_hashes(folder)),
     ("tiny_edits", "edits.json", lambda folder, _: read_record(folder)),
     ("tiny_looks", "prototypes.*", read_looks),
+    ("tiny_dataset", "dataset.json", lambda folder, _: read_dataset(folder)),
+    ("tiny_dataset", "drawn.jsonl", lambda folder, _: read_rows(folder)),
+    ("tiny_dataset", "annotations.json", lambda folder, _: verify(Verify(folder)) and "whole"),
     ("tiny_probe", "report.json", lambda _, file: read_json(file, ProbeReport, "delete it")),
 ]
 
@@ -484,7 +498,7 @@ def test_values_of_another_type_are_one_line_too(damageable: Iterator[tuple[Path
         put_back(file, content)
 
 
-VERIFIED = ["tiny_store", "tiny_run", "tiny_head", "aligned_autoencoder", "tiny_samples", "starter"]
+VERIFIED = ["tiny_store", "tiny_run", "tiny_head", "aligned_autoencoder", "tiny_samples", "tiny_dataset", "starter"]
 
 
 @pytest.mark.parametrize("fixture", VERIFIED)

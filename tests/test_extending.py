@@ -291,7 +291,7 @@ def test_a_run_names_the_part_that_is_not_registered(parts: object, tiny_store: 
     run = train(tiny(backbone="plain"), tiny_store, tmp_path / "run")
     plain = BACKBONES.pop("plain")
     try:
-        with pytest.raises(UserError, match=r"names a part that is not here: backbone plain: choose sit; import"):
+        with pytest.raises(UserError, match=r"not here: backbone plain: choose sit, lightning, uvit; import"):
             reglue.load(run, device="cpu")
     finally:
         BACKBONES["plain"] = plain

@@ -32,6 +32,7 @@ FORMS = {
     "export": ["a", "--out", "b"],
     "verify": ["a"],
     "edit": ["a", "b", "--out", "c"],
+    "synthesise": ["a", "--out", "b", "--head", "c"],
     "prototypes": ["a", "--masks", "b", "--out", "c"],
     "demo": [],
 }

@@ -120,6 +120,11 @@ COMMANDS = {
         "Apply heads to generated latents, beside the decoded images.",
         "perceive run --head head --out seen",
     ),
+    "synthesise": Command(
+        "reglue.options.synthesise:Synthesise",
+        "Draw images with masks and boxes: a data set for others to learn from.",
+        "synthesise run --head head --out dataset --count 1000 --format coco",
+    ),
     "import": Command(
         "reglue.options.import_run:ImportRun",
         "Turn a published checkpoint into a run.",
@@ -305,7 +310,8 @@ def overview() -> str:
 
 def recipes(titles: dict[str, str]) -> str:
     """The help of `reglue train` without a recipe."""
-    lines = [f"  {name:<9}{title}" for name, title in titles.items()]
+    width = max(map(len, titles)) + 2
+    lines = [f"  {name:<{width}}{title}" for name, title in titles.items()]
     example = COMMANDS["train"].example.replace("{recipe}", "reglue")
     return "\n".join(
         [

@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
-from reglue.diffusion.specs import CLASS, LATENT, DenoiserConfig, Modality, Normalisation, PathName, registered
+from reglue.diffusion.schedules import Schedule, schedule_of
+from reglue.diffusion.specs import (
+    CLASS,
+    LATENT,
+    Blocks,
+    DenoiserConfig,
+    Modality,
+    Normalisation,
+    PathName,
+    ProjectorKind,
+    registered,
+)
 from reglue.errors import UserError, option, require
 from reglue.sampling import AutoPrecision, Precision, Sampling, refuse_unknown
 
 Compile = Literal["auto", "no", "blocks", "model"]
 EmaWarmup = Literal["auto", "yes", "no"]
+TimeDistribution = Literal["uniform", "logit-normal"]
 
 FORGOTTEN, YOUNG = 0.01, 0.03
 """Shares of a moving average that the weights it began with hold: so little is nothing, and so much shows in images."""
@@ -43,16 +55,21 @@ MODEL_SIZES = {
     "L/2": ModelSize(24, 1024, 16, 2, 8),
     "XL/2": ModelSize(28, 1152, 16, 2, 8),
 }
+PATCHES = ("1", "4", "8")
+"""Sides of patches that the sizes of a letter were published with, besides 2."""
 
 
 def model_size(name: str) -> ModelSize:
     """The sizes behind `B/2`, `evening` or an explicit `DEPTHxWIDTHxHEADS/PATCH`, such as `8x192x6/2`.
 
-    An explicit size is aligned after a third of its blocks, as the published ones are (rounded up). Raises UserError
-    for an unknown name.
+    Those of a letter have patches of 1, 4 and 8 too. An explicit size is aligned after a third of its blocks, as the
+    published ones are (rounded up). Raises UserError for an unknown name.
     """
     if name in MODEL_SIZES:
         return MODEL_SIZES[name]
+    letter, _, patch = name.partition("/")
+    if f"{letter}/2" in MODEL_SIZES and patch in PATCHES:
+        return replace(MODEL_SIZES[f"{letter}/2"], patch=int(patch))
     if match := re.fullmatch(r"(\d+)x(\d+)x(\d+)/(\d+)", name):
         depth, width, heads, patch = map(int, match.groups())
         if min(depth, width, heads, patch) > 0:
@@ -184,9 +201,8 @@ class ClassToken(LearnedPart):
         return "cls" if self.compressor is None else f"cls.{self.compressor}"
 
 
-RESERVED = frozenset(
-    ("alignment", "gradient_norm", "images_per_second", "learning_rate", "loss", "posterior", "step", "time", "type")
-)
+RESERVED = frozenset({"alignment", "cosine", "gradient_norm", "images_per_second", "learning_rate", "loss"})
+RESERVED |= {"posterior", "step", "time", "type", "variance"}
 """Names that logs, batches and modules use for other things."""
 
 
@@ -232,6 +248,12 @@ class Alignment(Part):
     """Block after which hidden tokens are aligned, counted from 1. Default: the published one for the model's size."""
     hidden: int = 2048
     """Hidden width of the projector."""
+    projector: ProjectorKind = "mlp"
+    """From hidden tokens to the encoder's: mlp, three layers for every token by itself; convolution, one of 3×3 over
+    the patches (iREPA, arXiv 2512.10794)."""
+    spatial_norm: float | None = None
+    """Subtract so much of their mean over an image's patches from the targets, and divide by their standard deviation
+    over the patches: iREPA's is 0.6. Default: the encoder's tokens as they are."""
     targets: Literal["cached", "decoded", "online"] = "cached"
     """cached: features from the store (--features). decoded: features decoded from the compressor's codes in the store.
     online: computed from the images in every step."""
@@ -241,11 +263,30 @@ class Alignment(Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "after_block", "hidden", prefix=self.prefix, at_least=1)
+        require(self, "spatial_norm", prefix=self.prefix, at_least=0, at_most=1)
         if self.compressor is not None and self.targets != "decoded":
             raise UserError(
                 f"{option('alignment.compressor')} {self.compressor} is for {option('alignment.targets')} decoded "
                 "alone; leave it out"
             )
+
+
+@dataclass(frozen=True)
+class LearnedVariance(Part):
+    """The variance of a step, learned beside the noise (DiT, after IDDPM), by the variational bound."""
+
+    prefix = "variance."
+    weight: float = 1.0
+    """Weight of the bound, in bits for each number, where there is a variance: with learn_sigma and predicted noise. It
+    trains nothing else."""
+
+
+@dataclass(frozen=True)
+class Cosine(Part):
+    """1 − cos of the predicted and the true velocity of all maps, at each position, beside their squared errors
+    (LightningDiT, arXiv 2501.01423)."""
+
+    prefix = "cosine."
 
 
 @dataclass(frozen=True)
@@ -332,7 +373,12 @@ class Optimisation(OptimiserConfig):
     """How a denoiser is trained."""
 
     time_shift: float = 1.0
-    """Training times are t = s·u / (1 + (s − 1)·u) for uniform u; 1 is uniform, above 1 is noisier (SD3, eq. 23)."""
+    """Training times are t = s·u / (1 + (s − 1)·u) for u in [0, 1]; above 1 is noisier (SD3, eq. 23)."""
+    time_distribution: TimeDistribution = "uniform"
+    """Of u: uniform, or logit-normal, 1 / (1 + exp(−n)) for standard normal n, which has most of its times in the
+    middle (SD3, LightningDiT)."""
+    clean_loss: bool = False
+    """Where modalities have times of their own: keep the loss of one that is without noise already, as SFD does."""
     label_dropout: float = 0.1
     """Share of samples trained without their class, for classifier-free guidance."""
     checkpoint_blocks: float = 0.0
@@ -354,19 +400,29 @@ class Recipe:
     name: str
     """Recorded in the run."""
     model: str = "B/2"
-    """S/2, B/2, L/2, XL/2, as published; tiny, small or evening, named by what a laptop needs; or
-    DEPTHxWIDTHxHEADS/PATCH."""
+    """S/2, B/2, L/2, XL/2, as published, also with patches of 1, 4 or 8; tiny, small or evening, named by what a laptop
+    needs; or DEPTHxWIDTHxHEADS/PATCH."""
     backbone: str = "sit"
-    """The transformer: sit, or a registered one of your own."""
+    """The transformer: sit; lightning, which is sit with RMSNorm, rotary positions and SwiGLU; uvit; or a registered
+    one of your own."""
+    blocks: Blocks = field(default_factory=Blocks)
     path: PathName = "linear"
     """Interpolant between data and noise."""
     prediction: str = "velocity"
     """What the network predicts: velocity, data, or noise, on the chain of DDPM (noise, as DiT) or of Stable Diffusion
     (noise-sd, as U-ViT)."""
     times: str = "shared"
-    """Schedule of the modalities' times: shared, one time for all, as published."""
+    """Schedule of the modalities' times: shared, one for all; lead, all else is ahead of the latents by delta (0.3), as
+    in SFD; cascade, all else is drawn first, and learned by a share (0.4) of the samples, while the others see it with
+    a noise of 0.25 at most, as in Latent Forcing; independent, each has its own."""
+    times_options: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Options of that schedule, by name: `delta 0.15` for lead, `share 0.5 noise 0.1` for cascade."""
+    one_mean: bool = False
+    """Take one mean over the elements of all modalities, in which each has its weight, as SFD does; otherwise every
+    modality has a mean of its own, whatever its size."""
     learn_sigma: bool = False
-    """Twice the output channels, half of them unused, as in SiT's published checkpoints."""
+    """Twice the output channels. The second half is a variance where noise is predicted, as in DiT, and is unused
+    elsewhere, as in SiT's published checkpoints."""
     position_grid: tuple[int, int] | None = None
     """Grid of tokens in which positions are counted; the tokens of a finer grid lie between. Default: the model's own,
     as published; with --from, that of the other run, so that no position is new."""
@@ -379,6 +435,8 @@ class Recipe:
     """Registered conditions besides the class, by name, and the share of samples trained without each. Samples trained
     without their class are trained without the others too, for the unconditional branch of guidance."""
     alignment: Alignment = field(default_factory=Alignment)
+    variance: LearnedVariance = field(default_factory=LearnedVariance)
+    cosine: Cosine = field(default_factory=Cosine)
     optimisation: Optimisation = field(default_factory=Optimisation)
     sampling: Sampling = field(default_factory=Sampling)
     """The defaults of `reglue sample`, also used for previews."""
@@ -389,6 +447,10 @@ class Recipe:
         refuse_unknown(option("backbone"), self.backbone, registered("backbones.BACKBONES"))
         refuse_unknown(option("prediction"), self.prediction, registered("predictions.PREDICTIONS"))
         refuse_unknown(option("times"), self.times, registered("schedules.SCHEDULES"))
+        try:
+            schedule_of(self.times, self.times_options)
+        except ValueError as error:
+            raise UserError(f"{option('times_options')} {error}") from None
         for name, share in self.conditions.items():
             refuse_unknown("condition", name, registered("conditions.CONDITIONS"))
             if name == CLASS or not 0 <= share < 1:
@@ -402,9 +464,15 @@ class Recipe:
             )
         if len(names := [part.modality for part in self.learned_parts]) > len({*names}):
             raise UserError(f"modalities {', '.join(names)}: all need different names")
-        for name in self.sampling.other_scales:
-            if name not in names:
-                raise UserError(f"{option('sampling.other_scales')} {name}: this recipe learns {', '.join(names)}")
+        for scales in ("other_scales", "auto_scales"):
+            for name in getattr(self.sampling, scales):
+                if name not in names:
+                    raise UserError(f"{option(f'sampling.{scales}')} {name}: this recipe learns {', '.join(names)}")
+
+    @property
+    def schedule(self) -> Schedule:
+        """That of the modalities' times."""
+        return schedule_of(self.times, self.times_options)
 
     @property
     def learned_parts(self) -> tuple[LearnedPart, ...]:
@@ -416,12 +484,21 @@ class Recipe:
         """All conditions by name, and the share of samples that are trained without each."""
         return {CLASS: self.optimisation.label_dropout, **self.conditions}
 
-    def loss_weights(self, step: int) -> dict[str, float]:
-        """The weight of each term of the loss at a step, under the names of the terms."""
+    def loss_weights(self, step: int, shapes: Mapping[str, Sequence[int]] = {}) -> dict[str, float]:
+        """The weight of each term of the loss at a step, under the names of the terms.
+
+        `shapes` are those of the modalities, for `one_mean`: there they share the mean by their sizes.
+        """
         parts: dict[str, Part] = {part.modality: part for part in self.learned_parts}
         if self.alignment.present:
             parts["alignment"] = self.alignment
-        return {name: part.weight_at(step) for name, part in parts.items()}
+        if self.learn_sigma and self.prediction not in ("velocity", "data"):
+            parts["variance"] = self.variance
+        if self.cosine.present:
+            parts["cosine"] = self.cosine
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()} if self.one_mean else {}
+        shares = {name: size / sum(sizes.values()) for name, size in sizes.items()}
+        return {name: part.weight_at(step) * shares.get(name, 1) for name, part in parts.items()}
 
     def denoiser_config(
         self,
@@ -447,6 +524,7 @@ class Recipe:
                 heads=size.heads,
                 patch=size.patch,
                 backbone=self.backbone,
+                blocks=self.blocks,
                 prediction=self.prediction,
                 path=self.path,
                 times=self.times,
@@ -454,6 +532,7 @@ class Recipe:
                 alignment_depth=(size.alignment_depth if after_block is None else after_block) if aligned else 0,
                 alignment_width=token_width if aligned else 0,
                 alignment_hidden=self.alignment.hidden,
+                alignment_projector=self.alignment.projector,
                 position_grid=self.position_grid,
             )
         except ValueError as error:

@@ -24,23 +24,27 @@ GROUPS = {
         class-level class-names image-column label-column configuration split streaming resolution flips share per-class
         strict statistics-images validation-images held-out selection columns
         looks prototypes.seed prepare.seed prepare.count evaluate.count probe.images head.images perceive.images""",
-    "model": """run model backbone path prediction times conditions learn-sigma position-grid latent local class-token
-        alignment architecture autoencoder encoder layers final-norm kind column channels hidden conv head from
-        from-step from-weights step weights fitted compressor statistics heads family""",
+    "model": """run model backbone blocks path prediction times conditions learn-sigma position-grid latent local
+        class-token alignment variance cosine architecture autoencoder encoder layers final-norm kind column channels
+        hidden conv head from from-step from-weights step weights fitted compressor statistics heads family""",
     "optimisation": """optimisation perceptual kl adversary kl-weight epochs cosine-epochs patience micro-batch
         learning-rate final-learning-rate seed steps batch-size compare""",
     "editing": """edit.keep until mask feather strength local-from cls-from paste box at mirror scale paint
-        edit.prototypes flow-edit source-class resample""",
+        edit.prototypes edit.head edit.by loss-scale flow-edit source-class resample""",
     "sampling": """sampling count classes sampler time-shift diffusion guidance-scale local-scale cls-scale
-        guidance-interval other-scales representation-scale auto-scale weaker-run guided-channels guiders
-        state-precision relative-tolerance absolute-tolerance rounding samples-per-class sample.steps sample.seed
-        sample.labels edit.steps edit.seed edit.labels perceive.steps perceive.seed perceive.labels""",
+        guidance-interval other-scales representation-scale auto-scale auto-scales unconditional weaker-run
+        guided-channels guiders state-precision relative-tolerance absolute-tolerance rounding
+        samples-per-class sample.steps sample.seed sample.labels edit.steps edit.seed edit.labels
+        perceive.steps perceive.seed perceive.labels
+        synthesise.steps synthesise.seed synthesise.labels""",
     "metrics": """feature-network resamples kernel-subsets kernel-subset-size measure-lpips measure-inception
         flat-limit evaluate.features evaluate.seed""",
-    "output": """out to batch name features features-dtype dtype shard-size log-every evaluate-every checkpoint-every
-        keep preview-every preview-count preview-steps track""",
+    "output": """out to batch name format agreement objects
+        features features-dtype dtype shard-size log-every evaluate-every checkpoint-every keep
+        preview-every preview-count preview-steps track""",
     "machine": """device workers precision compile deterministic shards prepare.batch-size reencode.batch-size
-        sample.batch-size edit.batch-size evaluate.batch-size perceive.batch-size""",
+        sample.batch-size edit.batch-size evaluate.batch-size perceive.batch-size
+        synthesise.batch-size""",
 }
 """Title of a group → options, or the part before their dot; COMMAND.OPTION where commands mean different things."""
 _TITLES = {name: title for title, names in GROUPS.items() for name in names.split()}

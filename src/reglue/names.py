@@ -7,8 +7,9 @@ from typing import Literal
 CompressorKind = Literal["conv", "pca", "mlp"]
 CompressedColumn = Literal["features", "cls"]
 """What a compressor is fitted to: the column of a store with patch features, or with class tokens."""
-Estimator = Literal["alignment", "local"]
-"""What estimates the encoder's features without the image: from the latents, or from the local map."""
+Estimator = Literal["alignment", "local", "drawn"]
+"""What estimates the encoder's features without the image: from the latents, from the local map, or from the local map
+that a run draws given the latents."""
 FeatureKind = Literal["class-token", "patch-mean"]
 """What stands for an image: the class token after the final norm, or the mean of the last chosen layer's patches."""
 Weights = Literal["ema", "model"]
@@ -29,3 +30,7 @@ CLASS_TOKEN_CODES = "cls."
 def codes_column(name: str, column: CompressedColumn) -> str:
     """The column with the codes of compressor `name`, which was fitted to `column`."""
     return (LOCAL_CODES if column == "features" else CLASS_TOKEN_CODES) + name
+
+
+DatasetFormat = Literal["coco", "yolo", "voc", "masks"]
+"""In which a data set of images with masks is written."""

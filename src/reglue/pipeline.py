@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from inspect import Parameter, Signature, signature
 from itertools import pairwise
@@ -31,8 +31,10 @@ from reglue.diffusion.samplers import (
     SAMPLERS,
     Start,
     StatePrecision,
+    aligned,
     begin_at,
     integrate,
+    respaced_times,
     returning,
     uniform_times,
 )
@@ -170,7 +172,7 @@ class ImageModel(Editor):
     @property
     def default_sampling(self) -> Sampling:
         """What the recipe says, but for guidance by what this model lacks: a condition, a modality, a weaker model."""
-        sampling = replace(self.record.recipe.sampling, auto_scale=1.0)
+        sampling = replace(self.record.recipe.sampling, auto_scale=1.0, auto_scales={})
         if self._lacks_unconditional():
             sampling = replace(sampling, guidance_scale=1.0, other_scales={}, **dict.fromkeys(MODALITY_SCALES, None))
         return replace(sampling, **dict.fromkeys(self._unfitting_scales(sampling), 1.0))  # type: ignore[arg-type]
@@ -185,10 +187,24 @@ class ImageModel(Editor):
             raise UserError(
                 f"{option(name)} {getattr(sampling, name)}: this model has no {lacking} to guide with; choose 1"
             )
-        learned = [modality.name for modality in self.record.denoiser.modalities]
+        config = self.record.denoiser
+        known = len(PREDICTIONS[config.prediction].known_times(PATHS[config.path]))
+        if SAMPLERS[sampling.sampler].respaced and 0 < known < sampling.steps:
+            raise UserError(
+                f"{option('steps')} {sampling.steps}: {sampling.sampler} goes along the {known} steps of the model's "
+                f"training; choose {known} or fewer"
+            )
+        learned = [modality.name for modality in config.modalities]
+        for name in ("other_scales", "auto_scales"):
+            for stranger in getattr(sampling, name):
+                if stranger not in learned:
+                    raise UserError(f"{option(name)} {stranger}: this model learns {', '.join(learned)}")
+        if sampling.unconditional != "class" and not self.record.recipe.schedule.any_times:
+            raise UserError(
+                f"{option('unconditional')} {sampling.unconditional}: this model does not know semantics as noise "
+                f"beside latents that are not (trained with {option('times')} independent); choose class"
+            )
         for name, scale in sampling.other_scales.items():
-            if name not in learned:
-                raise UserError(f"{option('other_scales')} {name}: this model learns {', '.join(learned)}")
             if scale != 1 and (lacking := self._lacks_unconditional()):
                 raise UserError(f"{option('other_scales')} {name}: this model has no {lacking} to guide with; choose 1")
         return replace(
@@ -213,7 +229,7 @@ class ImageModel(Editor):
         }
         if not hidden_modalities(config.modalities):
             lacking["representation_scale"] = "local map"
-        elif self.record.start is None and not any(part.dropout for part in recipe.learned_parts):
+        elif not (self.record.start or recipe.schedule.any_times or any(p.dropout for p in recipe.learned_parts)):
             lacking["representation_scale"] = f"branch without its map (trained with {option('local.dropout')} 0)"
         if unconditional := self._lacks_unconditional():
             lacking |= dict.fromkeys(("guidance_scale", *MODALITY_SCALES), unconditional)
@@ -444,6 +460,7 @@ class ImageModel(Editor):
         controls: Sequence[Control] = (),
         start: Start | None = None,
         repeats: int = 0,
+        schedule: Schedule | None = None,
     ) -> State:
         """Sample the images `indices` of a seed, under a condition as long: normalised states on the device.
 
@@ -451,10 +468,11 @@ class ImageModel(Editor):
         model evaluates batches of `room` images, if that is more, so that a smaller last batch needs no compilation.
         Adaptive samplers take image by image, since their steps would otherwise depend on which images are drawn
         together. `controls` see every step; they are for the images `indices`, in their order. So is `start`, where
-        they begin if that is not noise. `repeats`: every tenth of the steps is gone over so many times more.
+        they begin if that is not noise. `repeats`: every tenth of the steps is gone over so many times more. `schedule`
+        is that of the modalities' times, if not the recipe's: of what is at t = 0 all along, `start` has the data.
         """
         sampling, device = self.resolved(sampling), self.device
-        if sampling.auto_scale != 1 and weaker is None:
+        if sampling.guidance.asks_for_weaker and weaker is None:
             raise UserError(
                 f"{option('auto_scale')} {sampling.auto_scale}: autoguidance needs a weaker model; choose 1"
             )
@@ -472,6 +490,7 @@ class ImageModel(Editor):
                         controls=[c.of(slice(n, n + 1)) for c in controls],
                         start=start and start.of(slice(n, n + 1)),
                         repeats=repeats,
+                        schedule=schedule,
                     )
                     for n, (i, one) in enumerate(zip(indices, one_by_one, strict=True))
                 ]
@@ -483,7 +502,7 @@ class ImageModel(Editor):
             condition = {n: torch.cat([v, v[-1:].expand(filling, *v.shape[1:])]) for n, v in condition.items()}
         config, velocity = self.record.denoiser, self.velocity(condition, sampling, weaker)
         filled = [*indices, *[indices[-1]] * filling]
-        times = SCHEDULES[self.record.recipe.times]
+        times = schedule or self.record.recipe.schedule
         state = from_noise(velocity, seed, filled, config.shapes(), sampling, device, times, controls, start, repeats)
         return {name: value[: len(indices)] for name, value in state.items()}
 
@@ -497,7 +516,8 @@ class ImageModel(Editor):
             sampling.guidance,
             self._network(weaker, sampling.precision) if weaker else None,
             PATHS[config.path],
-            latest=PREDICTIONS[config.prediction].latest(PATHS[config.path]),
+            known_times=PREDICTIONS[config.prediction].known_times(PATHS[config.path]),
+            any_times=self.record.recipe.schedule.any_times,
         )
 
     def _network(self, denoiser: Denoiser, precision: AutoPrecision) -> SamplingNetwork:
@@ -574,26 +594,41 @@ def from_noise(
     assert sampling.state_precision is not None
     sampler, dtype = SAMPLERS[sampling.sampler], STATE_PRECISIONS[sampling.state_precision]
     begin = min(start.time if start else 1.0, velocity.latest)
-    edges = (*Controlled(velocity, controls).discontinuities, *schedule.edges)
-    grid = times_of(sampling, edges, begin, repeats)
+    jumps = {clock for t in Controlled(velocity, controls).discontinuities for clock in schedule.clocks_at(t, shapes)}
+    grid = times_of(sampling, jumps, schedule.edges, begin, repeats, velocity.known_times)
     times = [{n: min(t, velocity.latest) for n, t in schedule.times(clock, shapes).items()} for clock in grid]
     # The start, every return, and every step that does not end in data.
     draws = 1 + sum(b > a or (sampler.stochastic and b > 0) for a, b in pairwise(grid))
     with drawn_ahead(seed, indices, shapes, device, dtype, draws) as noise:
-        state = next(noise)
+        drawn = state = next(noise)
+        if velocity.latest < 1:  # There, states have the variance of the path, for data of variance 1.
+            latest = velocity.path.coefficients(torch.tensor(velocity.latest, dtype=torch.float64))
+            state = {name: latest.norm * x for name, x in state.items()}
         if start:
             data = {name: value.to(state[name]) for name, value in start.data.items()}
-            state, _ = velocity.path.interpolate(data, state, tensor_times(times[0], state))
-        elif velocity.latest < 1:  # There, states have the variance of the path, for data of variance 1.
-            c = velocity.path.coefficients(torch.tensor(velocity.latest, dtype=torch.float64))
-            state = {name: x * (c.alpha.square() + c.sigma.square()).sqrt() for name, x in state.items()}
+            state = state | velocity.path.interpolate(data, drawn, tensor_times(times[0], state))[0]
         return integrate(sampler.configured(vars(sampling)), velocity, state, times, controls, noise)
 
 
-def times_of(sampling: Sampling, discontinuities: Sequence[float], start: float, repeats: int) -> list[float]:
-    """The clock's times of a way to sample, from `start` to 0; with returns, each over a tenth of the steps."""
+def times_of(
+    sampling: Sampling,
+    discontinuities: Iterable[float],
+    edges: Sequence[float],
+    start: float,
+    repeats: int,
+    known: Sequence[float] = (),
+) -> list[float]:
+    """The clock's times of a way to sample, from `start` to 0; with returns, each over a tenth of the steps.
+
+    Samplers that heed discontinuities of the velocity have them on their grid, and all have the schedule's edges.
+    `known` are the times of the chain that the network was trained on.
+    """
     sampler = SAMPLERS[sampling.sampler]
-    grid = sampler.grid(sampling.steps, sampling.time_shift, discontinuities)
+    if sampler.respaced and known:
+        grid = respaced_times(known, sampling.steps, sampling.time_shift)
+    else:
+        grid = sampler.grid(sampling.steps, sampling.time_shift, sorted({*discontinuities, *edges}))
+    grid = aligned(grid, edges)
     if repeats and sampler.adaptive:  # It would have nothing to return to.
         grid = sorted({*grid, *uniform_times(RETURNS)}, reverse=True)
     if start < 1:

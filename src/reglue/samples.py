@@ -221,9 +221,10 @@ class Drawing:
         )
 
 
-def plan(options: Draw, model: ImageModel) -> Drawing:
-    """What the options ask of a model. Raises UserError for what it cannot do."""
-    weaker, sampling = way_to_sample(options, model, model.default_sampling, lambda: drawn_before(options.out))
+def plan(options: Draw, model: ImageModel, before: Callable[[], AutoPrecision | None] | None = None) -> Drawing:
+    """What the options ask of a model; `before` as for `way_to_sample`. Raises UserError for what it cannot do."""
+    before = before or (lambda: drawn_before(options.out))
+    weaker, sampling = way_to_sample(options, model, model.default_sampling, before)
     return Drawing(model, weaker, sampling, choose_labels(options, model), options.seed)
 
 
@@ -241,11 +242,12 @@ def way_to_sample(
         own = model.record.recipe.sampling.auto_scale
         given = changes["auto_scale"]
         changes["auto_scale"] = given if given is not None else own if own != 1 else WEAKER_SCALE
-    elif changes["auto_scale"] not in (None, 1):
-        raise UserError(
-            f"{option('auto_scale')} {changes['auto_scale']}: autoguidance needs a weaker model; name one with "
-            f"{option('weaker_run')}"
-        )
+    for name in ("auto_scale", "auto_scales"):
+        if not weaker and changes[name] not in (None, 1):
+            given = changes[name] if name == "auto_scale" else " ".join(f"{n} {w}" for n, w in changes[name].items())
+            raise UserError(
+                f"{option(name)} {given}: autoguidance needs a weaker model; name one with {option('weaker_run')}"
+            )
     sampling = default.changed(**changes)
     if sampling.precision == "auto":
         sampling = replace(sampling, precision=before() or agreed(model.device))

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 from tyro.conf import Positional
 
-from reglue.diffusion.specs import OWN_PARTS, Diffusion, Guidance, StatePrecision, registered
+from reglue.diffusion.specs import OWN_PARTS, Diffusion, Guidance, StatePrecision, Unconditional, registered
 from reglue.errors import UnknownPart, UserError, option, require
 from reglue.files import TakesPaths
 from reglue.names import Weights
@@ -29,7 +29,8 @@ class Sampling:
     """How images are drawn from a trained model: the one declaration of these options, for recipes and all commands."""
 
     sampler: str = "euler-maruyama"
-    """euler, heun, euler-maruyama, adams-bashforth or dopri5."""
+    """euler, heun, euler-maruyama, adams-bashforth, dpm-solver (as U-ViT's, for models of noise) or dopri5; ddpm or
+    ddim, along the steps of the chain that the model was trained on, if it was."""
     steps: int = 250
     """Intervals of the time grid: as many evaluations, except that Heun takes two in each. dopri5 chooses its
     own."""
@@ -53,6 +54,11 @@ class Sampling:
     """Scale of representation guidance, for models trained with dropped local maps; 1 is none."""
     auto_scale: float = 1.0
     """Scale of autoguidance by a weaker model; 1 is none."""
+    auto_scales: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Autoguidance scales of single modalities, by name: `latent 1.8 local 1.2`."""
+    unconditional: Unconditional = "class"
+    """What classifier-free guidance leads away from: the model without its class, or without everything: semantics are
+    noise for it too, at t = 1 (for models of independent times)."""
     guided_channels: int | Literal["all"] = "all"
     """Guide this many latent channels, the first ones, or all. SiT's recipe guides 3, as published for an autoencoder
     of four; with more channels, all is the better choice."""
@@ -77,7 +83,7 @@ class Sampling:
         require(self, "steps", at_least=1)
         require(self, "time_shift", "relative_tolerance", "absolute_tolerance", more_than=0)
         scales = ("guidance_scale", "local_scale", "cls_scale", "other_scales", "representation_scale", "auto_scale")
-        require(self, *scales, at_least=0)
+        require(self, *scales, "auto_scales", at_least=0)
         require(self, "guiders")
         if self.guided_channels != "all":
             require(self, "guided_channels", at_least=1)
@@ -106,6 +112,8 @@ class Sampling:
             interval=self.guidance_interval,
             representation_scale=self.representation_scale,
             auto_scale=self.auto_scale,
+            auto_scales=self.auto_scales,
+            unconditional=self.unconditional,
             guided_channels=None if self.guided_channels == "all" else self.guided_channels,
             others=self.guiders,
         )
@@ -129,6 +137,8 @@ class SamplingChanges(TypedDict, total=False):
     other_scales: Mapping[str, float] | None
     representation_scale: float | None
     auto_scale: float | None
+    auto_scales: Mapping[str, float] | None
+    unconditional: Unconditional | None
     guided_channels: int | Literal["all"] | None
     guiders: Mapping[str, float] | None
     rounding: Rounding | None
@@ -140,6 +150,7 @@ class SamplingChanges(TypedDict, total=False):
 
 CHOICES = {
     "diffusion": get_args(Diffusion),
+    "unconditional": get_args(Unconditional),
     "rounding": get_args(Rounding),
     "state_precision": get_args(StatePrecision),
     "precision": get_args(AutoPrecision),

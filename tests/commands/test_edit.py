@@ -19,6 +19,7 @@ from processes import run_ranks
 from reglue.cli import parse
 from reglue.commands.edit import edit
 from reglue.commands.prototypes import prototypes
+from reglue.commands.train_head import train_head
 from reglue.commands.verify import Verify, verify
 from reglue.diffusion.samplers import SAMPLERS
 from reglue.editing.folder import read_record
@@ -59,6 +60,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> Pat
     painting = np.full((20, 20), 255, np.uint8)
     painting[:10], painting[10:, :10] = 0, 1
     Image.fromarray(painting).save(folder / "painting.png")
+    Image.fromarray(painting).resize((50, 30), Image.Resampling.NEAREST).save(folder / "wide-painting.png")
     Image.fromarray(np.full((20, 20), 7, np.uint8)).save(folder / "unknown.png")
     Image.fromarray(np.full((20, 20), 255, np.uint8)).save(folder / "free.png")
     Image.fromarray(np.zeros((20, 60), np.uint8)).save(folder / "long.png")
@@ -77,6 +79,16 @@ def looks(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path, tiny_image
     with pytest.raises(UserError, match="holds other files"):
         prototypes(parse(line))
     return out
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path, tiny_images: Path) -> Path:
+    """A head that sees what is left and what is right."""
+    folder = tmp_path_factory.mktemp("head")
+    masks = draw_masks(folder / "masks", tiny_images)
+    line = ["head", str(tiny_store), "--masks", str(masks), "--out", str(folder / "out"), "--layers=all", "--steps=2"]
+    train_head(parse([*line, "--device=cpu"]))
+    return folder / "out"
 
 
 def same(pictures: list[Image.Image], others: list[Image.Image], within: int = 1) -> bool:
@@ -119,13 +131,17 @@ def test_everything_kept_and_no_strength_give_the_decoded_image(model: reglue.Im
         {"mask": "wide-mask.png", "resample": 1, "cls_from": "b.png"},
         {"strength": 0.7, "keep": ("cls",)},
         {"flow_edit": True, "source_class": "square", "mask": "wide-mask.png"},
+        {"paint": "wide-painting.png", "head": "HEAD", "mask": "wide-mask.png", "until": {"local": 0.3}},
+        {"by": "loss", "mask": "wide-mask.png", "keep": ("local", "cls"), "until": {"cls": 0.5}},
+        {"paint": "wide-painting.png", "prototypes": "LOOKS", "strength": 0.8},
     ],
     ids=str,
 )
 def test_edits_do_not_depend_on_their_batch(
-    sampler: str, changes: dict[str, Any], model: reglue.ImageModel, pictures: Path
+    sampler: str, changes: dict[str, Any], model: reglue.ImageModel, pictures: Path, head: Path, looks: Path
 ) -> None:
     given = {k: pictures / v if str(v).endswith(".png") else v for k, v in changes.items()}
+    given |= {k: v for k, v in (("head", head), ("prototypes", looks)) if k in given}
     if "flow_edit" in changes and SAMPLERS[sampler].stochastic:
         with pytest.raises(UserError, match="flow_edit has no place for the noise of euler-maruyama; choose sampler"):
             model.edit(pictures / "wide.png", **given, sampler=sampler, classes=0)
@@ -191,6 +207,52 @@ def test_parts_come_from_other_images(model: reglue.ImageModel, pictures: Path, 
     first, second = modality.normalise(load_prototypes(looks).codes[:, 0]).unbind()
     torch.testing.assert_close(painted["local"][0, :, :4], first[:, None, None].expand(-1, 4, 8))
     torch.testing.assert_close(painted["local"][0, :, 4:, :4], second[:, None, None].expand(-1, 4, 4))
+
+
+def test_looks_are_painted_in_turn(model: reglue.ImageModel, pictures: Path, looks: Path) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    original = model.decode
+    model.decode = lambda state, rounding: seen.append(state) or original(state, rounding)  # type: ignore[method-assign]
+    model.edit(pictures / "a.png", paint=pictures / "painting.png", prototypes=looks, steps=2, count=3)
+    del model.decode
+    modality, codes = model.record.denoiser.modality("local"), load_prototypes(looks).codes
+    assert modality is not None
+    for i, painted in enumerate(seen[0]["local"].float()):
+        expected = modality.normalise(codes[:1, i % codes.shape[1]])[0]
+        torch.testing.assert_close(painted[:, :4], expected[:, None, None].expand(-1, 4, 8))
+    assert not torch.equal(codes[0, 0], codes[0, 1])
+
+
+def test_a_head_sees_more_of_what_is_painted(model: reglue.ImageModel, pictures: Path, head: Path) -> None:
+    """And a loss holds some of what a clamp does; the few steps of this model's training have not taught it more."""
+    seen: list[dict[str, torch.Tensor]] = []
+    original = model.decode
+    model.decode = lambda state, rounding: seen.append(state) or original(state, rounding)  # type: ignore[method-assign]
+    a, painting = pictures / "a.png", np.asarray(Image.open(pictures / "painting.png"))
+    for scale in (1e-6, 10.0):
+        model.edit(a, paint=Image.fromarray(painting), head=head, loss_scale=scale, steps=10, count=2)
+        model.edit(a, keep=("local",), by="loss", loss_scale=scale, steps=10, count=2)
+    del model.decode
+    subject = model.subject(a, Editing(paint=pictures / "painting.png", head=head))
+    loss = model._painted([subject, subject])
+    free, kept_free, led, kept = seen
+    assert bool((loss(led)["local"] < loss(free)["local"]).all())
+    own = model.encode(a)["local"]
+    assert (kept["local"] - own).square().mean() < (kept_free["local"] - own).square().mean()
+
+
+def test_each_modality_is_let_go_at_its_own_time(model: reglue.ImageModel, pictures: Path) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    original = model.decode
+    model.decode = lambda state, rounding: seen.append(state) or original(state, rounding)  # type: ignore[method-assign]
+    untils: list[Any] = [0.35, {"local": 0.35, "cls": 0.35}, {"local": 0.35}, {"cls": 0.35}]
+    for until in untils:
+        model.edit(pictures / "a.png", keep=("local", "cls"), until=until, steps=10, sampler="euler")
+    del model.decode
+    own = model.encode(pictures / "a.png")
+    held = [{name for name in ("local", "cls") if torch.equal(state[name].float(), own[name])} for state in seen]
+    assert held == [set(), set(), {"cls"}, {"local"}]
+    assert all(torch.equal(seen[0][name], seen[1][name]) for name in own)
 
 
 def test_between_two_images(model: reglue.ImageModel, pictures: Path) -> None:
@@ -321,6 +383,17 @@ def test_what_a_python_call_draws_is_what_the_command_draws(
         (("--paste", "b.png", "--box", "5 5 25 9", "--at", "1 1"), "--box 5 5 25 9: the piece lies outside of what"),
         (("--paste", "b.png", "--box", "0 0 10 10", "--at", "15 1"), "--at 15 1: the piece lies outside of what"),
         (("--paint", "painting.png"), "--paint belongs to --prototypes; give it too"),
+        (("--paint=x", "--prototypes", "LOOKS", "--head", "HEAD"), "--prototypes and --head both say what is painted"),
+        (("--paint", "unknown.png", "--head", "HEAD"), "has label 7, of which there is no class in the head; paint"),
+        (("--paint", "painting.png", "--head", "."), "has no head.json: give a folder that `reglue head` made"),
+        (("--keep", "local", "--head", "HEAD"), "--head belongs to --paint; give it too"),
+        (("--keep", "local", "--loss-scale=2"), "--loss-scale belongs to --head and --by loss; leave it out"),
+        (("--keep", "local", "--by", "force"), "--by force: give clamp or loss"),
+        (("--strength=0.5", "--by", "loss"), "--by loss: nothing is held that could be approached; leave it out"),
+        (("--keep", "local", "--until", "cls", "0.3"), "--until cls: it is not held; what is, is local"),
+        (("--keep", "local", "--until", "local", "1.3"), "--until local 1.3: choose at least 0 and less than 1"),
+        (("--keep", "local", "--until", "local"), "--until local: give a number or pairs of a name and a number"),
+        (("--flow-edit", "--by", "loss"), "--flow-edit has its own way from the image; leave --by out"),
         (("--paint", "unknown.png", "--prototypes", "LOOKS"), "has label 7, of which there is no prototype; paint"),
         (("--paint", "free.png", "--prototypes", "LOOKS"), "has no label but 255, which is free; paint something"),
         (("--paint", "long.png", "--prototypes", "LOOKS"), "paint the whole image, in its proportions"),
@@ -342,6 +415,7 @@ def test_mistakes_are_one_line_before_any_network_runs(
     tiny_run: Path,
     pictures: Path,
     looks: Path,
+    head: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -352,7 +426,8 @@ def test_mistakes_are_one_line_before_any_network_runs(
     monkeypatch.setattr("reglue.editing.encoding.ImageEncoder.encode", never)
     monkeypatch.setattr("reglue.diffusion.denoiser.Denoiser.forward", never)
     words = [part for word in ([arguments] if isinstance(arguments, str) else arguments) for part in word.split()]
-    places = [str(looks) if w == "LOOKS" else str(pictures / w) if (pictures / w).exists() or w == "no.png" else w
+    made = {"LOOKS": str(looks), "HEAD": str(head)}
+    places = [made[w] if w in made else str(pictures / w) if (pictures / w).exists() or w == "no.png" else w
               for w in words]  # fmt: skip
     out = tmp_path / "out"
     assert told in mistake(capsys, monkeypatch, *line(tiny_run, out, pictures / "a.png", *places))

@@ -64,6 +64,9 @@ def test_everything_in_a_store_is_probed(store: Path, tmp_path: Path):
     assert (by_input["local.conv-4"].encoded_per_second or 0) > 0
     assert by_input["latent"].encoded_per_second is None
     assert by_input["latent"].compression_ratio is None
+    assert by_input["features.last"].cknna is None
+    assert all(-1 <= (by_input[name].cknna or 0) <= 1 for name in by_input)
+    assert sum(one.cknna is not None for one in by_input.values()) == len(by_input) - 1
     assert json.loads((tmp_path / "out/report.json").read_text())["results"][0]["score"] == report.results[0].score
     table = (tmp_path / "out/report.md").read_text()
     assert "| local.pca-4 | linear, flat |" in table

@@ -31,7 +31,7 @@ from reglue.data import images
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
 from reglue.data.targets import AlignmentTargets
-from reglue.diffusion.backbones import sit
+from reglue.diffusion.backbones import parts as backbone_parts
 from reglue.diffusion.backbones.attention import attention
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.objective import TrainingSample, loss_terms, weighted_sum
@@ -201,7 +201,7 @@ def test_attention_sees_half_precision_where_the_rest_of_the_step_has_it(
         seen.append((q.dtype, k.dtype, v.dtype))
         return attention(q, k, v)
 
-    monkeypatch.setattr(sit, "attention", watched)
+    monkeypatch.setattr(backbone_parts, "attention", watched)
     sample, model = data.sample(range(2)), awake(data)
     dtypes: dict[Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     for precision, dtype in dtypes.items():

@@ -104,7 +104,7 @@ def smaller(options: Any, encoder: str, autoencoder: str) -> Any:
     if isinstance(options, Prepare):
         layers = None if options.layers is None else (4,)  # the last layer of five
         named = options.encoder if options.encoder == "none" else encoder
-        folder = autoencoder if options.autoencoder == Prepare.autoencoder else options.autoencoder
+        folder = options.autoencoder if Path(options.autoencoder).exists() else autoencoder
         size = (options.size[0] // 16, options.size[1] // 16)
         return replace(
             options, resolution=size, encoder=named, autoencoder=folder, layers=layers, workers=0, device="cpu"
@@ -192,7 +192,13 @@ def test_a_page_of_a_method(
     assert done[-1] == "evaluate"
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["reference"], report["reference_count"]) == (REFERENCE, 24)
-    assert report["protocol"]["sampling"]["guidance_scale"] == 1
+    assert report["protocol"]["sampling"]["guidance_scale"] == published_scale(page)
+
+
+def published_scale(page: Path) -> float:
+    """Of guidance, in the figure that a method is compared by."""
+    guidance = PAPERS[page.stem].setting.rpartition("| ")[2] if page.stem in PAPERS else "none"
+    return 1.0 if guidance == "none" else float(guidance)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -201,16 +207,19 @@ def test_the_commands_of_a_method_are_those_of_its_published_numbers(page: Path)
     drawn = {options.out: options for options in asked if isinstance(options, Sample)}
     assert drawn.keys() == {options.images for options in asked if isinstance(options, Evaluate)}
     assert all(options.reference == Path(REFERENCE) for options in asked if isinstance(options, Evaluate))
-    # ReaLS has an autoencoder of its own.
-    assert {options.autoencoder for options in drawn.values()} == {None if page.stem == "reals" else PUBLISHED_DECODER}
+    own_autoencoder = page.stem in ("reals", "lightningdit", "sfd")
+    assert {options.autoencoder for options in drawn.values()} == {None if own_autoencoder else PUBLISHED_DECODER}
     results = section(page, "Published results")
     assert (Path("samples-xl.npz") in drawn) == bool(re.search(r"\| XL/2 \| [^|]* \| \d|with guidance \d", results))
-    unguided = drawn[Path("samples.npz")]
+    compared = drawn[Path("samples.npz")]
     recipe = next(options.recipe for options in asked if isinstance(options, Train))
-    assert (unguided.sampler or recipe.sampling.sampler, unguided.steps or recipe.sampling.steps) == (
-        "euler-maruyama",
-        250,
-    )
+    sampling = recipe.sampling
+    assert (compared.sampler or sampling.sampler, compared.steps or sampling.steps) == {
+        "dit": ("ddpm", 250),
+        "uvit": ("dpm-solver", 50),
+        "lightningdit": ("euler", 249),
+        "sfd": ("heun", 125),
+    }.get(page.stem, ("euler-maruyama", 250))
 
 
 def test_what_latents_show(
@@ -388,7 +397,7 @@ def test_every_published_recipe_has_a_page_that_states_its_result() -> None:
     assert pages.keys() >= PAPERS.keys()
     for name, paper in PAPERS.items():
         assert f"arxiv.org/abs/{paper.arxiv}" in pages[name]
-        assert f"| B/2 | 400K | none | {paper.published_fid} |" in pages[name]
+        assert f"| {paper.setting} | {paper.published_fid} |" in pages[name]
 
 
 @pytest.mark.parametrize(

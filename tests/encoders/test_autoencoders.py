@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hub_cache import put_into_hub_cache, use_hub_cache
+from reglue.encoders import autoencoders
 from reglue.encoders.autoencoders import (
     DIFFUSERS_KINDS,
     AutoencoderSpec,
@@ -178,6 +179,49 @@ def test_tiny_autoencoder_changes_to_pixels_from_zero_to_one(tmp_path: Path) -> 
         decoded = 2 * network.decoder.layers(3 * torch.tanh(latents / 3)) - 1
     torch.testing.assert_close(autoencoder.decode(latents), decoded.clamp(-1, 1))
     assert (autoencoder.spec.shift, autoencoder.spec.scale) == ((0.0,) * 5, (1.0,) * 5)
+
+
+RAE = {
+    "encoder_type": "dinov2",
+    "encoder_hidden_size": 64,
+    "encoder_patch_size": 14,
+    "encoder_num_hidden_layers": 1,
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 24,
+    "patch_size": 8,
+    "encoder_input_size": 42,
+}
+
+
+def test_a_representation_autoencoder_is_a_latent_space_like_others(tmp_path: Path) -> None:
+    """RAE: features of a vision encoder as latents. Its network is of transformers, which few need."""
+    pytest.importorskip("transformers")
+    from diffusers.models.autoencoders.autoencoder_rae import AutoencoderRAE
+
+    torch.manual_seed(0)
+    network = AutoencoderRAE(**RAE, latents_mean=torch.randn(64, 3, 3), latents_std=torch.rand(64, 3, 3) + 0.5).eval()
+    network.save_pretrained(tmp_path)
+    autoencoder, images = load_autoencoder(str(tmp_path)), random_images(24, 24)
+    spec = autoencoder.spec
+    assert (spec.kind, spec.latent_channels, spec.downsampling, spec.shift) == ("AutoencoderRAE", 64, 8, (0.0,) * 64)
+    moments = autoencoder.encode(images)
+    assert moments.std is None
+    with torch.no_grad():
+        torch.testing.assert_close(moments.mean, network.encode((images + 1) / 2, return_dict=False)[0])
+        (decoded,) = network.decode(moments.mean, return_dict=False)
+    torch.testing.assert_close(autoencoder.decode(moments.mean), (2 * decoded.clamp(-1, 1) - 1).clamp(-1, 1))
+    with pytest.raises(UserError, match="images of 24×24 pixels, not 16×16: choose resolution 24"):
+        autoencoder.encode(random_images(16, 16))
+
+
+def test_a_representation_autoencoder_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderRAE", **RAE}))
+    save_file({"decoder.decoder_norm.weight": torch.ones(16)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    monkeypatch.setattr(autoencoders, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="AutoencoderRAE needs transformers: run `pip install transformers`"):
+        load_autoencoder(str(tmp_path))
 
 
 # The published ones have no block before their first halving.

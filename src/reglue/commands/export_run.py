@@ -48,8 +48,8 @@ def export_run(options: ExportRun) -> Path:
     folder = find_run(options.run)
     record = RunRecord.read(folder)
     checkpoint = checkpoints.find(folder, options.step)
-    refuse_own_parts(record.recipe)
     family = family_of(record.denoiser)
+    refuse_own_parts(record.recipe, family)
     refuse_unpublished(record.denoiser)
 
     def published(file: Path) -> dict[str, Tensor]:
@@ -114,23 +114,19 @@ def arguments_of(record: RunRecord, family: Family) -> dict[str, str | int]:
     What was trained on and from stays here, but for names.
     """
     shared = replace(without_places(record), autoencoder=record.autoencoder, store=None)
-    arguments: dict[str, str | int] = {
-        FAMILY: family,
-        PREDICTION: VELOCITY[0],
-        PATH_TYPE: record.recipe.path,
-        NUM_CLASSES: record.denoiser.classes,
-        RECORD: to_json(shared),
-    }
+    arguments: dict[str, str | int] = {FAMILY: family, NUM_CLASSES: record.denoiser.classes, RECORD: to_json(shared)}
+    if record.denoiser.prediction == VELOCITY[1]:
+        arguments |= {PREDICTION: VELOCITY[0], PATH_TYPE: record.recipe.path}
     if record.denoiser.alignment_depth:
         arguments[ENCODER_DEPTH] = record.denoiser.alignment_depth
     return arguments
 
 
-def refuse_own_parts(recipe: Recipe) -> None:
+def refuse_own_parts(recipe: Recipe, family: Family) -> None:
     """Raise UserError for what the published files cannot hold: a modality that is scaled by the store's statistics,
-    and codes of the class token."""
+    which LightningDiT's and SFD's code alone know, from a file beside the weights; and codes of the class token."""
     for part in recipe.learned_parts:
-        if part.unit_variance:
+        if part.unit_variance and family not in ("lightningdit", "sfd"):
             raise UserError(
                 f"the published code has no {option(part.prefix + 'unit_variance')}: the file would lose its "
                 "statistics, so this run cannot be exported"

@@ -275,6 +275,8 @@ def recipe_of(model: OfficialModel, path: PathName, arguments: dict[str, Any]) -
     return replace(
         paper,
         model=size,
+        backbone=config.backbone,
+        blocks=config.blocks,
         path=path,
         learn_sigma=config.learn_sigma,
         local=local,

@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from reglue.config import LocalSemantics
 from reglue.data.opening import open_images
+from reglue.data.picture_writer import write_picture
 from reglue.data.reading import Reading
+from reglue.diffusion.modalities import LATENT
 from reglue.encoders.alignment import FILE as ALIGNMENT_FILE
 from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import load_autoencoder
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, load_encoder
 from reglue.errors import UserError
-from reglue.files import new_folder, plain, read_json, replacing, to_json
+from reglue.files import new_folder, plain, read_json, to_json
 from reglue.locks import writes
 from reglue.options.perceive import Perceive
 from reglue.perception.agreement import Agreement, ClassAgreement, DepthAgreement, Estimate, markdown_table
 from reglue.perception.heads import Head, HeadSpec, load_head
-from reglue.perception.perceiving import Estimator, Subject, View, aligned_encoder, drawn_scenes, encoded_scenes
+from reglue.perception.perceiving import (
+    Estimator,
+    Subject,
+    View,
+    aligned_encoder,
+    drawn_scenes,
+    encoded_scenes,
+    in_batches,
+)
 from reglue.perception.pictures import Maps, as_image, draw_maps
 from reglue.pipeline import ImageModel, load
 from reglue.progress import Bar
@@ -33,6 +45,7 @@ from reglue.reals.samples import ImageSamples
 from reglue.run import FILE as RECORD
 from reglue.run import find_compressor, versions
 from reglue.samples import plan, protocol_of
+from reglue.sampling import Sampling
 from reglue.seeds import permutation
 from reglue.training import distributed
 
@@ -82,6 +95,8 @@ def perceive(options: Perceive) -> Perception:
         # What decides the result: which images these are, in the order of the maps.
         names = [samples.images.names[row] for row in samples.rows.tolist()]
         protocol = {"run": str(options.run), "images": str(options.images), "names": names, "seed": options.seed}
+        if "drawn" in subject.estimates:
+            protocol |= {part.name: getattr(options, part.name) for part in fields(Sampling)}
     views = choose_views(options, heads, subject)
     subject = replace(subject, estimates={one: spec for one, spec in subject.estimates.items() if one in views})
     encoder = load_reference(options, heads, subject, device)
@@ -92,7 +107,7 @@ def perceive(options: Perceive) -> Perception:
             print(f"{options.out} is complete already\n\n{agreement_table(before)}")
             return before
     if model:
-        scenes = drawn_scenes(drawing, subject, encoder, options.count, options.batch_size)
+        scenes = drawn_scenes(drawing, subject, encoder, in_batches(options.count, options.batch_size))
     else:
         scenes = encoded_scenes(samples, subject, encoder, options.batch_size, device)
     counted: dict[tuple[str, View], Agreement] = {
@@ -109,9 +124,9 @@ def perceive(options: Perceive) -> Perception:
                 agreement.update(maps[key], maps[key[0], "encoder"])
             for position, pixels in enumerate(scene.pixels.permute(0, 2, 3, 1).cpu().numpy()):
                 of_image = {key: of_batch[position].numpy() for key, of_batch in maps.items()}
-                write_png(out / IMAGES / f"{count:06d}.png", Image.fromarray(pixels))
+                write_picture(out / IMAGES / f"{count:06d}.png", Image.fromarray(pixels))
                 for (name, view), values in of_image.items():
-                    write_png(out / MAPS / name / view / f"{count:06d}.png", as_image(values, heads[name]))
+                    write_picture(out / MAPS / name / view / f"{count:06d}.png", as_image(values, heads[name]))
                 if count < SHOWN:
                     shown.append((pixels, of_image))
                 count += 1
@@ -177,8 +192,19 @@ def load_subject(options: Perceive, device: torch.device) -> tuple[Subject, Imag
     if compressor and record.encoder:
         compressor = compressor.to(device)
         found["local"] = replace(record.encoder, layers=compressor.layers or record.encoder.layers)
-    subject = Subject(model.autoencoder, record.resolution, asked_for(options, found), alignment, compressor)
+        if options.images is not None and model.can_complete([LATENT]):
+            found["drawn"] = found["local"]
+    estimates, draw = asked_for(options, found), partial(draw_maps_of, model, options)
+    subject = Subject(model.autoencoder, record.resolution, estimates, alignment, compressor, draw)
     return subject, model if options.images is None else None
+
+
+def draw_maps_of(model: ImageModel, options: Perceive, latents: Tensor, indices: range) -> Tensor:
+    """Raw local maps (B, K, h, w) that a model draws given raw latents (B, C, h, w) of images by number."""
+    known = {LATENT: model.record.denoiser.modalities[0].normalise(latents)}
+    changes = {part.name: getattr(options, part.name) for part in fields(Sampling)}
+    state = model.complete(known, indices=indices, seed=options.seed, **changes)
+    return model.raw(state, LocalSemantics.modality)
 
 
 def asked_for(options: Perceive, found: Mapping[Estimator, EncoderSpec]) -> dict[Estimator, EncoderSpec]:
@@ -187,12 +213,15 @@ def asked_for(options: Perceive, found: Mapping[Estimator, EncoderSpec]) -> dict
         "alignment": "its autoencoder has no alignment network, which `reglue autoencode` makes with "
         "--alignment.weight above 0",
         "local": "it learns no local map, or the compressor of that map is gone",
+        "drawn": "with --images, runs that were trained with --times independent draw a local map of given latents",
     }
     for one in options.sources:
         if one not in found:
             raise UserError(f"--from {one}: {options.run} has no such features: {remedies[one]}")
     if not found:
-        raise UserError(f"{options.run} has no features of what it generates: {' and '.join(remedies.values())}")
+        raise UserError(
+            f"{options.run} has no features of what it generates: {remedies['alignment']} and {remedies['local']}"
+        )
     return {one: encoder for one, encoder in found.items() if one in (options.sources or found)}
 
 
@@ -212,14 +241,12 @@ def choose_views(options: Perceive, heads: Mapping[str, Head], subject: Subject)
     Raises UserError if a head can read none of the estimates, or not all that were asked for.
     """
     views: dict[View, list[str]] = {estimator: [] for estimator in subject.estimates}
-    whose = {"alignment": "the alignment network", "local": "the local map"}
+    whose = {"alignment": "the alignment network", "local": "the local map", "drawn": "the local map"}
     for name, head in heads.items():
         refusals = []
         for estimator, encoder in subject.estimates.items():
             try:
-                head.spec.check_fits(encoder, f"{whose[estimator]} of {options.run}")
-                if head.spec.class_token and estimator == "local":
-                    raise UserError("the head reads the class token too, which a local map does not have")
+                head.spec.check_fits(encoder, f"{whose[estimator]} of {options.run}", estimator == "alignment")
                 views[estimator].append(name)
             except UserError as error:
                 refusals.append(error)
@@ -239,8 +266,7 @@ def load_reference(
     if any((spec.weights_sha256, spec.final_norm) != (expected.weights_sha256, expected.final_norm) for spec in specs):
         raise UserError("--head: these heads read the features of different encoders; look with each by itself")
     layers = {layer for head in heads.values() for layer in head.spec.layers}
-    if "local" in subject.estimates:
-        layers |= set(subject.estimates["local"].layers)
+    layers |= {layer for of in ("local", "drawn") if of in subject.estimates for layer in subject.estimates[of].layers}
     name = options.encoder or expected.name
     encoder = load_encoder(name, subject.size, sorted(layers), device, final_norm=expected.final_norm)
     if encoder.spec.weights_sha256 != expected.weights_sha256:
@@ -273,10 +299,3 @@ def agreement_table(report: Perception) -> str:
         f"{table}\n\nAgreement with the same head on the encoder's features of the decoded image, over {report.images} "
         "images; ± one standard error. Unrelated: with the map of another image."
     )
-
-
-def write_png(path: Path, image: Image.Image) -> None:
-    """Write a picture, whole or not at all, with the folder that it is in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
-        image.save(beside, format="png")

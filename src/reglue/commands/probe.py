@@ -18,7 +18,16 @@ from reglue.files import read_json, refuse_filled, replacing, to_json
 from reglue.locks import writes
 from reglue.options.probe import Probe, ProbingOptions
 from reglue.perception.agreement import IGNORE
-from reglue.perception.labelled import LabelledImages, Parts, draw_parts, open_input, with_classes, with_masks
+from reglue.perception.labelled import (
+    LAST_LAYER,
+    LabelledImages,
+    Parts,
+    draw_parts,
+    open_input,
+    with_classes,
+    with_masks,
+)
+from reglue.perception.neighbours import cknna
 from reglue.perception.probes import ProbeTraining, score_of_chance
 from reglue.perception.probing import (
     PROBES,
@@ -27,6 +36,7 @@ from reglue.perception.probing import (
     encoded_per_second,
     input_names,
     plot_probes,
+    pooled,
     probe_kinds,
     probe_table,
     run_probe,
@@ -64,13 +74,17 @@ def probe(options: Probe) -> ProbeReport:
         if (read.name, kind) not in done
     ]
     speeds: dict[int, float | None] = {}
+    alike: dict[int, float | None] = {}
+    last = next((read for name in (LAST_LAYER, "features") for read in inputs if read.name == name), None)
+    of_last = pooled(last, parts) if last and missing else None
     for index, kind in Bar(missing, desc="probe", unit="probe"):
         read = inputs[index]
         if index not in speeds:
             speeds[index] = encoded_per_second(read, parts, options.batch_size, device)
+            alike[index] = None if of_last is None or read is last else cknna(pooled(read, parts), of_last)
         training = training_of(options, options.hidden if kind == "conv" else 0, device)
         result = run_probe(read, kind, parts, report.classes, training)
-        done[read.name, kind] = replace(result, encoded_per_second=speeds[index])
+        done[read.name, kind] = replace(result, encoded_per_second=speeds[index], cknna=alike[index])
         write(options.out / REPORT, to_json(replace(report, results=tuple(done.values()))))
     results = sorted(done.values(), key=lambda result: (names.index(result.input), PROBES.index(result.probe)))
     report = replace(report, results=tuple(results))

@@ -39,14 +39,13 @@ from reglue.training.watchdog import watchdog
 class Losses(nn.Module):
     """`loss_terms` as a module: all that a step differentiates, which is what processes share."""
 
-    def __init__(self, denoiser: Denoiser, path: Interpolant) -> None:
+    def __init__(self, denoiser: Denoiser, path: Interpolant, cosine: bool = False) -> None:
         super().__init__()
-        self.denoiser = denoiser
-        self.path = path
+        self.denoiser, self.path, self.cosine = denoiser, path, cosine
 
     def forward(self, sample: TrainingSample) -> dict[str, Tensor]:
         """The unweighted terms, as scalars."""
-        return loss_terms(self.denoiser, self.path, sample)
+        return loss_terms(self.denoiser, self.path, sample, self.cosine)
 
 
 class DenoiserTask(Task[HostBatch]):
@@ -74,7 +73,7 @@ class DenoiserTask(Task[HostBatch]):
         with matmul_precision(self.device, self.precision), parallel.accumulating(self.losses, last_part):
             with autocast(self.device, self.precision):
                 terms = self.losses(self.data.finish(batch))
-            loss = weighted_sum(terms, self.recipe.loss_weights(step))
+            loss = weighted_sum(terms, self.recipe.loss_weights(step, self.data.shapes))
             (loss / self.optimisation.accumulate).backward()
         return {**terms, "loss": loss}
 
@@ -129,8 +128,8 @@ def train(options: Train) -> Path:
     if start and start.weights and rank == 0:
         start.take_weights(model, record)
         checkpoints.save_start(options.out, model)  # From here on the other run is not needed.
-    model.backbone.recomputed_blocks = round(optimisation.checkpoint_blocks * record.denoiser.depth)
-    losses = Losses(model, PATHS[recipe.path])
+    model.backbone.recomputed_blocks = round(optimisation.checkpoint_blocks * len(model.backbone.blocks))
+    losses = Losses(model, PATHS[recipe.path], recipe.cosine.present)
     compile_parts(losses, model.backbone.blocks, to_compile(optimisation.compile, device, optimisation.steps))
     data = TrainingData(store, recipe, record.denoiser, options.seed, device)
     # On the CPU itself there is nothing to overlap: threads would take its cores from the step.

@@ -14,11 +14,14 @@ from zipfile import ZipFile
 import torch
 
 from reglue.arrays import ArrayFile
+from reglue.commands.synthesise import JOURNAL, read_rows
+from reglue.commands.synthesise import RECORD as DATASET
+from reglue.commands.synthesise import read_record as read_dataset
 from reglue.commands.train_head import TRAINING, HeadRecord
 from reglue.contact_sheet import TABLE, holds, read_hashes, refuse_changed, table
 from reglue.contact_sheet import picture as picture_name
 from reglue.data.images import open_picture
-from reglue.data.manifest import MANIFEST, PARTIAL, Shard, is_intact, read_manifest
+from reglue.data.manifest import MANIFEST, PARTIAL, Shard, file_sha256, is_intact, read_manifest
 from reglue.data.store import Store
 from reglue.editing.folder import RECORD as EDITS
 from reglue.editing.folder import read_record as read_edits
@@ -257,6 +260,28 @@ def prototypes(folder: Path) -> Iterator[Check]:
     yield Check(folder, lambda: load_prototypes(folder))
 
 
+def dataset(folder: Path) -> Iterator[Check]:
+    """What `reglue synthesise` writes: all files that its record has the hashes of."""
+    record = read_dataset(folder)
+    yield Check(folder / DATASET, lambda: whole_dataset(folder))
+    yield from (Check(folder / name, partial(whole_file, folder / name, sha)) for name, sha in record.files.items())
+
+
+def whole_dataset(folder: Path) -> None:
+    """Raises UserError if the record of a data set does not have all images that were to be drawn."""
+    record, rows = read_dataset(folder), read_rows(folder)
+    if JOURNAL not in record.files or len(rows) < len(record.protocol.get("labels", ())):
+        raise UserError(
+            f"{folder / DATASET} does not have all images; `reglue synthesise` with the same options adds them"
+        )
+
+
+def whole_file(file: Path, digest: str) -> None:
+    """Raises UserError if a file is not the one that was written."""
+    if not file.is_file() or file_sha256(file) != digest:
+        raise UserError(f"{file} is missing or damaged; {COPY}")
+
+
 KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
     RECORD: run,
     MANIFEST: store,
@@ -267,6 +292,7 @@ KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
     PROTOCOL: samples,
     EDITS: edits,
     PROTOTYPES: prototypes,
+    DATASET: dataset,
 }
 """What each kind of folder holds, by a file that it alone has; heads have a record of the autoencoders' name too."""
 

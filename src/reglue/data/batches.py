@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reglue.config import LearnedPart, Recipe
+from reglue.config import LearnedPart, Recipe, TimeDistribution
 from reglue.data.manifest import CLASS_TOKEN_CODES, compressor_of, value_of
 from reglue.data.store import Store
 from reglue.data.targets import Tokens, alignment_targets, target_columns
 from reglue.diffusion.conditions import CLASS, CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
-from reglue.diffusion.modalities import LATENT, Modality, Normalisation, State
+from reglue.diffusion.modalities import LATENT, Modality, Normalisation, State, TensorTimes
 from reglue.diffusion.objective import TrainingSample
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.predictions import PREDICTIONS
-from reglue.diffusion.schedules import SCHEDULES
 from reglue.encoders.compressors import resize
 from reglue.errors import UserError, option
 from reglue.seeds import generator, normals, permutation
@@ -111,6 +110,16 @@ def _compress_command(store: Store, column: str) -> str:
     )
 
 
+TIME_DISTRIBUTIONS: dict[TimeDistribution, Callable[[Tensor], Tensor]] = {
+    "uniform": lambda u: u,
+    "logit-normal": lambda u: torch.special.ndtri(u).sigmoid(),
+}
+"""Times in [0, 1] of a distribution, made of uniform ones."""
+
+
+SPATIAL_EPSILON = 1e-6
+
+
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Times in [0, 1] moved towards noise for shift > 1, towards data for shift < 1 (SD3, arXiv 2403.03206, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
@@ -182,7 +191,7 @@ class TrainingData:
         self.store = Store(store.folder, store.manifest, pinned=True) if gpu else store
         self.recipe, self.config, self.seed, self.device = recipe, config, seed, device
         self.shapes, self.path = config.shapes(), PATHS[config.path]
-        self.schedule, self.prediction = SCHEDULES[config.times], PREDICTIONS[config.prediction]
+        self.schedule, self.prediction = recipe.schedule, PREDICTIONS[config.prediction]
         self.dropped_modalities = [modality for modality in config.modalities if modality.dropout]
         self.targets = alignment_targets(self.store, recipe, device) if config.alignment_width else None
         self.copies = torch.cuda.Stream(device) if gpu else None
@@ -208,10 +217,12 @@ class TrainingData:
         """Read and draw the samples at positions of the run, on the CPU. If the device is a GPU, it copies them."""
         rows = self.rows(positions)
         generators = [generator(self.seed, "training sample", position) for position in positions]
-        # Of each sample: its time, whether its class is dropped, whether a modality is; then those of other parts.
+        # Of each sample: its time, whether its class is dropped, whether a modality is; then those of other parts, and
+        # what else its times are made of.
         dropout = self.recipe.condition_dropout
         own = 2 + max(len(self.dropped_modalities), 1) + len(dropout) - 1
-        draws = own + self.schedule.draws - 1
+        behind = own + self.schedule.clocks(self.shapes) - 1
+        draws = behind + self.schedule.choices
         uniform = torch.from_numpy(np.stack([g.random(draws) for g in generators])).unbind(1)
         noise = normals(generators, {"posterior": self.shapes[LATENT], **self.shapes}, pinned=self.store.pinned)
 
@@ -223,8 +234,10 @@ class TrainingData:
             )
             for (name, share), u in zip(dropout.items(), of_conditions, strict=True)
         }
-        clock = shift_time(uniform[0], self.recipe.optimisation.time_shift)
-        times = self.schedule.training_times((clock, *uniform[own:]), self.shapes)
+        optimisation = self.recipe.optimisation
+        distributed = TIME_DISTRIBUTIONS[optimisation.time_distribution]
+        clocks = [shift_time(distributed(u), optimisation.time_shift) for u in (uniform[0], *uniform[own:behind])]
+        times = self.schedule.training_times(clocks, self.shapes, uniform[behind:])
         distinct = {id(t): self.prediction.training_time(t, self.path) for t in times.values()}
         drawn = {f"time {name}": distinct[id(t)] for name, t in times.items() if len(distinct) > 1 or name == LATENT}
         drawn |= {m.name: u >= m.dropout for m, u in zip(self.dropped_modalities, uniform[2:], strict=False)}
@@ -261,13 +274,24 @@ class TrainingData:
             condition=batch.condition,
             alignment_target=self._target(self.targets.tokens(batch.target)) if self.targets else None,
             keep={modality.name: batch.drawn[modality.name] for modality in self.dropped_modalities},
+            learned=self._learned(times) if len(times) > 1 else {},
         )
+
+    def _learned(self, times: TensorTimes) -> dict[str, Tensor]:
+        """Of which samples each modality is learned, (B,) bool."""
+        learned = dict(self.schedule.learned(times))
+        if not self.recipe.optimisation.clean_loss:
+            learned = {name: learned.get(name, True) & (t > 0) for name, t in times.items()}
+        return learned
 
     def _target(self, tokens: Tokens) -> Tensor:
         """The encoder's raw tokens (B, N, D) float32 for the model's tokens: resampled if the grids differ."""
         patches = tokens.patches
         if patches.shape[2:] != self.config.token_grid:
             patches = F.interpolate(patches.float(), self.config.token_grid, mode="bilinear", antialias=True)
+        if (share := self.recipe.alignment.spatial_norm) is not None:  # iREPA (arXiv 2512.10794)
+            std, mean = torch.std_mean(patches.float(), dim=(2, 3), correction=0, keepdim=True)
+            patches = (patches - share * mean) / (std + SPATIAL_EPSILON)
         patches = patches.flatten(2).transpose(1, 2)
         leading = int(any(modality.is_class_token for modality in self.config.tokens))
         # Float16 to float32, another order and the token in front: in one pass over the largest tensor of a step.

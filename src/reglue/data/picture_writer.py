@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -56,6 +57,13 @@ class PictureWriter:
         """Until the oldest batch is written. Raises what its writing has met."""
         for part in self._waiting.popleft():
             part.result()
+
+
+def write_picture(path: Path, image: Image.Image, **options: Any) -> None:
+    """Write an image in the format of its name, whole or not at all, with the folder that it is in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside:
+        image.save(beside, format=Image.registered_extensions()[path.suffix], **options)
 
 
 def _write(files: Sequence[Path], pixels: Tensor) -> None:

@@ -7,11 +7,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reglue.diffusion.backbones import BACKBONES, BackboneSizes
 from reglue.diffusion.backbones.backbone import NORM_EPSILON
 from reglue.diffusion.conditions import CONDITIONS, Condition
-from reglue.diffusion.embeddings import TimeEmbedding, TimeOffsets, position_embedding
+from reglue.diffusion.embeddings import TimeOffsets, position_embedding
 from reglue.diffusion.modalities import LATENT, State, TensorTimes, times_of_each
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.predictions import PREDICTIONS
@@ -66,6 +67,22 @@ class Projector(nn.Sequential):
         )
 
 
+class ConvolutionalProjector(nn.Conv2d):
+    """The same by one 3×3 convolution over the patches, and its middle for tokens in front (iREPA, 2512.10794)."""
+
+    def __init__(self, width: int, target_width: int, grid: tuple[int, int]) -> None:
+        super().__init__(width, target_width, 3, padding=1)  # type: ignore[reportUnknownMemberType]
+        self.grid = grid
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, N, width) → (B, N, target_width)."""
+        patches = self.grid[0] * self.grid[1]
+        leading, image = input.tensor_split([input.shape[1] - patches], dim=1)
+        image = super().forward(image.transpose(1, 2).reshape(len(input), -1, *self.grid))
+        alone = F.linear(leading, self.weight[:, :, 1, 1], self.bias)
+        return torch.cat([alone, image.flatten(2).transpose(1, 2)], dim=1)
+
+
 class Denoiser(nn.Module):
     """Predicts the velocity of every modality of a noisy state.
 
@@ -79,22 +96,38 @@ class Denoiser(nn.Module):
         self.config = config
         width = config.width
         outputs = config.patch**2 * config.channels * (2 if config.learn_sigma else 1)
-        sizes = BackboneSizes(config.depth, width, config.heads, len(config.tokens), config.token_grid)
+        sizes = BackboneSizes(
+            config.depth,
+            width,
+            config.heads,
+            len(config.tokens),
+            config.token_grid,
+            config.position_grid,
+            bool(config.conditions),
+            config.parts,
+            PREDICTIONS[config.prediction].largest_time,
+        )
         with torch.random.fork_rng(devices=[]):  # type: ignore[reportUnknownMemberType]
             torch.manual_seed(seed)  # type: ignore[reportUnknownMemberType], for what `initialise` leaves alone
+            self.backbone = BACKBONES[config.backbone](sizes)
             self.patches = nn.Conv2d(config.channels, width, config.patch, config.patch)
-            self.time_embedding = TimeEmbedding(width)
+            self.time_embedding = self.backbone.time_embedding(width)
             apart = [m.name for m in config.modalities[1:]] if config.times != "shared" else []
             self.time_offsets = TimeOffsets(width, apart, config.span)
             self.conditions = nn.ModuleDict(
                 {name: CONDITIONS[name].embedding(size, width) for name, size in config.conditions.items()}
             )
             self.tokens = nn.ModuleDict({m.name: TokenEmbedding(m.channels, width) for m in config.tokens})
-            self.backbone = BACKBONES[config.backbone](sizes)
             self.velocity = nn.Linear(width, outputs)
+            if config.parts.convolution:
+                channels = outputs // config.patch**2
+                self.convolution = nn.Conv2d(channels, channels, 3, padding=1)
             self.token_velocities = nn.ModuleDict({m.name: nn.Linear(width, m.channels) for m in config.tokens})
             if config.alignment_depth and config.alignment_width:
-                self.projector = Projector(width, config.alignment_hidden, config.alignment_width)
+                if config.alignment_projector == "mlp":
+                    self.projector = Projector(width, config.alignment_hidden, config.alignment_width)
+                else:
+                    self.projector = ConvolutionalProjector(width, config.alignment_width, config.token_grid)
         positions = position_embedding(config.token_grid, width, len(config.tokens), config.position_grid)
         self.register_buffer("positions", positions, persistent=config.learned_positions)
         self.positions: Tensor
@@ -122,10 +155,14 @@ class Denoiser(nn.Module):
         if not embeddings:
             embeddings = [torch.zeros_like(time_embedding)]
         conditioning = torch.stack(embeddings).sum(0) if len(embeddings) > 1 else embeddings[0]
-        tokens, tap = self.backbone(tokens + self.positions, time_embedding, conditioning, config.alignment_depth)
+        if self.backbone.fixed_positions:
+            tokens = tokens + self.positions
+        tokens, tap = self.backbone(tokens, time_embedding, conditioning, config.alignment_depth)
 
         output: State = {m.name: self.token_velocities[m.name](tokens[:, i]) for i, m in enumerate(config.tokens)}
         image, variance = self.unpatchify(self.velocity(tokens[:, len(config.tokens) :])), None
+        if config.parts.convolution:
+            image = self.convolution(image)
         if config.learn_sigma:
             image, second = image.chunk(2, dim=1)
             variance = self._by_map(second) if prediction.learns_variance else None
@@ -158,7 +195,7 @@ class Denoiser(nn.Module):
         Every layer draws from a stream of its own, told by its name: models of one seed begin with the same weights in
         whatever they share, other parts or not.
         """
-        small = {self.time_embedding[0], self.time_embedding[2], *self.conditions.values()}
+        small = {*self.time_embedding, *self.conditions.values(), *self.backbone.small_layers()}
         zero = {self.velocity, *self.token_velocities.values(), *self.backbone.zero_layers()}
         zero |= {*self.time_offsets.zero_layers()}
         for name, layer in self.named_modules():  # type: ignore[reportUnknownVariableType]

@@ -24,34 +24,58 @@ def position_embedding(
     frequencies 1 / 10000^(i / (width/4)) in float64. Leading tokens (the class token) get zeros. Row i of R stands at
     i, or at i·R'/R with `counted_in` (R', C'): within the range that a smaller grid covers (DiffFit, arXiv 2304.06648).
     """
+    rows, columns = _angles(grid, width, counted_in)
+    positions = torch.cat([f(a) for a in (columns, rows) for f in (torch.sin, torch.cos)], dim=1)
+    return F.pad(positions, (0, 0, leading, 0)).float().unsqueeze(0)
+
+
+def rotation_of(
+    grid: tuple[int, int], width: int, leading: int = 0, counted_in: tuple[int, int] | None = None
+) -> Tensor:
+    """Cosines and sines of the angles by which attention turns a head's pairs of channels, (2, leading + rows·columns,
+    width/2), float32 (2-D rotary positions, as in LightningDiT, arXiv 2501.01423).
+
+    The first half of the pairs is turned by the row, the second by the column, with the frequencies and in the places
+    of `position_embedding`. Leading tokens are not turned.
+    """
+    angles = F.pad(torch.cat(_angles(grid, width, counted_in), dim=1), (0, 0, leading, 0))
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def _angles(grid: tuple[int, int], width: int, counted_in: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    """Row and column of every place of a grid, each times width/4 frequencies: (rows·columns, width/4), float64."""
     counted = [
         torch.arange(tokens, dtype=torch.float64) * ((unit or tokens) / tokens)
         for tokens, unit in zip(grid, counted_in or (None, None), strict=True)
     ]
     rows, columns = torch.meshgrid(*counted, indexing="ij")
     frequencies = MAX_PERIOD ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]
-    positions = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
-    return F.pad(positions, (0, 0, leading, 0)).float().unsqueeze(0)
+    return rows.reshape(-1, 1) * frequencies, columns.reshape(-1, 1) * frequencies
 
 
-def time_features(t: Tensor) -> Tensor:
-    """Sinusoids of t (B,) in [0, 1], not scaled by 1000: (B, 256), cosines, then sines."""
-    half = FREQUENCIES // 2
+def time_features(t: Tensor, size: int = FREQUENCIES) -> Tensor:
+    """Sinusoids of t (B,), not scaled: (B, size), cosines, then sines."""
+    half = size // 2
     frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float().unsqueeze(1) * frequencies
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 
 
 class TimeEmbedding(nn.Sequential):
-    """Time (B,) to (B, width); in [0, 1], unless the prediction counts it otherwise."""
+    """Time (B,) to (B, width): sinusoids, then two layers; in [0, 1], unless the prediction counts it otherwise."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+    def __init__(self, width: int, hidden: int | None = None, features: int = FREQUENCIES, scale: float = 1.0) -> None:
+        """Layers of `hidden` width between, that of the embedding if not given; with 0 there are no layers.
+
+        The sinusoids are of `scale` times the time, and so many `features`: as many as the width without layers.
+        """
+        hidden = width if hidden is None else hidden
+        super().__init__(*((nn.Linear(features, hidden), nn.SiLU(), nn.Linear(hidden, width)) if hidden else ()))
+        self.features, self.scale = features, scale
 
     def forward(self, input: Tensor) -> Tensor:
         """(B,) → (B, width)."""
-        x = time_features(input)
+        x = time_features(input if self.scale == 1 else self.scale * input, self.features)
         for layer in self:
             x = layer(x)
         return x

@@ -12,14 +12,15 @@ A scale of 1 is no guidance and costs nothing. To add a kind, write a `Guider` a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from reglue.diffusion.conditions import Condition
-from reglue.diffusion.denoiser import DenoiserFunction
+from reglue.diffusion.denoiser import DenoiserFunction, Prediction
 from reglue.diffusion.modalities import (
     LATENT,
     Modality,
@@ -29,9 +30,11 @@ from reglue.diffusion.modalities import (
     batch_size,
     concatenate_states,
     split_state,
+    times_of_each,
 )
 from reglue.diffusion.paths import LINEAR, Path
 from reglue.diffusion.specs import Guidance as Guidance
+from reglue.seeds import torch_generator
 
 
 class Velocity(ABC):
@@ -40,9 +43,14 @@ class Velocity(ABC):
     path: Path = LINEAR
     """The interpolant, which scores and predictions of the data depend on."""
     discontinuities: tuple[float, ...] = ()
-    """The clock's times at which the velocity is not continuous, strictly between 0 and 1."""
-    latest: float = 1.0
-    """The noisiest time that it knows, where samples begin."""
+    """The times, strictly between 0 and 1, at which the velocity of a modality that has come to them jumps."""
+    known_times: tuple[float, ...] = ()
+    """The times of the chain that its network was trained on, rising; none where it knows them all."""
+
+    @property
+    def latest(self) -> float:
+        """The noisiest time that it knows, where samples begin."""
+        return max(self.known_times, default=1.0)
 
     @abstractmethod
     def __call__(self, state: State, times: Times, decided_at: Times | None = None) -> State:
@@ -55,6 +63,10 @@ class Velocity(ABC):
         discontinuities.
         """
 
+    def predict(self, state: State, times: Times, decided_at: Times | None = None) -> Prediction:
+        """The same, with the variance that a network may have learned beside it."""
+        return Prediction(self(state, times, decided_at), None)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -63,6 +75,22 @@ class Evaluation:
     network: DenoiserFunction
     state: State
     condition: Condition
+    times: Times
+
+    def without(self, names: Iterable[str], by_noise: bool) -> Evaluation:
+        """The same without some modalities: with zeros in their place, or `by_noise`, at t = 1."""
+        state, times = dict(self.state), dict(self.times)
+        for name in names:
+            x = state[name]
+            state[name] = noise_like(name, x.shape[1:], x.dtype, x.device).expand_as(x) if by_noise else 0 * x
+            times[name] = 1.0 if by_noise else times[name]
+        return replace(self, state=state, times=times)
+
+
+@lru_cache(maxsize=8)
+def noise_like(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The noise (1, …) that hides a modality: one for all images and times, so that what is integrated is an ODE."""
+    return torch.randn(1, *shape, generator=torch_generator(0, f"hidden {name}")).to(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -74,6 +102,8 @@ class Guided:
     modalities: Sequence[Modality]
     weaker: DenoiserFunction | None = None
     """The second network of autoguidance."""
+    any_times: bool = False
+    """Whether the model knows all combinations of times, so that noise hides a modality from it."""
 
 
 class Guider(ABC):
@@ -101,10 +131,12 @@ class ClassifierFree(Guider):
 
     guidance: Guidance
     null: Condition
+    hidden: Sequence[str] = ()
+    """Modalities that the model without a condition does not see either: they are noise for it."""
 
     def worse(self, conditional: Evaluation) -> Evaluation:
         """The same state without its condition."""
-        return replace(conditional, condition=self.null)
+        return replace(conditional.without(self.hidden, by_noise=True), condition=self.null)
 
     def scale(self, modality: str, like: Tensor) -> float | Tensor:
         """One number per modality, or 1 for the latent channels that are not guided."""
@@ -122,11 +154,11 @@ class Representation(Guider):
 
     representation_scale: float
     hidden: Sequence[str]
+    by_noise: bool = False
 
     def worse(self, conditional: Evaluation) -> Evaluation:
-        """The same state with zeros in place of the hidden modalities."""
-        state = conditional.state
-        return replace(conditional, state={**state, **{name: torch.zeros_like(state[name]) for name in self.hidden}})
+        """The same state without the hidden modalities: see `Evaluation.without`."""
+        return conditional.without(self.hidden, self.by_noise)
 
     def scale(self, modality: str, like: Tensor) -> float:
         """One for all."""
@@ -137,7 +169,7 @@ class Representation(Guider):
 class Auto(Guider):
     """Away from a weaker network (arXiv 2406.02507)."""
 
-    auto_scale: float
+    guidance: Guidance
     weaker: DenoiserFunction
 
     def worse(self, conditional: Evaluation) -> Evaluation:
@@ -145,32 +177,38 @@ class Auto(Guider):
         return replace(conditional, network=self.weaker)
 
     def scale(self, modality: str, like: Tensor) -> float:
-        """One for all."""
-        return self.auto_scale
+        """One number per modality."""
+        return self.guidance.auto_scales.get(modality, self.guidance.auto_scale)
 
 
 def classifier_free(guidance: Guidance, model: Guided) -> Guider | None:
     """Classifier-free guidance, if any modality has a scale that asks for it."""
     asked = any(guidance.scale_of(modality.name) != 1 for modality in model.modalities)
+    hidden = [modality.name for modality in model.modalities[1:]] if guidance.unconditional == "everything" else []
     # The null is made once, not in every step.
-    return ClassifierFree(guidance, model.denoiser.null(batch_size(model.condition))) if asked else None
+    return ClassifierFree(guidance, model.denoiser.null(batch_size(model.condition)), hidden) if asked else None
+
+
+def dropped_modalities(modalities: Sequence[Modality]) -> list[str]:
+    """What some samples were trained without."""
+    return [modality.name for modality in modalities if modality.dropout]
 
 
 def hidden_modalities(modalities: Sequence[Modality]) -> list[str]:
     """What representation guidance hides: the modalities that training dropped, or else all maps but the latents."""
-    dropped = [modality.name for modality in modalities if modality.dropout]
+    dropped = dropped_modalities(modalities)
     return dropped or [modality.name for modality in modalities[1:] if modality.kind == "map"]
 
 
 def representation(guidance: Guidance, model: Guided) -> Guider | None:
     """Representation guidance, if the scale asks for it."""
-    scale = guidance.representation_scale
-    return Representation(scale, hidden_modalities(model.modalities)) if scale != 1 else None
+    scale, by_noise = guidance.representation_scale, model.any_times and not dropped_modalities(model.modalities)
+    return Representation(scale, hidden_modalities(model.modalities), by_noise) if scale != 1 else None
 
 
 def auto(guidance: Guidance, model: Guided) -> Guider | None:
-    """Autoguidance, if the scale asks for it and there is a weaker network."""
-    return Auto(guidance.auto_scale, model.weaker) if model.weaker and guidance.auto_scale != 1 else None
+    """Autoguidance, if a scale asks for it and there is a weaker network."""
+    return Auto(guidance, model.weaker) if model.weaker and guidance.asks_for_weaker else None
 
 
 GUIDERS: dict[str, Callable[[Guidance, Guided], Guider | None]] = {
@@ -197,37 +235,56 @@ class GuidedVelocity(Velocity):
         interval: tuple[float, float] = (0.0, 1.0),
         path: Path = LINEAR,
         dtype: torch.dtype = torch.float32,
-        latest: float = 1.0,
+        known_times: tuple[float, ...] = (),
     ) -> None:
         self.denoiser, self.condition, self.guiders = denoiser, condition, guiders
-        self.interval, self.path, self.dtype, self.latest = interval, path, dtype, latest
+        self.interval, self.path, self.dtype, self.known_times = interval, path, dtype, known_times
         edges = tuple(edge for edge in sorted({*interval}) if 0 < edge < 1)
         self.discontinuities = edges if guiders else ()
 
     def __call__(self, state: State, times: Times, decided_at: Times | None = None) -> State:
-        """See `Velocity.__call__`. The interval is about the time of the latents."""
+        """See `Velocity.__call__`."""
+        return self.predict(state, times, decided_at).velocity
+
+    def predict(self, state: State, times: Times, decided_at: Times | None = None) -> Prediction:
+        """See `Velocity.predict`. The interval is about the time of each modality; what is data already needs none.
+
+        The variance is the conditional one's, which is not guided.
+        """
         lowest, highest = self.interval
         seen = {name: x.to(self.dtype) for name, x in state.items()}
-        conditional = Evaluation(self.denoiser, seen, self.condition)
-        guided = lowest <= (times if decided_at is None else decided_at)[LATENT] <= highest
+        conditional = Evaluation(self.denoiser, seen, self.condition, times)
+        decisive = times if decided_at is None else decided_at
+        guided = {name for name in state if lowest <= decisive[name] <= highest and decisive[name] > 0}
         guiders = self.guiders if guided else ()
-        velocity, *worse = self._evaluate([conditional, *(guider.worse(conditional) for guider in guiders)], times)
-        velocity = {name: velocity[name].to(x.dtype) for name, x in state.items()}
+        own, *worse = self._evaluate([conditional, *(guider.worse(conditional) for guider in guiders)])
+        velocity = {name: own.velocity[name].to(x.dtype) for name, x in state.items()}
         result = velocity
         for guider, other in zip(guiders, worse, strict=True):
-            result = guider.move(result, velocity, other)
-        return result
+            moved = guider.move(result, velocity, other.velocity)
+            result = {name: moved[name] if name in guided else v for name, v in result.items()}
+        variance = {name: w.to(state[name].dtype) for name, w in (own.variance or {}).items()}
+        return Prediction(result, None, variance)
 
-    def _evaluate(self, evaluations: Sequence[Evaluation], times: Times) -> list[State]:
-        """The velocities, in order: one batch for each network."""
-        results: dict[int, State] = {}
+    def _evaluate(self, evaluations: Sequence[Evaluation]) -> list[Prediction]:
+        """What is predicted, in order: one batch for each network."""
+        results: dict[int, Prediction] = {}
         for network in {id(e.network): e.network for e in evaluations}.values():
             own = [i for i, e in enumerate(evaluations) if e.network is network]
             states, conditions = ([getattr(evaluations[i], part) for i in own] for part in ("state", "condition"))
             state = concatenate_states(states) if len(own) > 1 else states[0]
             condition = concatenate_states(conditions) if len(own) > 1 else conditions[0]
-            velocities = split_state(network(state, tensor_times(times, state), condition).velocity, len(own))
-            results |= dict(zip(own, velocities, strict=True))
+            times = [evaluations[i].times for i in own]
+            if all(each == times[0] for each in times):
+                time = tensor_times(times[0], state)
+            else:
+                apart = zip(times, states, strict=True)
+                time = concatenate_states([dict(times_of_each(tensor_times(t, x), t)) for t, x in apart])
+            predicted = network(state, time, condition)
+            velocities, variances = (
+                split_state(part or {}, len(own)) for part in (predicted.velocity, predicted.variance)
+            )
+            results |= {i: Prediction(v, None, w) for i, v, w in zip(own, velocities, variances, strict=True)}
         return [results[i] for i in range(len(evaluations))]
 
 
@@ -247,14 +304,16 @@ def guided_velocity(
     weaker: DenoiserFunction | None = None,
     path: Path = LINEAR,
     dtype: torch.dtype = torch.float32,
-    latest: float = 1.0,
+    known_times: tuple[float, ...] = (),
+    any_times: bool = False,
 ) -> GuidedVelocity:
     """The velocity function of a denoiser under a condition (B, …), with every registered guidance that is asked for.
 
-    Raises ValueError for a guider that is not registered.
+    `any_times` says whether the denoiser knows all combinations of times. Raises ValueError for a guider that is not
+    registered.
     """
     if unknown := guidance.others.keys() - GUIDERS.keys():
         raise ValueError(f"guider {', '.join(sorted(unknown))} is unknown; registered are {', '.join(GUIDERS)}")
-    model = Guided(denoiser, condition, modalities, weaker)
+    model = Guided(denoiser, condition, modalities, weaker, any_times)
     built = [build(guidance, model) for build in GUIDERS.values()]
-    return GuidedVelocity(denoiser, condition, [g for g in built if g], guidance.interval, path, dtype, latest)
+    return GuidedVelocity(denoiser, condition, [g for g in built if g], guidance.interval, path, dtype, known_times)

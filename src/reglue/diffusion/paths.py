@@ -21,6 +21,16 @@ class Coefficients(NamedTuple):
     d_alpha: Tensor
     d_sigma: Tensor
 
+    @property
+    def norm(self) -> Tensor:
+        """√(α² + σ²): x_t by it is the state of a chain, whose variance stays that of the data, if that is 1."""
+        return (self.alpha.square() + self.sigma.square()).sqrt()
+
+    @property
+    def kept(self) -> Tensor:
+        """ᾱ = α² / (α² + σ²), as chains call the share of the data."""
+        return (self.alpha / self.norm).square()
+
 
 class Path(ABC):
     """A path from data at t = 0 to noise at t = 1."""
@@ -57,12 +67,13 @@ class Path(ABC):
         return a * x + (then.sigma**2 - (a * now.sigma) ** 2).clamp(min=0).sqrt() * noise
 
     def velocity_to_score(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The score ∇ log p_t(x) that belongs to a velocity; t in (0, 1], broadcast against x.
+        """The score ∇ log p_t(x) = −ε / σ that belongs to a velocity; t in (0, 1], broadcast against x."""
+        return -self.velocity_to_noise(v, x, t) / self.coefficients(t).sigma
 
-        From x = α x₀ + σ ε and v = α' x₀ + σ' ε follows ε = (α v − α' x) / (α σ' − α' σ), and the score is −ε / σ.
-        """
+    def velocity_to_noise(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The noise ε that a velocity at x comes from: (α v − α' x) / (α σ' − α' σ); t broadcasts against x."""
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t)
-        return -(alpha * v - d_alpha * x) / ((alpha * d_sigma - d_alpha * sigma) * sigma)
+        return (alpha * v - d_alpha * x) / (alpha * d_sigma - d_alpha * sigma)
 
     def velocity_to_data(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The data x₀ that a velocity at x points to: (σ' x − σ v) / (α σ' − α' σ); t broadcasts against x."""

@@ -25,6 +25,11 @@ class PredictionKind(ABC):
     learns_variance = False
     """Whether the second half of the outputs is that of a learned variance, where the network has one."""
 
+    @property
+    def largest_time(self) -> float:
+        """The number by which the network knows pure noise."""
+        return 1.0
+
     @abstractmethod
     def to_velocity(self, output: State, state: State, times: TensorTimes, path: Path) -> State:
         """The velocity dx/dt that an output for `state` at `times` (B,) means."""
@@ -33,9 +38,13 @@ class PredictionKind(ABC):
         """What the network is given for `state` at `times`: the same, unless it knows states by another scale."""
         return state, times
 
+    def known_times(self, path: Path) -> tuple[float, ...]:
+        """The times of the steps of the chain that the network was trained on, rising; none where it knows them all."""
+        return ()
+
     def latest(self, path: Path) -> float:
         """The noisiest time that the network knows, where samples begin."""
-        return 1.0
+        return max(self.known_times(path), default=1.0)
 
     def training_time(self, t: Tensor, path: Path) -> Tensor:
         """The times (B,) of training samples for t, float64, drawn as from [0, 1]."""
@@ -44,6 +53,13 @@ class PredictionKind(ABC):
     def weight(self, t: Tensor, path: Path) -> Tensor | None:
         """What makes a squared error of the velocity one of the prediction, for t (B,); None for 1."""
         return None
+
+    def variance_loss(self, variance: Tensor, error: Tensor, data: Tensor, t: Tensor, path: Path) -> Tensor:
+        """What trains a learned variance (B, …), in bits for each element of a sample: (B,).
+
+        `error` is that of the velocity of `data` at t (B,), through which nothing is to be learned.
+        """
+        raise NotImplementedError(f"{type(self).__name__} learns no variance")
 
 
 class VelocityPrediction(PredictionKind):
@@ -74,6 +90,11 @@ class NoisePrediction(PredictionKind):
     chain: Chain
     learns_variance = True
 
+    @property
+    def largest_time(self) -> float:
+        """The number of steps of the chain."""
+        return float(self.chain.steps)
+
     def to_velocity(self, output: State, state: State, times: TensorTimes, path: Path) -> State:
         """v = α'/α·x_t + (σ' − α'σ/α)·ε̂: (ε̂ − x_t)/(1 − t) on the linear path."""
         velocity: State = {}
@@ -85,23 +106,29 @@ class NoisePrediction(PredictionKind):
     def network_input(self, state: State, times: TensorTimes, path: Path) -> tuple[State, TensorTimes]:
         """x_t/√(α² + σ²), the chain's state, and the number of its step."""
         exact = {name: path.coefficients(times[name].double()) for name in state}
-        scales = {name: (c.alpha.square() + c.sigma.square()).rsqrt() for name, c in exact.items()}
-        scaled = {name: x * expand_as(scales[name].to(x.dtype), x) for name, x in state.items()}
+        scaled = {name: x / expand_as(exact[name].norm.to(x.dtype), x) for name, x in state.items()}
         return scaled, {**times, **{name: self.chain.number(c.alpha, c.sigma) for name, c in exact.items()}}
 
-    def latest(self, path: Path) -> float:
-        """Of the chain's last step: 0.9937 for DDPM's on the linear path."""
-        return path.time_of(torch.tensor(self.chain.ratios[-1])).item()
+    def known_times(self, path: Path) -> tuple[float, ...]:
+        """See `PredictionKind.known_times`: 0.0099 to 0.9937 for DDPM's chain on the linear path."""
+        return tuple(path.time_of(torch.as_tensor(self.chain.ratios)).tolist())
 
     def training_time(self, t: Tensor, path: Path) -> Tensor:
         """That of a step of the chain, drawn uniformly, in float64."""
         steps = (t * self.chain.steps).long().clamp(max=self.chain.steps - 1)
         return path.time_of(t.new_tensor(self.chain.ratios)[steps])
 
-    def weight(self, t: Tensor, path: Path) -> Tensor | None:
+    def weight(self, t: Tensor, path: Path) -> Tensor:
         """(α / (ασ' − α'σ))²: (1 − t)² on the linear path."""
         c = path.coefficients(t)
         return (c.alpha / (c.alpha * c.d_sigma - c.d_alpha * c.sigma)).square()
+
+    def variance_loss(self, variance: Tensor, error: Tensor, data: Tensor, t: Tensor, path: Path) -> Tensor:
+        """The variational bound at the chain's step nearest to t (IDDPM, arXiv 2102.09672, section 3.4)."""
+        c = path.coefficients(t.double())
+        n = (self.chain.number(c.alpha, c.sigma) - self.chain.first).round().long()
+        to_noise = expand_as(self.weight(t, path).sqrt().to(error.dtype), error)
+        return self.chain.bound(error.detach() * to_noise, variance, data, n)
 
 
 def coefficients(path: Path, t: Tensor, like: Tensor) -> Coefficients:

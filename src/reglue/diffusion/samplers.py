@@ -6,19 +6,22 @@ accumulate in float64, as the published samplers do. To add a sampler, write a s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from reglue.diffusion.chains import STABLE_DIFFUSION, Chain, kept_steps
 from reglue.diffusion.controls import Control, Controlled
 from reglue.diffusion.guidance import Velocity
-from reglue.diffusion.modalities import LATENT, State, Times
-from reglue.diffusion.paths import Path
+from reglue.diffusion.modalities import State, Times
+from reglue.diffusion.paths import Coefficients, Path
 from reglue.diffusion.specs import Diffusion
 from reglue.diffusion.specs import StatePrecision as StatePrecision
 from reglue.errors import UserError
@@ -70,10 +73,10 @@ def integrate(
     followed = Controlled(velocity, controls) if controls else velocity
     memory: Memory = {}
     for now, then in pairwise(times):
-        if then[LATENT] > now[LATENT]:
+        if rising := [name for name in state if then[name] > now[name]]:
             drawn, memory = next(noise), {}
-            t, earlier = ({n: torch.tensor(at[n], dtype=torch.float64) for n in state} for at in (now, then))
-            state = {n: velocity.path.returned(x, t[n], earlier[n], drawn[n]) for n, x in state.items()}
+            t, earlier = ({n: torch.tensor(at[n], dtype=torch.float64) for n in rising} for at in (now, then))
+            state |= {n: velocity.path.returned(state[n], t[n], earlier[n], drawn[n]) for n in rising}
             continue
         for control in controls:
             state = control.before(state, now)
@@ -94,13 +97,19 @@ def euler(
 def heun(
     velocity: Velocity, state: State, times: Times, next_times: Times, memory: Memory, noise: Iterator[State]
 ) -> State:
-    """Heun's second-order method: two evaluations per step, and one in the last, which ends in the data."""
+    """Heun's second-order method: two evaluations per step, and one in the last, which ends in the data.
+
+    A modality that ends before the others does so by the first evaluation too: at its data no velocity is learned.
+    """
     dt, v = {name: next_times[name] - times[name] for name in state}, velocity(state, times)
     ahead = {name: x + dt[name] * v[name] for name, x in state.items()}
     if is_data(next_times):
         return ahead
     v_next = velocity(ahead, next_times, decided_at=times)
-    return {name: x + dt[name] * (v[name] + v_next[name]) / 2 for name, x in state.items()}
+    return {
+        name: x + dt[name] * (v[name] + v_next[name]) / 2 if next_times[name] else ahead[name]
+        for name, x in state.items()
+    }
 
 
 def adams_bashforth(
@@ -111,26 +120,25 @@ def adams_bashforth(
     A step follows the velocity extrapolated to its middle, v + (Δt / 2Δt₋)·(v − v₋) (Hairer, Nørsett and Wanner,
     Solving ordinary differential equations I, section III.5). The first step, and the first behind each discontinuity
     of the velocity, has nothing to extrapolate from: it is Euler's, until the velocity at its end, which the next step
-    evaluates anyway, makes it Heun's. Discontinuities should be on the grid (`aligned_times`), or the order there is 1.
+    evaluates anyway, makes it Heun's. So it is for a modality that begins later than others. Discontinuities should be
+    on the grid (`aligned_times`), or the order there is 1.
     """
     # A step that begins at a discontinuity is on the side of its middle.
     middle = {name: (t + next_times[name]) / 2 for name, t in times.items()}
     v = velocity(state, times, decided_at=middle)
-    before = memory.get("before")
-    if before and any(middle[LATENT] <= edge <= before[1][LATENT] for edge in velocity.discontinuities):
-        before = None
-    result: State = {}
+    times_before, middle_before, v_before, by_euler = memory.get("before", (times, middle, v, ()))
+    result, euler_now = State(), set[str]()
     for name, x in state.items():
-        dt, slope = next_times[name] - times[name], v[name]
-        if before:
-            times_before, _, v_before, was_euler = before
-            moved, change = times[name] - times_before[name], v[name] - v_before[name]
-            if was_euler:
+        dt, slope, moved = next_times[name] - times[name], v[name], times[name] - times_before[name]
+        if moved and not any(middle[name] <= edge <= middle_before[name] for edge in velocity.discontinuities):
+            change = v[name] - v_before[name]
+            if name in by_euler and times[name]:
                 x = x + moved / 2 * change
-            if moved:
-                slope = slope + dt / moved / 2 * change
+            slope = slope + dt / moved / 2 * change
+        else:
+            euler_now.add(name)
         result[name] = x + dt * slope
-    memory["before"] = times, middle, v, before is None
+    memory["before"] = times, middle, v, euler_now
     return result
 
 
@@ -184,17 +192,20 @@ def dopri5(
     """
     odeint = adaptive_solver()
     names, values = list(state), tuple(state.values())
-    start, end = times[LATENT], next_times[LATENT]
+    moving = max(names, key=lambda name: times[name] - next_times[name])
+    start, end = times[moving], next_times[moving]
+    if start == end:
+        return state
     middle = {name: (t + next_times[name]) / 2 for name, t in times.items()}
-    # Every modality moves with the time of the latents, each at its own rate.
-    rates = {name: 1.0 if t == start and next_times[name] == end else (next_times[name] - t) / (end - start)
-             for name, t in times.items()}  # fmt: skip
+    # Every modality moves with the time of the one that goes farthest, each at its own rate, or stands still.
+    rates = {name: (next_times[name] - t) / (end - start) for name, t in times.items()}
+    alike = {name for name, t in times.items() if t == start and next_times[name] == end}  # without any rounding
 
     def slopes(now: Tensor, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         t = now.item()
-        at = {name: t if rates[name] == 1 else times[name] + rates[name] * (t - start) for name in names}
+        at = {name: t if name in alike else times[name] + rate * (t - start) for name, rate in rates.items()}
         v = velocity(dict(zip(names, values, strict=True)), at, decided_at=middle)
-        return tuple(v[name] if rates[name] == 1 else rates[name] * v[name] for name in names)
+        return tuple(v[name] if name in alike else rates[name] * v[name] for name in names)
 
     ends = torch.tensor([start, end], dtype=torch.float64, device=values[0].device)
     try:
@@ -205,6 +216,140 @@ def dopri5(
             f"{absolute_tolerance:g} absolute ({error}); raise them, or keep the state in float64"
         ) from error
     return {name: value[-1] for name, value in zip(names, solved, strict=True)}
+
+
+def ddim(
+    velocity: Velocity,
+    state: State,
+    times: Times,
+    next_times: Times,
+    memory: Memory,
+    noise: Iterator[State],
+    *,
+    eta: float = 0.0,
+    clip: float | None = None,
+) -> State:
+    """DDIM's step (arXiv 2010.02502, eq. 12) on any path: α_s x̂ + √(σ_s² − ω²) ε̂ + ω ξ from time t to s.
+
+    ω = η σ_s √(1 − (α_t σ_s / α_s σ_t)²): nothing for η = 0, which is Euler's step on the linear path, and DDPM's β̃ for
+    η = 1. `clip` keeps x̂ in [−clip, clip], and ε̂ is what leads there.
+    """
+    v = velocity(state, times)
+    fresh = next(noise) if eta and not is_data(next_times) else None
+    result: State = {}
+    for name, x in state.items():
+        if times[name] == next_times[name]:
+            result[name] = x
+            continue
+        t, now, then = _between(velocity.path, times[name], next_times[name])
+        data = _clipped(velocity.path.velocity_to_data(v[name], x, t), clip)
+        spread = eta * then.sigma * (1 - (now.alpha * then.sigma / (then.alpha * now.sigma)) ** 2).sqrt()
+        noise_left = (then.sigma**2 - spread**2).sqrt()
+        result[name] = then.alpha * data + noise_left * (x - now.alpha * data) / now.sigma
+        if fresh is not None:
+            result[name] = result[name] + spread * fresh[name]
+    return result
+
+
+def ddpm(
+    velocity: Velocity,
+    state: State,
+    times: Times,
+    next_times: Times,
+    memory: Memory,
+    noise: Iterator[State],
+    *,
+    clip: float | None = None,
+) -> State:
+    """DDPM's ancestral step (arXiv 2006.11239, algorithm 2) on any path, with the variance that the network learned.
+
+    Without one it is β̃. A step between two times is the last one of the chain that goes through both (IDDPM, arXiv
+    2102.09672, section 4). `clip` keeps the predicted data in [−clip, clip].
+    """
+    predicted = velocity.predict(state, times)
+    fresh = None if is_data(next_times) else next(noise)
+    result: State = {}
+    for name, x in state.items():
+        if times[name] == next_times[name]:
+            result[name] = x
+            continue
+        t, now, then = _between(velocity.path, times[name], next_times[name])
+        data = _clipped(velocity.path.velocity_to_data(predicted.velocity[name], x, t), clip)
+        chain = Chain.through(np.array([c.kept for c in ((then, now) if next_times[name] else (now,))]))
+        last, variance = x.new_full((1,), chain.steps - 1, dtype=torch.long), (predicted.variance or {}).get(name)
+        mean, log_variance = chain.posterior(x / now.norm, data, last, variance)
+        if fresh is not None and next_times[name]:
+            mean = mean + (log_variance / 2).exp() * fresh[name]
+        result[name] = then.norm * mean
+    return result
+
+
+def _between(path: Path, t: float, s: float) -> tuple[Tensor, Coefficients, Coefficients]:
+    """A time, and the coefficients of it and of the next: float64 on the CPU, for which no device waits."""
+    now, then = (torch.tensor(time, dtype=torch.float64) for time in (t, s))
+    return now, path.coefficients(now), path.coefficients(then)
+
+
+def _clipped(data: Tensor, clip: float | None) -> Tensor:
+    return data if clip is None else data.clamp(-clip, clip)
+
+
+def dpm_solver(
+    velocity: Velocity,
+    state: State,
+    times: Times,
+    next_times: Times,
+    memory: Memory,
+    noise: Iterator[State],
+    *,
+    steps: float = math.inf,
+    order: int = 3,
+) -> State:
+    """One evaluation of DPM-Solver++ (arXiv 2211.01095), predicting data: U-ViT's sampler, for any path.
+
+    Its own steps are of as many evaluations as their order, 3 as long as more than three are left, then 2 or 1; the
+    grid's times are their beginnings and what lies between. With λ = log(α/σ), h = λ_t − λ_s and φ = 1 − e^(−h), a step
+    from s brings x to σ_t/σ_s·x + α_t·φ·x̂_s and, by the data x̂_j predicted at the latest λ_j, adds
+
+        α_t·φ·h / 2(λ_j − λ_s)·(x̂_j − x̂_s)  for order 2,  α_t·(h − φ) / (λ_j − λ_s)·(x̂_j − x̂_s)  for order 3.
+
+    The last time before data is as good as data: it is scaled, with the noise that is left in it, as U-ViT's code does.
+    """
+    t = {name: torch.tensor(time, dtype=torch.float64) for name, time in times.items()}
+    if is_data(next_times):
+        known = {name: velocity.path.coefficients(time) for name, time in t.items()}
+        return {name: x / (known[name].alpha ** 2 + known[name].sigma ** 2).sqrt() for name, x in state.items()}
+    v = velocity(state, times)
+    data = {name: velocity.path.velocity_to_data(v[name], x, t[name]) for name, x in state.items()}
+    left, ahead = memory.get("left", steps), memory.get("ahead", 0)
+    if not ahead:
+        # Without any data in the state there is no λ: the first step of a flow is of order 1.
+        ahead = 1 if max(times.values()) == 1 else min(order, left if left < 3 else 2 if left == 3 else 3)
+        memory |= {"order": ahead, "state": state, "times": times, "data": data}
+    memory |= {"left": left - 1, "ahead": ahead - 1}
+    return {
+        name: _dpm_step(velocity.path, name, memory, x, data[name], times[name], next_times[name])
+        for name, x in state.items()
+    }
+
+
+def _dpm_step(path: Path, name: str, memory: Memory, now: Tensor, data: Tensor, t: float, then: float) -> Tensor:
+    """What one modality, `now` at time t, has become `then`, on the way from the beginning of a step in `memory`."""
+    if then in (t, 0.0):
+        return now if then == t else data
+    (alpha_s, sigma_s), (alpha_j, sigma_j), (alpha, sigma) = (
+        [part.item() for part in path.coefficients(torch.tensor(at, dtype=torch.float64))[:2]]
+        for at in (memory["times"][name], t, then)
+    )
+    first = memory["data"][name]
+    phi = 1 - sigma / alpha * alpha_s / sigma_s
+    result = sigma / sigma_s * memory["state"][name] + alpha * phi * first
+    if t == memory["times"][name]:
+        return result
+    lambda_s = math.log(alpha_s / sigma_s)
+    h, h_j = math.log(alpha / sigma) - lambda_s, math.log(alpha_j / sigma_j) - lambda_s
+    factor = phi * h / 2 if memory["order"] == 2 else h - phi
+    return result + alpha * factor / h_j * (data - first)
 
 
 def is_data(times: Times) -> bool:
@@ -241,15 +386,28 @@ def stochastic_times(steps: int, shift: float = 1.0, discontinuities: Sequence[f
     return [shifted(1 - span * i / max(steps - 1, 1), shift) for i in range(steps)] + [0.0]
 
 
-def aligned_times(steps: int, shift: float = 1.0, discontinuities: Sequence[float] = ()) -> list[float]:
-    """`uniform_times` with the inner time nearest to each discontinuity moved onto it.
+def chain_times(steps: int, shift: float = 1.0, discontinuities: Sequence[float] = ()) -> list[float]:
+    """Steps of Stable Diffusion's chain, equally spaced from the last to the first and then `shifted`, as times of the
+    linear path; 1 in place of the last, and 0 behind the first: U-ViT's, for `steps` evaluations."""
+    chain = STABLE_DIFFUSION
+    numbers = [chain.first + (chain.steps - 1) * shifted(1 - i / steps, shift) for i in range(1, steps + 1)]
+    return [1.0, *(ratio / (1 + ratio) for ratio in map(chain.ratio, numbers)), 0.0]
 
-    Where fewer inner times than discontinuities are there, or two are nearest to one time, one stays between times.
+
+def aligned_times(steps: int, shift: float = 1.0, discontinuities: Sequence[float] = ()) -> list[float]:
+    """`uniform_times`, `aligned` with the discontinuities."""
+    return aligned(uniform_times(steps, shift), discontinuities)
+
+
+def aligned(grid: Sequence[float], edges: Sequence[float]) -> list[float]:
+    """A grid with the inner time nearest to each edge moved onto it.
+
+    Where fewer inner times than edges are there, or two are nearest to one time, one stays between times.
     """
-    times = uniform_times(steps, shift)
-    for edge in discontinuities:
+    times = [*grid]
+    for edge in edges:
         nearest = min(range(1, len(times) - 1), key=lambda i: abs(times[i] - edge), default=None)
-        if nearest is not None and times[nearest] not in discontinuities:
+        if nearest is not None and times[nearest] not in edges:
             times[nearest] = edge
     return times
 
@@ -257,6 +415,16 @@ def aligned_times(steps: int, shift: float = 1.0, discontinuities: Sequence[floa
 def whole_intervals(steps: int, shift: float = 1.0, discontinuities: Sequence[float] = ()) -> list[float]:
     """From 1 to 0 with nothing but the discontinuities between, for methods that choose their own steps."""
     return [1.0, *sorted(discontinuities, reverse=True), 0.0]
+
+
+def respaced_times(known: Sequence[float], steps: int, shift: float = 1.0) -> list[float]:
+    """So many of the times of a chain, which rise, from its last one on, then 0: as DiT's samplers keep them.
+
+    Those between the last and 0 are `shifted`.
+    """
+    kept = kept_steps(len(known), steps) if steps > 1 else [len(known) - 1]
+    times = [known[n] for n in reversed(kept)]
+    return [*(t if shift == 1 else times[0] * shifted(t / times[0], shift) for t in times), 0.0]
 
 
 def begin_at(grid: Sequence[float], start: float) -> list[float]:
@@ -283,7 +451,7 @@ class Start:
     time: float
     """The clock's, in [0, 1]."""
     data: State
-    """What is there without noise, (B, …) each."""
+    """What is there without noise, (B, …) each; a modality that is not named begins as noise."""
 
     def of(self, images: slice) -> Start:
         """That of some of the images."""
@@ -299,6 +467,8 @@ class Sampler:
     """(steps, time shift, discontinuities of the velocity) to the times of the clock, from 1 to 0."""
     evaluations: Callable[[int], int | None] = lambda steps: steps
     """How often the velocity is evaluated in so many steps; None if nobody knows beforehand."""
+    respaced: bool = False
+    """Whether it goes along times of the chain that a network was trained on, where it was, in place of its grid."""
     stochastic: bool = False
     """Whether a step draws noise, all but the last."""
     check: Callable[[], object] = lambda: None
@@ -325,7 +495,10 @@ SAMPLERS: dict[str, Sampler] = {
     "euler-maruyama": Sampler(
         euler_maruyama, stochastic_times, stochastic=True, state_precision="float64", options=("diffusion",)
     ),
+    "ddpm": Sampler(ddpm, respaced=True, stochastic=True, state_precision="float64"),
+    "ddim": Sampler(ddim, respaced=True, state_precision="float64"),
     "adams-bashforth": Sampler(adams_bashforth, aligned_times),
+    "dpm-solver": Sampler(dpm_solver, chain_times, options=("steps",)),
     "dopri5": Sampler(
         dopri5,
         whole_intervals,

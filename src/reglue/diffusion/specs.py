@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
+
+from reglue.errors import option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PathName = Literal["linear", "cosine"]
 StatePrecision = Literal["float32", "float64"]
+ProjectorKind = Literal["mlp", "convolution"]
 Diffusion = Literal["time", "sigma"]
 """How much noise the reverse-time SDE adds."""
+Unconditional = Literal["class", "everything"]
+"""What the worse model of classifier-free guidance lacks."""
 
 LATENT = "latent"
 """The name of the autoencoder's latents, which every model learns and images are decoded from."""
@@ -21,12 +26,21 @@ CLASS = "class"
 """The name of the class label among the conditions."""
 
 OWN_PARTS = {
-    "backbones.BACKBONES": ("sit",),
+    "backbones.BACKBONES": ("sit", "lightning", "uvit"),
     "conditions.CONDITIONS": (CLASS,),
     "guidance.GUIDERS": ("classifier-free", "representation", "auto"),
     "predictions.PREDICTIONS": ("velocity", "data", "noise", "noise-sd"),
-    "samplers.SAMPLERS": ("euler", "heun", "euler-maruyama", "adams-bashforth", "dopri5"),
-    "schedules.SCHEDULES": ("shared",),
+    "samplers.SAMPLERS": (
+        "euler",
+        "heun",
+        "euler-maruyama",
+        "ddpm",
+        "ddim",
+        "adams-bashforth",
+        "dpm-solver",
+        "dopri5",
+    ),
+    "schedules.SCHEDULES": ("shared", "lead", "cascade", "independent"),
 }
 """MODULE.TABLE of each registry → the parts that this package has in it."""
 
@@ -35,6 +49,35 @@ def registered(table: str) -> Collection[str]:
     """The names in a registry, one of `OWN_PARTS`. Nobody can have added to it before its module is imported."""
     module, _, name = table.partition(".")
     return getattr(sys.modules.get(f"{__package__}.{module}"), name, OWN_PARTS[table])
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What a transformer is made of besides what its backbone always has."""
+
+    rms_norm: bool = False
+    """RMSNorm with weights in place of LayerNorm."""
+    qk_norm: bool = False
+    """Normalise query and key, head by head: keeps long trainings in half precision from diverging."""
+    rope: bool = False
+    """Rotary positions in attention, besides those that are added to the tokens."""
+    swiglu: bool = False
+    """SwiGLU of 2/3 the hidden width in place of GELU."""
+    shift: bool = True
+    """Modulate with shift, scale and gate; without, with scale and gate alone."""
+    time_mlp: bool = False
+    """uvit: the time token goes through a network of two layers."""
+    convolution: bool = False
+    """A 3×3 convolution over the predicted maps, as in U-ViT's M and L."""
+
+    def beside(self, other: Blocks) -> Blocks:
+        """What either has."""
+        either = {f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(self)}
+        return Blocks(**either | {"shift": self.shift and other.shift})
+
+
+ALWAYS = {"lightning": Blocks(rms_norm=True, rope=True, swiglu=True)}
+"""What backbones always have, by their names: lightning is SiT's with the parts of LightningDiT's published models."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +151,8 @@ class DenoiserConfig:
     patch: int = 2
     """Side of a square patch, in latent pixels."""
     backbone: str = "sit"
+    blocks: Blocks = Blocks()
+    """What is asked for besides what the backbone always has: see `parts`."""
     prediction: str = "velocity"
     path: PathName = "linear"
     times: str = "shared"
@@ -123,6 +168,7 @@ class DenoiserConfig:
     """Width of the vision encoder's tokens that alignment projects to; 0: no alignment."""
     alignment_hidden: int = 2048
     """Hidden width of the projector."""
+    alignment_projector: ProjectorKind = "mlp"
     learned_positions: bool = False
     """The position embedding comes with the weights, as in some imported models; else it is the fixed sin-cos one."""
     position_grid: tuple[int, int] | None = None
@@ -139,6 +185,17 @@ class DenoiserConfig:
             raise ValueError(
                 f"a width of {self.width} must be divisible by 4 and by the number of heads ({self.heads})"
             )
+        if self.parts.rope and self.width // self.heads % 4:
+            raise ValueError(
+                f"rotary positions need heads whose width divides by 4, not {self.width} / {self.heads}; "
+                f"leave out {option('blocks.rope')}, or change the model's size"
+            )
+        for part, missing, owner in (
+            ("shift", self.backbone == "uvit" and not self.blocks.shift, "sit and lightning"),
+            ("time_mlp", self.backbone in ("sit", "lightning") and self.blocks.time_mlp, "uvit"),
+        ):
+            if missing:
+                raise ValueError(f"{option('blocks.' + part)} is a part of {owner}, which {self.backbone} has not")
         if self.position_grid and min(self.position_grid) < 1:
             raise ValueError(f"a position grid of {self.position_grid} must have one row and one column at least")
         if self.alignment_depth > self.depth:
@@ -178,6 +235,11 @@ class DenoiserConfig:
         return self.grid[0] // self.patch, self.grid[1] // self.patch
 
     @property
+    def parts(self) -> Blocks:
+        """What the transformer is made of: what its backbone always has, and what it was given."""
+        return self.blocks.beside(ALWAYS.get(self.backbone, Blocks()))
+
+    @property
     def classes(self) -> int:
         """How many classes the model knows; 0 for unconditional."""
         return self.conditions.get(CLASS, 0)
@@ -200,11 +262,16 @@ class Guidance:
     scales: Mapping[str, float] = field(default_factory=dict[str, float])
     """That of single modalities, by name; 1 leaves a modality conditional."""
     interval: tuple[float, float] = (0.0, 1.0)
-    """Guided only while lowest ≤ t ≤ highest, in noise time (t = 1 is noise)."""
+    """A modality is guided only while lowest ≤ t ≤ highest, in noise time (t = 1 is noise)."""
     representation_scale: float = 1.0
     """Scale of representation guidance; needs a model that was trained with dropped maps."""
+    unconditional: Unconditional = "class"
+    """What classifier-free guidance leads away from: the model without its condition, or without everything else too,
+    for models that know all combinations of times."""
     auto_scale: float = 1.0
     """Scale of autoguidance by a weaker model."""
+    auto_scales: Mapping[str, float] = field(default_factory=dict[str, float])
+    """That of single modalities, by name."""
     guided_channels: int | None = None
     """Classifier-free guidance moves so many latent channels, the first ones (SiT's published samples: 3), or all."""
     others: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -213,3 +280,8 @@ class Guidance:
     def scale_of(self, modality: str) -> float:
         """The classifier-free scale of a modality."""
         return self.scales.get(modality, self.scale)
+
+    @property
+    def asks_for_weaker(self) -> bool:
+        """Whether a weaker model is needed."""
+        return any(scale != 1 for scale in (self.auto_scale, *self.auto_scales.values()))

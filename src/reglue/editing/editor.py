@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,17 @@ from torch import Tensor
 
 from reglue.data.pictures import colours_of, enlarge, image_grid
 from reglue.diffusion.conditions import Condition
-from reglue.diffusion.controls import Clamp, Control, FlowEdit
+from reglue.diffusion.controls import Clamp, Control, FlowEdit, Loss, LossGuidance, SquaredError
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.guidance import Velocity
 from reglue.diffusion.modalities import LATENT, State, concatenate_states
 from reglue.diffusion.noise import Draws
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.samplers import SAMPLERS, Start
+from reglue.diffusion.schedules import Schedule
 from reglue.editing.encoding import ImageEncoder, Picture, as_pixels, open_picture
 from reglue.editing.options import CLASS_TOKEN, LOCAL, Editing
+from reglue.editing.painting import HeadLoss, shares_of
 from reglue.editing.subjects import Request, Subject, refuse_lacking
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.errors import UserError, option
@@ -34,6 +36,8 @@ from reglue.seeds import Index
 
 KNOWN = "known"
 """The purpose of the noise on what is held."""
+LOSS_SCALE = 10.0
+"""Of loss guidance, where it is not given."""
 
 
 class Editor(ABC):
@@ -77,6 +81,7 @@ class Editor(ABC):
         controls: Sequence[Control] = (),
         start: Start | None = None,
         repeats: int = 0,
+        schedule: Schedule | None = None,
     ) -> State:
         """The states of images, drawn."""
 
@@ -143,7 +148,7 @@ class Editor(ABC):
         steps: int = 8,
         what: Sequence[str] = (LOCAL, CLASS_TOKEN),
         classes: int | str | Sequence[int | str] | None = None,
-        until: float = 0.0,
+        until: float | Mapping[str, float] = 0.0,
         seed: int = 0,
         batch_size: int = 32,
         **changes: Any,
@@ -169,10 +174,42 @@ class Editor(ABC):
         for start in range(0, steps, batch_size):
             part = slice(start, start + batch_size)
             indices: list[Index] = [(0, 0)] * len(labels[part])
-            clamp = self._clamp({n: v[part] for n, v in known.items()}, {}, indices, seed, sampling, until)
-            state = self.draw(indices, self.condition(labels[part]), seed, sampling, controls=[clamp])
+            own, condition = {n: v[part] for n, v in known.items()}, self.condition(labels[part])
+            if schedule := None if until else self._given(own):
+                state = self.draw(indices, condition, seed, sampling, start=Start(1.0, own), schedule=schedule)
+            else:
+                clamp = self._clamp(own, {}, indices, seed, sampling, until)
+                state = self.draw(indices, condition, seed, sampling, controls=[clamp])
             images += map(Image.fromarray, self.decode(state, sampling.rounding))
         return images
+
+    def complete(self, known: State, *, indices: Sequence[Index] = (), seed: int = 0, **changes: Any) -> State:
+        """The joint states (B, …) of images of which some modalities are known, as the model learns them, (B, …) each.
+
+        What is not `known` is drawn from p(others | known), exactly, without a class: the local map of an image's
+        latents, say, which is what the model sees in it. `indices` are the numbers of the images, 0, 1, … if not given;
+        other options are those of `Sampling`. Raises UserError for a model that has not learned it.
+        """
+        learned = [modality.name for modality in self.record.denoiser.modalities]
+        schedule = self._given(known)
+        if schedule is None or not self.can_complete(known):
+            raise UserError(
+                f"this model cannot draw {', '.join(n for n in learned if n not in known) or 'anything'} from "
+                f"{', '.join(known)}: train one with {option('times')} independent"
+            )
+        indices = indices or range(len(next(iter(known.values()))))
+        sampling = self.resolved(self.sampling_for(False).changed(**changes))
+        condition = self.condition(self.labels_of(None, len(indices)))
+        return self.draw(indices, condition, seed, sampling, start=Start(1.0, known), schedule=schedule)
+
+    def can_complete(self, known: Iterable[str]) -> bool:
+        """Whether `complete` can draw the rest of these modalities."""
+        learned, known = {modality.name for modality in self.record.denoiser.modalities}, {*known}
+        return bool(known) and known < learned and self._given(known) is not None
+
+    def _given(self, known: Iterable[str]) -> Schedule | None:
+        """The schedule that draws from p(others | known); None if the model has not learned it."""
+        return self.record.recipe.schedule.given(known, [m.name for m in self.record.denoiser.modalities])
 
     def see(self, what: Picture | State, reference: State | None = None) -> Image.Image:
         """The local map of an image, or those of a state, as a picture: three principal components as colours.
@@ -251,7 +288,8 @@ class Editor(ABC):
             for first in range(0, len(pairs), batch_size):
                 part = slice(first, first + batch_size)
                 own = list(subjects[part]) if len(subjects) > 1 else [*subjects] * len(pairs[part])
-                clamps, start = self.controls_for(own, pairs[part], editing, sampling, seed)
+                own = [subject.edit(i) for subject, (_, i) in zip(own, pairs[part], strict=True)]
+                clamps, start, schedule = self.controls_for(own, pairs[part], editing, sampling, seed)
                 condition = self.condition(labels[part])
                 state = self.draw(
                     pairs[part],
@@ -262,6 +300,7 @@ class Editor(ABC):
                     controls=clamps,
                     start=start,
                     repeats=editing.resample,
+                    schedule=schedule,
                 )
                 drawn = self.decode(state, sampling.rounding)
                 bar.update(len(own))
@@ -270,24 +309,51 @@ class Editor(ABC):
 
     def controls_for(
         self, subjects: Sequence[Subject], indices: Sequence[Index], editing: Editing, sampling: Sampling, seed: int
-    ) -> tuple[list[Control], Start | None]:
-        """What holds the known of images, one for each index, and where they begin."""
+    ) -> tuple[list[Control], Start | None, Schedule | None]:
+        """What holds the known of images, one for each index, where they begin, and by which times they come to data.
+
+        What is known as a whole, and to the end, is data all along if the model knows how to draw the rest of it.
+        """
         controls: list[Control] = []
+        scale, path = editing.loss_scale or LOSS_SCALE, PATHS[self.record.denoiser.path]
         known, where, own = (
             concatenate_states([getattr(one, part) for one in subjects]) for part in ("known", "where", "own")
         )
-        if known:
+        if subjects[0].head:
+            controls.append(LossGuidance(self._painted(subjects), scale, until=editing.until, path=path))
+        exact = known and not (where or editing.until or editing.by == "loss")
+        schedule = self._given(known) if exact else None
+        if known and editing.by == "loss":
+            controls.append(LossGuidance(SquaredError(known, where), scale, until=editing.until, path=path))
+        elif known and not schedule:
             controls.append(self._clamp(known, where, indices, seed, sampling, editing.until))
         if subjects[0].outside is not None:
             outside = torch.cat([one.outside for one in subjects if one.outside is not None])
             maps = {modality.name: own[modality.name] for modality in self.record.denoiser.maps}
-            # Of both, the image's own wins, since outside the mask nothing is to change.
-            controls.append(self._clamp(maps, dict.fromkeys(maps, outside), indices, seed, sampling, 0.0))
+            everywhere = dict.fromkeys(maps, outside)
+            if editing.by == "loss":
+                controls.append(LossGuidance(SquaredError(maps, everywhere), scale, path=path))
+            else:
+                # Of both, the image's own wins, since outside the mask nothing is to change.
+                controls.append(self._clamp(maps, everywhere, indices, seed, sampling, 0.0))
         if editing.flow_edit:
             controls.insert(0, self._flow_edit(own, indices, editing, sampling, seed))
-        if editing.strength is None:
-            return controls, None
-        return controls, Start(editing.strength, concatenate_states([one.shown() for one in subjects]))
+        if editing.strength is None and not schedule:
+            return controls, None, None
+        start = 1.0 if editing.strength is None else editing.strength
+        return controls, Start(start, concatenate_states([one.shown() for one in subjects])), schedule
+
+    def _painted(self, subjects: Sequence[Subject]) -> Loss:
+        """How far maps are from what is painted on images, as a head sees it."""
+        seen, modality, head = self.image_encoder(), self.record.denoiser.modality(LOCAL), subjects[0].head
+        compressor = seen.compressors[LOCAL]
+        assert seen.encoder
+        assert modality
+        assert head
+        encoder = replace(seen.encoder.spec, layers=compressor.layers or seen.encoder.spec.layers)
+        labels = torch.from_numpy(np.stack([one.labels for one in subjects if one.labels is not None]))
+        shares = shares_of(labels.to(self.device), head.spec.outputs, encoder.grid)
+        return HeadLoss(head, modality, compressor, encoder, shares)
 
     def _flow_edit(
         self, own: State, indices: Sequence[Index], editing: Editing, sampling: Sampling, seed: int
@@ -295,7 +361,7 @@ class Editor(ABC):
         """What leads images (B, …) to another class. The way of the images themselves is not guided."""
         condition = self.condition(self.labels_of(editing.source_class, len(indices)))
         plain = replace(sampling, guidance_scale=1.0, other_scales={}, **dict.fromkeys(MODALITY_SCALES, None))  # type: ignore[arg-type]
-        plain = replace(plain, representation_scale=1.0, auto_scale=1.0, guiders={})
+        plain = replace(plain, representation_scale=1.0, auto_scale=1.0, auto_scales={}, guiders={})
         noise = Draws(seed, KNOWN, indices, {name: tuple(value.shape[1:]) for name, value in own.items()})
         return FlowEdit(lambda condition: self.velocity(condition, plain), condition, own, noise)
 
@@ -306,7 +372,7 @@ class Editor(ABC):
         indices: Sequence[Index],
         seed: int,
         sampling: Sampling,
-        until: float,
+        until: float | Mapping[str, float],
     ) -> Control:
         """What holds values (B, …) of the images `indices`."""
         noise = Draws(seed, KNOWN, indices, {name: tuple(value.shape[1:]) for name, value in known.items()})

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from reglue.data.images import ImageFolder, crop_to, open_picture
 from reglue.data.manifest import file_sha256
-from reglue.data.pictures import colours_of, enlarge, titled_grid
+from reglue.data.picture_writer import write_picture
+from reglue.data.pictures import colours_of, enlarge, label_colours, titled_grid
 from reglue.diffusion.modalities import concatenate_states
 from reglue.editing.options import LOCAL, SHEET, DrawEdits, Editing
-from reglue.editing.painting import WEIGHTS_FILE
+from reglue.editing.painting import IGNORED
 from reglue.editing.subjects import Request, Subject, refuse_lacking
 from reglue.errors import UserError
 from reglue.files import plain, read_json, replacing, to_json
@@ -165,7 +166,9 @@ def protocol_of_edits(options: DrawEdits, editing: Editing, drawing: Drawing) ->
         "classes": list(options.classes),
         "editing": {name: value for name, value in named.items() if name not in files},
         "files_sha256": {
-            name: file_sha256(file / WEIGHTS_FILE if file.is_dir() else file) for name, file in files.items()
+            # Of prototypes and of a head it is their tensors.
+            name: file_sha256(next(file.glob("*.safetensors")) if file.is_dir() else file)
+            for name, file in files.items()
         },
         "encoder_sha256": encoder.encoder and encoder.encoder.spec.weights_sha256,
         "compressors_sha256": {name: one.weights_sha256() for name, one in encoder.compressors.items()},
@@ -230,12 +233,6 @@ def _write_record(folder: Path, record: EditsRecord) -> None:
         beside.write_text(to_json(record))
 
 
-def write_picture(file: Path, image: Image.Image) -> None:
-    """Write a PNG file, whole or not at all."""
-    with replacing(file) as beside:
-        image.save(beside, format="png")
-
-
 def sheet(folder: Path, subjects: Sequence[Subject], names: Sequence[str], same_classes: bool) -> Image.Image:
     """A row for each image: the image, its mask or the map that is asked for, and its edits, as the model sees them."""
     size = subjects[0].place.size
@@ -247,7 +244,12 @@ def sheet(folder: Path, subjects: Sequence[Subject], names: Sequence[str], same_
             assert one.share is not None
             share = np.asarray(crop_to(Image.fromarray((255 * one.share).round().astype(np.uint8)), size)) / 510
             row.append((row[0] * (1 - share[..., None]) + TINT * share[..., None]).round().astype(np.uint8))
-    maps = [one.shown() for one in subjects]
+    if subjects[0].labels is not None:
+        titles.append("painting")
+        for row, one in zip(rows, subjects, strict=True):
+            assert one.labels is not None
+            row.append(label_colours(IGNORED + 1)[one.labels])
+    maps = [one.edit(0).shown() for one in subjects]
     if LOCAL in maps[0] and (subjects[0].share is None or LOCAL in subjects[0].known):
         titles.append("local map")
         colours = colours_of(concatenate_states(maps)[LOCAL].cpu())

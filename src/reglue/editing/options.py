@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -28,8 +29,12 @@ class Editing(TakesPaths):
 
     keep: tuple[str, ...] = ()
     """Hold these to the image's own: local (what is where), cls (the whole at a glance), latent (the pixels)."""
-    until: float = 0.0
-    """Hold semantics only while t ≥ this, then let go: 0 holds to the end, 0.3 to 0.7 gives realism for obedience."""
+    until: float | Mapping[str, float] = 0.0
+    """Hold semantics only while t ≥ this, then let go: 0 holds to the end, 0.3 to 0.7 gives realism for obedience. By
+    modality: local 0.3 cls 0.6."""
+    by: Literal["clamp", "loss"] = "clamp"
+    """How all that is known is held: replaced in every step (clamp), or approached along the gradient of the squared
+    error (loss), which costs two to three times as much."""
     mask: Path | None = None
     """A picture of the image's size: white is drawn anew, black stays."""
     feather: int = 0
@@ -53,7 +58,12 @@ class Editing(TakesPaths):
     paint: Path | None = None
     """A painted map: a palette or greyscale PNG of class numbers with the image's proportions, 255 is free."""
     prototypes: Path | None = None
-    """What the classes of --paint look like: a folder that `reglue prototypes` made."""
+    """What the classes of --paint look like: a folder that `reglue prototypes` made. Edit i has look i of each."""
+    head: Path | None = None
+    """In place of --prototypes: a head of `reglue head --masks` on all layers, whose cross-entropy leads to the
+    painting."""
+    loss_scale: float | None = None
+    """How strongly --head and --by loss lead; 1 is the likelihood. Default: 10."""
     flow_edit: bool = False
     """Change the class (--classes) with little change of the rest (FlowEdit): from noise of --strength, 1 by default,
     with a deterministic sampler."""
@@ -65,15 +75,18 @@ class Editing(TakesPaths):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "until", at_least=0, less_than=1)
+        require(self, "loss_scale", more_than=0)
         require(self, "strength", at_least=0, at_most=1)
         require(self, "feather", "resample", "box", "at", at_least=0)
         require(self, "scale", more_than=0)
+        if self.by not in ("clamp", "loss"):
+            raise UserError(f"{option('by')} {self.by}: choose clamp or loss")
         self._refuse_contradictions()
         self._refuse_incomplete()
 
     def _refuse_contradictions(self) -> None:
-        if self.flow_edit and (self.semantics or self.resample):
-            names = [name for name in ("keep", *SEMANTICS, "resample") if getattr(self, name)]
+        if self.flow_edit and (self.held or self.resample or self.by == "loss"):
+            names = [name for name in ("keep", *SEMANTICS, "resample") if getattr(self, name)] or ["by"]
             raise UserError(f"{option('flow_edit')} has its own way from the image; leave {option(names[0])} out")
         for name in ("strength", "mask"):
             if LATENT in self.keep and getattr(self, name) is not None:
@@ -88,29 +101,39 @@ class Editing(TakesPaths):
 
     def _refuse_incomplete(self) -> None:
         belongs = {"feather": "mask", "box": "paste", "at": "paste", "mirror": "paste", "scale": "paste"}
-        belongs |= {"prototypes": "paint", "paint": "prototypes"}
+        belongs |= {"prototypes": "paint", "head": "paint"}
         defaults = {name: part.default for name, part in type(self).__dataclass_fields__.items()}
         for name, other in belongs.items():
             if getattr(self, name) != defaults[name] and getattr(self, other) is None:
                 raise UserError(f"{option(name)} belongs to {option(other)}; give it too, or leave it out")
+        if self.paint is not None and self.prototypes is None and self.head is None:
+            raise UserError(f"{option('paint')} belongs to {option('prototypes')}; give it too, or {option('head')}")
+        if self.prototypes is not None and self.head is not None:
+            raise UserError(f"{option('prototypes')} and {option('head')} both say what is painted; leave one out")
+        if self.by == "loss" and not (self.held or self.mask):
+            raise UserError(f"{option('by')} loss: nothing is held that could be approached; leave it out")
+        if self.loss_scale is not None and self.head is None and self.by != "loss":
+            raise UserError(f"{option('loss_scale')} belongs to {option('head')} and {option('by')} loss; leave it out")
         if self.paste is not None and (self.box is None or self.at is None):
             missing = "box" if self.box is None else "at"
             raise UserError(f"{option('paste')} needs {option(missing)}; give it too")
         if self.box is not None and not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
             shown = " ".join(map(str, self.box))
             raise UserError(f"{option('box')} {shown}: choose left < right and top < bottom")
-        if self.until and not self.semantics:
+        if self.until and not self.held:
             raise UserError(f"{option('until')} {self.until}: nothing is held that could be let go; leave it out")
+        if isinstance(self.until, Mapping) and (free := [name for name in self.until if name not in self.held]):
+            raise UserError(f"{option('until')} {free[0]}: it is not held; what is, is {', '.join(self.held)}")
         if self.source_class is not None and not self.flow_edit:
             raise UserError(f"{option('source_class')} belongs to {option('flow_edit')}; give it too, or leave it out")
-        if not (self.semantics or self.flow_edit or self.mask is not None or self.strength is not None):
+        if not (self.held or self.flow_edit or self.mask is not None or self.strength is not None):
             ways = ", ".join(map(option, ("keep", "mask", "strength", *SEMANTICS, "flow_edit")))
             raise UserError(f"nothing of the image would be left; choose what stays, by one of {ways}")
 
     @property
-    def semantics(self) -> bool:
-        """Whether a modality is held, as a whole or in a part that is painted."""
-        return bool(self.keep) or any(getattr(self, name) is not None for name in SEMANTICS)
+    def held(self) -> tuple[str, ...]:
+        """The modalities that are held, as a whole or in a part that is painted."""
+        return tuple(dict.fromkeys(name for name, _ in self.needs()))
 
     def needs(self) -> list[tuple[str, str]]:
         """The modalities that a model must have for this, and what asks for each."""

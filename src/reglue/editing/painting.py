@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reglue.encoders.compressors import CompressorSpec
+from reglue.diffusion.modalities import Modality, State
+from reglue.encoders.compressors import Compressor, CompressorSpec
+from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
 from reglue.files import read_json, read_tensors, replacing, to_json, write_tensors
+from reglue.perception.heads import Head, features_of_codes
 
 SPEC_FILE, WEIGHTS_FILE = "prototypes.json", "prototypes.safetensors"
 REMEDY = "make them again with `reglue prototypes`"
@@ -41,6 +44,30 @@ class PrototypesSpec:
 
 
 @dataclass(frozen=True)
+class HeadLoss:
+    """−Σ m_k log p_k over the cells of the encoder's grid: what a head sees in a local map, against a painting."""
+
+    head: Head
+    modality: Modality
+    """The local map as the model learns it."""
+    compressor: Compressor
+    encoder: EncoderSpec
+    """With the compressor's layers."""
+    shares: Tensor
+    """m (B, classes, *grid): how much of each cell the classes have; nothing of one that is free."""
+
+    def of(self, images: slice) -> HeadLoss:
+        """See `Loss.of`."""
+        return replace(self, shares=self.shares[images])
+
+    def __call__(self, data: State) -> State:
+        """See `Loss.__call__`."""
+        code = self.modality.denormalise(data[self.modality.name].float())
+        scores = self.head(*features_of_codes(code, self.compressor, self.encoder), self.encoder.grid)
+        return {self.modality.name: -(self.shares * scores.log_softmax(1)).flatten(1).sum(1)}
+
+
+@dataclass(frozen=True)
 class Prototypes:
     """Mean codes of classes."""
 
@@ -59,25 +86,19 @@ class Prototypes:
         if compressor != self.spec.compressor:
             raise UserError(f"{place} holds codes of another compressor than the run's; {REMEDY} from the run's store")
 
-    def refuse_unknown(self, labels: list[int], painting: str) -> None:
-        """Raise UserError for labels that have no prototype, and for a painting without any."""
-        known = [label for label, count in enumerate(self.spec.positions) if count]
-        if unknown := [label for label in labels if label not in known and label != IGNORED]:
-            raise UserError(
-                f"{painting} has label {unknown[0]}, of which there is no prototype; paint with "
-                f"{', '.join(map(str, known))} ({IGNORED} is free)"
-            )
-        if labels == [IGNORED]:
-            raise UserError(f"{painting} has no label but {IGNORED}, which is free; paint something")
+    @property
+    def classes(self) -> list[int]:
+        """Those that have one."""
+        return [label for label, count in enumerate(self.spec.positions) if count]
 
-    def map_of(self, labels: Tensor, grid: tuple[int, int], look: int = 0) -> tuple[Tensor, Tensor]:
-        """Labels (H, W) int64 as codes (K, *grid), Σ m_k·p_k with the classes' shares of each cell, and where.
+    def map_of(self, labels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Labels (H, W) int64 as codes (looks, K, *grid), Σ m_k·p_k with the classes' shares of each cell, and where.
 
         A cell is painted, bool (*grid), if half of it is; its classes' shares then are those of what is painted.
         """
         shares = shares_of(labels[None], len(self.codes), grid)[0]
         painted = shares.sum(0)
-        code = torch.einsum("khw,kc->chw", shares, self.codes[:, look % self.codes.shape[1]])
+        code = torch.einsum("khw,klc->lchw", shares, self.codes)
         return code / painted.clamp(min=1e-6), painted >= 0.5
 
 

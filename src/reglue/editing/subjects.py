@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ from reglue.data.placing import WHITE, Place, feathered
 from reglue.diffusion.modalities import State
 from reglue.editing.encoding import Picture, as_pixels, open_picture
 from reglue.editing.options import CLASS_TOKEN, LOCAL, Editing
-from reglue.editing.painting import load_prototypes
+from reglue.editing.painting import IGNORED, load_prototypes
 from reglue.errors import UserError, option
+from reglue.perception.heads import Head, load_head
 from reglue.run import RunRecord
 
 SOURCES = {"local_from": LOCAL, "cls_from": CLASS_TOKEN, "paste": LOCAL}
@@ -61,13 +62,21 @@ class Subject:
     own: State
     """What the model would learn of it."""
     known: State
-    """What is held until it is let go, of other images perhaps."""
+    """What is held until it is let go, of other images perhaps; a batch of several where edits take them in turn."""
     where: State
     """Where, of maps that are not held everywhere: bool (1, 1, h, w)."""
     outside: Tensor | None
     """Where a mask leaves the image as it is: bool (1, 1, h, w)."""
     share: np.ndarray | None
     """How much of each pixel (height, width) is drawn; None for all of it."""
+    labels: np.ndarray | None
+    """What is painted on what the model sees of it: uint8 (H, W)."""
+    head: Head | None
+    """What is to see that."""
+
+    def edit(self, i: int) -> Subject:
+        """The same for edit i: looks vary from one to the next."""
+        return replace(self, known={name: value[i % len(value)][None] for name, value in self.known.items()})
 
     def shown(self) -> State:
         """What an edit resembles: what is held, and the image's own elsewhere."""
@@ -91,8 +100,12 @@ class Request:
     sources: Mapping[str, Tensor]
     """What the model sees of the images that options of `SOURCES` name."""
     piece: Piece | None
+    labels: np.ndarray | None
+    """What is painted on what the model sees of it: uint8 (H, W)."""
     painted: tuple[Tensor, Tensor] | None
-    """A map (1, K, h, w) as the model learns it, and where it is painted, bool (1, 1, h, w)."""
+    """The looks of that with prototypes (looks, K, h, w), as the model learns them, and where, bool (1, 1, h, w)."""
+    head: Head | None
+    """What is to see it, without prototypes."""
 
     @classmethod
     def of(cls, picture: Picture, editing: Editing, record: RunRecord) -> Request:
@@ -103,6 +116,9 @@ class Request:
         inside = None if white is None else place.cells(white, grid)[None, None]
         if inside is not None and not inside.any():
             raise UserError(f"{option('mask')}: its white lies outside of the part of {name} that the model sees")
+        labels = read_painting(editing, record, image.size, name)
+        if labels is not None and white is not None:
+            labels[np.asarray(crop_mask(Image.fromarray(white), record.resolution)) == 0] = IGNORED
         others = {field: open_picture(value) for field in SOURCES if (value := getattr(editing, field)) is not None}
         return cls(
             editing=editing,
@@ -113,7 +129,9 @@ class Request:
             inside=inside,
             sources={field: as_pixels(other, record.resolution) for field, other in others.items()},
             piece=find_piece(editing, others["paste"].size, place, name, grid) if "paste" in others else None,
-            painted=read_painting(editing, record, image.size, name),
+            labels=labels,
+            painted=None if labels is None else paint(editing, record, labels),
+            head=None if labels is None else read_head(editing, record, labels),
         )
 
     def subject(self, encode: Callable[[Tensor], State], maps: list[str]) -> Subject:
@@ -141,6 +159,8 @@ class Request:
             where={name: part for name, part in where.items() if name in known},
             outside=None if inside is None else ~inside,
             share=None if self.white is None else feathered(self.white, self.editing.feather),
+            labels=self.labels,
+            head=self.head and self.head.to(device),
         )
 
 
@@ -193,30 +213,71 @@ def find_piece(editing: Editing, source_size: tuple[int, int], place: Place, nam
     return Piece(*first, *last[:2], (last[3] - last[1], last[2] - last[0]), editing.mirror)
 
 
-def read_painting(
-    editing: Editing, record: RunRecord, size: tuple[int, int], name: str
-) -> tuple[Tensor, Tensor] | None:
-    """The map of a painting (1, K, h, w), as the model learns it, and where it is painted, bool (1, 1, h, w).
-
-    Raises UserError for one that does not fit the image, for labels without prototypes, and for prototypes that are not
-    of the run's codes.
-    """
-    if editing.paint is None or editing.prototypes is None:
+def read_painting(editing: Editing, record: RunRecord, size: tuple[int, int], name: str) -> np.ndarray | None:
+    """A painting, cropped as the image: uint8 (H, W). Raises UserError for one that does not fit the image."""
+    if editing.paint is None:
         return None
-    modality = record.denoiser.modality(LOCAL)
-    assert modality is not None
-    looks = load_prototypes(editing.prototypes)
-    looks.refuse_others(record.compressors.get(LOCAL), editing.prototypes)
     labels, what = read_label_map(editing.paint), named(editing.paint)
     if abs(labels.width * size[1] - labels.height * size[0]) > max(*size, *labels.size):
         raise UserError(
             f"{option('paint')} {what} has {labels.width}×{labels.height} pixels, and {name} {size[0]}×{size[1]}; "
             "paint the whole image, in its proportions"
         )
-    looks.refuse_unknown(np.unique(np.asarray(labels)).tolist(), f"{option('paint')} {what}")
-    cropped = np.asarray(crop_mask(labels, record.resolution))
-    code, there = looks.map_of(torch.from_numpy(cropped.astype(np.int64)), record.denoiser.grid)
-    return modality.normalise(code[None]), there[None, None]
+    return np.array(crop_mask(labels, record.resolution))
+
+
+def paint(editing: Editing, record: RunRecord, labels: np.ndarray) -> tuple[Tensor, Tensor] | None:
+    """The looks of a painting (looks, K, h, w), as the model learns them, and where it is painted, bool (1, 1, h, w).
+
+    Raises UserError for labels without prototypes, and for prototypes that are not of the run's codes.
+    """
+    if editing.prototypes is None:
+        return None
+    modality = record.denoiser.modality(LOCAL)
+    assert modality is not None
+    looks = load_prototypes(editing.prototypes)
+    looks.refuse_others(record.compressors.get(LOCAL), editing.prototypes)
+    refuse_unknown(labels, looks.classes, editing, "prototype")
+    code, there = looks.map_of(torch.from_numpy(labels.astype(np.int64)), record.denoiser.grid)
+    return modality.normalise(code), there[None, None]
+
+
+def read_head(editing: Editing, record: RunRecord, labels: np.ndarray) -> Head | None:
+    """What is to see a painting. Raises UserError for a head that does not read the run's map, or not such labels."""
+    if editing.head is None:
+        return None
+    head = segmenting_head(editing.head, record)
+    refuse_unknown(labels, range(head.spec.outputs), editing, "class in the head")
+    return head
+
+
+def segmenting_head(path: Path, record: RunRecord) -> Head:
+    """A head that sees classes in a run's local map. Raises UserError for any other, and for a run without one."""
+    compressor, asked = record.compressors.get(LOCAL), f"{option('head')} {path}"
+    if compressor is None or record.encoder is None:
+        learned = ", ".join(modality.name for modality in record.denoiser.modalities)
+        raise UserError(f"{asked} reads a local map, and this model learns {learned}; choose a run that has one")
+    head = load_head(path)
+    if head.spec.task != "segmentation":
+        raise UserError(f"{asked} predicts {head.spec.task}, not classes; give a head of masks")
+    try:
+        read = replace(record.encoder, layers=compressor.layers or record.encoder.layers)
+        head.spec.check_fits(read, "the run's local map", class_token=False)
+    except UserError as error:
+        raise UserError(f"{asked}: {error}") from None
+    return head
+
+
+def refuse_unknown(labels: np.ndarray, known: Sequence[int], editing: Editing, what: str) -> None:
+    """Raise UserError for labels that are not known, and for a painting of none."""
+    asked, painted = f"{option('paint')} {named(editing.paint)}", np.unique(labels[labels != IGNORED]).tolist()
+    if unknown := [label for label in painted if label not in known]:
+        raise UserError(
+            f"{asked} has label {unknown[0]}, of which there is no {what}; paint with "
+            f"{', '.join(map(str, known))} ({IGNORED} is free)"
+        )
+    if not painted:
+        raise UserError(f"{asked} has no label but {IGNORED}, which is free; paint something")
 
 
 def read_label_map(picture: Picture) -> Image.Image:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module, resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -32,7 +33,7 @@ from reglue.encoders.known import (
 from reglue.encoders.renaming import as_diffusers, kl_config
 from reglue.encoders.taef2 import taef2_decoder, taef2_encoder
 from reglue.encoders.weights import CONFIG, filled, read_config, read_weights, sha256_of, weight_files
-from reglue.errors import UserError, one_line
+from reglue.errors import UserError, one_line, option
 from reglue.files import read_json, read_network, read_tensors, refuse_not_finite
 from reglue.hub import fetch
 
@@ -193,6 +194,30 @@ class DeterministicAutoencoder(Autoencoder):
         return cast("DecoderOutput", self.network.decode(latents)).sample.clamp(-1, 1)
 
 
+class RaeAutoencoder(DeterministicAutoencoder):
+    """diffusers' AutoencoderRAE (arXiv 2510.11690): the tokens of a vision encoder, and a decoder of images from them.
+
+    Its pixels are in [0, 1], it normalises its latents itself, and it knows images of one size.
+    """
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Moments:
+        """See `Autoencoder.encode`. Raises UserError for images of another size."""
+        side = self.network.decoder_image_size
+        if images.shape[2:] != (side, side):
+            height, width = images.shape[2:]
+            raise UserError(
+                f"this autoencoder takes images of {side}×{side} pixels, not {height}×{width}: choose "
+                f"{option('resolution')} {side}"
+            )
+        return super().encode((images + 1) / 2)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Autoencoder.decode`."""
+        return (2 * super().decode(latents) - 1).clamp(-1, 1)
+
+
 class _Kind(NamedTuple):
     """A class of diffusers' and what it becomes here."""
 
@@ -210,6 +235,7 @@ DIFFUSERS_KINDS = {
     "AutoencoderKLFlux2": _Kind("autoencoder_kl_flux2", "block_out_channels", Flux2Autoencoder),
     "VQModel": _Kind("vq_model", "block_out_channels", DeterministicAutoencoder),
     "AutoencoderTiny": _Kind("autoencoder_tiny", "encoder_block_out_channels", DeterministicAutoencoder),
+    "AutoencoderRAE": _Kind("autoencoder_rae", "", RaeAutoencoder),
     "AutoencoderDC": _Kind("autoencoder_dc", "encoder_block_out_channels", DeterministicAutoencoder),
 }
 """Classes of diffusers that are known, by the name in a folder's configuration."""
@@ -367,12 +393,17 @@ def _of_diffusers(
         network = network_class.from_config(config)
         _check_sizes(dict(network.config), config_file)
         channels, downsampling = _latents(kind, network.config)
-        _try(kind.autoencoder(network, cast(AutoencoderSpec, None)), channels, downsampling)
+        side = network.decoder_image_size // downsampling if kind.autoencoder is RaeAutoencoder else 4
+        _try(kind.autoencoder(network, cast(AutoencoderSpec, None)), channels, downsampling, side)
         return network
 
     try:
         with _quiet():
             network = filled(make, tensors, files[0])
+            if any(buffer.is_meta for buffer in network.buffers()):  # They are no weights: the network makes them.
+                whole = network_class.from_config(config)
+                whole.load_state_dict(network.state_dict())
+                network = whole
         channels, downsampling = _latents(kind, network.config)
         shift, scale = _read_mean_std(own, channels) if own.is_file() else _normalisation(network, channels)
     except UserError:
@@ -401,6 +432,8 @@ def _class_name(config: Mapping[str, Any], folder: Path) -> str:
 
 
 def _class_of_diffusers(class_name: str, config_file: Path) -> Any:
+    if DIFFUSERS_KINDS[class_name].autoencoder is RaeAutoencoder and not find_spec("transformers"):
+        raise UserError(f"autoencoder {config_file}: {class_name} needs transformers: run `pip install transformers`")
     # Importing diffusers takes seconds, which TAEF2 need not wait for.
     try:
         module = import_module(f"diffusers.models.autoencoders.{DIFFUSERS_KINDS[class_name].module}")
@@ -413,23 +446,28 @@ def _class_of_diffusers(class_name: str, config_file: Path) -> Any:
 
 def _latents(kind: _Kind, config: Mapping[str, Any]) -> tuple[int, int]:
     """Channels, and image pixels per latent pixel along each side."""
+    if kind.autoencoder is RaeAutoencoder:
+        return config["encoder_hidden_size"], config["patch_size"]
     patch = config["patch_size"][0] if kind.autoencoder is Flux2Autoencoder else 1
     channels = config.get("vq_embed_dim") or config["latent_channels"]
     return channels * patch**2, 2 ** (len(config[kind.widths]) - 1) * patch
 
 
-def _try(autoencoder: Autoencoder, channels: int, downsampling: int) -> None:
-    """Raises, with a reason, unless images become latents of this size and images again. Nothing is computed: the
-    network is on the device `meta`."""
-    side = 4 * downsampling
+def _try(autoencoder: Autoencoder, channels: int, downsampling: int, small: int) -> None:
+    """Raises, with a reason, unless images become latents of this size, `small` along a side, and images again.
+    Nothing is computed: the network is on the device `meta`."""
+    side = small * downsampling
     latents = autoencoder.encode(torch.empty(1, 3, side, side)).mean
-    if latents.shape != (1, channels, 4, 4) or autoencoder.decode(latents).shape != (1, 3, side, side):
-        raise ValueError(f"images of {side}×{side} pixels do not become 4×4 latents of {channels} channels and back")
+    if latents.shape != (1, channels, small, small) or autoencoder.decode(latents).shape != (1, 3, side, side):
+        raise ValueError(
+            f"images of {side}×{side} pixels do not become {small}×{small} latents of {channels} channels and back"
+        )
 
 
 def _check_sizes(config: dict[str, Any], file: Path) -> None:
     """Raises UserError for what does not take images of RGB and give them back in the same size."""
-    taken, given = config["in_channels"], config.get("out_channels", config["in_channels"])
+    taken = config.get("in_channels", config.get("num_channels"))
+    given = config.get("out_channels", taken)
     if (taken, given) != (3, 3):
         raise UserError(
             f"autoencoder {file} takes images of {taken} channel{'s' * (taken != 1)} and gives {given}; give one of "
@@ -441,7 +479,7 @@ def _check_sizes(config: dict[str, Any], file: Path) -> None:
             f"autoencoder {file} has {len(stages[0])} stages down and {len(stages[1])} up; give one that restores "
             "the size of images"
         )
-    if len(set(config.get("patch_size") or ())) > 1:
+    if isinstance(patch := config.get("patch_size"), tuple | list) and len({*patch}) > 1:
         raise UserError(f"autoencoder {file} has patches of {config['patch_size']}; give one with square patches")
 
 
@@ -465,6 +503,8 @@ def _normalisation(network: Any, channels: int) -> tuple[tuple[float, ...], tupl
     Raises ValueError for numbers that are none of these.
     """
     config = dict(network.config)
+    if hasattr(network, "decoder_image_size"):  # RAE's, which normalises them itself.
+        return (0.0,) * channels, (1.0,) * channels
     means, stds = config.get("latents_mean"), config.get("latents_std")
     if "batch_norm_eps" in config:
         std = (network.bn.running_var.double() + config["batch_norm_eps"]).sqrt()

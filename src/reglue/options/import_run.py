@@ -15,10 +15,11 @@ from reglue.options import ready
 
 @dataclass(frozen=True)
 class ImportRun(TakesPaths):
-    """Turn a checkpoint of SiT, REPA, ReDi, REG or REGLUE into a run. Nothing in the file is executed.
+    """Turn a checkpoint of SiT, DiT, REPA, ReDi, REG, REGLUE, LightningDiT, SFD or U-ViT into a run. Nothing in it is
+    executed.
 
-    The method is recognised by the shapes of the weights. The run can be sampled, evaluated, shared and exported, but
-    its training cannot be continued. A file of `reglue export` needs no options.
+    The method is recognised by the weights. The run can be sampled, evaluated, shared and exported, but its training
+    cannot be continued. A file of `reglue export` needs no options.
     """
 
     file: Positional[Path]
@@ -40,9 +41,9 @@ class ImportRun(TakesPaths):
     """The vision encoder that the model was trained with, for the record. Sampling does not need it."""
     class_names: Path | None = None
     """Text file with the names of the classes, one per line, in the order of the labels. Default: their numbers."""
-    family: Literal["sit", "repa", "redi", "reg", "reglue", "dit"] | None = None
-    """Whose model it is, where shapes leave a choice: DiT's are SiT's (and DiT's cannot be imported). Default: what the
-    options in the file and then its name say."""
+    family: Literal["sit", "dit", "repa", "redi", "reg", "reglue", "lightningdit", "sfd", "uvit"] | None = None
+    """Whose model it is, where shapes leave a choice: DiT's are SiT's. Default: what the options in the file and then
+    its name say; else SiT."""
     heads: int | None = None
     """Attention heads, for models of a width that was not published."""
     resolution: int | tuple[int, int] | None = None

@@ -32,11 +32,12 @@ class Perceive(Draw):
     images: Path | None = None
     """Encode the images of this folder (or anything that `reglue prepare` takes) in place of drawing: a control that
     separates the generator's errors from those of the features. RUN may then be an autoencoder that `reglue autoencode`
-    trained, and options for drawing are refused."""
+    trained. Options for drawing are refused, unless --from drawn is given."""
     sources: Annotated[tuple[Estimator, ...], tyro.conf.arg(name="from")] = ()
     """Where features come from without the image: alignment (the alignment network of the run's autoencoder, on
-    latents) or local (the decoder of the run's compressor, on the local map). Default: what the run has and the heads
-    can read."""
+    latents), local (the decoder of the run's compressor, on the local map) or, with --images, drawn (the same on the
+    local map that a run of --times independent draws given the latents: what it sees in them). Default: what the run
+    has and the heads can read."""
     encoder: str | None = None
     """The vision encoder, if it has moved: as for `reglue prepare`."""
 
@@ -44,7 +45,7 @@ class Perceive(Draw):
         super().__post_init__()
         of_drawing = (part for part in fields(Draw) if part.name not in OF_IMAGES_TOO)
         given = next((part.name for part in of_drawing if getattr(self, part.name) != part.default), None)
-        if self.images is not None and given:
+        if self.images is not None and given and "drawn" not in self.sources:
             option = f"--{given.replace('_', '-')}"
             raise UserError(f"{option} is about drawing, and with --images nothing is drawn; leave either out")
 

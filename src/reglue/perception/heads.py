@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reglue.encoders.compressors import Compressor, resize
 from reglue.encoders.known import KNOWN_ENCODERS
 from reglue.encoders.vision import EncoderSpec, VisionFeatures
 from reglue.encoders.weights import read_weights
@@ -87,11 +88,13 @@ class HeadSpec:
         """That it reads: those of its layers, and as many of the class token if it reads that."""
         return self.width * len(self.layers) * (2 if self.class_token else 1)
 
-    def check_fits(self, encoder: EncoderSpec, what: str) -> None:
+    def check_fits(self, encoder: EncoderSpec, what: str, class_token: bool = True) -> None:
         """Raise UserError, in words for `what` has the encoder's features, if the head was not made for those.
 
-        Only `encoder.layers` count as there to be read.
+        Only `encoder.layers` count as there to be read, and the class token if it is.
         """
+        if self.class_token and not class_token:
+            raise UserError(f"the head reads the class token too, which {what} does not have; choose a head that fits")
         sides = ("after", "before") if self.final_norm else ("before", "after")
         remedy = (
             ""
@@ -163,6 +166,17 @@ class Head(nn.Module):
         tokens = dict(zip(layers, seen.class_tokens.split(self.spec.width, dim=1), strict=True))
         everywhere = {layer: token[..., None, None].expand_as(each[layer]) for layer, token in tokens.items()}
         return torch.cat([part for layer in self.spec.layers for part in (each[layer], everywhere[layer])], dim=1)
+
+
+def features_of_codes(
+    code: Tensor, compressor: Compressor, encoder: EncoderSpec
+) -> tuple[VisionFeatures, tuple[int, ...]]:
+    """What the compressor decodes from a raw local map (B, K, H, W), at the encoder's grid, and of which blocks.
+
+    `encoder` has the compressor's layers. A local map has no class token: its width is 0.
+    """
+    features = compressor.decode(resize(code, encoder.grid))
+    return VisionFeatures(features.new_empty(len(code), 0), features), encoder.layers
 
 
 def head_layers(channels: int, outputs: int, hidden: int) -> nn.Sequential:

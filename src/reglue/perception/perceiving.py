@@ -9,7 +9,7 @@ the measure of both: the same head on its features of the decoded image.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,13 +27,13 @@ from reglue.encoders.vision import EncoderSpec, VisionEncoder, VisionFeatures
 from reglue.errors import UserError
 from reglue.files import parse_json
 from reglue.names import Estimator
-from reglue.perception.heads import Head
+from reglue.perception.heads import Head, features_of_codes
 from reglue.pipeline import evaluations
 from reglue.progress import Bar
 from reglue.reals.samples import ImageSamples, all_of, to_images, to_pixels
 from reglue.samples import Drawing
 
-View = Literal["alignment", "local", "original", "encoder"]
+View = Literal["alignment", "local", "drawn", "original", "encoder"]
 """Whose features a head reads: an estimator's, or the encoder's, of the original or of the decoded image."""
 Seen = tuple[VisionFeatures, tuple[int, ...]]
 """Features, and the encoder's blocks that they are of."""
@@ -50,6 +50,8 @@ class Subject:
     """The estimators that it has, with the encoder whose features each estimates: its layers are those."""
     alignment: AlignmentNetwork | None
     compressor: Compressor | None = None
+    draw: Callable[[Tensor, range], Tensor] | None = None
+    """Raw latents (B, C, H, W) of images by number to raw local maps (B, K, H, W) that a run draws given them."""
 
     def from_latents(self, latents: Tensor) -> Seen:
         """What the alignment network estimates from raw latents (B, C, H, W)."""
@@ -58,15 +60,10 @@ class Subject:
         features = VisionFeatures(semantics.class_token, semantics.patches, semantics.class_token)
         return features, self.estimates["alignment"].layers
 
-    def from_local(self, code: Tensor) -> Seen:
-        """What the compressor decodes from a raw local map (B, K, H, W), at the encoder's grid.
-
-        A local map has no class token: its width is 0.
-        """
+    def from_local(self, code: Tensor, estimator: Estimator = "local") -> Seen:
+        """What the compressor decodes from a raw local map (B, K, H, W): see `features_of_codes`."""
         assert self.compressor is not None
-        encoder = self.estimates["local"]
-        features = self.compressor.decode(resize(code, encoder.grid))
-        return VisionFeatures(features.new_empty(len(code), 0), features), encoder.layers
+        return features_of_codes(code, self.compressor, self.estimates[estimator])
 
 
 def aligned_encoder(alignment: AlignmentNetwork, folder: Path) -> EncoderSpec:
@@ -97,16 +94,20 @@ class Scene(NamedTuple):
         }
 
 
+def in_batches(count: int, size: int) -> list[range]:
+    """The numbers below `count`, so many at a time."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 @torch.no_grad()
 def drawn_scenes(
-    drawing: Drawing, subject: Subject, encoder: VisionEncoder, count: int, batch_size: int
+    drawing: Drawing, subject: Subject, encoder: VisionEncoder, batches: Sequence[range], what: str = "perceive"
 ) -> Iterator[Scene]:
-    """The first `count` images of a drawing, in batches."""
-    model, local = drawing.model, LocalSemantics.modality
-    with Bar(total=evaluations(drawing.sampling, count, batch_size), unit="evaluation", desc="perceive") as progress:
-        for start in range(0, count, batch_size):
-            indices = range(start, min(start + batch_size, count))
-            state = drawing.draw(indices, progress.update, min(batch_size, count))
+    """Batches of the images of a drawing."""
+    model, local, room = drawing.model, LocalSemantics.modality, max(map(len, batches), default=0)
+    with Bar(total=evaluations(drawing.sampling, len(batches)), unit="evaluation", desc=what) as progress:
+        for indices in batches:
+            state = drawing.draw(indices, progress.update, room)
             pixels = model.pixels(state, drawing.sampling.rounding).permute(0, 3, 1, 2).contiguous()
             code = model.raw(state, local) if local in state else None
             yield _scene(subject, encoder, pixels, model.raw(state, LATENT), code)
@@ -117,7 +118,7 @@ def encoded_scenes(
     samples: ImageSamples, subject: Subject, encoder: VisionEncoder, batch_size: int, device: torch.device
 ) -> Iterator[Scene]:
     """Images as the autoencoder of a subject decodes them, in batches, and as they were."""
-    grid = subject.autoencoder.spec.latent_size(subject.size)
+    grid, done = subject.autoencoder.spec.latent_size(subject.size), 0
     for originals, noise in all_of(samples, batch_size, 0, device):
         latents = subject.autoencoder.encode(to_images(originals)).draw(noise)
         seen, code = encoder.describe(originals), None
@@ -128,6 +129,9 @@ def encoded_scenes(
             code = resize(subject.compressor.encode(torch.cat([each[layer] for layer in layers], dim=1)), grid)
         scene = _scene(subject, encoder, to_pixels(subject.autoencoder.decode(latents)), latents, code)
         scene.seen["original"] = (seen, encoder.spec.layers)
+        if subject.draw and "drawn" in subject.estimates:
+            scene.seen["drawn"] = subject.from_local(subject.draw(latents, range(done, done + len(latents))), "drawn")
+        done += len(latents)
         yield scene
 
 

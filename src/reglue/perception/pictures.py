@@ -21,6 +21,7 @@ OPACITY = 0.6
 TITLES: dict[View, str] = {
     "alignment": "from latents",
     "local": "from local map",
+    "drawn": "from drawn map",
     "original": "encoder, original",
     "encoder": "encoder, decoded",
 }

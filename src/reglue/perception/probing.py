@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from reglue.data.manifest import CLASS_TOKEN_CODES, LOCAL_CODES, holds_codes
 from reglue.data.store import Store
@@ -23,6 +24,8 @@ NAME = 40
 """Characters of an input's name on a line of the picture."""
 TIMED_SECONDS = 1.0
 """At least so long is a compressor's speed measured."""
+COMPARED = 2000
+"""Images among which neighbours are looked for, at most: their cosines are as many, squared."""
 ProbeKind = Literal["linear, pooled", "linear, flat", "linear", "conv"]
 PROBES: tuple[ProbeKind, ...] = get_args(ProbeKind)
 
@@ -55,6 +58,9 @@ class ProbeResult:
     """Share of the variance that a compressor's reconstruction explains, on the same images."""
     encoded_per_second: float | None
     """Images whose features the compressor encodes in a second, in memory."""
+    cknna: float | None
+    """How far the input, averaged over positions, has the same nearest images as the encoder's last layer, of those
+    that are measured on (`neighbours.cknna`); None for that layer itself, and without it."""
     seconds: float
     """Of fitting and measuring the probe."""
     at_end: bool = False
@@ -140,6 +146,7 @@ def run_probe(read: StoreInput, kind: ProbeKind, parts: Parts, classes: int, tra
         mse=figures.get("validation_mse"),
         explained_variance=figures.get("explained_variance"),
         encoded_per_second=None,
+        cknna=None,
         seconds=seconds,
         at_end=fitted.at_end,
     )
@@ -169,10 +176,17 @@ def encoded_per_second(read: StoreInput, parts: Parts, batch_size: int, device: 
     return count / seconds
 
 
+def pooled(read: StoreInput, parts: Parts) -> Tensor:
+    """What images that are measured on, `COMPARED` at most, have of an input: (n, C), averaged over positions."""
+    images = read.examples(parts.measured[:COMPARED])
+    return torch.cat([inputs.mean((2, 3)) for inputs, _ in images.batches("compare")])
+
+
 def probe_table(report: ProbeReport) -> str:
     """The results as a table in Markdown, and what they rest on; no newline at the end."""
     pixels = ["pixel accuracy"] if report.metric == "mIoU" else []
-    heads = ["input", "probe", report.metric, *pixels, "channels", "values", "ratio", "MSE", "explained", "encoded/s"]
+    heads = ["input", "probe", report.metric, *pixels, "channels", "values", "ratio", "MSE", "explained", "CKNNA"]
+    heads.append("encoded/s")
     table = markdown_table(heads, map(_cells, report.results), texts=2)
     without = f"; {report.without_mask} images have no mask" if report.without_mask else ""
     about = (
@@ -203,6 +217,7 @@ def _cells(result: ProbeResult) -> list[str]:
         "–" if result.compression_ratio is None else f"{result.compression_ratio:g}×",
         cell(result.mse, ".3f"),
         cell(result.explained_variance, ".1%"),
+        cell(result.cknna, ".3f"),
         cell(result.encoded_per_second, ",.0f"),
     ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -41,8 +41,10 @@ STEP_DIGITS = re.compile(r"[0-9]{1,18}")
 """What may be a step: a stranger's file can say anything."""
 RECORD = "reglue"
 """Option in our files: the record of the run, in JSON."""
-FIRST_WEIGHT = "x_embedder.proj.weight"
-"""Every model like SiT has it."""
+FIRST_WEIGHTS = ("x_embedder.proj.weight", "in_blocks.0.norm1.weight")
+"""Every model like SiT has the first, and every U-ViT the second."""
+OF_UVIT, STEP_OF_UVIT = ("nnet_ema.pth", "nnet.pth"), "step.pth"
+"""Files in U-ViT's folders: the averaged weights, the trained ones, and the step."""
 FIXED = "pos_embed"
 """Never trained, and not always kept among the averages."""
 
@@ -81,6 +83,10 @@ def read_official(file: Path) -> PublishedFile:
 
     Raises UserError if the file is missing or is something else, or if a weight is not a finite number.
     """
+    if of_uvit := next((file / name for name in OF_UVIT if (file / name).is_file()), None):
+        found = read_official(of_uvit)
+        step = read_untrusted(file / STEP_OF_UVIT) if (file / STEP_OF_UVIT).is_file() else 0
+        return replace(found, step=step if type(step) is int and 0 <= step <= MOST_STEPS else 0)
     if not file.is_file():
         raise UserError(f"{file}: {'a folder; give the file in it' if file.is_dir() else 'no such file'}")
     content: Any
@@ -94,7 +100,7 @@ def read_official(file: Path) -> PublishedFile:
         is_pickled(file)  # which says what to do about one that is called safetensors
         content = read_untrusted(file)
     container = content if isinstance(content, dict) else {}
-    weights, notes = weights_in(content, file, FIRST_WEIGHT)
+    weights, notes = weights_in(content, file, *FIRST_WEIGHTS)
     groups = [container[name] for name in ARGUMENTS if isinstance(container.get(name), dict)]
     steps = [place[name] for place in (container, stated) for name in STEPS if type(place.get(name)) is int]
     named = [int(file.stem)] if STEP_DIGITS.fullmatch(file.stem) else []
@@ -119,13 +125,14 @@ def _flat(groups: list[dict[str, Any]]) -> dict[str, Any]:
     return _flat(inner) | own if inner else own
 
 
-def weights_in(content: Any, file: Path, first: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def weights_in(content: Any, file: Path, *first: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The weights in what was read from a file, and what there is to say about the choice of them.
 
-    `first` is the name of one of them. The averaged ones are taken; others only where there are none. Raises UserError
-    if there are none at all, and for numbers that are not finite.
+    `first` are names of one of them, of which the file may have any. The averaged ones are taken; others only where
+    there are none. Raises UserError if there are none at all, and for numbers that are not finite.
     """
-    found = [*_state_dicts(content, first)] or _largest(content)
+    by_name = ([*_state_dicts(content, name)] for name in first)
+    found = next(filter(None, by_name), None) or _largest(content)
     if not found:
         inside = ", ".join(map(str, list(content)[:4])) if isinstance(content, Mapping) else type(content).__name__
         raise UserError(f"{file}: expected a state dict or {{model, ema, …}}, found {inside or 'nothing'}")

@@ -6,18 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from reglue.config import ClassToken, Latent, LocalSemantics
 from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import DenoiserConfig
+from reglue.diffusion.specs import Blocks
 from reglue.errors import UserError, option
 
-Family = Literal["sit", "repa", "redi", "reg", "reglue"]
+Family = Literal["sit", "dit", "repa", "redi", "reg", "reglue", "lightningdit", "sfd", "uvit"]
 
-TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi"})
+TIME_FROM_NOISE: frozenset[Family] = frozenset({"sit", "redi", "lightningdit", "sfd"})
 """The families whose published time runs from noise (0) to data (1)."""
 
 PREDICTION, PATH_TYPE, ENCODER_DEPTH, NUM_CLASSES = "prediction", "path_type", "encoder_depth", "num_classes"
@@ -33,18 +34,25 @@ MAP_DROPOUT = "dino_drop_prob"
 """ReDi's option for the share of the training without the map; None is 0."""
 VELOCITY = ("v", "velocity")
 """How the published codes call what our models predict: REPA's and those made of it, and SiT's."""
-DIT = "dit"
-"""A family with the shapes of SiT's that is not among the models here."""
-FAMILY_NAMES = re.compile(rf"(?<![a-z])(?:{DIT}|{'|'.join(get_args(Family))})(?![a-z])", re.IGNORECASE)
-NAMES = {"sit": "SiT", "repa": "REPA", "redi": "ReDi", "reg": "REG", "reglue": "REGLUE", DIT: "DiT"}
+DIT: Family = "dit"
+"""The family with the shapes of SiT's, whose networks predict noise."""
+FAMILY_NAMES = re.compile(rf"(?<![a-z])(?:{'|'.join(get_args(Family))})(?![a-z])", re.IGNORECASE)
+NAMES = {
+    "sit": "SiT",
+    DIT: "DiT",
+    "repa": "REPA",
+    "redi": "ReDi",
+    "reg": "REG",
+    "reglue": "REGLUE",
+    "lightningdit": "LightningDiT",
+    "sfd": "SFD",
+    "uvit": "U-ViT",
+}
 """As they are written."""
-CANNOT = "they cannot be imported: choose a checkpoint of SiT, REPA, ReDi, REG or REGLUE"
+CANNOT = "they cannot be imported: choose a checkpoint of SiT, DiT, REPA, ReDi, REG, REGLUE, LightningDiT, SFD or U-ViT"
 OTHERS = {
-    "in_blocks.": "U-ViT's",
     "r_embedder.": "MeanFlow's",
-    "t_embedder_sem.": "SFD's",
     "t_pixel_embedder.": "Latent Forcing's",
-    ".mlp.w12.": "LightningDiT's",
     "transformer_blocks.": "of a transformer of diffusers",
 }
 """What only the names of other models' weights have in them."""
@@ -82,17 +90,18 @@ def evidence_in(file: Path, arguments: Mapping[str, Any], said: str | None) -> l
 
 
 def _for_dit(is_dit: bool, reason: str) -> Evidence:
-    return Evidence(frozenset({DIT} if is_dit else get_args(Family)), reason)
+    return Evidence(frozenset({DIT}) if is_dit else frozenset(get_args(Family)) - {DIT}, reason)
 
 
 def choose_family(
     published: Mapping[str, Tensor], config: DenoiserConfig, evidence: Sequence[Evidence]
 ) -> tuple[Family, tuple[str, ...]]:
-    """The family of weights, and what is to be said about the choice. Raises UserError for DiT's, and for another than
-    the user's."""
+    """The family of weights, and what is to be said about the choice. Raises UserError for another than the user's."""
     usual = family_of(config)
-    alone = not (config.alignment_width or config.tokens or len(config.maps) > 1)
-    possible = [usual, *(name for name in ("sit", DIT) if alone and name != usual)]
+    by_name = usual in ("lightningdit", "sfd", "uvit")
+    alone = not (by_name or config.alignment_width or config.tokens or len(config.maps) > 1)
+    either: tuple[Family, ...] = ("sit", DIT) if alone else ()
+    possible: list[Family] = [usual, *(name for name in either if name != usual)]
     doubt = ""
     if config.learn_sigma:
         # SiT's second half of the outputs gets no gradient and stays as it began; DiT's predicts the variance.
@@ -111,11 +120,7 @@ def choose_family(
         if 0 < len(left) < len(possible):
             possible = left
             reasons.append(each.reason)
-    if possible == [DIT]:
-        raise UserError(
-            f"these weights are DiT's, since {reasons[-1]}; {CANNOT} (if they are SiT's, say {option('family')} sit)"
-        )
-    family = cast(Family, possible[0])
+    family = possible[0]
     if not alone:
         return family, ()
     if reasons:
@@ -135,18 +140,45 @@ def channels_of(config: DenoiserConfig, name: str) -> int:
 def family_of(config: DenoiserConfig) -> Family:
     """The published family whose models are built like this one. Raises UserError, by name, if there is none."""
     published = {Latent.modality, LocalSemantics.modality, ClassToken.modality}
+    is_uvit, parts = config.backbone == "uvit", config.parts
+    predictions = ("noise-sd",) if is_uvit else ("velocity", "noise")
     strangers = [
         *(f"modality {modality.name}" for modality in config.modalities if modality.name not in published),
         *(f"condition {name}" for name in config.conditions if name != CLASS),
-        *([f"backbone {config.backbone}"] if config.backbone != "sit" else []),
-        *([f"prediction {config.prediction}"] if config.prediction != "velocity" else []),
+        *([f"backbone {config.backbone}"] if config.backbone not in ("sit", "lightning", "uvit") else []),
+        *([f"prediction {config.prediction}"] if config.prediction not in predictions else []),
+        *([f"times {config.times}"] if config.times not in ("shared", "lead") else []),
+        *(["a convolutional projector"] if config.alignment_width and config.alignment_projector != "mlp" else []),
     ]
     if strangers:
         raise UserError(f"no published code has a model with {', '.join(strangers)}")
     with_class_token, with_local = (channels_of(config, part.modality) > 0 for part in (ClassToken, LocalSemantics))
-    if config.learn_sigma and (with_class_token or with_local or config.alignment_width):
-        other = "a class token" if with_class_token else "a local map" if with_local else "alignment"
-        raise UserError(f"no published code has a model with learn-sigma (SiT) and {other}")
+    more = {"a class token": with_class_token, "a local map": with_local, "alignment": config.alignment_width > 0}
+    of_noise = config.prediction == "noise"
+    family: Family | None = "uvit" if is_uvit else "lightningdit" if parts != Blocks() else None
+    if config.times == "lead":
+        other_kind = family != "lightningdit" or of_noise or config.learn_sigma or parts.convolution
+        if other_kind or with_class_token or not with_local:
+            raise UserError(
+                "of models with times lead, the published one (SFD) has LightningDiT's blocks and a local map"
+            )
+        return "sfd"
+    if family:
+        own = Blocks(time_mlp=parts.time_mlp, convolution=parts.convolution) if is_uvit else parts
+        more |= {
+            "predicted noise": of_noise,
+            "learn-sigma": is_uvit and config.learn_sigma,
+            "a last convolution": not is_uvit and parts.convolution,
+            "parts of LightningDiT": own != parts,
+        }
+        if other := [what for what, has in more.items() if has]:
+            raise UserError(f"no published code has a model of {NAMES[family]}'s kind with {', '.join(other)}")
+        return family
+    if (of_noise or config.learn_sigma) and (other := [what for what, has in more.items() if has]):
+        alone = "prediction noise (DiT)" if of_noise else "learn-sigma (SiT)"
+        raise UserError(f"no published code has a model with {alone} and {other[0]}")
+    if of_noise:
+        return DIT
     if with_class_token:
         return "reglue" if with_local else "reg"
     if with_local:

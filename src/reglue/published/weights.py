@@ -1,14 +1,16 @@
-"""Checkpoints of the published code bases: SiT, REPA, ReDi, REG and REGLUE, read and written under their key names.
+"""Checkpoints of the published code bases: SiT, DiT, REPA, ReDi, REG, REGLUE, LightningDiT, SFD and U-ViT, read and
+written under their key names.
 
-The shapes of the weights tell which family a file is from. SiT and ReDi count time from noise to data; their weights
-are converted exactly, so that the imported model has data at t = 0 like every other and nothing needs to remember it.
+The names and shapes of the weights tell which family a file is from. SiT, ReDi, LightningDiT and SFD count time from
+noise to data; their weights are converted exactly, so that the imported model has data at t = 0 like every other and
+nothing needs to remember it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,12 +19,15 @@ from reglue.config import ClassToken, Latent, LocalSemantics
 from reglue.diffusion.backbones import sit
 from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import Denoiser, DenoiserConfig
-from reglue.diffusion.embeddings import FREQUENCIES, MAX_PERIOD, position_embedding
+from reglue.diffusion.embeddings import FREQUENCIES, MAX_PERIOD, position_embedding, rotation_of
 from reglue.diffusion.modalities import Modality
+from reglue.diffusion.specs import ALWAYS, Blocks
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.errors import UserError, option
+from reglue.papers import SFD
 from reglue.published.families import (
     CANNOT,
+    DIT,
     OTHERS,
     OUTPUTS,
     TIME_FROM_NOISE,
@@ -30,9 +35,10 @@ from reglue.published.families import (
     Family,
     choose_family,
 )
+from reglue.published.sfd import OFFSET, SEMANTIC, as_sfd, from_sfd
 
-PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-"""Attention heads by width, for S, B, L and XL: no weight has a shape that would tell."""
+PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
+"""Attention heads by width, for S, B, L, XL and LightningDiT's 1p0B and 1p6B: few weights have a shape that tells."""
 
 PUBLISHED_AUTOENCODER = AutoencoderSpec(
     name="sd-vae-ft-mse",
@@ -51,19 +57,35 @@ KEYS = {
     "x_embedder.proj": "patches",
     "t_embedder.mlp": "time_embedding",
     "y_embedder.embedding_table": f"conditions.{CLASS}",
-    **{theirs: f"backbone.{ours}" for theirs, ours in sit.KEYS.items()},
+    **{theirs: f"backbone.{ours}" for theirs, ours in (sit.KEYS | sit.SWIGLU).items()},
+    "blocks.{i}.skip_linear": "backbone.blocks.{i}.skip",
     "final_layer.linear": "velocity",
     "final_layer.linear_cls": f"token_velocities.{ClassToken.modality}",
     "cls_projectors2": f"tokens.{ClassToken.modality}.linear",
     "wg_norm": f"tokens.{ClassToken.modality}.norm",
     "projectors.0": "projector",
     "projector": "projector",
+    "convolution": "convolution",
+    "time_offsets": "time_offsets",
 }
 """Published name → ours. {i} stands for the number of a block."""
 
+OF_UVIT = {
+    "patch_embed.proj": "x_embedder.proj",
+    "time_embed": "t_embedder.mlp",
+    "label_emb": "y_embedder.embedding_table",
+    "norm": "final_layer.norm_final",
+    "decoder_pred": "final_layer.linear",
+    "final_layer": "convolution",
+}
+"""U-ViT's names → those that the others have for the same, but for its blocks."""
 
 LABELS = "y_embedder.embedding_table.weight"
 TIME_WEIGHT = "time_embedding.0.weight"
+POSITIONS = "backbone.positions.weight"
+"""U-ViT's, which are learned."""
+ROTARY = {"feat_rope.freqs_cos": 0, "feat_rope.freqs_sin": 1}
+"""LightningDiT's tables, which are functions of the sizes, and what `rotation_of` has first and second."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +130,20 @@ def import_official(
     for part, whose in OTHERS.items():
         if any(part in name for name in published):
             raise UserError(f"these weights are {whose}; {CANNOT}")
+    is_uvit = any(re.search(r"\bin_blocks\.\d", name) for name in published)
     published, alignment_depth = _with_uniform_names(published, alignment_depth)
     published, notes = _with_one_projector(published)
     published, has_null, of_labels = _with_null_label(published, classes)
-    config = _recognise(published, latent_channels, heads, alignment_depth, grid)
+    config = _recognise(published, is_uvit, latent_channels, heads, alignment_depth, grid)
     family, why = choose_family(published, config, evidence)
+    if family == DIT:
+        config = replace(config, prediction="noise")
     weights = {ours: published[theirs].float() for theirs, ours in _names(published).items()}
+    if family == "uvit":
+        weights[POSITIONS] = published["pos_embed"][0].float()
     if config.learned_positions:
         weights["positions"] = published["pos_embed"].float()
+    _refuse_other_rotations(published, config)
     with torch.device("meta"):  # no memory, no initialisation: only names and shapes are asked for
         expected = Denoiser(config).state_dict()
     wrong = sorted(
@@ -140,18 +168,21 @@ def export_official(
     """
     if family in TIME_FROM_NOISE:
         weights = reverse_time(weights)
-    theirs_by_ours = {ours: theirs for theirs, ours in KEYS.items() if theirs != "projector" or family == "redi"}
+    others = {*(() if family in ("redi", "sfd") else ("projector",)), *(() if config.parts.swiglu else sit.SWIGLU)}
+    theirs_by_ours = {ours: theirs for theirs, ours in KEYS.items() if theirs not in others}
     positions = position_embedding(config.token_grid, config.width, len(config.tokens), config.position_grid)
-    published = {"pos_embed": positions}
+    published = {"pos_embed": positions, **_rotary_tables(config)}
     for name, value in weights.items():
-        if name == "positions":
-            published["pos_embed"] = value
+        if name in ("positions", POSITIONS):
+            published["pos_embed"] = value.reshape(1, -1, config.width)
         else:
             stem, theirs = _match(name, theirs_by_ours)
             published[theirs + name[len(stem) :]] = value
     if not has_null:
         published[LABELS] = published[LABELS][:-1]
-    return published
+    if family == "sfd":
+        return as_sfd(published)
+    return _as_uvit(published, config.depth // 2) if family == "uvit" else published
 
 
 def reverse_time(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -183,6 +214,10 @@ def _with_uniform_names(
     Those begin after the block that is aligned. Returns the weights and that block, where it is known.
     """
     plain = {name.removeprefix("module."): value for name, value in published.items()}
+    if early := [int(m[1]) for name in plain if (m := re.match(r"in_blocks\.(\d{1,4})\.", name))]:
+        return _from_uvit(plain, 1 + max(early)), alignment_depth
+    if any(name.startswith(f"{SEMANTIC}.") for name in plain):
+        return from_sfd(plain), alignment_depth or SFD.alignment.after_block
     late = {name: int(m[1]) for name in plain if (m := re.match(r"decoder_blocks\.(\d{1,4})\.", name))}
     if late:
         first = _blocks(plain)
@@ -194,6 +229,51 @@ def _with_uniform_names(
             plain[f"blocks.{number + first}.{name.split('.', 2)[2]}"] = plain.pop(name)
         alignment_depth = first
     return plain, alignment_depth
+
+
+def _from_uvit(published: Mapping[str, Tensor], early: int) -> dict[str, Tensor]:
+    """U-ViT's weights, with so many early blocks, under the names of the others, and all blocks counted in a row."""
+    first = {"in_blocks": 0, "mid_block": early, "out_blocks": early + 1}
+
+    def renamed(name: str) -> str:
+        if block := re.match(r"(in_blocks|out_blocks|mid_block)\.(?:(\d{1,4})\.)?", name):
+            return f"blocks.{first[block[1]] + int(block[2] or 0)}.{name[block.end() :]}"
+        stem = next((stem for stem in OF_UVIT if name.startswith(f"{stem}.")), "")
+        return OF_UVIT[stem] + name[len(stem) :] if stem else name
+
+    return {renamed(name): value for name, value in published.items()}
+
+
+def _as_uvit(published: Mapping[str, Tensor], early: int) -> dict[str, Tensor]:
+    """The inverse of `_from_uvit`."""
+    stems = {others: theirs for theirs, others in OF_UVIT.items()}
+
+    def renamed(name: str) -> str:
+        if block := re.match(r"blocks\.(\d+)\.", name):
+            number, rest = int(block[1]), name[block.end() :]
+            if number == early:
+                return f"mid_block.{rest}"
+            return f"in_blocks.{number}.{rest}" if number < early else f"out_blocks.{number - early - 1}.{rest}"
+        stem = next((stem for stem in stems if name.startswith(f"{stem}.")), "")
+        return stems[stem] + name[len(stem) :] if stem else name
+
+    return {renamed(name): value for name, value in published.items()}
+
+
+def _rotary_tables(config: DenoiserConfig) -> dict[str, Tensor]:
+    """LightningDiT's, (patches, width of a head) each, whose pairs of channels have one angle."""
+    if not config.parts.rope:
+        return {}
+    rotation = rotation_of(config.token_grid, config.width // config.heads, 0, config.position_grid)
+    return {name: rotation[part].repeat_interleave(2, dim=1) for name, part in ROTARY.items()}
+
+
+def _refuse_other_rotations(published: Mapping[str, Tensor], config: DenoiserConfig) -> None:
+    """Raise UserError if the rotary tables in a file are not those of its sizes."""
+    for name, expected in _rotary_tables(config).items():
+        table = published.get(name)
+        if table is None or table.shape != expected.shape or not torch.allclose(table.float(), expected, atol=1e-2):
+            raise UserError(f"{name} has other rotary positions than LightningDiT's code, which cannot be imported")
 
 
 def _with_one_projector(published: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -231,54 +311,58 @@ def _blocks(published: Mapping[str, Tensor]) -> int:
 
 def _recognise(
     published: Mapping[str, Tensor],
+    is_uvit: bool,
     latent_channels: int,
     heads: int | None,
     alignment_depth: int | None,
     grid: tuple[int, int] | None,
 ) -> DenoiserConfig:
-    dimensions = {
-        "pos_embed": 3,
-        "x_embedder.proj.weight": 4,
-        LABELS: 2,
-        OUTPUTS: 2,
-    }
+    inputs, likeness = "x_embedder.proj.weight", "U-ViT's" if is_uvit else "a SiT-like"
+    dimensions = {"pos_embed": 3, inputs: 4, OUTPUTS: 2}
+    if not is_uvit or LABELS in published:  # An unconditional U-ViT has none.
+        dimensions[LABELS] = 2
+    said = {name: next(iter(_as_uvit({name: torch.empty(0)}, 0))) if is_uvit else name for name in dimensions}
     for name, count in dimensions.items():
         if name not in published:
-            found = ", ".join(sorted(published)[:4])
+            found = ", ".join(sorted(_as_uvit(published, 0) if is_uvit else published)[:4])
             raise UserError(
-                f"not a SiT-like checkpoint: no {name} (expected {', '.join(dimensions)}; found {found}, …)"
+                f"not {likeness} checkpoint: no {said[name]} (expected {', '.join(said.values())}; found {found}, …)"
             )
         if published[name].ndim != count or not published[name].numel():
-            raise UserError(f"not a SiT-like checkpoint: {name} has shape {tuple(published[name].shape)}")
-    width, channels, patch, _ = published["x_embedder.proj.weight"].shape
+            raise UserError(f"not {likeness} checkpoint: {said[name]} has shape {tuple(published[name].shape)}")
+    width, channels, patch, _ = published[inputs].shape
     outputs = published[OUTPUTS].shape[0]
     has_class_token = "cls_projectors2.weight" in published
     local_channels = channels - latent_channels
+    blocks, heads = _blocks_of(published, width, is_uvit), heads or _heads(published, width)
+    other = f"choose the autoencoder whose latents it learned, with {option('autoencoder')}"
     if local_channels < 0:
         raise UserError(
-            f"the checkpoint has {channels} input channels, fewer than the {latent_channels} latent channels: choose "
-            f"the autoencoder whose latents it learned, with {option('autoencoder')}"
+            f"the checkpoint has {channels} input channels, fewer than the {latent_channels} latent channels: {other}"
         )
     learn_sigma = outputs == 2 * patch**2 * channels
     if not learn_sigma and outputs != patch**2 * channels:
         raise UserError(f"final_layer.linear has {outputs} rows; expected {patch**2 * channels}, or twice that (SiT)")
-    if learn_sigma and local_channels:
+    is_sfd = OFFSET in published
+    if local_channels and (learn_sigma or is_uvit or (blocks != Blocks() and not is_sfd)):
+        kind = "U-ViT's" if is_uvit else "SiT's" if blocks == Blocks() else "LightningDiT's"
         raise UserError(
-            f"the checkpoint has {channels} input channels and no local map (it is SiT's kind), but the latents have "
-            f"{latent_channels}: choose the autoencoder whose latents it learned, with {option('autoencoder')}"
-        )
-    token_grid, learned = _positions(published, has_class_token, patch, grid)
-    if heads is None and width not in PUBLISHED_HEADS:
-        raise UserError(
-            f"width {width} is none of {', '.join(map(str, PUBLISHED_HEADS))}: give the number of attention heads with "
-            f"{option('heads')}"
+            f"the checkpoint has {channels} input channels and no local map (it is {kind} kind), but the latents have "
+            f"{latent_channels}: {other}"
         )
     depth = _blocks(published)
     if not depth:
         raise UserError("not a SiT-like checkpoint: it has no blocks.0")
+    if is_uvit:
+        leading, fixed_positions = 1 + (LABELS in published), False
+    else:
+        leading, fixed_positions = int(has_class_token), True
+    token_grid, learned = _positions(published, leading, patch, grid, fixed_positions)
     last = next((published[k] for k in ("projectors.0.4.weight", "projector.4.weight") if k in published), None)
     # Training alone uses the projector, so that a depth that is not known may be wrong without harm.
     aligned_after = min(alignment_depth or (8 if depth >= 24 else 4), depth)
+    always = ALWAYS["lightning"]
+    is_lightning = not is_uvit and blocks.beside(always) == blocks
     try:
         return DenoiserConfig(
             modalities=tuple(
@@ -291,11 +375,15 @@ def _recognise(
                 if channels
             ),
             grid=(token_grid[0] * patch, token_grid[1] * patch),
-            conditions={CLASS: published[LABELS].shape[0] - 1},
-            depth=depth,
+            conditions={CLASS: published[LABELS].shape[0] - 1} if LABELS in published else {},
+            depth=depth - is_uvit,  # It does not count the block in the middle.
             width=width,
-            heads=heads or PUBLISHED_HEADS[width],
+            heads=heads,
             patch=patch,
+            backbone="uvit" if is_uvit else "lightning" if is_lightning else "sit",
+            blocks=replace(blocks, rms_norm=False, rope=False, swiglu=False) if is_lightning else blocks,
+            prediction="noise-sd" if is_uvit else "velocity",
+            times=SFD.times if is_sfd else "shared",
             learn_sigma=learn_sigma,
             alignment_depth=aligned_after if last is not None else 0,
             alignment_width=last.shape[0] if last is not None else 0,
@@ -306,19 +394,48 @@ def _recognise(
         raise UserError(f"these weights are of no model that can be built: {error}") from None
 
 
+def _blocks_of(published: Mapping[str, Tensor], width: int, is_uvit: bool) -> Blocks:
+    """What the transformer is made of, by the names and shapes of the first block."""
+    modulation = published.get("blocks.0.adaLN_modulation.1.weight")
+    return Blocks(
+        rms_norm="blocks.0.norm1.weight" in published and not is_uvit,
+        qk_norm="blocks.0.attn.q_norm.weight" in published,
+        rope=any(name in published for name in ROTARY),
+        swiglu="blocks.0.mlp.w12.weight" in published,
+        shift=modulation is None or modulation.shape[0] != 4 * width,
+        time_mlp=is_uvit and "t_embedder.mlp.0.weight" in published,
+        convolution="convolution.weight" in published,
+    )
+
+
+def _heads(published: Mapping[str, Tensor], width: int) -> int:
+    """The number of attention heads. Raises UserError where nothing tells."""
+    for name in ("blocks.0.attn.q_norm.weight", *ROTARY):
+        if name in published and (of_head := published[name].shape[-1]) and width % of_head == 0:
+            return width // of_head
+    if width not in PUBLISHED_HEADS:
+        raise UserError(
+            f"width {width} is none of {', '.join(map(str, PUBLISHED_HEADS))}: give the number of attention heads with "
+            f"{option('heads')}"
+        )
+    return PUBLISHED_HEADS[width]
+
+
 def _positions(
-    published: Mapping[str, Tensor], has_class_token: bool, patch: int, grid: tuple[int, int] | None
+    published: Mapping[str, Tensor], leading: int, patch: int, grid: tuple[int, int] | None, may_be_fixed: bool
 ) -> tuple[tuple[int, int], bool]:
-    """The grid of patches that the position embedding is of, and whether it is another than the fixed one."""
+    """The grid of patches that the position embedding is of, behind so many leading tokens, and whether it is learned
+    where it `may_be_fixed`."""
     positions = published["pos_embed"]
-    width, tokens = positions.shape[-1], positions.shape[1] - has_class_token
+    width, tokens = positions.shape[-1], positions.shape[1] - leading
     asked = None if grid is None else (grid[0] // patch, grid[1] // patch)
     if asked and asked[0] * asked[1] != tokens:
         raise UserError(f"pos_embed is of {tokens} patches, but {option('resolution')} asks for {asked[0]}×{asked[1]}")
     grids = [(tokens // columns, columns) for columns in range(1, tokens + 1) if tokens % columns == 0]
+    fixable = may_be_fixed and width % 4 == 0
     tolerance = 1e-5 if positions.dtype == torch.float32 else 1e-2  # half precision rounds numbers up to 1 so much
-    for candidate in sorted(grids, key=lambda sides: abs(sides[0] - sides[1])) if width % 4 == 0 else []:
-        fixed = position_embedding(candidate, width, int(has_class_token))
+    for candidate in sorted(grids, key=lambda sides: abs(sides[0] - sides[1])) if fixable else []:
+        fixed = position_embedding(candidate, width, leading)
         if torch.allclose(positions.float(), fixed, atol=tolerance):
             if asked and asked != candidate:
                 raise UserError(
@@ -332,14 +449,14 @@ def _positions(
             f"pos_embed has {tokens} learned patch positions, which is not a square grid: give "
             f"{option('resolution')} HEIGHT WIDTH"
         )
-    return asked or (side, side), True
+    return asked or (side, side), may_be_fixed
 
 
 def _names(published: Mapping[str, Tensor]) -> dict[str, str]:
     """Published name → ours, for every weight but the position embedding."""
     names: dict[str, str] = {}
     for name in published:
-        if name != "pos_embed":
+        if name not in ("pos_embed", *ROTARY):
             stem, ours = _match(name, KEYS)
             names[name] = ours + name[len(stem) :]
     return names

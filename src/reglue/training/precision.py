@@ -129,8 +129,12 @@ def compile_parts(network: nn.Module, blocks: Iterable[nn.Module], parts: Compil
             block.compile(dynamic=False)
 
 
+OF = "variance of "
+"""Before the name of a modality, in what a compiled network returns."""
+
+
 class SamplingNetwork:
-    """A frozen denoiser, for velocities alone.
+    """A frozen denoiser, for velocities and learned variances alone.
 
     The weights of its matrix products are brought to their precision once: autocast would do it in every evaluation,
     with the same bits. What training needs besides, hidden tokens for alignment, is not returned.
@@ -141,17 +145,20 @@ class SamplingNetwork:
         device = denoiser.positions.device
         network = with_products_in(denoiser, torch.bfloat16) if precision == "bfloat16" else denoiser
 
-        def velocity(state: State, time: Tensor | TensorTimes, condition: Condition) -> State:
+        def predict(state: State, time: Tensor | TensorTimes, condition: Condition) -> dict[str, Tensor]:
             with autocast(device, precision):
-                return network(state, time, condition).velocity
+                predicted = network(state, time, condition)
+            return predicted.velocity | {OF + name: w for name, w in (predicted.variance or {}).items()}
 
         self._products = partial(matmul_precision, device, precision)
-        self._velocity = compiled_for_shapes(velocity, device) if compiled else velocity
+        self._predict = compiled_for_shapes(predict, device) if compiled else predict
 
     def __call__(self, state: State, time: Tensor | TensorTimes, condition: Condition) -> Prediction:
         """See `diffusion.denoiser.DenoiserFunction`."""
         with self._products():
-            return Prediction(self._velocity(state, time, condition), None)
+            predicted = self._predict(state, time, condition)
+        variance = {name: predicted[OF + name] for name in state if OF + name in predicted}
+        return Prediction({name: predicted[name] for name in state}, None, variance)
 
 
 def with_products_in(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # type: ignore[reportUnknownVariableType]
 
+from reglue.diffusion.embeddings import TimeEmbedding, rotation_of
+from reglue.diffusion.specs import Blocks
+
 NORM_EPSILON = 1e-6
 
 
@@ -24,10 +27,27 @@ class BackboneSizes:
     """Tokens in front of the patches."""
     grid: tuple[int, int]
     """(rows, columns) of the patches."""
+    counted_in: tuple[int, int] | None = None
+    """The grid in which places are counted, if that is another."""
+    conditioned: bool = True
+    """Whether there is any condition besides time."""
+    blocks: Blocks = Blocks()
+    """What the blocks are made of."""
+    largest_time: float = 1.0
+    """The number by which the network knows pure noise."""
+
+    def rotation(self, inserted: int = 0) -> Tensor | None:
+        """The `rotation_of` the places, behind tokens that the backbone inserts, where blocks are to have one."""
+        if not self.blocks.rope:
+            return None
+        return rotation_of(self.grid, self.width // self.heads, self.leading + inserted, self.counted_in)
 
 
 class Backbone(nn.Module, ABC):
     """Blocks in a row over tokens (B, N, width)."""
+
+    fixed_positions = True
+    """Whether tokens come with the fixed embedding of their places; a backbone that learns one of its own has none."""
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -45,19 +65,31 @@ class Backbone(nn.Module, ABC):
         The tap is the tokens after block `tap_after`, counted from 1; None for 0.
         """
 
+    def time_embedding(self, width: int) -> TimeEmbedding:
+        """The module from time (B,) to the embedding that `forward` takes."""
+        return TimeEmbedding(width)
+
     def zero_layers(self) -> Iterable[nn.Module]:
         """The linear layers that begin at zero."""
+        return ()
+
+    def small_layers(self) -> Iterable[nn.Module]:
+        """The layers that begin as N(0, 0.02²)."""
         return ()
 
     def through_blocks(self, x: Tensor, *given: Tensor, tap_after: int = 0) -> tuple[Tensor, Tensor | None]:
         """Run all blocks, each called as block(x, *given). Returns the tokens and the tap, as `forward`."""
         tap = None
-        for number, block in enumerate(self.blocks, start=1):
-            if number <= self.recomputed_blocks and torch.is_grad_enabled():
-                # Nothing in a block is random, so the state of the generators need not be kept.
-                x = checkpoint(block, x, *given, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, *given)
+        for number in range(1, len(self.blocks) + 1):
+            x = self.through(number, x, *given)
             if number == tap_after:
                 tap = x
         return x, tap
+
+    def through(self, number: int, x: Tensor, *given: Tensor | None) -> Tensor:
+        """block(x, *given) for the block of a number, counted from 1."""
+        block = self.blocks[number - 1]
+        if number <= self.recomputed_blocks and torch.is_grad_enabled():
+            # Nothing in a block is random, so the state of the generators need not be kept.
+            return checkpoint(block, x, *given, use_reentrant=False, preserve_rng_state=False)
+        return block(x, *given)
