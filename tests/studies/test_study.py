@@ -188,7 +188,7 @@ def test_figures_made_otherwise_are_refused(
         ),
         "with another network (judge)": (work, "--judge", str(other)),
         "no file of scripts/convert_classifier.py": (work, "--judge", "missing.safetensors"),
-        "dit is not known to this study; choose of sit": (work, "--arms", "dit"),
+        "adm is not known to this study; choose of sit": (work, "--arms", "adm"),
         "damaged/results.jsonl": (tmp_path / "damaged",),
     }
     before = (work / "results.jsonl").read_bytes()
