@@ -1,9 +1,10 @@
-"""From `results.jsonl` to a table, curves over steps and over time, and the same seeds of all arms side by side."""
+"""From `results.jsonl` to a table, what was saved, curves over steps and over time, and the same seeds of all arms."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image, ImageDraw
 
 from reglue.data.pictures import image_grid
 from reglue.files import replacing
+from reglue.metrics.resampling import CONFIDENCE
+from reglue.seeds import generator
 
 if TYPE_CHECKING:
     from study import Arm
@@ -20,29 +23,28 @@ if TYPE_CHECKING:
 SHOWN = 10
 """Samples of each arm in the picture."""
 CURVES = {
-    "Fréchet distance": ("encoder", "frechet_distance", "{:.1f}"),
     "FID": ("inception", "frechet_distance", "{:.1f}"),
     "class accuracy": ("judge", "accuracy", "{:.1%}"),
+    "Fréchet distance": ("encoder", "frechet_distance", "{:.1f}"),
+    "copied": ("copies", "copied", "{:.1%}"),
 }
-"""Figures of every milestone: their kind, their name and how they are printed."""
+"""Figures over steps: their kind, their name and how they are printed. What is saved is told by the distances."""
 LAST = {
     "KID": ("encoder", "kernel_distance", "{:.4f}"),
     "precision": ("encoder", "precision", "{:.2f}"),
     "recall": ("encoder", "recall", "{:.2f}"),
-    "copied": ("copies", "copied", "{:.1%}"),
-    "seconds of drawing": ("drawing", "seconds", "{:.0f}"),
     "weights": ("training", "parameters", "{:,}"),
-    "seconds of training": ("training", "seconds", "{:.0f}"),
 }
-"""Figures of the last milestone."""
-SPACE = ("psnr", "ssim", "kl", "frechet_distance", "rfid", "probe, pooled", "probe, flat")
-"""Figures of a latent space."""
+"""More figures of the last milestone."""
+DRAWS = 1000
+"""Of curves within the intervals of their figures, for the interval of what is saved."""
 REMARKS = """
-Fréchet distance, KID, precision and recall are by the vision encoder that the methods learn from, FID by the Inception;
-distances are to held-out images, and those of few samples compare within this table alone. In brackets: 95 % intervals
-over resampled samples, not over seeds; of accuracies Wilson's, of copies Newcombe's. "Copied" is the share of samples,
-or of their mirror images, that are close to a training image less the share close to a held-out one: 0 where nothing is
-learned by heart. Published figures are FID on ImageNet 256×256 (B/2, 400,000 steps, no guidance): compare orders alone.
+FID is by the Inception and class accuracy by the judge, from which no method has learned; Fréchet distance, KID,
+precision, recall and copies are by the vision encoder that the methods learn from. Distances are to held-out images,
+and those of few images compare within this table alone. In brackets: 95 % intervals over resampled samples, not over
+seeds; of accuracies Wilson's, of copies Newcombe's. "Copied" is the share of samples, or of their mirror images, that
+are close to a training image less the share close to a held-out one: 0 where nothing is learned by heart. Published
+figures are FID on ImageNet 256×256 (B/2, 400,000 steps, no guidance): compare orders alone.
 """
 Known = dict[tuple[str, int, str], dict[str, Any]]
 """The lines of `results.jsonl` by arm, step and kind."""
@@ -51,14 +53,14 @@ Known = dict[tuple[str, int, str], dict[str, Any]]
 def write_report(work: Path, question: str, arms: Sequence[Arm], lines: Sequence[dict[str, Any]]) -> None:
     """Write QUESTION.md, QUESTION.png, QUESTION-over-time.png and QUESTION-samples.png, as far as there is anything."""
     titles = {title for arm in arms for title in (arm.title, arm.run_title)}
-    known = {(x["arm"], x["step"], x["by"]): x for x in lines if x["arm"] in titles or x["by"] == "space"}
-    steps = sorted({step for title, step, by in known if step and by != "training"})
+    known = {(x["arm"], x["step"], x["by"]): x for x in lines if x["arm"] in titles}
+    steps = sorted({step for _, step, by in known if step and by != "training"})
+    work.mkdir(parents=True, exist_ok=True)
     with replacing(work / f"{question}.md") as beside:
-        beside.write_text("\n".join(table(question, arms, known, steps)))
+        beside.write_text("\n".join(page(question, arms, known, steps)))
     pictures: dict[str, Figure | Image.Image | None] = {
         f"{question}.png": curves(arms, known, steps, timed=False),
-        # Seconds of several machines do not compare.
-        f"{question}-over-time.png": curves(arms, known, steps, timed=True) if len(machines(known)) == 1 else None,
+        f"{question}-over-time.png": curves(arms, known, steps, timed=True) if comparable(known) else None,
         f"{question}-samples.png": samples(work, arms, steps),
     }
     for name, picture in pictures.items():
@@ -69,35 +71,44 @@ def write_report(work: Path, question: str, arms: Sequence[Arm], lines: Sequence
             picture.save(beside, "png") if isinstance(picture, Image.Image) else picture.savefig(beside, format="png")
 
 
-def machines(known: Known) -> set[str]:
-    """All machines on which something was timed."""
-    of_line = {"training": lambda line: line["figures"]["machines"], "drawing": lambda line: [line["machine"]]}
-    return {name for (*_, by), line in known.items() if by in of_line for name in of_line[by](line)}
+def comparable(known: Known) -> bool:
+    """Whether all trainings were timed on one machine."""
+    return len({line["machine"] for (*_, by), line in known.items() if by == "training"}) == 1
 
 
-def table(question: str, arms: Sequence[Arm], known: Known, steps: Sequence[int]) -> Iterator[str]:
-    """A row per arm and seed; columns without any figure are left out."""
+def seconds_per_step(known: Known, name: str) -> float:
+    """Of an arm, all of its seeds together; NaN if none was timed."""
+    lines = [line for (title, _, by), line in known.items() if by == "training" and title.startswith(f"{name}-seed-")]
+    steps = sum(line["figures"]["steps"] for line in lines)
+    return sum(line["seconds"] for line in lines if line["figures"]["steps"]) / steps if steps else float("nan")
+
+
+def page(question: str, arms: Sequence[Arm], known: Known, steps: Sequence[int]) -> Iterator[str]:
+    """The table with a row per arm and seed, without columns that are empty; then what was saved."""
     rows = []
     for arm in arms:
         last, row = steps[-1] if arm.train and steps else 0, {"arm": arm.title.replace("-seed-", ", seed ")}
         for name, where in CURVES.items():
-            for step in steps:
+            for step in steps if name == "FID" else steps[-1:]:
                 when = step if arm.train else 0 if step == steps[-1] else -1
                 row[f"{name}, {step:,} steps"] = printed(known, arm.title, when, *where)
         for name, (by, *where) in LAST.items():
             row[name] = printed(known, arm.run_title if by == "training" else arm.title, last, by, *where)
-        for name in SPACE:
-            row[name.replace("_", " ")] = printed(known, arm.space or "", 0, "space", name, "{:.3g}")
+        seconds = seconds_per_step(known, arm.run or arm.name)
+        row["seconds per step"] = f"{seconds:.3f}" if comparable(known) and seconds == seconds else ""
         rows.append(row | {"published": arm.published})
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
-    if len(machines(known)) > 1:
-        columns = [name for name in columns if not name.startswith("seconds")]
     yield from (f"# {question}", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|")
     yield from (f"| {' | '.join(row[name] for name in columns)} |" for row in rows)
     yield REMARKS
-    yield from leads(arms, known, steps)
+    for name in ("FID", "Fréchet distance"):
+        yield from saved(name, arms, known)
     for real in {f"{x['figures']['of_real_images']:.1%}" for x in known.values() if x["by"] == "judge"}:
         yield f"The judge knows {real} of real held-out images of this size.\n"
+    for by in ("training", "drawing"):
+        seconds = [line["seconds"] for (*_, kind), line in known.items() if kind == by]
+        yield f"{by}: {sum(seconds):,.0f} s in all  "
+    yield f"measuring: {sum(x['seconds'] for x in known.values() if x['by'] not in ('training', 'drawing')):,.0f} s  "
     for name in ("machine", "versions", "commit", "date"):
         values = (line[name] for line in known.values())
         values = (
@@ -116,76 +127,104 @@ def printed(known: Known, title: str, step: int, by: str, name: str, form: str) 
     return form.format(figure["value"]) + ("" if low is None else f" [{form.format(low)}, {form.format(high)}]")
 
 
-def points(arm: Arm, known: Known, steps: Sequence[int], by: str, name: str, end: str = "value") -> np.ndarray:
-    """Steps, and an arm's figures there: (N, 2)."""
-    found = [(step, known.get((arm.title, step, by), {"figures": {}})["figures"].get(name)) for step in steps]
-    return np.array([(step, figure[end]) for step, figure in found if figure and figure[end] is not None]).reshape(
-        -1, 2
-    )
+def points(arm: Arm, known: Known, by: str, name: str) -> np.ndarray:
+    """An arm's steps, figures, and the ends of their intervals, which are the figures where there is none: (N, 4)."""
+    rows = []
+    for (title, step, kind), line in sorted(known.items()):
+        if (title, kind) == (arm.title, by) and step and (found := line["figures"].get(name)):
+            ends = (found["value"] if found.get(end) is None else found[end] for end in ("low", "high"))
+            rows.append((step, found["value"], *ends))
+    return np.array(rows, float).reshape(-1, 4)
 
 
 def curves(arms: Sequence[Arm], known: Known, steps: Sequence[int], *, timed: bool) -> Figure | None:
-    """Figures over steps or minutes: a row of panels per latent space, a colour per method, a line per seed."""
+    """Figures over steps or minutes: a panel for each, a colour per arm, a line per seed."""
     arms = [arm for arm in arms if arm.train and not arm.run]
-    shown = {k: v[:2] for k, v in CURVES.items() if any(len(points(arm, known, steps, *v[:2])) > 1 for arm in arms)}
+    shown = {k: v[:2] for k, v in CURVES.items() if any(len(points(arm, known, *v[:2])) > 1 for arm in arms)}
     if not shown:
         return None
-    spaces, methods = (list(dict.fromkeys(names)) for names in ([a.space for a in arms], map(method, arms)))
-    figure = Figure(figsize=(5 * len(shown), 4 * len(spaces)), layout="constrained", dpi=110)
-    panels = figure.subplots(len(spaces), len(shown), squeeze=False)
-    for arm in arms:
-        for panel, (name, where) in zip(panels[spaces.index(arm.space)], shown.items(), strict=True):
-            x, y = points(arm, known, steps, *where).T
+    names = [*dict.fromkeys(arm.name for arm in arms)]
+    figure = Figure(figsize=(4.5 * len(shown), 4), layout="constrained", dpi=110)
+    for panel, (title, where) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        for arm in arms:
+            x, y, low, high = points(arm, known, *where).T
             if timed:
-                x = [known[arm.run_title, step, "training"]["figures"]["seconds"] / 60 for step in x]
-            style = {"color": f"C{methods.index(method(arm)) % 10}", "label": method(arm) if arm.seed == 0 else None}
-            panel.plot(x, y, "o-", markersize=3, linewidth=1, **style)
-            panel.set(xscale="log", xlabel="minutes of training" if timed else "steps", ylabel=name, title=arm.space)
-            panel.xaxis.set_minor_formatter(NullFormatter())
-            panel.xaxis.set_major_formatter(ScalarFormatter())
-            if not timed:
-                panel.set_xticks(steps)
-            panel.legend(fontsize="small")
+                x = x * seconds_per_step(known, arm.name) / 60
+            style = {"color": f"C{names.index(arm.name) % 10}", "label": arm.name if arm.seed == 0 else None}
+            panel.errorbar(x, y, np.abs([low - y, high - y]), fmt="o-", markersize=3, linewidth=1, capsize=2, **style)
+        panel.set(xscale="log", xlabel="minutes of training" if timed else "steps", ylabel=title)
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.xaxis.set_major_formatter(ScalarFormatter())
+        if not timed:
+            panel.set_xticks(steps, [f"{step:,}" for step in steps])
+        panel.legend(fontsize="small")
     return figure
 
 
-def method(arm: Arm) -> str:
-    """What an arm is called in every latent space."""
-    return arm.name.partition("-in-")[0]
+def saved(name: str, arms: Sequence[Arm], known: Known) -> Iterator[str]:
+    """How many steps each arm needs for the distance that SiT has at each milestone but the first, and what that saves.
+
+    The interval is of DRAWS pairs of curves that are drawn within the intervals of their figures.
+    """
+    by, figure, form = CURVES[name]
+    noise, curves = generator(0, f"curves of {by}"), {}
+    for method in dict.fromkeys(arm.name for arm in arms if arm.train and not arm.run):
+        curves[method] = drawn_curves([points(arm, known, by, figure) for arm in arms if arm.name == method], noise)
+    steps, distances = curves.pop("sit", (np.zeros(0), np.zeros((1, 0))))
+    if len(steps) < 2 or not any(len(own) for own, _ in curves.values()):
+        return
+    goals = [f"{form.format(goal)} (SiT: {step:,.0f})" for step, goal in zip(steps, distances[0], strict=True)]
+    yield f"Steps to SiT's {name}, how many times fewer, and how many times less time:\n"
+    yield f"| arm | {' | '.join(goals[1:])} |"
+    yield "| --- " * len(goals) + "|"
+    for method, (own, drawn) in curves.items():
+        dearer = seconds_per_step(known, method) / seconds_per_step(known, "sit") if comparable(known) else np.nan
+        cells = []
+        for place, step in enumerate(steps[1:], 1):
+            needed = [reached(own, curve, goal) for curve, goal in zip(drawn, distances[:, place], strict=True)]
+            fewer = step / np.array(needed)
+            low, high = np.quantile(fewer[1:], ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+            cell = f"> {max(own, default=0):,.0f}" if np.isinf(needed[0]) else f"{needed[0]:,.0f}"
+            cell += f": {fewer[0]:.2f}× [{low:.2f}, {high:.2f}]"
+            cells.append(cell if np.isnan(dearer) else f"{cell}, {fewer[0] / dearer:.2f}× in time")
+        yield f"| {method} | {' | '.join(cells)} |"
+    yield "\n0× has not been reached yet; a figure at an arm's first milestone is a bound.\n"
 
 
-def leads(arms: Sequence[Arm], known: Known, steps: Sequence[int]) -> Iterator[str]:
-    """How many steps the arms need for what SiT has reached at each milestone: seed 0 of each, by every figure."""
-    firsts = {arm.name: arm for arm in arms if arm.seed == 0 and arm.train}
-    for title, (by, name, form) in CURVES.items():
-        goals = points(firsts["sit"], known, steps, by, name)[1:] if "sit" in firsts and by != "judge" else []
-        if not len(goals) or len(firsts) < 2:
-            continue
-        yield f"Steps to SiT's {title}, interpolated, in brackets by the ends of an arm's interval:\n"
-        yield f"| arm | {' | '.join(f'{form.format(goal)} (SiT: {step:,.0f})' for step, goal in goals)} |"
-        yield "| --- " * (len(goals) + 1) + "|"
-        for arm in firsts.values():
-            ends = [points(arm, known, steps, by, name, end) for end in ("value", "low", "high")]
-            cells = ("{} [{}, {}]".format(*(reached(curve, goal) for curve in ends)) for _, goal in goals)
-            yield f"| {arm.name} | {' | '.join(cells)} |"
-        yield ""
+def drawn_curves(seeds: Sequence[np.ndarray], noise: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A curve of the seeds that have a step, each `points`: the steps (N,), and their mean followed by DRAWS within
+    the intervals (DRAWS + 1, N).
+    """
+    steps = np.unique(np.concatenate([seed[:, 0] for seed in seeds]))
+    curves = np.zeros((DRAWS + 1, len(steps)))
+    for place, step in enumerate(steps):
+        rows = [row for seed in seeds for row in seed if row[0] == step]
+        deviations = noise.standard_normal((DRAWS, len(rows)))
+        width = 2 * NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+        for column, (_, value, low, high) in enumerate(rows):
+            curves[:, place] += value / len(rows)
+            curves[1:, place] += deviations[:, column] * (high - low) / width / len(rows)
+    return steps, curves
 
 
-def reached(curve: np.ndarray, goal: float) -> str:
-    """The step at which a curve (N, 2) first falls to a figure, interpolated over the logarithm of steps."""
-    if not len(curve):
-        return "–"
-    steps, falling = curve[:, 0], np.minimum.accumulate(curve[:, 1])
-    if falling[-1] > goal or falling[0] <= goal:
-        return f"> {steps[-1]:,.0f}" if falling[-1] > goal else f"≤ {steps[0]:,.0f}"
+def reached(steps: np.ndarray, curve: np.ndarray, goal: float) -> float:
+    """The step at which a curve first falls to a goal, interpolated over the logarithm of steps; infinity if it never
+    does, and the first step if it has begun below.
+    """
+    falling = np.minimum.accumulate(curve)
+    if not len(curve) or falling[-1] > goal:
+        return float("inf")
     levels, first = np.unique(-falling, return_index=True)
-    return f"{np.exp(np.interp(-goal, levels, np.log(steps[first]))):,.0f}"
+    return float(np.exp(np.interp(-goal, levels, np.log(steps[first]))))
 
 
 def samples(work: Path, arms: Sequence[Arm], steps: Sequence[int]) -> Image.Image | None:
-    """The first samples of all arms at the last step, a row of each: columns are of one seed and class."""
-    folders = {arm.title: work / "samples" / arm.title / f"step-{(steps or [0])[-1]}" for arm in arms if arm.train}
-    files = {title: found for title, folder in folders.items() if (found := sorted(folder.glob("*.png"))[:SHOWN])}
+    """The first samples of all arms at their last common step, a row of each: columns are of one seed and class."""
+    folders = {arm.title: work / "samples" / arm.title for arm in arms if arm.train}
+    drawn = [step for step in steps if all((f / f"step-{step}").is_dir() for f in folders.values() if f.is_dir())]
+    files = {
+        t: sorted((f / f"step-{drawn[-1]}").glob("*.png"))[:SHOWN] for t, f in folders.items() if drawn and f.is_dir()
+    }
     if not files:
         return None
     columns = min(map(len, files.values()))

@@ -1,17 +1,19 @@
-"""Do the methods learn faster, and what decides it? Named lists of arms, trained, drawn from and measured alike.
+"""Do the methods learn faster, and what decides it? Lists of arms, trained, drawn from and measured alike.
 
-    python studies/study.py convergence --work study --images imagenette/train --held-out imagenette/val
-    python studies/study.py parts weights --work study --milestones 5000 10000 --train="--model 8x320x5/2"
+    python studies/study.py convergence --work study --images flowers-128.tar --held-out 0.2 \
+        --prepare="--autoencoder autoencoder --encoder dinov2-s" --inception inception.safetensors \
+        --judge resnet50.safetensors
 
 A question is a list of arms, and an arm is what the public commands are given. Images, their order, noise, times and
-those initial weights that arms share depend on the seed alone, so they are equal in all arms. All arms reach a
-milestone, and are measured there, before any goes on to the next. The same command continues where it stopped; an arm
-of several questions is trained once. Everything is in the folder --work, which may be copied to another machine:
+those initial weights that arms share depend on the seed alone, so they are equal in all arms. First the two ends go
+from milestone to milestone in turn, then their other seeds, then the arms between. The same command continues where it
+stopped, in the middle of a training too; an arm of several questions is trained once. Everything is in the folder
+--work, which may be copied to another machine:
 
-    stores/, autoencoders/, runs/    what the commands make; what has its figures needs them no more
-    samples/ARM-seed-S/              samples of each milestone, and the closest ones above their training images
-    results.jsonl                    every figure, with network, options, machine, versions, commit and date
-    QUESTION.md, QUESTION*.png       a table, curves over steps and over time, the same seeds of all arms
+    stores/, runs/              what the commands make; what has its figures needs them no more
+    samples/ARM-seed-S/         samples of each milestone, and the closest ones above their training images
+    results.jsonl               every figure, with network, options, seconds, machine, versions, commit and date
+    QUESTION.md, QUESTION*.png  a table, what was saved, curves over steps and over time, the same seeds of all arms
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -60,33 +62,19 @@ from reglue.reals.samples import to_pixels
 from reglue.seeds import permutation
 from reglue.training import checkpoints
 from reglue.training.distributed import resolve_device
-from reglue.training.tracking import read as read_log
 from report import write_report
 
 PREPARE = "--resolution 64 --features"
 TRAIN = (
-    "--model 6x192x3/1 --no-learn-sigma --optimisation.batch-size 64 --optimisation.learning-rate 1e-3 "
-    "--optimisation.warmup 50 --optimisation.clip 1 --optimisation.ema 0.999 --optimisation.ema-warmup yes "
-    "--optimisation.compile auto --optimisation.time-shift 3 --alignment.hidden 512 "
-    "--log-every 50 --checkpoint-every 500 --keep 2 --preview-every 0"
+    "--model 8x256x4/2 --no-learn-sigma --optimisation.batch-size 64 --optimisation.learning-rate 1e-3 "
+    "--optimisation.warmup 100 --optimisation.clip 1 --optimisation.ema 0.999 --optimisation.ema-warmup yes "
+    "--optimisation.compile auto --alignment.hidden 512 --log-every 100 --checkpoint-every 250 --keep 2 "
+    "--preview-every 0"
 )
 SAMPLE = (
-    "--count 400 --sampler euler-maruyama --steps 25 --guidance-scale 1 --guided-channels all --rounding truncate "
+    "--count 2000 --sampler adams-bashforth --steps 20 --guidance-scale 1 --guided-channels all --rounding round "
     "--batch-size 100"
 )
-AUTOENCODE = (
-    "--architecture.widths 16 32 64 128 --architecture.latent-channels 16 --architecture.layers-per-block 1 "
-    "--architecture.norm-groups 16 --alignment.hidden 256 --optimisation.steps 1600 --optimisation.batch-size 8 "
-    "--optimisation.learning-rate 5e-4 --optimisation.warmup 100 --optimisation.decay cosine "
-    "--optimisation.betas 0.9 0.95 --optimisation.ema 0.995 --evaluate-every 400 "
-    "--checkpoint-every 160 --keep 1 --validation-images 1000"
-)
-SPACES = {
-    "plain": "--kl.weight 1e-5 --alignment.weight 0 --alignment.class-weight 0",
-    "aligned": "--kl.weight 1e-5",
-    **{f"aligned-kl-{weight}": f"--kl.weight {weight}" for weight in ("1e-3", "1e-2", "1e-1")},
-}
-"""Latent spaces besides that of --prepare, by the options of `reglue autoencode`."""
 FREE = {"--checkpoint-every", "--keep", "--workers", "--optimisation.compile", "--autoencoder", "--batch-size"}
 """Options that decide no figure. The batch size of a training is --optimisation.batch-size."""
 REAL_IMAGES = 2000
@@ -101,13 +89,11 @@ class Arm:
 
     name: str
     train: str
-    """The recipe and options of `reglue train`. Empty: no model, but training images as an autoencoder shows them."""
+    """The recipe and options of `reglue train`. Empty: no model, but training images as the autoencoder shows them."""
     published: str = ""
     """For the table."""
     sample: str = ""
     """Options of `reglue sample`."""
-    space: str = ""
-    """One of SPACES, or given. Empty: that of --space."""
     run: str | None = None
     """The arm whose run this one draws from, after the last milestone alone. None for its own."""
     measured_by: tuple[str, ...] = ("encoder", "copies", "inception", "judge")
@@ -125,12 +111,8 @@ class Arm:
         return f"{self.run or self.name}-seed-{self.seed}"
 
 
+SIT = Arm("sit", "sit", "33.0")
 REGLUE = "reglue --local.compressor conv-16"
-NO_TOKEN, NO_ALIGNMENT = "--class-token.weight 0", "--alignment.weight 0"
-DIT = "dit --learn-sigma --optimisation.time-shift 1"
-SCALED, LAST_LAYER = "--local.unit-variance", "--local.compressor conv-16-last"
-WHICH = {"all": "", "map": "--cls-scale 1", "token": "--local-scale 1", "latents": "--local-scale 1 --cls-scale 1"}
-"""What is guided besides the latents."""
 GRIDS = {
     ("euler-maruyama", 1): (250, 80, 40, 20, 10),
     ("euler-maruyama", 2): (40, 20, 10),
@@ -140,84 +122,37 @@ GRIDS = {
     ("adams-bashforth", 2): (40,),
 }
 """Steps by sampler and --time-shift; Heun evaluates twice in each step but the last."""
-COMPRESSORS = [
-    Arm(f"reglue-{kind}-{channels}", f"reglue --local.compressor {kind}-{channels}")
-    for kind in ("pca", "conv")
-    for channels in (4, 8, 16, 32)
-]
-GUIDED = [
-    Arm(
-        f"guided-{scale}-{name}",
-        REGLUE,
-        "",
-        f"--guidance-scale {scale} --guidance-interval 0 0.9 {other}",
-        run="reglue",
-    )
-    for scale in ("1.5", "2", "2.8")
-    for name, other in WHICH.items()
-]
-SAMPLERS = [
-    Arm(
-        f"{sampler}-{number}-shift-{shift}",
-        REGLUE,
-        sample=f"--sampler {sampler} --steps {number} --time-shift {shift}",
-        run="reglue",
-        measured_by=("encoder", "inception"),
-    )
-    for (sampler, shift), numbers in GRIDS.items()
-    for number in numbers
-]
-ARMS = {
-    arm.name: arm
-    for arm in (
-        Arm("sit", "sit", "33.0"),
-        Arm("repa", "repa", "24.4"),
-        Arm("redi", "redi --local.compressor pca-8-last", "21.4"),
-        Arm("redi-unit-variance", f"redi --local.compressor pca-8-last {SCALED}"),
-        Arm("reg", "reg", "15.2"),
-        Arm("reglue", REGLUE, "12.9"),
-        Arm("local", f"{REGLUE} {NO_TOKEN} {NO_ALIGNMENT}"),
-        Arm("no-alignment", f"{REGLUE} {NO_ALIGNMENT}"),
-        Arm("no-token", f"{REGLUE} {NO_TOKEN}", "13.3"),
-        *(Arm(f"map-weight-{weight}", f"{REGLUE} --local.weight {weight}") for weight in ("0.25", "0.5", "2")),
-        *(Arm(f"alignment-{weight}", f"{REGLUE} --alignment.weight {weight}") for weight in ("0.1", "0.25", "1")),
-        Arm("last-layer", f"{REGLUE} {LAST_LAYER}"),
-        Arm("last-layer-no-token", f"{REGLUE} {LAST_LAYER} {NO_TOKEN}", "14.3"),
-        Arm("last-layer-kl-no-token", f"{REGLUE} {LAST_LAYER}-kl {NO_TOKEN}", "17.2"),
-        Arm("unit-variance", f"{REGLUE} {SCALED}"),
-        Arm("unit-variance-pca-16", f"{REGLUE} --local.compressor pca-16 {SCALED}"),
-        Arm("unit-variance-no-token", f"{REGLUE} {SCALED} {NO_TOKEN}"),
-        Arm("unit-variance-last-layer-no-token", f"{REGLUE} {LAST_LAYER} {SCALED} {NO_TOKEN}"),
-        *(Arm(f"targets-{kind}", f"{REGLUE} --alignment.targets {kind}") for kind in ("decoded", "online")),
-        Arm("sit-uniform-times", "sit --optimisation.time-shift 1"),
-        Arm("uniform-times", f"{REGLUE} --optimisation.time-shift 1"),
-        *(Arm(f"sit-in-{space}", "sit", space=space) for space in SPACES),
-        *(Arm(f"reglue-in-{space}", REGLUE, space=space) for space in ("plain", "aligned")),
-        *(Arm(f"dit-in-{space}", DIT, sample="--sampler ddpm", space=space) for space in ("plain", "aligned")),
-        *(*COMPRESSORS, *GUIDED, *SAMPLERS),
-    )
-}
+WHICH = {"all": "", "map": "--cls-scale 1", "token": "--local-scale 1", "latents": "--local-scale 1 --cls-scale 1"}
+"""What is guided besides the latents."""
 QUESTIONS = {
-    "convergence": ["sit", "repa", "redi", "redi-unit-variance", "reg", "reglue"],
-    "parts": ["sit", "repa", "reg", "local", "no-alignment", "no-token", "reglue"],
-    "weights": ["reglue", *(name for name in ARMS if name.startswith(("map-weight-", "alignment-")))],
-    "layers": ["last-layer-no-token", "last-layer-kl-no-token", "no-token"],
-    "compressors": [arm.name for arm in COMPRESSORS],
-    "scale": [
-        *("reglue-pca-16", "unit-variance-pca-16", "reglue", "unit-variance", "no-token", "unit-variance-no-token"),
-        *("last-layer-no-token", "unit-variance-last-layer-no-token"),
+    "convergence": [
+        SIT,
+        Arm("reglue", REGLUE, "12.9"),
+        Arm("repa", "repa", "24.4"),
+        Arm("redi", "redi --local.compressor pca-8-last --local.unit-variance", "21.4"),
+        Arm("reg", "reg", "15.2"),
     ],
-    "targets": ["reglue", "targets-decoded", "targets-online"],
-    "times": ["sit", "sit-uniform-times", "reglue", "uniform-times"],
     "changes": [  # one at a time
-        *("reglue", "map-weight-0.25", "map-weight-0.5", "unit-variance", "last-layer", "reglue-conv-8"),
-        *("no-alignment", "no-token", "uniform-times"),
+        Arm("reglue", REGLUE),
+        *(Arm(f"map-weight-{weight}", f"{REGLUE} --local.weight {weight}") for weight in ("0.25", "0.5")),
+        Arm("unit-variance", f"{REGLUE} --local.unit-variance"),
+        *(Arm(kind, f"{REGLUE} --local.compressor {kind}") for kind in ("conv-16-last", "conv-8", "pca-16")),
+        Arm("no-alignment", f"{REGLUE} --alignment.weight 0"),
+        Arm("no-token", f"{REGLUE} --class-token.weight 0"),
+        Arm("time-shift-3", f"{REGLUE} --optimisation.time-shift 3"),
     ],
-    "guidance": ["reglue", *(arm.name for arm in GUIDED)],
-    "samplers": [arm.name for arm in SAMPLERS],
-    "spaces": ["sit-in-plain", "reglue-in-plain", "sit-in-aligned", "reglue-in-aligned"],
-    "reals": [f"sit-in-{space}" for space in SPACES],
-    "reals-dit": ["dit-in-plain", "dit-in-aligned"],
+    "reals": [SIT, Arm("dit", "dit --learn-sigma", sample="--sampler ddpm")],  # in the space of --prepare
+    "guidance": [
+        Arm(f"guided-{s}-{n}", REGLUE, "", f"--guidance-scale {s} --guidance-interval 0 0.9 {other}", "reglue")
+        for s in ("1.5", "2", "2.8")
+        for n, other in WHICH.items()
+    ],
+    "samplers": [
+        Arm(f"{name}-{n}-shift-{s}", REGLUE, "", f"--sampler {name} --steps {n} --time-shift {s}", "reglue", measured)
+        for measured in [("encoder", "inception")]
+        for (name, s), numbers in GRIDS.items()
+        for n in numbers
+    ],
 }
 
 
@@ -226,8 +161,7 @@ class Options:
     """What is asked, of which images, and how. Options of the commands, as in --train="--model B/2", come last."""
 
     questions: Positional[tuple[str, ...]]
-    """Of convergence, parts, weights, layers, compressors, scale, targets, times, changes, guidance, samplers, spaces,
-    reals, reals-dit."""
+    """Of convergence, changes, reals, guidance, samplers."""
     work: Path = Path("study")
     """Folder of the study: new, or one to continue."""
     images: Path | None = None
@@ -239,17 +173,15 @@ class Options:
     """Draw from this run in place of REGLUE's, for guidance and samplers."""
     arms: tuple[str, ...] = ()
     """Only these of the arms."""
-    milestones: tuple[int, ...] = (250, 500, 1000)
+    milestones: tuple[int, ...] = (1000, 2000, 5000, 10_000, 20_000)
     """Training steps at which arms are measured."""
     seeds: int = 2
     """How often the --repeated arms are trained; the others once."""
     repeated: tuple[str, ...] = ("sit", "reglue")
-    space: str = "given"
-    """Where arms are trained that name no latent space: given, by --prepare, or plain, aligned or aligned-kl-WEIGHT."""
+    """The two ends, which come first."""
     prepare: str = ""
     compress: str = ""
     """For codes KIND-CHANNELS[-last][-kl] that arms learn and the store lacks."""
-    autoencode: str = ""
     train: str = ""
     sample: str = ""
     evaluate: str = "--resamples 200"
@@ -262,25 +194,26 @@ class Options:
 
 
 def arms_of(options: Options, question: str) -> list[Arm]:
-    """The arms of a question with all of their options and seeds, after the real images of their latent spaces.
+    """The arms of a question with all of their options and seeds, in their order, after the real images.
 
-    Raises UserError for an unknown question, arm or latent space.
+    Raises UserError for an unknown question or arm.
     """
-    for asked, known in (((question,), QUESTIONS), (options.arms, ARMS), ((options.space,), {"given": "", **SPACES})):
-        if unknown := set(asked) - known.keys():
-            raise UserError(f"{min(unknown)} is not known to this study; choose of {', '.join(known)}")
-    named = [ARMS[name] for name in QUESTIONS[question] if not options.arms or name in options.arms]
+    names = [arm.name for arms in QUESTIONS.values() for arm in arms]
+    for asked, known in (((question,), [*QUESTIONS]), (options.arms, names)):
+        if unknown := set(asked) - {*known}:
+            raise UserError(f"{min(unknown)} is not known to this study; choose of {', '.join(dict.fromkeys(known))}")
     arms = []
-    for arm in named:
+    for arm in QUESTIONS[question]:
+        if options.arms and arm.name not in options.arms:
+            continue
         recipe, _, own = arm.train.partition(" ")
-        texts = f"{recipe} {TRAIN} {options.train} {own}", f"{SAMPLE} {options.sample} {arm.sample}"
-        for seed in range(options.seeds if arm.name in options.repeated else 1):
-            space = arm.space or options.space
-            arms.append(replace(arm, train=texts[0], sample=texts[1], space=space, seed=seed))
+        train, sample = f"{recipe} {TRAIN} {options.train} {own}", f"{SAMPLE} {options.sample} {arm.sample}"
+        seeds = options.seeds if arm.name in options.repeated else 1
+        arms += [replace(arm, train=train, sample=sample, seed=seed) for seed in range(seeds)]
     if options.run:
         return [arm for arm in arms if arm.run]
-    spaces, count = dict.fromkeys(arm.space for arm in arms), merged(SAMPLE, options.sample)["--count"][0]
-    return [*(Arm(f"reconstructed-{space}", "", sample=f"--count {count}", space=space) for space in spaces), *arms]
+    arms.sort(key=lambda arm: arm.seed if arm.name in options.repeated else options.seeds)
+    return [Arm("reconstructed", "", sample=f"--count {merged(SAMPLE, options.sample)['--count'][0]}"), *arms]
 
 
 Words = dict[str, list[str]]
@@ -314,34 +247,36 @@ class Study:
 
     def __init__(self, options: Options):
         self.options, self.work, self.device = options, options.work, resolve_device(options.device)
+        # On a CPU its own time, which other programs disturb least.
+        self.clock = time.process_time if self.device.type == "cpu" else time.perf_counter
         self.networks: dict[str, Any] = {}
         self.lines = read_jsonl(self.work / "results.jsonl", dict[str, Any], "fix that line, or delete that line alone")
 
     def answer(self, question: str, arms: Sequence[Arm]) -> None:
-        """Train, draw and measure what is missing, and write the report whenever all arms have come further."""
-        steps = sorted(self.options.milestones)
-        plan = [(0, [arm for arm in arms if not arm.train])]
-        plan += [(step, [arm for arm in arms if arm.train and not arm.run]) for step in steps]
-        plan += [(steps[-1], [arm for arm in arms if arm.run])]
-        missing = [[self.missing(arm, step) for arm in some] for step, some in plan]  # Refuses before anything is done.
-        for (step, some), kinds in zip(plan, missing, strict=True):
-            for arm, lacks in zip(some, kinds, strict=True):
-                if lacks:
-                    self.observe(arm, step, lacks)
-            if any(kinds):
+        """Train, draw and measure what is missing, and write the report whenever an arm has come further."""
+        steps, plan = sorted(self.options.milestones), list[tuple[Arm, int]]()
+        trained = [arm for arm in arms if arm.train and not arm.run]
+        for _, turn in groupby(trained, lambda arm: (arm.name in self.options.repeated, arm.seed)):
+            own = [*turn]
+            plan += [(arm, step) for step in steps for arm in own]
+        plan += [(arm, steps[-1] if arm.run else 0) for arm in arms if arm not in trained]
+        # Whatever does not compare is refused before anything is done.
+        for arm, step, lacks in [(arm, step, self.missing(arm, step)) for arm, step in plan]:
+            if lacks:
+                self.observe(arm, step, lacks)
                 write_report(self.work, question, arms, self.lines)
-        if not any(map(any, missing)):
-            write_report(self.work, question, arms, self.lines)
+        write_report(self.work, question, arms, self.lines)
 
     def find(self, arm: str, step: int, by: str) -> dict[str, Any] | None:
         """The line with the figures of an arm, by its title, of one kind."""
         return next((line for line in self.lines if (line["arm"], line["step"], line["by"]) == (arm, step, by)), None)
 
-    def record(self, arm: str, step: int, by: str, figures: dict[str, Any], **about: Any) -> None:
-        """Add a line to `results.jsonl`, which is written whole or not at all."""
-        line = {"arm": arm, "step": step, "by": by, "figures": figures, **about, "machine": machine(self.device)}
+    def record(self, arm: str, step: int, by: str, figures: dict[str, Any], seconds: float, **about: Any) -> None:
+        """Add a line to `results.jsonl`, which is written whole or not at all; `seconds` are what the figures took."""
+        line = {"arm": arm, "step": step, "by": by, "figures": figures, **about, "seconds": round(seconds, 2)}
+        line |= {"machine": machine(self.device), "commit": commit(Path(__file__).parent)}
         line["versions"] = {name: version(name) for name in ("reglue", "torch", "timm", "diffusers", "numpy")}
-        line |= {"commit": commit(Path(__file__).parent), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        line["date"] = datetime.now(UTC).isoformat(timespec="seconds")
         self.lines.append(line)
         self.work.mkdir(parents=True, exist_ok=True)
         with replacing(self.work / "results.jsonl") as beside:
@@ -368,50 +303,40 @@ class Study:
         samples, words = self.work / "samples" / arm.title / f"step-{step}", merged(arm.sample)
         count = int(words["--count"][0])
         if not arm.train:
-            count = self.reconstruct(arm, samples, count)
+            count = self.reconstruct(samples, count)
         elif not all((samples / f"{i:06d}.png").is_file() for i in range(count)):
             run = self.options.run
             if not run:
                 run, words["--step"] = self.trained(arm, step), [str(step)]
-                if arm.space in SPACES:
-                    words["--autoencoder"] = [str(self.work / "autoencoders" / arm.space)]
-            fresh, began = not samples.exists(), time.perf_counter()
+            began = self.clock()
             reglue("sample", run, words=words, out=samples, device=self.options.device)
-            seconds = {"seconds": time.perf_counter() - began} if fresh else {}
-            self.record(arm.title, step, "drawing", seconds)
+            self.record(arm.title, step, "drawing", {"images": count}, self.clock() - began)
         for by in missing:
+            network, began = self.network(by), self.clock()
             figures = getattr(self, f"by_{by}")(samples, count)
-            self.record(arm.title, step, by, figures, network=self.network(by).sha256, options=said(arm))
+            self.record(arm.title, step, by, figures, self.clock() - began, network=network.sha256, options=said(arm))
 
     def trained(self, arm: Arm, step: int) -> Path:
         """The run that an arm draws from, trained to a step. With a constant learning rate parts equal one long run."""
         run, words = self.work / "runs" / arm.run_title, merged(arm.train)
-        noted = run.with_name(f"{run.name}.machines")
-        if not any(done >= step for done in checkpoints.steps(run)):
-            store = self.store_of(arm.space, words)
-            # Seconds of several machines do not add up, so it is noted which ones have worked on a run.
-            known: list[str] = noted.read_text().splitlines() if noted.is_file() else []
-            machines = sorted({*known, machine(self.device)})
-            noted.parent.mkdir(parents=True, exist_ok=True)
-            noted.write_text("\n".join(machines))
+        done, began = max(checkpoints.steps(run), default=0), self.clock()
+        if done < step:
             words |= {"--optimisation.steps": [str(step)], "--device": [self.options.device]}
+            store = self.store_for(words)
+            began = self.clock()
             reglue("train", arm.train.partition(" ")[0], words=words, store=store, out=run, seed=arm.seed)
         if self.find(arm.run_title, step, "training") is None:
             weights = checkpoints.read_weights(checkpoints.find(run) / checkpoints.EMA)
-            # By the log: work that was lost and done again does not count.
-            log = [line for line in read_log(run) if line["step"] <= step]
-            starts, images = [0, *(line["step"] for line in log)], int(words["--optimisation.batch-size"][0])
-            seconds = [images * (x["step"] - y) / x["images_per_second"] for x, y in zip(log, starts, strict=False)]
-            figures = {"machines": noted.read_text().splitlines(), "seconds": sum(seconds), "log": log[-1]}
-            figures["parameters"] = sum(tensor.numel() for tensor in weights.values())
-            self.record(arm.run_title, step, "training", figures)
+            # Where an interrupted training went on, the seconds are of these last steps.
+            figures = {"steps": step - min(done, step), "parameters": sum(one.numel() for one in weights.values())}
+            self.record(arm.run_title, step, "training", figures, self.clock() - began)
         return run
 
-    # Images: stores, codes and latent spaces
+    # Images: stores and codes
 
     @cached_property
     def given(self) -> list[Store]:
-        """The stores of training and of held-out images, in the latent space of --prepare."""
+        """The stores of training and of held-out images."""
         sides: list[Any] = [self.options.images, self.options.held_out]
         stores = [self.work / "stores" / name for name in ("given", "held-out")]
         stores = [side if is_store(side) else store for side, store in zip(sides, stores, strict=True)]
@@ -420,10 +345,11 @@ class Study:
                 raise UserError("--images is missing, and the study has no store of training images yet")
             if not isinstance(sides[1], Path):
                 sides = divided(sides[0], sides[1], self.work / "images")
+            words = merged(PREPARE, self.options.prepare)
             for images, store in zip(sides, stores, strict=True):
                 if not is_store(store):
-                    words = merged(PREPARE, self.options.prepare)
                     reglue("prepare", images, store, words=words, device=self.options.device)
+                words.pop("--flips", None)  # Held-out images are looked at as they are.
         return [Store.open(store) for store in stores]
 
     @cached_property
@@ -431,49 +357,22 @@ class Study:
         """The held-out images, which need no training images beside them where nothing is trained."""
         return Store.open(str(self.options.held_out)) if is_store(self.options.held_out) else self.given[1]
 
-    def store_of(self, space: str, train: Words) -> Path:
-        """The training images in a latent space, with the codes that an arm learns."""
-        store, codes, device = self.given[0].folder, train.get("--local.compressor", []), self.options.device
-        for name in codes:
+    def store_for(self, train: Words) -> Path:
+        """The training images with the codes that an arm learns."""
+        store, device = self.given[0].folder, self.options.device
+        for name in train.get("--local.compressor", []):
             if f"local.{name}" not in Store.open(store).manifest.columns:
                 kind, channels, *others = name.split("-")
                 more = {"last": "--layers last", "kl": "--kl-weight 1e-6"}
                 words = merged(self.options.compress, *(more[other] for other in others))
                 reglue("compress", store, words=words, kind=kind, channels=channels, name=name, device=device)
-        if space == "given":
-            return store
-        fitted, store = store / "compressors", self.make_space(space)
-        for name in codes:
-            if f"local.{name}" not in Store.open(store).manifest.columns:
-                reglue("compress", store, fitted=fitted / name, name=name, device=device)
         return store
 
-    def make_space(self, space: str) -> Path:
-        """An autoencoder, the stores of its latents, and figures of both."""
-        device, autoencoder = self.options.device, self.work / "autoencoders" / space
-        stores = [self.work / "stores" / name for name in (space, f"{space}-held-out")]
-        if self.find(space, 0, "space") and is_store(stores[0]):
-            return stores[0]
-        source, encoder = self.given[0].manifest.source, self.given[0].manifest.encoder
-        words = merged(AUTOENCODE, self.options.autoencode, SPACES[space])
-        words |= {"--resolution": list(map(str, source.resolution)), "--encoder": [encoder.name if encoder else ""]}
-        held_out = self.given[1].manifest.source.path
-        reglue("autoencode", source.path, autoencoder, words=words, validation=held_out, device=device)
-        for first, second in zip(self.given, stores, strict=True):
-            reglue("reencode", first.folder, second, autoencoder=autoencoder, device=device)
-        words, probes = {"--no-conv": [], "--columns": ["latent"]}, self.work / "probes" / space
-        reglue("probe", stores[0], words=words, validation=stores[1], out=probes, device=device)
-        figures = next(line["validation"] for line in reversed(read_log(autoencoder)) if "validation" in line)
-        for result in json.loads((probes / "report.json").read_text())["results"]:
-            figures[f"probe, {result['probe'].removeprefix('linear, ')}"] = result["score"]
-        self.record(space, 0, "space", figures)
-        return stores[0]
-
-    def reconstruct(self, arm: Arm, samples: Path, count: int) -> int:
-        """Training images as an autoencoder shows them: as good as samples can be, and copies. Returns their number."""
-        store, own = Store.open(self.store_of(arm.space, {})), self.work / "autoencoders" / arm.space
+    def reconstruct(self, samples: Path, count: int) -> int:
+        """Training images as the autoencoder shows them: the best that samples can be, and copies. Returns how many."""
+        store = self.given[0]
         rows = store.originals[torch.linspace(0, len(store.originals) - 1, min(count, len(store.originals))).long()]
-        autoencoder = load_autoencoder(str(own) if own.is_dir() else store.manifest.autoencoder.name, self.device)
+        autoencoder = load_autoencoder(store.manifest.autoencoder.name, self.device)
         samples.mkdir(parents=True, exist_ok=True)
         for numbers in torch.arange(len(rows)).split(BATCH):
             with torch.inference_mode():
@@ -577,7 +476,7 @@ def said(arm: Arm) -> str:
     """The options that decide the figures of an arm."""
     words = {**merged(arm.train), **merged(arm.sample)}
     kept = (shlex.join([name, *words[name]]) for name in sorted(set(words) - FREE))
-    return " ".join([arm.train.partition(" ")[0], f"in {arm.space}:", *kept])
+    return " ".join([arm.train.partition(" ")[0], *kept])
 
 
 def is_store(path: Any) -> bool:

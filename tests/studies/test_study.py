@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tarfile
 from dataclasses import replace
@@ -22,14 +23,13 @@ from reglue import cli
 from reglue.data.manifest import Source
 from reglue.data.store import Store
 from reglue.errors import UserError
-from report import reached
-from study import ARMS, QUESTIONS, Arm, Options, Study, arms_of, divided, merged
+from report import reached, saved
+from study import QUESTIONS, Arm, Options, Study, arms_of, divided, merged, said
 
 TINY = (
-    "--train=--model 1x32x2/2 --optimisation.batch-size 4 --optimisation.precision float32 --alignment.hidden 16",
+    "--train=--model 1x32x2/2 --optimisation.batch-size 4 --optimisation.precision float32 --alignment.hidden 16 "
+    "--optimisation.compile no",
     "--compress=--hidden 8 --epochs 1",
-    "--autoencode=--architecture.widths 4 8 --architecture.latent-channels 2 --architecture.norm-groups 4 "
-    "--optimisation.steps 1 --optimisation.batch-size 2 --optimisation.precision float32 --workers 0",
     "--sample=--count 8 --steps 2",
     "--evaluate=--resamples 10 --kernel-subsets 2",
     *("--device", "cpu", "--milestones", "1", "2", "--arms", "sit", "reglue"),
@@ -86,7 +86,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data: Path, judge: str) -
 
 def test_every_arm_has_every_figure_at_every_milestone(finished: Path) -> None:
     figures = figures_of(finished)
-    arms = [("reconstructed-given-seed-0", 0), *((f"{a}-seed-0", s) for s in (1, 2) for a in ("sit", "reglue"))]
+    arms = [*((f"{a}-seed-0", s) for s in (1, 2) for a in ("sit", "reglue")), ("reconstructed-seed-0", 0)]
     assert list(figures) == [(*arm, by) for arm in arms for by in ("encoder", "copies", "judge")]
     for (_, _, by), found in figures.items():
         if by == "encoder":
@@ -106,14 +106,14 @@ def test_the_report(finished: Path) -> None:
     row = next(line for line in text.splitlines() if line.startswith("| reglue, seed 0 |"))
     heads = next(line for line in text.splitlines() if line.startswith("| arm |")).split(" | ")
     cells = dict(zip(heads, row.split(" | "), strict=True))
-    for step in (1, 2):
-        expected = figures["reglue-seed-0", step, "encoder"]["frechet_distance"]["value"]
-        assert cells[f"Fréchet distance, {step} steps"].startswith(f"{expected:.1f} [")
+    expected = figures["reglue-seed-0", 2, "encoder"]["frechet_distance"]["value"]
+    assert cells["Fréchet distance, 2 steps"].startswith(f"{expected:.1f} [")
     assert "[" in cells["class accuracy, 2 steps"]
     assert "[" not in cells["recall"]
     assert int(cells["weights"].replace(",", "")) > 10_000
-    assert {"seconds of training", "seconds of drawing", "copied"} <= cells.keys()
-    assert "| reconstructed-given, seed 0 |  |" in text
+    assert float(cells["seconds per step"]) > 0
+    assert {"copied, 2 steps", "precision"} <= cells.keys()
+    assert "| reconstructed, seed 0 |" in text
     assert "Steps to SiT's Fréchet distance" in text
     assert "of real held-out images" in text
     line = lines_of(finished)[0]
@@ -188,8 +188,7 @@ def test_figures_made_otherwise_are_refused(
         ),
         "with another network (judge)": (work, "--judge", str(other)),
         "no file of scripts/convert_classifier.py": (work, "--judge", "missing.safetensors"),
-        "dit is not known to this study; choose of sit": (work, "--arms", "dit"),
-        "nowhere is not known": (work, "--space", "nowhere"),
+        "adm is not known to this study; choose of sit": (work, "--arms", "adm"),
         "damaged/results.jsonl": (tmp_path / "damaged",),
     }
     before = (work / "results.jsonl").read_bytes()
@@ -202,12 +201,14 @@ def test_figures_made_otherwise_are_refused(
 
 def test_seconds_of_two_machines_are_not_compared(finished: Path, data: Path, judge: str, tmp_path: Path) -> None:
     work = Path(shutil.copytree(finished, tmp_path / "study"))
-    text = (work / "results.jsonl").read_text().splitlines()
-    lines = [json.loads(line) for line in text]
-    next(line for line in lines if line["by"] == "training")["figures"]["machines"].append("another")
+    lines = lines_of(work)
+    assert "× in time" in (work / "convergence.md").read_text()
+    next(line for line in lines if line["by"] == "training")["machine"] = "another"
     (work / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run(data, work, "--judge", judge)
-    assert "| seconds" not in (work / "convergence.md").read_text()
+    text = (work / "convergence.md").read_text()
+    assert "| seconds" not in text
+    assert "× in time" not in text
     assert not (work / "convergence-over-time.png").exists()
     assert (work / "convergence.png").exists()
 
@@ -216,7 +217,6 @@ def test_a_study_continues_on_another_machine_without_the_images(
     finished: Path, data: Path, judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = Path(shutil.copytree(finished, tmp_path / "study"))
-    (work / "runs" / "sit-seed-0.machines").write_text("another")
 
     def gone(source: Source) -> None:
         raise UserError(f"{source.path} is gone")
@@ -225,7 +225,8 @@ def test_a_study_continues_on_another_machine_without_the_images(
     lines = run(data, work, "--judge", judge, "--milestones", "1", "2", "3", "--arms", "sit")
     assert [line["by"] for line in lines if line["step"] == 3] == ["training", "drawing", "encoder", "copies", "judge"]
     training = next(line for line in lines if (line["by"], line["step"]) == ("training", 3))
-    assert training["figures"]["machines"] == sorted(["another", training["machine"]])
+    assert training["figures"]["steps"] == 1
+    assert training["seconds"] > 0
 
 
 def test_samples_are_judged_by_their_own_labels(finished: Path, data: Path, judge: str, tmp_path: Path) -> None:
@@ -274,44 +275,38 @@ def test_questions_of_sampling_take_any_run(tmp_path: Path, tiny_run: Path, tiny
     assert "| heun-5-shift-1, seed 0 |" in (tmp_path / "samplers.md").read_text()
 
 
-def test_arms_may_have_a_latent_space_of_their_own(data: Path, tmp_path: Path) -> None:
-    arms = ("--arms", "sit-in-plain", "reglue-in-plain", "--milestones", "1")
-    lines = run(data, tmp_path, *arms, question="spaces")
-    assert [line["arm"] for line in lines if line["by"] == "space"] == ["plain"]
-    assert Store.open(tmp_path / "stores" / "plain").manifest.autoencoder.latent_channels == 2
-    protocol = json.loads((tmp_path / "samples/sit-in-plain-seed-0/step-1/samples.json").read_text())
-    assert protocol["decoder"] == str(tmp_path / "autoencoders" / "plain")
-    table = (tmp_path / "spaces.md").read_text()
-    assert "| psnr | ssim | kl | frechet distance | probe, pooled |" in table
-    assert "| reconstructed-plain, seed 0 |" in table
-
-
 def test_every_option_of_every_arm_exists() -> None:
     options = Options((), Path("work"))
     arms = [arm for question in QUESTIONS for arm in arms_of(options, question) if arm.train]
-    assert {arm.name for arm in arms} == ARMS.keys()
+    given: dict[str, set[str]] = {}
+    for arm in arms:
+        given.setdefault(arm.title, set()).add(said(arm))
+    assert {title for title, options in given.items() if len(options) > 1} == set()  # an arm is one thing everywhere
     for recipe in {arm.train.partition(" ")[0] for arm in arms}:
         words = merged(*(arm.train.removeprefix(recipe) for arm in arms if arm.train.startswith(f"{recipe} ")))
         cli.parse(["train", recipe, "--store", "s", "--out", "o", *spread(words)])
     words = merged(*(arm.sample for arm in arms))
     cli.parse(["sample", "run", "--out", "o", *spread(words)])
-    for space in study.SPACES.values():
-        words = merged(study.AUTOENCODE, space)
-        cli.parse(["autoencode", "i", "o", *spread(words)])
     cli.parse(["prepare", "i", "o", *spread(merged(study.PREPARE))])
 
 
-def test_arms_have_seeds_options_and_a_space() -> None:
-    options = tyro.cli(Options, args=["spaces", "--work", "w", "--train=--model B/2", "--repeated", "sit-in-plain"])
-    arms = arms_of(options, "spaces")
-    assert [arm.title for arm in arms][:5] == [
-        *("reconstructed-plain-seed-0", "reconstructed-aligned-seed-0", "sit-in-plain-seed-0", "sit-in-plain-seed-1"),
-        "reglue-in-plain-seed-0",
+def test_the_two_ends_come_first_and_their_other_seeds_next() -> None:
+    options = tyro.cli(Options, args=["convergence", "--work", "w", "--train=--model B/2"])
+    arms = arms_of(options, "convergence")
+    assert [arm.title.replace("-seed-", " ") for arm in arms] == [
+        *("reconstructed 0", "sit 0", "reglue 0", "sit 1", "reglue 1", "repa 0", "redi 0", "reg 0")
     ]
     assert merged(arms[-1].train)["--model"] == ["B/2"]
-    moved = arms_of(replace(options, space="aligned"), "parts")
-    assert {arm.space for arm in moved} == {"aligned"}
     assert Arm("guided", "reglue", run="reglue").run_title == "reglue-seed-0"
+    observed: list[tuple[str, int]] = []
+    one = Study(replace(options, device="cpu"))
+    one.observe = lambda arm, step, lacks: observed.append((arm.title, step))  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "write_report", lambda *arguments: None)
+        one.answer("convergence", [arm for arm in arms if arm.name in ("reconstructed", "sit", "reglue", "reg")])
+    assert observed[:3] == [("sit-seed-0", 1000), ("reglue-seed-0", 1000), ("sit-seed-0", 2000)]
+    assert observed[10] == ("sit-seed-1", 1000)
+    assert observed[-2:] == [("reg-seed-0", 20_000), ("reconstructed-seed-0", 0)]
 
 
 def test_of_options_given_twice_the_last_counts() -> None:
@@ -333,7 +328,37 @@ def test_images_are_divided_by_class(as_tar: bool, tiny_images: Path, tmp_path: 
 
 
 def test_the_steps_that_a_curve_needs() -> None:
-    curve = np.array([[100, 50.0], [400, 30.0], [1600, 35.0]])
-    assert reached(curve, 40) == "200"  # half of the way between, over the logarithm
-    assert (reached(curve, 60), reached(curve, 20), reached(curve[:0], 20)) == ("≤ 100", "> 1,600", "–")
-    assert reached(curve, 30) == "400"
+    steps, curve = np.array([100, 400, 1600]), np.array([50.0, 30.0, 35.0])
+    assert reached(steps, curve, 40) == pytest.approx(200)  # half of the way between, over the logarithm
+    assert reached(steps, curve, 30) == pytest.approx(400)
+    assert reached(steps, curve, 60) == pytest.approx(100)
+    assert reached(steps, curve, 20) == float("inf")
+    assert reached(steps[:0], curve[:0], 20) == float("inf")
+
+
+def test_what_is_saved_is_told_with_intervals() -> None:
+    arms = [Arm("sit", "sit"), Arm("sit", "sit", seed=1), Arm("reglue", "reglue")]
+    known: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for arm, shift in zip(arms, (1.0, -1.0, 0.0), strict=True):
+        for step, value in ((100, 80.0), (200, 60.0), (400, 40.0)):
+            value += shift
+            if arm.name == "reglue":
+                value -= 20
+            figures = {"frechet_distance": {"value": value, "low": value - 2, "high": value + 2}}
+            known[arm.title, step, "inception"] = {"figures": figures}
+            dearer = 1.25 if arm.name == "reglue" else 1
+            known[arm.title, step, "training"] = {"figures": {"steps": 100}, "seconds": 100 * dearer, "machine": "this"}
+    text = "\n".join(saved("FID", arms, known))
+    assert "| 60.0 (SiT: 200) | 40.0 (SiT: 400) |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| reglue |"))
+    found = re.findall(r"(\d+): (\S+)× \[(\S+), (\S+)\], (\S+)× in time", row)
+    assert [cell[:2] + cell[4:] for cell in found] == [("100", "2.00", "1.60"), ("200", "2.00", "1.60")]
+    _, low, high = map(float, found[1][1:4])
+    # One figure of REGLUE's is known to 2, SiT's mean of two seeds to 1.4, and a distance of 20 is a factor of two.
+    assert low == pytest.approx(2 ** (1 - 2.45 / 20), rel=0.02)
+    assert high == pytest.approx(2 ** (1 + 2.45 / 20), rel=0.02)
+    known = {key: line for key, line in known.items() if key[0] != "reglue-seed-0" or key[1] == 100}
+    text = "\n".join(saved("FID", arms, known))
+    assert "| 100: 2.00×" in text
+    assert "> 100: 0.00×" in text
+    assert not list(saved("FID", arms[:2], known))
