@@ -36,7 +36,8 @@ def test_every_public_name_is_there() -> None:
     for name in reglue.__all__:
         assert getattr(reglue, name) is not None
     assert set(reglue.__all__) <= set(dir(reglue))
-    assert set(reglue.recipes) == {"sit", "dit", "repa", "redi", "reg", "reglue"}
+    published = {"sit", "dit", "repa", "redi", "reg", "reglue", "uvit", "lightningdit", "sfd", "meanflow"}
+    assert set(reglue.recipes) == published
     with pytest.raises(AttributeError, match="'trian'"):
         reglue.trian  # type: ignore[attr-defined]  # noqa: B018
     assert not hasattr(reglue, "functions_of_others")
