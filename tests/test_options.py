@@ -229,13 +229,22 @@ def words_around(option: Option, value: str) -> list[str]:
     """What is typed to give an option a value, for one number of several where it takes more."""
     if option.name.endswith("schedule"):
         return ["5", value]
-    if option.name.rpartition(".")[2] in ("conditions", "guiders", "other-scales"):
-        return [NAMES[option.name.rpartition(".")[2]], value]
+    if (last := option.name.rpartition(".")[2]) in NAMES:
+        return [NAMES[last], value]
     pairs = {"betas": 2, "guidance-interval": 2, "position-grid": 2, "box": 4, "at": 2}
     return [value] * pairs.get(option.name.rpartition(".")[2], 1)
 
 
-NAMES = {"conditions": "mine", "guiders": "mine", "other-scales": "latent"}
+NAMES = {
+    "conditions": "mine",
+    "guiders": "mine",
+    "other-scales": "latent",
+    "auto-scales": "latent",
+    "times-options": "delta",
+}
+"""Options of names and numbers, and a name that each knows."""
+NEEDED = {"from-step": ["--from=other"], "times-options": ["--times=lead"]}
+"""What an option needs beside it."""
 
 
 def test_every_number_of_every_command_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +258,7 @@ def test_every_number_of_every_command_has_bounds(monkeypatch: pytest.MonkeyPatc
             wrong += ["-1"] if numeric.name.rpartition(".")[2] not in BOUNDLESS else []
             for value in wrong:
                 flag, seen = numeric.flags[0], seen + 1
-                # Options of a checkpoint to start from need one.
-                more = ["--from=other"] if numeric.name == "from-step" else []
+                more = NEEDED.get(numeric.name, [])
                 try:
                     parse([*JOBS[job], *more, flag, *words_around(numeric, value)])
                     accepted.append(f"{job} {flag} {value}: taken")

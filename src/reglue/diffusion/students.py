@@ -26,6 +26,11 @@ SHORTEST = 1 / 128
 """The step of a shortcut model that is taken for the velocity itself."""
 
 
+def quantile(share: Tensor) -> Tensor:
+    """The standard normal number below which a share of them is, of any shape."""
+    return torch.special.ndtri(share)  # type: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
 @dataclass(frozen=True)
 class Lesson:
     """What a student's target is made from: noisy samples, and what the networks are given with them."""
@@ -119,7 +124,6 @@ class MeanFlow(Student):
     def times(self, draws: Sequence[Tensor], shift: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """See `Student.times`: the later and the earlier of two, which are the same for all but a share."""
         first, second, choice = draws
-        quantile: Callable[[Tensor], Tensor] = torch.special.ndtri  # type: ignore[reportUnknownMemberType, reportUnknownVariableType]
         earlier, later = interval_of(quantile(first), quantile(second), choice, self.share)
         return shift(later), shift(later) - shift(earlier)
 
