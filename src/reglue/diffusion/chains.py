@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -187,6 +187,5 @@ def kept_steps(steps: int, spacing: int | str) -> list[int]:
 
 DDPM = Chain(np.linspace(1e-4, 0.02, 1000))
 """DDPM's (arXiv 2006.11239), as DiT uses it (arXiv 2212.09748)."""
-_SQUARES = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-STABLE_DIFFUSION = Chain(_SQUARES, first=1)  # type: ignore[reportUnknownArgumentType]
+STABLE_DIFFUSION = Chain(cast(Any, np.linspace(0.00085**0.5, 0.012**0.5, 1000)) ** 2, first=1)
 """Stable Diffusion's, as U-ViT uses it (arXiv 2209.12152): its networks know 0 as data."""
