@@ -15,7 +15,7 @@ from golden_files import Golden, assert_close
 from PIL import Image
 
 from helpers import OF_ANY_RUN, TINY_RECIPE
-from reglue import pipeline as generation
+from reglue import generation
 from reglue.cli import parse
 from reglue.commands.export_run import ExportRun, export_run
 from reglue.commands.import_run import ImportRun, import_run

@@ -27,7 +27,7 @@ import reglue.commands.sample
 import reglue.samples
 from helpers import CLASSES, TINY_RECIPE, mistake, run_reglue
 from processes import Reglue, run_ranks
-from reglue import pipeline as generation
+from reglue import generation
 from reglue.cli import parse
 from reglue.commands.sample import Sample, sample
 from reglue.commands.train import train

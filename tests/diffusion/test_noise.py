@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reglue import pipeline
+from reglue import generation
 from reglue.diffusion import noise
 from reglue.diffusion.noise import drawn_ahead
 from reglue.pipeline import load
@@ -102,7 +102,7 @@ def test_no_noise_is_drawn_that_the_sampler_does_not_use(
         pytest.importorskip("torchdiffeq")
     asked: list[int] = []
     left: list[int] = []
-    original = pipeline.integrate
+    original = generation.integrate
 
     def followed(*arguments: Any) -> Any:
         state = original(*arguments)
@@ -113,8 +113,8 @@ def test_no_noise_is_drawn_that_the_sampler_does_not_use(
         asked.append(arguments[-1])
         return drawn_ahead(*arguments)
 
-    monkeypatch.setattr(pipeline, "drawn_ahead", counted)
-    monkeypatch.setattr(pipeline, "integrate", followed)
+    monkeypatch.setattr(generation, "drawn_ahead", counted)
+    monkeypatch.setattr(generation, "integrate", followed)
     model = load(tiny_run, device="cpu")
     model.draw([0], model.condition([0]), 0, Sampling(sampler, 5))
     assert (asked, left) == ([draws], [0])
