@@ -13,7 +13,7 @@ from helpers import TINY_RECIPE, mistake
 from reglue.cli import parse
 from reglue.commands.edit import edit
 from reglue.commands.train import Losses, train
-from reglue.data.batches import TrainingData
+from reglue.data.batches import TrainingData, student_of
 from reglue.data.store import Store
 from reglue.diffusion.backbones import BACKBONES
 from reglue.diffusion.denoiser import ConvolutionalProjector, Denoiser
@@ -58,7 +58,7 @@ def test_every_recipe_trains_and_samples_on_every_backbone(name: str, backbone: 
     store = Store.open(tiny_store)
     record = RunRecord.of(store, recipe, 0)
     model, data = Denoiser(record.denoiser), TrainingData(store, recipe, record.denoiser, 0)
-    losses = Losses(model, PATHS[recipe.path], recipe.cosine.present)
+    losses = Losses(model, PATHS[recipe.path], recipe.cosine.present, student_of(recipe))
     optimiser = torch.optim.AdamW(model.parameters(), 1e-2)
     for step in range(2):
         optimiser.zero_grad()

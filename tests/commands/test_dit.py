@@ -14,14 +14,13 @@ import torch
 from golden_files import Golden, assert_close
 from PIL import Image
 
-from helpers import TINY_RECIPE
-from reglue import pipeline as generation
+from helpers import OF_ANY_RUN, TINY_RECIPE
+from reglue import generation
 from reglue.cli import parse
 from reglue.commands.export_run import ExportRun, export_run
 from reglue.commands.import_run import ImportRun, import_run
 from reglue.commands.train import train
 from reglue.diffusion.modalities import LATENT
-from reglue.diffusion.samplers import SAMPLERS
 from reglue.errors import UserError
 from reglue.pipeline import load
 from reglue.published.containers import read_official
@@ -72,7 +71,7 @@ def test_resumed_training_gives_the_same_bits(run: Path, tiny_store: Path, tmp_p
         assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", OF_ANY_RUN)
 def test_every_sampler_draws_from_it(run: Path, sampler: str) -> None:
     model = load(run, device="cpu")
     assert model.default_sampling.sampler == "ddpm"

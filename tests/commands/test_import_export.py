@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers import TINY_RECIPE, mistake
-from reglue import generation, pipeline
+from reglue import generation
 from reglue.cli import parse
 from reglue.commands.export_run import ExportRun, export_run, refuse_own_parts
 from reglue.commands.import_run import ImportRun, import_run
@@ -34,7 +34,7 @@ from reglue.errors import UserError
 from reglue.files import SEAL
 from reglue.names import Weights
 from reglue.papers import RECIPES
-from reglue.pipeline import load
+from reglue.pipeline import ImageModel, load
 from reglue.published.containers import read_official
 from reglue.published.sharing import model_card
 from reglue.published.weights import export_official, import_official
@@ -94,13 +94,13 @@ def test_an_imported_run_samples_what_the_published_sampler_gives(
     given = [{name: x.double().contiguous() for name, x in draw.items()} for draw in draws]
     monkeypatch.setattr(generation, "drawn_ahead", lambda *_: nullcontext(iter(given)))
     states: list[dict[str, Tensor]] = []
-    original = pipeline.ImageModel.pixels
+    original = ImageModel.pixels
 
     def watched(self: Any, state: dict[str, Tensor], rounding: Any) -> Tensor:
         states.append(state)
         return original(self, state, rounding)
 
-    monkeypatch.setattr(pipeline.ImageModel, "pixels", watched)
+    monkeypatch.setattr(ImageModel, "pixels", watched)
     labels = tuple(str(label) for label in golden["input.y"].tolist())
     sample(
         Sample(run, tmp_path / "samples", count=3, classes=labels, steps=6, device="cpu", **options)  # type: ignore[arg-type]

@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 import reglue
-from helpers import TINY_RECIPE, draw_masks
+from helpers import OF_ANY_RUN, TINY_RECIPE, draw_masks
 from reglue.cli import parse
 from reglue.commands.perceive import perceive
 from reglue.commands.train import train
 from reglue.commands.train_head import TrainHead, train_head
 from reglue.data.batches import TrainingData, denoiser_config
 from reglue.data.store import Store
-from reglue.diffusion.samplers import SAMPLERS, uniform_times
+from reglue.diffusion.samplers import uniform_times
 from reglue.editing.editor import Editing
 from reglue.errors import UserError
 from reglue.options.perceive import Perceive
@@ -60,7 +60,7 @@ def test_a_run_that_stops_goes_on_with_the_same_bits(
     assert all(value.any() for value in offsets)  # They are zero at the start, and are learned.
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", OF_ANY_RUN)
 @pytest.mark.parametrize("kind", [*SCHEDULES, "sfd"])
 def test_every_sampler_draws(kind: str, sampler: str, runs: dict[str, Path]) -> None:
     model = reglue.load(runs[kind], weights="model", device="cpu")
