@@ -17,6 +17,8 @@ from processes import Reglue
 
 MOMENTS = (0.3, 0.9, 1.6, 2.5, 4.0)
 """Seconds after the start: within the imports of Python, PyTorch and the command, and at work."""
+PYTHON_STARTS = ("Fatal Python error: init_import_site", "Could not import runpy module")
+"""What Python says, with exit code 1, of a Ctrl-C before it has come to any module of ours: on a busy machine."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -31,7 +33,7 @@ def test_a_signal_at_any_moment_ends_in_one_line(number: signal.Signals, tiny_st
         os.killpg(process.pid, number)
     for _, process in started:
         _, told = process.communicate(timeout=60)
-        if process.returncode == -number:
+        if process.returncode == -number or (process.returncode == 1 and told.startswith(PYTHON_STARTS)):
             continue  # Before Python had come to our first line: as its own.
         assert process.returncode == 128 + number
         assert told.strip().splitlines()[-1].startswith("reglue: ")

@@ -291,12 +291,12 @@ def test_others_give_the_password(browser: Any, tmp_path: Path, monkeypatch: pyt
     page = browser.new_page()
     page.set_default_timeout(PATIENCE)
     page.goto(served.local_url)
-    for password in ("wrong", "sesame"):
+    for password, then in (("wrong", "text=Incorrect Credentials"), ("sesame", "#draw")):
         assert page.locator("#draw").count() == 0
         page.get_by_label("username").fill("anybody")
         page.get_by_label("password").fill(password)
         page.get_by_role("button", name="Login").click()
-    page.wait_for_selector("#draw")
+        page.wait_for_selector(then)  # The page empties its fields when it is told that they are wrong.
     page.close()
     served.close(verbose=False)
 

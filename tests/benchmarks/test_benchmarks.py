@@ -283,11 +283,11 @@ def test_reads_of_a_store(tiny_store: Path) -> None:
     rows = figures_of(read_speed.main(ReadSpeed(store=tiny_store, images=30, batch_size=5)))["recipes"]
     latent, cls, features, local = 2 * 4 * 3 * 8 * 8, 4 * 16, 2 * 16 * 4 * 4, 4 * 4 * 4 * 4
     assert {row["recipe"]: row["bytes of an image"] for row in rows} == {
-        "sit": latent,
+        **dict.fromkeys(("dit", "sit", "uvit", "lightningdit", "meanflow"), latent),
         "repa": latent + cls + features,
         "redi": latent + local,
         "reg": latent + cls + features,
-        "reglue": latent + cls + features + local,
+        **dict.fromkeys(("reglue", "sfd"), latent + cls + features + local),
     }
     assert all(row[f"{cache}: per second of a core"] > 0 for row in rows for cache in ("cold", "warm"))
 
