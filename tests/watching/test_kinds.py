@@ -125,7 +125,7 @@ def test_a_table_of_what_is_below_a_folder(
     (tmp_path / ".hidden").mkdir()
     shutil.copytree(tiny_run, tmp_path / ".hidden" / "run")
     reports = tmp_path / "deep" / "er" / "run" / "reports"
-    reports.mkdir()
+    reports.mkdir(exist_ok=True)
     for age, value in ((100, 3.5), (50, 2.25)):
         content = {"metrics": {"frechet_distance": {"value": value}}, "distance_name": "FID", "image_count": 5000}
         file = reports / f"{age}.json"
