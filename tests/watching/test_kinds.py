@@ -113,8 +113,9 @@ def test_what_is_none_of_ours(
 
 def test_a_table_of_what_is_below_a_folder(
     tiny_run: Path, tiny_store: Path, begun_store: Path, aligned_autoencoder: Path,  # noqa: F811
-    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "200")
     shutil.copytree(tiny_run, tmp_path / "deep" / "er" / "run")
     shutil.copytree(tiny_run, tmp_path / "deep" / "er" / "run" / "inside")
     shutil.copytree(tiny_store, tmp_path / "store")
