@@ -298,7 +298,7 @@ def load_encoder(
         name=source.name,
         architecture=source.architecture,
         # Of one file its own, so that anyone can look it up.
-        weights_sha256=(sha256_of if len(source.weights) > 1 else file_sha256)(*source.weights),
+        weights_sha256=sha256_of(*source.weights) if len(source.weights) > 1 else file_sha256(source.weights[0]),
         width=network.embed_dim,
         depth=depth,
         layers=chosen,
