@@ -1,7 +1,8 @@
-"""`reglue export`: a run to a checkpoint under the names of the published code bases."""
+"""`reglue export`: a run for other programs, as a file of weights or as a folder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from reglue.config import Recipe
 from reglue.errors import UserError, option
 from reglue.files import new_folder, refuse_filled, replacing, save_tensors, to_json
 from reglue.locks import writes
-from reglue.options.export_run import ExportRun
-from reglue.pipeline import load
+from reglue.options.export_run import ExportRun, Target
+from reglue.pipeline import ImageModel, load
 from reglue.published.containers import RECORD, STEP
 from reglue.published.families import (
     ENCODER_DEPTH,
@@ -41,8 +42,8 @@ def export_run(options: ExportRun) -> Path:
 
     Raises UserError for a run that the published class cannot be built for, and for another kind of file.
     """
-    if options.to == "onnx":
-        return export_graphs(options)
+    if options.to != "published":
+        return export_folder(options)
     if options.out.suffix not in ENDINGS:
         raise UserError(f"--out {options.out}: choose a file that ends in {', '.join(ENDINGS)}")
     folder = find_run(options.run)
@@ -72,40 +73,41 @@ def export_run(options: ExportRun) -> Path:
     return options.out
 
 
-def export_graphs(options: ExportRun) -> Path:
-    """Write the run's networks as graphs into a new folder. Returns it.
+def export_folder(options: ExportRun) -> Path:
+    """Write the run as a new folder for another program. Returns it.
 
-    Raises UserError if the folder holds other files, or what is needed is not installed.
+    Raises UserError if the folder holds other files, what is needed is not installed, or the run cannot be told so.
     """
     refuse_filled(options.out)
-    for package in ("onnx", "onnxscript", "onnxruntime"):
+    for package in graphs.FORMATS[options.to].packages if options.to in graphs.FORMATS else ():
         graphs.needed(package)
     model = load(options.run, step=options.step, device="cpu", encoder=options.encoder)
     if model.is_graph:
         raise UserError(f"{options.run} was exported to ONNX already; export the run that it was made of")
+    with new_folder(options.out) as beside:
+        said = FOLDERS[options.to](model, beside, options)
+    print("\n".join(said))
+    return options.out
+
+
+def write_graphs(model: ImageModel, folder: Path, options: ExportRun) -> list[str]:
+    """Write the run's networks as graphs. Returns what there is to say."""
+    assert options.to in graphs.FORMATS
+    encoder, said = None, list[str]()
     try:
         encoder = model.image_encoder()
     except UserError as error:
         if options.encoder:
             raise
-        encoder = None
-        print(f"no graph encodes images: {error}")
-    with new_folder(options.out) as beside:
-        without_places(model.record).write(beside)
-        described = graphs.write(
-            beside,
-            model.record,
-            model.denoiser,
-            model.autoencoder,
-            encoder,
-            model.step,
-            model.default_sampling,
-            options.precision,
-            options.batch,
-        )
-    for graph in described.graphs:
-        print(f"{options.out / graph.file}: {graph.bytes / 1e6:.1f} MB, {graph.difference:.1e} from PyTorch")
-    return options.out
+        said.append(f"no graph encodes images: {error}")
+    record = without_places(model.record)
+    record.write(folder)
+    parts = model.denoiser, model.autoencoder, encoder, model.step, model.default_sampling
+    described = graphs.write(folder, record, *parts, options.to, options.precision, options.batch)
+    return [
+        *said,
+        *(f"{options.out / g.file}: {g.bytes / 1e6:.1f} MB, {g.difference:.1e} from PyTorch" for g in described.graphs),
+    ]
 
 
 def arguments_of(record: RunRecord, family: Family) -> dict[str, str | int]:
@@ -136,3 +138,10 @@ def refuse_own_parts(recipe: Recipe, family: Family) -> None:
             f"the published code has no {option('class_token.compressor')}: it learns the class token itself, so this "
             "run cannot be exported"
         )
+
+
+FOLDERS: dict[Target, Callable[[ImageModel, Path, ExportRun], list[str]]] = {
+    "onnx": write_graphs,
+    "torch": write_graphs,
+}
+"""What fills the new folder of each target."""

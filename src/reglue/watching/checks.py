@@ -12,6 +12,7 @@ from zipfile import ZipFile
 
 import torch
 
+from reglue import graphs
 from reglue.arrays import ArrayFile
 from reglue.contact_sheet import TABLE, holds, read_hashes, refuse_changed, table
 from reglue.contact_sheet import picture as picture_name
@@ -86,6 +87,9 @@ def run(folder: Path) -> Iterator[Check]:
     """The record, log, checkpoints, compressors, pictures and the autoencoder of a run."""
     record = RunRecord.read(folder)
     yield from training(folder)
+    if (folder / graphs.DESCRIPTION).is_file():
+        described = graphs.Description.read(folder)
+        yield from (Check(folder / g.file, partial(whole_file, folder / g.file, g.sha256)) for g in described.graphs)
     if record.origin is not None and not checkpoints.steps(folder):
         # Who trains a run may not have come to a checkpoint; who imports one has it at once.
         yield Check(folder / checkpoints.FOLDER, partial(checkpoints.find, folder))
@@ -102,8 +106,8 @@ def training(folder: Path) -> Iterator[Check]:
     yield Check(folder / tracking.FILE, lambda: tracking.read(folder))
     for checkpoint in sorted((folder / checkpoints.FOLDER).glob("[0-9]" * 8)):
         yield Check(checkpoint / checkpoints.PROGRESS, partial(checkpoints.read_step, checkpoint))
-        if (checkpoint / checkpoints.GRAPH).is_file():
-            continue  # Of an exported run, whose graphs have no hash.
+        if any((checkpoint / name).is_file() for name in (checkpoints.GRAPH, checkpoints.PROGRAM)):
+            continue  # Of an exported run: see `run`.
         # A run that was imported or shared has averaged weights alone.
         others = [checkpoint / name for name in (checkpoints.MODEL, checkpoints.OPTIMISER)]
         yield from map(tensors, [checkpoint / checkpoints.EMA, *(others if any(map(Path.exists, others)) else ())])

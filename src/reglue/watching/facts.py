@@ -12,6 +12,7 @@ from zipfile import ZipFile
 import numpy as np
 import torch
 
+from reglue import graphs
 from reglue.arrays import ArrayFile
 from reglue.contact_sheet import picture as picture_name
 from reglue.data.images import crop_to, decode
@@ -60,6 +61,11 @@ def run(folder: Path) -> dict[str, str]:
             f", {rate:.4g} images/s" if isinstance(rate, int | float) else ""
         )
     said["checkpoints"] = listed([f"{step:,}" for step in saved]) or "none yet"
+    if (folder / graphs.DESCRIPTION).is_file():
+        described = graphs.Description.read(folder)
+        said["graphs"] = ", ".join(
+            f"{g.file} ({words.size(g.bytes)}, {g.difference:.1e} from PyTorch)" for g in described.graphs
+        )
     said["previews"] = counted(len([*folder.glob(f"{PREVIEWS}/*.png")]), "picture")
     if figure := newest_figure(folder):
         said["figures"] = f"{figure}, of {counted(len([*folder.glob(f'{REPORTS}/*.json')]), 'report')}"
