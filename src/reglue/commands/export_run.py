@@ -16,6 +16,8 @@ from reglue.files import new_folder, refuse_filled, replacing, save_tensors, to_
 from reglue.locks import writes
 from reglue.options.export_run import ExportRun, Target
 from reglue.pipeline import ImageModel, load
+from reglue.portable import template
+from reglue.published import sharing
 from reglue.published.containers import RECORD, STEP
 from reglue.published.families import (
     ENCODER_DEPTH,
@@ -28,7 +30,6 @@ from reglue.published.families import (
     family_of,
     refuse_unpublished,
 )
-from reglue.published.sharing import without_places
 from reglue.published.weights import export_official
 from reglue.run import RunRecord, find_run
 from reglue.training import checkpoints
@@ -100,7 +101,7 @@ def write_graphs(model: ImageModel, folder: Path, options: ExportRun) -> list[st
         if options.encoder:
             raise
         said.append(f"no graph encodes images: {error}")
-    record = without_places(model.record)
+    record = sharing.without_places(model.record)
     record.write(folder)
     parts = model.denoiser, model.autoencoder, encoder, model.step, model.default_sampling
     described = graphs.write(folder, record, *parts, options.to, options.precision, options.batch)
@@ -115,7 +116,7 @@ def arguments_of(record: RunRecord, family: Family) -> dict[str, str | int]:
 
     What was trained on and from stays here, but for names.
     """
-    shared = replace(without_places(record), autoencoder=record.autoencoder, store=None)
+    shared = replace(sharing.without_places(record), autoencoder=record.autoencoder, store=None)
     arguments: dict[str, str | int] = {FAMILY: family, NUM_CLASSES: record.denoiser.classes, RECORD: to_json(shared)}
     if record.denoiser.prediction == VELOCITY[1]:
         arguments |= {PREDICTION: VELOCITY[0], PATH_TYPE: record.recipe.path}
@@ -140,8 +141,38 @@ def refuse_own_parts(recipe: Recipe, family: Family) -> None:
         )
 
 
+def write_pipeline(model: ImageModel, folder: Path, options: ExportRun) -> list[str]:
+    """Write the run as a pipeline of diffusers. Returns what there is to say.
+
+    Raises UserError if diffusers has no class for the autoencoder.
+    """
+    from reglue.portable.diffusers import RegluePipeline  # It imports all of diffusers' pipelines.
+
+    RegluePipeline.of(model).save_pretrained(folder)
+    return [f"{options.out}: DiffusionPipeline.from_pretrained({str(options.out)!r}, trust_remote_code=True) loads it"]
+
+
+def write_nodes(model: ImageModel, folder: Path, options: ExportRun) -> list[str]:
+    """Write the run, and what makes its folder a pack of nodes for ComfyUI. Returns what there is to say."""
+    record, name = model.record, options.out.resolve().name
+    sharing.fill(folder, record, model.denoiser.state_dict(), model.step, model.folder, name=name)
+    (folder / sharing.CARD).rename(folder / "MODEL.md")
+    said = {
+        "name": name,
+        "modalities": ", ".join(modality.name for modality in record.denoiser.modalities),
+        "encoder": record.encoder.name if record.encoder else "it has none",
+        "classes": ", ".join(record.class_names) or "none",
+    }
+    (folder / sharing.CARD).write_text(template("nodes.md").format(**said), encoding="utf-8")
+    (folder / "__init__.py").write_text(template("nodes.py"), encoding="utf-8")
+    (folder / "requirements.txt").write_text("reglue\n")
+    return [f"{options.out}: move it into ComfyUI's custom_nodes; {options.out / sharing.CARD} says what is there"]
+
+
 FOLDERS: dict[Target, Callable[[ImageModel, Path, ExportRun], list[str]]] = {
     "onnx": write_graphs,
     "torch": write_graphs,
+    "diffusers": write_pipeline,
+    "comfyui": write_nodes,
 }
 """What fills the new folder of each target."""

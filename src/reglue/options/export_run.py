@@ -8,7 +8,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from reglue.errors import UserError, option, require
+from reglue.errors import UserError, require
 from reglue.files import TakesPaths
 from reglue.names import GraphPrecision, Weights
 

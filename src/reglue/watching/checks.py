@@ -24,7 +24,7 @@ from reglue.editing.options import SHEET
 from reglue.editing.painting import load_prototypes
 from reglue.encoders.alignment import FILE as ALIGNMENT
 from reglue.encoders.alignment import load_alignment
-from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, load_autoencoder
+from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, PART_OF_PIPELINE, load_autoencoder
 from reglue.encoders.compressors import CompressorSpec, load_compressor
 from reglue.errors import UserError, one_line
 from reglue.files import opened_tensors, read_json
@@ -32,6 +32,7 @@ from reglue.perception import records
 from reglue.perception.heads import TRAINING as HEAD_RECORD
 from reglue.perception.heads import load_head
 from reglue.perception.records import HeadRecord
+from reglue.portable import INDEX, TRANSFORMER, pipeline_record
 from reglue.published.containers import read_official
 from reglue.reals.record import CONFIG, TrainingRecord
 from reglue.reals.record import RECORD as TRAINING_RECORD
@@ -99,6 +100,13 @@ def run(folder: Path) -> Iterator[Check]:
     own = folder / (record.decoder or record.autoencoder.name)
     if own.is_dir() and own.is_relative_to(folder):
         yield Check(own, lambda: decoder(record, torch.device("cpu"), folder=folder))
+
+
+def pipeline(folder: Path) -> Iterator[Check]:
+    """The record and the tensor files of a run as a pipeline of diffusers."""
+    yield Check(folder / INDEX, lambda: pipeline_record(folder))
+    for part in (TRANSFORMER, PART_OF_PIPELINE):
+        yield from map(tensors, sorted((folder / part).glob("*.safetensors")) or [folder / part / DIFFUSERS_WEIGHTS])
 
 
 def training(folder: Path) -> Iterator[Check]:

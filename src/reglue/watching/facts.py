@@ -29,6 +29,7 @@ from reglue.perception import records
 from reglue.perception.heads import TRAINING as HEAD_RECORD
 from reglue.perception.heads import load_head
 from reglue.perception.records import HeadRecord
+from reglue.portable import pipeline_record
 from reglue.published.containers import read_official
 from reglue.published.sharing import PREVIEWS, REPORTS
 from reglue.reals.record import RECORD as TRAINING_RECORD
@@ -70,6 +71,15 @@ def run(folder: Path) -> dict[str, str]:
     if figure := newest_figure(folder):
         said["figures"] = f"{figure}, of {counted(len([*folder.glob(f'{REPORTS}/*.json')]), 'report')}"
     return {**said, **words.provenance(record), "size": words.size(size_of(folder))}
+
+
+def pipeline(folder: Path) -> dict[str, str]:
+    """What the run in a pipeline of diffusers is."""
+    record, step = pipeline_record(folder)
+    said = words.recipe(record)
+    if record.class_names:
+        said[IMAGE_CLASSES] = listed(record.class_names)
+    return {**said, "step": f"{step:,}", **words.provenance(record), "size": words.size(size_of(folder))}
 
 
 def parameters(folder: Path) -> int:
