@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -111,3 +114,59 @@ def test_a_damaged_graph_is_named(exported: Path, tmp_path: Path) -> None:
 def test_what_does_not_fit_together_is_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(["export", "run", *arguments])
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
+    out = tmp_path_factory.mktemp("programs") / "programs"
+    return export_run(parse(["export", str(tiny_run), "--to", "torch", "--out", str(out)]))
+
+
+def test_programs_run_where_this_package_is_not(programs: Path, tiny_run: Path, tmp_path: Path) -> None:
+    described = json.loads((programs / "graphs.json").read_text())
+    assert [graph["file"].rpartition("/")[2] for graph in described["graphs"]] == [
+        *("denoiser.pt2", "decoder.pt2", "encoder.pt2")
+    ]
+    assert all(graph["difference"] < 1e-4 for graph in described["graphs"])
+    denoiser, decoder, _ = (programs / graph["file"] for graph in described["graphs"])
+    model = reglue.load(tiny_run, device="cpu")
+    flat = FlatDenoiser(model.denoiser)
+    assert described["graphs"][0]["inputs"] == flat.inputs
+    example, latents = flat.example(3), torch.randn(1, *model.record.denoiser.shapes()["latent"])
+    torch.save([example, (latents,)], tmp_path / "given.pt")
+    script = f"""
+import sys, torch
+sys.modules["reglue"] = None
+given = torch.load({str(tmp_path / "given.pt")!r})
+files = {[str(denoiser), str(decoder)]!r}
+torch.save([list(torch.export.load(f).module()(*g)) for f, g in zip(files, given)], {str(tmp_path / "found.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    expected = [flat(*example), (model.autoencoder.decode(latents),)]
+    for ours, theirs in zip(expected, torch.load(tmp_path / "found.pt"), strict=True):
+        assert distance(theirs, ours) < 1e-4
+    for file in programs.rglob("*.pt2"):
+        with ZipFile(file) as archive:
+            assert not any(
+                str(Path(reglue.__file__).parent).encode() in archive.read(name) for name in archive.namelist()
+            )
+
+
+def test_programs_are_not_opened_here(programs: Path) -> None:
+    with pytest.raises(UserError, match=r"denoiser\.pt2 is for PyTorch without this package"):
+        reglue.load(programs)
+    assert "decoder.pt2" in reglue.info(reglue.Info(programs))["graphs"]
+
+
+@pytest.mark.parametrize("fixture", ["exported", "programs"])
+def test_another_graph_than_was_written_is_found(fixture: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(request.getfixturevalue(fixture), tmp_path / "copy"))
+    assert reglue.verify(reglue.Verify(folder)) == folder
+    graphs = [*folder.rglob("*.onnx"), *folder.rglob("*.pt2")]
+    assert len(graphs) == 3
+    for file in graphs:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError, match=rf"{file.name} is missing or damaged"):
+            reglue.verify(reglue.Verify(folder))
+        file.write_bytes(content)

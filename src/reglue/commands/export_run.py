@@ -16,7 +16,7 @@ from reglue.files import new_folder, refuse_filled, replacing, save_tensors, to_
 from reglue.locks import writes
 from reglue.options.export_run import ExportRun, Target
 from reglue.pipeline import ImageModel, load
-from reglue.portable import template
+from reglue.portable import NODES, template
 from reglue.published import sharing
 from reglue.published.containers import RECORD, STEP
 from reglue.published.families import (
@@ -164,7 +164,8 @@ def write_nodes(model: ImageModel, folder: Path, options: ExportRun) -> list[str
         "classes": ", ".join(record.class_names) or "none",
     }
     (folder / sharing.CARD).write_text(template("nodes.md").format(**said), encoding="utf-8")
-    (folder / "__init__.py").write_text(template("nodes.py"), encoding="utf-8")
+    (folder / NODES).write_text(template("nodes.py"), encoding="utf-8")
+    (folder / "workflow.json").write_text(template("workflow.json").replace("NAME", name), encoding="utf-8")
     (folder / "requirements.txt").write_text("reglue\n")
     return [f"{options.out}: move it into ComfyUI's custom_nodes; {options.out / sharing.CARD} says what is there"]
 

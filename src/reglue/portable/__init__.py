@@ -11,8 +11,11 @@ from reglue.errors import UserError, one_line
 from reglue.files import parse_json, read_json
 from reglue.run import RunRecord
 
-INDEX, TRANSFORMER, CONFIG = "model_index.json", "transformer", "config.json"
-"""In the folder of a pipeline: what its parts are, and the part that has the run's record in its configuration."""
+INDEX, TRANSFORMER, CONFIG, CODE = "model_index.json", "transformer", "config.json", "pipeline.py"
+"""In the folder of a pipeline: what its parts are, the part that has the run's record in its configuration, and what
+diffusers takes the class from."""
+NODES = "__init__.py"
+"""In the folder of a run: what ComfyUI takes nodes from."""
 REMEDY = "export the run again"
 
 

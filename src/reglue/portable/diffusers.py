@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack
 
+import safetensors.torch  # noqa: F401, diffusers 0.32 reads weights by it without importing it
 import torch
 
 # diffusers reads the annotations here, and looks for the base of a class among the names of its module.
@@ -20,13 +21,11 @@ from reglue.errors import UserError
 from reglue.files import plain, seal
 from reglue.generation import evaluations
 from reglue.pipeline import ImageModel
-from reglue.portable import CONFIG, INDEX, record_of, template
+from reglue.portable import CODE, CONFIG, INDEX, record_of, template
 from reglue.published.sharing import without_places
 from reglue.run import RunRecord
 from reglue.sampling import SamplingChanges
 
-CODE = "pipeline"
-"""The module in a folder that diffusers takes the class from."""
 LARGEST = 2**63 - 1
 """Of seeds that are drawn."""
 
@@ -125,12 +124,12 @@ class RegluePipeline(DiffusionPipeline):
         """
         super().save_config(save_directory, *arguments, **others)
         folder = Path(save_directory)
-        (folder / f"{CODE}.py").write_text(template("pipeline.py"), encoding="utf-8")
+        (folder / CODE).write_text(template(CODE), encoding="utf-8")
         for file in [folder / INDEX, *folder.glob(f"*/{CONFIG}")]:
             content = json.loads(file.read_text())
             content.pop("_name_or_path", None)
             if file.name == INDEX:
-                content["_class_name"] = [CODE, type(self).__name__]
+                content["_class_name"] = [Path(CODE).stem, type(self).__name__]
             file.write_text(json.dumps(content, indent=2) + "\n")
         for file in folder.glob("*/*.safetensors"):
             seal(file)

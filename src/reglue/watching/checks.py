@@ -32,7 +32,7 @@ from reglue.perception import records
 from reglue.perception.heads import TRAINING as HEAD_RECORD
 from reglue.perception.heads import load_head
 from reglue.perception.records import HeadRecord
-from reglue.portable import INDEX, TRANSFORMER, pipeline_record
+from reglue.portable import CODE, INDEX, NODES, TRANSFORMER, pipeline_record, template
 from reglue.published.containers import read_official
 from reglue.reals.record import CONFIG, TrainingRecord
 from reglue.reals.record import RECORD as TRAINING_RECORD
@@ -91,6 +91,8 @@ def run(folder: Path) -> Iterator[Check]:
     if (folder / graphs.DESCRIPTION).is_file():
         described = graphs.Description.read(folder)
         yield from (Check(folder / g.file, partial(whole_file, folder / g.file, g.sha256)) for g in described.graphs)
+    if (folder / NODES).is_file():
+        yield code(folder / NODES, "nodes.py")
     if record.origin is not None and not checkpoints.steps(folder):
         # Who trains a run may not have come to a checkpoint; who imports one has it at once.
         yield Check(folder / checkpoints.FOLDER, partial(checkpoints.find, folder))
@@ -103,10 +105,23 @@ def run(folder: Path) -> Iterator[Check]:
 
 
 def pipeline(folder: Path) -> Iterator[Check]:
-    """The record and the tensor files of a run as a pipeline of diffusers."""
+    """The record, the code and the networks of a run as a pipeline of diffusers."""
     yield Check(folder / INDEX, lambda: pipeline_record(folder))
-    for part in (TRANSFORMER, PART_OF_PIPELINE):
-        yield from map(tensors, sorted((folder / part).glob("*.safetensors")) or [folder / part / DIFFUSERS_WEIGHTS])
+    yield code(folder / CODE, CODE)
+    decoder = folder / PART_OF_PIPELINE
+    yield Check(decoder / CONFIG, lambda: load_autoencoder(str(decoder)))
+    for part in (folder / TRANSFORMER, decoder):
+        yield from map(tensors, sorted(part.glob("*.safetensors")) or [part / DIFFUSERS_WEIGHTS])
+
+
+def code(file: Path, name: str) -> Check:
+    """A file of code in an exported folder, which another program runs: one of `portable.templates`."""
+
+    def read() -> None:
+        if not file.is_file() or file.read_bytes() != template(name).encode():
+            raise UserError(f"{file} is missing or is not the code that was written; {COPY}")
+
+    return Check(file, read)
 
 
 def training(folder: Path) -> Iterator[Check]:
