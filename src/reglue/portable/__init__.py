@@ -37,5 +37,5 @@ def pipeline_record(folder: Path) -> tuple[RunRecord, int]:
     config = read_json(file, dict[str, Any], REMEDY)
     try:
         return record_of(config), int(config["step"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (UserError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} has no record of a run ({one_line(error)}); {REMEDY}") from error
