@@ -144,7 +144,6 @@ COMMANDS: dict[str, Line] = {
     ],
     "import": lambda i, out: ["import", i.exported, "--out", out, f"--autoencoder={i.autoencoder}"],
     "export": lambda i, out: ["export", i.run, "--out", out / "weights.safetensors"],
-    "export nodes": lambda i, out: ["export", i.run, "--to=comfyui", "--out", out],
     "report": lambda i, out: [
         *("report", i.run, "--out", out / "report.html", "--samples-per-class=1", "--steps=1", "--device=cpu"),
     ],
