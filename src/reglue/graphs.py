@@ -361,9 +361,11 @@ def save_onnx(
 
 def save_torch(file: Path, network: nn.Module, example: tuple[Tensor, ...], shapes: Any, *_: object) -> None:
     """The same as a program of torch.export, which has its inputs and outputs in a row, without names."""
+    from torch._dynamo.exc import UserError as ConstraintError  # slow to import
+
     try:
         program = torch.export.export(network, example, dynamic_shapes=shapes)
-    except torch._dynamo.exc.UserError as error:  # diffusers' decoders treat 64 images and more otherwise.
+    except ConstraintError as error:  # diffusers' decoders treat 64 images and more otherwise.
         shapes = torch.export.dynamic_shapes.refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
         program = torch.export.export(network, example, dynamic_shapes=shapes)
     for part in program.graph_module.modules():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from golden_files import Golden
 from PIL import Image
 
@@ -90,9 +90,9 @@ def test_runs_of_every_recipe(recipe: str, tiny_store: Path, tmp_path: Path) -> 
     line = ["train", recipe, "--store", str(tiny_store), "--out", str(tmp_path / "run"), *TINY_RECIPE]
     ignored = [] if PAPERS[recipe].recipe.local.present else ["--local.compressor=conv-4"]
     run = train(parse([word for word in [*line, "--optimisation.steps=1"] if word not in ignored]))
-    ours = reglue.load(run, device="cpu").generate([0, 2], steps=2, seed=1)
-    theirs = loaded(exported(run, tmp_path / "out"))([0, 2], num_inference_steps=2, seed=1).images
-    assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    ours = reglue.load(run, device="cpu").generate([0, 2], steps=2, seed=1, output="tensor")
+    theirs = loaded(exported(run, tmp_path / "out"))([0, 2], num_inference_steps=2, seed=1, output_type="pt").images
+    assert torch.equal((255 * theirs).round().to(torch.uint8), ours)
 
 
 def test_a_published_model_without_classes(autoencoder: str, tmp_path: Path) -> None:
@@ -160,6 +160,8 @@ def test_mistakes_are_one_line(folder: Path, pipeline: Any, tmp_path: Path, monk
         pipeline("dog")
     with pytest.raises(UserError, match="steps 0: choose at least 1"):
         pipeline(0, num_inference_steps=0)
+    with pytest.raises(UserError, match="output_type numpy: choose pil, np, pt or latent"):
+        pipeline(0, output_type="numpy")
     with pytest.raises(UserError, match="pipeline holds other files"):
         exported(STARTER, folder)
     stranger = Path(shutil.copytree(folder, tmp_path / "stranger"))

@@ -4,14 +4,15 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self, Unpack
+from typing import Any, Literal, Self
 
 import safetensors.torch  # noqa: F401, diffusers 0.32 reads weights by it without importing it
 import torch
 
 # diffusers reads the annotations here, and looks for the base of a class among the names of its module.
-from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
 from reglue.diffusion.denoiser import Denoiser
@@ -24,7 +25,6 @@ from reglue.pipeline import ImageModel
 from reglue.portable import CODE, CONFIG, INDEX, record_of, template
 from reglue.published.sharing import without_places
 from reglue.run import RunRecord
-from reglue.sampling import SamplingChanges
 
 LARGEST = 2**63 - 1
 """Of seeds that are drawn."""
@@ -82,7 +82,7 @@ class RegluePipeline(DiffusionPipeline):
         seed: int | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
-        **changes: Unpack[SamplingChanges],
+        **changes: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images: one of each class by number or name, or `batch_size` of one class or of none.
 
@@ -92,9 +92,12 @@ class RegluePipeline(DiffusionPipeline):
         given. `output_type`: PIL images, arrays (N, H, W, 3) or tensors (N, 3, H, W) in [0, 1], or raw latents for
         `vae.decode`. Raises UserError for an unknown class, and for what the model lacks.
         """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise UserError(f"output_type {output_type}: choose pil, np, pt or latent")
         model = self.model
         labels = model.labels_of(class_labels, batch_size if batch_size else count_of(class_labels))
-        sampling = model.default_sampling.changed(steps=num_inference_steps, guidance_scale=guidance_scale, **changes)
+        changes = {"steps": num_inference_steps, "guidance_scale": guidance_scale} | changes
+        sampling = model.default_sampling.changed(**changes)
         if isinstance(generator, Sequence):
             if len(generator) != len(labels):
                 raise UserError(f"{len(generator)} generators for {len(labels)} images; give one, or one for each")
@@ -102,7 +105,7 @@ class RegluePipeline(DiffusionPipeline):
         else:
             parts = [(labels, seed_of(generator) if seed is None else seed)]
         total = evaluations(sampling, len(parts))
-        with self.progress_bar(total=total or 0) as bar:
+        with self.progress_bar(total=total or 0) as bar:  # type: ignore[reportCallIssue]
             drawn = [model.drawn(part, seed, sampling, len(part), bar.update) for part, seed in parts]
             state = concatenate_states([state for part in drawn for state in part])
         images: Any = model.raw(state, LATENT)
