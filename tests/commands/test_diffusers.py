@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from reglue.commands.export_run import export_run
 from reglue.commands.import_run import import_run
 from reglue.commands.sample import sample
 from reglue.commands.train import train
+from reglue.encoders.autoencoders import Taef2Autoencoder
 from reglue.errors import UserError
 from reglue.files import seal_of
 from reglue.options.import_run import ImportRun
 from reglue.papers import PAPERS
 from reglue.portable import INDEX
+from reglue.portable.diffusers import RegluePipeline
 from reglue.run import STARTER
 
 QUICK = ("dit", "redi", "sfd")
@@ -155,7 +158,9 @@ def test_nothing_of_this_machine_goes_along(folder: Path, tiny_run: Path, tiny_a
             assert not file.is_file() or place.encode() not in file.read_bytes(), file
 
 
-def test_mistakes_are_one_line(folder: Path, pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_one_line(
+    folder: Path, pipeline: Any, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="class dog: choose 0 to 2"):
         pipeline("dog")
     with pytest.raises(UserError, match="steps 0: choose at least 1"):
@@ -164,6 +169,11 @@ def test_mistakes_are_one_line(folder: Path, pipeline: Any, tmp_path: Path, monk
         pipeline(0, output_type="numpy")
     with pytest.raises(UserError, match="pipeline holds other files"):
         exported(STARTER, folder)
+    tiny = reglue.load(tiny_run, device="cpu")
+    spec = replace(tiny.autoencoder.spec, kind="TAEF2")
+    tiny.autoencoder = Taef2Autoencoder(torch.nn.Identity(), torch.nn.Identity(), spec)
+    with pytest.raises(UserError, match="diffusers has no class for the autoencoder TAEF2"):
+        RegluePipeline.of(tiny)
     stranger = Path(shutil.copytree(folder, tmp_path / "stranger"))
     (stranger / INDEX).write_text('{"_class_name": "DiTPipeline", "vae": ["diffusers", "AutoencoderKL"]}')
     with pytest.raises(UserError, match="is a pipeline of diffusers that was made of no run"):
