@@ -136,7 +136,7 @@ COMMANDS = {
     ),
     "export": Command(
         "reglue.options.export_run:ExportRun",
-        "Turn a run into a checkpoint for the published code.",
+        "Write a run for the published code, or for other programs.",
         "export run --out weights.safetensors",
     ),
     "report": Command(
