@@ -85,7 +85,7 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
         for start in range(0, len(mine), options.batch_size):
             indices = mine[start : start + options.batch_size]
             state = drawing.draw(indices, progress.update, room)
-            pixels = model.pixels(state, drawing.sampling.rounding)
+            pixels = model.pixels(state, drawing.sampling.rounding, drawing.sampling.tile)
             pictures.write([folder / contact_sheet.picture(i) for i in indices], pixels)
     distributed.barrier()
     if as_npz and rank == 0:
