@@ -61,6 +61,14 @@ def command(options: Soak, store: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "reglue", "train", DEMO_RECIPE.name, *where, *f"{words} {often} {many}".split()]
 
 
+def judged(looks: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float], list[str]]:
+    """Medians of the second third and of the last, and what rose between them."""
+    third = len(looks) // 3
+    parts = looks[third:-third], looks[-third:]
+    middle, last = ({name: median(found[name] for found in part) for name in ALLOWED} for part in parts)
+    return middle, last, [name for name, share in ALLOWED.items() if last[name] > middle[name] * (1 + share)]
+
+
 def main(options: Soak) -> str:
     """Prepare, train, look, judge and draw. Returns the line of JSON."""
     digits, store, out = (options.folder / name for name in ("digits", "store", "run"))
@@ -75,10 +83,7 @@ def main(options: Soak) -> str:
             looks.append({"minutes": (time.monotonic() - begun) / 60, **look(training.pid)})
             time.sleep(options.every)
         training.send_signal(signal.SIGTERM)
-    third = len(looks) // 3
-    parts = looks[third:-third], looks[-third:]
-    middle, last = ({name: median(found[name] for found in part) for name in ALLOWED} for part in parts)
-    rose = [name for name, share in ALLOWED.items() if last[name] > middle[name] * (1 + share)]
+    middle, last, rose = judged(looks)
     figure = Figure((8, 6), layout="constrained")
     for axes, name in zip(figure.subplots(3, sharex=True), ALLOWED, strict=True):
         axes.plot([found["minutes"] for found in looks], [found[name] for found in looks])

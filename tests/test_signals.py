@@ -142,3 +142,25 @@ def test_sigusr1_has_a_training_say_where_it_is_and_disturbs_nothing(
     for name in ("model", "ema", "optimiser"):
         files = (tmp_path / run / f"checkpoints/00000040/{name}.safetensors" for run in ("undisturbed", "asked"))
         assert len({file.read_bytes() for file in files}) == 1
+
+
+ENDS = {
+    0: "pass",
+    1: "raise ValueError('a defect')",
+    2: "from reglue.errors import UserError; raise UserError('a mistake')",
+    128 + signal.SIGINT: "os.kill(os.getpid(), signal.SIGINT)",
+    128 + signal.SIGPIPE: "raise BrokenPipeError",
+    128 + signal.SIGTERM: "os.kill(os.getpid(), signal.SIGTERM)",
+}
+"""Every exit code, and what a command does to end with it."""
+
+
+def test_exit_codes_are_those_of_the_table(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/long-runs.md").read_text()
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)] == sorted(ENDS)
+    for code, end in ENDS.items():
+        job = f"def export_run(options):\n    {end}\n    [None for _ in range(10**6)]"
+        prelude = f"import os, signal, reglue.commands.export_run as job\n{job}\njob.export_run = export_run"
+        result = Reglue("export", "starter", "--out", tmp_path / "x.pt", prelude=prelude).result(check=False)
+        assert result.returncode == code
+        assert len(result.stderr.splitlines()) == {0: 0, 128 + signal.SIGPIPE: 0}.get(code, 1) or code == 1
