@@ -87,7 +87,8 @@ def main(options: Soak) -> str:
     figure = Figure((8, 6), layout="constrained")
     for axes, name in zip(figure.subplots(3, sharex=True), ALLOWED, strict=True):
         axes.plot([found["minutes"] for found in looks], [found[name] for found in looks])
-        axes.set(ylabel=name, ylim=(0, None))
+        axes.set(xlabel="minutes", ylabel=name, ylim=(0, None))
+        axes.label_outer()
     figure.savefig(options.folder / "soak.png")
     print("flat" if not rose else f"not flat: {', '.join(rose)}")
     figures = {"steps": read(out)[-1]["step"], "exit code": training.returncode, "second third": middle}

@@ -49,7 +49,7 @@ for name in ("sit", "reglue"):
 # %%
 reports = {}
 for name, run in runs.items():
-    drawn = reglue.sample(reglue.Sample(run, f"samples/{name}", count=IMAGES // 10, sampler="euler", steps=10))
+    drawn = reglue.sample(reglue.Sample(run, f"samples/{name}", count=IMAGES // 5, sampler="euler", steps=10))
     reports[name] = reglue.evaluate(reglue.Evaluate(drawn, "store", feature_network="store", kernel_subsets=2))
 reports["reglue"]
 
