@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,8 @@ def test_sigusr1_has_a_training_say_where_it_is_and_disturbs_nothing(
     while not (tmp_path / "asked/run.json").exists():
         time.sleep(0.02)
     while asked.poll() is None:
-        asked.send_signal(signal.SIGUSR1)
+        with suppress(ProcessLookupError):  # It may have ended just now.
+            asked.send_signal(signal.SIGUSR1)
         time.sleep(0.02)
     told = [line for line in asked.result().stderr.splitlines() if line.startswith("reglue: ")]
     answers = [line for line in told if STATE.fullmatch(line)]
