@@ -47,7 +47,7 @@ def memory() -> tuple[float, float]:
 
 def memory_told() -> str:
     """The same in words, with PyTorch's own on a GPU that it uses."""
-    mib = dict(zip(("memory now", "at most"), memory(), strict=True))
+    mib = dict[str, float](zip(("memory now", "at most"), memory(), strict=True))
     if torch.cuda.is_initialized():
         mib["on the GPU now"] = torch.cuda.memory_allocated() / 2**20
         mib["at most there"] = torch.cuda.max_memory_allocated() / 2**20

@@ -254,9 +254,7 @@ def test_damage_is_named_and_a_lost_shard_is_made_again(tmp_path: Path):
 
     shard.write_bytes(original[:-1] + b"x")
     shards = [shard for column in Store.open(folder).manifest.columns.values() for shard in column.shards]
-    read: list[int] = []
-    assert [one.file for one in shards if not is_intact(folder, one, read.append)] == [shard.name]
-    assert sum(read) == sum(one.bytes for one in shards)
+    assert [one.file for one in shards if not is_intact(folder, one)] == [shard.name]
 
     shard.write_bytes(b"\xff" * len(original))
     with pytest.raises(UserError, match=r"latent-00002\.safetensors is damaged"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,8 @@ def test_a_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     text = smaller(notebook)
     if JUPYTER:
-        import jupytext
-        from nbclient import NotebookClient
-
-        NotebookClient(jupytext.reads(text, fmt="py:percent"), timeout=120, kernel_name="python3").execute()
+        notebook_of, client = import_module("jupytext").reads, import_module("nbclient").NotebookClient
+        client(notebook_of(text, fmt="py:percent"), timeout=120, kernel_name="python3").execute()
         return
     names: dict[str, Any] = {}
     for i, cell in enumerate(cells(text)):

@@ -100,7 +100,7 @@ def test_every_kind_of_autoencoder_decodes_in_tiles(write: Callable[[Path], Any]
     assert {size[2:] for size in sizes} == {(12, 12)}
     assert tiled.shape == whole.shape
     assert ((tiled - whole).square().mean() / whole.var()).sqrt() < KINDS[write]
-    autoencoder.__dict__.pop("decode")
+    del autoencoder.decode
     assert torch.equal(autoencoder.decode(latents), whole), "nothing is left behind"
 
 

@@ -27,10 +27,8 @@ from reglue.encoders.compressors import Compressor, resize
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, VisionFeatures
 from reglue.errors import UserError
 from reglue.files import parse_json
-from reglue.generation import evaluations
 from reglue.names import Estimator
 from reglue.perception.heads import Head, features_of_codes
-from reglue.progress import Bar
 from reglue.reals.samples import ImageSamples, all_of, to_images, to_pixels
 from reglue.samples import Drawing
 from reglue.sampling import Sampling
@@ -96,25 +94,17 @@ class Scene(NamedTuple):
         }
 
 
-def in_batches(count: int, size: int) -> list[range]:
-    """The numbers below `count`, so many at a time."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 @torch.no_grad()
 def drawn_scenes(
     drawing: Drawing, subject: Subject, encoder: VisionEncoder, batches: Sequence[range], what: str = "perceive"
 ) -> Iterator[Scene]:
     """Batches of the images of a drawing."""
-    model, local, room = drawing.model, LocalSemantics.modality, max(map(len, batches), default=0)
-    with Bar(total=evaluations(drawing.sampling, len(batches)), unit="evaluation", desc=what) as progress:
-        for indices in batches:
-            state = drawing.draw(indices, progress.update, room)
-            pixels = (
-                model.pixels(state, drawing.sampling.rounding, drawing.sampling.tile).permute(0, 3, 1, 2).contiguous()
-            )
-            code = model.raw(state, local) if local in state else None
-            yield _scene(subject, encoder, pixels, model.raw(state, LATENT), code)
+    model, local = drawing.model, LocalSemantics.modality
+    for state in drawing.states(batches, what):
+        pixels = model.pixels(state, drawing.sampling.rounding, drawing.sampling.tile)
+        pixels = pixels.permute(0, 3, 1, 2).contiguous()
+        code = model.raw(state, local) if local in state else None
+        yield _scene(subject, encoder, pixels, model.raw(state, LATENT), code)
 
 
 @torch.no_grad()
@@ -131,9 +121,8 @@ def encoded_scenes(
             each = dict(zip(encoder.spec.layers, seen.features.split(encoder.spec.width, dim=1), strict=True))
             # As a model meets it: compressed, and brought to the grid of the latents.
             code = resize(subject.compressor.encode(torch.cat([each[layer] for layer in layers], dim=1)), grid)
-        scene = _scene(
-            subject, encoder, to_pixels(tiling.decode(subject.autoencoder, latents, Sampling.tile)), latents, code
-        )
+        decoded = to_pixels(tiling.decode(subject.autoencoder, latents, Sampling.tile))
+        scene = _scene(subject, encoder, decoded, latents, code)
         scene.seen["original"] = (seen, encoder.spec.layers)
         if subject.draw and "drawn" in subject.estimates:
             scene.seen["drawn"] = subject.from_local(subject.draw(latents, range(done, done + len(latents))), "drawn")
