@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,60 @@ def test_whatever_is_written_has_the_mode_of_new_files(tiny_store: Path, tmp_pat
     for folder in (tmp_path, tiny_store):
         for file in folder.rglob("*"):
             assert file.is_dir() or stat.S_IMODE(file.stat().st_mode) == mode, file
+
+
+STATE = re.compile(
+    r"reglue: train reglue: \d+%, \d+/20 step \[[^]]*loss [\d.e+-]+, images per second [^]]*checkpoint at \d+\], "
+    r"(last checkpoint at (\d+)|no checkpoint yet), memory now [\d,]+ MiB, at most [\d,]+ MiB"
+)
+
+
+def train_20(store: Path, out: Path, *more: str, prelude: str = "") -> Reglue:
+    often = ("--optimisation.steps=20", "--checkpoint-every=5", "--preview-every=10", "--preview-steps=2")
+    return Reglue(
+        "train", "reglue", "--store", store, "--out", out, *TINY_RECIPE, "--log-every=1", *often, *more, prelude=prelude
+    )
+
+
+@pytest.mark.parametrize("shown", [(), ("--quiet",)], ids=["shown", "quiet"])
+def test_sigusr1_has_a_training_say_where_it_is_and_disturbs_nothing(
+    shown: tuple[str, ...], tiny_store: Path, tmp_path: Path
+) -> None:
+    undisturbed, asked = (train_20(tiny_store, tmp_path / name, *shown) for name in ("undisturbed", "asked"))
+    while not (tmp_path / "asked/run.json").exists():
+        time.sleep(0.02)
+    while asked.poll() is None:
+        with suppress(ProcessLookupError):  # It may have ended just now.
+            asked.send_signal(signal.SIGUSR1)
+        time.sleep(0.02)
+    told = [line for line in asked.result().stderr.splitlines() if line.startswith("reglue: ")]
+    answers = [line for line in told if STATE.fullmatch(line)]
+    assert len({line.partition(" [")[0] for line in answers}) > 1, told
+    assert re.search(r"last checkpoint at \d", answers[-1])
+    assert [line for line in told if not re.fullmatch(r"reglue: (begun|train.*, memory now .* MiB)", line)] == []
+    assert undisturbed.result().returncode == 0
+    for name in ("model", "ema", "optimiser"):
+        files = (tmp_path / run / f"checkpoints/00000020/{name}.safetensors" for run in ("undisturbed", "asked"))
+        assert len({file.read_bytes() for file in files}) == 1
+
+
+ENDS = {
+    0: "pass",
+    1: "raise ValueError('a defect')",
+    2: "from reglue.errors import UserError; raise UserError('a mistake')",
+    128 + signal.SIGINT: "os.kill(os.getpid(), signal.SIGINT)",
+    128 + signal.SIGPIPE: "raise BrokenPipeError",
+    128 + signal.SIGTERM: "os.kill(os.getpid(), signal.SIGTERM)",
+}
+"""Every exit code, and what a command does to end with it."""
+
+
+def test_exit_codes_are_those_of_the_table(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/long-runs.md").read_text()
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)] == sorted(ENDS)
+    for code, end in ENDS.items():
+        job = f"def export_run(options):\n    {end}\n    [None for _ in range(10**6)]"
+        prelude = f"import os, signal, reglue.commands.export_run as job\n{job}\njob.export_run = export_run"
+        result = Reglue("export", "starter", "--out", tmp_path / "x.pt", prelude=prelude).result(check=False)
+        assert result.returncode == code
+        assert len(result.stderr.splitlines()) == {0: 0, 128 + signal.SIGPIPE: 0}.get(code, 1) or code == 1

@@ -195,6 +195,7 @@ def main() -> None:
             command = function_of(type(options))  # imports PyTorch
             from reglue.progress import quiet, stage
 
+            stopping.answers(tell)
             with stopping.at_work(), stage(arguments[0]), quiet() if QUIET in sys.argv else nullcontext():
                 command(options)
                 say_what_follows(options)
@@ -202,6 +203,15 @@ def main() -> None:
         raise
     except BaseException as error:
         end(error)
+
+
+def tell() -> None:
+    """Write what this process is doing, whoever has asked."""
+    from reglue.machine import memory_told
+    from reglue.progress import Bar, state
+
+    # In one piece: the process may end at any moment.
+    Bar.write(f"reglue: {printable(state())}, {memory_told()}\n", file=sys.stderr, end="")
 
 
 def say_what_follows(options: Any) -> None:

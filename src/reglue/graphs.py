@@ -108,6 +108,8 @@ class GraphDenoiser(Denoiser):
 class GraphAutoencoder(Autoencoder):
     """The decoder of a run, as a graph."""
 
+    of_one_size = True
+
     def __init__(self, spec: AutoencoderSpec, file: Path) -> None:
         super().__init__()
         self.spec, self.graph = spec, Graph(file)

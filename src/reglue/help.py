@@ -34,7 +34,7 @@ GROUPS = {
         edit.prototypes edit.head edit.by loss-scale flow-edit source-class resample studio.prototypes""",
     "sampling": """sampling count classes sampler time-shift diffusion guidance-scale local-scale cls-scale
         guidance-interval other-scales representation-scale auto-scale auto-scales unconditional weaker-run
-        guided-channels guiders state-precision relative-tolerance absolute-tolerance rounding samples-per-class
+        guided-channels guiders state-precision relative-tolerance absolute-tolerance rounding tile samples-per-class
         sample.steps sample.seed sample.labels edit.steps edit.seed edit.labels perceive.steps perceive.seed
         perceive.labels synthesise.steps synthesise.seed synthesise.labels report.steps report.seed""",
     "metrics": """feature-network resamples kernel-subsets kernel-subset-size measure-lpips measure-inception

@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
+from math import isfinite, nan
 from pathlib import Path
 
 import torch
 
-CPUINFO = Path("/proc/cpuinfo")
+try:
+    import resource
+except ImportError:  # On Windows.
+    resource = None
+
+CPUINFO, STATM = Path("/proc/cpuinfo"), Path("/proc/self/statm")
 """Of Linux."""
 
 
@@ -25,6 +32,26 @@ def cpuinfo(name: str) -> str:
     lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
     found = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name)
     return next(found, "")
+
+
+def memory() -> tuple[float, float]:
+    """MiB of this process that are resident now, and that have been at most; NaN where the system does not say."""
+    now = most = nan
+    if resource is not None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        most = peak / (2**20 if sys.platform == "darwin" else 2**10)
+        if STATM.is_file():
+            now = int(STATM.read_text().split()[1]) * resource.getpagesize() / 2**20
+    return now, most
+
+
+def memory_told() -> str:
+    """The same in words, with PyTorch's own on a GPU that it uses."""
+    mib = dict[str, float](zip(("memory now", "at most"), memory(), strict=True))
+    if torch.cuda.is_initialized():
+        mib["on the GPU now"] = torch.cuda.memory_allocated() / 2**20
+        mib["at most there"] = torch.cuda.max_memory_allocated() / 2**20
+    return ", ".join(f"{name} {held:,.0f} MiB" for name, held in mib.items() if isfinite(held))
 
 
 def multiplies_bfloat16_faster(device: torch.device) -> bool:

@@ -31,6 +31,7 @@ from reglue.diffusion.predictions import PREDICTIONS
 from reglue.diffusion.samplers import SAMPLERS, Start
 from reglue.diffusion.schedules import Schedule
 from reglue.editing.editor import Editor
+from reglue.encoders import tiling
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.errors import UserError, option
 from reglue.generation import evaluations, from_noise, to_pixels
@@ -344,7 +345,7 @@ class ImageModel(Editor):
         total = evaluations(sampling, len(labels), batch_size)
         with Bar(total=total, desc="generate", unit="evaluation", disable=not progress) as bar:
             drawn = self.drawn(labels, seed, sampling, batch_size, bar.update, condition, controls)
-            batches = [torch.from_numpy(self.decode(state, sampling.rounding)) for state in drawn]
+            batches = [torch.from_numpy(self.decode(state, sampling.rounding, sampling.tile)) for state in drawn]
         pixels = torch.cat(batches) if batches else torch.empty(0, *self.record.resolution, 3, dtype=torch.uint8)
         if output == "tensor":
             return pixels.permute(0, 3, 1, 2).contiguous()
@@ -562,18 +563,18 @@ class ImageModel(Editor):
         return self._networks[key]
 
     @torch.no_grad()
-    def decode(self, state: State, rounding: Rounding) -> np.ndarray:
+    def decode(self, state: State, rounding: Rounding, tile: int = Sampling.tile) -> np.ndarray:
         """The images of a state: uint8 (B, height, width, 3)."""
-        return self.pixels(state, rounding).cpu().numpy()
+        return self.pixels(state, rounding, tile).cpu().numpy()
 
     @torch.no_grad()
-    def pixels(self, state: State, rounding: Rounding) -> Tensor:
+    def pixels(self, state: State, rounding: Rounding, tile: int = Sampling.tile) -> Tensor:
         """What `decode` gives, on the device still, which may be working on it.
 
         Raises UserError for latents, and for images of them, that are NaN or infinite: they would be black.
         """
         latents = self.raw(state, LATENT)
-        images = self.autoencoder.decode(latents)
+        images = tiling.decode(self.autoencoder, latents, tile)
         # One number is waited for. What is not finite does not add up to what is.
         if not (latents.sum() + images.sum()).isfinite():
             self._refuse_not_finite(latents, images)

@@ -79,7 +79,7 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
     batches = [mine[start : start + options.batch_size] for start in range(0, len(mine), options.batch_size)]
     with PictureWriter() as pictures:
         for indices, state in zip(batches, drawing.states(batches, "sample", silent=rank > 0), strict=True):
-            pixels = model.pixels(state, drawing.sampling.rounding)
+            pixels = model.pixels(state, drawing.sampling.rounding, drawing.sampling.tile)
             pictures.write([folder / contact_sheet.picture(i) for i in indices], pixels)
     distributed.barrier()
     if as_npz and rank == 0:

@@ -67,6 +67,9 @@ class Sampling:
     rounding: Rounding = "truncate"
     """Rounding of pixels to 8 bits: truncate 255·(x+1)/2, as REPA, REG and REGLUE do, or round 127.5·x+128, as SiT and
     ReDi do."""
+    tile: int = 512
+    """Side in pixels of the overlapping tiles in which larger images are decoded, so that memory does not grow with
+    them; their seams are blended. Images up to this size are decoded whole; 0 decodes all of them so."""
     state_precision: StatePrecision | None = None
     """Precision in which steps are summed. Default: float64 for euler, heun and euler-maruyama, as published, float32
     for the others."""
@@ -85,6 +88,7 @@ class Sampling:
         scales = ("guidance_scale", "local_scale", "cls_scale", "other_scales", "representation_scale", "auto_scale")
         require(self, *scales, "auto_scales", at_least=0)
         require(self, "guiders")
+        require(self, "tile", at_least=0)
         if self.guided_channels != "all":
             require(self, "guided_channels", at_least=1)
         lowest, highest = self.guidance_interval
@@ -147,6 +151,7 @@ class SamplingChanges(TypedDict, total=False):
     guided_channels: int | Literal["all"] | None
     guiders: Mapping[str, float] | None
     rounding: Rounding | None
+    tile: int | None
     state_precision: StatePrecision | None
     precision: AutoPrecision | None
     relative_tolerance: float | None

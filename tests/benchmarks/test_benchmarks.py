@@ -25,6 +25,8 @@ import counting
 import prepare_speed
 import read_speed
 import sample_speed
+import sizes
+import soak
 import train_speed
 from attention_speed import AttentionSpeed
 from counting import Counting, activation_bytes, forward_flops, parameters, training_flops
@@ -41,6 +43,7 @@ from reglue.pipeline import ImageModel
 from reglue.sampling import Precision, Sampling
 from reglue.training.checkpoints import find
 from sample_speed import SampleSpeed
+from sizes import Sizes
 from train_speed import TrainingStep, TrainSpeed
 from workloads import Workload
 
@@ -71,8 +74,9 @@ def figures_of(line: str) -> Any:
             counting.main,
             {"models", "resolutions"},
         ),
+        (Sizes(sizes=(16,), model="1x32x2/2", images=1, steps=1, tile=16), sizes.main, {"rows"}),
     ],
-    ids=["train", "attention", "sample", "prepare", "count"],
+    ids=["train", "attention", "sample", "prepare", "count", "sizes"],
 )
 def test_a_benchmark_ends_with_a_line_of_json(
     options: Any, main: Callable[[Any], str], figures: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -350,3 +354,13 @@ def test_the_tables_of_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert model["whole, GiB"] == pytest.approx((20 + 2) * model["weights, M"] * 1e6 / 2**30, rel=1e-3)
     assert 1 / 8 < model["8 shards, GiB"] / model["whole, GiB"] < 1
     assert "| 2x32x2/2 | " in capsys.readouterr().out
+
+
+def test_a_soak_says_what_rose() -> None:
+    found = soak.look(os.getpid())
+    assert found["memory, MiB"] > 10
+    assert min(found["open files"], found["threads"]) >= 1
+    flat = [{"memory, MiB": 900.0 - i, "open files": 20.0, "threads": 7.0} for i in range(30)]
+    assert soak.judged(flat)[2] == []
+    assert soak.judged([{**look, "open files": 20.0 + i} for i, look in enumerate(flat)])[2] == ["open files"]
+    assert soak.judged([{**look, "memory, MiB": 900.0 + i} for i, look in enumerate(flat)])[2] == ["memory, MiB"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections import deque
@@ -35,6 +34,7 @@ from reglue.encoders.known import STARTER
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, load_encoder
 from reglue.errors import UserError, option, printable
 from reglue.locks import writes
+from reglue.machine import memory
 from reglue.names import NO_ENCODER
 from reglue.options.prepare import Prepare
 from reglue.progress import Bar
@@ -94,7 +94,7 @@ def prepare(options: Prepare, *, semantics_of: Contents | None = None) -> Store:
         store = writer.finish(_statistics_rows(options, writer.rows))
         print(
             f"{printable(str(options.out))}: {len(store)} images ({len(store.manifest.skipped)} unreadable), "
-            f"{remaining / seconds:.1f} images/s, peak memory {peak_rss_mib():.0f} MiB"
+            f"{remaining / seconds:.1f} images/s, peak memory {memory()[1]:.0f} MiB"
         )
         if converted:
             print(f"the colours of {converted} images were brought from their ICC profile to sRGB")
@@ -238,7 +238,7 @@ def fill(
             }
             measured = {
                 "images_per_second": len(block) / (time.perf_counter() - block_started),
-                "peak_rss_mib": peak_rss_mib(),
+                "peak_rss_mib": memory()[1],
             }
             if len(written) == writers:  # No more wait for the disk, since each takes its room in memory.
                 written.popleft().result()
@@ -279,12 +279,6 @@ def mark(device: torch.device) -> Callable[[], object]:
 def _dealt(blocks: list[range], rank: int, processes: int) -> list[range]:
     """The part of the blocks that one of several processes does: neighbours, since files and streams are read on."""
     return blocks[len(blocks) * rank // processes : len(blocks) * (rank + 1) // processes]
-
-
-def peak_rss_mib() -> float:
-    """The most memory that this process has had resident so far, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _batches_of(block: range, size: int) -> list[range]:

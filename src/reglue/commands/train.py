@@ -116,7 +116,8 @@ class DenoiserTask(Task[HostBatch]):
         classes = max(len(record.class_names), 1)
         indices = range(options.preview_count)
         labels = [i % classes for i in indices] if record.class_names else [model.null_label] * len(indices)
-        images = model.decode(model.draw(indices, model.condition(labels), options.seed, sampling), sampling.rounding)
+        state = model.draw(indices, model.condition(labels), options.seed, sampling)
+        images = model.decode(state, sampling.rounding, sampling.tile)
         return Image.fromarray(image_grid(images, columns=math.ceil(options.preview_count**0.5)))
 
 

@@ -90,7 +90,7 @@ class Editor(ABC):
         """What samplers follow under a condition."""
 
     @abstractmethod
-    def decode(self, state: State, rounding: Any) -> np.ndarray:
+    def decode(self, state: State, rounding: Any, tile: int = ...) -> np.ndarray:
         """The images of a state."""
 
     @abstractmethod
@@ -184,7 +184,7 @@ class Editor(ABC):
             else:
                 clamp = self._clamp(own, {}, indices, seed, sampling, until)
                 state = self.draw(indices, condition, seed, sampling, controls=[clamp])
-            images += map(Image.fromarray, self.decode(state, sampling.rounding))
+            images += map(Image.fromarray, self.decode(state, sampling.rounding, sampling.tile))
         return images
 
     def complete(self, known: State, *, indices: Sequence[Index] = (), seed: int = 0, **changes: Any) -> State:
@@ -309,7 +309,7 @@ class Editor(ABC):
                     repeats=editing.resample,
                     schedule=schedule,
                 )
-                drawn = self.decode(state, sampling.rounding)
+                drawn = self.decode(state, sampling.rounding, sampling.tile)
                 bar.update(len(own))
                 for subject, pixels in zip(own, drawn, strict=True):
                     yield subject.place.put_back(subject.image, Image.fromarray(pixels), subject.share)

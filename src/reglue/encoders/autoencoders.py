@@ -105,6 +105,8 @@ class Autoencoder(nn.Module, ABC):
     """A frozen autoencoder."""
 
     spec: AutoencoderSpec
+    of_one_size = False
+    """Whether it knows latents of one size alone, so that there can be no tiles of them."""
 
     @abstractmethod
     def encode(self, images: Tensor) -> Moments:
@@ -171,6 +173,8 @@ class RaeAutoencoder(DiffusersAutoencoder):
 
     Its pixels are in [0, 1], it normalises its latents itself, and it knows images of one size.
     """
+
+    of_one_size = True
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Moments:

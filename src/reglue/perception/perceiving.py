@@ -19,6 +19,7 @@ from torch import Tensor
 
 from reglue.config import LocalSemantics
 from reglue.diffusion.modalities import LATENT
+from reglue.encoders import tiling
 from reglue.encoders.alignment import FILE as ALIGNMENT_FILE
 from reglue.encoders.alignment import AlignmentNetwork, at_usual_length
 from reglue.encoders.autoencoders import Autoencoder
@@ -30,6 +31,7 @@ from reglue.names import Estimator
 from reglue.perception.heads import Head, features_of_codes
 from reglue.reals.samples import ImageSamples, all_of, to_images, to_pixels
 from reglue.samples import Drawing
+from reglue.sampling import Sampling
 
 View = Literal["alignment", "local", "drawn", "original", "encoder"]
 """Whose features a head reads: an estimator's, or the encoder's, of the original or of the decoded image."""
@@ -99,7 +101,8 @@ def drawn_scenes(
     """Batches of the images of a drawing."""
     model, local = drawing.model, LocalSemantics.modality
     for state in drawing.states(batches, what):
-        pixels = model.pixels(state, drawing.sampling.rounding).permute(0, 3, 1, 2).contiguous()
+        pixels = model.pixels(state, drawing.sampling.rounding, drawing.sampling.tile)
+        pixels = pixels.permute(0, 3, 1, 2).contiguous()
         code = model.raw(state, local) if local in state else None
         yield _scene(subject, encoder, pixels, model.raw(state, LATENT), code)
 
@@ -118,7 +121,8 @@ def encoded_scenes(
             each = dict(zip(encoder.spec.layers, seen.features.split(encoder.spec.width, dim=1), strict=True))
             # As a model meets it: compressed, and brought to the grid of the latents.
             code = resize(subject.compressor.encode(torch.cat([each[layer] for layer in layers], dim=1)), grid)
-        scene = _scene(subject, encoder, to_pixels(subject.autoencoder.decode(latents)), latents, code)
+        decoded = to_pixels(tiling.decode(subject.autoencoder, latents, Sampling.tile))
+        scene = _scene(subject, encoder, decoded, latents, code)
         scene.seen["original"] = (seen, encoder.spec.layers)
         if subject.draw and "drawn" in subject.estimates:
             scene.seen["drawn"] = subject.from_local(subject.draw(latents, range(done, done + len(latents))), "drawn")

@@ -111,7 +111,7 @@ def encode(model: ImageModel, image: Tensor) -> State:
 
 def decode(model: ImageModel, state: State) -> Tensor:
     """The images of states."""
-    return as_image(model.decode(state, model.default_sampling.rounding))
+    return as_image(model.decode(state, model.default_sampling.rounding, model.default_sampling.tile))
 
 
 def see_map(model: ImageModel, state: State) -> Tensor:

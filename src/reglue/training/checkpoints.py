@@ -191,6 +191,11 @@ def steps(run: Path) -> list[int]:
     return sorted(int(folder.name) for folder in (run / FOLDER).glob("[0-9]" * 8) if (folder / PROGRESS).is_file())
 
 
+def told(run: Path) -> str:
+    """Which checkpoint the same command would continue from."""
+    return f"last checkpoint at {done[-1]:,}" if (done := steps(run)) else "no checkpoint yet"
+
+
 def refuse_fewer_steps(run: Path, asked: int) -> None:
     """Raise UserError if a run has been trained for more steps than are asked for."""
     done = max(steps(run), default=0)

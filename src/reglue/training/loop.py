@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -154,9 +155,8 @@ def fit(
                 raise undrawn
         ahead = (part for future in range(step, steps) for part in parts_of(future))
         batches = stack.enter_context(closing(prefetch(task.read, ahead, workers, task.device)))
-        progress = stack.enter_context(
-            Bar(total=steps, initial=step, unit="step", desc=task.name, disable=rank > 0, smoothing=0.05)
-        )
+        shown: dict[str, Any] = {"unit": "step", "desc": task.name, "disable": rank > 0, "smoothing": 0.05}
+        progress = stack.enter_context(Bar(total=steps, initial=step, aside=partial(checkpoints.told, run), **shown))
         means = Means()
         logged_step, logged_time = step, time.perf_counter()
 

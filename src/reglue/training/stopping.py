@@ -1,4 +1,4 @@
-"""Stopping on request, at any moment: Ctrl-C (SIGINT) ends a command with exit code 130, SIGTERM with 143.
+"""Signals: Ctrl-C (SIGINT) ends a command at any moment, with exit code 130, SIGTERM with 143; SIGUSR1 asks for a line.
 
 Nothing here takes time to import: `listen` comes before everything else.
 """
@@ -10,11 +10,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import NoReturn
 
 REQUESTS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
+STATE = getattr(signal, "SIGUSR1", None)
+"""Asks what the process is doing. Windows has none."""
 PATIENCE = 10.0
 """Seconds within which an interrupted command ends, whatever its main thread waits for."""
 
@@ -22,6 +25,7 @@ _asked = 0
 """The number of the last signal; 0 if there was none."""
 _interrupted = _at_work = False
 _deferred = threading.Event()
+_tell: Callable[[], object] = partial(os.write, 2, b"reglue: begun\n")
 
 
 def listen() -> None:
@@ -33,6 +37,9 @@ def listen() -> None:
     for number in REQUESTS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
+    if STATE and signal.getsignal(STATE) is not signal.SIG_IGN:
+        signal.signal(STATE, lambda *_: None)  # `_watch` answers, whatever this thread is in the middle of.
+        signal.siginterrupt(STATE, False)
     if hasattr(signal, "SIGXFSZ"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = sys.unraisablehook
@@ -48,6 +55,12 @@ def listen() -> None:
     signal.set_wakeup_fd(written, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(arrived,), daemon=True).start()
     os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+def answers(tell: Callable[[], object]) -> None:
+    """From now on, whoever sends SIGUSR1 is told by this function, in a thread of its own."""
+    global _tell
+    _tell = tell
 
 
 @contextmanager
@@ -132,9 +145,11 @@ def _interrupt(number: int, _: object) -> NoReturn:
 
 
 def _watch(arrived: int) -> None:
-    """End the process soon after a signal, even if its main thread is in a call that does not return."""
+    """Answer, and end the process soon after a signal, even if its main thread is in a call that does not return."""
     while True:
         (number,) = os.read(arrived, 1)
+        if number == STATE:
+            threading.Thread(target=_tell, daemon=True).start()
         if number in REQUESTS and not _deferred.is_set():
             time.sleep(PATIENCE)
             end(number)
@@ -145,3 +160,5 @@ def _leave_to_parent() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if STATE:
+        signal.signal(STATE, signal.SIG_IGN)

@@ -23,6 +23,7 @@ from reglue.data.plots import UNITS, curves
 from reglue.data.prefetch import in_batches
 from reglue.data.store import Store
 from reglue.diffusion.modalities import LATENT, State, concatenate_states
+from reglue.encoders import tiling
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError, one_line
 from reglue.files import SEAL, opened_tensors
@@ -193,7 +194,7 @@ def draw(
     """Images 0, 1, … of a seed with these labels: uint8 (N, H, W, 3), and their states on the CPU."""
     drawing, pixels, states = Drawing(model, None, sampling, labels, wanted.seed), [], []
     for state in drawing.states(in_batches(len(labels), wanted.batch_size), f"draw {what}"):
-        pixels.append(model.decode(state, sampling.rounding))
+        pixels.append(model.decode(state, sampling.rounding, sampling.tile))
         states.append({name: values.cpu() for name, values in state.items()})
     return np.concatenate(pixels), concatenate_states(states)
 
@@ -222,10 +223,10 @@ def _training_store(record: RunRecord, moved: Path | None, notes: list[str]) -> 
 
 def _decoded(model: ImageModel, store: Store, rows: Tensor) -> np.ndarray:
     """Images of a store as its latents have them: uint8 (n, H, W, 3). The images themselves may have moved."""
-    latents = store.read(LATENT, rows)["mean"].float().to(model.device)
+    latents, sampling = store.read(LATENT, rows)["mean"].float().to(model.device), model.record.recipe.sampling
     with torch.no_grad():
-        images = [model.autoencoder.decode(part) for part in latents.split(SHOWN)]
-    return to_pixels(torch.cat(images), model.record.recipe.sampling.rounding).cpu().numpy()
+        images = [tiling.decode(model.autoencoder, part, sampling.tile) for part in latents.split(SHOWN)]
+    return to_pixels(torch.cat(images), sampling.rounding).cpu().numpy()
 
 
 def _nearest(model: ImageModel, store: Store, pixels: np.ndarray, state: State, notes: list[str]) -> Nearest | None:
