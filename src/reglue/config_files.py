@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, cast, get_origin
+from typing import Any, cast, get_args, get_origin
 
 import tyro
 import yaml
@@ -64,7 +64,8 @@ def _entries(node: Any, options: Mapping[str, Option], prefix: str = "") -> Iter
         raise ValueError("it begins with no name of an option and a colon")
     for key, value in node.value:
         name = prefix + " ".join(_words(key)).replace("_", "-")
-        takes_names = name in options and get_origin(options[name].type) is Mapping
+        kind = options[name].type if name in options else str
+        takes_names = Mapping in map(get_origin, (kind, *get_args(kind)))
         if isinstance(value, yaml.MappingNode) and not takes_names:
             yield from _entries(value, options, f"{name}.")
         else:

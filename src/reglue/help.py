@@ -7,7 +7,7 @@ import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import wrap
@@ -167,6 +167,7 @@ def declared(options: type, default: Any = MISSING, prefix: str = "", above: tup
             yield Option(name, kind, value, explanations.get(field.name, ""), Positional in marks, path)
 
 
+@cache
 def _explanations(options: type) -> dict[str, str]:
     """What is said of each field of a dataclass, inherited ones included."""
     found: dict[str, str] = {}
