@@ -19,7 +19,7 @@ import yaml
 
 from reglue import __version__
 from reglue.errors import UserError, one_line, printable
-from reglue.files import plain, replacing
+from reglue.files import plain, write_text
 from reglue.help import RECIPE, Option, declared
 from reglue.mistakes import typed, wanted
 
@@ -125,6 +125,4 @@ def save(file: Path, words: Sequence[str], options: Any, default: Any) -> None:
         value = yaml.safe_dump(plain(option.default), default_flow_style=True, allow_unicode=True, width=2**30)
         entry = f"{option.name}: {value}".removesuffix("...\n").strip()
         lines += ["", *wrap(option.explanation, WIDTH, initial_indent="# ", subsequent_indent="# "), entry]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as beside:
-        beside.write_text("\n".join([*lines, ""]), "utf-8")
+    write_text(file, "\n".join([*lines, ""]))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from reglue.config import LearnedPart, Recipe, TimeDistribution
 from reglue.data.manifest import CLASS_TOKEN_CODES, compressor_of, value_of
 from reglue.data.store import Store
-from reglue.data.targets import Tokens, alignment_targets, target_columns
+from reglue.data.targets import alignment_targets, target_columns
 from reglue.diffusion.conditions import CLASS, CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.embeddings import SPAN
@@ -24,6 +24,7 @@ from reglue.diffusion.paths import PATHS
 from reglue.diffusion.predictions import PREDICTIONS
 from reglue.diffusion.students import STUDENTS, Student
 from reglue.encoders.compressors import resize
+from reglue.encoders.vision import VisionFeatures
 from reglue.errors import UserError, option
 from reglue.seeds import generator, normals, permutation
 
@@ -302,9 +303,9 @@ class TrainingData:
             learned = {name: learned.get(name, True) & (t > 0) for name, t in times.items()}
         return learned
 
-    def _target(self, tokens: Tokens) -> Tensor:
+    def _target(self, tokens: VisionFeatures) -> Tensor:
         """The encoder's raw tokens (B, N, D) float32 for the model's tokens: resampled if the grids differ."""
-        patches = tokens.patches
+        patches = tokens.features
         if patches.shape[2:] != self.config.token_grid:
             patches = F.interpolate(patches.float(), self.config.token_grid, mode="bilinear", antialias=True)
         if (share := self.recipe.alignment.spatial_norm) is not None:  # iREPA (arXiv 2512.10794)

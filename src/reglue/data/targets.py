@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,18 +17,9 @@ from reglue.config import Recipe
 from reglue.data.images import UnreadableImage
 from reglue.data.store import Store, dequantised
 from reglue.encoders.compressors import load_compressor
-from reglue.encoders.vision import EncoderSpec, load_encoder
+from reglue.encoders.vision import EncoderSpec, VisionFeatures, load_encoder
 from reglue.errors import UserError, option
 from reglue.names import codes_column
-
-
-class Tokens(NamedTuple):
-    """What a vision encoder says of images in its last layer, raw."""
-
-    class_token: Tensor
-    """(B, D)."""
-    patches: Tensor
-    """(B, D, h, w), at the encoder's grid."""
 
 
 class AlignmentTargets(ABC):
@@ -43,8 +33,8 @@ class AlignmentTargets(ABC):
         """What the tokens of rows (B,) are made of, each (B, …) on the CPU. Many threads may call it at once."""
 
     @abstractmethod
-    def tokens(self, read: Mapping[str, Tensor]) -> Tokens:
-        """The tokens made of what `read` gave, on the device where that has been moved to."""
+    def tokens(self, read: Mapping[str, Tensor]) -> VisionFeatures:
+        """What the encoder says in its last layer, raw, made of what `read` gave and on the device where that is."""
 
 
 def target_columns(recipe: Recipe) -> tuple[str, ...]:
@@ -86,9 +76,9 @@ class CachedTargets(AlignmentTargets):
         """`cls` and, as they are stored, the tensors of `features`."""
         return {**self.store.read("cls", rows), **self.store.read_stored("features", rows, self.last_layer)}
 
-    def tokens(self, read: Mapping[str, Tensor]) -> Tokens:
+    def tokens(self, read: Mapping[str, Tensor]) -> VisionFeatures:
         """See `AlignmentTargets.tokens`."""
-        return Tokens(read["cls"], dequantised(read)["features"])
+        return VisionFeatures(read["cls"], dequantised(read)["features"])
 
 
 class DecodedTargets(AlignmentTargets):
@@ -118,9 +108,9 @@ class DecodedTargets(AlignmentTargets):
         return {**self.store.read("cls", rows), **self.store.read(self.column, rows)}
 
     @torch.no_grad()
-    def tokens(self, read: Mapping[str, Tensor]) -> Tokens:
+    def tokens(self, read: Mapping[str, Tensor]) -> VisionFeatures:
         """See `AlignmentTargets.tokens`."""
-        return Tokens(read["cls"], self.compressor.decode(read["local"].float(), self.last_layer))
+        return VisionFeatures(read["cls"], self.compressor.decode(read["local"].float(), self.last_layer))
 
 
 class OnlineTargets(AlignmentTargets):
@@ -158,7 +148,6 @@ class OnlineTargets(AlignmentTargets):
             pixels.append(image)
         return {"pixels": torch.stack(pixels)}
 
-    def tokens(self, read: Mapping[str, Tensor]) -> Tokens:
+    def tokens(self, read: Mapping[str, Tensor]) -> VisionFeatures:
         """See `AlignmentTargets.tokens`."""
-        described = self.encoder.describe(read["pixels"])
-        return Tokens(described.class_token, described.features)
+        return self.encoder.describe(read["pixels"])
