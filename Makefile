@@ -33,7 +33,7 @@ test-avx2: install
 # for these Pythons here, and fetches those that are not.
 QUICK := tests/test_mistakes.py tests/test_config.py tests/test_files.py tests/data/test_sources.py
 FRESH := $(BIN)/uv run --isolated --no-project --with '.[train,evaluate,ode]' --with 'pytest>=8.3' \
-	--with 'hypothesis>=6.112'
+	--with 'hypothesis>=6.112' --with 'webdataset>=0.2.100'
 versions: install
 	$(FRESH) --python 3.11 --resolution lowest-direct pytest $(QUICK)
 	for python in 3.11 3.12 3.13; do $(FRESH) --python $$python pytest $(QUICK) || exit 1; done
