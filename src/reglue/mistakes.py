@@ -15,7 +15,11 @@ from reglue.help import Option
 
 _ONE = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
 _MANY = {int: "whole numbers", float: "numbers", str: "texts", Path: "paths"}
-_SWITCH = {"True": True, "true": True, "False": False, "false": False}
+_NAMED: dict[Any, dict[str, Any]] = {
+    NoneType: {"None": None},
+    bool: {"True": True, "true": True, "False": False, "false": False},
+}
+"""The values of types that have few, as they are typed."""
 _COUNTED = {1: "one", 2: "two", 3: "three", 4: "four"}
 
 
@@ -100,10 +104,12 @@ def typed(kind: Any, words: Sequence[str]) -> Any:
                 return typed(part, words)
         raise ValueError(f"none of {parts}")
     (word,) = words
-    choices = {"None": None} if kind is NoneType else _SWITCH if kind is bool else {str(part): part for part in parts}
-    if choices and word not in choices:
-        raise ValueError(f"none of {', '.join(choices)}")
-    return choices[word] if choices else kind(word)
+    if origin is Literal or kind in _NAMED:
+        values = _NAMED.get(kind) or {str(part): part for part in parts}
+        if word not in values:
+            raise ValueError(f"none of {', '.join(values)}")
+        return values[word]
+    return kind(word)
 
 
 def wanted(kind: Any) -> str:
