@@ -24,6 +24,7 @@ from reglue.help import RECIPE, Option, declared
 from reglue.mistakes import typed, wanted
 
 WIDTH = 100
+"""Of the lines that say what an option is about."""
 
 
 def read(file: Path, options: Iterable[Option]) -> dict[str, Any]:
