@@ -130,7 +130,7 @@ def test_help_shows_what_a_file_says(tmp_path: Path, capsys: pytest.CaptureFixtu
     for words in ("sample run --help", f"train --config {tmp_path / 'f.yaml'} --help"):
         with pytest.raises(SystemExit):
             parse(words.split())
-        text = capsys.readouterr().out
+        text = " ".join(capsys.readouterr().out.split())
         assert "--config takes options from a YAML file" in text
         assert "--save-config writes such a file" in text
     assert text.startswith("usage: reglue train sit ")

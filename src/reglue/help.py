@@ -118,7 +118,7 @@ def command_help(command: list[str], options: type, example: str, default: Any =
     words += [f"{option.flags[0]} {option.metavar}" for option in found if option.required and not option.positional]
     width = min(get_terminal_size().columns, 120)
     paragraphs = (inspect.getdoc(options) or "").split("\n\n")
-    paragraphs += [f"{option.flags[0]} {option.explanation}." for option in COMMON]
+    paragraphs.append(" ".join(f"{option.flags[0]} {option.explanation}." for option in COMMON))
     lines = [line for paragraph in paragraphs for line in (*wrap(paragraph, width), "")]
     parser = ArgumentParser(
         usage=" ".join(["reglue", *command, *words, "[options]"]),
