@@ -39,6 +39,7 @@ from reglue.diffusion.modalities import LATENT, Normalisation, State, TensorTime
 from reglue.editing.encoding import ImageEncoder
 from reglue.encoders.autoencoders import Autoencoder, AutoencoderSpec, Moments
 from reglue.errors import UserError, one_line
+from reglue.extras import need
 from reglue.files import read_json, to_json
 from reglue.names import GraphFormat, GraphPrecision
 from reglue.run import RunRecord
@@ -52,7 +53,6 @@ OF = "of_"
 """In front of the names of conditions within a module that is exported, for `class` is a word of Python's."""
 MOST = 4096
 """Images in a batch of a graph that takes any number."""
-INSTALL = "run `pip install 'reglue[onnx]'`"
 
 
 class Graph:
@@ -435,7 +435,5 @@ def quietly() -> Iterator[None]:
 
 def needed(package: str) -> Any:
     """A package of the extra. Raises UserError if it is not installed."""
-    try:
-        return import_module(package)
-    except ModuleNotFoundError:
-        raise UserError(f"this needs {package}: {INSTALL}") from None
+    need("this", package)
+    return import_module(package)

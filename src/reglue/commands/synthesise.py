@@ -21,6 +21,7 @@ from reglue.data.prefetch import in_batches
 from reglue.editing.options import LOCAL
 from reglue.editing.subjects import segmenting_head
 from reglue.errors import UserError, option
+from reglue.extras import need
 from reglue.files import file_sha256, plain, to_json, write_text
 from reglue.locks import writes
 from reglue.metrics.distances import nearest
@@ -54,6 +55,7 @@ def synthesise(options: Synthesise) -> Path:
 
     Raises UserError for what cannot be, before any network runs, and for a folder of another data set.
     """
+    need("synthesise", "scipy")
     device = distributed.alone("synthesise", options.device)
     head = segmenting_head(options.head, RunRecord.read(find_run(options.run)))
     names = names_of(options, head.spec)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from reglue.data.images import Cover
 from reglue.data.masks import crop_mask
+from reglue.errors import option
+from reglue.extras import need
 
 WHITE = 128
 """The least grey value of a mask that counts as white."""
@@ -109,6 +111,7 @@ def feathered(mask: np.ndarray, pixels: int) -> np.ndarray:
     """A mask (height, width) bool as shares from 0 to 1, float: 1 within, falling to 0 over so many pixels around."""
     if not pixels:
         return mask.astype(np.float64)
+    need(option("feather"), "scipy")
     from scipy.ndimage import distance_transform_edt  # slow to import
 
     return np.clip(1 - np.asarray(distance_transform_edt(~mask)) / pixels, 0, 1)
