@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import timm
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
 from helpers import TINY_RECIPE, draw_images
@@ -25,6 +27,9 @@ from reglue.commands.prepare import Prepare, prepare
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# On a machine that does other work a test may take its time.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # As for whatever a script starts in the background; the processes that tests interrupt would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -140,6 +145,20 @@ def dropping_run(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Pa
     return run
 
 
+@pytest.fixture(autouse=True)
+def shared_stay_as_they_are() -> Iterator[None]:
+    """No test leaves anything in, or takes anything from, the folders that all share."""
+    before = {folder: sorted(folder.rglob("*")) for folder in SHARED}
+    yield
+    for folder, content in before.items():
+        changed = {*content} ^ {*folder.rglob("*")}
+        assert not changed, f"the test works on a folder that others share, not on a copy: {min(changed)}"
+
+
+SHARED: list[Path] = []
+"""Folders of this session that are made once."""
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path:
     """A REGLUE run of six steps."""
@@ -149,4 +168,5 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path
     run = tmp_path_factory.mktemp("run") / "run"
     arguments = ["--store", str(tiny_store), "--out", str(run), *TINY_RECIPE, "--optimisation.steps=6"]
     train(parse(["train", "reglue", *arguments]))
+    SHARED.extend((run, tiny_store))
     return run

@@ -177,7 +177,7 @@ def test_what_is_larger_than_memory_is_not_read_whole(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_LZMA])
 def test_any_bytes_changed_are_one_line_or_nothing(compression: int, tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(archive(tmp_path / "a.npz", saved(NUMBERS), compression=compression).read_bytes())

@@ -104,7 +104,7 @@ def test_mistakes_are_named(
     assert told in mistake(capsys, monkeypatch, *arguments.split())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_whatever_is_typed_is_taken_or_refused_in_one_line(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["prepare", "compress", "sample", "probe", "verify"]))

@@ -213,7 +213,7 @@ def _text(value: str) -> bytes:
     return b"X" + len(value).to_bytes(4, "little") + value.encode()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.one_of(st.binary(max_size=200), st.data()))
 def test_damaged_files_are_refused_by_name(tmp_path_factory: pytest.TempPathFactory, content: Any) -> None:
     file = tmp_path_factory.mktemp("damaged") / "damaged.pkl"
@@ -437,7 +437,7 @@ def test_tensors_and_arrays_larger_than_the_file_are_refused(tmp_path: Path) -> 
             read_statistics(file)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     operations=st.lists(
         st.one_of(

@@ -5,7 +5,6 @@ Nothing in them is executed, and no shape is believed unless there are just as m
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import zipfile
@@ -17,6 +16,8 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from reglue.errors import UserError, one_line
+from reglue.files import UNSEALED as NO_DIGITS
+from reglue.files import sha256_around
 
 ONLY = "arr_0"
 """What the array of an .npy file is called here: what NumPy calls the first of an archive that was given no name."""
@@ -111,7 +112,7 @@ class ArrayFile:
 
 SEAL = b"sha256="
 """The comment of an archive of ours: this and the SHA-256 of the file as it is with zeros in the place of that one."""
-UNSEALED = SEAL + b"0" * 64
+UNSEALED = SEAL + NO_DIGITS.encode()
 """The comment until `seal_archive`."""
 _SEALED = re.compile(SEAL + rb"([0-9a-f]{64})")
 
@@ -129,15 +130,11 @@ def seal_archive(path: Path) -> None:
 
 def _seal(path: Path) -> tuple[str | None, str]:
     """The hash at the end of an archive, None if it has none, and the one that it should be."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        left = max(path.stat().st_size - len(UNSEALED), 0)
-        while part := file.read(min(2**20, left)):
-            digest.update(part)
-            left -= len(part)
+        place = max(path.stat().st_size - len(UNSEALED), 0)
+        file.seek(place)
         written = _SEALED.fullmatch(file.read())
-    digest.update(UNSEALED)
-    return written and written[1].decode(), digest.hexdigest()
+        return written and written[1].decode(), sha256_around(file, place + len(SEAL))
 
 
 def _header(name: str, file: IO[bytes], size: int) -> Header:

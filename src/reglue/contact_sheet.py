@@ -7,17 +7,19 @@ sample by whatever counts the pictures of the folder.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reglue.errors import UserError
-from reglue.files import replacing
+from reglue.files import file_sha256, write_text
 from reglue.names import PAGE as PAGE
+
+if TYPE_CHECKING:
+    import jinja2
 
 TABLE = "samples.csv"
 COLUMNS = ("file_name", "label", "class_index", "index", "seed", "sha256")
@@ -59,7 +61,7 @@ def read_hashes(folder: Path) -> dict[str, str]:
 
 def refuse_changed(file: Path, hashes: Mapping[str, str]) -> None:
     """Raise UserError if a picture is not the one that the table of its folder (`read_hashes`) lists, if it does."""
-    if file.name in hashes and _sha256(file) != hashes[file.name]:
+    if file.name in hashes and file_sha256(file) != hashes[file.name]:
         raise UserError(f"{file} is damaged (its content is not what was drawn); delete it, and draw it again")
 
 
@@ -84,7 +86,7 @@ def describe(folder: Path, protocol: Mapping[str, Any]) -> None:
     known = read_hashes(folder)
     new = [file for file in files if file not in known]
     with ThreadPoolExecutor(THREADS) as threads:
-        known |= zip(new, threads.map(lambda file: _sha256(folder / file), new), strict=True)
+        known |= zip(new, threads.map(lambda file: file_sha256(folder / file), new), strict=True)
     _write(folder / TABLE, table(protocol, {file: known[file] for file in files}))
     _write(folder / PAGE, _page(folder, files, protocol))
 
@@ -106,12 +108,20 @@ def table(protocol: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
 
 
 def _page(folder: Path, files: list[str], protocol: Mapping[str, Any]) -> str:
-    import jinja2  # slow to import
-
     from reglue.data.images import open_picture  # imports PyTorch
 
     with open_picture(folder / files[0]) as first:
         width, height = first.size
+    shown = [(file, _class_of(int(Path(file).stem), protocol)[0]) for file in files[:SHOWN]]
+    return template("samples.html").render(
+        protocol=protocol, shown=shown, count=len(files), size=(width, height), pixelated=max(width, height) < PIXELATED
+    )
+
+
+def template(name: str, **filters: Callable[..., Any]) -> jinja2.Template:
+    """A page of the package, in which no text is trusted, with filters by name."""
+    import jinja2  # slow to import
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("reglue", "templates"),
         autoescape=True,
@@ -119,10 +129,8 @@ def _page(folder: Path, files: list[str], protocol: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = [(file, _class_of(int(Path(file).stem), protocol)[0]) for file in files[:SHOWN]]
-    return environment.get_template("samples.html").render(
-        protocol=protocol, shown=shown, count=len(files), size=(width, height), pixelated=max(width, height) < PIXELATED
-    )
+    environment.filters |= filters
+    return environment.get_template(name)
 
 
 def _class_of(index: int, protocol: Mapping[str, Any]) -> tuple[str, int | str]:
@@ -132,16 +140,10 @@ def _class_of(index: int, protocol: Mapping[str, Any]) -> tuple[str, int | str]:
     return (names[label], label) if names else ("", "")
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _write(path: Path, text: str) -> None:
     # Names of classes may come from folders whose names are not UTF-8.
     if not holds(path, text):
-        with replacing(path) as beside:
-            beside.write_bytes(text.encode(errors="surrogateescape"))
+        write_text(path, text, errors="surrogateescape")
 
 
 def holds(path: Path, text: str) -> bool:

@@ -107,6 +107,13 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write text in UTF-8, whole or not at all, with the folder that it is in. Raises UserError as `replacing`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8", errors=errors)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to fill, which becomes `path` when the block ends well; otherwise nothing is left of it.
@@ -136,6 +143,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_filled(path: Path) -> None:
@@ -215,7 +228,20 @@ def read_jsonl(file: Path, kind: type[_T], remedy: str | None) -> list[_T]:
 
 SEAL = "sha256"
 """In the header of a tensor file of ours: the SHA-256 of the file as it is with zeros in the place of this one."""
-_UNSEALED = "0" * 64
+UNSEALED = "0" * 64
+
+
+def sha256_around(stream: BinaryIO, place: int) -> str:
+    """The SHA-256 of a file with zeros in the place of the one that is in it, 64 digits from `place` on."""
+    stream.seek(0)
+    digest = hashlib.sha256()
+    while part := stream.read(min(2**20, place - stream.tell())):
+        digest.update(part)
+    digest.update(UNSEALED.encode())
+    stream.seek(len(UNSEALED), 1)
+    while part := stream.read(2**20):
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -235,7 +261,7 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     mode = file.stat().st_mode
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # safetensors writes several keys in random order, and the same tensors must have the same bytes: `seal` sorts them.
-    save_file(own, file, dict(metadata or {SEAL: _UNSEALED}))
+    save_file(own, file, dict(metadata or {SEAL: UNSEALED}))
     file.chmod(mode)  # safetensors makes files that only their owner may read; this one is as any other new file.
     seal(file)
 
@@ -248,8 +274,8 @@ def seal(file: Path) -> None:
     with file.open("r+b") as stream:
         header = _header(stream)
         metadata = header.get("__metadata__", {})
-        if metadata.get(SEAL) != _UNSEALED:
-            header["__metadata__"] = dict(sorted({**metadata, SEAL: _UNSEALED}.items()))
+        if metadata.get(SEAL) != UNSEALED:
+            header["__metadata__"] = dict(sorted({**metadata, SEAL: UNSEALED}.items()))
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)  # The format wants tensors aligned.
             with replacing(file) as beside, beside.open("wb") as other:
@@ -288,14 +314,8 @@ def _digest(stream: BinaryIO) -> tuple[str, int]:
     written = str(_header(stream).get("__metadata__", {}).get(SEAL, ""))
     end = stream.tell()
     stream.seek(0)
-    start = stream.read(end)
-    place = start.find(written.encode()) if len(written) == len(_UNSEALED) else -1
-    if place >= 0:
-        start = start[:place] + _UNSEALED.encode() + start[place + len(_UNSEALED) :]
-    digest = hashlib.sha256(start)
-    while part := stream.read(2**20):
-        digest.update(part)
-    return digest.hexdigest(), place
+    place = stream.read(end).find(written.encode()) if len(written) == len(UNSEALED) else -1
+    return sha256_around(stream, place if place >= 0 else end), place
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from reglue.diffusion.conditions import CLASS
 from reglue.diffusion.denoiser import Denoiser
 from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.errors import UserError, option
+from reglue.files import file_sha256
 from reglue.names import Weights
 from reglue.run import FILE, RunRecord, Start, find_run, known_as
 from reglue.training import checkpoints, distributed
@@ -125,10 +125,8 @@ def _opened(run: Path, step: int | None, weights: Weights) -> Beginning:
     checkpoint = checkpoints.find(folder, step)
     file = checkpoints.weights_file(checkpoint, weights, option("start_weights", "from-weights"))
     tensors = checkpoints.read_weights(file)
-    with file.open("rb") as opened:
-        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     return Beginning(
-        Start(known_as(run), int(checkpoint.name), weights, sha256),
+        Start(known_as(run), int(checkpoint.name), weights, file_sha256(file)),
         source.denoiser.position_grid or source.denoiser.token_grid,
         source,
         tensors,

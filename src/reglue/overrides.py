@@ -1,12 +1,12 @@
-"""Options that change single fields of a dataclass, made from the dataclass itself: an option is declared once."""
+"""Single fields of a dataclass: options that change them, made from the dataclass itself, and which ones differ."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import textwrap
-from dataclasses import field, fields, make_dataclass
-from typing import get_type_hints
+from dataclasses import field, fields, is_dataclass, make_dataclass
+from typing import Any, get_type_hints
 
 
 def overrides_of(declared: type) -> type:
@@ -36,3 +36,14 @@ def field_docstrings(declared: type) -> dict[str, str]:
             text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
             found[statement.target.id] = " ".join(str(text).split())
     return found
+
+
+def differing(before: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The fields in which two dataclasses of one type differ: their dotted names, and the values in both."""
+    different: dict[str, tuple[Any, Any]] = {}
+    for part in fields(before):
+        was, is_ = getattr(before, part.name), getattr(now, part.name)
+        if part.compare and was != is_:
+            nested = is_dataclass(was) and type(was) is type(is_)
+            different |= differing(was, is_, f"{prefix}{part.name}.") if nested else {prefix + part.name: (was, is_)}
+    return different

@@ -25,14 +25,13 @@ from collections.abc import Callable, Collection, Iterable
 from math import prod
 from pathlib import Path
 from types import NoneType
-from typing import IO, Any, ClassVar
+from typing import IO, Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reglue.errors import UserError
-from reglue.files import read_tensors
 
 TORCH_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How files begin that PyTorch wrote before version 1.6."""
@@ -90,7 +89,7 @@ class Inert:
 
     arguments: tuple[Any, ...]
 
-    def __new__(cls, *arguments: Any, **named: Any) -> Inert:
+    def __new__(cls, *arguments: Any, **named: Any) -> Self:
         """Keep the arguments. Not in `__init__`: pickles may call the class, or its `__new__` alone."""
         inert = super().__new__(cls)
         inert.arguments = arguments
@@ -104,10 +103,9 @@ class Inert:
 class InertDict(Inert):
     """`collections.OrderedDict` and other kinds of dict: keeps what is put into it."""
 
-    def __new__(cls, *arguments: Any, **named: Any) -> InertDict:
+    def __new__(cls, *arguments: Any, **named: Any) -> Self:
         """Take the pairs of keys and values that Python 2 gave to `OrderedDict`."""
         made = super().__new__(cls, *arguments, **named)
-        assert isinstance(made, InertDict)
         made.state = {}
         for pairs in arguments:
             for key, value in pairs if isinstance(pairs, list) else ():
@@ -125,38 +123,30 @@ class InertDict(Inert):
 class InertCounter(InertDict):
     """`collections.Counter` of a dict, as schedules of the learning rate have it."""
 
-    def __new__(cls, *arguments: Any) -> InertCounter:
+    def __new__(cls, *arguments: Any) -> Self:
         """Anything but a dict would be counted, and found as the key that it becomes."""
         if not all(isinstance(each, dict) for each in arguments):
             raise TooMuchError("a count of other things than those of a dict")
-        made = super().__new__(cls, *arguments)
-        assert isinstance(made, InertCounter)
-        return made
+        return super().__new__(cls, *arguments)
 
 
 class InertSet(Inert):
     """`set`."""
 
-    def __new__(cls, values: Any = ()) -> InertSet:
+    def __new__(cls, values: Any = ()) -> Self:
         """Of a list, of values that are quickly found."""
         if not isinstance(values, list | tuple):
             raise TooMuchError(f"a set of what a {type(values).__name__} has in it")
         refuse_slow(values)
-        made = super().__new__(cls, values)
-        assert isinstance(made, InertSet)
-        return made
+        return super().__new__(cls, values)
 
 
 class InertType(Inert):
     """A type that files name and do not call: whoever did could ask for a tensor of any size."""
 
-    def __new__(cls, *arguments: Any, **named: Any) -> InertType:
+    def __new__(cls, *arguments: Any, **named: Any) -> Self:
         """Refuse it."""
         raise TooMuchError("new tensors, which are not in it")
-
-
-class InertNamespace(Inert):
-    """`argparse.Namespace`: the options that a model was trained with."""
 
 
 class InertDtype(Inert):
@@ -242,7 +232,7 @@ STAND_INS = {
     "typing.Any": Inert,
     "pathlib.PosixPath": Inert,
     "pathlib._local.PosixPath": Inert,
-    "argparse.Namespace": InertNamespace,
+    "argparse.Namespace": Inert,
 }
 PYTHON_3 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 """Modules that older pickles name as Python 2 called them."""
@@ -291,6 +281,17 @@ class Counted(dict[int, Any]):
     def __getitem__(self, operation: int) -> Any:
         self.spend(1)
         return super().__getitem__(operation)
+
+
+def _after(check: Callable[[InertUnpickler], None], operation: bytes) -> Callable[[InertUnpickler], None]:
+    """An operation of pickles, after a check of what it is given."""
+    plain: Any = pickle._Unpickler.dispatch[operation[0]]
+
+    def checked(unpickler: InertUnpickler) -> None:
+        check(unpickler)
+        plain(unpickler)
+
+    return checked
 
 
 class InertUnpickler(pickle._Unpickler):
@@ -343,16 +344,6 @@ class InertUnpickler(pickle._Unpickler):
         if self.bytes_left < 0:
             raise TooMuchError(f"more than {MOST_BYTES:,} bytes made of text")
 
-    def load_newobj(self) -> None:
-        """Call the `__new__` of a stand-in."""
-        self.charge(self.stack[-1])
-        super().load_newobj()  # type: ignore[reportAttributeAccessIssue]
-
-    def load_newobj_ex(self) -> None:
-        """The same, with arguments by name."""
-        self.charge(self.stack[-2:])
-        super().load_newobj_ex()  # type: ignore[reportAttributeAccessIssue]
-
     def _instantiate(self, kind: Any, arguments: list[Any]) -> None:
         """Call a stand-in, as the operations INST and OBJ have it."""
         self.charge(arguments)
@@ -365,42 +356,18 @@ class InertUnpickler(pickle._Unpickler):
             raise TooMuchError(f"an object of the number {number % MOST_OPERATIONS}…")
         self.memo[number] = self.stack[-1]
 
-    def load_setitem(self) -> None:
-        """Put one value into a dict."""
-        refuse_slow([self.stack[-2]])
-        super().load_setitem()  # type: ignore[reportAttributeAccessIssue]
-
-    def load_setitems(self) -> None:
-        """Put keys and values, which are all that the stack holds since its mark, into a dict."""
-        refuse_slow(self.stack[::2])
-        super().load_setitems()  # type: ignore[reportAttributeAccessIssue]
-
-    def load_dict(self) -> None:
-        """Make a dict of keys and values."""
-        refuse_slow(self.stack[::2])
-        super().load_dict()  # type: ignore[reportAttributeAccessIssue]
-
-    def load_additems(self) -> None:
-        """Put values into a set."""
-        refuse_slow(self.stack)
-        super().load_additems()  # type: ignore[reportAttributeAccessIssue]
-
-    def load_frozenset(self) -> None:
-        """Make a frozen set of values."""
-        refuse_slow(self.stack)
-        super().load_frozenset()  # type: ignore[reportAttributeAccessIssue]
-
     dispatch |= {  # of this class alone
         pickle.BUILD[0]: load_build,
         pickle.REDUCE[0]: load_reduce,
-        pickle.NEWOBJ[0]: load_newobj,
-        pickle.NEWOBJ_EX[0]: load_newobj_ex,
+        pickle.NEWOBJ[0]: _after(lambda self: self.charge(self.stack[-1]), pickle.NEWOBJ),
+        pickle.NEWOBJ_EX[0]: _after(lambda self: self.charge(self.stack[-2:]), pickle.NEWOBJ_EX),
         pickle.PUT[0]: load_put,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-        pickle.DICT[0]: load_dict,
-        pickle.ADDITEMS[0]: load_additems,
-        pickle.FROZENSET[0]: load_frozenset,
+        pickle.SETITEM[0]: _after(lambda self: refuse_slow([self.stack[-2]]), pickle.SETITEM),
+        # The stack holds nothing but keys and values, or values, since its mark.
+        pickle.SETITEMS[0]: _after(lambda self: refuse_slow(self.stack[::2]), pickle.SETITEMS),
+        pickle.DICT[0]: _after(lambda self: refuse_slow(self.stack[::2]), pickle.DICT),
+        pickle.ADDITEMS[0]: _after(lambda self: refuse_slow(self.stack), pickle.ADDITEMS),
+        pickle.FROZENSET[0]: _after(lambda self: refuse_slow(self.stack), pickle.FROZENSET),
         # Room for a bytearray would be made before it is read.
         pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]],
     }
@@ -458,19 +425,6 @@ def read_untrusted(file: Path) -> Any:
         # Not the libraries' own words, which are for programmers, or advise to execute the file.
         problem = f"damaged, cut short, or no checkpoint; fetch it again ({type(error).__name__})"
         raise UserError(f"{file}: {_instead_of_checkpoint(file) or problem}") from None
-
-
-def read_untrusted_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of safetensors, or of what `read_untrusted` reads, by name: those of its `state_dict`, if
-    it has one. Raises UserError as that does, and for a file without tensors."""
-    content = read_tensors(file, "fetch it again") if file.suffix == ".safetensors" else read_untrusted(file)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    named = content.items() if isinstance(content, dict) else ()
-    tensors = {str(name): value for name, value in named if isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f"{file}: holds no tensors by name")
-    return tensors
 
 
 def _instead_of_checkpoint(file: Path) -> str | None:
@@ -602,7 +556,7 @@ def _contents(value: Any) -> Any:
     if isinstance(value, Inert):
         return _contents(value.state)
     if isinstance(value, dict):
-        return {_key(key): _contents(item) for key, item in value.items()}
+        return {key if isinstance(key, str | int) else repr(key): _contents(item) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)([_contents(item) for item in value])
     if isinstance(value, Tensor):
@@ -629,10 +583,6 @@ def _shape(shape: Any) -> tuple[int, ...]:
     if not all(isinstance(side, int) and 0 <= side < 2**48 for side in sides):
         raise NotNumbersError("an array of no shape")
     return tuple(sides)  # type: ignore[reportReturnType], which are integers now
-
-
-def _key(key: Any) -> Any:
-    return key if isinstance(key, str | int) else repr(key)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +24,9 @@ from reglue.encoders.autoencoders import Autoencoder, AutoencoderSpec, load_auto
 from reglue.encoders.compressors import Compressor, CompressorSpec, load_compressor
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError, option
-from reglue.files import read_json, replacing, to_json
+from reglue.files import read_json, to_json, write_text
 from reglue.names import Weights
+from reglue.overrides import differing
 from reglue.sampling import Precision
 from reglue.training import checkpoints
 
@@ -131,8 +132,7 @@ class RunRecord:
 
     def write(self, folder: Path) -> None:
         """Write the record into a run folder, whole or not at all."""
-        with replacing(folder / FILE) as beside:
-            beside.write_text(to_json(self))
+        write_text(folder / FILE, to_json(self))
 
     @property
     def has_null_class(self) -> bool:
@@ -264,17 +264,6 @@ def data_hash(store: Store, recipe: Recipe) -> str:
     if decoded(recipe):
         parts.append(store.manifest.compressors[target_compressor(recipe)].weights_sha256)
     return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def differing(before: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The fields in which two dataclasses of one type differ: their dotted names, and the values in both."""
-    different: dict[str, tuple[Any, Any]] = {}
-    for part in fields(before):
-        was, is_ = getattr(before, part.name), getattr(now, part.name)
-        if part.compare and was != is_:
-            nested = is_dataclass(was) and type(was) is type(is_)
-            different |= differing(was, is_, f"{prefix}{part.name}.") if nested else {prefix + part.name: (was, is_)}
-    return different
 
 
 def told(different: Mapping[str, tuple[Any, Any]], options: Collection[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,7 +24,7 @@ from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import State
 from reglue.errors import UserError, one_line, option
-from reglue.files import SEAL, parse_json, read_json, refuse_filled, replacing
+from reglue.files import SEAL, parse_json, read_json, refuse_filled, replacing, write_text
 from reglue.generation import evaluations
 from reglue.locks import writing
 from reglue.pipeline import ImageModel, load
@@ -76,15 +76,9 @@ def _write_samples(options: Draw, folder: Path, as_npz: bool) -> Path:
         Bar.write(f"warning: {warning}", file=sys.stderr)
     # Who draws what must not depend on what the other processes have drawn already.
     mine = [i for i in range(rank, options.count, processes) if not (folder / contact_sheet.picture(i)).is_file()]
-    total = evaluations(drawing.sampling, len(mine), options.batch_size)
-    room = min(options.batch_size, len(mine))
-    with (
-        Bar(total=total, unit="evaluation", desc="sample", disable=rank > 0) as progress,
-        PictureWriter() as pictures,
-    ):
-        for start in range(0, len(mine), options.batch_size):
-            indices = mine[start : start + options.batch_size]
-            state = drawing.draw(indices, progress.update, room)
+    batches = [mine[start : start + options.batch_size] for start in range(0, len(mine), options.batch_size)]
+    with PictureWriter() as pictures:
+        for indices, state in zip(batches, drawing.states(batches, "sample", silent=rank > 0), strict=True):
             pixels = model.pixels(state, drawing.sampling.rounding)
             pictures.write([folder / contact_sheet.picture(i) for i in indices], pixels)
     distributed.barrier()
@@ -206,20 +200,23 @@ class Drawing:
     labels: list[int]
     seed: int
 
-    def draw(self, indices: Sequence[int], on_evaluation: Callable[[], object], room: int = 0) -> State:
-        """The states of some of the images; `on_evaluation` is called after each evaluation, for progress.
+    def states(self, batches: Sequence[Sequence[int]], what: str, silent: bool = False) -> Iterator[State]:
+        """The states of batches of the images, with a progress bar that says `what`.
 
-        A compiled network evaluates batches of `room` images, if that is more, so that it sees one shape.
+        A compiled network evaluates as many images as the largest batch has, so that it sees one shape.
         """
-        return self.model.draw(
-            indices,
-            self.model.condition([self.labels[i] for i in indices]),
-            self.seed,
-            self.sampling,
-            weaker=self.weaker,
-            room=room,
-            controls=[Progress(on_evaluation)],
-        )
+        room, total = max(map(len, batches), default=0), evaluations(self.sampling, len(batches))
+        with Bar(total=total, unit="evaluation", desc=what, disable=silent) as progress:
+            for indices in batches:
+                yield self.model.draw(
+                    indices,
+                    self.model.condition([self.labels[i] for i in indices]),
+                    self.seed,
+                    self.sampling,
+                    weaker=self.weaker,
+                    room=room,
+                    controls=[Progress(progress.update)],
+                )
 
 
 def plan(options: Draw, model: ImageModel, before: Callable[[], AutoPrecision | None] | None = None) -> Drawing:
@@ -348,9 +345,7 @@ def create_or_resume(folder: Path, protocol: dict[str, Any], rank: int) -> None:
     contact_sheet.read_hashes(folder)  # A damaged table ends every process alike.
     distributed.barrier()
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside:
-            beside.write_text(json.dumps(sealed(protocol), indent=1))
+        write_text(path, json.dumps(sealed(protocol), indent=1))
         contact_sheet.forget_missing(folder, protocol)
     distributed.barrier()
 

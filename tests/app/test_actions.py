@@ -237,7 +237,7 @@ def test_the_canvas_shows_the_image_its_map_and_the_palette(workshop: Workshop, 
     assert editing.canvas(workshop.runs[1], visitor, workshop)["cells"] == (128, 256)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.text()
     | st.recursive(

@@ -131,7 +131,7 @@ def decoded(counts: list[int], height: int, width: int) -> np.ndarray:
     return np.repeat(values, counts).reshape(width, height).T
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_components_cover_their_class(data: st.DataObject) -> None:
     shape = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))

@@ -68,7 +68,7 @@ def test_profiles_that_say_nothing_change_nothing(mode: str, icc: bytes):
     assert np.array_equal(np.asarray(shown), expected)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_damaged_profiles_do_not_spoil_an_image(data: st.DataObject):
     icc = bytearray(ADOBE_RGB)

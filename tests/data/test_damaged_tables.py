@@ -96,7 +96,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)  # pyarrow may abort where it should raise
+@settings(max_examples=150, derandomize=True)  # pyarrow may abort where it should raise
 @given(data=st.data())
 def test_flipped_bits_are_read_or_refused(whole: Path, data: st.DataObject):
     content = bytearray(whole.read_bytes())

@@ -95,14 +95,14 @@ def adm_crop(image: Image.Image, side: int) -> np.ndarray:
     return pixels[top : top + side, left : left + side]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 40))
 def test_square_crops_are_adms_to_the_bit(width: int, height: int, side: int):
     image = noise_image(width, height)
     np.testing.assert_array_equal(np.array(crop_to(image, (side, side))), adm_crop(image, side))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 50), st.integers(1, 50))
 def test_any_image_is_cropped_to_any_size(width: int, height: int, target_height: int, target_width: int):
     cropped = crop_to(noise_image(width, height), (target_height, target_width))
@@ -195,7 +195,7 @@ def encoded(kind: str) -> bytes:
     return file.getvalue()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]), data=st.data())
 def test_no_bytes_whatever_raise(tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject):
     whole = bytearray(encoded(kind))

@@ -206,7 +206,7 @@ def test_json_nested_too_deep_is_one_line(photos: Path, depth: int, text: str):
     assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ending=st.sampled_from([".csv", ".tsv", ".json", ".jsonl"]), data=st.data())
 def test_whatever_a_table_holds_it_is_read_or_refused(photos: Path, ending: str, data: st.DataObject):
     cells = st.sampled_from(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -18,7 +18,6 @@ from reglue.errors import UserError
 SIDES = st.integers(8, 400)
 
 
-@settings(deadline=None)
 @given(width=SIDES, height=SIDES, target=st.tuples(st.integers(4, 48), st.integers(4, 48)))
 def test_a_mask_is_cropped_where_its_image_is(width: int, height: int, target: tuple[int, int]):
     """Ramps say where a pixel came from: after either crop the same place, to within a pixel of the result."""

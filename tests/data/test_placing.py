@@ -19,7 +19,7 @@ def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(image_size=sizes, size=sizes)
 def test_what_the_model_does_not_see_stays(image_size: tuple[int, int], size: tuple[int, int]) -> None:
     place, image = Place(image_size, size), picture(image_size)
@@ -54,7 +54,7 @@ def test_a_crop_that_is_put_back_looks_as_it_did(image_size: tuple[int, int]) ->
     assert np.abs(back - np.asarray(image)).mean() < 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(image_size=sizes, scale=st.integers(1, 4), data=st.data())
 def test_every_white_pixel_that_is_seen_is_in_a_cell(
     image_size: tuple[int, int], scale: int, data: st.DataObject

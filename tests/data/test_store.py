@@ -82,7 +82,7 @@ def test_manifest_survives_json(whole: Store):
     assert not list(whole.folder.glob(f"*{BESIDE}"))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, len(READABLE) - 1), max_size=30))
 def test_rows_come_in_any_order_and_number(whole: Store, rows: list[int]):
     expected = latents([READABLE[row] for row in rows])
@@ -93,7 +93,7 @@ def test_rows_come_in_any_order_and_number(whole: Store, rows: list[int]):
     assert whole.names(torch.tensor(rows)) == [name_of(READABLE[row]) for row in rows]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     rows=st.lists(st.integers(0, len(READABLE) - 1), max_size=30),
     start=st.none() | st.integers(-4, 4),
@@ -254,9 +254,7 @@ def test_damage_is_named_and_a_lost_shard_is_made_again(tmp_path: Path):
 
     shard.write_bytes(original[:-1] + b"x")
     shards = [shard for column in Store.open(folder).manifest.columns.values() for shard in column.shards]
-    read: list[int] = []
-    assert [one.file for one in shards if not is_intact(folder, one, read.append)] == [shard.name]
-    assert sum(read) == sum(one.bytes for one in shards)
+    assert [one.file for one in shards if not is_intact(folder, one)] == [shard.name]
 
     shard.write_bytes(b"\xff" * len(original))
     with pytest.raises(UserError, match=r"latent-00002\.safetensors is damaged"):
@@ -329,7 +327,7 @@ def test_codes_are_added_with_statistics(tmp_path: Path):
     st.lists(st.floats(1e-6, 1e4), min_size=3, max_size=3),
     st.sampled_from([torch.float16, torch.float32]),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_eight_bits_lose_half_a_step_of_the_channel_at_most(seed: int, sizes: list[float], dtype: torch.dtype):
     noise = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
     features = (noise * torch.tensor(sizes)[:, None, None]).to(dtype)

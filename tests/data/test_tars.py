@@ -270,7 +270,7 @@ def test_headers_with_valid_sums_and_mad_values(tmp_path: Path, damage: Callable
         assert found(file) == {}, "one is lost in silence"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_damaged_header_is_never_passed_over_in_silence(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

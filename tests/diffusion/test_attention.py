@@ -43,7 +43,7 @@ def fused_kernels(function: Callable[[], object]) -> int:
     return sum(event.name == FUSED for event in profiled.events() or [])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.tuples(*(st.integers(1, most) for most in (4, 4, 70, 40))),
     dtype=st.sampled_from([*EPSILON]),

@@ -68,7 +68,7 @@ def error(solver: Solver, velocity: Plain, times: list[float], exact: State) -> 
     return (solve(solver, velocity, noise(), times)["latent"] - exact["latent"]).abs().max().item()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(mean=st.floats(-2, 2), deviation=st.floats(0.3, 1.5), shift=st.floats(0.5, 3))
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (adams_bashforth, 2)])
 def test_order_on_a_gaussian(solver: Solver, order: int, mean: float, deviation: float, shift: float) -> None:
@@ -210,7 +210,7 @@ def test_shifted_grids(steps: int, shift: float) -> None:
     assert stochastic_times(steps) == [1 - span * i / max(steps - 1, 1) for i in range(steps)] + [0.0]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(mean=st.floats(-2, 2), deviation=st.floats(0.3, 1.5))
 def test_dopri5_keeps_its_tolerance(mean: float, deviation: float) -> None:
     exact = mean + deviation * noise()["latent"]

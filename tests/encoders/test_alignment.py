@@ -25,7 +25,7 @@ from reglue.errors import UserError
 SPEC = AlignmentSpec(latent_channels=3, hidden=8, width=6, grid=(4, 5), encoder={"name": "some", "layers": [1, 2]})
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(height=st.integers(1, 12), width=st.integers(1, 12))
 def test_any_latent_grid_gives_the_encoders_grid(height: int, width: int) -> None:
     """Resampling before the last layer is what resampling its output would be."""

@@ -37,7 +37,7 @@ def gaussian(features: torch.Tensor) -> Gaussian:
     return statistics(features).gaussian
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(cuts=st.lists(st.integers(0, 40), max_size=5), offset=st.floats(-1e6, 1e6), merged=st.booleans())
 def test_statistics_are_those_of_the_whole_however_it_arrives(cuts, offset, merged):
     features = normal(40, 3) + offset
@@ -79,7 +79,7 @@ def test_frechet_of_singular_covariances():
     assert frechet_distance(first, first) == pytest.approx(0.0, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(rows=st.integers(2, 12), width=st.integers(1, 8), seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3))
 def test_frechet_is_symmetric_nonnegative_and_scales_with_the_square(rows, width, seed, scale):
     x, y = normal(rows, width, seed=seed), normal(rows + 3, width, seed=seed + 1)
@@ -157,7 +157,7 @@ def test_resampled_kernel_distance_counts_images_as_often_as_they_were_drawn():
     assert found.resampled.isfinite().all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     generated=st.integers(6, 20),
     real=st.integers(6, 20),
@@ -278,7 +278,7 @@ def test_inception_score_of_a_resample_is_that_of_its_images():
     torch.testing.assert_close(inception_scores(logits, counts), expected)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(queries=st.integers(0, 9), references=st.integers(2, 9), k=st.integers(1, 2), seed=st.integers(0, 99))
 def test_nearest_by_brute_force(queries, references, k, seed):
     query, reference = normal(queries, 3, seed=seed), normal(references, 3, seed=seed + 1)

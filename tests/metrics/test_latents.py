@@ -20,7 +20,7 @@ def summary(mean: torch.Tensor, log_variance: torch.Tensor, batch: int) -> Laten
     return statistics.summary()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(batch=st.integers(1, 12), offset=st.sampled_from([0.0, 1e3]))
 def test_figures_are_those_of_their_definitions_in_any_batches(batch: int, offset: float) -> None:
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ def scipy_ssim(first: np.ndarray, second: np.ndarray) -> float:
     return value[5:-5, 5:-5].mean()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), height=st.integers(11, 24), width=st.integers(11, 24), blend=st.floats(0, 1))
 def test_ssim_is_that_of_the_gaussian_window(seed: int, height: int, width: int, blend: float) -> None:
     first = noise(seed, 2, 3, height, width)

@@ -29,7 +29,7 @@ def test_classes_by_hand():
     assert (single.standard_error, single.unrelated) == (None, None)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(2, 9), st.integers(1, 10), st.integers(0, 1000))
 def test_depth_is_pearsons_correlation_whatever_the_batch(count: int, batch: int, seed: int):
     generator = torch.Generator().manual_seed(seed)

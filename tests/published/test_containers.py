@@ -113,7 +113,7 @@ def test_which_of_several_averages_is_taken_is_said(tmp_path: Path) -> None:
     assert found.notes == ("It has several averages of the weights: taking model_ema1 (the others are model_ema2).",)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(prefixes=st.lists(st.sampled_from([*sorted(WRAPPERS), "model", "net", "ema_model", "ema"]), max_size=5))
 def test_prefixes_in_any_order(prefixes: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("prefixes") / "file.safetensors"

@@ -197,7 +197,7 @@ def exportable(config: DenoiserConfig) -> Family:
     return family
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     grid=st.sampled_from([(4, 4), (8, 8), (4, 8), (8, 4)]),
     channels=st.tuples(st.sampled_from([3, 4]), st.sampled_from([0, 5]), st.sampled_from([0, 16, 8])),
@@ -241,7 +241,7 @@ def test_what_is_exported_fits_a_published_class(
     assert (back.config.classes, back.has_null) == (classes, has_null)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(method=st.sampled_from(["sit", "repa", "redi", "reg", "reglue"]), data=st.data())
 def test_any_weights_are_a_model_or_refused(method: str, data: st.DataObject) -> None:
     weights = published(method)

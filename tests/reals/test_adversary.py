@@ -12,7 +12,7 @@ from reglue.reals.adversary import MAX_WEIGHT, PatchDiscriminator, adaptive_weig
 from reglue.reals.config import check_size
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(height=st.integers(1, 40), width=st.integers(1, 40), layers=st.integers(1, 4))
 def test_sizes_that_pass_the_check_are_those_that_work(height: int, width: int, layers: int) -> None:
     discriminator = PatchDiscriminator(2, layers)

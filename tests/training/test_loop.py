@@ -167,7 +167,7 @@ def test_averages_follow_the_part_that_is_averaged(whole: Path) -> None:
     assert [warmed.ema_at(step) for step in (0, 8, 10**6)] == [1 / 10, 9 / 18, 0.9]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     ema=st.sampled_from([0.0, 0.5, 0.99, 0.999, 0.9999]),
     warmup=st.sampled_from(["yes", "no"]),

@@ -126,7 +126,7 @@ class Tags(HTMLParser):
         self.seen += [tag, *(f"{tag} {name}" for name, _ in attrs)]
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(
     st.text(min_size=1, max_size=12)
     | st.sampled_from(["<script>x</script>", '"><img src=x onerror=y>', "{{ 7 * 7 }}", "$\\x$"])

@@ -8,7 +8,6 @@
 | `uploads` | a stranger's image, bounded in bytes and pixels |
 | `drawing`, `editing`, `seeing`, `watching` | what the tabs do |
 | `door` | passwords, and the size of requests |
-| `words` | options as the command line that has them |
 | `pictures`, `curves` | images and losses as HTML |
 | `tab_*`, `knobs`, `parts`, `page` | how it looks: these alone import gradio |
 """

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
+
+from reglue.data.plots import Curve
 
 WIDTH, HEIGHT = 320, 150
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
 """Pixels around the curves."""
 MOST = 300
-"""Points of a curve: as many pixels as it has, about."""
-Points = Sequence[tuple[int, float]]
+"""Curve of a curve: as many pixels as it has, about."""
 
 
-def curves(terms: Mapping[str, Mapping[str, Points]]) -> str:
+def curves(terms: Mapping[str, Mapping[str, Curve]]) -> str:
     """A panel for each term, with the curve of each run in it."""
     runs = list(dict.fromkeys(run for of_run in terms.values() for run in of_run))
     names = "".join(
@@ -24,7 +25,7 @@ def curves(terms: Mapping[str, Mapping[str, Points]]) -> str:
     return f'<ul class="legend">{names}</ul><div class="curves">{panels}</div>' if panels else ""
 
 
-def panel(term: str, of_run: Mapping[str, Points]) -> str:
+def panel(term: str, of_run: Mapping[str, Curve]) -> str:
     """One term: curves over steps, logarithmic where all values are positive and span more than a factor of three."""
     thinned = {run: thin(points) for run, points in of_run.items()}
     points = [point for one in thinned.values() for point in one]
@@ -62,7 +63,7 @@ def panel(term: str, of_run: Mapping[str, Points]) -> str:
     )
 
 
-def thin(points: Points) -> list[tuple[float, float]]:
+def thin(points: Curve) -> list[tuple[float, float]]:
     """The curve with no more points than can be seen: means of neighbours."""
     size = -(-len(points) // MOST)
     groups = [points[i : i + size] for i in range(0, len(points), size)] if size else []

@@ -8,10 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from reglue.app.words import changed, command_line
 from reglue.app.work import Work
 from reglue.app.workshop import Run
-from reglue.diffusion.samplers import SAMPLERS
+from reglue.command_lines import changed, command_line
 from reglue.pipeline import ImageModel
 from reglue.sampling import MODALITY_SCALES
 
@@ -40,11 +39,6 @@ class Wish:
         # Whatever has no scale of its own has that of the latents.
         same = [name for name in MODALITY_SCALES if scales.get(name) == scales["guidance_scale"]]
         return {"sampler": self.sampler, "steps": self.steps, **scales, **dict.fromkeys(same)}
-
-
-def samplers() -> list[str]:
-    """Those that can be chosen."""
-    return list(SAMPLERS)
 
 
 def scales_of(runs: Sequence[Run]) -> dict[str, float]:
@@ -101,7 +95,6 @@ def command(run: Run, wish: Wish, out: str = "samples") -> str:
     model = run.model()
     classes = () if wish.classes == EACH or not run.record.class_names else (wish.classes,)
     options = changed(wish.sampling(model), model.default_sampling)
-    device = {} if run.device == "auto" else {"device": run.device}
-    return command_line(
-        "sample", run.name, out=out, classes=classes, count=wish.count, seed=wish.seed, **options, **device
-    )
+    own = {"classes": classes, "count": wish.count, "seed": wish.seed}
+    device = None if run.device == "auto" else run.device
+    return command_line("sample", run.name, out=out, **own, **options, device=device)

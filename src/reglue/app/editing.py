@@ -14,11 +14,10 @@ from PIL import Image
 
 from reglue.app.drawing import NO_CLASS, Wish
 from reglue.app.visitor import Visitor
-from reglue.app.words import changed, command_line
 from reglue.app.work import Work
 from reglue.app.workshop import Run, Workshop
+from reglue.command_lines import changed, command_line
 from reglue.data.placing import Place
-from reglue.diffusion.modalities import LATENT
 from reglue.editing.options import CLASS_TOKEN, LOCAL, Editing
 from reglue.editing.painting import IGNORED
 from reglue.errors import UserError
@@ -83,11 +82,6 @@ class EditWish(Wish):
     resample: int = 0
     flow_edit: bool = False
     source_class: str = NO_CLASS
-
-
-def choices_of(name: str) -> list[str]:
-    """What can be done with a modality."""
-    return [FREE, KEEP, SWAP] if name in SWAPPED else [FREE, KEEP]
 
 
 def canvas(run: Run, visitor: Visitor, workshop: Workshop) -> dict[str, Any]:
@@ -166,11 +160,11 @@ def edit(run: Run, wish: EditWish, options: Mapping[str, Any], visitor: Visitor,
 def command(run: Run, wish: EditWish, options: Mapping[str, Any], visitor: Visitor) -> str:
     """The command line that draws the same edits, while the visitor's files are there."""
     model, named = run.model(), _classes(run, wish)
-    device = {} if run.device == "auto" else {"device": run.device}
     sampling = changed(_sampling(wish, model), model.sampling_for(named is not None))
     options = {name: value for name, value in options.items() if value != DEFAULTS[name]}
     own = {"classes": () if named is None else (named,), "count": wish.count, "seed": wish.seed}
-    return command_line("edit", run.name, visitor.image, out="edits", **own, **options, **sampling, **device)
+    device = None if run.device == "auto" else run.device
+    return command_line("edit", run.name, visitor.image, out="edits", **own, **options, **sampling, device=device)
 
 
 def _classes(run: Run, wish: EditWish) -> str | None:
@@ -196,9 +190,3 @@ def _cells(text: str, shape: tuple[int, int]) -> np.ndarray | None:
 def _stretched(cells: np.ndarray, image: Image.Image) -> Image.Image:
     """Cells as a grey picture of the image's size, without smoothing."""
     return Image.fromarray(cells.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
-
-
-def modalities_of(runs: list[Run]) -> list[str]:
-    """What one of the runs learns at least: map and token before the latents, which are last."""
-    names = list(dict.fromkeys(name for run in runs for name in run.modalities))
-    return [*(name for name in names if name != LATENT), LATENT]

@@ -13,6 +13,7 @@ from reglue.app import drawing
 from reglue.app.drawing import EACH, NO_CLASS
 from reglue.app.parts import QUICK
 from reglue.app.workshop import Run
+from reglue.diffusion.samplers import SAMPLERS
 
 NAMES = {"local": "local map", "cls": "class token", "latent": "latents"}
 """What modalities are called; others have their own names."""
@@ -47,7 +48,7 @@ class Knobs:
             seed = gr.Number(0, label="seed", precision=0, minimum=0, min_width=90)
             another = gr.Button("Another", size="sm", scale=0, min_width=90, elem_classes="beside")
             another.click(lambda: random.randrange(10**6), None, seed, **QUICK)
-        sampler = gr.Dropdown(drawing.samplers(), value=sampling.sampler, label="sampler")
+        sampler = gr.Dropdown(list(SAMPLERS), value=sampling.sampler, label="sampler")
         steps = gr.Slider(1, MOST_STEPS, min(sampling.steps, MOST_STEPS), step=1, label="steps")
         scales = drawing.scales_of(runs)
         with gr.Accordion("guidance (1 is none)", open=classes == EACH):

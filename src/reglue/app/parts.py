@@ -33,29 +33,20 @@ def tiles(value: str, name: str) -> gr.HTML:
     return gr.HTML(value, js_on_load=static("pictures.js"), apply_default_css=False, elem_id=name)
 
 
-def board(template: str, name: str) -> gr.HTML:
-    """Something that shows a `view`, and takes images: they are `uploaded`, or `refused` for their size."""
+def board(template: str, name: str, **options: Any) -> gr.HTML:
+    """Something that takes images: they are `uploaded`, or `refused` for their size.
+
+    The canvas and the places show a `view`; `drop` is a place for one image, which it shows.
+    """
+    scripts = dict.fromkeys(("drop", template))
     return gr.HTML(
         "",
         html_template=static(f"{template}.html"),
-        js_on_load=static("drop.js") + static(f"{template}.js"),
+        js_on_load="".join(static(f"{script}.js") for script in scripts),
         apply_default_css=False,
         elem_id=name,
-        view=None,
         most=MOST_BYTES,
-    )
-
-
-def drop(name: str, visible: bool) -> gr.HTML:
-    """A place for one image, which shows it: `uploaded` and `refused` as those of a `board`."""
-    return gr.HTML(
-        "",
-        html_template=static("drop.html"),
-        js_on_load=static("drop.js"),
-        apply_default_css=False,
-        elem_id=name,
-        visible=visible,
-        most=MOST_BYTES,
+        **options,
     )
 
 

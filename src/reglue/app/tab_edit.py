@@ -9,13 +9,14 @@ import gradio as gr
 
 from reglue.app import editing, pictures
 from reglue.app.drawing import NO_CLASS
-from reglue.app.editing import FREE, KEEP, EditWish, Painted
+from reglue.app.editing import FREE, KEEP, SWAP, SWAPPED, EditWish, Painted
 from reglue.app.knobs import NAMES, Knobs
-from reglue.app.parts import LONG, QUICK, Visitors, board, command_box, drop, problem, refused, shown_while, tiles
+from reglue.app.parts import LONG, QUICK, Visitors, board, command_box, problem, refused, shown_while, tiles
 from reglue.app.visitor import Visitor
 from reglue.app.work import Report, Work
 from reglue.app.workshop import Workshop
 from reglue.data.pictures import label_colours
+from reglue.diffusion.modalities import LATENT
 from reglue.editing.options import LOCAL
 from reglue.errors import UserError
 
@@ -29,10 +30,13 @@ class EditTab:
         """Lay the tab out."""
         self.workshop, self.visitors = workshop, visitors
         runs = workshop.runs
-        self.modalities = editing.modalities_of(runs)
+        # What one of the runs learns at least, the latents last.
+        self.modalities = sorted(
+            dict.fromkeys(name for run in runs for name in run.modalities), key=lambda name: name == LATENT
+        )
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
-                self.board = board("canvas", "canvas")
+                self.board = board("canvas", "canvas", view=None)
                 with gr.Row():
                     self.go = gr.Button("Edit", variant="primary", elem_id="edit", size="md", scale=0, min_width=140)
                     self.stop = gr.Button("Stop", size="md", scale=0, min_width=80, elem_id="edit-stop")
@@ -43,11 +47,11 @@ class EditTab:
             with gr.Column(scale=2, min_width=280, elem_id="edit-knobs"):
                 self.run = gr.Dropdown([run.title for run in runs], label="run", visible=len(runs) > 1)
                 self.held = [
-                    gr.Radio(editing.choices_of(name), value=KEEP if name == LOCAL else FREE,
+                    gr.Radio([FREE, KEEP, *([SWAP] if name in SWAPPED else [])], value=KEEP if name == LOCAL else FREE,
                              label=NAMES.get(name, name), elem_id=f"held-{name}")
                     for name in self.modalities
                 ]  # fmt: skip
-                self.other = drop("other", len(self.modalities) > 1)
+                self.other = board("drop", "other", visible=len(self.modalities) > 1)
                 self.until = gr.Slider(
                     0, 0.95, 0, step=0.05, label="until", info="hold while t is above this, then let go"
                 )
@@ -86,13 +90,11 @@ class EditTab:
         image, colours = shown["image"], label_colours(256)
         palette = [[label, "#" + bytes(colours[label].tolist()).hex()] for label in shown["labels"]]
         return {
+            **shown,
             "image": pictures.address(image),
             "map": pictures.address(shown["map"]) if shown["map"] else None,
             "width": image.width,
             "height": image.height,
-            "box": shown["box"],
-            "grid": shown["grid"],
-            "cells": shown["cells"],
             "palette": palette,
             "serial": str(visitor.image),
         }

@@ -26,7 +26,7 @@ class SeeTab:
         with gr.Row():
             self.run = gr.Dropdown(titles, label="run", visible=len(titles) > 1, scale=1)
             self.status = gr.HTML(pictures.note(""), elem_id="see-status", apply_default_css=False, scale=3)
-        self.board = board("places", "places")
+        self.board = board("places", "places", view=None)
         self.shown = gr.HTML("", elem_id="seen", apply_default_css=False)
         outputs = [self.status, self.board, self.shown]
         self.board.uploaded(self.on_image, self.run, outputs, show_progress_on=[self.status], **LONG)
@@ -70,7 +70,7 @@ class SeeTab:
     @staticmethod
     def view(seen: Seen) -> dict[str, Any]:
         """What the board is told."""
-        places = None if seen.places is None else seen.places
+        places = seen.places
         rows, columns = (0, 0) if places is None else places.shape[:2]
         return {
             "image": pictures.address(seen.image),

@@ -13,6 +13,7 @@ from reglue.app.parts import LONG, QUICK, Visitors, problem, shown_while
 from reglue.app.visitor import Visitor
 from reglue.app.work import Work
 from reglue.app.workshop import Workshop
+from reglue.data.plots import Curve
 from reglue.errors import UserError
 
 EVERY = 2.0
@@ -58,7 +59,7 @@ class WatchTab:
 
     def on_tick(self, request: gr.Request, titles: list[str], step: float, newest: int) -> tuple[Any, ...]:
         """What is there now; a slider that stood at the newest pictures follows them."""
-        terms: dict[str, dict[str, watching.Points]] = {}
+        terms: dict[str, dict[str, Curve]] = {}
         lines: list[str] = []
         steps: set[int] = set()
         visitor = self.visitors.of(request)

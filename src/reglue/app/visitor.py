@@ -41,12 +41,7 @@ class Visitor:
         """The image at hand. Raises UserError if there is none."""
         if self.image is None:
             raise UserError("no image yet; drop one, or click one that you have drawn")
-        return self.read(self.image)
-
-    @staticmethod
-    def read(file: Path) -> Image.Image:
-        """An image that is there."""
-        with Image.open(file, formats=["PNG"]) as opened:
+        with Image.open(self.image, formats=["PNG"]) as opened:
             return opened.convert("RGB")
 
     def take(self, image: Image.Image) -> Path:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -15,6 +14,7 @@ from reglue.app.drawing import Wish, classes_of
 from reglue.app.work import Work
 from reglue.app.workshop import Run
 from reglue.data.images import open_picture
+from reglue.data.plots import Curve, curves
 from reglue.errors import UserError, one_line
 from reglue.pipeline import load
 from reglue.training import checkpoints, tracking
@@ -27,7 +27,6 @@ SAMPLES, SAMPLE_STEPS = 8, 40
 """Images of a checkpoint, and the steps that they are drawn in, at most."""
 QUIET = 180.0
 """Seconds without a line after which a run is said to be quiet."""
-Points = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,15 @@ class Watched:
     step: int
     steps: int
     """As planned."""
-    last: dict[str, float] = field(default_factory=dict[str, float])
-    """The newest value of each figure."""
+    loss: float | None = None
+    """The newest one."""
     rate: float | None = None
     """Images per second, of late."""
     seconds_left: float | None = None
     quiet: float | None = None
     """Seconds since the last line of the log; None if there is no log."""
-    curves: dict[str, Points] = field(default_factory=dict[str, Points])
-    """(step, value) by the name of the loss."""
+    curves: Mapping[str, Curve] = field(default_factory=dict[str, Curve])
+    """By the name of the loss, the weighted sum first."""
     previews: tuple[int, ...] = ()
     """Steps with a preview, ascending."""
     checkpoints: tuple[int, ...] = ()
@@ -55,19 +54,14 @@ class Watched:
         """Of the steps that are done, from 0 to 1."""
         return self.step / self.steps
 
-    @property
-    def ended(self) -> bool:
-        """Whether all steps are done."""
-        return self.step >= self.steps
-
     def line(self) -> str:
         """Where it is, in a line."""
         if self.quiet is None and not self.checkpoints:
             return f"nothing yet of {self.steps:,} steps"
         parts = [f"step {self.step:,} of {self.steps:,}"]
-        if "loss" in self.last:
-            parts.append(f"loss {self.last['loss']:.4g}")
-        if self.ended:
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4g}")
+        if self.step >= self.steps:
             return " · ".join([*parts, "complete"])
         if self.rate:
             parts.append(f"{self.rate:,.3g} images/s")
@@ -86,31 +80,23 @@ def look(run: Run) -> Watched:
     lines = tracking.read(folder)
     saved = tuple(checkpoints.steps(folder))
     step = max([line["step"] for line in lines[-1:]] + list(saved[-1:]), default=0)
-    rates = [rate for line in lines[-RECENT:] if (rate := _number(line.get("images_per_second")))]
+    names = dict.fromkeys(name for line in lines for name in line if name not in FIGURES)
+    found = curves(lines, sorted(names, key=lambda name: (name != "loss", name == "gradient_norm")))
+    of_late = curves(lines[-RECENT:], ["images_per_second"])
+    rates = [rate for points in of_late.values() for _, rate in points if rate]
     rate = len(rates) / sum(1 / one for one in rates) if rates else None
     left = (optimisation.steps - step) * optimisation.batch_size / rate if rate else None
     return Watched(
         step=step,
         steps=optimisation.steps,
-        last={name: number for name, value in (lines[-1] if lines else {}).items()
-              if (number := _number(value)) is not None},
+        loss=found["loss"][-1][1] if "loss" in found else None,
         rate=rate,
         seconds_left=left,
         quiet=time.time() - log.stat().st_mtime if lines else None,
-        curves=curves_of(lines),
+        curves=found,
         previews=tuple(sorted(int(file.stem) for file in (folder / "previews").glob("[0-9]" * 8 + ".png"))),
         checkpoints=saved,
-    )  # fmt: skip
-
-
-def curves_of(lines: Sequence[dict[str, Any]]) -> dict[str, Points]:
-    """The losses by name, the weighted sum first."""
-    found: dict[str, Points] = {}
-    for line in lines:
-        for name, value in line.items():
-            if name not in FIGURES and (number := _number(value)) is not None:
-                found.setdefault(name, []).append((line["step"], number))
-    return dict(sorted(found.items(), key=lambda item: (item[0] != "loss", item[0] == "gradient_norm")))
+    )
 
 
 def preview(run: Run, step: int) -> Image.Image:
@@ -152,7 +138,3 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -73,7 +73,6 @@ class Workshop:
     """By the names of their folders or files."""
     prototypes: Prototypes | None = None
     prototypes_at: Path | None = None
-    device: str = "auto"
     at_work: threading.Lock = field(default_factory=threading.Lock)
     """One piece of long work has the machine at a time."""
 
@@ -94,7 +93,7 @@ class Workshop:
             run.title = title if short.count(title) == 1 and Path(run.name).exists() else run.name
         loaded = {path.stem: load_head(path) for path in heads}
         found = load_prototypes(prototypes) if prototypes else None
-        return cls(runs, folder, loaded, found, prototypes, device)
+        return cls(runs, folder, loaded, found, prototypes)
 
     def run(self, title: str) -> Run:
         """The run that the page calls so. Raises UserError if there is none."""

@@ -16,7 +16,7 @@ from reglue.data.reading import Reading
 from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
-from reglue.files import read_json, refuse_filled, replacing, to_json
+from reglue.files import read_json, refuse_filled, to_json, write_text
 from reglue.locks import writes
 from reglue.options.autoencode import Autoencode
 from reglue.reals.measuring import Judges, latent_mean_std, load_judges, semantic_lengths
@@ -196,7 +196,5 @@ def create_or_resume(
         refuse_filled(options.out)
     distributed.barrier()
     if rank == 0:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside:
-            beside.write_text(to_json(record))
+        write_text(path, to_json(record))
     return record

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from reglue.config import OptimiserConfig
 from reglue.data.manifest import compressor_of, value_of
-from reglue.data.pictures import colours_of, image_grid
+from reglue.data.picture_writer import write_picture
+from reglue.data.pictures import colours_of, enlarge, image_grid
 from reglue.data.store import Store
 from reglue.data.store_writer import add_codes
 from reglue.encoders.compressors import (
@@ -31,7 +32,7 @@ from reglue.encoders.compressors import (
     load_compressor,
 )
 from reglue.errors import UserError
-from reglue.files import read_json, replacing
+from reglue.files import read_json, write_text
 from reglue.locks import writes
 from reglue.options.compress import Compress
 from reglue.progress import Bar
@@ -161,9 +162,7 @@ def _same_options_as_before(folder: Path, asked: dict[str, Any], begun: bool) ->
     path = folder / "options.json"
     begun = begun or bool(checkpoints.steps(folder))
     if not (begun and path.is_file()):
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside:
-            beside.write_text(json.dumps(asked, indent=1))
+        write_text(path, json.dumps(asked, indent=1))
         return
     before = read_json(path, dict[str, Any], f"delete {folder} and compress again")
     for option in sorted(before.keys() | asked.keys()):
@@ -351,15 +350,10 @@ def _draw_codes(store: Store, column: str, path: Path) -> None:
     rows = store.originals
     rows = rows[torch.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).long()]
     codes = store.read(column, rows)[value_of(column)]
-    height, width = store.manifest.source.resolution
-    colours = [
-        np.asarray(Image.fromarray(colour).resize((width, height), Image.Resampling.NEAREST))
-        for colour in colours_of(codes)
-    ]
+    colours = [*enlarge(colours_of(codes), store.manifest.source.resolution)]
     images = [crop.permute(1, 2, 0).numpy() for crop in _crops(store, rows)]
     shown = [*images, *colours] if len(images) == len(colours) else colours
-    with replacing(path) as beside:
-        Image.fromarray(image_grid(np.stack(shown), columns=len(colours))).save(beside, format="PNG")
+    write_picture(path, Image.fromarray(image_grid(np.stack(shown), columns=len(colours))))
 
 
 def _crops(store: Store, rows: Tensor) -> list[Tensor]:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from reglue.command_lines import changed_options
 from reglue.commands.compress import Compress, compress
 from reglue.commands.evaluate import Evaluate, evaluate
 from reglue.commands.prepare import Prepare, prepare
@@ -33,7 +34,6 @@ from reglue.options.demo import Demo
 from reglue.papers import RECIPES
 from reglue.pipeline import ImageModel
 from reglue.progress import Bar, stage
-from reglue.published.sharing import changed_options
 from reglue.sampling import Sampling
 from reglue.watching.looking import Wanted, look
 from reglue.watching.page import Card, Page, RunShown, write_page

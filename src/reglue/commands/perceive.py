@@ -17,6 +17,7 @@ from torch import Tensor
 from reglue.config import LocalSemantics
 from reglue.data.opening import open_images
 from reglue.data.picture_writer import write_picture
+from reglue.data.prefetch import in_batches
 from reglue.data.reading import Reading
 from reglue.diffusion.modalities import LATENT
 from reglue.encoders.alignment import FILE as ALIGNMENT_FILE
@@ -36,7 +37,6 @@ from reglue.perception.perceiving import (
     aligned_encoder,
     drawn_scenes,
     encoded_scenes,
-    in_batches,
 )
 from reglue.perception.pictures import Maps, as_image, draw_maps
 from reglue.pipeline import ImageModel, load

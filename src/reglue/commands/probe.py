@@ -14,7 +14,7 @@ import torch
 
 from reglue.data.store import Store
 from reglue.errors import UserError
-from reglue.files import read_json, refuse_filled, replacing, to_json
+from reglue.files import read_json, refuse_filled, to_json, write_text
 from reglue.locks import writes
 from reglue.options.probe import Probe, ProbingOptions
 from reglue.perception.agreement import IGNORE
@@ -85,11 +85,11 @@ def probe(options: Probe) -> ProbeReport:
         training = training_of(options, options.hidden if kind == "conv" else 0, device)
         result = run_probe(read, kind, parts, report.classes, training)
         done[read.name, kind] = replace(result, encoded_per_second=speeds[index], cknna=alike[index])
-        write(options.out / REPORT, to_json(replace(report, results=tuple(done.values()))))
+        write_text(options.out / REPORT, to_json(replace(report, results=tuple(done.values()))))
     results = sorted(done.values(), key=lambda result: (names.index(result.input), PROBES.index(result.probe)))
     report = replace(report, results=tuple(results))
-    write(options.out / REPORT, to_json(report))
-    write(options.out / TABLE, probe_table(report) + "\n")
+    write_text(options.out / REPORT, to_json(report))
+    write_text(options.out / TABLE, probe_table(report) + "\n")
     plot_probes(report, options.out / FIGURE)
     print(probe_table(report))
     return report
@@ -169,9 +169,3 @@ def begin(options: Probe, sets: list[LabelledImages], parts: Parts, device: torc
                 "choose another --out, or the old settings"
             )
     return replace(report, results=before.results)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file of results, whole or not at all."""
-    with replacing(path) as beside:
-        beside.write_text(text)

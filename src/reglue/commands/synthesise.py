@@ -15,13 +15,13 @@ from torch import Tensor
 
 from reglue.commands.train_head import TRAINING
 from reglue.data.images import open_picture
-from reglue.data.manifest import file_sha256
 from reglue.data.picture_writer import write_picture
 from reglue.data.pictures import enlarge, label_colours, titled_grid
+from reglue.data.prefetch import in_batches
 from reglue.editing.options import LOCAL
 from reglue.editing.subjects import fitting_head
 from reglue.errors import UserError, option
-from reglue.files import plain, refuse_filled, replacing, to_json
+from reglue.files import file_sha256, plain, refuse_filled, to_json, write_text
 from reglue.locks import writes
 from reglue.metrics.distances import nearest
 from reglue.metrics.image_sets import open_training_images
@@ -29,7 +29,7 @@ from reglue.options.synthesise import CARD, SHEET, Synthesise
 from reglue.perception.agreement import confusions, markdown_table, mean_iou
 from reglue.perception.datasets import LAYOUTS, Labelled, boxes_of
 from reglue.perception.heads import HeadSpec
-from reglue.perception.perceiving import Scene, Subject, drawn_scenes, in_batches
+from reglue.perception.perceiving import Scene, Subject, drawn_scenes
 from reglue.perception.pictures import OPACITY, as_image
 from reglue.perception.records import COPY, JOURNAL, RECORD, REMEDY, DatasetRecord, Drawn, read_record, read_rows
 from reglue.pipeline import ImageModel, load
@@ -101,7 +101,7 @@ def synthesise(options: Synthesise) -> Path:
     rows = {i: row for i, row in rows.items() if not any(i in batch for batch in batches)}
     whole = {name for i in rows for name in layout.pictures(i)}
     record = replace(record, files={name: digest for name, digest in record.files.items() if name in whole})
-    write(options.out / RECORD, to_json(record))
+    write_text(options.out / RECORD, to_json(record))
     write_journal(options.out, rows)
     training = training_tokens(model)
     scenes = drawn_scenes(drawing, subject, seen.encoder, batches, "synthesise")
@@ -154,7 +154,7 @@ def line(row: Drawn) -> str:
 
 def write_journal(folder: Path, rows: Mapping[int, Drawn]) -> None:
     """The whole journal, in order: what is added while images are drawn comes at its end."""
-    write(folder / JOURNAL, "".join(line(rows[i]) for i in sorted(rows)))
+    write_text(folder / JOURNAL, "".join(line(rows[i]) for i in sorted(rows)))
 
 
 def asked_before(options: Synthesise, asked: DatasetRecord) -> tuple[DatasetRecord, dict[int, Drawn]]:
@@ -173,13 +173,6 @@ def asked_before(options: Synthesise, asked: DatasetRecord) -> tuple[DatasetReco
     else:
         refuse_filled(folder)
     return record, rows
-
-
-def write(file: Path, text: str) -> None:
-    """Write a file, whole or not at all, with the folder that it is in."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as beside:
-        beside.write_text(text)
 
 
 def training_tokens(model: ImageModel) -> tuple[Tensor, list[str]] | None:
@@ -227,14 +220,14 @@ def finish(
     counts = Counter(box.label for one in labelled for box in one.boxes)
     boxes = {name: counts[number] for number, name in names.items()}
     for name, text in described.items():
-        write(out / name, text)
-    write(out / CARD, card(options, record, rows, boxes))
+        write_text(out / name, text)
+    write_text(out / CARD, card(options, record, rows, boxes))
     if labelled:
         write_picture(out / SHEET, sheet(out, options, labelled[:SHOWN], record.head))
     pictures = [name for one in labelled for name in layout.pictures(one.number)]
     files = [JOURNAL, CARD, *([SHEET] if labelled else []), *described, *pictures]
     hashes = {name: record.files.get(name) or file_sha256(out / name) for name in files}
-    write(out / RECORD, to_json(replace(record, boxes=boxes, files=hashes)))
+    write_text(out / RECORD, to_json(replace(record, boxes=boxes, files=hashes)))
     print(f"{out}: {len(kept)} of {len(rows)} images kept, with {counts.total()} boxes")
 
 

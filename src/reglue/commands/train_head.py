@@ -5,7 +5,7 @@ from __future__ import annotations
 from reglue.commands.probe import labelled_images, parts_of, training_of
 from reglue.data.store import Store
 from reglue.errors import UserError
-from reglue.files import new_folder, read_json, refuse_filled, replacing, to_json
+from reglue.files import new_folder, read_json, refuse_filled, to_json, write_text
 from reglue.locks import writes
 from reglue.options.train_head import TrainHead
 from reglue.perception.fitting import fit_head, head_spec, score_head
@@ -51,8 +51,7 @@ def train_head(options: TrainHead) -> Head:
     )
     with new_folder(options.out) as folder:
         head.save(folder)
-        with replacing(folder / TRAINING) as beside:
-            beside.write_text(to_json(record))
+        write_text(folder / TRAINING, to_json(record))
     scores = ", ".join(f"{name.replace('_', ' ')} {score.value or 0:.3f}" for name, score in record.scores.items())
     print(f"{options.out}: {scores}, on {record.measured} images that the head was not trained on")
     return head

@@ -6,12 +6,12 @@ import hashlib
 import io
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reglue.data.colours import in_srgb
 from reglue.data.labels import in_class_order
-from reglue.data.listing import classes_of, formats, list_tree, refuse_none
+from reglue.data.listing import Listing, classes_of, formats, list_tree, refuse_none
 from reglue.errors import UserError, printable
 
 ORIENTATION, TURNED = 0x0112, range(5, 9)
@@ -77,52 +77,40 @@ class OneAtATime:
         return OneAtATime, ()
 
 
-class ImageSource(Protocol):
+class ImageSource(ABC):
     """Images in a fixed order, each readable by its index, in any process and, unless `sequential`, any thread."""
 
-    @property
-    def path(self) -> Path:
-        """Where they are, as it was given."""
-        ...
+    path: Path
+    """Where they are, as it was given."""
+    names: Sequence[str]
+    """One for each image, no two equal. Some sources compute them when asked."""
+    labels: Sequence[int]
+    """Index into `class_names` of each image; zeros where there are no classes."""
+    class_names: tuple[str, ...] = ()
+    """In the order of the labels; empty for unconditional images."""
+    sequential: bool = False
+    """Whether going to an image reads all of those before it, so that one process has to read them in order."""
+    notes: tuple[str, ...] = ()
+    """Lines for whoever opened it: what was passed over, and what else could have been meant."""
 
-    @property
-    def names(self) -> Sequence[str]:
-        """One for each image, no two equal. Some sources compute them when asked."""
-        ...
-
-    @property
-    def labels(self) -> Sequence[int]:
-        """Index into `class_names` of each image; zeros where there are no classes."""
-        ...
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """In the order of the labels; empty for unconditional images."""
-        ...
-
-    @property
-    def sequential(self) -> bool:
-        """Whether going to an image reads all of those before it, so that one process has to read them in order."""
-        ...
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Lines for whoever opened it: what was passed over, and what else could have been meant."""
-        ...
-
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.names)
 
     def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
         """One image, decoded and cropped: uint8 (3, height, width), or why it cannot be read."""
-        ...
+        return load_crop(self.names[index], lambda: self.find(index), resolution)
 
+    @abstractmethod
+    def find(self, index: int) -> Path | bytes:
+        """The file of an image, or its content. Whatever it raises is why the image cannot be read."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of what distinguishes these images and labels from others."""
-        ...
 
 
 @dataclass(frozen=True)
-class ImageFolder:
+class ImageFolder(ImageSource):
     """The images of a folder in a fixed order: by class, then by name.
 
     Each class is a sub-folder, with all images below it. A folder that holds images itself has no classes.
@@ -132,12 +120,9 @@ class ImageFolder:
     names: tuple[str, ...]
     """Paths within the folder, with forward slashes: `n01440764/0001.jpg`, or `0001.jpg` where there are no classes."""
     labels: tuple[int, ...]
-    """Index into `class_names` of each image; zeros where there are no classes."""
     class_names: tuple[str, ...]
     """Paths of the class folders, as `in_class_order`; empty for an unconditional folder."""
     notes: tuple[str, ...] = ()
-    """See `ImageSource.notes`."""
-    sequential = False
 
     @classmethod
     def open(cls, path: Path | str, class_level: int | None = None) -> ImageFolder:
@@ -149,8 +134,7 @@ class ImageFolder:
         path = Path(path)
         found = list_tree(path)
         if not found.folders and (class_level or 1) == 1:
-            refuse_none(path, found)
-            return cls(path, tuple(sorted(found.images)), (0,) * len(found.images), (), found.notes)
+            return cls._of_one_class(path, found)
         classes, notes = classes_of(path, found.images, class_level)
         filled = {folder.as_posix() for name in found.images for folder in PurePosixPath(name).parents}
         for folder in sorted(found.folders):
@@ -170,18 +154,16 @@ class ImageFolder:
 
         Raises UserError for a folder that is missing or holds no images.
         """
-        path = Path(path)
-        found = list_tree(path)
+        return cls._of_one_class(Path(path), list_tree(Path(path)))
+
+    @classmethod
+    def _of_one_class(cls, path: Path, found: Listing) -> ImageFolder:
         refuse_none(path, found)
         return cls(path, tuple(sorted(found.images)), (0,) * len(found.images), (), found.notes)
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
-        """One image, decoded and cropped: uint8 (3, height, width), or why it cannot be read."""
-        name = self.names[index]
-        return load_crop(name, lambda: self.path / name, resolution)
+    def find(self, index: int) -> Path:
+        """See `ImageSource.find`."""
+        return self.path / self.names[index]
 
     def fingerprint(self) -> str:
         """SHA-256 of the names and file sizes: changes when images are added, removed, renamed or replaced."""

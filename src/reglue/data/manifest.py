@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +17,9 @@ from reglue.encoders.autoencoders import AutoencoderSpec
 from reglue.encoders.compressors import CompressorSpec
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
-from reglue.files import plain, read_json, replacing, to_json
+from reglue.files import file_sha256, plain, read_json, to_json, write_text
 from reglue.names import CLASS_TOKEN_CODES, LOCAL_CODES
+from reglue.overrides import differing
 from reglue.sampling import Precision
 
 FORMAT = 1
@@ -30,8 +30,6 @@ PARTIAL = "manifest.partial.json"
 METADATA = "reglue"
 """Key of a shard's metadata: `ShardMetadata` as JSON."""
 REMEDY = "prepare the store again"
-READ_AT_ONCE = 2**18
-"""Bytes of a file whose hash is taken: so few stay in a core's own cache."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +191,7 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write a manifest into the folder of its store. Returns it with its hash."""
     manifest = replace(manifest, hash=_hash(plain(manifest)))
-    with replacing(folder / MANIFEST) as beside:
-        beside.write_text(to_json(manifest))
+    write_text(folder / MANIFEST, to_json(manifest))
     return manifest
 
 
@@ -211,39 +208,18 @@ def is_whole(folder: Path, shard: Shard) -> bool:
         return False
 
 
-def is_intact(folder: Path, shard: Shard, on_read: Callable[[int], object]) -> bool:
-    """Whether a file of a store has the hash in the manifest. Reads all of it; `on_read` gets the number of bytes."""
-    return is_whole(folder, shard) and file_sha256(folder / shard.file, on_read) == shard.sha256
-
-
-def file_sha256(path: Path, on_read: Callable[[int], object] = lambda _: None) -> str:
-    """SHA-256 of a file. `on_read` is called with the number of bytes of each read."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_AT_ONCE))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            on_read(count)
-    return digest.hexdigest()
+def is_intact(folder: Path, shard: Shard) -> bool:
+    """Whether a file of a store has the hash in the manifest. Reads all of it."""
+    return is_whole(folder, shard) and file_sha256(folder / shard.file) == shard.sha256
 
 
 def refuse_others(folder: Path, has: Contents, asked: Contents) -> None:
     """Raise UserError naming the first thing in which a store differs from what was asked for."""
-    for path, old, new in _differences("", has, asked):
+    for path, (new, old) in differing(asked, has).items():
         raise UserError(
             f"{folder} was prepared with {path} {_brief(old)}{_model_of(path, has)}, not {_brief(new)}"
             f"{_model_of(path, asked)}; choose another folder, or the same options and images as before"
         )
-
-
-def _differences(path: str, has: Any, asked: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Paths of fields that compare as different, with both values."""
-    if is_dataclass(has) and is_dataclass(asked):
-        for part in fields(Contents if isinstance(has, Contents) else has):
-            if part.compare:
-                inner = f"{path}.{part.name}".lstrip(".")
-                yield from _differences(inner, getattr(has, part.name), getattr(asked, part.name))
-    elif has != asked:
-        yield path, has, asked
 
 
 def _model_of(path: str, contents: Contents) -> str:

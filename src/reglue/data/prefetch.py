@@ -18,6 +18,11 @@ _Part = TypeVar("_Part")
 _Batch = TypeVar("_Batch")
 
 
+def in_batches(count: int, size: int) -> list[range]:
+    """The numbers below `count`, so many at a time."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def prefetch(
     read: Callable[[_Part], _Batch], parts: Iterable[_Part], workers: int, device: torch.device = CPU
 ) -> Generator[_Batch, None, None]:

@@ -16,6 +16,7 @@ from reglue.data.images import ImageSource, UnreadableImage
 from reglue.data.label_tables import Asked, ImageNames, look_up, read_table
 from reglue.data.labels import index_labels, read_class_names
 from reglue.data.reading import Reading, Subset
+from reglue.errors import UserError
 from reglue.seeds import permutation
 
 HUB = "hf:"
@@ -39,16 +40,30 @@ class Computed(Sequence):
         return self._item(index)
 
 
-class Relabelled:
-    """Images with labels from a table (`labels.read_table`)."""
+class Derived(ImageSource):
+    """Images of another source."""
 
-    sequential = False
+    def __init__(self, images: ImageSource):
+        self._images = images
+        self.path, self.names, self.notes = images.path, images.names, images.notes
+        self.class_names, self.sequential = images.class_names, images.sequential
+
+    def find(self, index: int) -> Path | bytes:
+        """See `ImageSource.find`."""
+        return self._images.find(index)
+
+    def fingerprint(self) -> str:
+        """Of all of the images that it takes from."""
+        return self._images.fingerprint()
+
+
+class Relabelled(Derived):
+    """Images with labels from a table (`labels.read_table`)."""
 
     def __init__(self, images: ImageSource, reading: Reading, named: Callable[[str], str]):
         """`named` turns a name in the table into the name here: a.JPG of a tar file is a.jpg."""
         assert reading.labels is not None
-        self._images = images
-        self.path, self.names, self.notes = images.path, images.names, images.notes
+        super().__init__(images)
         known = ImageNames(images.names, images.path, reading.labels, named)
         # In tar files, the other option names the ending of the images.
         asked = Asked(reading.image_column if named is str else None, reading.label_column)
@@ -57,24 +72,16 @@ class Relabelled:
             labels, images.names.__getitem__, class_names_of(reading), str(reading.labels)
         )
 
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
-        """As `ImageSource.load`."""
-        return self._images.load(index, resolution)
-
     def fingerprint(self) -> str:
         """SHA-256 of the fingerprint of the images and of their labels."""
-        return hashlib.sha256(f"{self._images.fingerprint()} {self.labels}".encode()).hexdigest()
+        return hashlib.sha256(f"{super().fingerprint()} {self.labels}".encode()).hexdigest()
 
 
-class Chosen:
+class Chosen(Derived):
     """Some of the images of each class. The fingerprint is that of all; the store records the subset beside it."""
 
-    sequential = False
-
     def __init__(self, images: ImageSource, subset: Subset):
+        super().__init__(images)
         labels = np.asarray(images.labels)
         drawn = []
         for label in range(max(1, len(images.class_names))):
@@ -83,39 +90,26 @@ class Chosen:
             wanted = min(wanted, subset.per_class or wanted)
             order = permutation(subset.seed, "subset of a class", label, len(of_class)).numpy()
             drawn.append(of_class[order[:wanted]])
-        self._images, self._indices = images, np.sort(np.concatenate(drawn))
-        self.path, self.class_names, self.notes = images.path, images.class_names, images.notes
-        self.names: Sequence[str] = Computed(len(self), lambda i: images.names[self._indices[i]])
-        self.labels: Sequence[int] = labels[self._indices].tolist()
+        self._indices = np.sort(np.concatenate(drawn))
+        self.names = Computed(len(self._indices), lambda i: images.names[self._indices[i]])
+        self.labels = labels[self._indices].tolist()
 
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
-        """As `ImageSource.load`."""
-        return self._images.load(int(self._indices[index]), resolution)
-
-    def fingerprint(self) -> str:
-        """Of all of the images that it takes from."""
-        return self._images.fingerprint()
+    def find(self, index: int) -> Path | bytes:
+        """See `ImageSource.find`."""
+        return self._images.find(int(self._indices[index]))
 
 
-class Mirrored:
+class Mirrored(Derived):
     """Each image followed by its mirror image, decoded once if they are read one after the other."""
 
     def __init__(self, images: ImageSource):
-        self._images = images
+        super().__init__(images)
         self._last: tuple[Any, Tensor | UnreadableImage] | None = None
-        self.path, self.class_names, self.sequential = images.path, images.class_names, images.sequential
-        self.notes = images.notes
-        self.names: Sequence[str] = Computed(len(self), lambda i: images.names[i // 2] + FLIPPED * (i % 2))
-        self.labels: Sequence[int] = Computed(len(self), lambda i: images.labels[i // 2])
-
-    def __len__(self) -> int:
-        return 2 * len(self._images)
+        self.names = Computed(2 * len(images), lambda i: images.names[i // 2] + FLIPPED * (i % 2))
+        self.labels = Computed(2 * len(images), lambda i: images.labels[i // 2])
 
     def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
-        """As `ImageSource.load`."""
+        """See `ImageSource.load`."""
         original, flipped = divmod(index, 2)
         last = self._last  # Looked at once: another thread may put another image there.
         if last is None or last[0] != (original, resolution):
@@ -125,26 +119,27 @@ class Mirrored:
             return image
         return image.flip(-1) if isinstance(image, Tensor) else replace(image, name=image.name + FLIPPED)
 
-    def fingerprint(self) -> str:
-        """Of all of the images that it takes from."""
-        return self._images.fingerprint()
-
 
 def class_names_of(reading: Reading) -> tuple[str, ...] | None:
     """The names in the file that the user gave, if any."""
     return read_class_names(reading.class_names) if reading.class_names else None
 
 
-def repeated(names: Sequence[str]) -> str:
-    """The first name that occurs twice, of names of which one does."""
+def repeated(names: Sequence[str]) -> str | None:
+    """The first name that occurs twice, if one does."""
     seen: set[str] = set()
-    return next(name for name in names if name in seen or seen.add(name))
+    return next((name for name in names if name in seen or seen.add(name)), None)
 
 
-def distinct_names(files: Sequence[Path]) -> list[str]:
-    """The names of files; where two are equal, all of their paths within the folder that they share."""
+def distinct_names(path: Path, files: Sequence[Path]) -> list[str]:
+    """The names of files; where two are equal, all of their paths within the folder that they share.
+
+    Raises UserError if `path`, which means these files, means one of them twice.
+    """
     names = [file.name for file in files]
-    if len(set(names)) == len(names):
-        return names
-    shared = os.path.commonpath([file.absolute().parent for file in files])
-    return [file.absolute().relative_to(shared).as_posix() for file in files]
+    if repeated(names):
+        shared = os.path.commonpath([file.absolute().parent for file in files])
+        names = [file.absolute().relative_to(shared).as_posix() for file in files]
+    if twice := repeated(names):
+        raise UserError(f"{path} means {twice} twice; name every file once")
+    return names

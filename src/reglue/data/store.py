@@ -199,8 +199,8 @@ class Store:
         No chunk straddles two shards.
         """
         content = self._column(column)
-        for shard, end in enumerate(self._ends.tolist()):
-            start = self._start(shard)
+        for shard, (end, count) in enumerate(zip(self._ends.tolist(), self.shard_rows, strict=True)):
+            start = end - count
             within = torch.arange(start, end) if rows is None else rows[(rows >= start) & (rows < end)]
             if not len(within):
                 continue
@@ -268,9 +268,6 @@ class Store:
                 f"{self.folder} has no column {column} (it has {', '.join(sorted(columns))}); add it with {how}"
             )
         return columns[column]
-
-    def _start(self, shard: int) -> int:
-        return int(self._ends[shard - 1]) if shard else 0
 
 
 def quantised(features: Tensor) -> dict[str, Tensor]:

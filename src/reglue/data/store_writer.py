@@ -29,7 +29,6 @@ from reglue.data.manifest import (
     ShardMetadata,
     TensorSpec,
     compressor_of,
-    file_sha256,
     holds_codes,
     is_whole,
     read_manifest,
@@ -37,10 +36,21 @@ from reglue.data.manifest import (
     value_of,
     write_manifest,
 )
+from reglue.data.prefetch import in_batches
 from reglue.data.store import Store
 from reglue.encoders.compressors import CompressorSpec
 from reglue.errors import UserError
-from reglue.files import BESIDE, plain, read_json, read_jsonl, refuse_filled, replacing, to_json
+from reglue.files import (
+    BESIDE,
+    file_sha256,
+    plain,
+    read_json,
+    read_jsonl,
+    refuse_filled,
+    replacing,
+    to_json,
+    write_text,
+)
 from reglue.names import codes_column
 from reglue.progress import Bar
 
@@ -79,8 +89,7 @@ class StoreWriter:
         else:
             refuse_filled(self.folder)
             has = asked
-            with replacing(self.folder / PARTIAL) as beside:
-                beside.write_text(to_json(asked))
+            write_text(self.folder / PARTIAL, to_json(asked))
         refuse_others(self.folder, has, asked)
         self._read_journals()
         if rank == 0:
@@ -90,8 +99,7 @@ class StoreWriter:
     def pending(self) -> list[range]:
         """The blocks that are still to be done: each a range of indices into the images of the source."""
         count, rows = self.contents.source.count, self.contents.shard_rows
-        blocks = [range(start, min(start + rows, count)) for start in range(0, count, rows)]
-        return [block for index, block in enumerate(blocks) if index not in self._blocks]
+        return [block for index, block in enumerate(in_batches(count, rows)) if index not in self._blocks]
 
     @property
     def rows(self) -> int:
@@ -169,8 +177,7 @@ class StoreWriter:
     def _join_journals(self) -> None:
         """Write all that was read into one journal. Appending to a torn line would spoil the next one too."""
         blocks = [self._blocks[index] for index in sorted(self._blocks)]
-        with replacing(self.folder / JOURNAL) as beside:
-            beside.write_text("".join(json.dumps(plain(block)) + "\n" for block in blocks))
+        write_text(self.folder / JOURNAL, "".join(json.dumps(plain(block)) + "\n" for block in blocks))
         for path in self._journals():
             if path.name != JOURNAL:
                 path.unlink()

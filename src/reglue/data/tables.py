@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from reglue.data.images import ImageSource, OneAtATime, UnreadableImage, load_crop
+from reglue.data.images import ImageSource, OneAtATime, UnreadableImage
 from reglue.data.label_tables import LABEL_COLUMNS
 from reglue.data.labels import ClassIndex, index_labels
 from reglue.data.reading import Reading
@@ -117,31 +118,47 @@ class _Columns(NamedTuple):
     """None where the table does not list them."""
 
 
-class ParquetImages:
+class _TableImages(ImageSource):
+    """The images of a table, whose rows one thread reads at a time."""
+
+    def __init__(self, path: Path, names: Sequence[str], columns: _Columns, labels: Sequence[Any] | None):
+        """`labels` are those of all rows, None where there are no classes. Raises UserError for ambiguous ones."""
+        self.path, self.names, self._columns = path, names, columns
+        self.labels = Computed(len(names), lambda _: 0)
+        if labels is not None:
+            self.labels, self.class_names = index_labels(labels, names.__getitem__, columns.class_names, str(path))
+        self._one_at_a_time = OneAtATime()
+
+    def find(self, index: int) -> Path | bytes:
+        """See `ImageSource.find`."""
+        with self._one_at_a_time:
+            return _file_of(self._cell(index))
+
+    @abstractmethod
+    def _cell(self, index: int) -> Any:
+        """What the table has for an image."""
+
+
+class ParquetImages(_TableImages):
     """The images of parquet files. A row is named FILE/ROW, with the folders of FILE where two files have one name.
 
     Rows are read `ROWS_AT_ONCE` at a time, forwards from the beginning of their row group.
     """
 
-    sequential = False
-    notes: tuple[str, ...] = ()
-
     def __init__(self, path: Path, files: Sequence[Path], reading: Reading):
         """Raises UserError for a damaged file, one named twice, and for ambiguous columns or labels."""
-        self.path, self._files = path, files
-        self._file_names = distinct_names(files)
-        if len(set(self._file_names)) < len(files):
-            raise UserError(f"{path} means {repeated(self._file_names)} twice; name every file once")
+        self._files, self._file_names = files, distinct_names(path, files)
         self._groups: list[tuple[int, int]] = []  # File and group within the file.
         ends: list[int] = []
         file_starts: list[int] = []
         labels: list[Any] = []
+        columns: _Columns | None = None
         for index, file in enumerate(files):
             with _parquet(file) as opened:
-                columns = _columns(_features(file, opened.schema_arrow), reading, file)
-                if index and columns != self._columns:
+                found = _columns(_features(file, opened.schema_arrow), reading, file)
+                if columns and found != columns:
                     raise UserError(f"{file} has other columns than {files[0]}; choose files of one kind")
-                self._columns = columns
+                columns = found
                 file_starts.append(ends[-1] if ends else 0)
                 for group, rows in enumerate(_rows_of_groups(opened)):
                     self._groups.append((index, group))
@@ -150,27 +167,10 @@ class ParquetImages:
                     labels += opened.read([columns.label]).column(columns.label).to_pylist()
                     if len(labels) != (ends[-1] if ends else 0):
                         raise ValueError("its columns are of different lengths")
-        self._ends, self._file_starts = ends, file_starts
-        if not len(self):
+        if columns is None or not ends or not ends[-1]:
             raise UserError(f"{path} holds no images: its tables have no rows")
-        self.names: Sequence[str] = Computed(len(self), self._name)
-        self.labels: Sequence[int] = Computed(len(self), lambda _: 0)
-        self.class_names: tuple[str, ...] = ()
-        if labels:
-            self.labels, self.class_names = index_labels(labels, self._name, self._columns.class_names, str(path))
-        self._rows, self._one_at_a_time = _Rows(), OneAtATime()
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
-        """As `ImageSource.load`."""
-
-        def read() -> Path | bytes:
-            with self._one_at_a_time:  # Where reading has come to is one place for all threads.
-                return _file_of(self._cell(index))
-
-        return load_crop(self.names[index], read, resolution)
+        self._ends, self._file_starts, self._rows = ends, file_starts, _Rows()
+        super().__init__(path, Computed(ends[-1], self._name), columns, labels if columns.label else None)
 
     def fingerprint(self) -> str:
         """SHA-256 of the files' names and sizes, of the columns and of the labels."""
@@ -233,8 +233,8 @@ def _parquet(file: Path) -> Iterator[pq.ParquetFile]:
 
 def _features(file: Path, schema: pa.Schema) -> datasets.Features:
     """The columns of a parquet file as `datasets` knows them."""
-    if len(set(schema.names)) < len(schema.names):
-        raise UserError(f"{file} has two columns called {repeated(schema.names)}; rename one")
+    if twice := repeated(schema.names):
+        raise UserError(f"{file} has two columns called {twice}; rename one")
     try:
         return datasets.Features.from_arrow_schema(schema)
     except Exception as error:  # It trusts what its own metadata say.
@@ -251,44 +251,26 @@ def _rows_of_groups(opened: pq.ParquetFile) -> list[int]:
     return rows
 
 
-class DatasetImages:
+class DatasetImages(_TableImages):
     """The images of a `datasets.Dataset`. They are named row-0, row-1 and so on."""
-
-    sequential = False
-    notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path, dataset: datasets.Dataset, reading: Reading):
         """Raises UserError for ambiguous columns or labels."""
-        self.path = path
         columns = _columns(dataset.features, reading, path)
-        self._column = columns.image
-        self._dataset, self._one_at_a_time = _undecoded(dataset, columns), OneAtATime()
-        self.names: Sequence[str] = Computed(len(dataset), _row_name)
-        self.labels: Sequence[int] = Computed(len(dataset), lambda _: 0)
-        self.class_names: tuple[str, ...] = ()
-        if columns.label:
-            labels = dataset.select_columns([columns.label])[:][columns.label]
-            self.labels, self.class_names = index_labels(labels, _row_name, columns.class_names, str(path))
+        self._dataset = _undecoded(dataset, columns)
+        labels = dataset.select_columns([columns.label])[:][columns.label] if columns.label else None
+        super().__init__(path, Computed(len(dataset), _row_name), columns, labels)
 
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
-        """As `ImageSource.load`."""
-
-        def read() -> Path | bytes:
-            with self._one_at_a_time:  # `datasets` does not say that threads may share one.
-                return _file_of(self._dataset[index][self._column])
-
-        return load_crop(self.names[index], read, resolution)
+    def _cell(self, index: int) -> Any:
+        return self._dataset[index][self._columns.image]
 
     def fingerprint(self) -> str:
         """SHA-256 of the labels and of the sizes of the images."""
-        digest = hashlib.sha256(repr((self._column, self.class_names)).encode())
+        digest = hashlib.sha256(repr((self._columns.image, self.class_names)).encode())
         digest.update(np.asarray(self.labels, dtype=np.int64).tobytes())
         with _loading(self.path):
             for batch in self._dataset.with_format("arrow").iter(1000):  # As Arrow, the images themselves are not read.
-                cells = batch[self._column]
+                cells = batch[self._columns.image]
                 if pa.types.is_struct(cells.type):
                     cells = pc.call_function("struct_field", [cells], pc.StructFieldOptions("bytes"))
                 sizes = pc.call_function("binary_length", [cells])
@@ -296,11 +278,10 @@ class DatasetImages:
         return digest.hexdigest()
 
 
-class StreamedImages:
+class StreamedImages(ImageSource):
     """The first `count` images of a `datasets.IterableDataset`, read in order, named row-0, row-1 and so on."""
 
     sequential = True
-    notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path, stream: datasets.IterableDataset, reading: Reading, split: str):
         """Raises UserError if neither the stream nor the user states its columns, classes and length."""
@@ -322,18 +303,19 @@ class StreamedImages:
         self._stream = _undecoded(stream, columns)
         self._rows: Iterator[dict[str, Any]] = iter(())
         self._next, self._row = -1, {}
-        self.names: Sequence[str] = Computed(count, _row_name)
-        self.labels: Sequence[int] = Computed(count, self._label)
+        self.names = Computed(count, _row_name)
+        self.labels = Computed(count, self._label)
         self.class_names = columns.class_names or ()
         self._class_index = ClassIndex(self.class_names, str(path))
 
-    def __len__(self) -> int:
-        return self._count
-
     def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
         """As every source. Raises UserError if the stream has fewer images than `count`, or cannot be read on."""
-        cell = self._at(index)[self._columns.image]
-        return load_crop(self.names[index], lambda: _file_of(cell), resolution)
+        self._at(index)
+        return super().load(index, resolution)
+
+    def find(self, index: int) -> Path | bytes:
+        """See `ImageSource.find`."""
+        return _file_of(self._at(index)[self._columns.image])
 
     def fingerprint(self) -> str:
         """SHA-256 of its name, columns, classes and length: nothing else is known of it before it is read."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,25 +19,16 @@ from reglue.data.images import UnreadableImage
 from reglue.data.store import Store, dequantised
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.encoders.compressors import load_compressor
-from reglue.encoders.vision import EncoderSpec, load_encoder
+from reglue.encoders.vision import EncoderSpec, VisionFeatures, load_encoder
 from reglue.errors import UserError, option
 from reglue.names import codes_column
 
 SPATIAL_EPSILON = 1e-6
 
 
-class Tokens(NamedTuple):
-    """What a vision encoder says of images in its last layer, raw."""
-
-    class_token: Tensor
-    """(B, D)."""
-    patches: Tensor
-    """(B, D, h, w), at the encoder's grid."""
-
-
-def target_of(tokens: Tokens, recipe: Recipe, config: DenoiserConfig) -> Tensor:
+def target_of(tokens: VisionFeatures, recipe: Recipe, config: DenoiserConfig) -> Tensor:
     """The encoder's raw tokens (B, N, D) float32 for a model's tokens: resampled if the grids differ."""
-    patches = tokens.patches
+    patches = tokens.features
     if patches.shape[2:] != config.token_grid:
         patches = F.interpolate(patches.float(), config.token_grid, mode="bilinear", antialias=True)
     if (share := recipe.alignment.spatial_norm) is not None:  # iREPA (arXiv 2512.10794)
@@ -65,8 +55,8 @@ class AlignmentTargets(ABC):
         """What the tokens of rows (B,) are made of, each (B, …) on the CPU. Many threads may call it at once."""
 
     @abstractmethod
-    def tokens(self, read: Mapping[str, Tensor]) -> Tokens:
-        """The tokens made of what `read` gave, on the device where that has been moved to."""
+    def tokens(self, read: Mapping[str, Tensor]) -> VisionFeatures:
+        """What the encoder says in its last layer, raw, made of what `read` gave and on the device where that is."""
 
 
 def target_columns(recipe: Recipe) -> tuple[str, ...]:
@@ -108,9 +98,9 @@ class CachedTargets(AlignmentTargets):
         """`cls` and, as they are stored, the tensors of `features`."""
         return {**self.store.read("cls", rows), **self.store.read_stored("features", rows, self.last_layer)}
 
-    def tokens(self, read: Mapping[str, Tensor]) -> Tokens:
+    def tokens(self, read: Mapping[str, Tensor]) -> VisionFeatures:
         """See `AlignmentTargets.tokens`."""
-        return Tokens(read["cls"], dequantised(read)["features"])
+        return VisionFeatures(read["cls"], dequantised(read)["features"])
 
 
 class DecodedTargets(AlignmentTargets):
@@ -140,9 +130,9 @@ class DecodedTargets(AlignmentTargets):
         return {**self.store.read("cls", rows), **self.store.read(self.column, rows)}
 
     @torch.no_grad()
-    def tokens(self, read: Mapping[str, Tensor]) -> Tokens:
+    def tokens(self, read: Mapping[str, Tensor]) -> VisionFeatures:
         """See `AlignmentTargets.tokens`."""
-        return Tokens(read["cls"], self.compressor.decode(read["local"].float(), self.last_layer))
+        return VisionFeatures(read["cls"], self.compressor.decode(read["local"].float(), self.last_layer))
 
 
 class OnlineTargets(AlignmentTargets):
@@ -180,7 +170,6 @@ class OnlineTargets(AlignmentTargets):
             pixels.append(image)
         return {"pixels": torch.stack(pixels)}
 
-    def tokens(self, read: Mapping[str, Tensor]) -> Tokens:
+    def tokens(self, read: Mapping[str, Tensor]) -> VisionFeatures:
         """See `AlignmentTargets.tokens`."""
-        described = self.encoder.describe(read["pixels"])
-        return Tokens(described.class_token, described.features)
+        return self.encoder.describe(read["pixels"])

@@ -13,9 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
-from torch import Tensor
 
-from reglue.data.images import UnreadableImage, load_crop
+from reglue.data.images import ImageSource
 from reglue.data.labels import index_labels
 from reglue.data.listing import classes_of, is_hidden, is_image, passed_over
 from reglue.data.reading import Reading
@@ -45,14 +44,12 @@ class _Label(NamedTuple):
     """Of the file that says so."""
 
 
-class TarImages:
+class TarImages(ImageSource):
     """The images of tar shards, in WebDataset's layout (the files of one sample share a name) or of class folders.
 
     Opening reads the headers, and the labels. An image is named SHARD/FILE, with the folders of SHARD where two shards
     have one name.
     """
-
-    sequential = False
 
     def __init__(self, path: Path, files: Sequence[Path], reading: Reading):
         """Raises UserError for a damaged or compressed shard, two images of one name, and samples without a label."""
@@ -63,10 +60,7 @@ class TarImages:
         told: list[_Label | None] = []
         endings: Counter[str] = Counter()
         labelled = not reading.no_labels and not reading.labels
-        shards = distinct_names(files)
-        if len(set(shards)) < len(files):
-            raise UserError(f"{path} means {repeated(shards)} twice; name every file once")
-        for index, (file, shard) in enumerate(zip(files, shards, strict=True)):
+        for index, (file, shard) in enumerate(zip(files, distinct_names(path, files), strict=True)):
             with file.open("rb") as content:
                 for key, members in _samples(file, content).items():
                     images = _images_of(members, key, shard, reading)
@@ -86,11 +80,10 @@ class TarImages:
         if not names:
             why = "".join(f" ({note})" for note in self.notes)
             raise UserError(f"{path} holds no images{why}; those in a tar file end in .jpg, .png and the like")
-        if len(set(names)) < len(names):
-            raise UserError(f"{path} has two images {repeated(names)}; give every shard and image its own name")
+        if twice := repeated(names):
+            raise UserError(f"{path} has two images {twice}; give every shard and image its own name")
         self.names, self._places = names, np.array(places)
-        self.labels: Sequence[int] = Computed(len(names), lambda _: 0)
-        self.class_names: tuple[str, ...] = ()
+        self.labels = Computed(len(names), lambda _: 0)
         if labelled:
             if any(told):
                 labels = [says.value if says else _refuse_unlabelled(names[i], reading) for i, says in enumerate(told)]
@@ -99,18 +92,11 @@ class TarImages:
                 self.notes += notes
             self.labels, self.class_names = index_labels(labels, names.__getitem__, class_names_of(reading), str(path))
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def load(self, index: int, resolution: tuple[int, int]) -> Tensor | UnreadableImage:
-        """As `ImageSource.load`."""
+    def find(self, index: int) -> bytes:
+        """See `ImageSource.find`."""
         shard, offset, size = self._places[index].tolist()
-
-        def read() -> bytes:
-            with self._files[shard].open("rb") as file:
-                return _read(file, _Member(offset, size))
-
-        return load_crop(self.names[index], read, resolution)
+        with self._files[shard].open("rb") as file:
+            return _read(file, _Member(offset, size))
 
     def fingerprint(self) -> str:
         """SHA-256 of the names, sizes and labels of the images."""

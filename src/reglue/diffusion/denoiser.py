@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reglue.diffusion.backbones import BACKBONES, BackboneSizes
+from reglue.diffusion.backbones import BACKBONES
 from reglue.diffusion.backbones.backbone import NORM_EPSILON
 from reglue.diffusion.conditions import CONDITIONS, Condition
 from reglue.diffusion.embeddings import TimeOffsets, position_embedding
@@ -96,20 +96,9 @@ class Denoiser(nn.Module):
         self.config = config
         width = config.width
         outputs = config.patch**2 * config.channels * (2 if config.learn_sigma else 1)
-        sizes = BackboneSizes(
-            config.depth,
-            width,
-            config.heads,
-            len(config.tokens),
-            config.token_grid,
-            config.position_grid,
-            bool(config.conditions),
-            config.parts,
-            PREDICTIONS[config.prediction].largest_time,
-        )
         with torch.random.fork_rng(devices=[]):  # type: ignore[reportUnknownMemberType]
             torch.manual_seed(seed)  # type: ignore[reportUnknownMemberType], for what `initialise` leaves alone
-            backbone = BACKBONES[config.backbone](sizes)
+            backbone = BACKBONES[config.backbone](config)
             self.patches = nn.Conv2d(config.channels, width, config.patch, config.patch)
             self.time_embedding = backbone.time_embedding(width)
             apart = [m.name for m in config.modalities[1:]] if config.times != "shared" else []

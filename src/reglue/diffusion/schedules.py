@@ -151,14 +151,10 @@ class Cascade(Lead):
         return Known(frozenset(known)) if {*known} == {*names} - {LATENT} else None
 
 
-class Independent(Schedule):
+class Independent(Shared):
     """A time of its own for each modality in training (UniDiffuser, arXiv 2303.06555); one for all in sampling."""
 
     any_times = True
-
-    def times(self, clock: float, names: Iterable[str]) -> Times:
-        """See `Schedule.times`."""
-        return dict.fromkeys(names, clock)
 
     def clocks(self, names: Iterable[str]) -> int:
         """One for each modality."""

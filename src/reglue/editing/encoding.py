@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from reglue.data.images import crop_to, laid_over, read_picture, upright
-from reglue.data.targets import Tokens, target_of
+from reglue.data.targets import target_of
 from reglue.diffusion.modalities import LATENT, Modality, State
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.encoders.compressors import Compressor, as_map, resize
-from reglue.encoders.vision import VisionEncoder, load_encoder
+from reglue.encoders.vision import VisionEncoder, VisionFeatures, load_encoder
 from reglue.errors import UserError, one_line, option
 from reglue.run import RunRecord, decoder, find_compressor
 
@@ -121,7 +121,7 @@ class ImageEncoder:
         """What the run's hidden tokens were aligned with (B, N, D), of uint8 images: see `target_of`."""
         assert self.encoder is not None
         features, class_token = self.encoder.last_layer(self.encoder.describe(pixels.to(self.device)))
-        return target_of(Tokens(class_token, features), self.record.recipe, self.record.denoiser)
+        return target_of(VisionFeatures(class_token, features), self.record.recipe, self.record.denoiser)
 
     @property
     def device(self) -> torch.device:

@@ -258,7 +258,7 @@ def sheet(folder: Path, subjects: Sequence[Subject], names: Sequence[str], same_
             assert one.labels is not None
             row.append(painting(one.labels, one.head))
     maps = [one.edit(0).shown() for one in subjects]
-    if LOCAL in maps[0] and (subjects[0].share is None or LOCAL in subjects[0].known):
+    if LOCAL in maps[0] and (len(titles) == 1 or LOCAL in subjects[0].known):
         titles.append("local map")
         colours = colours_of(concatenate_states(maps)[LOCAL].cpu())
         for row, one in zip(rows, enlarge(colours, size), strict=True):

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from importlib import import_module, resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reglue.diffusion.specs import Normalisation
 from reglue.encoders.known import (
     AUTOENCODERS_ON_HUB,
     GATED_AUTOENCODERS,
@@ -36,11 +37,6 @@ from reglue.encoders.weights import CONFIG, filled, read_config, read_weights, s
 from reglue.errors import UserError, one_line, option
 from reglue.files import read_json, read_network, read_tensors, refuse_not_finite
 from reglue.hub import fetch
-
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.autoencoders.vae import DecoderOutput
-    from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 DIFFUSERS_WEIGHTS = f"{DIFFUSERS_STEM}.safetensors"
@@ -98,11 +94,11 @@ class AutoencoderSpec:
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Raw latents (B, C, H, W) → the latents that models learn, of about unit standard deviation."""
-        return (raw - _per_channel(self.shift, raw)) * _per_channel(self.scale, raw)
+        return Normalisation(self.shift, self.scale).normalise(raw)
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """The inverse of `normalise`, for `Autoencoder.decode`."""
-        return latents / _per_channel(self.scale, latents) + _per_channel(self.shift, latents)
+        return Normalisation(self.shift, self.scale).denormalise(latents)
 
 
 class Autoencoder(nn.Module, ABC):
@@ -123,8 +119,12 @@ class Autoencoder(nn.Module, ABC):
         return super().train(False)
 
 
-class PosteriorAutoencoder(Autoencoder):
-    """diffusers' autoencoders with a normal distribution of latents for every image."""
+class DiffusersAutoencoder(Autoencoder):
+    """diffusers' autoencoders, with one latent for every image or a normal distribution of them.
+
+    AutoencoderTiny (TAESD and its kin) changes from [−1, 1] to its own [0, 1] inside. AutoencoderDC is DC-AE (arXiv
+    2410.10733). VQModel's latents (VQGAN, arXiv 2012.09841) are those before quantisation, which decoding begins with.
+    """
 
     def __init__(self, network: Any, spec: AutoencoderSpec):
         super().__init__()
@@ -133,22 +133,17 @@ class PosteriorAutoencoder(Autoencoder):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Moments:
         """See `Autoencoder.encode`."""
-        posterior = cast("AutoencoderKLOutput", self.network.encode(images)).latent_dist
-        return Moments(posterior.mean, posterior.std)
+        (found,) = self.network.encode(images, return_dict=False)
+        return Moments(found, None) if isinstance(found, Tensor) else Moments(found.mean, found.std)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See `Autoencoder.decode`."""
-        return cast("DecoderOutput", self.network.decode(latents)).sample.clamp(-1, 1)
+        (images, *_) = self.network.decode(latents, return_dict=False)
+        return images.clamp(-1, 1)
 
 
-class KlAutoencoder(PosteriorAutoencoder):
-    """diffusers' AutoencoderKL, the kind that can be trained further."""
-
-    network: "AutoencoderKL"
-
-
-class Flux2Autoencoder(PosteriorAutoencoder):
+class Flux2Autoencoder(DiffusersAutoencoder):
     """diffusers' AutoencoderKLFlux2, in the space that FLUX.2's transformer learns.
 
     There, patches of latent pixels are stacked into channels, which the running statistics of a batch norm normalise.
@@ -171,30 +166,7 @@ class Flux2Autoencoder(PosteriorAutoencoder):
         return self.network.config["patch_size"][0]
 
 
-class DeterministicAutoencoder(Autoencoder):
-    """diffusers' autoencoders with one latent for every image.
-
-    AutoencoderTiny (TAESD and its kin) changes from [−1, 1] to its own [0, 1] inside. AutoencoderDC is DC-AE (arXiv
-    2410.10733). VQModel's latents (VQGAN, arXiv 2012.09841) are those before quantisation, which decoding begins with.
-    """
-
-    def __init__(self, network: Any, spec: AutoencoderSpec):
-        super().__init__()
-        self.network, self.spec = network.eval().requires_grad_(False), spec
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Moments:
-        """See `Autoencoder.encode`."""
-        (latents,) = cast(tuple[Tensor], self.network.encode(images, return_dict=False))
-        return Moments(latents, None)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `Autoencoder.decode`."""
-        return cast("DecoderOutput", self.network.decode(latents)).sample.clamp(-1, 1)
-
-
-class RaeAutoencoder(DeterministicAutoencoder):
+class RaeAutoencoder(DiffusersAutoencoder):
     """diffusers' AutoencoderRAE (arXiv 2510.11690): the tokens of a vision encoder, and a decoder of images from them.
 
     Its pixels are in [0, 1], it normalises its latents itself, and it knows images of one size.
@@ -226,17 +198,17 @@ class _Kind(NamedTuple):
     widths: str
     """What its configuration calls the channels of the encoder's stages, each of which but the first halves the sides.
     """
-    autoencoder: type[PosteriorAutoencoder | DeterministicAutoencoder]
+    autoencoder: type[DiffusersAutoencoder] = DiffusersAutoencoder
 
 
 DIFFUSERS_KINDS = {
-    "AutoencoderKL": _Kind("autoencoder_kl", "block_out_channels", KlAutoencoder),
-    "AsymmetricAutoencoderKL": _Kind("autoencoder_asym_kl", "down_block_out_channels", PosteriorAutoencoder),
+    "AutoencoderKL": _Kind("autoencoder_kl", "block_out_channels"),
+    "AsymmetricAutoencoderKL": _Kind("autoencoder_asym_kl", "down_block_out_channels"),
     "AutoencoderKLFlux2": _Kind("autoencoder_kl_flux2", "block_out_channels", Flux2Autoencoder),
-    "VQModel": _Kind("vq_model", "block_out_channels", DeterministicAutoencoder),
-    "AutoencoderTiny": _Kind("autoencoder_tiny", "encoder_block_out_channels", DeterministicAutoencoder),
+    "VQModel": _Kind("vq_model", "block_out_channels"),
+    "AutoencoderTiny": _Kind("autoencoder_tiny", "encoder_block_out_channels"),
     "AutoencoderRAE": _Kind("autoencoder_rae", "", RaeAutoencoder),
-    "AutoencoderDC": _Kind("autoencoder_dc", "encoder_block_out_channels", DeterministicAutoencoder),
+    "AutoencoderDC": _Kind("autoencoder_dc", "encoder_block_out_channels"),
 }
 """Classes of diffusers that are known, by the name in a folder's configuration."""
 
@@ -328,7 +300,7 @@ def _fetch(name: str) -> Path:
     )
 
 
-def _load_diffusers(name: str, folder: Path) -> PosteriorAutoencoder | DeterministicAutoencoder:
+def _load_diffusers(name: str, folder: Path) -> DiffusersAutoencoder:
     config = read_config(folder / CONFIG, REMEDY)
     class_name = _class_name(config, folder)
     files = weight_files(folder, [DIFFUSERS_STEM], REMEDY)
@@ -336,7 +308,7 @@ def _load_diffusers(name: str, folder: Path) -> PosteriorAutoencoder | Determini
     return _of_diffusers(name, class_name, config, tensors, files, folder / CONFIG)
 
 
-def _load_latent_diffusion(latents_of: str | None, file: Path) -> PosteriorAutoencoder | DeterministicAutoencoder:
+def _load_latent_diffusion(latents_of: str | None, file: Path) -> DiffusersAutoencoder:
     """A KL autoencoder from a file by itself, in the latent space of a short name, or in that which the file shows."""
     tensors = read_weights([file], REMEDY)
     parts = as_diffusers(tensors, file)
@@ -383,7 +355,7 @@ def _of_diffusers(
     tensors: Mapping[str, Tensor],
     files: tuple[Path, ...],
     config_file: Path,
-) -> PosteriorAutoencoder | DeterministicAutoencoder:
+) -> DiffusersAutoencoder:
     """diffusers' network of a configuration, with these tensors of the files."""
     kind, network_class = DIFFUSERS_KINDS[class_name], _class_of_diffusers(class_name, config_file)
     refuse_not_finite(tensors, files[0])
@@ -558,7 +530,3 @@ def _load_taef2(name: str, folder: Path) -> Taef2Autoencoder:
         scale=(1.0,) * latent_channels,
     )
     return Taef2Autoencoder(encoder, decoder, spec)
-
-
-def _per_channel(values: tuple[float, ...], latents: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reglue.errors import UserError, option
-from reglue.files import read_json, read_network, replacing, to_json, write_tensors
+from reglue.files import read_json, read_network, to_json, write_tensors, write_text
 from reglue.names import CompressedColumn, CompressorKind
 
 ALL = slice(None)
@@ -112,8 +112,7 @@ class Compressor(nn.Module, ABC):
         folder.mkdir(parents=True, exist_ok=True)
         spec = self.spec()
         write_tensors(folder / WEIGHTS_FILE, self.state_dict())
-        with replacing(folder / SPEC_FILE) as beside:
-            beside.write_text(to_json(spec))
+        write_text(folder / SPEC_FILE, to_json(spec))
         return spec
 
 

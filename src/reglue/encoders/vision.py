@@ -7,7 +7,6 @@ of weights. Images are brought to the network as REPA does (arXiv 2410.06940): o
 input size, in the order that the table of short names gives.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,7 @@ from reglue.encoders.weights import (
     weight_files,
 )
 from reglue.errors import UserError, one_line
-from reglue.files import parse_json, refuse_not_finite
+from reglue.files import file_sha256, parse_json, refuse_not_finite
 from reglue.hub import fetch
 
 if TYPE_CHECKING:
@@ -187,23 +186,14 @@ class VisionEncoder(nn.Module):
         """uint8 (B, 3, H, W) at the prepared size → float (B, 3, *input_size): standardised and resized, in that order
         or the other, as `spec.steps` says."""
         images = pixels.to(self.image_mean) / 255
-        for step in self.spec.steps:
-            images = self._normalise(images) if step == "normalise" else self._resize(images)
+        spec = self.spec
+        for step in spec.steps:
+            if step == "normalise":
+                images = (images - self.image_mean) / self.image_std
+            elif spec.input_size != spec.image_size:
+                how = {"mode": spec.interpolation, "antialias": spec.antialias, "align_corners": False}
+                images = F.interpolate(images, spec.input_size, **how)
         return images
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        return (images - self.image_mean) / self.image_std
-
-    def _resize(self, images: Tensor) -> Tensor:
-        if self.spec.input_size == self.spec.image_size:
-            return images
-        return F.interpolate(
-            images,
-            size=self.spec.input_size,
-            mode=self.spec.interpolation,
-            antialias=self.spec.antialias,
-            align_corners=False,
-        )
 
     @torch.no_grad()
     def describe(self, pixels: Tensor) -> VisionFeatures:
@@ -307,7 +297,8 @@ def load_encoder(
     spec = EncoderSpec(
         name=source.name,
         architecture=source.architecture,
-        weights_sha256=_sha256(source.weights),
+        # Of one file its own, so that anyone can look it up.
+        weights_sha256=sha256_of(*source.weights) if len(source.weights) > 1 else file_sha256(source.weights[0]),
         width=network.embed_dim,
         depth=depth,
         layers=chosen,
@@ -332,33 +323,31 @@ def _find_source(name: str) -> _Source:
     if name == STARTER:
         with resources.as_file(resources.files("reglue.starter") / "encoder") as folder:
             return replace(_source_from_folder(folder), name=STARTER)
-    if name in KNOWN_ENCODERS:
-        known = KNOWN_ENCODERS[name]
-        weights = _fetch_weights(name, known.architecture)
-        return _Source(name, known.architecture, (weights,), steps=known.family.steps)
-    if name.startswith("timm:") and "@" not in name:
-        architecture = _timm_architecture(name)
-        return _Source(name, architecture, (_fetch_weights(name, architecture),))
-
+    architecture, at, file = name.partition("@")
+    has_name = architecture in KNOWN_ENCODERS or architecture.startswith("timm:")
+    if has_name and not at:
+        return _source_by_name(name, name)
     path = Path(name)
     if path.is_dir():
         return _source_from_folder(path.resolve())
     if path.is_file():
-        known = KNOWN_ENCODERS[recognise(path)]
-        return _Source(str(path.resolve()), known.architecture, (path,), steps=known.family.steps)
-
-    architecture_name, at, file = name.partition("@")
-    if at and (architecture_name in KNOWN_ENCODERS or architecture_name.startswith("timm:")):
+        return _source_by_name(recognise(path), str(path.resolve()), path)
+    if has_name:
         if not Path(file).is_file():
             raise UserError(f"encoder {name}: there is no file {file}")
-        full_name = f"{architecture_name}@{Path(file).resolve()}"
-        if known := KNOWN_ENCODERS.get(architecture_name):
-            return _Source(full_name, known.architecture, (Path(file),), steps=known.family.steps)
-        return _Source(full_name, _timm_architecture(architecture_name), (Path(file),))
+        return _source_by_name(architecture, f"{architecture}@{Path(file).resolve()}", Path(file))
     raise UserError(
         f"unknown encoder {name!r}: it is neither a file nor a folder; short names are {', '.join(encoder_names())}, "
         "others are given as timm:NAME"
     )
+
+
+def _source_by_name(architecture: str, name: str, weights: Path | None = None) -> _Source:
+    """A network in the table of short names, or timm:NAME, with its published weights or those of a file."""
+    known = KNOWN_ENCODERS.get(architecture)
+    of_timm = known.architecture if known else _timm_architecture(architecture)
+    steps = known.family.steps if known else NORMALISE_RESIZE
+    return _Source(name, of_timm, (weights or _fetch_weights(name, of_timm),), steps=steps)
 
 
 def encoder_names() -> list[str]:
@@ -453,14 +442,6 @@ def _fetch_weights(name: str, architecture: str) -> Path:
     # Models of the newer tags have the bare prefix here; the architecture completes it.
     repository = repository if not repository.endswith("/") else repository + architecture
     return fetch(f"encoder {name}", repository, [WEIGHTS], instead=f"give it as {name}@FILE") / WEIGHTS
-
-
-def _sha256(files: Sequence[Path]) -> str:
-    """Of one file its own, so that anyone can look it up."""
-    if len(files) > 1:
-        return sha256_of(*files)
-    with files[0].open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _empty_network(source: _Source, tensors: int) -> "VisionTransformer | Eva":

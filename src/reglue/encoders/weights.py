@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from reglue.errors import UserError, one_line
-from reglue.files import opened_tensors, read_json, read_tensors
+from reglue.files import file_sha256, opened_tensors, read_json, read_tensors
 from reglue.pickles import read_untrusted
 
 CONFIG = "config.json"
@@ -65,17 +65,14 @@ def _rank(variant: str) -> int:
 def _shards(index: Path, remedy: str) -> tuple[Path, ...]:
     """The files that an index names. They lie beside it."""
     places = read_json(index, dict[str, Any], remedy).get("weight_map")
-    names = sorted(set(places.values())) if isinstance(places, dict) and _are_text(places.values()) else []
+    texts = [*places.values()] if isinstance(places, dict) else []
+    names = sorted({*texts}) if all(isinstance(text, str) for text in texts) else []
     if not names or any(Path(name).name != name for name in names):
         raise UserError(f"{index} is damaged (its weight_map names no files beside it); {remedy}")
     files = tuple(index.with_name(name) for name in names)
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(f"{missing[0]} is missing, of the {len(files)} files of {index.name}; {remedy}")
     return files
-
-
-def _are_text(values: Any) -> bool:
-    return all(isinstance(value, str) for value in values)
 
 
 def is_pickled(file: Path) -> bool:
@@ -143,11 +140,7 @@ def _unprefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def sha256_of(*files: Path) -> str:
     """SHA-256 of the SHA-256 of each file, in hexadecimal."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(bytes.fromhex(file_sha256(file)) for file in files)).hexdigest()
 
 
 def read_config(file: Path, remedy: str) -> dict[str, Any]:

@@ -271,7 +271,8 @@ def warnings_of(network: FeatureNetwork, images: Side, reference: Side) -> Itera
                 f"warning: {side.other_sizes} of {side.count} {name} are of another size than the first, and were "
                 f"scaled and cropped to its {height}×{width} pixels; {option('resolution')} chooses another"
             )
-        if copies := _copies(side):
+        prints = torch.empty(0) if side.fingerprints is None else side.fingerprints
+        if copies := len(prints) - len(prints.unique()):  # of the pixels of an earlier one
             yield (
                 f"warning: {copies} of {side.count} {name} are copies of others among them: the figures take each for "
                 "an image of its own"
@@ -286,11 +287,6 @@ def warnings_of(network: FeatureNetwork, images: Side, reference: Side) -> Itera
             f"warning: images of {sizes[0]} pixels are compared with a reference of {sizes[1]}: the figures contain "
             "the difference in sharpness; evaluate both at one resolution"
         )
-
-
-def _copies(side: Side) -> int:
-    """How many images have the pixels of an earlier one."""
-    return 0 if side.fingerprints is None else len(side.fingerprints) - len(side.fingerprints.unique())
 
 
 def _side_row(path: str, count: int | None, size: tuple[int, int] | None, origin: str) -> str:

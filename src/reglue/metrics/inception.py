@@ -6,7 +6,6 @@ by the bilinear rule of TensorFlow 1 without antialias.
 
 from __future__ import annotations
 
-import hashlib
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from reglue.encoders.weights import is_pickled, read_shapes, read_weights
 from reglue.errors import UserError
-from reglue.files import refuse_not_finite
+from reglue.files import file_sha256, refuse_not_finite
 from reglue.metrics.features import Description, FeatureNetwork
 from reglue.names import INCEPTION
 
@@ -90,12 +89,10 @@ def load_inception(
             f"{weights} does not fit torch-fidelity's Inception network ({reason}); give its .pth, or safetensors with "
             "its names (scripts/convert_inception.py makes one of a TorchScript file)"
         ) from error
-    with weights.open("rb") as opened:
-        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     # Convolutions are faster with the channels last: 1.45 times on a core of an EPYC CPU, and GPUs prefer it too.
     # Features change by rounding, 6e-6 of them at most.
     network = network.to(device).to(memory_format=torch.channels_last)
-    return Inception(network, str(file.resolve()) if file else INCEPTION, sha256, without_logits)
+    return Inception(network, str(file.resolve()) if file else INCEPTION, file_sha256(weights), without_logits)
 
 
 def is_inception(file: Path) -> bool:

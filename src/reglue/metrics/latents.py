@@ -28,12 +28,6 @@ class LatentSummary(NamedTuple):
     noise: tuple[float, ...]
     """Of each channel: the variance of the posterior, averaged over images and positions."""
 
-    @classmethod
-    def of(cls, images: int, values: Sequence[float]) -> Self:
-        """Of the numbers that `LatentStatistics.values` gives."""
-        channels = len(values) // 2 - 1
-        return cls(images, values[0], values[1], tuple(values[2 : 2 + channels]), tuple(values[2 + channels :]))
-
     @property
     def shares(self) -> tuple[float, ...]:
         """Of each channel, the share of the variance at a position that the images explain: 0 to 1."""
@@ -77,8 +71,8 @@ class LatentStatistics:
         self.images += len(mean)
         return self
 
-    def values(self) -> Tensor:
-        """What `LatentSummary` is made of, in one tensor (2 + 2·C,): mean, standard deviation, signals, noises."""
+    def summary(self) -> LatentSummary:
+        """What has been seen. Waits for the device, once."""
         channels, height, width = self.shape
         positions, numbers = height * width, self.images * height * width
         by_place, by_channel = self.sums.split((channels * positions, 4 * channels))
@@ -87,8 +81,5 @@ class LatentStatistics:
         signal = explained.clamp(min=0) * self.images / max(self.images - 1, 1)
         mean = drawn.mean()
         std = (drawn_squares.mean() - mean.square()).clamp(min=0).sqrt()
-        return torch.cat([torch.stack([mean, std]), signal, noise])
-
-    def summary(self) -> LatentSummary:
-        """What has been seen. Waits for the device."""
-        return LatentSummary.of(self.images, self.values().tolist())
+        mean, std, *rest = torch.cat([torch.stack([mean, std]), signal, noise]).tolist()
+        return LatentSummary(self.images, mean, std, tuple(rest[:channels]), tuple(rest[channels:]))

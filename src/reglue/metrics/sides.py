@@ -72,11 +72,14 @@ def describe_side(
     """
     given = side.pool is not None and isinstance(network, Inception)
     found, size, origin, seen = None, None, "statistics in the file", _Seen([], 0, None)
-    if isinstance(network, EncoderFeatures) and side.store and _has_features(side.store, network):
+    # Class tokens serve if they were computed in the precision in which those of images will be.
+    precision = side.store.manifest.precision if side.store and _fits(side.store, network) else None
+    if side.store and precision == PRECISION:
         origin, size = "class tokens cached in the store", network.image_size
         found = FeatureSet(side.store.read("cls", side.store.originals)["cls"].float(), None, None)
     elif side.images is not None:
-        origin = f"computed from the images{_since_precision(side.store, network)}"
+        since = f", as the store's class tokens are in {precision}" if precision else ""
+        origin = f"computed from the images{since}"
         size = resolution or network.image_size or side.images.first_size()
         found, seen = _describe_images(network, side.images, size, name, share, keep_spatial)
     elif not given:
@@ -105,23 +108,11 @@ def refuse_too_few(count: int, found: str) -> None:
         raise UserError(f"{found}; at least {LEAST_IMAGES} are needed for a comparison")
 
 
-def _since_precision(store: Store | None, network: FeatureNetwork) -> str:
-    """Why a store's class tokens are not taken, if they would be but for their precision."""
-    if store is None or not isinstance(network, EncoderFeatures) or not _fits(store, network):
-        return ""
-    return f", as the store's class tokens are in {store.manifest.precision}"
-
-
-def _has_features(store: Store, network: EncoderFeatures) -> bool:
-    """Whether a store has the network's class tokens, computed in the precision in which those of images will be."""
-    return _fits(store, network) and store.manifest.precision == PRECISION
-
-
-def _fits(store: Store, network: EncoderFeatures) -> bool:
+def _fits(store: Store, network: FeatureNetwork) -> bool:
     """Whether the store's class tokens are the network's. Choices for the patches do not matter."""
-    cached, spec = store.manifest.encoder, network.encoder.spec
-    if network.kind != "class-token" or cached is None:
+    if not isinstance(network, EncoderFeatures) or network.kind != "class-token" or store.manifest.encoder is None:
         return False
+    cached, spec = store.manifest.encoder, network.encoder.spec
     return replace(cached, layers=spec.layers, final_norm=spec.final_norm) == spec
 
 

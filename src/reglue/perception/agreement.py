@@ -61,7 +61,8 @@ class Agreement(ABC):
         estimates = {}
         for name in self.names:
             error = standard_error([one[name] for one in resampled]) if len(counts) > 1 else float("nan")
-            estimates[name] = Estimate(*map(_number, (values[name], error, unrelated.get(name, float("nan")))))
+            numbers = (values[name], error, unrelated.get(name, float("nan")))
+            estimates[name] = Estimate(*(None if np.isnan(number) else number for number in numbers))
         return estimates
 
     @abstractmethod
@@ -148,10 +149,6 @@ def standard_error(resampled: Sequence[float]) -> float:
     """The bootstrap's, of a figure by its values on resamples; NaN if none is defined."""
     defined = [value for value in resampled if not np.isnan(value)]
     return float(np.std(defined)) if defined else float("nan")
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> str:

@@ -20,7 +20,7 @@ from reglue.encoders.known import KNOWN_ENCODERS
 from reglue.encoders.vision import EncoderSpec, VisionFeatures
 from reglue.encoders.weights import read_weights
 from reglue.errors import UserError
-from reglue.files import read_json, read_network, refuse_not_finite, replacing, to_json, write_tensors
+from reglue.files import read_json, read_network, refuse_not_finite, to_json, write_tensors, write_text
 
 Task = Literal["segmentation", "depth"]
 
@@ -155,8 +155,7 @@ class Head(nn.Module):
     def save(self, folder: Path) -> None:
         """Write `head.safetensors` and `head.json` into a folder that is there."""
         write_tensors(folder / WEIGHTS_FILE, self.state_dict())
-        with replacing(folder / SPEC_FILE) as beside:
-            beside.write_text(to_json(self.spec))
+        write_text(folder / SPEC_FILE, to_json(self.spec))
 
     def _inputs(self, seen: VisionFeatures, layers: tuple[int, ...]) -> Tensor:
         """The channels (B, spec.channels, h, w) that it reads."""

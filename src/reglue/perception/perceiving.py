@@ -26,10 +26,8 @@ from reglue.encoders.compressors import Compressor, resize
 from reglue.encoders.vision import EncoderSpec, VisionEncoder, VisionFeatures
 from reglue.errors import UserError
 from reglue.files import parse_json
-from reglue.generation import evaluations
 from reglue.names import Estimator
 from reglue.perception.heads import Head, features_of_codes
-from reglue.progress import Bar
 from reglue.reals.samples import ImageSamples, all_of, to_images, to_pixels
 from reglue.samples import Drawing
 
@@ -94,23 +92,16 @@ class Scene(NamedTuple):
         }
 
 
-def in_batches(count: int, size: int) -> list[range]:
-    """The numbers below `count`, so many at a time."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 @torch.no_grad()
 def drawn_scenes(
     drawing: Drawing, subject: Subject, encoder: VisionEncoder, batches: Sequence[range], what: str = "perceive"
 ) -> Iterator[Scene]:
     """Batches of the images of a drawing."""
-    model, local, room = drawing.model, LocalSemantics.modality, max(map(len, batches), default=0)
-    with Bar(total=evaluations(drawing.sampling, len(batches)), unit="evaluation", desc=what) as progress:
-        for indices in batches:
-            state = drawing.draw(indices, progress.update, room)
-            pixels = model.pixels(state, drawing.sampling.rounding).permute(0, 3, 1, 2).contiguous()
-            code = model.raw(state, local) if local in state else None
-            yield _scene(subject, encoder, pixels, model.raw(state, LATENT), code)
+    model, local = drawing.model, LocalSemantics.modality
+    for state in drawing.states(batches, what):
+        pixels = model.pixels(state, drawing.sampling.rounding).permute(0, 3, 1, 2).contiguous()
+        code = model.raw(state, local) if local in state else None
+        yield _scene(subject, encoder, pixels, model.raw(state, LATENT), code)
 
 
 @torch.no_grad()

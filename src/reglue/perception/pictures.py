@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from reglue.data.picture_writer import write_picture
 from reglue.data.pictures import enlarge, heat_of, label_colours, legend, stacked, text_size, titled_grid
-from reglue.files import replacing
 from reglue.perception.heads import Head
 from reglue.perception.perceiving import View
 
@@ -53,8 +53,7 @@ def draw_maps(path: Path, shown: Sequence[tuple[np.ndarray, Maps]], heads: Mappi
         of_head = [one for _, maps in shown for (owner, _), one in maps.items() if owner == name]
         prefix = f"{name}: " if len(heads) > 1 else ""
         entries += [(colour, prefix + meaning) for colour, meaning in meanings(head, of_head)]
-    with replacing(path) as beside:
-        Image.fromarray(stacked([grid, legend(entries, grid.shape[1], text_size(width))])).save(beside, format="png")
+    write_picture(path, Image.fromarray(stacked([grid, legend(entries, grid.shape[1], text_size(width))])))
 
 
 def meanings(head: Head, maps: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, str]]:

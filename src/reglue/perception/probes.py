@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -62,14 +61,6 @@ class Examples:
                 progress.update(len(rows))
 
 
-class Predictor(Protocol):
-    """A fitted probe."""
-
-    def predict(self, inputs: Tensor, size: tuple[int, int] | None) -> Tensor:
-        """Inputs (n, C, h, w) to classes (n,), or to those of pixels (n, *size), int64."""
-        ...
-
-
 @dataclass(frozen=True)
 class LinearProbe:
     """Scores of classes x·weight + bias, of inputs averaged over positions or of all their values."""
@@ -90,7 +81,7 @@ class LinearProbe:
 class Fitted:
     """A probe and how its regularisation was chosen."""
 
-    probe: Predictor
+    probe: LinearProbe | MapProbe
     chosen: float
     """The penalty, or the step at which training stopped."""
     selection_score: float
@@ -268,7 +259,9 @@ def score_of_chance(fitting: Tensor, measured: Tensor, classes: int) -> float:
     return mean_iou(confusions(predicted, measured, classes).sum(0))
 
 
-def measure_probe(probe: Predictor, examples: Examples, classes: int, seed: int, resamples: int = RESAMPLES) -> Score:
+def measure_probe(
+    probe: LinearProbe | MapProbe, examples: Examples, classes: int, seed: int, resamples: int = RESAMPLES
+) -> Score:
     """The score of a probe on examples. `seed` is that of the bootstrap."""
     size = _size(examples)
     if size is None:

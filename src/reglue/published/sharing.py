@@ -6,7 +6,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from torch import Tensor
 
+from reglue.command_lines import changed_options, words
 from reglue.encoders.alignment import FILE as ALIGNMENT
 from reglue.encoders.alignment import load_alignment, save_alignment
 from reglue.encoders.autoencoders import CONFIG as AUTOENCODER_CONFIG
@@ -120,18 +121,16 @@ def train_command(record: RunRecord) -> str | None:
     """
     if record.recipe.name not in PAPERS or record.seed is None or record.recipe.others:
         return None
-    words = ["reglue", "train", record.recipe.name, *_given(store=record.store or "STORE", out="RUN")]
     published, ours = PAPERS[record.recipe.name].recipe, record.recipe
     # What the same number of steps would decide by itself need not be said.
     usual = replace(published.optimisation, steps=ours.optimisation.steps).settled()
     if ours.optimisation.ema_warmup == usual.ema_warmup:
         published = replace(published, optimisation=replace(published.optimisation, ema_warmup=usual.ema_warmup))
-    words += changed_options(published, ours)
-    if record.seed:
-        words += _given(seed=record.seed)
-    if start := record.start:
-        words += _given(**{"from": start.run, "from-step": start.step, "from-weights": start.weights})
-    return shlex.join(words)
+    start = record.start
+    began = {"from": start.run, "from_step": start.step, "from_weights": start.weights} if start else {}
+    given = words({"store": record.store or "STORE", "out": "RUN"})
+    later = words({"seed": record.seed or None, **began})
+    return shlex.join(["reglue", "train", ours.name, *given, *changed_options(published, ours), *later])
 
 
 def model_card(
@@ -254,36 +253,6 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flat(value, f"{prefix}{key}.")
         elif not isinstance(value, list) or len(value) <= 4:
             yield prefix + str(key), value
-
-
-def changed_options(published: Any, ours: Any, prefix: str = "") -> Iterator[str]:
-    """The options that turn one recipe into the other."""
-    for part in fields(published):
-        before, now = getattr(published, part.name), getattr(ours, part.name)
-        own = part.name.replace("_", "-")
-        if before == now:
-            continue
-        if is_dataclass(before):
-            yield from changed_options(before, now, f"{prefix}{own}.")
-        elif isinstance(now, bool):
-            yield f"--{prefix}{'' if now else 'no-'}{own}"
-        else:
-            yield f"--{prefix}{own}"
-            yield from _words(now)
-
-
-def _given(**values: Any) -> Iterator[str]:
-    for name, value in values.items():
-        yield f"--{name}"
-        yield from _words(value)
-
-
-def _words(value: Any) -> Iterator[str]:
-    if isinstance(value, tuple | Mapping):
-        for item in value.items() if isinstance(value, Mapping) else value:
-            yield from _words(item)
-    else:
-        yield str(value)
 
 
 def push(folder: Path, name: str, private: bool) -> str:

@@ -14,10 +14,11 @@ from reglue.encoders.alignment import save_alignment
 from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, AutoencoderSpec
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
-from reglue.files import BESIDE, replacing, seal, to_json
+from reglue.files import BESIDE, seal, to_json, write_text
+from reglue.overrides import differing
 from reglue.reals.config import AutoencoderRecipe
 from reglue.reals.trainable import AlignedAutoencoder
-from reglue.run import differing, told
+from reglue.run import told
 from reglue.sampling import Precision
 
 OPTIONS = ("resolution", "validation", "validation_images", "statistics_images", "seed")
@@ -90,5 +91,4 @@ def write_result(out: Path, averaged: AlignedAutoencoder, mean: float, std: floa
         raise UserError(f"cannot write {out}: {error}; free some space and run it again") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    with replacing(out / RECORD) as path:
-        path.write_text(to_json(record))
+    write_text(out / RECORD, to_json(record))

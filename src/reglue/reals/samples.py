@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reglue.data.images import ImageSource, UnreadableImage
-from reglue.data.prefetch import prefetch
+from reglue.data.prefetch import in_batches, prefetch
 from reglue.errors import UserError
 from reglue.progress import Bar
 from reglue.seeds import generator, normals, permutation
@@ -72,7 +72,7 @@ def all_of(
     samples: ImageSamples, batch_size: int, workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All samples once, in order and on the device, with a progress bar; so many threads decode ahead."""
-    parts = [range(start, min(start + batch_size, len(samples))) for start in range(0, len(samples), batch_size)]
+    parts = in_batches(len(samples), batch_size)
     with Bar(total=len(samples), unit="image", desc=samples.purpose, leave=False) as progress:
         for pixels, noise in prefetch(samples.batch, parts, workers, device):
             yield pixels.to(device), noise.to(device)

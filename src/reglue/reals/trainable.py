@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reglue.encoders.alignment import AlignmentNetwork, AlignmentSpec, LatentSemantics
-from reglue.encoders.autoencoders import Autoencoder, KlAutoencoder
+from reglue.encoders.autoencoders import Autoencoder, DiffusersAutoencoder
 from reglue.errors import UserError, option
 from reglue.reals.adversary import PatchDiscriminator
 from reglue.reals.config import Adversary, Architecture
@@ -93,7 +93,7 @@ def new_network(architecture: Architecture, image_size: tuple[int, int]) -> Auto
 def network_of(autoencoder: Autoencoder) -> AutoencoderKL:
     """The network of a loaded autoencoder, to be trained further. Raises UserError if it is no AutoencoderKL."""
     spec = autoencoder.spec
-    if not isinstance(autoencoder, KlAutoencoder):
+    if not isinstance(autoencoder, DiffusersAutoencoder) or spec.kind != "AutoencoderKL":
         raise UserError(
             f"{option('source', 'from')} {spec.name} is an {spec.kind}; give an "
             "AutoencoderKL, the only kind that is trained here"

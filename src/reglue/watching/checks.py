@@ -16,7 +16,7 @@ from reglue.arrays import ArrayFile
 from reglue.contact_sheet import TABLE, holds, read_hashes, refuse_changed, table
 from reglue.contact_sheet import picture as picture_name
 from reglue.data.images import open_picture
-from reglue.data.manifest import Shard, file_sha256, is_intact, read_manifest
+from reglue.data.manifest import Shard, is_intact, read_manifest
 from reglue.editing.folder import RECORD as EDITS
 from reglue.editing.folder import read_record as read_edits
 from reglue.editing.options import SHEET
@@ -26,7 +26,7 @@ from reglue.encoders.alignment import load_alignment
 from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, load_autoencoder
 from reglue.encoders.compressors import CompressorSpec, load_compressor
 from reglue.errors import UserError, one_line
-from reglue.files import opened_tensors, read_json
+from reglue.files import file_sha256, opened_tensors, read_json
 from reglue.perception import records
 from reglue.perception.heads import TRAINING as HEAD_RECORD
 from reglue.perception.heads import load_head
@@ -68,7 +68,7 @@ def store(folder: Path) -> Iterator[Check]:
 
 def whole_shard(folder: Path, shard: Shard) -> None:
     """Raises UserError if a file of a store is not the one in its manifest."""
-    if not is_intact(folder, shard, lambda _: None):
+    if not is_intact(folder, shard):
         raise UserError(f"{folder / shard.file} is missing or damaged; {COPY}")
 
 

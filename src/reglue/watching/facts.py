@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -208,8 +208,7 @@ def _protocol(protocol: dict) -> dict[str, str]:
 
 def first_samples(folder: Path) -> list[np.ndarray]:
     """The first of the images that are there."""
-    files = (folder / picture_name(i) for i in range(len(read_protocol(folder / PROTOCOL)["labels"])))
-    return enlarged([_pixels(file) for file in islice((file for file in files if file.is_file()), SHOWN)])
+    return _first(folder / picture_name(i) for i in range(len(read_protocol(folder / PROTOCOL)["labels"])))
 
 
 def edits(folder: Path) -> dict[str, str]:
@@ -263,8 +262,7 @@ def dataset(folder: Path) -> dict[str, str]:
 
 def drawn_images(folder: Path) -> list[np.ndarray]:
     """The first pictures that the record lists."""
-    files = (folder / name for name in sorted(records.read_record(folder).files) if name.endswith(".png"))
-    return enlarged([_pixels(file) for file in islice((file for file in files if file.is_file()), SHOWN)])
+    return _first(folder / name for name in sorted(records.read_record(folder).files) if name.endswith(".png"))
 
 
 def archive(file: Path) -> dict[str, str]:
@@ -304,14 +302,14 @@ def published(file: Path) -> dict[str, str]:
 
 def enlarged(pictures: list[np.ndarray]) -> list[np.ndarray]:
     """Small pictures by a whole number, so that they have some hundred pixels to a side."""
-    return [*_enlarged(pictures)]
+    sides = [(picture.shape[:2], max(1, ENLARGED // max(picture.shape[:2]))) for picture in pictures]
+    sizes = [(factor * height, factor * width) for (height, width), factor in sides]
+    return [enlarge(picture[None], size)[0] for picture, size in zip(pictures, sizes, strict=True)]
 
 
-def _enlarged(pictures: list[np.ndarray]) -> Iterator[np.ndarray]:
-    for picture in pictures:
-        height, width = picture.shape[:2]
-        factor = max(1, ENLARGED // max(height, width))
-        yield enlarge(picture[None], (factor * height, factor * width))[0]
+def _first(files: Iterable[Path]) -> list[np.ndarray]:
+    """The first of the pictures that are there."""
+    return enlarged([_pixels(file) for file in islice(filter(Path.is_file, files), SHOWN)])
 
 
 def _pixels(file: Path) -> np.ndarray:

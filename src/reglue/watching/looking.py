@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from reglue.command_lines import command_line
 from reglue.config import ClassToken, LocalSemantics
 from reglue.data.images import decode
 from reglue.data.pictures import colours_of
 from reglue.data.plots import UNITS, curves
+from reglue.data.prefetch import in_batches
 from reglue.data.store import Store
-from reglue.diffusion.controls import Progress
 from reglue.diffusion.modalities import LATENT, State, concatenate_states
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError, one_line
 from reglue.files import SEAL, opened_tensors
-from reglue.generation import evaluations, to_pixels
+from reglue.generation import to_pixels
 from reglue.metrics.distances import nearest
+from reglue.overrides import differing
 from reglue.pipeline import ImageModel, load
-from reglue.progress import Bar
 from reglue.published.sharing import PREVIEWS, Report, read_reports, train_command
-from reglue.run import RunRecord, differing, find_run
+from reglue.run import RunRecord, find_run
+from reglue.samples import Drawing
 from reglue.sampling import Sampling
 from reglue.training import checkpoints, tracking
 from reglue.watching import words
@@ -189,30 +191,20 @@ def draw(
     model: ImageModel, sampling: Sampling, labels: list[int], wanted: Wanted, what: str
 ) -> tuple[np.ndarray, State]:
     """Images 0, 1, … of a seed with these labels: uint8 (N, H, W, 3), and their states on the CPU."""
-    pixels: list[np.ndarray] = []
-    states: list[State] = []
-    batch = wanted.batch_size
-    with Bar(total=evaluations(sampling, len(labels), batch), unit="evaluation", desc=f"draw {what}") as bar:
-        for start in range(0, len(labels), batch):
-            some = labels[start : start + batch]
-            indices = range(start, start + len(some))
-            room = min(batch, len(labels))
-            condition, watching = model.condition(some), [Progress(bar.update)]
-            state = model.draw(indices, condition, wanted.seed, sampling, room=room, controls=watching)
-            pixels.append(model.decode(state, sampling.rounding))
-            states.append({name: values.cpu() for name, values in state.items()})
+    drawing, pixels, states = Drawing(model, None, sampling, labels, wanted.seed), [], []
+    for state in drawing.states(in_batches(len(labels), wanted.batch_size), f"draw {what}"):
+        pixels.append(model.decode(state, sampling.rounding))
+        states.append({name: values.cpu() for name, values in state.items()})
     return np.concatenate(pixels), concatenate_states(states)
 
 
 def _command(run: str, model: ImageModel, sampling: Sampling, count: int, labels: list[int], seed: int) -> str:
     """The command line that draws the same images."""
-    names = model.record.class_names
-    line = f"reglue sample {shlex.quote(run)} --out samples --count {count} --seed {seed} --steps {sampling.steps}"
-    if names and labels != [*range(len(names))]:
-        line += f"{' --'}classes {shlex.join(names[label] for label in labels)}"
-    if sampling.guidance_scale != model.default_sampling.guidance_scale:
-        line += f"{' --'}guidance-scale {sampling.guidance_scale:g}"
-    return line
+    names, scale = model.record.class_names, sampling.guidance_scale
+    classes = [names[label] for label in labels] if names and labels != [*range(len(names))] else ()
+    changed = None if scale == model.default_sampling.guidance_scale else f"{scale:g}"
+    drawn = {"count": count, "seed": seed, "steps": sampling.steps, "classes": classes, "guidance_scale": changed}
+    return command_line("sample", run, out="samples", **drawn)
 
 
 def _training_store(record: RunRecord, moved: Path | None, notes: list[str]) -> Store | None:
@@ -301,7 +293,7 @@ def differences(records: Sequence[RunRecord]) -> dict[str, tuple[str, ...]]:
         names |= dict.fromkeys(differing(records[0], other))
     # Sizes and compressors are those of the recipe and the store.
     causes = [name for name in names if not name.startswith(("denoiser.", "compressors"))] or [*names]
-    return {_spelt(name): tuple(_brief(_at(record, name)) for record in records) for name in causes}
+    return {_spelt(name): tuple(_brief(record, name) for record in records) for name in causes}
 
 
 def _spelt(name: str) -> str:
@@ -310,12 +302,7 @@ def _spelt(name: str) -> str:
     return f"--{name.removeprefix('recipe.').replace('_', '-')}" if name.startswith("recipe.") else name
 
 
-def _at(value: Any, name: str) -> Any:
-    for part in name.split("."):
-        value = getattr(value, part, None)
-    return value
-
-
-def _brief(value: Any) -> str:
+def _brief(record: RunRecord, name: str) -> str:
+    value = reduce(lambda part, field: getattr(part, field, None), name.split("."), record)
     text = str(getattr(value, "name", value))
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
+from reglue.contact_sheet import template
 from reglue.data.pictures import enlarge, png_address
 from reglue.data.plots import COLOURS, Curve, as_svg
 from reglue.files import replacing
@@ -132,21 +133,10 @@ def write_page(path: Path, page: Page) -> None:
 
     No text of a run is trusted: names may be anything. Raises UserError when the file cannot be written.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("reglue", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "picture": png_address,
-        "duration": duration,
-        "data": lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str),
-    }
     sets = [(run, drawn, images) for run in page.runs for drawn, images in run.samples.items()]
     figures = [(run, one) for run in page.runs for one in run.figures]
-    text = environment.get_template("report.html").render(
+    data = partial(json.dumps, indent=2, ensure_ascii=False, default=str)
+    text = template("report.html", picture=png_address, duration=duration, data=data).render(
         page=page,
         hero=next((_hero(run) for run in page.runs if run.samples), None),
         sets=sets,

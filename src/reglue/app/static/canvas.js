@@ -8,15 +8,6 @@ const showMap = element.querySelector('.show-map input'), palette = element.quer
 let view = null, picture = null, map = null, scale = 1;
 let mask = null, labels = null, label = 0, tool = 'mask', piece = null, drag = null, loaded = null, turns = 0;
 
-function load(address) {
-  return new Promise((done) => {
-    if (!address) return done(null);
-    const image = new Image();
-    image.onload = () => done(image);
-    image.src = address;
-  });
-}
-
 async function show() {
   const next = props.view, turn = ++turns;
   canvas.hidden = !next;

@@ -1,6 +1,15 @@
 // Images that are dropped, pasted or chosen are uploaded; the page hears 'uploaded', or 'refused' for what is too large.
 const input = element.querySelector('input[type=file]');
 
+function load(address) {
+  return new Promise((done) => {
+    if (!address) return done(null);
+    const image = new Image();
+    image.onload = () => done(image);
+    image.src = address;
+  });
+}
+
 async function take(file) {
   if (!file) return;
   const zone = element.querySelector('.zone');

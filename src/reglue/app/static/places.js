@@ -9,14 +9,6 @@ function colour(cosine) {
   return VIRIDIS[low].map((part, i) => Math.round(part + (VIRIDIS[low + 1][i] - part) * (at - low)));
 }
 
-function load(address) {
-  return new Promise((done) => {
-    const image = new Image();
-    image.onload = () => done(image);
-    image.src = address;
-  });
-}
-
 async function show() {
   const next = props.view, turn = ++turns;
   element.querySelector('.three').hidden = element.querySelector('.again').hidden = !next;

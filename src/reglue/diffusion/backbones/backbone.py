@@ -4,43 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # type: ignore[reportUnknownVariableType]
 
 from reglue.diffusion.embeddings import TimeEmbedding, rotation_of
-from reglue.diffusion.specs import Blocks
+from reglue.diffusion.specs import DenoiserConfig
 
 NORM_EPSILON = 1e-6
 
 
-@dataclass(frozen=True)
-class BackboneSizes:
-    """Every size that a backbone may depend on."""
-
-    depth: int
-    width: int
-    heads: int
-    leading: int
-    """Tokens in front of the patches."""
-    grid: tuple[int, int]
-    """(rows, columns) of the patches."""
-    counted_in: tuple[int, int] | None = None
-    """The grid in which places are counted, if that is another."""
-    conditioned: bool = True
-    """Whether there is any condition besides time."""
-    blocks: Blocks = Blocks()
-    """What the blocks are made of."""
-    largest_time: float = 1.0
-    """The number by which the network knows pure noise."""
-
-    def rotation(self, inserted: int = 0) -> Tensor | None:
-        """The `rotation_of` the places, behind tokens that the backbone inserts, where blocks are to have one."""
-        if not self.blocks.rope:
-            return None
-        return rotation_of(self.grid, self.width // self.heads, self.leading + inserted, self.counted_in)
+def rotation(config: DenoiserConfig, inserted: int = 0) -> Tensor | None:
+    """The `rotation_of` the places, behind tokens that the backbone inserts, where blocks are to have one."""
+    if not config.parts.rope:
+        return None
+    width, leading = config.width // config.heads, len(config.tokens) + inserted
+    return rotation_of(config.token_grid, width, leading, config.position_grid)
 
 
 class Backbone(nn.Module, ABC):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reglue.diffusion.backbones.activation import Gelu
-from reglue.diffusion.backbones.backbone import NORM_EPSILON, Backbone, BackboneSizes
+from reglue.diffusion.backbones.backbone import NORM_EPSILON, Backbone, rotation
 from reglue.diffusion.backbones.parts import Attention, mlp, norm
-from reglue.diffusion.specs import Blocks
+from reglue.diffusion.specs import Blocks, DenoiserConfig
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
@@ -49,11 +49,11 @@ class Block(nn.Module):
 class SiT(Backbone):
     """Blocks conditioned on time and condition by adaLN-Zero, closed by a modulated norm."""
 
-    def __init__(self, sizes: BackboneSizes) -> None:
-        super().__init__(Block(sizes.width, sizes.heads, sizes.blocks) for _ in range(sizes.depth))
-        self.norm = norm(sizes.width, sizes.blocks, NORM_EPSILON, affine=False)
-        self.modulation = nn.Linear(sizes.width, 2 * sizes.width)
-        self.register_buffer("rotation", sizes.rotation(), persistent=False)
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__(Block(config.width, config.heads, config.parts) for _ in range(config.depth))
+        self.norm = norm(config.width, config.parts, NORM_EPSILON, affine=False)
+        self.modulation = nn.Linear(config.width, 2 * config.width)
+        self.register_buffer("rotation", rotation(config), persistent=False)
         self.rotation: Tensor | None
 
     def zero_layers(self) -> Iterable[nn.Module]:

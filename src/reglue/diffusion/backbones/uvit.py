@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from reglue.diffusion.backbones.backbone import Backbone, BackboneSizes
+from reglue.diffusion.backbones.backbone import Backbone, rotation
 from reglue.diffusion.backbones.parts import Attention, mlp, norm
 from reglue.diffusion.embeddings import TimeEmbedding
-from reglue.diffusion.specs import Blocks
+from reglue.diffusion.predictions import PREDICTIONS
+from reglue.diffusion.specs import Blocks, DenoiserConfig
 
 NORM_EPSILON = 1e-5
 LARGEST_TIME = 1000.0
@@ -45,20 +47,17 @@ class UViT(Backbone):
 
     fixed_positions = False
 
-    def __init__(self, sizes: BackboneSizes) -> None:
-        early = sizes.depth // 2
-        super().__init__(
-            Block(sizes.width, sizes.heads, sizes.blocks, skips=number > early) for number in range(2 * early + 1)
-        )
+    def __init__(self, config: DenoiserConfig) -> None:
+        early, width, parts = config.depth // 2, config.width, config.parts
+        super().__init__(Block(width, config.heads, parts, skips=number > early) for number in range(2 * early + 1))
         self.early = early
-        self.leading, self.inserted = sizes.leading, 1 + sizes.conditioned
-        tokens = self.leading + self.inserted + sizes.grid[0] * sizes.grid[1]
-        self.positions = nn.Embedding(tokens, sizes.width)
-        self.norm = norm(sizes.width, sizes.blocks, NORM_EPSILON, affine=True)
-        self.register_buffer("rotation", sizes.rotation(self.inserted), persistent=False)
+        self.leading, self.inserted = len(config.tokens), 1 + bool(config.conditions)
+        self.positions = nn.Embedding(self.leading + self.inserted + prod(config.token_grid), width)
+        self.norm = norm(width, parts, NORM_EPSILON, affine=True)
+        self.register_buffer("rotation", rotation(config, self.inserted), persistent=False)
         self.rotation: Tensor | None
-        self.hidden_of_time = 4 * sizes.width if sizes.blocks.time_mlp else 0
-        self.time_scale = LARGEST_TIME / sizes.largest_time
+        self.hidden_of_time = 4 * width if parts.time_mlp else 0
+        self.time_scale = LARGEST_TIME / PREDICTIONS[config.prediction].largest_time
 
     def time_embedding(self, width: int) -> TimeEmbedding:
         """Sinusoids of the tokens' width, of time counted to 1000; no layers, unless asked for."""
