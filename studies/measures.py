@@ -25,7 +25,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from reglue.data.store import Store
 from reglue.errors import UserError
-from reglue.files import replacing
+from reglue.files import write_text
 from reglue.metrics.distances import nearest
 from reglue.metrics.features import FeatureNetwork, describe_images
 from reglue.metrics.resampling import CONFIDENCE
@@ -68,9 +68,7 @@ class Notes:
         """Write down what was measured."""
         self.results[name] = {key: round(float(value), 4) for key, value in figures.items()}
         print(name, self.results[name], flush=True)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.file) as beside:
-            beside.write_text(json.dumps(self.results, indent=1))
+        write_text(self.file, json.dumps(self.results, indent=1))
 
     def tables(self) -> str:
         """Names are TABLE: ROW."""

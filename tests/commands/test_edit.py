@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from reglue.diffusion.samplers import SAMPLERS
 from reglue.editing.folder import read_record
 from reglue.editing.options import Editing
 from reglue.editing.painting import load_prototypes
+from reglue.editing.subjects import refuse_lacking
 from reglue.errors import UserError
 
 STEPS = ["--steps=3", "--device=cpu"]
@@ -602,6 +603,24 @@ def test_a_run_without_semantics_edits_with_what_it_has(sit_run: Path, pictures:
             model.edit(pictures / "a.png", **changes)
     with pytest.raises(UserError, match="no local map to see"):
         model.see(pictures / "a.png")
+
+
+def test_a_run_with_alignment_alone_is_led_to_features(
+    tiny_store: Path, tiny_encoder: str, pictures: Path, tmp_path: Path
+) -> None:
+    """Its encoder is loaded for that alone, and its projector is in what is passed on."""
+    options = [one for one in TINY_RECIPE if not one.startswith("--local")]
+    run = ["--store", str(tiny_store), "--out", str(tmp_path / "run"), "--optimisation.steps=2"]
+    reglue.train(parse(["train", "repa", *run, *options]))
+    reglue.load(tmp_path / "run", device="cpu").save(tmp_path / "saved")
+    model = reglue.load(tmp_path / "saved", device="cpu", encoder=tiny_encoder)
+    model.edit(pictures / "a.png", strength=0.5, steps=2)
+    assert model.image_encoder().encoder is None
+    free, led = (model.edit(pictures / "a.png", keep="features", loss_scale=w, steps=4) for w in (1e-6, 100.0))
+    assert not same(free, led)
+    record = replace(model.record, encoder=replace(model.record.encoder, layers=(0,)))  # type: ignore[type-var]
+    with pytest.raises(UserError, match=r"keep features: this run reads layers \[0\] of its encoder, not the last one"):
+        refuse_lacking(Editing(keep=("features",)), record)
 
 
 def test_a_compressor_that_is_gone_is_named(tiny_run: Path, tmp_path: Path, pictures: Path) -> None:
