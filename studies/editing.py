@@ -126,7 +126,9 @@ class Measuring:
     def __init__(self, options: Options) -> None:
         self.options, self.model = options, reglue.load(options.run)
         self.names, self.size = self.model.record.class_names, self.model.record.resolution
-        self.encoder = self.model.image_encoder(target=True).encoder
+        encoder = self.model.image_encoder(target=True).encoder
+        assert encoder is not None
+        self.encoder = encoder
         self.subjects, self.others = np.array(self.files(options.images, 2 * options.count)).reshape(2, -1).tolist()
         self.labels = self.labels_of(self.subjects)
         self.last, self.seconds = list[Image.Image](), 0.0
@@ -166,7 +168,7 @@ class Measuring:
             network = load_lpips(self.options.lpips)
             return lambda *both: network(*(F.interpolate(x / 127.5 - 1, 64, mode="bilinear") for x in both))
         describe, layers = self.encoder.describe, len(self.encoder.spec.layers)
-        return lambda *both: encoder_distance(*(describe(images).features for images in both), layers)
+        return lambda a, b: encoder_distance(describe(a).features, describe(b).features, layers)
 
     def edited(self, way: Figures, files: Sequence[Path] = (), classes: Sequence[int] = (), edit: int = 0) -> Tensor:
         """An edit of each image, of the subjects if none are named, uint8 (N, 3, H, W); `paint` has one for each."""

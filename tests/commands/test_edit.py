@@ -316,7 +316,10 @@ def test_hidden_tokens_are_led_to_features(
 ) -> None:
     """Of noisy states on the way, those that are led look more like the features, where they are to."""
     a, b = pictures / "a.png", pictures / "b.png"
-    for way, changes in (("whole", {}), ("part", {"box": (0, 0, 10, 10)}), ("inside", {"mask": pictures / "mask.png"})):
+    ways: dict[str, dict[str, Any]] = {
+        "whole": {}, "part": {"box": (0, 0, 10, 10)}, "inside": {"mask": pictures / "mask.png"}
+    }  # fmt: skip
+    for way, changes in ways.items():
         editing = Editing(features_from=b, **changes)
         target, chosen = model.subject(a, editing).target or pytest.fail("no target")
         assert chosen.shape == target.shape[:2] == (1, 17), way
@@ -334,8 +337,9 @@ def test_hidden_tokens_are_led_to_features(
                     seen.append(losses({HIDDEN: self.hidden})["latent"].detach())
                     return velocity
 
-            named = {part.name: getattr(editing, part.name) for part in fields(Editing)}
-            model.edit(a, **named | {"loss_scale": scale}, sampler="euler", steps=8, count=2, controls=[Watch()])
+            named: dict[str, Any] = {part.name: getattr(editing, part.name) for part in fields(Editing)}
+            named["loss_scale"] = scale
+            model.edit(a, **named, sampler="euler", steps=8, count=2, controls=[Watch()])
             return torch.stack(seen).mean(0)
 
         assert bool((loss(100.0) < loss(1e-6)).all()), way

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from reglue.data.images import ImageFolder, crop_to, laid_over, open_picture
 from reglue.data.manifest import file_sha256
 from reglue.data.picture_writer import write_picture
-from reglue.data.pictures import colours_of, enlarge, label_colours, titled_grid
+from reglue.data.pictures import colours_of, enlarge, heat_of, label_colours, titled_grid
 from reglue.diffusion.modalities import concatenate_states
 from reglue.editing.options import FEATURES, LOCAL, SHEET, DrawEdits, Editing
 from reglue.editing.painting import IGNORED
@@ -23,8 +24,6 @@ from reglue.editing.subjects import Request, Subject, refuse_lacking
 from reglue.errors import UserError
 from reglue.files import plain, read_json, refuse_filled, replacing, to_json
 from reglue.locks import writing
-from reglue.perception.heads import Head
-from reglue.perception.pictures import as_colours
 from reglue.pipeline import load
 from reglue.progress import Bar
 from reglue.run import RunRecord, find_run
@@ -234,11 +233,13 @@ def _write_record(folder: Path, record: EditsRecord) -> None:
         beside.write_text(to_json(record))
 
 
-def painting(labels: np.ndarray, head: Head | None) -> np.ndarray:
-    """Classes or depths (see `Subject.labels`) as colours, uint8 (H, W, 3); depths that are free as the nearest."""
-    if labels.dtype == np.uint8 or head is None or head.spec.depth_range is None:
+def painting(labels: np.ndarray) -> np.ndarray:
+    """Classes or depths (see `Subject.labels`) as colours, uint8 (H, W, 3): the nearest is dark, what is free black."""
+    if labels.dtype == np.uint8:
         return label_colours(IGNORED + 1)[labels]
-    return as_colours(np.nan_to_num(labels, nan=head.spec.depth_range[0]), head, labels)
+    nearest, farthest = np.nanmin(labels), np.nanmax(labels)
+    shares = (labels - nearest) / max(farthest - nearest, 1e-12)
+    return np.where(np.isnan(labels)[..., None], 0, heat_of(torch.from_numpy(2 * shares - 1).nan_to_num()[None])[0])
 
 
 def sheet(folder: Path, subjects: Sequence[Subject], names: Sequence[str], same_classes: bool) -> Image.Image:
@@ -256,7 +257,7 @@ def sheet(folder: Path, subjects: Sequence[Subject], names: Sequence[str], same_
         titles.append("painting")
         for row, one in zip(rows, subjects, strict=True):
             assert one.labels is not None
-            row.append(painting(one.labels, one.head))
+            row.append(painting(one.labels))
     maps = [one.edit(0).shown() for one in subjects]
     if LOCAL in maps[0] and (len(titles) == 1 or LOCAL in subjects[0].known):
         titles.append("local map")

@@ -275,7 +275,7 @@ def read_painting(
     """A painting, cropped as the image: see `Subject.labels`. Raises UserError for one that does not fit the image."""
     if editing.paint is None:
         return None
-    depth, what = bool(head) and head.spec.task == DEPTH, named(editing.paint)
+    depth, what = head is not None and head.spec.task == DEPTH, named(editing.paint)
     labels = read_label_map(editing.paint, depth)
     if abs(labels.width * size[1] - labels.height * size[0]) > max(*size, *labels.size):
         raise UserError(
