@@ -228,7 +228,8 @@ def finish(
     files = [JOURNAL, CARD, *([SHEET] if labelled else []), *described, *pictures]
     hashes = {name: record.files.get(name) or file_sha256(out / name) for name in files}
     write_text(out / RECORD, to_json(replace(record, boxes=boxes, files=hashes)))
-    print(f"{out}: {len(kept)} of {len(rows)} images kept, with {counts.total()} boxes")
+    remedy = "" if kept else f"; nothing agrees so well, lower {option('agreement')}"
+    print(f"{out}: {len(kept)} of {len(rows)} images kept, with {counts.total()} boxes{remedy}")
 
 
 def card(options: Synthesise, record: DatasetRecord, rows: Mapping[int, Drawn], boxes: Mapping[str, int]) -> str:
