@@ -147,7 +147,8 @@ class SamplingNetwork:
         def predict(state: State, time: Tensor | TensorTimes, condition: Condition) -> dict[str, Tensor]:
             with autocast(device, precision):
                 predicted = network(state, time, condition)
-            tap = {} if predicted.tap is None else {HIDDEN: predicted.tap}
+            # What leads by gradients alone asks for hidden tokens.
+            tap = {HIDDEN: predicted.tap} if predicted.tap is not None and torch.is_grad_enabled() else {}
             return predicted.velocity | tap | {OF + name: w for name, w in (predicted.variance or {}).items()}
 
         self._products = partial(matmul_precision, device, precision)
