@@ -30,8 +30,8 @@ GROUPS = {
         times-options one-mean student""",
     "optimisation": """optimisation perceptual kl adversary kl-weight epochs cosine-epochs patience micro-batch
         learning-rate final-learning-rate seed steps batch-size compare few-steps""",
-    "editing": """edit.keep until mask feather strength local-from cls-from paste box at mirror scale paint
-        edit.prototypes edit.head edit.by loss-scale flow-edit source-class resample studio.prototypes""",
+    "editing": """edit.keep until mask feather strength local-from cls-from features-from paste box at mirror scale
+        paint edit.prototypes edit.head edit.by loss-scale flow-edit source-class resample studio.prototypes""",
     "sampling": """sampling count classes sampler time-shift diffusion guidance-scale local-scale cls-scale
         guidance-interval other-scales representation-scale auto-scale auto-scales unconditional weaker-run
         guided-channels guiders state-precision relative-tolerance absolute-tolerance rounding tile samples-per-class

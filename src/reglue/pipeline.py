@@ -452,6 +452,8 @@ class ImageModel(Editor):
         if classes is None or isinstance(classes, int | str | np.integer):
             return self._labels(classes, count)
         given = [self.label(name) for name in classes]
+        if not given:
+            raise UserError(f"{option('classes')} names no class; name one, or leave it out")
         return [given[i % len(given)] for i in range(count)]
 
     @property

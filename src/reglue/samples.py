@@ -24,7 +24,7 @@ from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import State
 from reglue.errors import UserError, one_line, option
-from reglue.files import SEAL, parse_json, read_json, replacing, write_text
+from reglue.files import SEAL, parse_json, read_json, refuse_filled, replacing, write_text
 from reglue.generation import evaluations
 from reglue.locks import writing
 from reglue.pipeline import ImageModel, load
@@ -344,8 +344,8 @@ def create_or_resume(folder: Path, protocol: dict[str, Any], rank: int) -> None:
     path = folder / PROTOCOL
     if path.is_file():
         protocol = joined(folder, read_protocol(path), protocol, complete=is_drawn(folder, protocol))
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds other files; choose a new or an empty folder")
+    else:
+        refuse_filled(folder)
     contact_sheet.read_hashes(folder)  # A damaged table ends every process alike.
     distributed.barrier()
     if rank == 0:

@@ -65,13 +65,14 @@ class Place:
         """The image with an edited crop in its place.
 
         `share` (height, width) float from 0 to 1 is how much of each pixel of the image is the edited one's; pixels
-        of share 0, and those outside the crop, are the image's own to the bit. None stands for 1 everywhere.
+        of share 0, and those outside the crop, are the image's own to the bit, transparent ones (RGBA) too. None stands
+        for 1 everywhere.
         """
         left, top, right, bottom = self.box
         corners = (self._seen(left, 0), self._seen(top, 1), self._seen(right, 0), self._seen(bottom, 1))
         inside = edited.resize((right - left, bottom - top), Image.Resampling.BICUBIC, corners)
         result = np.array(image)
-        part, drawn = result[top:bottom, left:right], np.asarray(inside)
+        part, drawn = result[top:bottom, left:right], np.asarray(inside.convert(image.mode))
         if share is None:
             part[:] = drawn
         else:
