@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-avx2 check docs play format clean
+.PHONY: install demo test test-avx2 versions check docs play format clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,16 @@ test-avx2: export ATEN_CPU_CAPABILITY = avx2
 test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
 test-avx2: install
 	$(BIN)/pytest -n 2 --dist worksteal -m 'trains and not slow and not gpu and not network'
+
+# A part of the tests on every Python that we promise, on the first one with the oldest packages that pyproject.toml
+# allows, too. uv looks for these Pythons here, and fetches those that are not; they may be given as paths.
+PYTHONS := 3.11 3.12 3.13
+QUICK := tests/test_mistakes.py tests/test_config.py tests/test_files.py tests/data/test_sources.py
+FRESH := $(BIN)/uv run --isolated --no-project --with '.[train,evaluate,ode]' --with 'pytest>=8.3' \
+	--with 'hypothesis>=6.112' --with 'webdataset>=0.2.100'
+versions: install
+	$(FRESH) --python $(firstword $(PYTHONS)) --resolution lowest-direct pytest $(QUICK)
+	for python in $(PYTHONS); do $(FRESH) --python $$python pytest $(QUICK) || exit 1; done
 
 check: install
 	$(BIN)/ruff check

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from reglue.data.store import Store
 from reglue.errors import UserError
+from reglue.files import write_text
 from reglue.metrics.distances import nearest
 from reglue.metrics.features import FeatureNetwork, describe_images
 from reglue.metrics.resampling import CONFIDENCE
+from reglue.perception.agreement import markdown_table
 
 BATCH = 64
 CLOSE = 0.01
@@ -52,6 +55,40 @@ def photographs(store: Store, count: int = sys.maxsize) -> tuple[Tensor, list[in
     loaded = [(source.load(i, store.manifest.source.resolution), i) for i in chosen]
     readable = [(image, source.labels[i] if source.labels else 0) for image, i in loaded if isinstance(image, Tensor)]
     return torch.stack([image for image, _ in readable]), [label for _, label in readable]
+
+
+class Notes:
+    """Figures by name in a folder's results.json: what is there need not be measured again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "results.json"
+        self.results: dict[str, dict[str, float]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+
+    def write(self, name: str, figures: dict[str, Any]) -> None:
+        """Write down what was measured."""
+        self.results[name] = {key: round(float(value), 4) for key, value in figures.items()}
+        print(name, self.results[name], flush=True)
+        write_text(self.file, json.dumps(self.results, indent=1))
+
+    def tables(self) -> str:
+        """Names are TABLE: ROW."""
+        tables: list[str] = []
+        for title in dict.fromkeys(name.partition(": ")[0] for name in self.results):
+            rows = {name.partition(": ")[2]: row for name, row in self.results.items() if name.startswith(f"{title}: ")}
+            heads = list(dict.fromkeys(key for row in rows.values() for key in row))
+            lines = [[name, *(f"{row[key]:.3f}" if key in row else "" for key in heads)] for name, row in rows.items()]
+            tables.append(markdown_table([title, *heads], lines, texts=1))
+        return "\n\n".join(tables) + "\n"
+
+
+@contextmanager
+def mistakes_in(program: str) -> Iterator[None]:
+    """A user's mistake in the block ends the program with one line and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 @dataclass

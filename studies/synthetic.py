@@ -9,8 +9,6 @@ Every arm takes the same number of steps, so that it sees as many images as any 
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,15 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
+from measures import Notes, mistakes_in
 from reglue.data.images import crop_to, decode
 from reglue.data.masks import crop_mask, read_mask
 from reglue.errors import UserError
-from reglue.files import replacing
 from reglue.perception.agreement import IGNORE, confusions, markdown_table, mean_iou
 from reglue.progress import Bar
 from reglue.seeds import permutation, torch_generator
 
-RESULTS = "results.json"
 LEARNING_RATE, BATCH = 1e-3, 16
 
 
@@ -76,9 +73,8 @@ class Study:
     """The arms and their figures so far."""
 
     def __init__(self, options: Options) -> None:
-        self.options, file = options, options.out / RESULTS
+        self.options, self.notes = options, Notes(options.out)
         self.real, self.test, self.made = (Pairs(one, options) for one in (options.train, options.test, options.made))
-        self.results: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
         self.order = permutation(options.seeds[0], "real images", 0, len(self.real.images))
 
     def measure(self) -> None:
@@ -92,7 +88,7 @@ class Study:
 
     def note(self, name: str, rows: Tensor, with_made: bool, seed: int) -> None:
         """Train an arm and write its figure down."""
-        if name in self.results:
+        if name in self.notes.results:
             return
         images, masks = self.real.images[rows], self.real.masks[rows]
         weights = torch.full((len(rows),), 1 / max(len(rows), 1))
@@ -100,11 +96,7 @@ class Study:
             made = len(self.made.images)
             weights = torch.cat([weights, torch.full((made,), 1 / made)])
             images, masks = torch.cat([images, self.made.images]), torch.cat([masks, self.made.masks])
-        self.results[name] = round(self.miou(self.trained(images, masks, weights, seed, name)), 4)
-        print(name, self.results[name], flush=True)
-        self.options.out.mkdir(parents=True, exist_ok=True)
-        with replacing(self.options.out / RESULTS) as beside:
-            beside.write_text(json.dumps(self.results, indent=1))
+        self.notes.write(name, {"miou": self.miou(self.trained(images, masks, weights, seed, name))})
 
     def trained(self, images: Tensor, masks: Tensor, weights: Tensor, seed: int, name: str) -> nn.Module:
         """A segmenter (LR-ASPP on MobileNetV3, from random weights), mirrored images at random."""
@@ -134,20 +126,18 @@ class Study:
 
     def report(self) -> None:
         """Print the table, a row for each arm and a column for each seed."""
-        arms = dict.fromkeys(name.rpartition(", ")[0] for name in self.results)
-        rows = [[arm, *(f"{self.results[f'{arm}, seed {seed}']:.3f}" for seed in self.options.seeds)] for arm in arms]
+        arms = dict.fromkeys(name.rpartition(", ")[0] for name in self.notes.results)
+        found = {name: f"{figures['miou']:.3f}" for name, figures in self.notes.results.items()}
+        rows = [[arm, *(found[f"{arm}, seed {seed}"] for seed in self.options.seeds)] for arm in arms]
         print(markdown_table(["mean IoU", *(f"seed {seed}" for seed in self.options.seeds)], rows, texts=1))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure everything. A user's mistake ends with one line and exit code 2."""
-    try:
+    with mistakes_in("synthetic"):
         study = Study(tyro.cli(Options, description=__doc__, args=arguments))
         study.measure()
         study.report()
-    except UserError as error:
-        print(f"synthetic: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from reglue.commands.autoencode import TrainingRecord, autoencode
 from reglue.commands.compress import Compress, compress
 from reglue.commands.edit import Edit, edit
 from reglue.commands.evaluate import Evaluate, evaluate
+from reglue.commands.export_run import ExportRun, export_run
 from reglue.commands.probe import Probe, probe
 from reglue.commands.prototypes import MakePrototypes, prototypes
 from reglue.commands.sample import Sample, sample
@@ -50,6 +51,7 @@ from reglue.files import plain, read_json, read_jsonl, to_json
 from reglue.metrics.image_sets import open_image_set
 from reglue.perception.heads import Head, HeadSpec, load_head
 from reglue.perception.probing import ProbeReport
+from reglue.portable import pipeline_record
 from reglue.run import RunRecord, find_run
 from reglue.samples import read_protocol
 from reglue.training import checkpoints, tracking
@@ -110,6 +112,11 @@ def encoder_folder(tiny_encoder: str) -> Path:
 @pytest.fixture(scope="session")
 def tiny_samples(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
     return sample(Sample(tiny_run, tmp_path_factory.mktemp("samples") / "out", 2, steps=2, device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
+    return export_run(ExportRun(tiny_run, tmp_path_factory.mktemp("pipeline") / "out", to="diffusers"))
 
 
 @pytest.fixture(scope="session")
@@ -233,6 +240,8 @@ READERS: list[tuple[str, str, Read]] = [
     ("tiny_run", "metrics.jsonl", lambda folder, _: tracking.read(folder)),
     ("tiny_run", "compressors/*/compressor.*", read_compressor),
     ("tiny_run", "checkpoints/*/*", read_checkpoint),
+    ("tiny_pipeline", "model_index.json", lambda folder, _: pipeline_record(folder)),
+    ("tiny_pipeline", "transformer/config.json", lambda folder, _: pipeline_record(folder)),
     ("tiny_head", "head.*", read_the_head),
     ("tiny_head", "training.json", lambda _, file: read_json(file, HeadRecord, "delete it")),
     ("aligned_autoencoder", "config.json", read_autoencoder),
@@ -498,7 +507,10 @@ def test_values_of_another_type_are_one_line_too(damageable: Iterator[tuple[Path
         put_back(file, content)
 
 
-VERIFIED = ["tiny_store", "tiny_run", "tiny_head", "aligned_autoencoder", "tiny_samples", "tiny_dataset", "starter"]
+VERIFIED = [
+    *("tiny_store", "tiny_run", "tiny_pipeline", "tiny_head", "aligned_autoencoder", "tiny_samples", "tiny_dataset"),
+    "starter",
+]
 
 
 @pytest.mark.parametrize("fixture", VERIFIED)

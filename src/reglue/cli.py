@@ -16,21 +16,21 @@ from difflib import get_close_matches
 from functools import reduce
 from importlib import import_module
 from io import StringIO, TextIOWrapper
-from itertools import pairwise
 from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import tyro
-from tyro import MISSING
 
 from reglue import __version__
 from reglue.errors import Stopped, UserError, command_line, printable, refused_by_system
+from reglue.extras import remedy
 from reglue.training import stopping
 
 DESCRIPTION = "Latent diffusion transformers that learn images together with their semantics."
 DISTRIBUTED = "reglue.training.distributed"
-QUIET = "--quiet"
+QUIET, CONFIG, SAVE_CONFIG = "--quiet", "--config", "--save-config"
+"""What every command takes: see `help.COMMON`."""
 FIRST = {
     "demo": "the whole pipeline on handwritten digits, in minutes",
     "sample starter --out clothes": "images from the small model in this package",
@@ -136,7 +136,7 @@ COMMANDS = {
     ),
     "export": Command(
         "reglue.options.export_run:ExportRun",
-        "Turn a run into a checkpoint for the published code.",
+        "Write a run for the published code, or for other programs.",
         "export run --out weights.safetensors",
     ),
     "report": Command(
@@ -197,6 +197,7 @@ def main() -> None:
 
             stopping.answers(tell)
             with stopping.at_work(), stage(arguments[0]), quiet() if QUIET in sys.argv else nullcontext():
+                save(options, arguments)
                 command(options)
                 say_what_follows(options)
     except SystemExit:
@@ -212,6 +213,18 @@ def tell() -> None:
 
     # In one piece: the process may end at any moment.
     Bar.write(f"reglue: {printable(state())}, {memory_told()}\n", file=sys.stderr, end="")
+
+
+def save(options: Any, arguments: list[str]) -> None:
+    """Write the options to the file of `--save-config`, if there is one, by one process for all."""
+    name, *rest = arguments
+    if file := taken(SAVE_CONFIG, rest)[0]:
+        from reglue import config_files
+        from reglue.training import distributed
+
+        if distributed.is_first():
+            words, _, default = begin(name, rest, use_file=False)
+            config_files.save(Path(file), words, options, default)
 
 
 def say_what_follows(options: Any) -> None:
@@ -238,6 +251,8 @@ def end(error: BaseException) -> NoReturn:
             fail(str(error))
         case BrokenPipeError():
             leave(128 + signal.SIGPIPE)
+        case ModuleNotFoundError() if needed := remedy(error.name or ""):
+            fail(f"this needs {needed}")
         case OSError():
             fail(refused_by_system(error))
     if not _among_others():
@@ -296,42 +311,71 @@ def parse(arguments: list[str]) -> Any:
         show(f"reglue {__version__}")
     if name.startswith("--tyro"):
         return completions(arguments)
-    command = COMMANDS[known(name, COMMANDS, "command")]
-    asks = not {"-h", "--help"}.isdisjoint(rest)
-    words, default = [name], dict[str, Any]()
-    if name == "train":
-        from reglue.papers import PAPERS
-
-        if asks and rest[0].startswith("-"):
-            show(recipes({recipe: paper.title for recipe, paper in PAPERS.items()}))
-        recipe, *rest = rest if rest and not rest[0].startswith("-") else ["", *rest]
-        if not recipe and (start := given("--from", rest)):
-            from reglue.run import FILE, RunRecord, find_run  # imports PyTorch
-
-            out = Path(given("--out", rest))  # When it is resumed, the other run may be gone.
-            record = RunRecord.read(out if (out / FILE).is_file() else find_run(start))
-            default["default"] = command.load()(record.recipe, MISSING, MISSING)
-        else:
-            words.append(known(recipe, PAPERS, "recipe"))
-            default["default"] = command.load()(PAPERS[recipe].recipe, MISSING, MISSING)
-    if asks:
+    words, rest, default = begin(name, rest)
+    command = COMMANDS[name]
+    if asks_for_help(rest):
         from reglue.help import command_help
 
-        show(command_help(words, command.load(), command.example.replace("{recipe}", words[-1]), **default))
+        show(command_help(words, command.load(), command.example.replace("{recipe}", words[-1]), default))
     try:
         with redirect_stderr(StringIO()):  # tyro explains itself in boxes.
-            return tyro.cli(command.load(), prog=" ".join(["reglue", *words]), args=rest, **default)
+            return tyro.cli(command.load(), prog=" ".join(["reglue", *words]), args=rest, default=default)
     except SystemExit:
-        from reglue.help import QUIET_OPTION, declared
+        from reglue.help import COMMON, declared
         from reglue.mistakes import mistake
 
-        raise UserError(mistake(words, [*declared(command.load(), **default), QUIET_OPTION], rest)) from None
+        raise UserError(mistake(words, [*declared(command.load(), default), *COMMON], rest)) from None
 
 
-def given(flag: str, arguments: list[str]) -> str:
-    """The value of an option, before it is parsed; nothing if it is not there."""
-    joined = (word.removeprefix(f"{flag}=") for word in arguments if word.startswith(f"{flag}="))
-    return next(iter([*(after for word, after in pairwise(arguments) if word == flag), *joined]), "")
+def begin(name: str, rest: list[str], use_file: bool = True) -> tuple[list[str], list[str], Any]:
+    """What is known of a command before tyro reads the rest of its arguments.
+
+    Its name, for `train` with the recipe's; what tyro is to read; and the options as they are without that, with those
+    of the file of `--config` if it is to be used.
+    """
+    from reglue.config_files import read, unchecked, with_values
+    from reglue.help import RECIPE, declared
+
+    options = COMMANDS[known(name, COMMANDS, "command")].load()
+    file, rest = taken(CONFIG, rest)
+    _, rest = taken(SAVE_CONFIG, rest)
+    trains = name == "train"
+    values = read(Path(file), [*declared(options), *([RECIPE] if trains else [])]) if file else {}
+    words, begun_with = [name], {}
+    if trains:
+        from reglue.papers import PAPERS
+
+        recipe, *rest = rest if rest and not rest[0].startswith("-") else [values.get(RECIPE.name, ""), *rest]
+        if not recipe and asks_for_help(rest):
+            show(recipes({recipe: paper.title for recipe, paper in PAPERS.items()}))
+        start, out = (taken(f"--{name}", rest)[0] or str(values.get(name, "")) for name in ("from", "out"))
+        if not recipe and start:
+            from reglue.run import FILE, RunRecord, find_run  # imports PyTorch
+
+            resumed = (Path(out) / FILE).is_file()  # Then the other run may be gone.
+            begun_with = {"recipe": RunRecord.read(Path(out) if resumed else find_run(start)).recipe}
+        else:
+            words.append(known(recipe, PAPERS, "recipe"))
+            begun_with = {"recipe": PAPERS[recipe].recipe}
+    default = unchecked(options, begun_with)
+    return words, rest, with_values(default, values) if use_file else default
+
+
+def asks_for_help(arguments: list[str]) -> bool:
+    """Whether a command is asked about itself."""
+    return not {"-h", "--help"}.isdisjoint(arguments)
+
+
+def taken(flag: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """The value of an option before tyro reads it, nothing if it is not there; and the other arguments."""
+    value, others, words = "", list[str](), iter(arguments)
+    for word in words:
+        name, equals, joined = word.partition("=")
+        if name.replace("_", "-") != flag:
+            others.append(word)
+        elif not (value := joined if equals else next(words, "")):
+            raise UserError(f"{flag}: give a path")
+    return value, others
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:
@@ -356,8 +400,12 @@ def overview() -> str:
     for name, command in COMMANDS.items():
         lines += ["", f"{command.heading}:"] if command.heading else []
         lines.append(f"  {name:<13}{command.description}")
-    lines += ["", "`reglue COMMAND --help` lists a command's options, `reglue --version` the version."]
-    return "\n".join([*lines, f"Every command takes {QUIET}: no progress, but warnings and results alone."])
+    lines += [
+        *("", "`reglue COMMAND --help` lists a command's options, `reglue --version` the version."),
+        f"Every command takes {QUIET}: no progress, but warnings and results alone.",
+        f"{SAVE_CONFIG} FILE.yaml keeps a command's options in a file, and {CONFIG} FILE.yaml takes them from there.",
+    ]
+    return "\n".join(lines)
 
 
 def recipes(titles: dict[str, str]) -> str:

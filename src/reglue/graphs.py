@@ -1,4 +1,4 @@
-"""A run as ONNX graphs, for runtimes other than PyTorch, and models that compute with them.
+"""A run as graphs, for whoever has not this code: of ONNX, and models that compute with them, or of torch.export.
 
 Such a folder is that of a run whose checkpoint is a graph:
 
@@ -8,6 +8,8 @@ Such a folder is that of a run whose checkpoint is a graph:
                            noisy modalities (B, …), time (B,) and conditions (B, …) to velocities
     decoder.onnx           raw latents (B, C, H, W) to images (B, 3, H, W) in [−1, 1]
     encoder.onnx           uint8 images (B, 3, H, W) to the modalities, as the denoiser learns them
+
+Programs of torch.export end in .pt2. PyTorch unpickles parts of them, so none but those just written are opened here.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -37,19 +39,20 @@ from reglue.diffusion.modalities import LATENT, Normalisation, State, TensorTime
 from reglue.editing.encoding import ImageEncoder
 from reglue.encoders.autoencoders import Autoencoder, AutoencoderSpec, Moments
 from reglue.errors import UserError, one_line
-from reglue.files import to_json
-from reglue.names import GraphPrecision
+from reglue.extras import need
+from reglue.files import read_json, to_json
+from reglue.names import GraphFormat, GraphPrecision
 from reglue.run import RunRecord
 from reglue.sampling import Sampling
 from reglue.training import checkpoints
 
 DECODER, ENCODER, DESCRIPTION = "decoder.onnx", "encoder.onnx", "graphs.json"
+REMEDY = "export the run again"
 TIME = "time"
 OF = "of_"
 """In front of the names of conditions within a module that is exported, for `class` is a word of Python's."""
 MOST = 4096
 """Images in a batch of a graph that takes any number."""
-INSTALL = "run `pip install 'reglue[onnx]'`"
 
 
 class Graph:
@@ -63,7 +66,7 @@ class Graph:
             options.intra_op_num_threads = torch.get_num_threads()
             self.session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # It has a kind of its own for everything that a file may lack.
-            raise UserError(f"{file} cannot be read ({one_line(error)}); export the run again") from error
+            raise UserError(f"{file} cannot be read ({one_line(error)}); {REMEDY}") from error
         self.inputs = {each.name: each for each in self.session.get_inputs()}
         self.outputs = [each.name for each in self.session.get_outputs()]
 
@@ -89,7 +92,7 @@ class GraphDenoiser(Denoiser):
         for name, shape in expected.items():
             found = self.graph.inputs[name].shape if name in self.graph.inputs else []
             if list(found[1:]) != shape[1:]:
-                raise UserError(f"{file} is not of this run: it has {name} {found}; export the run again")
+                raise UserError(f"{file} is not of this run: it has {name} {found}; {REMEDY}")
 
     def forward(self, state: State, time: Tensor | TensorTimes, condition: Condition) -> Prediction:
         """See `Denoiser.forward`."""
@@ -169,6 +172,9 @@ class Written:
 
     file: str
     """Its place in the folder."""
+    inputs: tuple[str, ...]
+    """In their order."""
+    outputs: tuple[str, ...]
     bytes: int
     sha256: str
     difference: float
@@ -207,6 +213,11 @@ class Description:
     """How images are drawn by default."""
     graphs: tuple[Written, ...]
 
+    @classmethod
+    def read(cls, folder: Path) -> Description:
+        """That of an exported run. Raises UserError if it is missing or damaged."""
+        return read_json(folder / DESCRIPTION, cls, REMEDY)
+
 
 def write(
     folder: Path,
@@ -216,6 +227,7 @@ def write(
     encoder: ImageEncoder | None,
     step: int,
     sampling: Sampling,
+    to: GraphFormat = "onnx",
     precision: GraphPrecision = "float32",
     batch: int | None = None,
 ) -> Description:
@@ -231,7 +243,7 @@ def write(
     (checkpoint / checkpoints.PROGRESS).write_text(to_json(checkpoints.Progress(step)))
     draws = torch.Generator().manual_seed(0)
     latents = config.modalities[0].denormalise(torch.randn(size, *config.shapes()[LATENT], generator=draws))
-    emit = partial(write_graph, folder, precision=precision, batch=batch)
+    emit = partial(write_graph, folder, to=to, precision=precision, batch=batch)
     graphs = [
         emit(checkpoint / checkpoints.GRAPH, flat, flat.example(size), flat.inputs, flat.outputs),
         emit(folder / DECODER, Function(decoding(autoencoder), autoencoder), (latents,), ["latents"], ["images"]),
@@ -278,49 +290,103 @@ def write_graph(
     example: tuple[Tensor, ...],
     inputs: Sequence[str],
     outputs: Sequence[str],
+    to: GraphFormat,
     precision: GraphPrecision,
     batch: int | None,
 ) -> Written:
     """Export a network as a file in a folder, and compare them. `batch` fixes the number of images, None leaves it.
 
-    float16 halves weights and arithmetic, with inputs and outputs in float32; int8 quantises the weights of matrix
-    products, and their inputs as they come. Raises UserError if what is needed is not installed, or the network has an
-    operation that ONNX lacks.
+    The file's name ends as its format says. float16 halves weights and arithmetic, with inputs and outputs in float32;
+    int8 quantises the weights of matrix products, and their inputs as they come. Raises UserError if the network has
+    an operation that the format lacks.
     """
-    needed("onnxscript")
-    onnx = needed("onnx")
-    network = network.eval().requires_grad_(False)
+    network, form = network.eval().requires_grad_(False), FORMATS[to]
+    file = file.with_suffix(form.suffix)
     free = torch.export.Dim("batch", min=1, max=MOST)
     shapes = tuple({0: free} for _ in example) if batch is None else None
     if shapes and any(p.kind == p.VAR_POSITIONAL for p in signature(network.forward).parameters.values()):
         shapes = (shapes,)
+    given = dict(zip(inputs, example, strict=True))
     with quietly(), torch.no_grad():
         try:
-            program = torch.onnx.export(
-                network,
-                example,
-                dynamo=True,
-                input_names=[*inputs],
-                output_names=[*outputs],
-                dynamic_shapes=shapes,
-                verbose=False,
-            )
+            form.save(file, network, example, shapes, inputs, outputs, precision)
         except Exception as error:
-            raise UserError(f"{file.name} cannot be exported to ONNX ({one_line(error)})") from error
+            raise UserError(f"{file.name} cannot be exported to {to} ({one_line(error)})") from error
+        found, expected = form.run(file, given, outputs), network(*example)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    apart = distance([found[name] for name in outputs], expected)
+    place = file.relative_to(folder).as_posix()
+    return Written(place, tuple(inputs), tuple(outputs), file.stat().st_size, digest, apart)
+
+
+@dataclass(frozen=True)
+class Format:
+    """What graphs are written as."""
+
+    suffix: str
+    packages: tuple[str, ...]
+    """That must be installed."""
+    save: Callable[..., None]
+    """Write a network: `save_onnx`, `save_torch`."""
+    run: Callable[[Path, Mapping[str, Tensor], Sequence[str]], Mapping[str, Tensor]]
+    """The outputs, by these names, of what was just written, for these inputs."""
+
+
+def save_onnx(
+    file: Path,
+    network: nn.Module,
+    example: tuple[Tensor, ...],
+    shapes: Any,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    precision: GraphPrecision,
+) -> None:
+    """Write a network with these inputs, dynamic shapes and names of inputs and outputs as an ONNX graph."""
+    onnx = needed("onnx")
+    program = torch.onnx.export(
+        network,
+        example,
+        dynamo=True,
+        input_names=[*inputs],
+        output_names=[*outputs],
+        dynamic_shapes=shapes,
+        verbose=False,
+    )
     assert program is not None
     without_origins(program.model_proto)
     onnx.save(program.model_proto, str(file))
-    with quietly():
-        if precision == "float16":
-            as_float16(file)
-        elif precision == "int8":
-            as_int8(file)
-    with torch.no_grad():
-        expected = network(*example)
-    found = Graph(file)(**dict(zip(inputs, example, strict=True)))
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    apart = distance([found[name] for name in outputs], expected)
-    return Written(file.relative_to(folder).as_posix(), file.stat().st_size, digest, apart)
+    if precision == "float16":
+        as_float16(file)
+    elif precision == "int8":
+        as_int8(file)
+
+
+def save_torch(file: Path, network: nn.Module, example: tuple[Tensor, ...], shapes: Any, *_: object) -> None:
+    """The same as a program of torch.export, which has its inputs and outputs in a row, without names."""
+    from torch._dynamo.exc import UserError as ConstraintError  # slow to import
+
+    try:
+        program = torch.export.export(network, example, dynamic_shapes=shapes)
+    except ConstraintError as error:  # diffusers' decoders treat 64 images and more otherwise.
+        shapes = torch.export.dynamic_shapes.refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
+        program = torch.export.export(network, example, dynamic_shapes=shapes)
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # It names the folders of this machine.
+    torch.export.save(program, file)
+
+
+def run_torch(file: Path, given: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
+    """See `Format.run`: for nothing that a stranger may have written."""
+    return dict(zip(outputs, torch.export.load(file).module()(*given.values()), strict=True))
+
+
+FORMATS: dict[GraphFormat, Format] = {
+    "onnx": Format(
+        ".onnx", ("onnx", "onnxscript", "onnxruntime"), save_onnx, lambda file, given, _: Graph(file)(**given)
+    ),
+    "torch": Format(".pt2", (), save_torch, run_torch),
+}
 
 
 def without_origins(model: Any) -> None:
@@ -369,7 +435,5 @@ def quietly() -> Iterator[None]:
 
 def needed(package: str) -> Any:
     """A package of the extra. Raises UserError if it is not installed."""
-    try:
-        return import_module(package)
-    except ModuleNotFoundError:
-        raise UserError(f"this needs {package}: {INSTALL}") from None
+    need("this", package)
+    return import_module(package)

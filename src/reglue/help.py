@@ -7,7 +7,7 @@ import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import wrap
@@ -30,8 +30,8 @@ GROUPS = {
         times-options one-mean student""",
     "optimisation": """optimisation perceptual kl adversary kl-weight epochs cosine-epochs patience micro-batch
         learning-rate final-learning-rate seed steps batch-size compare few-steps""",
-    "editing": """edit.keep until mask feather strength local-from cls-from paste box at mirror scale paint
-        edit.prototypes edit.head edit.by loss-scale flow-edit source-class resample studio.prototypes""",
+    "editing": """edit.keep until mask feather strength local-from cls-from features-from paste box at mirror scale
+        paint edit.prototypes edit.head edit.by loss-scale flow-edit source-class resample studio.prototypes""",
     "sampling": """sampling count classes sampler time-shift diffusion guidance-scale local-scale cls-scale
         guidance-interval other-scales representation-scale auto-scale auto-scales unconditional weaker-run
         guided-channels guiders state-precision relative-tolerance absolute-tolerance rounding tile samples-per-class
@@ -61,6 +61,8 @@ class Option:
     """MISSING where it must be given."""
     explanation: str
     positional: bool
+    path: tuple[str, ...] = ()
+    """The names of the fields that lead to it."""
 
     @property
     def required(self) -> bool:
@@ -96,8 +98,14 @@ class Option:
         return _TITLES[own if own in _TITLES else self.name.partition(".")[0]]
 
 
-QUIET_OPTION = Option("quiet", bool, False, "", positional=False)
-"""What every command takes; the command line itself reads it."""
+COMMON = (
+    Option("quiet", bool, False, "shows no progress, but warnings and results alone", positional=False),
+    Option("config", Path, None, "takes options from a YAML file, where the command line has none", positional=False),
+    Option("save-config", Path, None, "writes such a file, which repeats the command", positional=False),
+)
+"""What every command takes; the command line itself reads them."""
+RECIPE = Option("recipe", str, MISSING, "Recipe to begin with.", positional=True)
+"""What `train` takes before tyro reads the rest."""
 
 
 def command_help(command: list[str], options: type, example: str, default: Any = MISSING) -> str:
@@ -110,7 +118,7 @@ def command_help(command: list[str], options: type, example: str, default: Any =
     words += [f"{option.flags[0]} {option.metavar}" for option in found if option.required and not option.positional]
     width = min(get_terminal_size().columns, 120)
     paragraphs = (inspect.getdoc(options) or "").split("\n\n")
-    paragraphs.append(f"{QUIET_OPTION.flags[0]} shows no progress, but warnings and results alone.")
+    paragraphs.append(" ".join(f"{option.flags[0]} {option.explanation}." for option in COMMON))
     lines = [line for paragraph in paragraphs for line in (*wrap(paragraph, width), "")]
     parser = ArgumentParser(
         usage=" ".join(["reglue", *command, *words, "[options]"]),
@@ -136,14 +144,17 @@ class _Formatter(RawDescriptionHelpFormatter):
         return wrap(text, width, break_on_hyphens=False)
 
 
-def declared(options: type, default: Any = MISSING, prefix: str = "") -> Iterator[Option]:
-    """Every option of a dataclass and of the dataclasses in it, as they are declared."""
+def declared(options: type, default: Any = MISSING, prefix: str = "", above: tuple[str, ...] = ()) -> Iterator[Option]:
+    """Every option of a dataclass and of the dataclasses in it, as they are declared.
+
+    `prefix` is of their names, and `above` the fields that lead to the dataclass.
+    """
     types, explanations = get_type_hints(options, include_extras=True), _explanations(options)
     for field in fields(options):
         annotated = get_origin(types[field.name]) is Annotated
         kind, *marks = get_args(types[field.name]) if annotated else [types[field.name]]
         given = [mark.name for mark in marks if getattr(mark, "name", None) is not None]
-        name = prefix + (given[0] if given else field.name).replace("_", "-")
+        name, path = prefix + (given[0] if given else field.name).replace("_", "-"), (*above, field.name)
         if default is not MISSING:
             value = getattr(default, field.name)
         else:
@@ -151,11 +162,12 @@ def declared(options: type, default: Any = MISSING, prefix: str = "") -> Iterato
         if any(map(is_dataclass, get_args(kind))):
             continue  # values of Python alone, such as modalities of one's own
         if is_dataclass(kind):
-            yield from declared(cast(type, kind), value, f"{name}." if name else "")
+            yield from declared(cast(type, kind), value, f"{name}." if name else "", path)
         else:
-            yield Option(name, kind, value, explanations.get(field.name, ""), Positional in marks)
+            yield Option(name, kind, value, explanations.get(field.name, ""), Positional in marks, path)
 
 
+@cache
 def _explanations(options: type) -> dict[str, str]:
     """What is said of each field of a dataclass, inherited ones included."""
     found: dict[str, str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
@@ -12,8 +13,13 @@ from typing import Any, Literal, get_args, get_origin
 
 from reglue.help import Option
 
-_ONE = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "True or False"}
+_ONE = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
 _MANY = {int: "whole numbers", float: "numbers", str: "texts", Path: "paths"}
+_NAMED: dict[Any, dict[str, Any]] = {
+    NoneType: {"None": None},
+    bool: {"True": True, "true": True, "False": False, "false": False},
+}
+"""The values of types that have few, as they are typed."""
 _COUNTED = {1: "one", 2: "two", 3: "three", 4: "four"}
 
 
@@ -74,26 +80,36 @@ def _takes(places: Sequence[Option]) -> str:
 
 def fits(kind: Any, words: Sequence[str]) -> bool:
     """Whether words can be a value of a type."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return len(words) == 1 and words[0] in map(str, parts)
-    if kind is NoneType:
-        return list(words) == ["None"]
-    if origin is Mapping:
-        return (
-            len(words) % 2 == 0 and fits(tuple[parts[0], ...], words[::2]) and fits(tuple[parts[1], ...], words[1::2])
-        )
-    if origin is tuple and parts[-1] is ...:
-        size = len(get_args(parts[0])) or 1
-        return len(words) % size == 0 and all(fits(parts[0], words[i : i + size]) for i in range(0, len(words), size))
-    if origin is tuple:
-        return len(words) == len(parts) and all(fits(part, [word]) for part, word in zip(parts, words, strict=True))
-    if parts:  # a union
-        return any(fits(part, words) for part in parts)
     try:
-        return len(words) == 1 and kind(words[0]) is not None
+        typed(kind, words)
     except ValueError:
         return False
+    return True
+
+
+def typed(kind: Any, words: Sequence[str]) -> Any:
+    """The value of a type that words stand for. Raises ValueError if they stand for none."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Mapping:
+        names, numbers = (typed(tuple[part, ...], words[i::2]) for i, part in enumerate(parts))
+        return dict(zip(names, numbers, strict=True))
+    if origin is tuple and parts[-1] is ...:
+        size = len(get_args(parts[0])) or 1
+        return tuple(typed(parts[0], words[i : i + size]) for i in range(0, len(words), size))
+    if origin is tuple:
+        return tuple(typed(part, [word]) for part, word in zip(parts, words, strict=True))
+    if parts and origin is not Literal:  # a union
+        for part in sorted(parts, key=lambda part: part is not NoneType):
+            with suppress(ValueError):
+                return typed(part, words)
+        raise ValueError(f"none of {parts}")
+    (word,) = words
+    if origin is Literal or kind in _NAMED:
+        values = _NAMED.get(kind) or {str(part): part for part in parts}
+        if word not in values:
+            raise ValueError(f"none of {', '.join(values)}")
+        return values[word]
+    return kind(word)
 
 
 def wanted(kind: Any) -> str:

@@ -14,6 +14,8 @@ FeatureKind = Literal["class-token", "patch-mean"]
 """What stands for an image: the class token after the final norm, or the mean of the last chosen layer's patches."""
 Weights = Literal["ema", "model"]
 """Of a checkpoint: the averaged ones, or those that are trained."""
+GraphFormat = Literal["onnx", "torch"]
+"""What the networks of an exported run are written as."""
 GraphPrecision = Literal["float32", "float16", "int8"]
 """Of the weights of an exported run."""
 INCEPTION = "inception"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from inspect import Parameter, Signature, signature
@@ -342,21 +342,37 @@ class ImageModel(Editor):
         self.condition(labels, condition)  # It says at once if these are not values for as many images.
         if warning := self.warning():
             warnings.warn(warning, stacklevel=2)
-        batches: list[Tensor] = []
         total = evaluations(sampling, len(labels), batch_size)
         with Bar(total=total, desc="generate", unit="evaluation", disable=not progress) as bar:
-            for start in range(0, len(labels), batch_size):
-                indices = range(start, min(start + batch_size, len(labels)))
-                others = {name: values[start : start + batch_size] for name, values in (condition or {}).items()}
-                given = self.condition([labels[i] for i in indices], others)
-                room = min(batch_size, len(labels))
-                watching = [*(c.of(slice(start, start + batch_size)) for c in controls), Progress(bar.update)]
-                state = self.draw(indices, given, seed, sampling, room=room, controls=watching)
-                batches.append(torch.from_numpy(self.decode(state, sampling.rounding, sampling.tile)))
+            drawn = self.drawn(labels, seed, sampling, batch_size, bar.update, condition, controls)
+            batches = [torch.from_numpy(self.decode(state, sampling.rounding, sampling.tile)) for state in drawn]
         pixels = torch.cat(batches) if batches else torch.empty(0, *self.record.resolution, 3, dtype=torch.uint8)
         if output == "tensor":
             return pixels.permute(0, 3, 1, 2).contiguous()
         return [Image.fromarray(image.numpy()) for image in pixels]
+
+    def drawn(
+        self,
+        labels: Sequence[int],
+        seed: int,
+        sampling: Sampling,
+        batch_size: int,
+        update: Callable[[], object],
+        condition: Condition | None = None,
+        controls: Sequence[Control] = (),
+    ) -> Iterator[State]:
+        """The states of the first images of a seed, with these labels, in batches; `update` follows every evaluation.
+
+        `condition` and `controls` are as for `generate`. Raises UserError as `draw` does.
+        """
+        for start in range(0, len(labels), batch_size):
+            part = slice(start, start + batch_size)
+            others = {name: values[part] for name, values in (condition or {}).items()}
+            given = self.condition(labels[part], others)
+            room = min(batch_size, len(labels))
+            watching = [*(c.of(part) for c in controls), Progress(update)]
+            indices = range(len(labels))[part]
+            yield self.draw(indices, given, seed, sampling, room=room, controls=watching)
 
     def save(
         self,
@@ -409,7 +425,7 @@ class ImageModel(Editor):
         files, shown = [Path(report) for report in reports], Path(picture) if picture else None
         weights = self.denoiser.state_dict()
         return sharing.save(
-            folder, self.record, weights, self.step, self.folder, files, shown, name, half_precision=half_precision
+            folder, self.record, weights, self.step, self.folder, files, shown, name=name, half_precision=half_precision
         )
 
     def _labels(self, classes: int | str | Sequence[int | str] | None, count: int | None) -> list[int]:
@@ -436,6 +452,8 @@ class ImageModel(Editor):
         if classes is None or isinstance(classes, int | str | np.integer):
             return self._labels(classes, count)
         given = [self.label(name) for name in classes]
+        if not given:
+            raise UserError(f"{option('classes')} names no class; name one, or leave it out")
         return [given[i % len(given)] for i in range(count)]
 
     @property

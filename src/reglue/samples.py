@@ -24,7 +24,7 @@ from reglue.diffusion.controls import Progress
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.modalities import State
 from reglue.errors import UserError, one_line, option
-from reglue.files import SEAL, parse_json, read_json, replacing, write_text
+from reglue.files import SEAL, parse_json, read_json, refuse_filled, replacing, write_text
 from reglue.generation import evaluations
 from reglue.locks import writing
 from reglue.pipeline import ImageModel, load
@@ -200,23 +200,27 @@ class Drawing:
     labels: list[int]
     seed: int
 
-    def states(self, batches: Sequence[Sequence[int]], what: str, silent: bool = False) -> Iterator[State]:
-        """The states of batches of the images, with a progress bar that says `what`.
+    def draw(self, indices: Sequence[int], on_evaluation: Callable[[], object], room: int = 0) -> State:
+        """The states of some of the images; `on_evaluation` is called after each evaluation, for progress.
 
-        A compiled network evaluates as many images as the largest batch has, so that it sees one shape.
+        A compiled network evaluates batches of `room` images, if that is more, so that it sees one shape.
         """
+        return self.model.draw(
+            indices,
+            self.model.condition([self.labels[i] for i in indices]),
+            self.seed,
+            self.sampling,
+            weaker=self.weaker,
+            room=room,
+            controls=[Progress(on_evaluation)],
+        )
+
+    def states(self, batches: Sequence[Sequence[int]], what: str, silent: bool = False) -> Iterator[State]:
+        """Those of batches of the images, one after the other, with a progress bar that says `what`."""
         room, total = max(map(len, batches), default=0), evaluations(self.sampling, len(batches))
         with Bar(total=total, unit="evaluation", desc=what, disable=silent) as progress:
             for indices in batches:
-                yield self.model.draw(
-                    indices,
-                    self.model.condition([self.labels[i] for i in indices]),
-                    self.seed,
-                    self.sampling,
-                    weaker=self.weaker,
-                    room=room,
-                    controls=[Progress(progress.update)],
-                )
+                yield self.draw(indices, progress.update, room)
 
 
 def plan(options: Draw, model: ImageModel, before: Callable[[], AutoPrecision | None] | None = None) -> Drawing:
@@ -340,8 +344,8 @@ def create_or_resume(folder: Path, protocol: dict[str, Any], rank: int) -> None:
     path = folder / PROTOCOL
     if path.is_file():
         protocol = joined(folder, read_protocol(path), protocol, complete=is_drawn(folder, protocol))
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds other files; choose a new or an empty folder")
+    else:
+        refuse_filled(folder)
     contact_sheet.read_hashes(folder)  # A damaged table ends every process alike.
     distributed.barrier()
     if rank == 0:

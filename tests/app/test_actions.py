@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -414,7 +415,7 @@ def test_names_are_no_markup() -> None:
 def test_without_gradio_one_line_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reglue.commands.studio.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     told = mistake(capsys, monkeypatch, "studio")
     assert told == "reglue: the studio needs gradio: run `pip install 'reglue[app]'`"
 

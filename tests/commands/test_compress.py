@@ -576,6 +576,6 @@ def test_targets_are_decoded_from_the_last_layer_or_refused(folder: Path, tmp_pa
     assert encoder is not None
     targets = DecodedTargets(store, encoder, "pca-16-last", torch.device("cpu"))
     features = store.read("features", rows)["features"][:, -16:].float()
-    torch.testing.assert_close(targets.tokens(targets.read(rows)).patches, features, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(targets.tokens(targets.read(rows)).features, features, atol=1e-2, rtol=1e-2)
     with pytest.raises(UserError, match=r"pca-4-layers-2-3 has layers \[2, 3\], not the last one \(4\)"):
         DecodedTargets(Store.open(folder), encoder, "pca-4-layers-2-3", torch.device("cpu"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ from reglue.commands.edit import edit
 from reglue.commands.prototypes import prototypes
 from reglue.commands.train_head import train_head
 from reglue.commands.verify import Verify, verify
+from reglue.diffusion.controls import Control, Unlikeness
+from reglue.diffusion.modalities import HIDDEN, State, Times
 from reglue.diffusion.samplers import SAMPLERS
 from reglue.editing.folder import read_record
 from reglue.editing.options import Editing
 from reglue.editing.painting import load_prototypes
+from reglue.editing.subjects import refuse_lacking
 from reglue.errors import UserError
 
 STEPS = ["--steps=3", "--device=cpu"]
@@ -61,7 +64,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> Pat
     painting[:10], painting[10:, :10] = 0, 1
     Image.fromarray(painting).save(folder / "painting.png")
     Image.fromarray(painting).resize((50, 30), Image.Resampling.NEAREST).save(folder / "wide-painting.png")
+    depth = np.where(painting == 255, 0, 2 + 4 * painting).astype(np.uint8)  # 2 and 6, and 0, which is free
+    Image.fromarray(depth).save(folder / "depth.png")
+    Image.fromarray(depth).resize((50, 30), Image.Resampling.NEAREST).save(folder / "wide-depth.png")
     Image.fromarray(np.full((20, 20), 7, np.uint8)).save(folder / "unknown.png")
+    Image.fromarray(np.full((20, 20), 200, np.uint8)).save(folder / "far.png")
     Image.fromarray(np.full((20, 20), 255, np.uint8)).save(folder / "free.png")
     Image.fromarray(np.zeros((20, 60), np.uint8)).save(folder / "long.png")
     return folder
@@ -87,6 +94,19 @@ def head(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path, tiny_images
     folder = tmp_path_factory.mktemp("head")
     masks = draw_masks(folder / "masks", tiny_images)
     line = ["head", str(tiny_store), "--masks", str(masks), "--out", str(folder / "out"), "--layers=all", "--steps=2"]
+    train_head(parse([*line, "--device=cpu"]))
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def depth_head(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path, tiny_images: Path) -> Path:
+    """A head that sees brightness as depth, 2 where it is dark and 6 where it is light."""
+    folder = tmp_path_factory.mktemp("depth")
+    for file in tiny_images.rglob("*.png"):
+        place = folder / "depths" / file.relative_to(tiny_images).with_suffix(".npy")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        np.save(place, 2 + 4 * np.asarray(Image.open(file).convert("L"), np.float32) / 255)
+    line = ["head", str(tiny_store), "--depth", str(folder / "depths"), "--out", str(folder / "out"), "--layers=all"]
     train_head(parse([*line, "--device=cpu"]))
     return folder / "out"
 
@@ -134,14 +154,24 @@ def test_everything_kept_and_no_strength_give_the_decoded_image(model: reglue.Im
         {"paint": "wide-painting.png", "head": "HEAD", "mask": "wide-mask.png", "until": {"local": 0.3}},
         {"by": "loss", "mask": "wide-mask.png", "keep": ("local", "cls"), "until": {"cls": 0.5}},
         {"paint": "wide-painting.png", "prototypes": "LOOKS", "strength": 0.8},
+        {"paint": "wide-depth.png", "head": "DEPTH", "mask": "wide-mask.png"},
+        {"keep": ("features",), "until": {"features": 0.3}, "mask": "wide-mask.png"},
+        {"features_from": "b.png", "box": (0, 0, 10, 10), "local_from": "b.png"},
     ],
     ids=str,
 )
 def test_edits_do_not_depend_on_their_batch(
-    sampler: str, changes: dict[str, Any], model: reglue.ImageModel, pictures: Path, head: Path, looks: Path
+    sampler: str,
+    changes: dict[str, Any],
+    model: reglue.ImageModel,
+    pictures: Path,
+    head: Path,
+    depth_head: Path,
+    looks: Path,
 ) -> None:
     given = {k: pictures / v if str(v).endswith(".png") else v for k, v in changes.items()}
-    given |= {k: v for k, v in (("head", head), ("prototypes", looks)) if k in given}
+    made = {"HEAD": head, "DEPTH": depth_head, "LOOKS": looks}
+    given |= {k: made[v] for k, v in changes.items() if isinstance(v, str) and v in made}
     if "flow_edit" in changes and SAMPLERS[sampler].stochastic:
         with pytest.raises(UserError, match=f"flow_edit has no place for the noise of {sampler}; choose sampler"):
             model.edit(pictures / "wide.png", **given, sampler=sampler, classes=0)
@@ -166,13 +196,39 @@ def test_outside_a_mask_the_image_is_its_own(model: reglue.ImageModel, pictures:
             assert not np.array_equal(pixels[:, 20:25], image[:, 20:25]) or not feather
 
 
-def test_a_mask_holds_the_latents_that_it_leaves(model: reglue.ImageModel, pictures: Path) -> None:
-    seen: list[dict[str, torch.Tensor]] = []
-    original = model.decode
-    model.decode = lambda state, rounding: seen.append(state) or original(state, rounding)  # type: ignore[method-assign]
+def test_pictures_are_taken_as_their_files_are(model: reglue.ImageModel, pictures: Path, tmp_path: Path) -> None:
+    """Turned upright, with their transparency over white, 16 bits scaled: what `prepare` makes of files."""
+    image, turned = Image.open(pictures / "wide.png").convert("RGB"), Image.Exif()
+    turned[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=turned)
+    clear = image.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(image.size))
+    clear.save(tmp_path / "clear.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for name in ("turned.png", "clear.png", "deep.png"):
+        of_file, of_picture = model.encode(tmp_path / name), model.encode(Image.open(tmp_path / name))
+        assert all(torch.equal(of_file[part], of_picture[part]) for part in of_file), name
+    assert model.edit(Image.open(tmp_path / "turned.png"), strength=0.1, steps=2)[0].size == (30, 50)
+
+
+def test_transparency_stays_where_nothing_is_drawn(model: reglue.ImageModel, pictures: Path) -> None:
+    image = Image.open(pictures / "wide.png").convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    mask = Image.new("RGBA", image.size, (255, 255, 255, 0))  # Nothing is painted but the right half.
+    mask.paste((255, 255, 255, 255), (25, 0, 50, 30))
+    pixels = np.asarray(model.edit(image, mask=mask, steps=2)[0])
+    assert np.array_equal(pixels[:, :25], np.asarray(image)[:, :25])
+    seen = slice(25, 38)  # The model sees the middle square.
+    assert (pixels[:, seen, 3] == 255).all()
+    assert not np.array_equal(pixels[:, seen, :3], np.asarray(image)[:, seen, :3])
+
+
+def test_a_mask_holds_the_latents_that_it_leaves(
+    model: reglue.ImageModel, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = states_of(model, monkeypatch)
     model.edit(pictures / "a.png", mask=pictures / "mask.png", keep=("local",), steps=3)
     model.edit(pictures / "a.png", mask=pictures / "mask.png", local_from=pictures / "b.png", steps=3)
-    del model.decode
     own, other = model.encode(pictures / "a.png"), model.encode(pictures / "b.png")
     for state, inside in zip(seen, (own, other), strict=True):
         assert torch.equal(state["latent"][..., :4].float(), own["latent"][..., :4])
@@ -181,17 +237,16 @@ def test_a_mask_holds_the_latents_that_it_leaves(model: reglue.ImageModel, pictu
         assert torch.equal(state["local"][..., 4:].float(), inside["local"][..., 4:])
 
 
-def test_parts_come_from_other_images(model: reglue.ImageModel, pictures: Path, looks: Path) -> None:
-    seen: list[dict[str, torch.Tensor]] = []
-    original = model.decode
-    model.decode = lambda state, rounding: seen.append(state) or original(state, rounding)  # type: ignore[method-assign]
+def test_parts_come_from_other_images(
+    model: reglue.ImageModel, pictures: Path, looks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = states_of(model, monkeypatch)
     a, b = pictures / "a.png", pictures / "b.png"
     model.edit(a, local_from=b, keep=("cls",), steps=2)
     model.edit(a, cls_from=b, steps=2)
     model.edit(a, paste=b, box=(0, 0, 10, 10), at=(10, 5), mirror=True, steps=2)
     model.edit(a, paste=b, box=(0, 0, 10, 10), at=(0, 0), scale=0.5, steps=2)
     model.edit(a, paint=pictures / "painting.png", prototypes=looks, steps=2)
-    del model.decode
     own, other = model.encode(a), model.encode(b)
     swapped, tokens, pasted, smaller, painted = ({n: v.float() for n, v in state.items()} for state in seen)
     assert torch.equal(swapped["local"], other["local"])
@@ -209,12 +264,11 @@ def test_parts_come_from_other_images(model: reglue.ImageModel, pictures: Path, 
     torch.testing.assert_close(painted["local"][0, :, 4:, :4], second[:, None, None].expand(-1, 4, 4))
 
 
-def test_looks_are_painted_in_turn(model: reglue.ImageModel, pictures: Path, looks: Path) -> None:
-    seen: list[dict[str, torch.Tensor]] = []
-    original = model.decode
-    model.decode = lambda state, rounding: seen.append(state) or original(state, rounding)  # type: ignore[method-assign]
+def test_looks_are_painted_in_turn(
+    model: reglue.ImageModel, pictures: Path, looks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = states_of(model, monkeypatch)
     model.edit(pictures / "a.png", paint=pictures / "painting.png", prototypes=looks, steps=2, count=3)
-    del model.decode
     modality, codes = model.record.denoiser.modality("local"), load_prototypes(looks).codes
     assert modality is not None
     for i, painted in enumerate(seen[0]["local"].float()):
@@ -223,16 +277,15 @@ def test_looks_are_painted_in_turn(model: reglue.ImageModel, pictures: Path, loo
     assert not torch.equal(codes[0, 0], codes[0, 1])
 
 
-def test_a_head_sees_more_of_what_is_painted(model: reglue.ImageModel, pictures: Path, head: Path) -> None:
+def test_a_head_sees_more_of_what_is_painted(
+    model: reglue.ImageModel, pictures: Path, head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And a loss holds some of what a clamp does; the few steps of this model's training have not taught it more."""
-    seen: list[dict[str, torch.Tensor]] = []
-    original = model.decode
-    model.decode = lambda state, rounding: seen.append(state) or original(state, rounding)  # type: ignore[method-assign]
+    seen = states_of(model, monkeypatch)
     a, painting = pictures / "a.png", np.asarray(Image.open(pictures / "painting.png"))
     for scale in (1e-6, 10.0):
         model.edit(a, paint=Image.fromarray(painting), head=head, loss_scale=scale, steps=10, count=2)
         model.edit(a, keep=("local",), by="loss", loss_scale=scale, steps=10, count=2)
-    del model.decode
     subject = model.subject(a, Editing(paint=pictures / "painting.png", head=head))
     loss = model._painted([subject, subject])
     free, kept_free, led, kept = seen
@@ -241,27 +294,84 @@ def test_a_head_sees_more_of_what_is_painted(model: reglue.ImageModel, pictures:
     assert (kept["local"] - own).square().mean() < (kept_free["local"] - own).square().mean()
 
 
-def test_each_modality_is_let_go_at_its_own_time(model: reglue.ImageModel, pictures: Path) -> None:
+def test_painted_depths_are_followed(
+    model: reglue.ImageModel, pictures: Path, depth_head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = states_of(model, monkeypatch)
+    a, depth = pictures / "a.png", pictures / "depth.png"
+    for scale in (1e-6, 10.0):
+        model.edit(a, paint=depth, head=depth_head, loss_scale=scale, steps=10, count=2)
+    model.edit(a, paint=Image.fromarray(np.asarray(Image.open(depth)).astype(np.float32)), head=depth_head, steps=10)
+    subject = model.subject(a, Editing(paint=depth, head=depth_head))
+    assert subject.labels is not None
+    assert sorted({*np.nan_to_num(subject.labels).ravel().tolist()}) == [0, 2, 6]
+    loss = model._painted([subject, subject])
+    free, led, given = drawn
+    assert bool((loss(led)["local"] < loss(free)["local"]).all())
+    torch.testing.assert_close(given["local"][0], led["local"][0])
+
+
+def test_hidden_tokens_are_led_to_features(
+    model: reglue.ImageModel, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of noisy states on the way, those that are led look more like the features, where they are to."""
+    a, b = pictures / "a.png", pictures / "b.png"
+    ways: dict[str, dict[str, Any]] = {
+        "whole": {}, "part": {"box": (0, 0, 10, 10)}, "inside": {"mask": pictures / "mask.png"}
+    }  # fmt: skip
+    for way, changes in ways.items():
+        editing = Editing(features_from=b, **changes)
+        target, chosen = model.subject(a, editing).target or pytest.fail("no target")
+        assert chosen.shape == target.shape[:2] == (1, 17), way
+        assert chosen.sum() == {"whole": 17, "part": 16, "inside": 8}[way]
+        losses = Unlikeness(model.denoiser.projector, target.expand(2, -1, -1), chosen)
+
+        def loss(scale: float, losses: Unlikeness = losses, editing: Editing = editing) -> torch.Tensor:
+            seen: list[torch.Tensor] = []
+
+            class Watch(Control):
+                differentiates = True
+
+                def velocity(self, velocity: State, state: State, times: Times) -> State:
+                    assert self.hidden is not None
+                    seen.append(losses({HIDDEN: self.hidden})["latent"].detach())
+                    return velocity
+
+            named: dict[str, Any] = {part.name: getattr(editing, part.name) for part in fields(Editing)}
+            named["loss_scale"] = scale
+            model.edit(a, **named, sampler="euler", steps=8, count=2, controls=[Watch()])
+            return torch.stack(seen).mean(0)
+
+        assert bool((loss(100.0) < loss(1e-6)).all()), way
+    free, led = (model.edit(a, keep="features", loss_scale=scale, steps=4)[0] for scale in (1e-6, 10.0))
+    assert not same([free], [led])
+
+
+def states_of(model: reglue.ImageModel, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """The states that will be decoded."""
     seen: list[dict[str, torch.Tensor]] = []
     original = model.decode
-    model.decode = lambda state, rounding: seen.append(state) or original(state, rounding)  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "decode", lambda state, rounding: seen.append(state) or original(state, rounding))
+    return seen
+
+
+def test_each_modality_is_let_go_at_its_own_time(
+    model: reglue.ImageModel, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = states_of(model, monkeypatch)
     untils: list[Any] = [0.35, {"local": 0.35, "cls": 0.35}, {"local": 0.35}, {"cls": 0.35}]
     for until in untils:
         model.edit(pictures / "a.png", keep=("local", "cls"), until=until, steps=10, sampler="euler")
-    del model.decode
     own = model.encode(pictures / "a.png")
     held = [{name for name in ("local", "cls") if torch.equal(state[name].float(), own[name])} for state in seen]
     assert held == [set(), set(), {"cls"}, {"local"}]
     assert all(torch.equal(seen[0][name], seen[1][name]) for name in own)
 
 
-def test_between_two_images(model: reglue.ImageModel, pictures: Path) -> None:
+def test_between_two_images(model: reglue.ImageModel, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = pictures / "a.png", pictures / "b.png"
-    seen: list[dict[str, torch.Tensor]] = []
-    original = model.decode
-    model.decode = lambda state, rounding: seen.append(state) or original(state, rounding)  # type: ignore[method-assign]
+    seen = states_of(model, monkeypatch)
     frames = model.interpolate(a, b, steps=5, sampler="heun")
-    del model.decode
     assert same(frames, model.interpolate(a, b, steps=5, sampler="heun", batch_size=3))
     assert same(frames[::-1], model.interpolate(b, a, steps=5, sampler="heun"))
     ends = [model.encode(image)["local"][0].double() for image in (a, b)]
@@ -287,6 +397,21 @@ def test_strengths_are_scales_of_modalities(model: reglue.ImageModel) -> None:
     model.generate(0, steps=1, **model.strengths(latent=2.0))
     with pytest.raises(UserError, match="strength of depth: this model learns"):
         model.strengths(depth=2.0)
+
+
+def test_mistakes_in_python(model: reglue.ImageModel, pictures: Path) -> None:
+    a = pictures / "a.png"
+    for told, call in {
+        "an image is a file or one of Pillow's, not a ndarray": lambda: model.encode(np.zeros((4, 4, 3))),  # type: ignore[reportArgumentType]
+        "classes names no class; name one, or leave it out": lambda: model.edit(a, keep="local", classes=[]),
+        "box 0 0 9: give 4 numbers": lambda: model.edit(a, paste=a, box=(0, 0, 9), at=(0, 0)),
+        "until 2: choose at least 0 and less than 1": lambda: model.interpolate(a, a, until=2),
+        "until latent: it is not held": lambda: model.interpolate(a, a, what="local", until={"latent": 0.5}),
+    }.items():
+        with pytest.raises(UserError) as raised:
+            call()
+        assert str(raised.value).startswith(told)
+        assert "\n" not in str(raised.value)
 
 
 def test_an_unknown_option_is_a_type_error(model: reglue.ImageModel, pictures: Path) -> None:
@@ -387,7 +512,13 @@ def test_what_a_python_call_draws_is_what_the_command_draws(
         (("--paint", "unknown.png", "--head", "HEAD"), "has label 7, of which there is no class in the head; paint"),
         (("--paint", "painting.png", "--head", "."), "has no head.json: give a folder that `reglue head` made"),
         (("--keep", "local", "--head", "HEAD"), "--head belongs to --paint; give it too"),
-        (("--keep", "local", "--loss-scale=2"), "--loss-scale belongs to --head and --by loss; leave it out"),
+        (("--keep", "local", "--loss-scale=2"), "--loss-scale belongs to --head, --features-from and --by loss; leave"),
+        (("--keep=features", "--features-from", "b.png"), "--keep features takes the image's own, and --features-from"),
+        (("--features-from", "b.png", "--box", "0 0 25 9"), "--box 0 0 25 9: the piece lies outside of what"),
+        (("--features-from", "b.png", "--until", "local", "0.5"), "--until local: it is not held; what is, is"),
+        (("--paint", "a.png", "--head", "DEPTH"), "a.png holds no depth map; save it as a greyscale PNG"),
+        (("--paint", "far.png", "--head", "DEPTH"), "has depths from 200 to 200, and the head predicts 2."),
+        (("--paint", "empty.png", "--head", "DEPTH"), "has no depth, only 0, which is free; paint something"),
         (("--keep", "local", "--by", "force"), "--by force: give clamp or loss"),
         (("--strength=0.5", "--by", "loss"), "--by loss: nothing is held that could be approached; leave it out"),
         (("--keep", "local", "--until", "cls", "0.3"), "--until cls: it is not held; what is, is local"),
@@ -416,6 +547,7 @@ def test_mistakes_are_one_line_before_any_network_runs(
     pictures: Path,
     looks: Path,
     head: Path,
+    depth_head: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -426,7 +558,7 @@ def test_mistakes_are_one_line_before_any_network_runs(
     monkeypatch.setattr("reglue.editing.encoding.ImageEncoder.encode", never)
     monkeypatch.setattr("reglue.diffusion.denoiser.Denoiser.forward", never)
     words = [part for word in ([arguments] if isinstance(arguments, str) else arguments) for part in word.split()]
-    made = {"LOOKS": str(looks), "HEAD": str(head)}
+    made = {"LOOKS": str(looks), "HEAD": str(head), "DEPTH": str(depth_head)}
     places = [made[w] if w in made else str(pictures / w) if (pictures / w).exists() or w == "no.png" else w
               for w in words]  # fmt: skip
     out = tmp_path / "out"
@@ -467,11 +599,32 @@ def test_a_run_without_semantics_edits_with_what_it_has(sit_run: Path, pictures:
     (result,) = model.edit(pictures / "wide.png", mask=pictures / "wide-mask.png", strength=0.8, classes=1, steps=3)
     assert result.size == (50, 30)
     changes: dict[str, Any]
+    for name in ("features", ("features",)):
+        with pytest.raises(UserError, match="keep features: this model was not aligned with a vision encoder"):
+            model.edit(pictures / "a.png", keep=name)
     for changes in ({"keep": ("local",)}, {"cls_from": pictures / "b.png"}, {"local_from": pictures / "b.png"}):
         with pytest.raises(UserError, match=r"this model does not learn (local|cls), only latent"):
             model.edit(pictures / "a.png", **changes)
     with pytest.raises(UserError, match="no local map to see"):
         model.see(pictures / "a.png")
+
+
+def test_a_run_with_alignment_alone_is_led_to_features(
+    tiny_store: Path, tiny_encoder: str, pictures: Path, tmp_path: Path
+) -> None:
+    """Its encoder is loaded for that alone, and its projector is in what is passed on."""
+    options = [one for one in TINY_RECIPE if not one.startswith("--local")]
+    run = ["--store", str(tiny_store), "--out", str(tmp_path / "run"), "--optimisation.steps=2"]
+    reglue.train(parse(["train", "repa", *run, *options]))
+    reglue.load(tmp_path / "run", device="cpu").save(tmp_path / "saved")
+    model = reglue.load(tmp_path / "saved", device="cpu", encoder=tiny_encoder)
+    model.edit(pictures / "a.png", strength=0.5, steps=2)
+    assert model.image_encoder().encoder is None
+    free, led = (model.edit(pictures / "a.png", keep="features", loss_scale=w, steps=4) for w in (1e-6, 100.0))
+    assert not same(free, led)
+    record = replace(model.record, encoder=replace(model.record.encoder, layers=(0,)))  # type: ignore[type-var]
+    with pytest.raises(UserError, match=r"keep features: this run reads layers \[0\] of its encoder, not the last one"):
+        refuse_lacking(Editing(keep=("features",)), record)
 
 
 def test_a_compressor_that_is_gone_is_named(tiny_run: Path, tmp_path: Path, pictures: Path) -> None:

@@ -33,7 +33,7 @@ def test_online_targets_are_the_cached_ones(bare_store: Store):
     encoder = bare_store.manifest.encoder
     assert encoder is not None
     targets = OnlineTargets(bare_store, encoder, torch.device("cpu"))
-    online = targets.tokens(targets.read(rows)).patches
+    online = targets.tokens(targets.read(rows)).features
     cached = bare_store.read("features", rows)["features"][:, -encoder.width :].float()
     torch.testing.assert_close(online, cached, atol=2e-3, rtol=2e-3)
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from reglue.commands.export_run import export_run
 from reglue.commands.sample import sample
 from reglue.errors import UserError
 from reglue.graphs import FlatDenoiser, Graph, as_float16, as_int8, distance
+from reglue.run import RunRecord
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -102,7 +108,7 @@ def test_a_damaged_graph_is_named(exported: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--out=a.pt", "--precision=int8"], "precision int8 is for --to onnx; leave it out"),
-        (["--out=a.pt", "--batch=2"], "batch 2 is for --to onnx; leave it out"),
+        (["--out=a.pt", "--batch=2"], "batch 2 is for --to onnx or torch; leave it out"),
         (["--out=a.onnx", "--to=onnx"], "--to onnx makes a folder; choose a name without .onnx"),
         (["--out=a", "--to=onnx", "--weights=model"], "--weights model is for published .safetensors files"),
         (["--out=a", "--to=onnx", "--batch=0"], "batch 0: choose at least 1"),
@@ -111,3 +117,54 @@ def test_a_damaged_graph_is_named(exported: Path, tmp_path: Path) -> None:
 def test_what_does_not_fit_together_is_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(["export", "run", *arguments])
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
+    """Of a run whose vision encoder is not at hand."""
+    folder = tmp_path_factory.mktemp("programs")
+    run = Path(shutil.copytree(tiny_run, folder / "run"))
+    record = RunRecord.read(run)
+    assert record.encoder
+    replace(record, encoder=replace(record.encoder, name=str(folder / "nowhere"))).write(run)
+    return export_run(parse(["export", str(run), "--to", "torch", "--out", str(folder / "programs")]))
+
+
+def test_programs_run_where_this_package_is_not(programs: Path, tiny_run: Path, tmp_path: Path) -> None:
+    described = json.loads((programs / "graphs.json").read_text())
+    assert [graph["file"] for graph in described["graphs"]] == ["checkpoints/00000006/denoiser.pt2", "decoder.pt2"]
+    assert all(graph["difference"] < 1e-4 for graph in described["graphs"])
+    model = reglue.load(tiny_run, device="cpu")
+    assert described["graphs"][0]["inputs"] == FlatDenoiser(model.denoiser).inputs
+    page = (Path(__file__).parents[2] / "docs/portable.md").read_text()
+    (block,) = [part for part in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "torch.export" in part]
+    drawing = f"import sys\nsys.modules['reglue'] = None\n{block}\ntorch.save(image, {str(tmp_path / 'image.pt')!r})"
+    subprocess.run([sys.executable, "-c", drawing], check=True, cwd=programs.parent)
+    image = torch.load(tmp_path / "image.pt")
+    assert image.shape == (1, 3, *model.record.resolution)
+    assert image.isfinite().all()
+    for file in programs.rglob("*.pt2"):
+        with ZipFile(file) as archive:
+            assert not any(
+                str(Path(reglue.__file__).parent).encode() in archive.read(name) for name in archive.namelist()
+            )
+
+
+def test_programs_are_not_opened_here(programs: Path) -> None:
+    with pytest.raises(UserError, match=r"denoiser\.pt2 is for PyTorch without this package"):
+        reglue.load(programs)
+    assert "decoder.pt2" in reglue.info(reglue.Info(programs))["graphs"]
+
+
+@pytest.mark.parametrize("fixture", ["exported", "programs"])
+def test_another_graph_than_was_written_is_found(fixture: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(request.getfixturevalue(fixture), tmp_path / "copy"))
+    assert reglue.verify(reglue.Verify(folder)) == folder
+    graphs = [*folder.rglob("*.onnx"), *folder.rglob("*.pt2")]
+    assert len(graphs) >= 2
+    for file in graphs:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError, match=rf"{file.name} is missing or damaged"):
+            reglue.verify(reglue.Verify(folder))
+        file.write_bytes(content)

@@ -168,7 +168,9 @@ def test_an_image_without_boxes_is_described() -> None:
     assert "&lt;a&gt;" in annotation
 
 
-def test_what_does_not_agree_is_dropped_and_reported(tiny_run: Path, head: Path, tmp_path: Path) -> None:
+def test_what_does_not_agree_is_dropped_and_reported(
+    tiny_run: Path, head: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     every = synthesise(parse(line(tiny_run, head, tmp_path / "all", "--format=masks")))
     values = sorted(row.agreement for row in read_rows(every))
     out = synthesise(parse(line(tiny_run, head, tmp_path / "some", "--format=masks", f"--agreement={values[3]}")))
@@ -181,6 +183,7 @@ def test_what_does_not_agree_is_dropped_and_reported(tiny_run: Path, head: Path,
     none = synthesise(parse(line(tiny_run, head, tmp_path / "none", "--format=coco", "--agreement=1")))
     if not any(row.kept for row in read_rows(none)):
         assert json.loads((none / "annotations.json").read_text())["images"] == []
+        assert "0 of 6 images kept, with 0 boxes; nothing agrees so well, lower agreement" in capsys.readouterr().out
     verify(Verify(none))
 
 

@@ -11,8 +11,9 @@ import torch
 from test_clamp import IMAGES, SHAPES, Gaussian, clamp, noise
 from torch import Tensor
 
-from reglue.diffusion.controls import Controlled, LossGuidance, SquaredError
-from reglue.diffusion.modalities import State
+from reglue.diffusion.controls import Controlled, LossGuidance, SquaredError, Unlikeness
+from reglue.diffusion.denoiser import Prediction
+from reglue.diffusion.modalities import State, Times
 from reglue.diffusion.noise import Draws
 from reglue.diffusion.paths import PATHS
 from reglue.diffusion.samplers import SAMPLERS, integrate
@@ -141,3 +142,27 @@ def test_losses_of_ones_own_in_parts_beside_what_is_held() -> None:
     apart = [drawn(slice(i, i + 1))["latent"] for i in range(IMAGES)]
     torch.testing.assert_close(torch.cat(apart), whole["latent"], rtol=1e-12, atol=1e-12)
     assert bool((drawn(slice(0, IMAGES), target=1.0)["latent"] > whole["latent"]).all())
+
+
+class Seeing(Gaussian):
+    """It has one hidden token, (1, x) of the latents."""
+
+    def predict(self, state: State, times: Times, decided_at: Times | None = None) -> Prediction:
+        x = state["latent"]
+        return Prediction(self(state, times), torch.cat([torch.ones_like(x), x], dim=1)[:, None])
+
+
+def test_hidden_tokens_are_led_through_their_own_graph() -> None:
+    """cos((1, x), (0, 1)) = x/√(1 + x²), whose slope is (1 + x²)^(−3/2); tokens that are not chosen lead nowhere."""
+    state, times = noise(), {"latent": 0.5, "local": 0.5}
+    chosen = torch.arange(IMAGES)[:, None] > 0
+    loss = Unlikeness(lambda tokens: tokens, torch.tensor([0.0, 1.0]).expand(IMAGES, 1, 2), chosen)
+    control = LossGuidance(loss, 0.01)
+    control.before(state, times)
+    own, moved = Gaussian()(state, times), Controlled(Seeing(), [control])(state, times)
+    x = state["latent"]
+    expected = -0.01 * (1 + x.square()) ** -1.5
+    expected[0] = 0
+    torch.testing.assert_close(moved["latent"] - own["latent"], expected, rtol=1e-4, atol=1e-7)
+    assert torch.equal(moved["local"], own["local"])
+    assert control.hidden is None

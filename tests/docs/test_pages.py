@@ -334,6 +334,22 @@ def test_the_page_about_editing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(shown) == 2
 
 
+def test_the_page_about_other_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for graphs, whose export takes half a minute: `tests/commands/test_graphs.py`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    page = (ROOT / "docs/portable.md").read_text()
+    for title in ("diffusers", "ComfyUI"):
+        for line in commands(section(ROOT / "docs/portable.md", title)):
+            cli.execute(cli.parse(line))
+    (drawn,) = [content for mark, content in blocks(page) if mark == "python" and "diffusers" in content]
+    told: dict[str, Any] = {}
+    exec(drawn, told)
+    expected = reglue.load("starter", device="cpu").generate(["ankle boot", 3], steps=20, guidance_scale=2.0)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(expected, told["images"], strict=True))
+    assert (tmp_path / "nodes/workflow.json").is_file()
+
+
 def test_the_readme_fits_a_screen() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 90

@@ -26,9 +26,8 @@ def test_all_is_measured_once(
     train_head(parse([*line, "--steps=2", "--device=cpu"]))
     images = draw_images(tmp_path / "images", 4)
     draw_masks(tmp_path / "painted", images, most=12)
-    monkeypatch.setattr(editing, "CURVES", {name: values[:2] for name, values in editing.CURVES.items()})
-    for name in ("PAINTING", "INPAINTING", "CONFLICTS", "REALISM"):
-        monkeypatch.setattr(editing, name, dict([*getattr(editing, name).items()][-1:]))
+    ends = {title: [*rows.items()][:1] + [*rows.items()][-1:] for title, rows in editing.WAYS.items()}
+    monkeypatch.setattr(editing, "WAYS", {title: dict(rows) for title, rows in ends.items()})
     line = ["--train", str(images), "--masks", str(tmp_path / "painted"), "--head", str(tmp_path / "head")]
     line = [str(tiny_run), str(images), *line, "--out", str(tmp_path / "out"), "--count=3", "--realism=6", "--judge=6"]
     editing.main(line)
@@ -38,6 +37,7 @@ def test_all_is_measured_once(
     }  # fmt: skip
     assert results["real images: the image"]["cosine"] == pytest.approx(1, abs=1e-3)
     assert results["curves: until 0"]["cosine"] > 0
+    assert {"miou", "class", "seconds"} == {*results["painting: scale 30"]}
     assert "| curves | cosine | error | pixels |" in (tmp_path / "out" / "tables.md").read_text()
     assert (tmp_path / "out" / "pictures" / "curves-until-0.png").is_file()
     assert (tmp_path / "out" / "curves.png").is_file()

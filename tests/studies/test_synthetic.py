@@ -35,7 +35,7 @@ def test_every_arm_has_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[st
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     arms = ["made alone", "50% real", "50% real and made", "100% real", "100% real and made"]
     assert list(results) == [f"{arm}, seed 3" for arm in arms]
-    assert all(0 <= value <= 1 for value in results.values())
+    assert all(0 <= figures["miou"] <= 1 for figures in results.values())
     table = capsys.readouterr().out.partition("| mean IoU")[2]
     assert "| 50% real and made | " in table
     synthetic.main(line)  # Nothing is trained again.

@@ -29,11 +29,13 @@ from test_damaged_files import (  # noqa: F401, fixtures
     tiny_edits,
     tiny_head,
     tiny_looks,
+    tiny_pipeline,
     tiny_samples,
 )
 
 SAID = {
     "tiny_run": ("run", {"images": "16×16 pixels in 3 classes", "checkpoints": "6"}),
+    "tiny_pipeline": ("diffusers pipeline", {"images": "16×16 pixels in 3 classes", "step": "6"}),
     "tiny_store": ("store", {"images": "24 of 16×16 pixels", "classes": "3: circle (8), square (8), stripes (8)"}),
     "begun_store": ("store", {"state": "half-written: the same `reglue prepare` finishes it"}),
     "aligned_autoencoder": ("autoencoder", {"checkpoints": "1", "state": "finished after 1 step"}),

@@ -16,6 +16,7 @@ from reglue.data.reading import Reading
 from reglue.encoders.autoencoders import AutoencoderSpec, load_autoencoder
 from reglue.encoders.vision import EncoderSpec
 from reglue.errors import UserError
+from reglue.extras import need
 from reglue.files import read_json, refuse_filled, to_json, write_text
 from reglue.locks import writes
 from reglue.options.autoencode import Autoencode
@@ -46,6 +47,7 @@ def autoencode(options: Autoencode) -> Path:
     Raises UserError for options that do not fit together, for a folder of another training, and when the loss is not
     finite or the latents collapse or blow up; Stopped after SIGTERM, with a checkpoint written.
     """
+    need("autoencode", "matplotlib")
     check_trackers(options.track)
     recipe, optimisation = options.recipe, options.recipe.optimisation
     rank, processes = distributed.join(options.device)

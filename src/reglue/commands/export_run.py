@@ -1,7 +1,8 @@
-"""`reglue export`: a run to a checkpoint under the names of the published code bases."""
+"""`reglue export`: a run for other programs, as a file of weights or as a folder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from reglue.config import Recipe
 from reglue.errors import UserError, option
 from reglue.files import new_folder, refuse_filled, replacing, save_tensors, to_json
 from reglue.locks import writes
-from reglue.options.export_run import ExportRun
-from reglue.pipeline import load
+from reglue.options.export_run import ExportRun, Target
+from reglue.pipeline import ImageModel, load
+from reglue.portable import NODES, template
+from reglue.published import sharing
 from reglue.published.containers import RECORD, STEP
 from reglue.published.families import (
     ENCODER_DEPTH,
@@ -27,7 +30,6 @@ from reglue.published.families import (
     family_of,
     refuse_unpublished,
 )
-from reglue.published.sharing import without_places
 from reglue.published.weights import export_official
 from reglue.run import RunRecord, find_run
 from reglue.training import checkpoints
@@ -41,8 +43,8 @@ def export_run(options: ExportRun) -> Path:
 
     Raises UserError for a run that the published class cannot be built for, and for another kind of file.
     """
-    if options.to == "onnx":
-        return export_graphs(options)
+    if options.to != "published":
+        return export_folder(options)
     if options.out.suffix not in ENDINGS:
         raise UserError(f"--out {options.out}: choose a file that ends in {', '.join(ENDINGS)}")
     folder = find_run(options.run)
@@ -72,40 +74,41 @@ def export_run(options: ExportRun) -> Path:
     return options.out
 
 
-def export_graphs(options: ExportRun) -> Path:
-    """Write the run's networks as graphs into a new folder. Returns it.
+def export_folder(options: ExportRun) -> Path:
+    """Write the run as a new folder for another program. Returns it.
 
-    Raises UserError if the folder holds other files, or what is needed is not installed.
+    Raises UserError if the folder holds other files, what is needed is not installed, or the run cannot be told so.
     """
     refuse_filled(options.out)
-    for package in ("onnx", "onnxscript", "onnxruntime"):
+    for package in graphs.FORMATS[options.to].packages if options.to in graphs.FORMATS else ():
         graphs.needed(package)
     model = load(options.run, step=options.step, device="cpu", encoder=options.encoder)
     if model.is_graph:
         raise UserError(f"{options.run} was exported to ONNX already; export the run that it was made of")
+    with new_folder(options.out) as beside:
+        said = FOLDERS[options.to](model, beside, options)
+    print("\n".join(said))
+    return options.out
+
+
+def write_graphs(model: ImageModel, folder: Path, options: ExportRun) -> list[str]:
+    """Write the run's networks as graphs. Returns what there is to say."""
+    assert options.to in graphs.FORMATS
+    encoder, said = None, list[str]()
     try:
         encoder = model.image_encoder()
     except UserError as error:
         if options.encoder:
             raise
-        encoder = None
-        print(f"no graph encodes images: {error}")
-    with new_folder(options.out) as beside:
-        without_places(model.record).write(beside)
-        described = graphs.write(
-            beside,
-            model.record,
-            model.denoiser,
-            model.autoencoder,
-            encoder,
-            model.step,
-            model.default_sampling,
-            options.precision,
-            options.batch,
-        )
-    for graph in described.graphs:
-        print(f"{options.out / graph.file}: {graph.bytes / 1e6:.1f} MB, {graph.difference:.1e} from PyTorch")
-    return options.out
+        said.append(f"no graph encodes images: {error}")
+    record = sharing.without_places(model.record)
+    record.write(folder)
+    parts = model.denoiser, model.autoencoder, encoder, model.step, model.default_sampling
+    described = graphs.write(folder, record, *parts, options.to, options.precision, options.batch)
+    return [
+        *said,
+        *(f"{options.out / g.file}: {g.bytes / 1e6:.1f} MB, {g.difference:.1e} from PyTorch" for g in described.graphs),
+    ]
 
 
 def arguments_of(record: RunRecord, family: Family) -> dict[str, str | int]:
@@ -113,7 +116,7 @@ def arguments_of(record: RunRecord, family: Family) -> dict[str, str | int]:
 
     What was trained on and from stays here, but for names.
     """
-    shared = replace(without_places(record), autoencoder=record.autoencoder, store=None)
+    shared = replace(sharing.without_places(record), autoencoder=record.autoencoder, store=None)
     arguments: dict[str, str | int] = {FAMILY: family, NUM_CLASSES: record.denoiser.classes, RECORD: to_json(shared)}
     if record.denoiser.prediction == VELOCITY[1]:
         arguments |= {PREDICTION: VELOCITY[0], PATH_TYPE: record.recipe.path}
@@ -136,3 +139,41 @@ def refuse_own_parts(recipe: Recipe, family: Family) -> None:
             f"the published code has no {option('class_token.compressor')}: it learns the class token itself, so this "
             "run cannot be exported"
         )
+
+
+def write_pipeline(model: ImageModel, folder: Path, options: ExportRun) -> list[str]:
+    """Write the run as a pipeline of diffusers. Returns what there is to say.
+
+    Raises UserError if diffusers has no class for the autoencoder.
+    """
+    from reglue.portable.diffusers import RegluePipeline  # It imports all of diffusers' pipelines.
+
+    RegluePipeline.of(model).save_pretrained(folder)
+    return [f"{options.out}: DiffusionPipeline.from_pretrained({str(options.out)!r}, trust_remote_code=True) loads it"]
+
+
+def write_nodes(model: ImageModel, folder: Path, options: ExportRun) -> list[str]:
+    """Write the run, and what makes its folder a pack of nodes for ComfyUI. Returns what there is to say."""
+    record, name = model.record, options.out.resolve().name
+    sharing.fill(folder, record, model.denoiser.state_dict(), model.step, model.folder, name=name)
+    (folder / sharing.CARD).rename(folder / "MODEL.md")
+    said = {
+        "name": name,
+        "modalities": ", ".join(modality.name for modality in record.denoiser.modalities),
+        "encoder": record.encoder.name if record.encoder else "it has none",
+        "classes": ", ".join(record.class_names) or "none",
+    }
+    (folder / sharing.CARD).write_text(template("nodes.md").format(**said), encoding="utf-8")
+    (folder / NODES).write_text(template("nodes.py"), encoding="utf-8")
+    (folder / "workflow.json").write_text(template("workflow.json").replace("NAME", name), encoding="utf-8")
+    (folder / "requirements.txt").write_text("reglue\n")
+    return [f"{options.out}: move it into ComfyUI's custom_nodes; {options.out / sharing.CARD} says what is there"]
+
+
+FOLDERS: dict[Target, Callable[[ImageModel, Path, ExportRun], list[str]]] = {
+    "onnx": write_graphs,
+    "torch": write_graphs,
+    "diffusers": write_pipeline,
+    "comfyui": write_nodes,
+}
+"""What fills the new folder of each target."""

@@ -14,6 +14,7 @@ import torch
 
 from reglue.data.store import Store
 from reglue.errors import UserError
+from reglue.extras import need
 from reglue.files import read_json, refuse_filled, to_json, write_text
 from reglue.locks import writes
 from reglue.options.probe import Probe, ProbingOptions
@@ -51,6 +52,7 @@ REPORT, TABLE, FIGURE = "report.json", "report.md", "figure.png"
 @writes()
 def probe(options: Probe) -> ProbeReport:
     """Fit and measure all probes, print a table and write it. Raises UserError for anything that the user can fix."""
+    need("probe", "matplotlib")
     device = distributed.alone("probe", options.device)
     store = Store.open(options.store)
     second = None if options.validation is None else second_store(options.validation, store)

@@ -12,6 +12,7 @@ from reglue.data.manifest import compressor_of, holds_codes, value_of
 from reglue.data.store import Store
 from reglue.editing.painting import IGNORED, SPEC_FILE, Prototypes, PrototypesSpec, load_prototypes, shares_of
 from reglue.errors import UserError
+from reglue.extras import need
 from reglue.files import new_folder, refuse_filled
 from reglue.locks import writes
 from reglue.options.prototypes import MakePrototypes
@@ -32,6 +33,7 @@ ROUNDS = 20
 @writes()
 def prototypes(options: MakePrototypes) -> Prototypes:
     """Make and write the prototypes. Raises UserError for anything that the user can fix."""
+    need("prototypes", "scipy")
     distributed.alone("prototypes", "cpu")
     store = Store.open(options.store)
     column = column_of(options, store)

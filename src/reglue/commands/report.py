@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 
 from reglue.errors import UserError
+from reglue.extras import need
 from reglue.locks import writes
 from reglue.options.report import Report
 from reglue.pipeline import ImageModel
@@ -25,6 +26,7 @@ def report(options: Report) -> Path:
 
     Raises UserError for what is no run, before anything is drawn, and for classes that a run does not have.
     """
+    need("report", "matplotlib")
     if options.out.is_dir():
         raise UserError(f"--out {options.out} is a folder; name a page in it")
     device = resolve_device(options.device)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 
 from reglue.errors import Stopped, UserError
+from reglue.extras import need
 from reglue.options.studio import Studio
 
 
 def studio(options: Studio) -> None:
     """Show the page until Ctrl-C. Raises UserError for what is not there, and Stopped in the end."""
-    if find_spec("gradio") is None:
-        raise UserError("the studio needs gradio: run `pip install 'reglue[app]'`")
+    need("the studio", "gradio")
     from reglue.app.door import password_for
     from reglue.app.workshop import Workshop
 

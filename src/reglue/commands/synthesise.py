@@ -19,9 +19,10 @@ from reglue.data.picture_writer import write_picture
 from reglue.data.pictures import enlarge, label_colours, titled_grid
 from reglue.data.prefetch import in_batches
 from reglue.editing.options import LOCAL
-from reglue.editing.subjects import segmenting_head
+from reglue.editing.subjects import fitting_head
 from reglue.errors import UserError, option
-from reglue.files import file_sha256, plain, to_json, write_text
+from reglue.extras import need
+from reglue.files import file_sha256, plain, refuse_filled, to_json, write_text
 from reglue.locks import writes
 from reglue.metrics.distances import nearest
 from reglue.metrics.image_sets import open_training_images
@@ -54,8 +55,11 @@ def synthesise(options: Synthesise) -> Path:
 
     Raises UserError for what cannot be, before any network runs, and for a folder of another data set.
     """
+    need("synthesise", "scipy")
     device = distributed.alone("synthesise", options.device)
-    head = segmenting_head(options.head, RunRecord.read(find_run(options.run)))
+    head = fitting_head(options.head, RunRecord.read(find_run(options.run)))
+    if head.spec.task != "segmentation":
+        raise UserError(f"{option('head')} {options.head} predicts {head.spec.task}, not classes; give a head of masks")
     names = names_of(options, head.spec)
     model = load(
         options.run,
@@ -168,8 +172,8 @@ def asked_before(options: Synthesise, asked: DatasetRecord) -> tuple[DatasetReco
             raise UserError(f"{folder / RECORD} is damaged (it holds no {missing[0]}); {REMEDY}")
         complete = JOURNAL in before.files and len(before.protocol["labels"]) >= options.count
         record = replace(before, protocol=joined(folder, before.protocol, asked.protocol, complete=complete))
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds other files; choose a new or an empty folder")
+    else:
+        refuse_filled(folder)
     return record, rows
 
 
@@ -226,7 +230,8 @@ def finish(
     files = [JOURNAL, CARD, *([SHEET] if labelled else []), *described, *pictures]
     hashes = {name: record.files.get(name) or file_sha256(out / name) for name in files}
     write_text(out / RECORD, to_json(replace(record, boxes=boxes, files=hashes)))
-    print(f"{out}: {len(kept)} of {len(rows)} images kept, with {counts.total()} boxes")
+    remedy = "" if kept else f"; nothing agrees so well, lower {option('agreement')}"
+    print(f"{out}: {len(kept)} of {len(rows)} images kept, with {counts.total()} boxes{remedy}")
 
 
 def card(options: Synthesise, record: DatasetRecord, rows: Mapping[int, Drawn], boxes: Mapping[str, int]) -> str:

@@ -28,6 +28,7 @@ from reglue.diffusion.samplers import SAMPLERS
 from reglue.diffusion.students import Student
 from reglue.encoders.compressors import SPEC_FILE, load_compressor
 from reglue.errors import UserError, option
+from reglue.extras import need
 from reglue.files import refuse_filled
 from reglue.locks import writes
 from reglue.options.train import Train
@@ -131,6 +132,7 @@ def train(options: Train) -> Path:
     Raises UserError for a store that lacks what the recipe needs, for a run folder of another recipe, store or seed,
     and when the loss is not finite; Stopped after SIGTERM, at the next line of the log, with a checkpoint written.
     """
+    need("train", "matplotlib")
     check_trackers(options.track)
     start = fine_tuning.begin(options.out, options.start, options.start_step, options.start_weights)
     recipe = (start.recipe(options.recipe) if start else options.recipe).settled()

@@ -9,12 +9,11 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from reglue.config import LearnedPart, Recipe, TimeDistribution
 from reglue.data.manifest import CLASS_TOKEN_CODES, compressor_of, value_of
 from reglue.data.store import Store
-from reglue.data.targets import alignment_targets, target_columns
+from reglue.data.targets import alignment_targets, target_columns, target_of
 from reglue.diffusion.conditions import CLASS, CONDITIONS
 from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.diffusion.embeddings import SPAN
@@ -24,7 +23,6 @@ from reglue.diffusion.paths import PATHS
 from reglue.diffusion.predictions import PREDICTIONS
 from reglue.diffusion.students import STUDENTS, Student
 from reglue.encoders.compressors import resize
-from reglue.encoders.vision import VisionFeatures
 from reglue.errors import UserError, option
 from reglue.seeds import generator, normals, permutation
 
@@ -124,9 +122,6 @@ TIME_DISTRIBUTIONS: dict[TimeDistribution, Callable[[Tensor], Tensor]] = {
     "logit-normal": lambda u: torch.special.ndtri(u).sigmoid(),
 }
 """Times in [0, 1] of a distribution, made of uniform ones."""
-
-
-SPATIAL_EPSILON = 1e-6
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -285,12 +280,13 @@ class TrainingData:
         learned = self._learned(times) if len(times) > 1 else {}
         if SPAN in batch.drawn:
             times = {**dict.fromkeys(state, times[LATENT]), SPAN: batch.drawn[SPAN]}
+        tokens = self.targets.tokens(batch.target) if self.targets else None
         return TrainingSample(
             data=state,
             noise={name: batch.noise[name] for name in state},
             time=times if len(times) > 1 else times[LATENT],
             condition=batch.condition,
-            alignment_target=self._target(self.targets.tokens(batch.target)) if self.targets else None,
+            alignment_target=target_of(tokens, self.recipe, self.config) if tokens else None,
             keep={modality.name: batch.drawn[modality.name] for modality in self.dropped_modalities},
             learned=learned,
             spanning=batch.drawn.get("spanning"),
@@ -302,20 +298,3 @@ class TrainingData:
         if not self.recipe.optimisation.clean_loss:
             learned = {name: learned.get(name, True) & (t > 0) for name, t in times.items()}
         return learned
-
-    def _target(self, tokens: VisionFeatures) -> Tensor:
-        """The encoder's raw tokens (B, N, D) float32 for the model's tokens: resampled if the grids differ."""
-        patches = tokens.features
-        if patches.shape[2:] != self.config.token_grid:
-            patches = F.interpolate(patches.float(), self.config.token_grid, mode="bilinear", antialias=True)
-        if (share := self.recipe.alignment.spatial_norm) is not None:  # iREPA (arXiv 2512.10794)
-            std, mean = torch.std_mean(patches.float(), dim=(2, 3), correction=0, keepdim=True)
-            patches = (patches - share * mean) / (std + SPATIAL_EPSILON)
-        patches = patches.flatten(2).transpose(1, 2)
-        leading = int(any(modality.is_class_token for modality in self.config.tokens))
-        # Float16 to float32, another order and the token in front: in one pass over the largest tensor of a step.
-        target = patches.new_empty((len(patches), leading + patches.shape[1], patches.shape[2]), dtype=torch.float32)
-        target[:, leading:] = patches
-        if leading:
-            target[:, 0] = tokens.class_token
-        return target

@@ -194,12 +194,15 @@ def load_crop(name: str, find: Callable[[], Path | bytes], size: tuple[int, int]
 
 
 def decode(file: Path | bytes) -> Image.Image:
-    """An image file, or its content, in RGB, turned upright, transparency laid over white. The first one of several.
+    """An image file, or its content, in RGB: as `read_picture` reads it, with transparency laid over white."""
+    return laid_over(read_picture(file), "white")
 
-    Colours come to sRGB if the image has an ICC profile (`in_srgb`). Grey values of 16 bits are scaled to 8.
-    Floating-point values count from 0 to 1, or to 255 if one exceeds 1. Raises ValueError for values outside, and
-    whatever the decoder raises for a file that is no image, is cut short, or has more pixels than Pillow deems safe
-    (`PIL.Image.MAX_IMAGE_PIXELS`).
+
+def read_picture(file: Path | bytes) -> Image.Image:
+    """An image file, or its content, as `upright` gives it. The first one of several.
+
+    Raises what that does, and whatever the decoder raises for a file that is no image, is cut short, or has more pixels
+    than Pillow deems safe (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
     if isinstance(file, Path) and not file.is_file():
         raise FileNotFoundError("not a file, or a broken link")
@@ -211,10 +214,19 @@ def decode(file: Path | bytes) -> Image.Image:
                 "decompression bomb"
             )
         opened.load()
-        try:
-            image = ImageOps.exif_transpose(opened)
-        except Exception:  # Damaged EXIF data does not spoil the pixels.
-            image = opened.copy()
+        return upright(opened)
+
+
+def upright(opened: Image.Image) -> Image.Image:
+    """An image turned upright, in RGB, or in RGBA if it has transparency.
+
+    Colours come to sRGB if the image has an ICC profile (`in_srgb`). Grey values of 16 bits are scaled to 8.
+    Floating-point values count from 0 to 1, or to 255 if one exceeds 1. Raises ValueError for values outside.
+    """
+    try:
+        image = ImageOps.exif_transpose(opened)
+    except Exception:  # Damaged EXIF data does not spoil the pixels.
+        image = opened.copy()
     if image.mode == "F" or image.mode.startswith("I"):  # convert("RGB") would clip these instead of scaling.
         return _eight_bits(np.asarray(image), image.info.get("transparency")).convert("RGB")
     shown, converted = in_srgb(image)
@@ -222,8 +234,14 @@ def decode(file: Path | bytes) -> Image.Image:
         noticed.converted += 1
     if image.has_transparency_data:
         shown.putalpha(image.convert("RGBA").getchannel("A"))
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), shown).convert("RGB")
     return shown
+
+
+def laid_over(image: Image.Image, colour: str) -> Image.Image:
+    """An image in RGB or RGBA without transparency, in RGB: one colour lies behind it."""
+    if image.mode == "RGB":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image).convert("RGB")
 
 
 def open_picture(file: Path | bytes) -> Image.Image:

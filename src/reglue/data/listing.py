@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image, features
 
 from reglue.data.labels import in_class_order
 from reglue.errors import UserError, option
+from reglue.extras import is_installed
 
 PLUG_INS = {
     "pillow_heif": ("pillow-heif", (".heic", ".heif", ".hif")),
@@ -26,7 +26,7 @@ EXTENSIONS = frozenset(
         *(".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
         *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
         *((".avif",) if features.check("avif") else ()),
-        *(ending for module, (_, endings) in PLUG_INS.items() if find_spec(module) for ending in endings),
+        *(ending for module, (_, endings) in PLUG_INS.items() if is_installed(module) for ending in endings),
     )
 )
 """Files with these endings (in either case) are images; every other file is passed over."""
@@ -182,9 +182,9 @@ def formats() -> tuple[str, ...]:
     Pillow goes by what a file holds, and knows more of them: it hands PostScript over to another program, whatever the
     file is called.
     """
-    if find_spec("pillow_heif"):
+    if is_installed("pillow_heif"):
         import_module("pillow_heif").register_heif_opener()
-    if find_spec("pillow_jxl"):
+    if is_installed("pillow_jxl"):
         import_module("pillow_jxl")  # It needs no more.
     endings = EXTENSIONS.union(*(endings for _, endings in PLUG_INS.values()))
     of_images = {kind for ending, kind in Image.registered_extensions().items() if ending in endings}

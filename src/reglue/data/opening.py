@@ -25,6 +25,7 @@ from reglue.data.reading import Reading, Subset
 from reglue.data.sources import HUB, Chosen, Mirrored, Relabelled
 from reglue.data.tars import TarImages, name_in_tar
 from reglue.errors import UserError, option
+from reglue.extras import need
 
 DATA_FILES = (".tar", ".parquet")
 MOST_FILES = 10**6
@@ -83,6 +84,7 @@ def _load(path: Path, reading: Reading) -> ImageSource:
 
 
 def _tables() -> ModuleType:
+    need("reading tables and data sets", "datasets", "pyarrow")
     from reglue.data import tables  # Only now: `datasets` takes seconds to import.
 
     return tables

@@ -9,12 +9,17 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from reglue.extras import is_installed
+
+HEAT = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]])
+"""Colours from dark blue to yellow, evenly spaced, as lightness has them too: viridis at its quarters."""
 GAP = 2
 """Pixels between the images of a grid."""
 MARGIN = 6
@@ -150,10 +155,9 @@ def colours_of(code: Tensor, reference: Tensor | None = None) -> np.ndarray:
 
 def heat_of(similarities: Tensor) -> np.ndarray:
     """Shows values (N, h, w) from −1 to 1 as colours from dark blue to yellow, uint8 (N, h, w, 3)."""
-    from matplotlib import colormaps  # slow to import
-
-    share = ((similarities.detach().float().cpu() + 1) / 2).clamp(0, 1).numpy()
-    return colormaps["viridis"](share, bytes=True)[..., :3]
+    values = similarities.detach().float().cpu().numpy()
+    places = np.linspace(-1, 1, len(HEAT))
+    return np.stack([np.interp(values, places, colours) for colours in HEAT.T], axis=-1).round().astype(np.uint8)
 
 
 def label_colours(count: int) -> np.ndarray:
@@ -241,7 +245,9 @@ def _broken(text: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's own: it has most alphabets, and is the same everywhere."""
+    """matplotlib's own, which has most alphabets; without it Pillow's, which has Latin letters."""
+    if not is_installed("matplotlib"):
+        return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
     import matplotlib as mpl  # slow to import
 
     return ImageFont.truetype(Path(mpl.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from reglue.data.images import Cover
 from reglue.data.masks import crop_mask
+from reglue.errors import option
+from reglue.extras import need
 
 WHITE = 128
 """The least grey value of a mask that counts as white."""
@@ -63,13 +65,14 @@ class Place:
         """The image with an edited crop in its place.
 
         `share` (height, width) float from 0 to 1 is how much of each pixel of the image is the edited one's; pixels
-        of share 0, and those outside the crop, are the image's own to the bit. None stands for 1 everywhere.
+        of share 0, and those outside the crop, are the image's own to the bit, transparent ones (RGBA) too. None stands
+        for 1 everywhere.
         """
         left, top, right, bottom = self.box
         corners = (self._seen(left, 0), self._seen(top, 1), self._seen(right, 0), self._seen(bottom, 1))
         inside = edited.resize((right - left, bottom - top), Image.Resampling.BICUBIC, corners)
         result = np.array(image)
-        part, drawn = result[top:bottom, left:right], np.asarray(inside)
+        part, drawn = result[top:bottom, left:right], np.asarray(inside.convert(image.mode))
         if share is None:
             part[:] = drawn
         else:
@@ -109,6 +112,7 @@ def feathered(mask: np.ndarray, pixels: int) -> np.ndarray:
     """A mask (height, width) bool as shares from 0 to 1, float: 1 within, falling to 0 over so many pixels around."""
     if not pixels:
         return mask.astype(np.float64)
+    need(option("feather"), "scipy")
     from scipy.ndimage import distance_transform_edt  # slow to import
 
     return np.clip(1 - np.asarray(distance_transform_edt(~mask)) / pixels, 0, 1)

@@ -12,14 +12,36 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from reglue.config import Recipe
 from reglue.data.images import UnreadableImage
 from reglue.data.store import Store, dequantised
+from reglue.diffusion.denoiser import DenoiserConfig
 from reglue.encoders.compressors import load_compressor
 from reglue.encoders.vision import EncoderSpec, VisionFeatures, load_encoder
 from reglue.errors import UserError, option
 from reglue.names import codes_column
+
+SPATIAL_EPSILON = 1e-6
+
+
+def target_of(tokens: VisionFeatures, recipe: Recipe, config: DenoiserConfig) -> Tensor:
+    """The encoder's raw tokens (B, N, D) float32 for a model's tokens: resampled if the grids differ."""
+    patches = tokens.features
+    if patches.shape[2:] != config.token_grid:
+        patches = F.interpolate(patches.float(), config.token_grid, mode="bilinear", antialias=True)
+    if (share := recipe.alignment.spatial_norm) is not None:  # iREPA (arXiv 2512.10794)
+        std, mean = torch.std_mean(patches.float(), dim=(2, 3), correction=0, keepdim=True)
+        patches = (patches - share * mean) / (std + SPATIAL_EPSILON)
+    patches = patches.flatten(2).transpose(1, 2)
+    leading = int(any(modality.is_class_token for modality in config.tokens))
+    # Float16 to float32, another order and the token in front: in one pass over the largest tensor of a step.
+    target = patches.new_empty((len(patches), leading + patches.shape[1], patches.shape[2]), dtype=torch.float32)
+    target[:, leading:] = patches
+    if leading:
+        target[:, 0] = tokens.class_token
+    return target
 
 
 class AlignmentTargets(ABC):

@@ -10,11 +10,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import Prediction
 from reglue.diffusion.guidance import Velocity
-from reglue.diffusion.modalities import State, Times, expand_as
+from reglue.diffusion.modalities import HIDDEN, LATENT, State, Times, expand_as
 from reglue.diffusion.noise import Draws
 from reglue.diffusion.paths import LINEAR, Path
 
@@ -26,6 +27,8 @@ class Control:
     """The clock's times at which the `velocity` hook is not continuous, strictly between 0 and 1."""
     differentiates: bool = False
     """Whether the `velocity` hook gets a velocity through which gradients flow to the state; they cost memory."""
+    hidden: Tensor | None = None
+    """For the `velocity` hook: the hidden tokens of the same evaluation, `Prediction.tap`, if the model is aligned."""
 
     def before(self, state: State, times: Times) -> State:
         """The state that the step from `times` begins with."""
@@ -67,7 +70,11 @@ class Controlled(Velocity):
             predicted = self.inner.predict(state, times, decided_at)
         velocity = predicted.velocity
         for control in self.controls:
+            if control.differentiates:
+                control.hidden = predicted.tap
             velocity = control.velocity(velocity, state, times)
+            if control.differentiates:
+                control.hidden = None  # Or the graph of this evaluation would outlive it.
         velocity, variance = (
             {name: value.detach() for name, value in (part or {}).items()} for part in (velocity, predicted.variance)
         )
@@ -118,7 +125,7 @@ Until = float | Mapping[str, float]
 
 def still_held(names: Iterable[str], times: Times, until: Until) -> tuple[str, ...]:
     """The modalities that a step from `times` holds, each by its own time."""
-    return tuple(name for name in names if times[name] > _let_go(until, name))
+    return tuple(name for name in names if times[name] > let_go(until, name))
 
 
 def edges_of(until: Until) -> tuple[float, ...]:
@@ -127,7 +134,8 @@ def edges_of(until: Until) -> tuple[float, ...]:
     return tuple(sorted({time for time in times if 0 < time < 1}))
 
 
-def _let_go(until: Until, name: str) -> float:
+def let_go(until: Until, name: str) -> float:
+    """When one is."""
     return until.get(name, 0.0) if isinstance(until, Mapping) else until
 
 
@@ -200,7 +208,10 @@ class Loss(Protocol):
     """What data should be like."""
 
     def __call__(self, data: State) -> State:
-        """The loss (B,) of data (B, …), in parts by the modality with whose time each is let go. Gradients flow."""
+        """The loss (B,) of data (B, …), in parts by the modality with whose time each is let go. Gradients flow.
+
+        Beside its modalities, `data` has the hidden tokens (B, N, width) of the network as `HIDDEN`, if it is aligned.
+        """
         ...
 
     def of(self, images: slice) -> Loss:
@@ -224,6 +235,26 @@ class SquaredError:
         squares = {name: (data[name] - x.to(data[name])).square() for name, x in self.known.items()}
         counted = {name: x * self.where[name] if name in self.where else x for name, x in squares.items()}
         return {name: x.flatten(1).sum(1) / 2 for name, x in counted.items()}
+
+
+class Unlikeness:
+    """Σ (1 − cos) between aligned hidden tokens, through their projector, and the features to lead to (REPA-G).
+
+    It is about the noisy state itself, through the blocks before the tap (arXiv 2602.03753).
+    """
+
+    def __init__(self, projector: Callable[[Tensor], Tensor], target: Tensor, chosen: Tensor) -> None:
+        """`target` (B, N, D) are the encoder's tokens, as `alignment_loss` meets them; `chosen` (B, N) counts some."""
+        self.projector, self.target, self.chosen = projector, target, chosen
+
+    def of(self, images: slice) -> Loss:
+        """See `Loss.of`."""
+        return Unlikeness(self.projector, self.target[images], self.chosen[images])
+
+    def __call__(self, data: State) -> State:
+        """See `Loss.__call__`. It is let go with the latents."""
+        likeness = F.cosine_similarity(self.projector(data[HIDDEN].float()), self.target, dim=-1)
+        return {LATENT: ((1 - likeness) * self.chosen).sum(1)}
 
 
 class LossGuidance(Control):
@@ -256,7 +287,7 @@ class LossGuidance(Control):
         at = {name: torch.tensor(t, dtype=torch.float64) for name, t in times.items()}
         with torch.enable_grad():
             data = {n: self.path.velocity_to_data(v, state[n], at[n]) for n, v in velocity.items()}
-            parts = self.loss(data)
+            parts = self.loss(data if self.hidden is None else {**data, HIDDEN: self.hidden})
             held = still_held(parts, self.began, self.until)
             if not held:
                 return velocity

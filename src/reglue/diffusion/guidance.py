@@ -64,7 +64,7 @@ class Velocity(ABC):
         """
 
     def predict(self, state: State, times: Times, decided_at: Times | None = None) -> Prediction:
-        """The same, with the variance that a network may have learned beside it."""
+        """The same, with what a network may give beside it: a learned variance, hidden tokens."""
         return Prediction(self(state, times, decided_at), None)
 
 
@@ -249,7 +249,7 @@ class GuidedVelocity(Velocity):
     def predict(self, state: State, times: Times, decided_at: Times | None = None) -> Prediction:
         """See `Velocity.predict`. The interval is about the time of each modality; what is data already needs none.
 
-        The variance is the conditional one's, which is not guided.
+        Variance and hidden tokens are the conditional model's, which is not guided.
         """
         lowest, highest = self.interval
         seen = {name: x.to(self.dtype) for name, x in state.items()}
@@ -264,7 +264,7 @@ class GuidedVelocity(Velocity):
             moved = guider.move(result, velocity, other.velocity)
             result = {name: moved[name] if name in guided else v for name, v in result.items()}
         variance = {name: w.to(state[name].dtype) for name, w in (own.variance or {}).items()}
-        return Prediction(result, None, variance)
+        return Prediction(result, own.tap, variance)
 
     def _evaluate(self, evaluations: Sequence[Evaluation]) -> list[Prediction]:
         """What is predicted, in order: one batch for each network."""
@@ -284,7 +284,9 @@ class GuidedVelocity(Velocity):
             velocities, variances = (
                 split_state(part or {}, len(own)) for part in (predicted.velocity, predicted.variance)
             )
-            results |= {i: Prediction(v, None, w) for i, v, w in zip(own, velocities, variances, strict=True)}
+            taps = [None] * len(own) if predicted.tap is None else predicted.tap.chunk(len(own))
+            found = zip(velocities, taps, variances, strict=True)
+            results |= {i: Prediction(*each) for i, each in zip(own, found, strict=True)}
         return [results[i] for i in range(len(evaluations))]
 
 

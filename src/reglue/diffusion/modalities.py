@@ -16,6 +16,8 @@ from reglue.diffusion.specs import Modality as Modality
 from reglue.diffusion.specs import Normalisation as Normalisation
 
 State = dict[str, Tensor]
+HIDDEN = "hidden tokens"
+"""Beside modalities: a denoiser's tokens that are aligned with the vision encoder's."""
 Times = Mapping[str, float]
 """The time of each modality in a sampler: 0 is data, 1 is noise."""
 TensorTimes = Mapping[str, Tensor]

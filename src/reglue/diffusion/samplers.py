@@ -26,6 +26,7 @@ from reglue.diffusion.paths import Coefficients, Path
 from reglue.diffusion.specs import MEAN_VELOCITY, Diffusion
 from reglue.diffusion.specs import StatePrecision as StatePrecision
 from reglue.errors import UserError
+from reglue.extras import need
 
 LAST_NOISY_TIME = 0.04
 """Where the stochastic samplers of SiT and REPA stop adding noise."""
@@ -368,12 +369,8 @@ def is_data(times: Times) -> bool:
 
 def adaptive_solver() -> Callable[..., tuple[Tensor, ...]]:
     """torchdiffeq's `odeint`. Raises UserError if it is not installed."""
-    try:
-        return import_module("torchdiffeq").odeint
-    except ModuleNotFoundError:
-        raise UserError(
-            "the sampler dopri5 needs torchdiffeq: run `pip install 'reglue[ode]'`, or choose another sampler"
-        ) from None
+    need("the sampler dopri5", "torchdiffeq")
+    return import_module("torchdiffeq").odeint
 
 
 def shifted(u: float, shift: float) -> float:

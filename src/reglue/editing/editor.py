@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reglue.data.pictures import colours_of, enlarge, image_grid
 from reglue.diffusion.conditions import Condition
-from reglue.diffusion.controls import Clamp, Control, FlowEdit, Loss, LossGuidance, SquaredError
+from reglue.diffusion.controls import Clamp, Control, FlowEdit, Loss, LossGuidance, SquaredError, Unlikeness, let_go
 from reglue.diffusion.denoiser import Denoiser
 from reglue.diffusion.guidance import Velocity
 from reglue.diffusion.modalities import LATENT, State, concatenate_states
@@ -24,8 +24,8 @@ from reglue.diffusion.paths import PATHS
 from reglue.diffusion.samplers import SAMPLERS, Start
 from reglue.diffusion.schedules import Schedule
 from reglue.editing.encoding import ImageEncoder, Picture, as_pixels, open_picture
-from reglue.editing.options import CLASS_TOKEN, LOCAL, Editing
-from reglue.editing.painting import HeadLoss, shares_of
+from reglue.editing.options import CLASS_TOKEN, FEATURES, LOCAL, Editing
+from reglue.editing.painting import HeadLoss, depths_of, shares_of
 from reglue.editing.subjects import Request, Subject, refuse_lacking
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.errors import UserError, option
@@ -97,11 +97,14 @@ class Editor(ABC):
     def labels_of(self, classes: int | str | Sequence[int | str] | None, count: int) -> list[int]:
         """The labels of so many images, of classes in turn or of none."""
 
-    def image_encoder(self) -> ImageEncoder:
-        """What encodes images, loaded once. Raises UserError, saying what is missing, if it cannot be."""
-        if self._image_encoder is None:
+    def image_encoder(self, target: bool = False) -> ImageEncoder:
+        """What encodes images, loaded once; with `target` it knows what hidden tokens were aligned with.
+
+        Raises UserError, saying what is missing, if it cannot be loaded.
+        """
+        if self._image_encoder is None or (target and self._image_encoder.encoder is None):
             self._image_encoder = ImageEncoder.load(
-                self.record, self.folder, self.autoencoder, self.device, self.encoder
+                self.record, self.folder, self.autoencoder, self.device, self.encoder, target
             )
         return self._image_encoder
 
@@ -150,7 +153,7 @@ class Editor(ABC):
         image_b: Picture,
         *,
         steps: int = 8,
-        what: Sequence[str] = (LOCAL, CLASS_TOKEN),
+        what: str | Sequence[str] = (LOCAL, CLASS_TOKEN),
         classes: int | str | Sequence[int | str] | None = None,
         until: float | Mapping[str, float] = 0.0,
         seed: int = 0,
@@ -163,12 +166,14 @@ class Editor(ABC):
         does not have are passed over. Other options are those of `Sampling`. Raises UserError if it has none of them.
         """
         learned = [modality.name for modality in self.record.denoiser.modalities]
+        what = (what,) if isinstance(what, str) else what
         held = [name for name in what if name in learned]
         if not held or not set(what) <= {LOCAL, CLASS_TOKEN, *learned}:
             raise UserError(f"what {' '.join(what)}: this model learns {', '.join(learned)}")
         if steps < 2:
             raise UserError(f"steps {steps}: choose 2 at least")
         refuse_numbers(steps, seed, batch_size)
+        Editing(keep=tuple(held), until=until)  # It checks them.
         sampling = self.resolved(self.sampling_for(classes is not None).changed(**changes))
         a, b = self.encode(image_a), self.encode(image_b)
         shares = torch.linspace(0, 1, steps, device=self.device)
@@ -270,8 +275,7 @@ class Editor(ABC):
 
     def subject(self, image: Picture, editing: Editing) -> Subject:
         """An image with what its edits are to have. Raises UserError for what does not fit it."""
-        request = Request.of(image, editing, self.record)
-        return request.subject(self.image_encoder().encode, [modality.name for modality in self.record.denoiser.maps])
+        return Request.of(image, editing, self.record).subject(self.image_encoder(FEATURES in editing.held))
 
     def edits(
         self,
@@ -328,6 +332,11 @@ class Editor(ABC):
         )
         if subjects[0].head:
             controls.append(LossGuidance(self._painted(subjects), scale, until=editing.until, path=path))
+        if subjects[0].target:
+            each = zip(*(one.target for one in subjects if one.target), strict=True)
+            target, chosen = (torch.cat(part) for part in each)
+            loss = Unlikeness(self.denoiser.projector, target, chosen)
+            controls.append(LossGuidance(loss, scale, until=let_go(editing.until, FEATURES), path=path))
         exact = known and not (where or editing.until or editing.by == "loss")
         schedule = self._given(known) if exact else None
         if known and editing.by == "loss":
@@ -358,9 +367,11 @@ class Editor(ABC):
         assert modality
         assert head
         encoder = replace(seen.encoder.spec, layers=compressor.layers or seen.encoder.spec.layers)
-        labels = torch.from_numpy(np.stack([one.labels for one in subjects if one.labels is not None]))
-        shares = shares_of(labels.to(self.device), head.spec.outputs, encoder.grid)
-        return HeadLoss(head, modality, compressor, encoder, shares)
+        labels = torch.from_numpy(np.stack([one.labels for one in subjects if one.labels is not None])).to(self.device)
+        if labels.is_floating_point():
+            depths, shares = depths_of(labels, encoder.grid)
+            return HeadLoss(head, modality, compressor, encoder, shares, depths)
+        return HeadLoss(head, modality, compressor, encoder, shares_of(labels, head.spec.outputs, encoder.grid))
 
     def _flow_edit(
         self, own: State, indices: Sequence[Index], editing: Editing, sampling: Sampling, seed: int
@@ -399,5 +410,7 @@ def _split(changes: Mapping[str, Any]) -> tuple[Editing, dict[str, Any]]:
     own, others = ({part.name for part in fields(kind)} for kind in (Editing, Sampling))
     if unknown := [name for name in changes if name not in own | others]:
         raise TypeError(f"edit() takes no {', '.join(unknown)}; it takes {', '.join(sorted(own | others))}")
-    editing = Editing(**{name: value for name, value in changes.items() if name in own})
+    asked = {name: value for name, value in changes.items() if name in own}
+    keep = asked.get("keep", ())
+    editing = Editing(**{**asked, "keep": (keep,) if isinstance(keep, str) else keep})
     return editing, {name: value for name, value in changes.items() if name in others}

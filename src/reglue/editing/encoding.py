@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from reglue.data.images import crop_to, decode
+from reglue.data.images import crop_to, laid_over, read_picture, upright
+from reglue.data.targets import target_of
 from reglue.diffusion.modalities import LATENT, Modality, State
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.encoders.compressors import Compressor, as_map, resize
-from reglue.encoders.vision import VisionEncoder, load_encoder
+from reglue.encoders.vision import VisionEncoder, VisionFeatures, load_encoder
 from reglue.errors import UserError, one_line, option
 from reglue.run import RunRecord, decoder, find_compressor
 
@@ -23,19 +24,22 @@ Picture = str | Path | Image.Image
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    """An image in RGB, upright, as `prepare` decodes it. Raises UserError if its file cannot be read."""
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+    """An image upright, as `prepare` decodes it, in RGBA if it has transparency. Raises UserError if it is none."""
+    if not isinstance(picture, str | Path | Image.Image):  # In Python, anything.
+        raise UserError(
+            f"an image is a file or one of Pillow's, not a {type(picture).__name__}; give Image.fromarray(…)"
+        )
     try:
-        return decode(Path(picture))
+        return upright(picture) if isinstance(picture, Image.Image) else read_picture(Path(picture))
     except Exception as error:  # Decoders raise nearly anything on malformed bytes, not OSError alone.
-        raise UserError(f"{picture} cannot be read ({one_line(error)}); give an image file") from error
+        name = "the image" if isinstance(picture, Image.Image) else picture
+        raise UserError(f"{name} cannot be read ({one_line(error)}); give an image file") from error
 
 
 def as_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """An image scaled and cropped to a size (height, width), as `prepare` does: uint8 (1, 3, height, width)."""
+    """An image (RGB or RGBA) scaled and cropped to (height, width), as `prepare` does: uint8 (1, 3, height, width)."""
     try:
-        cropped = crop_to(image, size)
+        cropped = crop_to(laid_over(image, "white"), size)
     except ValueError as error:
         raise UserError(f"an image cannot be edited: {error}") from error
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)[None].contiguous()
@@ -60,11 +64,12 @@ class ImageEncoder:
         decodes: Autoencoder,
         device: torch.device,
         encoder: str | None = None,
+        target: bool = False,
     ) -> ImageEncoder:
         """The networks of a run. `decodes` is the autoencoder at hand, which is taken if it is the run's own.
 
-        `encoder` names the vision encoder, if it has moved. Raises UserError, saying what is missing, if one is, and
-        for an encoder that is not the run's.
+        `encoder` names the vision encoder, if it has moved; with `target` it is there in any case. Raises UserError,
+        saying what is missing, if one is, and for an encoder that is not the run's.
         """
         config = record.denoiser
         compressors: dict[str, Compressor] = {}
@@ -79,7 +84,7 @@ class ImageEncoder:
                 compressors[modality.name] = compressor.to(device)
             elif not _is_class_token(modality):
                 raise UserError(f"this run learns {modality.name}, which no encoder makes of an image; it cannot edit")
-        vision = _vision_encoder(record, device, encoder) if len(config.modalities) > 1 else None
+        vision = _vision_encoder(record, device, encoder) if target or len(config.modalities) > 1 else None
         expected = record.autoencoder
         seen = decodes.spec if expected.weights_sha256 else replace(decodes.spec, weights_sha256=None)
         own = seen == expected and record.decoder is None
@@ -90,8 +95,7 @@ class ImageEncoder:
     def encode(self, pixels: Tensor) -> State:
         """The state of uint8 images (B, 3, H, W) at the run's resolution, as the model learns it, without noise."""
         config = self.record.denoiser
-        device = next(self.autoencoder.parameters()).device
-        pixels = pixels.to(device)
+        pixels = pixels.to(self.device)
         seen = self.encoder.describe(pixels) if self.encoder else None
         state: State = {}
         for modality in config.modalities:
@@ -111,6 +115,18 @@ class ImageEncoder:
                 value = resize(value, config.grid)
             state[modality.name] = value
         return state
+
+    @torch.no_grad()
+    def target(self, pixels: Tensor) -> Tensor:
+        """What the run's hidden tokens were aligned with (B, N, D), of uint8 images: see `target_of`."""
+        assert self.encoder is not None
+        features, class_token = self.encoder.last_layer(self.encoder.describe(pixels.to(self.device)))
+        return target_of(VisionFeatures(class_token, features), self.record.recipe, self.record.denoiser)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.autoencoder.parameters()).device
 
 
 def _is_class_token(modality: Modality) -> bool:

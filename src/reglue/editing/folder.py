@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
-from reglue.data.images import ImageFolder, crop_to, open_picture
+from reglue.data.images import ImageFolder, crop_to, laid_over, open_picture
 from reglue.data.manifest import file_sha256
 from reglue.data.picture_writer import write_picture
-from reglue.data.pictures import colours_of, enlarge, label_colours, titled_grid
+from reglue.data.pictures import colours_of, enlarge, heat_of, label_colours, titled_grid
 from reglue.diffusion.modalities import concatenate_states
-from reglue.editing.options import LOCAL, SHEET, DrawEdits, Editing
+from reglue.editing.options import FEATURES, LOCAL, SHEET, DrawEdits, Editing
 from reglue.editing.painting import IGNORED
 from reglue.editing.subjects import Request, Subject, refuse_lacking
 from reglue.errors import UserError
-from reglue.files import plain, read_json, replacing, to_json
+from reglue.files import plain, read_json, refuse_filled, replacing, to_json
 from reglue.locks import writing
 from reglue.pipeline import load
 from reglue.progress import Bar
@@ -111,10 +112,9 @@ def _write_edits(options: DrawEdits) -> Path:
         tqdm.write(f"warning: {warning}", file=sys.stderr)
     pairs = [(j, i) for j in range(len(files)) for i in range(options.count)]
     mine = [pair for pair in pairs[rank::processes] if not (options.out / picture(*pair)).is_file()]
-    encode, maps = model.image_encoder().encode, [modality.name for modality in model.record.denoiser.maps]
 
     def subject(j: int) -> Subject:
-        return Request.of(files[j], editing, record).subject(encode, maps)
+        return model.subject(files[j], editing)
 
     def label(j: int, i: int) -> int:
         random = options.labels == "random"
@@ -158,7 +158,7 @@ def protocol_of_edits(options: DrawEdits, editing: Editing, drawing: Drawing) ->
     model = drawing.model
     named = {part.name: getattr(editing, part.name) for part in fields(Editing)}
     files = {name: value for name, value in named.items() if isinstance(value, Path)}
-    encoder = model.image_encoder()
+    encoder = model.image_encoder(FEATURES in editing.held)
     own = protocol_of(options, drawing)
     del own["labels"]
     return {
@@ -202,8 +202,8 @@ def create_or_resume(folder: Path, asked: EditsRecord, rank: int) -> EditsRecord
         there = {name: digest for name, digest in before.pictures.items() if (folder / name).is_file()}
         kept = before if different else asked
         record = replace(kept, count=max(before.count, asked.count), pictures=there)
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds other files; choose a new or an empty folder")
+    else:
+        refuse_filled(folder)
     distributed.barrier()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -233,10 +233,19 @@ def _write_record(folder: Path, record: EditsRecord) -> None:
         beside.write_text(to_json(record))
 
 
+def painting(labels: np.ndarray) -> np.ndarray:
+    """Classes or depths (see `Subject.labels`) as colours, uint8 (H, W, 3): the nearest is dark, what is free black."""
+    if labels.dtype == np.uint8:
+        return label_colours(IGNORED + 1)[labels]
+    nearest, farthest = np.nanmin(labels), np.nanmax(labels)
+    shares = (labels - nearest) / max(farthest - nearest, 1e-12)
+    return np.where(np.isnan(labels)[..., None], 0, heat_of(torch.from_numpy(2 * shares - 1).nan_to_num()[None])[0])
+
+
 def sheet(folder: Path, subjects: Sequence[Subject], names: Sequence[str], same_classes: bool) -> Image.Image:
     """A row for each image: the image, its mask or the map that is asked for, and its edits, as the model sees them."""
     size = subjects[0].place.size
-    rows = [[np.asarray(crop_to(one.image, size))] for one in subjects]
+    rows = [[np.asarray(crop_to(laid_over(one.image, "white"), size))] for one in subjects]
     titles = ["image"]
     if subjects[0].share is not None:
         titles.append("mask")
@@ -248,9 +257,9 @@ def sheet(folder: Path, subjects: Sequence[Subject], names: Sequence[str], same_
         titles.append("painting")
         for row, one in zip(rows, subjects, strict=True):
             assert one.labels is not None
-            row.append(label_colours(IGNORED + 1)[one.labels])
+            row.append(painting(one.labels))
     maps = [one.edit(0).shown() for one in subjects]
-    if LOCAL in maps[0] and (subjects[0].share is None or LOCAL in subjects[0].known):
+    if LOCAL in maps[0] and (len(titles) == 1 or LOCAL in subjects[0].known):
         titles.append("local map")
         colours = colours_of(concatenate_states(maps)[LOCAL].cpu())
         for row, one in zip(rows, enlarge(colours, size), strict=True):
@@ -258,7 +267,7 @@ def sheet(folder: Path, subjects: Sequence[Subject], names: Sequence[str], same_
     for j, row in enumerate(rows):
         for i in range(min(len(names), SHOWN)):
             with open_picture(folder / picture(j, i)) as edit:
-                row.append(np.asarray(crop_to(edit.convert("RGB"), size)))
+                row.append(np.asarray(crop_to(laid_over(edit, "white"), size)))
     titles += [name if same_classes else str(i + 1) for i, name in enumerate(names[:SHOWN])]
     factor = max(1, -(-CELL // min(size)))
     cells = enlarge(np.stack([cell for row in rows for cell in row]), (size[0] * factor, size[1] * factor))

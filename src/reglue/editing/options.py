@@ -18,8 +18,11 @@ SHEET = "edits.png"
 """The picture to look at in a folder of edits."""
 LOCAL, CLASS_TOKEN = "local", "cls"
 """The modalities that some of these options are about."""
-
-SEMANTICS = ("local_from", "cls_from", "paste", "paint")
+FEATURES = "features"
+"""What is held beside modalities: hidden tokens that were aligned with a vision encoder's."""
+OTHERS = {"local_from": LOCAL, "cls_from": CLASS_TOKEN, "features_from": FEATURES}
+"""The options that name another image, and what they take of it as a whole."""
+SEMANTICS = (*OTHERS, "paste", "paint")
 """The options that hold semantics of other images."""
 
 
@@ -28,7 +31,8 @@ class Editing(TakesPaths):
     """How images are edited. In Python an image may be given in place of the name of its file."""
 
     keep: tuple[str, ...] = ()
-    """Hold these to the image's own: local (what is where), cls (the whole at a glance), latent (the pixels)."""
+    """Hold these to the image's own: local (what is where), cls (the whole at a glance), latent (the pixels),
+    features (what a model that was aligned with a vision encoder is to see, led to by gradients)."""
     until: float | Mapping[str, float] = 0.0
     """Hold semantics only while t ≥ this, then let go: 0 holds to the end, 0.3 to 0.7 gives realism for obedience. By
     modality: local 0.3 cls 0.6."""
@@ -45,10 +49,13 @@ class Editing(TakesPaths):
     """Take the local map of this image: what is where."""
     cls_from: Path | None = None
     """Take the class token of this image: the whole at a glance."""
+    features_from: Path | None = None
+    """Lead the model's hidden tokens to what the encoder sees in this image, for models trained with alignment. With
+    --box, without --paste: to the mean of that part, everywhere."""
     paste: Path | None = None
     """Take a piece of this image's local map (--box) into the image's own (--at): the layout changes."""
     box: tuple[int, int, int, int] | None = None
-    """The piece, LEFT TOP RIGHT BOTTOM in pixels of the image that --paste names."""
+    """The piece, LEFT TOP RIGHT BOTTOM in pixels of the image that --paste, or --features-from, names."""
     at: tuple[int, int] | None = None
     """Where its left upper corner goes, in pixels of the image."""
     mirror: bool = False
@@ -56,14 +63,15 @@ class Editing(TakesPaths):
     scale: float = 1.0
     """Size of the piece, as a multiple of its own."""
     paint: Path | None = None
-    """A painted map: a palette or greyscale PNG of class numbers with the image's proportions, 255 is free."""
+    """A painted map with the image's proportions: a palette or greyscale PNG of class numbers, 255 is free; for a head
+    of depth, depths as for `reglue head --depth`, 0 is free."""
     prototypes: Path | None = None
     """What the classes of --paint look like: a folder that `reglue prototypes` made. Edit i has look i of each."""
     head: Path | None = None
-    """In place of --prototypes: a head of `reglue head --masks` on all layers, whose cross-entropy leads to the
-    painting."""
+    """In place of --prototypes: a head of `reglue head`, with --masks or --depth, on all layers, whose error leads to
+    the painting."""
     loss_scale: float | None = None
-    """How strongly --head and --by loss lead; 1 is the likelihood. Default: 10."""
+    """How strongly --head, features and --by loss lead; 1 is the likelihood. Default: 10."""
     flow_edit: bool = False
     """Change the class (--classes) with little change of the rest (FlowEdit): from noise of --strength, 1 by default,
     with a deterministic sampler."""
@@ -93,14 +101,15 @@ class Editing(TakesPaths):
                 raise UserError(
                     f"{option('keep')} {LATENT} holds every pixel, and {option(name)} draws them anew; leave one out"
                 )
-        for part, name in ((LOCAL, "local_from"), (CLASS_TOKEN, "cls_from")):
+        for name, part in OTHERS.items():
             if part in self.keep and getattr(self, name) is not None:
                 raise UserError(
                     f"{option('keep')} {part} takes the image's own, and {option(name)} another one's; leave one out"
                 )
 
     def _refuse_incomplete(self) -> None:
-        belongs = {"feather": "mask", "box": "paste", "at": "paste", "mirror": "paste", "scale": "paste"}
+        belongs = {"feather": "mask", "at": "paste", "mirror": "paste", "scale": "paste"}
+        belongs |= {} if self.features_from else {"box": "paste"}
         belongs |= {"prototypes": "paint", "head": "paint"}
         defaults = {name: part.default for name, part in type(self).__dataclass_fields__.items()}
         for name, other in belongs.items():
@@ -112,11 +121,18 @@ class Editing(TakesPaths):
             raise UserError(f"{option('prototypes')} and {option('head')} both say what is painted; leave one out")
         if self.by == "loss" and not (self.held or self.mask):
             raise UserError(f"{option('by')} loss: nothing is held that could be approached; leave it out")
-        if self.loss_scale is not None and self.head is None and self.by != "loss":
-            raise UserError(f"{option('loss_scale')} belongs to {option('head')} and {option('by')} loss; leave it out")
+        led = self.head is not None or FEATURES in self.held or self.by == "loss"
+        if self.loss_scale is not None and not led:
+            raise UserError(
+                f"{option('loss_scale')} belongs to {option('head')}, {option('features_from')} and {option('by')} "
+                "loss; leave it out"
+            )
         if self.paste is not None and (self.box is None or self.at is None):
             missing = "box" if self.box is None else "at"
             raise UserError(f"{option('paste')} needs {option(missing)}; give it too")
+        for name, count in (("box", 4), ("at", 2)):
+            if (value := getattr(self, name)) is not None and len(value) != count:
+                raise UserError(f"{option(name)} {' '.join(map(str, value))}: give {count} numbers")
         if self.box is not None and not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
             shown = " ".join(map(str, self.box))
             raise UserError(f"{option('box')} {shown}: choose left < right and top < bottom")
@@ -137,7 +153,7 @@ class Editing(TakesPaths):
 
     def needs(self) -> list[tuple[str, str]]:
         """The modalities that a model must have for this, and what asks for each."""
-        named = {"local_from": LOCAL, "paste": LOCAL, "paint": LOCAL, "cls_from": CLASS_TOKEN}
+        named = {**OTHERS, "paste": LOCAL, "paint": LOCAL}
         kept = [(name, f"{option('keep')} {name}") for name in self.keep]
         return kept + [(part, option(name)) for name, part in named.items() if getattr(self, name) is not None]
 

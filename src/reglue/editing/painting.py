@@ -20,6 +20,8 @@ SPEC_FILE, WEIGHTS_FILE = "prototypes.json", "prototypes.safetensors"
 REMEDY = "make them again with `reglue prototypes`"
 IGNORED = 255
 """The number in a mask of what belongs to no class."""
+SPREAD = 0.1
+"""Standard deviation of painted depths, as a share of a head's range."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class PrototypesSpec:
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """−Σ m_k log p_k over the cells of the encoder's grid: what a head sees in a local map, against a painting."""
+    """What a head sees in a local map, against a painting, summed over the cells of the encoder's grid.
+
+    Of classes it is −Σ m_k log p_k, of depths ½ m ((d − d*)/s)², with a tenth of the head's range as s.
+    """
 
     head: Head
     modality: Modality
@@ -54,17 +59,26 @@ class HeadLoss:
     encoder: EncoderSpec
     """With the compressor's layers."""
     shares: Tensor
-    """m (B, classes, *grid): how much of each cell the classes have; nothing of one that is free."""
+    """m (B, classes or 1, *grid): how much of each cell the classes have, or is painted; nothing of one that is
+    free."""
+    depths: Tensor | None = None
+    """d* (B, 1, *grid)."""
 
     def of(self, images: slice) -> HeadLoss:
         """See `Loss.of`."""
-        return replace(self, shares=self.shares[images])
+        depths = None if self.depths is None else self.depths[images]
+        return replace(self, shares=self.shares[images], depths=depths)
 
     def __call__(self, data: State) -> State:
         """See `Loss.__call__`."""
         code = self.modality.denormalise(data[self.modality.name].float())
         scores = self.head(*features_of_codes(code, self.compressor, self.encoder), self.encoder.grid)
-        return {self.modality.name: -(self.shares * scores.log_softmax(1)).flatten(1).sum(1)}
+        if self.depths is None:
+            losses = -self.shares * scores.log_softmax(1)
+        else:
+            nearest, farthest = self.head.spec.depth_range or (0.0, 1.0)
+            losses = self.shares * ((scores - self.depths) / (SPREAD * (farthest - nearest))).square() / 2
+        return {self.modality.name: losses.flatten(1).sum(1)}
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,13 @@ def shares_of(labels: Tensor, classes: int, grid: tuple[int, int]) -> Tensor:
     return torch.stack(
         [F.adaptive_avg_pool2d((labels == label).float()[:, None], grid)[:, 0] for label in range(classes)], dim=1
     )
+
+
+def depths_of(depths: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Mean depths (N, 1, *grid) of depths (N, H, W), NaN where free, and how much of each cell is painted."""
+    known = (~depths.isnan()).float()[:, None]
+    shares, sums = (F.adaptive_avg_pool2d(x, grid) for x in (known, depths[:, None].nan_to_num()))
+    return sums / shares.clamp(min=1e-6), shares
 
 
 def load_prototypes(folder: Path) -> Prototypes:

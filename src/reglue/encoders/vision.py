@@ -294,11 +294,12 @@ def load_encoder(
     pretrained_cfg = cast(dict[str, Any], network.pretrained_cfg)
     # With the state dict in it, the checkpoint would stay in memory beside the network.
     pretrained_cfg.pop("state_dict", None)
+    first, *more = source.weights
     spec = EncoderSpec(
         name=source.name,
         architecture=source.architecture,
         # Of one file its own, so that anyone can look it up.
-        weights_sha256=sha256_of(*source.weights) if len(source.weights) > 1 else file_sha256(source.weights[0]),
+        weights_sha256=sha256_of(first, *more) if more else file_sha256(first),
         width=network.embed_dim,
         depth=depth,
         layers=chosen,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from reglue.encoders.weights import is_pickled, read_shapes, read_weights
 from reglue.errors import UserError
+from reglue.extras import need
 from reglue.files import file_sha256, refuse_not_finite
 from reglue.metrics.features import Description, FeatureNetwork
 from reglue.names import INCEPTION
@@ -71,6 +72,7 @@ def load_inception(
     layer (`fc`): then there are no logits. Raises UserError for a file that is damaged or of another network, and if
     the weights cannot be downloaded: `otherwise` is how else to give them.
     """
+    need("the Inception network", "torch_fidelity")
     from reglue.metrics.inception_network import URL_INCEPTION_V3, InceptionNetwork  # slow to import
 
     weights = file or _downloaded(URL_INCEPTION_V3, otherwise)

@@ -8,27 +8,37 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from reglue.errors import UserError, option, require
+from reglue.errors import UserError, require
 from reglue.files import TakesPaths
 from reglue.names import GraphPrecision, Weights
 
-Target = Literal["published", "onnx"]
+Target = Literal["published", "onnx", "torch", "diffusers", "comfyui"]
+BELONGS: dict[str, tuple[Target, ...]] = {
+    "precision": ("onnx",),
+    "batch": ("onnx", "torch"),
+    "encoder": ("onnx", "torch"),
+    "weights": ("published",),
+}
+"""Options that some targets alone have a use for."""
 
 
 @dataclass(frozen=True)
 class ExportRun(TakesPaths):
-    """Write a run for other programs: its weights for the published code of its method, or its networks as graphs."""
+    """Write a run for other programs: its weights for the published code of its method, its networks as graphs, a
+    pipeline of diffusers or nodes of ComfyUI."""
 
     run: Positional[Path]
     """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
     out: Path
-    """With --to onnx a folder, which `reglue sample` takes. Else a file: .safetensors holds the weights, .pt or .pth
+    """With --to a folder; `reglue sample` takes that of onnx. Else a file: .safetensors holds the weights, .pt or .pth
     {ema, model, args, steps}, as the published code reads it. Published samplers take the path as an option. For
     `reglue import` the run's record goes with them, in the metadata or the args: it names the classes, and the
     autoencoder with its folder."""
     to: Target = "published"
     """published: the weights, under the names and in the time convention of SiT's, REPA's, ReDi's, REG's or REGLUE's
-    code. onnx: the denoiser, the decoder and what encodes images as graphs, for ONNX Runtime, also in a browser."""
+    code. onnx: the denoiser, the decoder and what encodes images as graphs, for ONNX Runtime, also in a browser. torch:
+    the same as programs of torch.export. diffusers: a folder for `DiffusionPipeline.from_pretrained`. comfyui: a folder
+    for `custom_nodes`."""
     precision: GraphPrecision = "float32"
     """Of graphs. float16: half the size. int8: weights of matrix products in 8 bits, a quarter of the size."""
     batch: int | None = None
@@ -46,15 +56,14 @@ class ExportRun(TakesPaths):
         super().__post_init__()
         require(self, "step", at_least=0)
         require(self, "batch", at_least=1)
-        if self.to == "published":
-            for name in ("precision", "batch", "encoder"):
-                if getattr(self, name) != getattr(type(self), name):
-                    raise UserError(f"{option(name)} {getattr(self, name)} is for --to onnx; leave it out")
-            if self.weights != "ema" and self.out.suffix != ".safetensors":
+        for name, targets in BELONGS.items():
+            if self.to not in targets and getattr(self, name) != getattr(type(self), name):
+                where = "published .safetensors files" if name == "weights" else f"--to {' or '.join(targets)}"
+                raise UserError(f"--{name} {getattr(self, name)} is for {where}; leave it out")
+        if self.to != "published":
+            if self.out.suffix:
                 raise UserError(
-                    f"--weights {self.weights} is for .safetensors files, since others hold both; leave it out"
+                    f"--out {self.out}: --to {self.to} makes a folder; choose a name without {self.out.suffix}"
                 )
-        elif self.weights != "ema":
-            raise UserError("--weights model is for published .safetensors files; leave it out")
-        elif self.out.suffix:
-            raise UserError(f"--out {self.out}: --to onnx makes a folder; choose a name without {self.out.suffix}")
+        elif self.weights != "ema" and self.out.suffix != ".safetensors":
+            raise UserError(f"--weights {self.weights} is for .safetensors files, since others hold both; leave it out")

@@ -35,7 +35,17 @@ NO_PROTOCOL = ("metrics", "protocol", "skipped", "absent", "warnings")
 """What a report says of other things than how its metrics were made."""
 
 
-def save(
+def save(folder: Path, *parts: Any, name: str | None = None, **others: Any) -> Path:
+    """Write a run folder with averaged weights alone, whole or not at all. Returns it. See `fill`.
+
+    Raises UserError if the folder holds other files, or a report is none.
+    """
+    with writing(folder), new_folder(folder) as beside:
+        fill(beside, *parts, name=name or folder.name, **others)
+    return folder
+
+
+def fill(
     folder: Path,
     record: RunRecord,
     weights: dict[str, Tensor],
@@ -43,33 +53,31 @@ def save(
     run: Path | None,
     reports: Sequence[Path] = (),
     picture: Path | None = None,
-    name: str | None = None,
+    *,
+    name: str,
     half_precision: bool = False,
-) -> Path:
-    """Write a run folder with averaged weights alone, whole or not at all. Returns it.
+) -> None:
+    """Write what sampling needs, and a model card, into an empty folder.
 
     `run` is the folder that the run is in now, if any: compressor, autoencoder, reports and picture are found from
-    there; of the run's reports those about `step`. `name` is what `reglue.load` will take, the folder's own name if not
-    given. In half precision weights are stored as float16, in half the space; models compute as before. Raises
-    UserError if the folder holds other files, or a report is none.
+    there; of the run's reports those about `step`. `name` is what `reglue.load` will take. In half precision weights
+    are stored as float16, in half the space; models compute as before. Raises UserError for a report that is none.
     """
     if half_precision:
         weights = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
     shown = read_reports(run, reports, step)
     picture = picture or _preview(run, step)
-    with writing(folder), new_folder(folder) as beside:
-        shared = _with_autoencoder(without_places(record), record, run, beside)
-        shared.write(beside)
-        checkpoints.save_weights(beside, step, weights)
-        for modality in record.compressors:
-            if compressor := find_compressor(record, run, modality):
-                compressor.save(beside / COMPRESSORS / modality)
-        if picture:
-            shutil.copyfile(picture, beside / PICTURE)
-        parameters = sum(value.numel() for value in weights.values())
-        card = model_card(shared, name or folder.name, step, parameters, shown, bool(picture))
-        (beside / CARD).write_text(card, encoding="utf-8")
-    return folder
+    shared = _with_autoencoder(without_places(record), record, run, folder)
+    shared.write(folder)
+    checkpoints.save_weights(folder, step, weights)
+    for modality in record.compressors:
+        if compressor := find_compressor(record, run, modality):
+            compressor.save(folder / COMPRESSORS / modality)
+    if picture:
+        shutil.copyfile(picture, folder / PICTURE)
+    parameters = sum(value.numel() for value in weights.values())
+    card = model_card(shared, name, step, parameters, shown, bool(picture))
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def without_places(record: RunRecord) -> RunRecord:

@@ -31,8 +31,9 @@ MOST_STEPS = 10**8 - 1
 """Checkpoints are folders of eight digits."""
 VISIBLE_WITHIN = 120.0
 """Seconds: network file systems keep listings for a minute by default."""
-GRAPH = "denoiser.onnx"
-"""In place of weights, in a run that was exported for another runtime."""
+GRAPH, PROGRAM = "denoiser.onnx", "denoiser.pt2"
+"""In place of weights, in a run that was exported for others: what this package computes with too, and what it does not
+open."""
 MODEL, EMA, OPTIMISER, PROGRESS = "model.safetensors", "ema.safetensors", "optimiser.safetensors", "progress.json"
 REMEDY = "delete its folder to go on from the one before"
 
@@ -244,8 +245,11 @@ def last_of_all(run: Path) -> Path | None:
 def weights_file(checkpoint: Path, weights: Weights, asked_by: str) -> Path:
     """The file of a checkpoint's weights, for `read_weights`, or its graph, in a run that was exported as one.
 
-    Raises UserError, naming the option that it is `asked_by`, if the checkpoint has the other ones alone.
+    Raises UserError, naming the option that it is `asked_by`, if the checkpoint has the other ones alone, and for a run
+    that was exported for PyTorch alone.
     """
+    if (program := checkpoint / PROGRAM).is_file():
+        raise UserError(f"{program} is for PyTorch without this package; give the run that it was made of")
     if (graph := checkpoint / GRAPH).is_file() and weights == "ema":
         return graph
     names: dict[Weights, str] = {"ema": EMA, "model": MODEL}

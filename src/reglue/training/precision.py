@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reglue.config import Compile
 from reglue.diffusion.conditions import Condition
 from reglue.diffusion.denoiser import Denoiser, Prediction
-from reglue.diffusion.modalities import State, TensorTimes
+from reglue.diffusion.modalities import HIDDEN, State, TensorTimes
 from reglue.machine import multiplies_bfloat16_faster
 from reglue.sampling import AutoPrecision, Precision
 from reglue.training import distributed
@@ -134,10 +134,9 @@ OF = "variance of "
 
 
 class SamplingNetwork:
-    """A frozen denoiser, for velocities and learned variances alone.
+    """A frozen denoiser: the weights of its matrix products are brought to their precision once.
 
-    The weights of its matrix products are brought to their precision once: autocast would do it in every evaluation,
-    with the same bits. What training needs besides, hidden tokens for alignment, is not returned.
+    Autocast would do it in every evaluation, with the same bits.
     """
 
     def __init__(self, denoiser: Denoiser, precision: Precision, *, compiled: bool = False) -> None:
@@ -148,7 +147,9 @@ class SamplingNetwork:
         def predict(state: State, time: Tensor | TensorTimes, condition: Condition) -> dict[str, Tensor]:
             with autocast(device, precision):
                 predicted = network(state, time, condition)
-            return predicted.velocity | {OF + name: w for name, w in (predicted.variance or {}).items()}
+            # What leads by gradients alone asks for hidden tokens.
+            tap = {HIDDEN: predicted.tap} if predicted.tap is not None and torch.is_grad_enabled() else {}
+            return predicted.velocity | tap | {OF + name: w for name, w in (predicted.variance or {}).items()}
 
         self._products = partial(matmul_precision, device, precision)
         self._predict = compiled_for_shapes(predict, device) if compiled else predict
@@ -158,7 +159,7 @@ class SamplingNetwork:
         with self._products():
             predicted = self._predict(state, time, condition)
         variance = {name: predicted[OF + name] for name in state if OF + name in predicted}
-        return Prediction({name: predicted[name] for name in state}, None, variance)
+        return Prediction({name: predicted[name] for name in state}, predicted.get(HIDDEN), variance)
 
 
 def with_products_in(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:

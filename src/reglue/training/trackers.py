@@ -26,8 +26,6 @@ RECORDS = ("run.json", "training.json")
 IDENTITY = "tracked-as.txt"
 """In a training's folder, by which name others know it, so that what continues it continues its curves."""
 PROJECT = "reglue"
-NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-"""The package that each tracker needs; the extra `track` brings all."""
 
 
 class TensorBoard:

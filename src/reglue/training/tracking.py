@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from importlib.util import find_spec
 from itertools import takewhile
 from math import isfinite
 from pathlib import Path
@@ -17,9 +16,10 @@ from PIL import Image
 
 from reglue.data.plots import beside_preview, curves
 from reglue.errors import UserError, option
+from reglue.extras import EXTRAS, need
 from reglue.files import parse_json, read_jsonl, replacing
 from reglue.progress import Bar
-from reglue.training.trackers import NEEDS, TensorBoard, Trackio, Wandb
+from reglue.training.trackers import TensorBoard, Trackio, Wandb
 
 FILE, PROGRESS = "metrics.jsonl", "progress.png"
 REMEDY = "fix that line, or delete it"
@@ -88,8 +88,8 @@ def check_trackers(names: Collection[str]) -> None:
     for name in names:
         if name not in TRACKERS:
             raise UserError(f"{option('track')} {name}: no such tracker; choose from {', '.join(sorted(TRACKERS))}")
-        if name in NEEDS and find_spec(NEEDS[name]) is None:
-            raise UserError(f'{option("track")} {name}: its package is not installed: pip install "reglue[track]"')
+        if name in EXTRAS["track"]:
+            need(f"{option('track')} {name}", name)
 
 
 class Trackers:

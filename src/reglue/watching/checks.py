@@ -12,6 +12,7 @@ from zipfile import ZipFile
 
 import torch
 
+from reglue import graphs
 from reglue.arrays import ArrayFile
 from reglue.contact_sheet import TABLE, holds, read_hashes, refuse_changed, table
 from reglue.contact_sheet import picture as picture_name
@@ -23,7 +24,7 @@ from reglue.editing.options import SHEET
 from reglue.editing.painting import load_prototypes
 from reglue.encoders.alignment import FILE as ALIGNMENT
 from reglue.encoders.alignment import load_alignment
-from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, load_autoencoder
+from reglue.encoders.autoencoders import DIFFUSERS_WEIGHTS, PART_OF_PIPELINE, load_autoencoder
 from reglue.encoders.compressors import CompressorSpec, load_compressor
 from reglue.errors import UserError, one_line
 from reglue.files import file_sha256, opened_tensors, read_json
@@ -31,6 +32,7 @@ from reglue.perception import records
 from reglue.perception.heads import TRAINING as HEAD_RECORD
 from reglue.perception.heads import load_head
 from reglue.perception.records import HeadRecord
+from reglue.portable import CODE, INDEX, NODES, TRANSFORMER, pipeline_record, template
 from reglue.published.containers import read_official
 from reglue.reals.record import CONFIG, TrainingRecord
 from reglue.reals.record import RECORD as TRAINING_RECORD
@@ -86,6 +88,11 @@ def run(folder: Path) -> Iterator[Check]:
     """The record, log, checkpoints, compressors, pictures and the autoencoder of a run."""
     record = RunRecord.read(folder)
     yield from training(folder)
+    if (folder / graphs.DESCRIPTION).is_file():
+        described = graphs.Description.read(folder)
+        yield from (Check(folder / g.file, partial(whole_file, folder / g.file, g.sha256)) for g in described.graphs)
+    if (folder / NODES).is_file():
+        yield code(folder / NODES, "nodes.py")
     if record.origin is not None and not checkpoints.steps(folder):
         # Who trains a run may not have come to a checkpoint; who imports one has it at once.
         yield Check(folder / checkpoints.FOLDER, partial(checkpoints.find, folder))
@@ -97,13 +104,33 @@ def run(folder: Path) -> Iterator[Check]:
         yield Check(own, lambda: decoder(record, torch.device("cpu"), folder=folder))
 
 
+def pipeline(folder: Path) -> Iterator[Check]:
+    """The record, the code and the networks of a run as a pipeline of diffusers."""
+    yield Check(folder / INDEX, lambda: pipeline_record(folder))
+    yield code(folder / CODE, CODE)
+    decoder = folder / PART_OF_PIPELINE
+    yield Check(decoder / CONFIG, lambda: load_autoencoder(str(decoder)))
+    for part in (folder / TRANSFORMER, decoder):
+        yield from map(tensors, sorted(part.glob("*.safetensors")) or [part / DIFFUSERS_WEIGHTS])
+
+
+def code(file: Path, name: str) -> Check:
+    """A file of code in an exported folder, which another program runs: one of `portable.templates`."""
+
+    def read() -> None:
+        if not file.is_file() or file.read_bytes() != template(name).encode():
+            raise UserError(f"{file} is missing or is not the code that was written; {COPY}")
+
+    return Check(file, read)
+
+
 def training(folder: Path) -> Iterator[Check]:
     """What every training writes: log, checkpoints and previews."""
     yield Check(folder / tracking.FILE, lambda: tracking.read(folder))
     for checkpoint in sorted((folder / checkpoints.FOLDER).glob("[0-9]" * 8)):
         yield Check(checkpoint / checkpoints.PROGRESS, partial(checkpoints.read_step, checkpoint))
-        if (checkpoint / checkpoints.GRAPH).is_file():
-            continue  # Of an exported run, whose graphs have no hash.
+        if any((checkpoint / name).is_file() for name in (checkpoints.GRAPH, checkpoints.PROGRAM)):
+            continue  # Of an exported run: see `run`.
         # A run that was imported or shared has averaged weights alone.
         others = [checkpoint / name for name in (checkpoints.MODEL, checkpoints.OPTIMISER)]
         yield from map(tensors, [checkpoint / checkpoints.EMA, *(others if any(map(Path.exists, others)) else ())])

@@ -12,6 +12,7 @@ from zipfile import ZipFile
 import numpy as np
 import torch
 
+from reglue import graphs
 from reglue.arrays import ArrayFile
 from reglue.contact_sheet import picture as picture_name
 from reglue.data.images import crop_to, decode
@@ -28,6 +29,7 @@ from reglue.perception import records
 from reglue.perception.heads import TRAINING as HEAD_RECORD
 from reglue.perception.heads import load_head
 from reglue.perception.records import HeadRecord
+from reglue.portable import pipeline_record
 from reglue.published.containers import read_official
 from reglue.published.sharing import PREVIEWS, REPORTS
 from reglue.reals.record import RECORD as TRAINING_RECORD
@@ -60,10 +62,24 @@ def run(folder: Path) -> dict[str, str]:
             f", {rate:.4g} images/s" if isinstance(rate, int | float) else ""
         )
     said["checkpoints"] = listed([f"{step:,}" for step in saved]) or "none yet"
+    if (folder / graphs.DESCRIPTION).is_file():
+        described = graphs.Description.read(folder)
+        said["graphs"] = ", ".join(
+            f"{g.file} ({words.size(g.bytes)}, {g.difference:.1e} from PyTorch)" for g in described.graphs
+        )
     said["previews"] = counted(len([*folder.glob(f"{PREVIEWS}/*.png")]), "picture")
     if figure := newest_figure(folder):
         said["figures"] = f"{figure}, of {counted(len([*folder.glob(f'{REPORTS}/*.json')]), 'report')}"
     return {**said, **words.provenance(record), "size": words.size(size_of(folder))}
+
+
+def pipeline(folder: Path) -> dict[str, str]:
+    """What the run in a pipeline of diffusers is."""
+    record, step = pipeline_record(folder)
+    said = words.recipe(record)
+    if record.class_names:
+        said[IMAGE_CLASSES] = listed(record.class_names)
+    return {**said, "step": f"{step:,}", **words.provenance(record), "size": words.size(size_of(folder))}
 
 
 def parameters(folder: Path) -> int:

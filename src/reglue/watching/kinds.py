@@ -14,6 +14,7 @@ from reglue.editing.painting import SPEC_FILE as PROTOTYPES
 from reglue.errors import UserError
 from reglue.perception.heads import SPEC_FILE, WEIGHTS_FILE
 from reglue.perception.records import RECORD as DATASET_RECORD
+from reglue.portable import INDEX
 from reglue.reals.record import RECORD as TRAINING_RECORD
 from reglue.run import FILE as RECORD
 from reglue.samples import PROTOCOL
@@ -36,6 +37,7 @@ class Kind:
 
 
 RUN = Kind("run", checks.run, facts.run, facts.newest_preview, rows.run)
+PIPELINE = Kind("diffusers pipeline", checks.pipeline, facts.pipeline)
 STORE = Kind("store", checks.store, facts.store, facts.stored_images, rows.store)
 AUTOENCODER = Kind("autoencoder", checks.autoencoder, facts.autoencoder, facts.newest_preview, rows.autoencoder)
 HEAD = Kind("head", checks.head, facts.head)
@@ -48,6 +50,7 @@ PUBLISHED = Kind("published file", checks.published, facts.published)
 
 KINDS: dict[str, Kind] = {
     RECORD: RUN,
+    INDEX: PIPELINE,
     MANIFEST: STORE,
     PARTIAL: STORE,
     SPEC_FILE: HEAD,
