@@ -49,7 +49,7 @@ SHOWN_PER_CLASS = 8
 
 SMALL = Optimisation(
     steps=Demo.steps,
-    batch_size=96,
+    batch_size=48,
     learning_rate=2e-3,
     warmup=100,
     decay="cosine",

@@ -19,7 +19,7 @@ class Demo(TakesPaths):
     """Also train plain SiT for as many steps, and show both."""
     samples_per_class: int = 100
     """Images of each digit, guided and unguided each, that the figures are of. The page shows the first 20."""
-    steps: int = 1500
+    steps: int = 3000
     """Training steps."""
     seed: int = 0
     """Seed of the held-out digits, the training and the samples."""
