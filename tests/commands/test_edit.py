@@ -351,7 +351,7 @@ def states_of(model: reglue.ImageModel, monkeypatch: pytest.MonkeyPatch) -> list
     """The states that will be decoded."""
     seen: list[dict[str, torch.Tensor]] = []
     original = model.decode
-    monkeypatch.setattr(model, "decode", lambda state, rounding: seen.append(state) or original(state, rounding))
+    monkeypatch.setattr(model, "decode", lambda state, *others: seen.append(state) or original(state, *others))
     return seen
 
 

@@ -96,9 +96,9 @@ def test_an_imported_run_samples_what_the_published_sampler_gives(
     states: list[dict[str, Tensor]] = []
     original = ImageModel.pixels
 
-    def watched(self: Any, state: dict[str, Tensor], rounding: Any) -> Tensor:
+    def watched(self: Any, state: dict[str, Tensor], *others: Any) -> Tensor:
         states.append(state)
-        return original(self, state, rounding)
+        return original(self, state, *others)
 
     monkeypatch.setattr(ImageModel, "pixels", watched)
     labels = tuple(str(label) for label in golden["input.y"].tolist())

@@ -346,7 +346,10 @@ def test_the_page_about_other_programs(tmp_path: Path, monkeypatch: pytest.Monke
     told: dict[str, Any] = {}
     exec(drawn, told)
     expected = reglue.load("starter", device="cpu").generate(["ankle boot", 3], steps=20, guidance_scale=2.0)
-    assert all(np.array_equal(np.asarray(ours), np.asarray(theirs)) for ours, theirs in zip(expected, told["images"], strict=True))
+    assert all(
+        np.array_equal(np.asarray(ours), np.asarray(theirs))
+        for ours, theirs in zip(expected, told["images"], strict=True)
+    )
     assert (tmp_path / "nodes/workflow.json").is_file()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -215,11 +215,13 @@ def is_intact(folder: Path, shard: Shard) -> bool:
 
 def refuse_others(folder: Path, has: Contents, asked: Contents) -> None:
     """Raise UserError naming the first thing in which a store differs from what was asked for."""
+    shared = {part.name for part in fields(Contents)}  # Either may be the manifest of a store, which has more.
     for path, (new, old) in differing(asked, has).items():
-        raise UserError(
-            f"{folder} was prepared with {path} {_brief(old)}{_model_of(path, has)}, not {_brief(new)}"
-            f"{_model_of(path, asked)}; choose another folder, or the same options and images as before"
-        )
+        if path.partition(".")[0] in shared:
+            raise UserError(
+                f"{folder} was prepared with {path} {_brief(old)}{_model_of(path, has)}, not {_brief(new)}"
+                f"{_model_of(path, asked)}; choose another folder, or the same options and images as before"
+            )
 
 
 def _model_of(path: str, contents: Contents) -> str:
