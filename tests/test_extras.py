@@ -21,8 +21,9 @@ PACKAGE = PROJECT / "src" / "reglue"
 DECLARED: dict[str, Any] = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
 ALIASES = {"PIL": "pillow", "yaml": "pyyaml"}
 """Modules that are called otherwise than their package."""
-OTHERS = {"pillow_jxl", "starlette"}
-"""A plug-in of Pillow's that is used where it is installed; what gradio's pages are made of."""
+OTHERS = {"pillow_jxl", "starlette", "comfy", "comfy_api"}
+"""A plug-in of Pillow's that is used where it is installed; what gradio's pages are made of; ComfyUI, which is there
+wherever its nodes are imported."""
 MISSING = f"""
 import sys
 for name in [*sys.modules]:

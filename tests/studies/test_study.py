@@ -268,7 +268,8 @@ def test_fid(finished: Path, data: Path, tmp_path: Path, random_inception: Path)
 
 
 def test_questions_of_sampling_take_any_run(tmp_path: Path, tiny_run: Path, tiny_store: Path) -> None:
-    arguments = ("--run", str(tiny_run), "--held-out", str(tiny_store), "--arms", "heun-5-shift-1", "euler-10-shift-1")
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    arguments = ("--run", str(run), "--held-out", str(tiny_store), "--arms", "heun-5-shift-1", "euler-10-shift-1")
     study.main(["samplers", "--work", str(tmp_path), *TINY, *arguments])
     figures = figures_of(tmp_path)
     assert list(figures) == [(f"{name}-shift-1-seed-0", 2, "encoder") for name in ("euler-10", "heun-5")]
