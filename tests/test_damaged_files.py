@@ -55,7 +55,6 @@ from reglue.portable import pipeline_record
 from reglue.run import RunRecord, find_run
 from reglue.samples import read_protocol
 from reglue.training import checkpoints, tracking
-from reglue.watching.checks import code
 
 AUTOENCODER = [
     "--architecture.widths", "4", "8", "--architecture.norm-groups=2", "--architecture.layers-per-block=1",
@@ -245,7 +244,6 @@ READERS: list[tuple[str, str, Read]] = [
     ("tiny_pipeline", "transformer/config.json", lambda folder, _: pipeline_record(folder)),
     ("tiny_pipeline", "transformer/*.safetensors", read_all_tensors),
     ("tiny_pipeline", "vae/*", lambda folder, _: read_autoencoder(folder / "vae", _)),
-    ("tiny_pipeline", "pipeline.py", lambda _, file: code(file, file.name).read() or "read"),
     ("tiny_head", "head.*", read_the_head),
     ("tiny_head", "training.json", lambda _, file: read_json(file, HeadRecord, "delete it")),
     ("aligned_autoencoder", "config.json", read_autoencoder),
