@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,15 @@ def test_a_picture_has_no_seams() -> None:
     assert -10 * error.log10() > 45, "the autoencoder itself is 25 to 30 dB from the picture"
     jumps = [(image[..., 1:] - image[..., :-1]).abs().max() for image in (whole, tiled)]
     assert jumps[1] < 1.1 * jumps[0]
+
+
+def test_threads_share_a_decoder() -> None:
+    autoencoder = load_autoencoder("starter")
+    pictures = [torch.randn(1, 4, 12, 20, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    alone = [tiling.decode(autoencoder, latents, 32) for latents in pictures]
+    with ThreadPoolExecutor(4) as threads:
+        together = [*threads.map(lambda latents: tiling.decode(autoencoder, latents, 32), pictures)]
+    assert all(map(torch.equal, together, alone))
 
 
 def test_what_knows_one_size_is_left_whole() -> None:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import product
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ OVERLAP = 0.25
 """Share of a tile's side that it has in common with its neighbour, at least."""
 SMALLEST = 4
 """Latent pixels along the side of a tile, at least."""
+ONE_AT_A_TIME = Lock()
+"""Threads may share a decoder, whose normalisation is another one while it decodes in tiles."""
 
 
 @torch.no_grad()
@@ -36,7 +39,8 @@ def decode(autoencoder: Autoencoder, latents: Tensor, tile: int) -> Tensor:
     side = max(tile // autoencoder.spec.downsampling, SMALLEST)
     if not tile or autoencoder.of_one_size or max(latents.shape[2:]) <= side:
         return autoencoder.decode(latents)
-    return torch.cat([_in_tiles(autoencoder, image, side) for image in latents.split(1)])
+    with ONE_AT_A_TIME:
+        return torch.cat([_in_tiles(autoencoder, image, side) for image in latents.split(1)])
 
 
 def _in_tiles(autoencoder: Autoencoder, latents: Tensor, side: int) -> Tensor:
