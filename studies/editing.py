@@ -206,6 +206,7 @@ class Measuring:
         for title, rows in WAYS.items():
             for name, way in rows.items():
                 self.note(f"{title}: {name}", partial(getattr(self, title), name, way))
+        self.report()
 
     def right(self, pixels: Tensor) -> float:
         """The share of images that the classifier takes for the subjects' classes."""
@@ -298,9 +299,7 @@ class Measuring:
 def main(arguments: list[str] | None = None) -> None:
     """Measure everything. A user's mistake ends with one line and exit code 2."""
     with mistakes_in("editing"):
-        measuring = Measuring(tyro.cli(Options, description=__doc__, args=arguments))
-        measuring.measure()
-        measuring.report()
+        Measuring(tyro.cli(Options, description=__doc__, args=arguments)).measure()
 
 
 if __name__ == "__main__":

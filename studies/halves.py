@@ -18,6 +18,7 @@ import tyro
 from PIL import Image
 
 import reglue
+from measures import mistakes_in
 from reglue.commands.evaluate import Evaluate, evaluate
 from reglue.data.batches import TrainingData
 from reglue.data.store import Store
@@ -83,4 +84,5 @@ def main(options: Halves) -> dict[str, Evaluation]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Halves, description=__doc__))
+    with mistakes_in("halves"):
+        main(tyro.cli(Halves, description=__doc__))

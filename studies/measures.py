@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from reglue.data.store import Store
-from reglue.errors import UserError
+from reglue.errors import Stopped, UserError
 from reglue.files import write_text
 from reglue.metrics.distances import nearest
 from reglue.metrics.features import FeatureNetwork, describe_images
@@ -83,12 +84,15 @@ class Notes:
 
 @contextmanager
 def mistakes_in(program: str) -> Iterator[None]:
-    """A user's mistake in the block ends the program with one line and exit code 2."""
+    """A user's mistake in the block ends the program with one line and exit code 2, a request to stop with 143."""
     try:
         yield
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as request:
+        print(request, file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 
 @dataclass

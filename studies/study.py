@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import signal
 import sys
 import tarfile
 import time
@@ -46,13 +45,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tyro.conf import Positional
 
-from measures import BATCH, copying, load_judge, photographs, pictures, share_of, views
+from measures import BATCH, copying, load_judge, mistakes_in, photographs, pictures, share_of, views
 from reglue import cli
 from reglue.data.manifest import MANIFEST
 from reglue.data.pictures import image_grid
 from reglue.data.store import Store
 from reglue.encoders.autoencoders import load_autoencoder
-from reglue.errors import Stopped, UserError
+from reglue.errors import UserError
 from reglue.files import read_jsonl, read_tensors, replacing
 from reglue.machine import commit, machine
 from reglue.metrics.distances import GaussianStatistics
@@ -504,19 +503,13 @@ def divided(images: Path, share: float, out: Path) -> list[Path]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Answer every question. A user's mistake ends with one line and exit code 2, a request to stop with 143."""
-    try:
+    with mistakes_in("study"):
         options = tyro.cli(Options, description=__doc__, args=arguments)
         asked = {question: arms_of(options, question) for question in options.questions}
         study = Study(options)
         for question, arms in asked.items():
             study.answer(question, arms)
             print((options.work / f"{question}.md").read_text())
-    except UserError as error:
-        print(f"study: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as request:
-        print(request, file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

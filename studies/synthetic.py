@@ -85,6 +85,7 @@ class Study:
                 rows = self.order[: max(1, round(share * len(self.order)))]
                 self.note(f"{share:.0%} real, seed {seed}", rows, False, seed)
                 self.note(f"{share:.0%} real and made, seed {seed}", rows, True, seed)
+        self.report()
 
     def note(self, name: str, rows: Tensor, with_made: bool, seed: int) -> None:
         """Train an arm and write its figure down."""
@@ -135,9 +136,7 @@ class Study:
 def main(arguments: list[str] | None = None) -> None:
     """Measure everything. A user's mistake ends with one line and exit code 2."""
     with mistakes_in("synthetic"):
-        study = Study(tyro.cli(Options, description=__doc__, args=arguments))
-        study.measure()
-        study.report()
+        Study(tyro.cli(Options, description=__doc__, args=arguments)).measure()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import tyro
 
+from measures import mistakes_in
 from reglue.commands.demo import DEMO_RECIPE, read_images
 from reglue.commands.evaluate import Evaluate, evaluate
 from reglue.commands.sample import Sample, sample
@@ -88,4 +89,5 @@ def write_table(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    study(tyro.cli(Times))
+    with mistakes_in("times"):
+        study(tyro.cli(Times, description=__doc__))
