@@ -104,12 +104,16 @@ class Options:
     """Real images that it has not learned from, in folders named as its classes."""
     train: Path
     """Real images of the same kind, which teach the classifier and stand for what is real."""
-    masks: Path
-    """Of the images, as for `reglue probe`: they are painted again. For a head of depth, depths."""
-    head: Path
-    """Of `reglue head --layers all` on such masks, or depths."""
     out: Path
     """Folder of the results."""
+    masks: Path | None = None
+    """Of the images, as for `reglue probe`: they are painted again. For a head of depth, depths."""
+    head: Path | None = None
+    """Of `reglue head --layers all` on such masks, or depths. Without either nothing is painted."""
+    sampler: str | None = None
+    """Of all that is drawn. Default: the run's."""
+    steps: int | None = None
+    """Of the sampler. Default: the run's."""
     count: int = 30
     """Images to edit, of each class in turn."""
     realism: int = 200
@@ -132,6 +136,8 @@ class Measuring:
         self.subjects, self.others = np.array(self.files(options.images, 2 * options.count)).reshape(2, -1).tolist()
         self.labels = self.labels_of(self.subjects)
         self.last, self.seconds = list[Image.Image](), 0.0
+        asked = {"sampler": options.sampler, "steps": options.steps}
+        self.quick = {name: value for name, value in asked.items() if value is not None}
         self.notes = Notes(options.out)
 
     def files(self, folder: Path, count: int) -> list[Path]:
@@ -174,7 +180,7 @@ class Measuring:
         """An edit of each image, of the subjects if none are named, uint8 (N, 3, H, W); `paint` has one for each."""
         model, files = self.model, files or self.subjects
         ours = {part.name: way[part.name] for part in fields(Editing) if part.name in way}
-        others = {name: value for name, value in way.items() if name not in ours}
+        others = self.quick | {name: value for name, value in way.items() if name not in ours}
         own = model.resolved(model.sampling_for(bool(classes)).changed(**others))
         paintings = [Image.fromarray(one) for one in way.get("paint", ())] or [None] * len(files)
         asked = [Editing(**{**ours, "paint": one}) for one in paintings]
@@ -204,7 +210,7 @@ class Measuring:
             self.note(f"real images: {name}", partial(self.beside, files))
         self.note("curves: decoded", partial(self.curves, "", {"keep": tuple(self.model.denoiser.config.shapes())}))
         for title, rows in WAYS.items():
-            for name, way in rows.items():
+            for name, way in rows.items() if title != "painting" or self.options.head else ():
                 self.note(f"{title}: {name}", partial(getattr(self, title), name, way))
         self.report()
 
@@ -233,6 +239,8 @@ class Measuring:
     def painting(self, name: str, way: Figures | None) -> Figures:
         """What a head sees of paintings, in edits or in the images themselves."""
         file, folder, images = self.options.head, self.options.masks, self.options.images
+        assert file is not None
+        assert folder is not None
         head = load_head(file, self.model.device)
         depth = head.spec.task == "depth"
         beside = [(folder / one.relative_to(images)).with_suffix(".png") for one in self.subjects]
@@ -270,7 +278,7 @@ class Measuring:
         """How near images are to real ones."""
         files = self.files(self.options.images, self.options.realism)
         if name == "samples":
-            self.last = self.model.generate(self.labels_of(files).tolist(), seed=SEED)
+            self.last = self.model.generate(self.labels_of(files).tolist(), seed=SEED, **self.quick)
         pixels = self.edited(way, files) if way else self.pixels(self.last or files)
         reference = self.pixels(self.files(self.options.train, 2 * self.options.realism))
         generated, real = (
