@@ -53,7 +53,6 @@ PARTS = (
     "--model 8x256x4/2 --latent.unit-variance --local.compressor conv-16 --local.unit-variance --local.weight 0.5 "
     "--class-token.unit-variance --alignment.hidden 512"
 )
-"""Of a model from nothing; another run's are its own."""
 TRAIN = (
     "--optimisation.batch-size 32 --optimisation.learning-rate 1e-3 --optimisation.warmup 100 "
     "--optimisation.time-shift 3 --optimisation.clip 1 --checkpoint-every 250 --preview-every 500"
@@ -240,22 +239,22 @@ class Working:
     def measure(self) -> None:
         """Train, draw and measure, from milestone to milestone."""
         self.note("training images", lambda: self.figures(self.stores[0].folder))
-        self.grow("from nothing", ["reglue"], PARTS)
+        self.grow("from nothing", PARTS)
         if self.options.start:
             fitted = self.options.start / COMPRESSORS / LOCAL
             reglue("compress", self.stores[0].folder, fitted=fitted, name="started")
-            self.grow("from another run", [], f"--from {self.options.start} --local.compressor started")
+            self.grow("from another run", f"{PARTS} --from {self.options.start} --local.compressor started")
 
-    def grow(self, name: str, recipe: Sequence[str], parts: str) -> None:
+    def grow(self, name: str, parts: str) -> None:
         """Train a run from milestone to milestone, and measure what it draws at each."""
         run = self.work / "runs" / name.replace(" ", "-")
         for step in self.milestones:
             words = merged(TRAIN, parts, self.domain.train, self.options.train, f"--optimisation.steps {step}")
-            self.note(f"{name}, {step:,} steps", partial(self.drawn, run, recipe, words))
+            self.note(f"{name}, {step:,} steps", partial(self.drawn, run, words))
 
-    def drawn(self, run: Path, recipe: Sequence[str], words: Words) -> dict[str, Any]:
+    def drawn(self, run: Path, words: Words) -> dict[str, Any]:
         """The figures of samples at a milestone."""
-        reglue("train", *recipe, words=words, store=self.stores[0].folder, out=run)
+        reglue("train", "reglue", words=words, store=self.stores[0].folder, out=run)
         (step,) = words["--optimisation.steps"]
         samples = self.work / "samples" / run.name / f"step-{step}"
         count, said = self.options.count, merged(SAMPLE, self.domain.sample, self.options.sample)
@@ -308,7 +307,11 @@ class Working:
         lines = Notes(self.work)
         lines.results = {f"{self.options.domain}: {name}": row for name, row in self.notes.results.items()}
         (self.work / "table.md").write_text(lines.tables())
-        rows = [photographs(self.stores[1], SHOWN)[0]]
+        images, labels = photographs(self.stores[1])
+        kinds = [[i for i, label in enumerate(labels) if label == kind] for kind in sorted({*labels})]
+        turns = range(min(SHOWN, len(images)))  # Of each class in turn, as samples are.
+        chosen = [kinds[i % len(kinds)][i * len(kinds[i % len(kinds)]) // len(turns)] for i in turns]
+        rows = [images[chosen]]
         for folder in sorted((self.work / "samples").iterdir()):
             rows.append(torch.cat(list(pictures(folder / f"step-{self.milestones[-1]}", len(rows[0])))))
         grid = image_grid(torch.cat(rows).permute(0, 2, 3, 1).numpy(), len(rows[0]))
