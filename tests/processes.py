@@ -19,11 +19,14 @@ from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
 COMMANDS = (
-    *("autoencode", "compress", "edit", "evaluate", "info", "perceive", "prepare", "probe", "prototypes", "report"),
-    *("sample", "synthesise", "train", "verify"),
+    *("autoencode", "compress", "edit", "evaluate", "export_run", "info", "perceive", "prepare", "probe"),
+    *("prototypes", "report", "sample", "synthesise", "train", "verify"),
 )
 SERVER.set_forkserver_preload(
-    [*(f"reglue.commands.{name}" for name in COMMANDS), "diffusers.models.autoencoders.autoencoder_kl", "timm.models"]
+    [
+        *(f"reglue.commands.{name}" for name in COMMANDS),
+        *("diffusers.models.autoencoders.autoencoder_kl", "reglue.portable.diffusers", "timm.models"),
+    ]
 )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -17,7 +17,7 @@ from helpers import mistake, run_reglue
 from reglue import cli
 from reglue.cli import COMMANDS, parse
 from reglue.config_files import read, save, unchecked, with_values
-from reglue.errors import UserError
+from reglue.errors import Stopped, UserError
 from reglue.help import RECIPE, declared
 from reglue.mistakes import fits
 from reglue.papers import RECIPES
@@ -200,7 +200,7 @@ def test_any_file_is_read_or_refused_in_one_line(
     file = tmp_path_factory.getbasetemp() / "wild.yaml"
     file.write_bytes(content)
     told = str(file)
-    with contextlib.suppress(UserError):
+    with suppress(UserError):
         try:
             with_values(beginning(name), read(file, [RECIPE, *ALL[name]]))
         except UserError as error:
@@ -216,3 +216,36 @@ def test_the_command_line_writes_and_reads_it(tmp_path: Path) -> None:
     assert "\nsort: loss\n" in text
     assert max(map(len, text.splitlines())) <= 100 + len(str(tmp_path))
     run_reglue("list", "--config", str(tmp_path / "new" / "list.yaml"))
+
+
+def test_the_file_may_lie_in_the_folder_that_the_command_makes(tmp_path: Path) -> None:
+    out = tmp_path / "clothes"
+    sampling = ("sample", "starter", "--out", str(out), "--count=1", "--steps=1")
+    for _ in range(2):  # The second time there is nothing left to do.
+        run_reglue(*sampling, "--save-config", out / "in" / "a.yaml")
+        assert parse(["sample", "--config", str(out / "in" / "a.yaml")]) == parse([*sampling])
+    run_reglue("verify", out)
+    editing = ("edit", "starter", out / "000000.png", "--out", out, "--save-config", out / "b.yaml")
+    assert run_reglue(*editing, check=False).returncode == 2
+    assert not (out / "b.yaml").exists(), "what is refused leaves nothing"
+    run_reglue("info", out, "--out", tmp_path / "seen.png", "--save-config", tmp_path / "info.yaml")
+
+
+def test_what_is_stopped_leaves_the_file_too(tmp_path: Path) -> None:
+    arguments = ["sample", "starter", "--out", str(tmp_path / "out"), "--save-config", str(tmp_path / "out" / "a.yaml")]
+    with suppress(Stopped), cli.saving(parse(arguments), arguments):
+        assert not (tmp_path / "out").exists()
+        raise Stopped
+    assert parse(["sample", "--config", arguments[-1]]) == parse(arguments)
+
+
+@pytest.mark.parametrize("place", ["new", "runs", "runs/new", "runs/there"])
+def test_the_file_is_not_where_the_output_goes(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/there").mkdir(parents=True)
+    out = "new" if place == "new" else "runs/new"
+    said = mistake(capsys, monkeypatch, "sample", "starter", "--out", out, "--save-config", place)
+    assert said.startswith(f"reglue: --save-config {place}: a folder or the output is there; choose another file")
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "there"]

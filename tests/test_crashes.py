@@ -144,11 +144,17 @@ COMMANDS: dict[str, Line] = {
     ],
     "import": lambda i, out: ["import", i.exported, "--out", out, f"--autoencoder={i.autoencoder}"],
     "export": lambda i, out: ["export", i.run, "--out", out / "weights.safetensors"],
+    **{
+        f"export {to}": lambda i, out, to=to: ["export", i.run, "--to", to, "--out", out]
+        for to in ("diffusers", "comfyui", "torch", "onnx")
+    },
     "report": lambda i, out: [
         *("report", i.run, "--out", out / "report.html", "--samples-per-class=1", "--steps=1", "--device=cpu"),
     ],
     "info": lambda i, out: ["info", i.store, "--out", out / "store.png"],
 }
+SLOW = ("export torch", "export onnx")
+EACH = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in COMMANDS]
 
 
 def begin(name: str, inputs: Inputs, folder: Path) -> Path:
@@ -224,7 +230,7 @@ def check(name: str, inputs: Inputs, folder: Path, most: int | None) -> None:
         shutil.rmtree(out.parent)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_command_that_died_is_run_again(name: str, inputs: Inputs, tmp_path: Path) -> None:
     check(name, inputs, tmp_path, SOME)
 

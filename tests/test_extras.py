@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -108,6 +110,37 @@ def test_the_rest_works_without_any(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("verify", "store"),
     ):
         run_reglue(*arguments, prelude=MISSING)
+
+
+@pytest.mark.network
+def test_a_new_environment_with_the_base_alone(tmp_path: Path) -> None:
+    """The wheel, built from the source archive as a stranger would, in a folder with nothing of the project."""
+    uv, venv = Path(sys.executable).parent / "uv", tmp_path / "venv" / "bin"
+    subprocess.run([uv, "build", "--out-dir", tmp_path / "built", PROJECT], check=True)
+    (wheel,) = (tmp_path / "built").glob("*.whl")
+    subprocess.run([uv, "venv", "--python", sys.executable, tmp_path / "venv"], check=True)
+    subprocess.run([uv, "pip", "install", "--python", venv / "python", wheel], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def run(program: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [venv / program, *arguments]
+        result = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+        assert result.returncode == code, result.stderr
+        return result
+
+    there = "from reglue.extras import *; print([m for ms in EXTRAS.values() for m in ms if is_installed(m)])"
+    assert run("python", "-c", there).stdout == "[]\n"
+    assert "start here:" in run("reglue", "--help").stdout
+    run("reglue", "sample", "starter", "--out", "clothes", "--count", "2", "--steps", "2")
+    run("reglue", "edit", "starter", "clothes/000000.png", "--out", "edits", "--keep", "local", "--steps", "2")
+    assert "images" in run("reglue", "info", "clothes").stdout
+    assert {path.name for path in elsewhere.iterdir()} == {"clothes", "edits"}
+    (elsewhere / "a.parquet").touch()
+    for arguments, told, extra in NEEDS.values():
+        refused = run("reglue", *arguments, code=2).stderr
+        assert refused == f"reglue: {told}: run `pip install 'reglue[{extra}]'`\n"
 
 
 def test_missing_packages_are_found_out_without_importing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from processes import Reglue
 from reglue.errors import UserError
 from reglue.files import BESIDE, LOCK, refuse_filled
 from reglue.locks import sweep, writes, writing
-from test_crashes import COMMANDS, Inputs, begin, inputs, tree  # noqa: F401, a fixture
+from test_crashes import COMMANDS, EACH, Inputs, begin, inputs, tree  # noqa: F401, a fixture
 
 PAUSE = """
 import os, sys, time
@@ -42,7 +42,7 @@ def wait_for(file: Path, process: Reglue) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", EACH)
 def test_the_second_process_is_told_who_the_first_is(name: str, inputs: Inputs, tmp_path: Path) -> None:  # noqa: F811
     out = begin(name, inputs, tmp_path / "raced")
     ready, go = tmp_path / "ready", tmp_path / "go"

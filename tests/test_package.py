@@ -70,22 +70,3 @@ def test_the_image_is_built_from_what_the_wheel_needs() -> None:
     assert sent == copied
     *_, user, _, entry, _ = lines
     assert (user, entry) == ("USER 1000", 'ENTRYPOINT ["reglue"]')
-
-
-@pytest.mark.network
-def test_a_new_environment_with_the_base_alone_draws(wheel: Path, tmp_path: Path) -> None:
-    uv, python = Path(sys.executable).parent / "uv", tmp_path / "venv" / "bin" / "python"
-    subprocess.run([uv, "venv", "--python", sys.executable, tmp_path / "venv"], check=True)
-    subprocess.run([uv, "pip", "install", "--python", python, wheel], check=True)
-    there = "from reglue.extras import *; print([m for ms in EXTRAS.values() for m in ms if is_installed(m)])"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-    def run(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-        result = subprocess.run([python, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert result.returncode == code, result.stderr
-        return result
-
-    assert run("-c", there).stdout == "[]\n"
-    run("-m", "reglue", "sample", "starter", "--out", "clothes", "--count", "2", "--steps", "2")
-    lacking = run("-m", "reglue", "report", "starter", code=2).stderr
-    assert lacking == "reglue: report needs matplotlib: run `pip install 'reglue[train]'`\n"

@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext, redirect_stderr, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import reduce
@@ -197,8 +197,8 @@ def main() -> None:
 
             stopping.answers(tell)
             with stopping.at_work(), stage(arguments[0]), quiet() if QUIET in sys.argv else nullcontext():
-                save(options, arguments)
-                command(options)
+                with saving(options, arguments):
+                    command(options)
                 say_what_follows(options)
     except SystemExit:
         raise
@@ -215,16 +215,40 @@ def tell() -> None:
     Bar.write(f"reglue: {printable(state())}, {memory_told()}\n", file=sys.stderr, end="")
 
 
-def save(options: Any, arguments: list[str]) -> None:
-    """Write the options to the file of `--save-config`, if there is one, by one process for all."""
-    name, *rest = arguments
-    if file := taken(SAVE_CONFIG, rest)[0]:
-        from reglue import config_files
-        from reglue.training import distributed
+@contextmanager
+def saving(options: Any, arguments: list[str]) -> Iterator[None]:
+    """Write the options to the file of `--save-config`, if there is one, by one process for all.
 
+    That is done before the command in the block, or, in the folder that the command makes and wants empty, when it has
+    ended or was stopped. Raises UserError if the file is a folder, or where the output goes.
+    """
+    name, *rest = arguments
+    given, _ = taken(SAVE_CONFIG, rest)
+    if not given:
+        yield
+        return
+    from reglue import config_files
+    from reglue.training import distributed
+
+    def save() -> None:
         if distributed.is_first():
             words, _, default = begin(name, rest, use_file=False)
-            config_files.save(Path(file), words, options, default)
+            config_files.save(file, words, options, default)
+
+    file, out = Path(given), getattr(options, "out", None)
+    if file.is_dir() or (out and out.resolve().is_relative_to(file.resolve())):
+        raise UserError(f"{SAVE_CONFIG} {file}: a folder or the output is there; choose another file, say {name}.yaml")
+    later = out and file.resolve().is_relative_to(out.resolve())
+    if not later:
+        save()
+    try:
+        yield
+    except Stopped:
+        if later:
+            save()
+        raise
+    if later:
+        save()
 
 
 def say_what_follows(options: Any) -> None:

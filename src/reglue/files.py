@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
+from filecmp import cmp
 from functools import cache
 from itertools import cycle
 from math import isfinite
@@ -115,18 +116,23 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, again: bool = False) -> Iterator[Path]:
     """A folder beside `path` to fill, which becomes `path` when the block ends well; otherwise nothing is left of it.
 
-    Raises UserError as `refuse_filled`, and where the system says that a file cannot be written but not which.
+    With `again` all that the block writes may be at `path` already, and then stays. Raises UserError as
+    `refuse_filled`, and where the system says that a file cannot be written but not which.
     """
-    refuse_filled(path)
+    if not again:
+        refuse_filled(path)
     place = path.resolve()  # "." has no name.
     beside = place.with_name(place.name + BESIDE)
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         yield beside
+        if again and _is_within(beside, place):
+            return
+        refuse_filled(path)
         if place == Path.cwd():
             # Whoever works in this folder would be left in one that is gone.
             for part in beside.iterdir():
@@ -143,6 +149,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _is_within(folder: Path, other: Path) -> bool:
+    """Whether every file of a folder is in another one, too, with the same content."""
+    files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    return all((other / file).is_file() and cmp(folder / file, other / file, shallow=False) for file in files)
 
 
 def file_sha256(path: Path) -> str:

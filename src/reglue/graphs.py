@@ -353,8 +353,9 @@ def save_onnx(
         verbose=False,
     )
     assert program is not None
-    without_origins(program.model_proto)
-    onnx.save(program.model_proto, str(file))
+    model = program.model_proto  # a new one each time
+    without_origins(model)
+    onnx.save(model, str(file))
     if precision == "float16":
         as_float16(file)
     elif precision == "int8":

@@ -31,6 +31,7 @@ from reglue.diffusion.predictions import PREDICTIONS
 from reglue.diffusion.samplers import SAMPLERS, Start
 from reglue.diffusion.schedules import Schedule
 from reglue.editing.editor import Editor
+from reglue.editing.encoding import ImageEncoder
 from reglue.encoders import tiling
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.errors import UserError, option
@@ -164,6 +165,12 @@ class ImageModel(Editor):
     def is_graph(self) -> bool:
         """Whether its networks are graphs of another runtime, which have the precision that they were exported in."""
         return isinstance(self.denoiser, graphs.GraphDenoiser)
+
+    def image_encoder(self, target: bool = False) -> ImageEncoder:
+        """See `Editor.image_encoder`. Raises UserError for graphs, too, of which none encodes images here."""
+        if self.is_graph:
+            raise UserError(f"{self.folder} was exported to ONNX: edit with the run that it was made of")
+        return super().image_encoder(target)
 
     @property
     def device(self) -> torch.device:

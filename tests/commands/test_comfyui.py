@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -158,3 +159,15 @@ def test_what_is_missing_is_named(pack: Path, monkeypatch: pytest.MonkeyPatch) -
         imported(pack).comfy_entrypoint()
     with pytest.raises(UserError, match="shapes holds other files"):
         export_run(reglue.ExportRun(pack, pack, to="comfyui"))
+
+
+def test_a_pack_that_is_there_stays(pack: Path, tiny_run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(pack, tmp_path / pack.name))
+    options = parse(["export", str(tiny_run), "--to", "comfyui", "--out", str(copy)])
+    (copy / "mine.txt").touch()
+    export_run(options)
+    (copy / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="shapes holds other files"):
+        export_run(options)
+    assert (copy / "README.md").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [pack.name]

@@ -14,6 +14,7 @@ from zipfile import ZipFile
 
 import pytest
 import torch
+from PIL import Image
 
 import reglue
 from reglue.cli import parse
@@ -71,6 +72,8 @@ def test_what_a_runtime_needs_is_described(exported: Path, tiny_run: Path) -> No
     for graph in described["graphs"]:
         assert (exported / graph["file"]).stat().st_size == graph["bytes"]
         assert graph["difference"] < 1e-4
+        content = (exported / graph["file"]).read_bytes()
+        assert not any(module.__path__[0].encode() in content for module in (reglue, torch))
 
 
 @pytest.mark.parametrize(("shrink", "share", "bound"), [(as_float16, 0.8, 0.01), (as_int8, 0.8, 0.2)])
@@ -94,6 +97,10 @@ def test_a_graph_is_not_exported_again_nor_trained_on(exported: Path, tmp_path: 
         export_run(parse(["export", str(exported), "--to", "onnx", "--out", str(tmp_path / "again")]))
     with pytest.raises(UserError, match="was exported to ONNX: save the run that it was made of"):
         reglue.load(exported).save(tmp_path / "saved")
+    with pytest.raises(UserError, match="was exported to ONNX: edit with the run that it was made of"):
+        reglue.load(exported).edit(Image.new("RGB", (16, 16)), keep=("local",))
+    with pytest.raises(UserError, match=r"denoiser\.onnx is a graph, not weights; give the run that it was made of"):
+        export_run(parse(["export", str(exported), "--out", str(tmp_path / "weights.safetensors")]))
 
 
 def test_a_damaged_graph_is_named(exported: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from reglue.files import new_folder, refuse_filled, replacing, save_tensors, to_
 from reglue.locks import writes
 from reglue.options.export_run import ExportRun, Target
 from reglue.pipeline import ImageModel, load
-from reglue.portable import NODES, template
+from reglue.portable import INDEX, NODES, template
 from reglue.published import sharing
 from reglue.published.containers import RECORD, STEP
 from reglue.published.families import (
@@ -75,18 +75,20 @@ def export_run(options: ExportRun) -> Path:
 
 
 def export_folder(options: ExportRun) -> Path:
-    """Write the run as a new folder for another program. Returns it.
+    """Write the run as a folder for another program, which stays if it is there just so. Returns it.
 
     Raises UserError if the folder holds other files, what is needed is not installed, or the run cannot be told so.
     """
-    refuse_filled(options.out)
+    mark, fill = FOLDERS[options.to]
+    if not (options.out / mark).is_file():
+        refuse_filled(options.out)
     for package in graphs.FORMATS[options.to].packages if options.to in graphs.FORMATS else ():
         graphs.needed(package)
     model = load(options.run, step=options.step, device="cpu", encoder=options.encoder)
     if model.is_graph:
         raise UserError(f"{options.run} was exported to ONNX already; export the run that it was made of")
-    with new_folder(options.out) as beside:
-        said = FOLDERS[options.to](model, beside, options)
+    with new_folder(options.out, again=True) as beside:
+        said = fill(model, beside, options)
     print("\n".join(said))
     return options.out
 
@@ -170,10 +172,10 @@ def write_nodes(model: ImageModel, folder: Path, options: ExportRun) -> list[str
     return [f"{options.out}: move it into ComfyUI's custom_nodes; {options.out / sharing.CARD} says what is there"]
 
 
-FOLDERS: dict[Target, Callable[[ImageModel, Path, ExportRun], list[str]]] = {
-    "onnx": write_graphs,
-    "torch": write_graphs,
-    "diffusers": write_pipeline,
-    "comfyui": write_nodes,
+FOLDERS: dict[Target, tuple[str, Callable[[ImageModel, Path, ExportRun], list[str]]]] = {
+    "onnx": (graphs.DESCRIPTION, write_graphs),
+    "torch": (graphs.DESCRIPTION, write_graphs),
+    "diffusers": (INDEX, write_pipeline),
+    "comfyui": (NODES, write_nodes),
 }
-"""What fills the new folder of each target."""
+"""Target → a file that its folder has, and what fills it."""

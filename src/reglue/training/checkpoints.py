@@ -266,7 +266,9 @@ def weights_sha256(run: Path, step: int | None = None, weights: Weights = "ema")
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file. Raises UserError if it is missing or damaged."""
+    """The tensors of a checkpoint file. Raises UserError if it is missing or damaged, and for a graph."""
+    if file.name == GRAPH:
+        raise UserError(f"{file} is a graph, not weights; give the run that it was made of")
     return read_tensors(file, REMEDY, sealed=True)
 
 
