@@ -101,7 +101,7 @@ class Options:
     run: Positional[str]
     """A run with a local map."""
     images: Positional[Path]
-    """Real images that it has not learned from, in folders named as its classes."""
+    """Real images that it has not learned from, in folders named as its classes where it has any."""
     train: Path
     """Real images of the same kind, which teach the classifier and stand for what is real."""
     out: Path
@@ -142,14 +142,17 @@ class Measuring:
 
     def files(self, folder: Path, count: int) -> list[Path]:
         """So many images of a folder, of each class in turn. Raises UserError where there are too few."""
-        each = [sorted((folder / name).glob("*")) for name in self.names]
-        if count > len(each) * min(map(len, each)):
-            raise UserError(f"{folder} has too few images for {count}, of {', '.join(self.names)} in turn")
-        return [each[i % len(each)][i // len(each)] for i in range(count)]
+        each = [sorted((folder / name).glob("*")) for name in self.names] or [sorted(folder.glob("*"))]
+        turns, least = -(-count // len(each)), min(map(len, each))
+        if turns > least:
+            raise UserError(f"{folder} has too few images for {count} of {', '.join(self.names) or 'no class'} in turn")
+        # Frames of a film are alike, so those of one class are taken from all over it.
+        step = 1 if self.names else least // turns
+        return [each[i % len(each)][i // len(each) * step] for i in range(count)]
 
     def labels_of(self, files: Sequence[Path]) -> Tensor:
         """The classes of images by number, (N,)."""
-        return torch.tensor([self.names.index(file.parent.name) for file in files])
+        return torch.tensor([self.names.index(file.parent.name) if self.names else 0 for file in files])
 
     def pixels(self, images: Sequence[Image.Image | Path]) -> Tensor:
         """Images as the model sees them, uint8 (N, 3, H, W)."""
@@ -210,31 +213,36 @@ class Measuring:
             self.note(f"real images: {name}", partial(self.beside, files))
         self.note("curves: decoded", partial(self.curves, "", {"keep": tuple(self.model.denoiser.config.shapes())}))
         for title, rows in WAYS.items():
-            for name, way in rows.items() if title != "painting" or self.options.head else ():
-                self.note(f"{title}: {name}", partial(getattr(self, title), name, way))
+            for name, way in rows.items():
+                if self.possible(title, way):
+                    self.note(f"{title}: {name}", partial(getattr(self, title), name, way))
         self.report()
 
-    def right(self, pixels: Tensor) -> float:
-        """The share of images that the classifier takes for the subjects' classes."""
-        return self.judge.accuracy(pixels, self.labels)
+    def possible(self, title: str, way: Figures | None) -> bool:
+        """Whether there are the classes and the head that a row takes."""
+        of_classes = title == "conflicts" or "guidance_scale" in (way or {})
+        return bool((self.names or not of_classes) and (self.options.head or title != "painting"))
+
+    def right(self, pixels: Tensor) -> Figures:
+        """The share of images that the classifier takes for the subjects' classes, where there are any."""
+        return {"class": self.judge.accuracy(pixels, self.labels)} if self.names else {}
 
     def beside(self, files: Sequence[Path]) -> Figures:
         """What images of the subjects' classes are to them."""
         pixels = self.pixels(files)
-        return {"cosine": self.agreement(pixels).mean(), "class": self.right(pixels)}
+        return {"cosine": self.agreement(pixels).mean()} | self.right(pixels)
 
     def curves(self, name: str, way: Figures) -> Figures:
         """What edits keep, and how they vary."""
-        classes = self.labels.tolist() if "guidance_scale" in way else ()
+        classes = self.labels.tolist() if self.names and "guidance_scale" in way else ()
         second, first = (self.edited(way, classes=classes, edit=edit) for edit in (1, 0))
         cosine = self.agreement(first).mean((1, 2))
         return {
             "cosine": cosine.mean(),
             "error": cosine.std() / len(cosine) ** 0.5,
             "pixels": (first.float() - self.pixels(self.subjects).float()).abs().mean(),
-            "class": self.right(first),
             "variety": self.difference(first, second).mean(),
-        }
+        } | self.right(first)
 
     def painting(self, name: str, way: Figures | None) -> Figures:
         """What a head sees of paintings, in edits or in the images themselves."""
@@ -251,7 +259,7 @@ class Measuring:
         maps = head.predict(self.encoder.describe(pixels), self.encoder.spec.layers, self.size).cpu()
         found = DepthAgreement() if depth else ClassAgreement(head.spec.outputs)
         figure = found.measure(found.counts(maps, torch.from_numpy(paintings)).sum(0))
-        return {"correlation" if depth else "miou": figure[found.names[0]], "class": self.right(pixels)}
+        return {"correlation" if depth else "miou": figure[found.names[0]]} | self.right(pixels)
 
     def inpainting(self, name: str, way: Figures) -> Figures:
         """The right half drawn anew to fit the left one."""
@@ -261,7 +269,7 @@ class Measuring:
         cosine, both = self.agreement(drawn), (self.pixels(self.subjects).float(), drawn.float())
         own, jumps = ((one[..., middle] - one[..., middle - 1]).abs().mean() for one in both)
         right = cosine[..., cosine.shape[-1] // 2 :].mean()
-        return {"cosine": right, "class": self.right(drawn), "seam": jumps / own}
+        return {"cosine": right, "seam": jumps / own} | self.right(drawn)
 
     def conflicts(self, name: str, way: Figures) -> Figures:
         """The map of one class under the name of the next."""
@@ -269,16 +277,16 @@ class Measuring:
         drawn = self.edited({**way, "sampler": "adams-bashforth"}, classes=asked.tolist())
         return {
             "asked": self.judge.accuracy(drawn, asked),
-            "class": self.right(drawn),
             "cosine": self.agreement(drawn).mean(),
             "change": self.difference(drawn, self.pixels(self.subjects)).mean(),
-        }
+        } | self.right(drawn)
 
     def realism(self, name: str, way: Figures | None) -> Figures:
         """How near images are to real ones."""
         files = self.files(self.options.images, self.options.realism)
         if name == "samples":
-            self.last = self.model.generate(self.labels_of(files).tolist(), seed=SEED, **self.quick)
+            labels = self.labels_of(files).tolist() if self.names else None
+            self.last = self.model.generate(labels, count=len(files), seed=SEED, **self.quick)
         pixels = self.edited(way, files) if way else self.pixels(self.last or files)
         reference = self.pixels(self.files(self.options.train, 2 * self.options.realism))
         generated, real = (
@@ -297,7 +305,7 @@ class Measuring:
             points = {float(name.split()[-1]): row for name, row in self.notes.results.items()
                       if name.startswith(f"curves: {what} ")}  # fmt: skip
             for key in ("cosine", "class", "variety"):
-                axis.plot([*points], [row[key] for row in points.values()], "o-", label=key)
+                axis.plot([*points], [row.get(key, np.nan) for row in points.values()], "o-", label=key)
             axis.axhline(self.notes.results["real images: another of the class"]["cosine"], color="C0", ls=":")
             axis.set(xlabel=flag, ylim=(0, 1.02))
         axes[0].legend()

@@ -12,14 +12,15 @@ import pytest
 from PIL import Image
 
 import domains
+import editing
 
 NAMES = [*domains.DOMAINS["streets"].masks, "unlabelled"]
 
 
-def photographs(folder: Path, count: int) -> list[Path]:
+def photographs(folder: Path, count: int, named: str = "") -> list[Path]:
     """Images of 40×32 pixels."""
     folder.mkdir(parents=True)
-    files, draws = [folder / f"{i:06d}.png" for i in range(count)], np.random.default_rng(0)
+    files, draws = [folder / f"{named}{i:06d}.png" for i in range(count)], np.random.default_rng(0)
     for file in files:
         Image.fromarray(draws.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(file)
     return files
@@ -51,7 +52,7 @@ def camera(tmp_path: Path) -> Path:
     folder = tmp_path / "camera"
     for part in ("train", "val", "test"):
         (folder / part / "masks").mkdir(parents=True)
-        for file in photographs(folder / part / "images", 6):
+        for file in photographs(folder / part / "images", 6, part):
             labels = np.arange(32 * 40, dtype=np.uint8).reshape(32, 40) % len(NAMES)
             Image.fromarray(labels).save(folder / part / "masks" / file.name)
     (folder / "classes.txt").write_text("\n".join(NAMES))
@@ -99,11 +100,10 @@ def test_from_an_archive_to_a_table(tmp_path: Path, blood: Path, tiny_encoder: s
     assert "| from nothing, 2 steps | " in (work / "table.md").read_text()
     with Image.open(work / "grid.png") as grid:
         assert (grid.width, grid.height) == (6 * 16 + 5 * 2, 2 * 16 + 2)
-    other = line("cells", blood, tmp_path / "other", tiny_encoder, tiny_autoencoder)
-    domains.main([*other, "--start", str(work / "runs" / "from-nothing")])
-    results = json.loads((tmp_path / "other" / "results.json").read_text())
+    domains.main([*given, "--start", str(work / "runs" / "from-nothing")])
+    results = json.loads((work / "results.json").read_text())
     assert {"from another run, 1 steps", "from another run, 2 steps"} < {*results}
-    record = json.loads((tmp_path / "other" / "runs" / "from-another-run" / "run.json").read_text())
+    record = json.loads((work / "runs" / "from-another-run" / "run.json").read_text())
     assert record["start"]
     capsys.readouterr()
     with pytest.raises(SystemExit):
@@ -113,7 +113,9 @@ def test_from_an_archive_to_a_table(tmp_path: Path, blood: Path, tiny_encoder: s
     )
 
 
-def test_masks_make_a_head(tmp_path: Path, camera: Path, tiny_encoder: str, tiny_autoencoder: str) -> None:
+def test_masks_make_a_head_which_edits_are_measured_by(
+    tmp_path: Path, camera: Path, tiny_encoder: str, tiny_autoencoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work = tmp_path / "work"
     domains.main(line("streets", camera, work, tiny_encoder, tiny_autoencoder))
     assert (work / "head" / "head.safetensors").is_file()
@@ -122,3 +124,21 @@ def test_masks_make_a_head(tmp_path: Path, camera: Path, tiny_encoder: str, tiny
     }
     with Image.open(next((work / "images" / "held-out" / "masks").iterdir())) as mask:
         assert 11 not in np.unique(np.asarray(mask))
+    ends = {title: [*rows.items()][:1] + [*rows.items()][-1:] for title, rows in editing.WAYS.items()}
+    ends["curves"] = [*editing.ways("guidance", "guidance_scale", (2.0,)).items(), *ends["curves"][:1]]
+    monkeypatch.setattr(editing, "WAYS", {title: dict(rows) for title, rows in ends.items()})
+    images, out = work / "images", tmp_path / "measured"
+    sides = [str(images / "held-out" / "images"), "--train", str(images / "training" / "images")]
+    painted = ["--masks", str(images / "held-out" / "masks"), "--head", str(work / "head"), "--out", str(out)]
+    few = ["--count=3", "--realism=6", "--sampler=euler", "--steps=2"]
+    editing.main([str(work / "runs" / "from-nothing"), *sides, *painted, *few])
+    results = json.loads((out / "results.json").read_text())
+    assert {name.partition(":")[0] for name in results} == {
+        "real images",
+        "curves",
+        "painting",
+        "inpainting",
+        "realism",
+    }
+    assert {"miou", "seconds"} == {*results["painting: scale 30"]}
+    assert "curves: guidance 2" not in results  # There are no classes to guide to.
