@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from measures import Notes, mistakes_in
 from reglue.data.images import crop_to, decode
@@ -28,6 +28,8 @@ from reglue.progress import Bar
 from reglue.seeds import permutation, torch_generator
 
 LEARNING_RATE, BATCH = 1e-3, 16
+BACKBONE, STRIDES = "regnetx_002", (2, 4)
+"""Of timm, and which of its maps are read: an eighth and a thirty-second of the image."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,22 @@ class Options:
     """Of weights and batches; the shares of the real images are those of the first one."""
     steps: int = 2000
     """Of every arm, of 16 images each."""
+
+
+class Segmenter(nn.Module):
+    """A small network of timm with linear layers on two of its strides, as in LR-ASPP; from random weights."""
+
+    def __init__(self, classes: int, backbone: str = BACKBONE) -> None:
+        super().__init__()
+        self.backbone = timm.create_model(backbone, features_only=True, out_indices=STRIDES)
+        widths = self.backbone.feature_info.channels()  # type: ignore[reportCallIssue]
+        self.heads = nn.ModuleList(nn.Conv2d(width, classes, 1) for width in widths)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores (B, classes, H, W) of images (B, 3, H, W) between -1 and 1."""
+        fine, coarse = (head(found) for head, found in zip(self.heads, self.backbone(images), strict=True))
+        fine = fine + F.interpolate(coarse, fine.shape[-2:], mode="bilinear")
+        return F.interpolate(fine, images.shape[-2:], mode="bilinear")
 
 
 class Pairs:
@@ -100,10 +118,10 @@ class Study:
         self.notes.write(name, {"miou": self.miou(self.trained(images, masks, weights, seed, name))})
 
     def trained(self, images: Tensor, masks: Tensor, weights: Tensor, seed: int, name: str) -> nn.Module:
-        """A segmenter (LR-ASPP on MobileNetV3, from random weights), mirrored images at random."""
+        """A segmenter, with images mirrored at random."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=self.real.classes)
+            network = Segmenter(self.real.classes)
         draws, steps = torch_generator(seed, "batches"), self.options.steps
         optimiser = torch.optim.AdamW(network.parameters(), LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps)
@@ -112,7 +130,7 @@ class Study:
             x, y = images[rows].float() / 127.5 - 1, masks[rows]
             mirrored = torch.rand(BATCH, generator=draws) < 0.5
             x, y = (torch.where(mirrored.view(-1, *[1] * (one.ndim - 1)), one.flip(-1), one) for one in (x, y))
-            loss = F.cross_entropy(network(x)["out"], y, ignore_index=IGNORE)
+            loss = F.cross_entropy(network(x), y, ignore_index=IGNORE)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -122,7 +140,7 @@ class Study:
     @torch.inference_mode()
     def miou(self, network: nn.Module) -> float:
         """On the images of `test`."""
-        found = [network(some.float() / 127.5 - 1)["out"].argmax(1) for some in self.test.images.split(BATCH)]
+        found = [network(some.float() / 127.5 - 1).argmax(1) for some in self.test.images.split(BATCH)]
         return mean_iou(confusions(torch.cat(found), self.test.masks, self.real.classes).sum(0))
 
     def report(self) -> None:
