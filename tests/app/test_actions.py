@@ -35,7 +35,7 @@ from reglue.app.drawing import EACH, NO_CLASS, Wish
 from reglue.app.editing import KEEP, SWAP, EditWish, Painted
 from reglue.app.uploads import read_upload
 from reglue.app.visitor import Visitor
-from reglue.app.work import Done, Failed, Halted, Report, Work, at_work
+from reglue.app.work import MOST_WAITING, Done, Failed, Halted, Report, Stopped, Turns, Waiting, Work, at_work
 from reglue.app.workshop import Run, Workshop
 from reglue.commands.prototypes import prototypes
 from reglue.data.images import ImageFolder
@@ -130,7 +130,7 @@ def test_no_class_is_drawn_and_has_no_command_line(workshop: Workshop) -> None:
 
 
 def test_work_can_be_stopped_fails_in_a_line_and_waits_for_its_turn(capsys: pytest.CaptureFixture[str]) -> None:
-    lock, begun, ended = threading.Lock(), threading.Event(), threading.Event()
+    turns, begun, ended = Turns(), threading.Event(), threading.Event()
 
     def endless(work: Work) -> None:
         try:
@@ -141,14 +141,20 @@ def test_work_can_be_stopped_fails_in_a_line_and_waits_for_its_turn(capsys: pyte
         finally:
             ended.set()
 
-    first = at_work(endless, lock)
+    first = at_work(endless, turns)
     assert next(first) == Report(0.5)
     begun.wait()
-    second = at_work(lambda _: 7, lock)
-    assert lock.locked()
+    waiting = list[Work]()
+    second, third, fourth = at_work(lambda _: 7, turns), at_work(endless, turns, waiting), at_work(endless, turns)
+    assert [next(one) for one in (second, third, fourth)] == [Waiting(1), Waiting(2), Waiting(3)]
+    waiting[0].stop()
+    assert [one for one in third if one != Waiting(2)] == [Stopped()]
+    assert not waiting
+    assert next(one for one in fourth if one != Waiting(3)) == Waiting(2)
+    fourth.close()  # type: ignore[reportAttributeAccessIssue], a generator
     first.close()  # type: ignore[reportAttributeAccessIssue], a generator
     assert ended.wait(5)
-    (done,) = second
+    (done,) = (one for one in second if one != Waiting(1))
     assert isinstance(done, Done)
     assert done.value == 7
 
@@ -156,13 +162,32 @@ def test_work_can_be_stopped_fails_in_a_line_and_waits_for_its_turn(capsys: pyte
         def action(_: Work) -> None:
             raise error
 
-        return [*at_work(action, lock)]
+        return [*at_work(action, turns)]
 
     assert fails(UserError("no such thing; choose another")) == [Failed("no such thing; choose another")]
-    assert fails(Halted()) == []
+    assert fails(Halted()) == [Stopped()]
     (failed,) = fails(KeyError("x"))
     assert failed.reason.startswith("a defect (KeyError)")
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_too_many_who_wait_are_sent_away_and_a_visitor_who_leaves_ends_all_of_theirs(tmp_path: Path) -> None:
+    turns, visitor = Turns(), Visitor(tmp_path)
+
+    def endless(work: Work) -> None:
+        while True:
+            work.say(0.5)
+            time.sleep(0.001)
+
+    works = [at_work(endless, turns, visitor.works[f"tab {i % 2}"]) for i in range(MOST_WAITING + 1)]
+    assert [next(one) for one in works] == [Report(0.5), *map(Waiting, range(1, MOST_WAITING + 1))]
+    assert [*at_work(endless, turns)] == [Failed(f"{MOST_WAITING} are waiting already; try again in a while")]
+    visitor.stop("tab 1")
+    assert [*works[1]][-1] == Stopped()
+    visitor.leave()
+    assert [[*one][-1] for one in works if one is not works[1]] == [Stopped()] * MOST_WAITING
+    (done,) = at_work(lambda _: 7, turns)
+    assert isinstance(done, Done)
 
 
 def test_a_drawing_stops_at_its_next_evaluation(workshop: Workshop) -> None:

@@ -250,11 +250,17 @@ def test_a_second_visitor_waits_and_stop_works(page: Any, browser: Any, address:
     set_number(second, "#draw-knobs", "count", 1)
     set_number(second, "#draw-knobs", "steps", 1)
     second.click("#draw")
-    second.get_by_text("queue:").wait_for()
+    second.get_by_text("waiting, 1 before you").wait_for()
+    second.click("#draw-stop")
+    second.get_by_text("stopped").wait_for()
+    second.click("#draw")
+    second.get_by_text("waiting, 1 before you").wait_for()
     began = time.monotonic()
     page.click("#draw-stop")
     page.get_by_text("stopped").wait_for()
+    second.get_by_text("done in").wait_for()
     assert len(shown(second, "#drawn")) == 2
+    assert page.locator("#draw-status").inner_text() == "stopped"
     assert page.locator("#drawn [data-index]").count() == 0
     assert time.monotonic() - began < PATIENCE / 1000
     second.close()

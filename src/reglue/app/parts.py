@@ -13,11 +13,11 @@ import gradio as gr
 from reglue.app import pictures
 from reglue.app.uploads import MOST_BYTES, read_upload
 from reglue.app.visitor import Visitor
-from reglue.app.work import Failed, Report, Work, at_work
+from reglue.app.work import Failed, Report, Stopped, Turns, Waiting, Work, at_work
 from reglue.errors import UserError, printable
 
-LONG = {"concurrency_id": "long", "concurrency_limit": 1, "show_progress": "minimal"}
-"""Of events that take long: one at a time for all visitors, and whoever comes second sees their place in the queue."""
+LONG = {"concurrency_limit": None, "show_progress": "hidden"}
+"""Of events that take long. They begin at once and wait for their turn in `shown_while`, which says so."""
 QUICK = {"queue": False, "show_progress": "hidden"}
 """Of events that take no time."""
 STATIC = resources.files("reglue.app") / "static"
@@ -78,6 +78,14 @@ class Visitors:
                 self._known[name] = Visitor(self.folder / f"visitor-{self.count}")
             return self._known[name]
 
+    def stopping(self, tab: str) -> Callable[[gr.Request], None]:
+        """What a Stop button does."""
+
+        def stop(request: gr.Request) -> None:
+            self.of(request).stop(tab)
+
+        return stop
+
     def leave(self, request: gr.Request) -> None:
         """The page is closed: nothing of it stays."""
         visitor = self.of(request)
@@ -106,7 +114,8 @@ def problem(text: str) -> str:
 
 def shown_while(
     action: Callable[[Work], Any],
-    lock: threading.Lock,
+    turns: Turns,
+    works: list[Work],
     verb: str,
     glimpse: Callable[[Report], Sequence[Any]] | None,
     finish: Callable[[Any], Sequence[Any]],
@@ -114,14 +123,19 @@ def shown_while(
 ) -> Iterator[tuple[Any, ...]]:
     """Run an action and yield the status and, for `count` other outputs, what they become as it goes on.
 
+    It alone writes the status, also when one of `works` is stopped: two that write it would overtake each other.
     `glimpse` makes that of a report with pictures, `finish` of what has come out; nothing else changes them.
     """
     same = [gr.skip()] * count
     yield pictures.progress(0, f"{verb} …"), *same
-    for news in at_work(action, lock):
+    for news in at_work(action, turns, works):
         if isinstance(news, Report):
             what = f"{verb} {news.what}".strip()
             yield pictures.progress(news.share, what), *(glimpse(news) if glimpse and news.images else same)
+        elif isinstance(news, Waiting):
+            yield pictures.note(f"waiting, {news.before} before you"), *same
+        elif isinstance(news, Stopped):
+            yield pictures.note("stopped"), *same
         elif isinstance(news, Failed):
             yield problem(news.reason), *same
         else:

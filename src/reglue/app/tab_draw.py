@@ -38,8 +38,8 @@ class DrawTab:
                 self.shown = tiles(EMPTY, "drawn")
                 line = command_box("the same from the command line", "draw-command")
         inputs, outputs = [self.runs, *self.knobs.inputs], [status, self.shown, line]
-        drawn = go.click(self.on_draw, inputs, outputs, show_progress_on=[status], **LONG)
-        stop.click(lambda: pictures.note("stopped"), None, status, cancels=[drawn], **QUICK)
+        go.click(self.on_draw, inputs, outputs, **LONG)
+        stop.click(visitors.stopping("draw"), **QUICK)
 
     def on_draw(self, request: gr.Request, titles: list[str], *values: Any) -> Iterator[tuple[Any, ...]]:
         """Draw with the runs that are chosen, one after the other."""
@@ -75,4 +75,4 @@ class DrawTab:
             text = "\n".join(filter(None, lines))
             return rows(lossy=False), gr.update(value=text, visible=bool(text))
 
-        yield from shown_while(action, self.workshop.at_work, "drawing", glimpse, finish, 2)
+        yield from shown_while(action, self.workshop.turns, visitor.works["draw"], "drawing", glimpse, finish, 2)

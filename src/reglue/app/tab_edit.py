@@ -81,8 +81,8 @@ class EditTab:
         more = [self.strength, self.until, self.feather, self.resample, self.flow, self.source]
         inputs = [self.board, self.run, *self.held, *more, *self.knobs.inputs]
         done = [self.status, self.shown, self.line]
-        edited = self.go.click(self.on_edit, inputs, done, show_progress_on=[self.status], **LONG)
-        self.stop.click(lambda: pictures.note("stopped"), None, self.status, cancels=[edited], **QUICK)
+        self.go.click(self.on_edit, inputs, done, **LONG)
+        self.stop.click(self.visitors.stopping("edit"), **QUICK)
 
     def view(self, visitor: Visitor, title: str) -> dict[str, Any]:
         """What the canvas is told, images as addresses."""
@@ -185,4 +185,4 @@ class EditTab:
             shown = pictures.tiles(visitor.edits, alts, first=0, action="make it the image at hand")
             return shown, gr.update(value=line, visible=True)
 
-        yield from shown_while(action, self.workshop.at_work, "editing", glimpse, finish, 2)
+        yield from shown_while(action, self.workshop.turns, visitor.works["edit"], "editing", glimpse, finish, 2)

@@ -29,14 +29,14 @@ class SeeTab:
         self.board = board("places", "places", view=None)
         self.shown = gr.HTML("", elem_id="seen", apply_default_css=False)
         outputs = [self.status, self.board, self.shown]
-        self.board.uploaded(self.on_image, self.run, outputs, show_progress_on=[self.status], **LONG)
+        self.board.uploaded(self.on_image, self.run, outputs, **LONG)
         self.board.refused(refused, None, self.status, **QUICK)
-        self.run.change(self.on_look, self.run, outputs, show_progress_on=[self.status], **LONG)
+        self.run.change(self.on_look, self.run, outputs, **LONG)
 
     def listen(self, tab: gr.Tab) -> None:
         """Look at the image at hand whenever the tab is opened."""
         outputs = [self.status, self.board, self.shown]
-        tab.select(self.on_look, self.run, outputs, show_progress_on=[self.status], **LONG)
+        tab.select(self.on_look, self.run, outputs, **LONG)
 
     def on_image(self, request: gr.Request, event: gr.EventData, title: str) -> Iterator[tuple[Any, ...]]:
         """An image was dropped: it becomes the one at hand."""
@@ -65,7 +65,7 @@ class SeeTab:
         def finish(seen: Seen) -> Any:
             return gr.update(view=self.view(seen)), self.rows(seen)
 
-        yield from shown_while(action, self.workshop.at_work, "looking", None, finish, 2)
+        yield from shown_while(action, self.workshop.turns, visitor.works["see"], "looking", None, finish, 2)
 
     @staticmethod
     def view(seen: Seen) -> dict[str, Any]:

@@ -47,8 +47,8 @@ class WatchTab:
             event(self.on_tick, self.inputs, self.outputs, **QUICK)
         at = [self.runs, self.step]
         self.step.input(self.on_step, at, self.shown, trigger_mode="always_last", **QUICK)
-        drawn = go.click(self.on_draw, at, [status, self.shown], show_progress_on=[status], **LONG)
-        stop.click(lambda: pictures.note("stopped"), None, status, cancels=[drawn], **QUICK)
+        go.click(self.on_draw, at, [status, self.shown], **LONG)
+        stop.click(visitors.stopping("watch"), **QUICK)
 
     def listen(self, tab: gr.Tab, others: list[gr.Tab]) -> None:
         """Look while the tab is open."""
@@ -99,7 +99,7 @@ class WatchTab:
             visitor.samples = samples
             return [self.pictures(visitor, titles, step)]
 
-        yield from shown_while(action, self.workshop.at_work, "drawing", None, finish, 1)
+        yield from shown_while(action, self.workshop.turns, visitor.works["watch"], "drawing", None, finish, 1)
 
     def pictures(self, visitor: Visitor, titles: list[str], step: float) -> str:
         """The preview and the samples of each run that are nearest to a step."""

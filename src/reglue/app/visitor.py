@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
+from reglue.app.work import Work
 from reglue.errors import UserError
 
 MOST_BEFORE = 50
@@ -29,6 +31,8 @@ class Visitor:
     """What the Edit tab shows."""
     samples: dict[str, dict[int, list[Image.Image]]] = field(default_factory=dict[str, dict[int, list[Image.Image]]])
     """What the Watch tab has drawn: by the run's title and the checkpoint's step."""
+    works: dict[str, list[Work]] = field(default_factory=lambda: defaultdict[str, list[Work]](list))
+    """What is being done or waits, by the tab that asked for it."""
     written: int = 0
     """Files so far."""
 
@@ -62,6 +66,13 @@ class Visitor:
         image.save(file)
         return file
 
+    def stop(self, *tabs: str) -> None:
+        """End the work of these tabs, or of all."""
+        for tab in tabs or [*self.works]:
+            for work in [*self.works[tab]]:
+                work.stop()
+
     def leave(self) -> None:
-        """Remove all files."""
+        """End all work, and remove all files."""
+        self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -7,8 +7,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from PIL import Image
 
@@ -20,6 +21,10 @@ from reglue.pipeline import ImageModel
 
 LEAST_PAUSE = 0.25
 """Seconds between two looks at what is being drawn; decoding takes a fifth of the time at most."""
+PATIENCE = 0.5
+"""Seconds between two looks of who waits at the line before them."""
+MOST_WAITING = 16
+"""More than these are sent away: each holds a thread of the page, which has 40."""
 T = TypeVar("T")
 
 
@@ -39,13 +44,31 @@ class Report:
     """What the data look like that the model points to now, x̂₀."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Waiting:
+    """The work has not begun."""
+
+    before: int
+    """How many others go first."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The visitor has stopped the work."""
+
+
+@dataclass(eq=False)
 class Work:
     """What the work is given: to report by, and to be stopped by."""
 
-    report: Callable[[Report], object] = lambda _: None
+    report: Callable[[Any], object] = lambda _: None
     stopped: threading.Event = field(default_factory=threading.Event)
     what: str = ""
+
+    def stop(self) -> None:
+        """End it after the evaluation that it is at; whoever looks at it is told at once."""
+        self.stopped.set()
+        self.report(Stopped())
 
     def say(self, share: float, images: list[Image.Image] | None = None) -> None:
         """Report, if it is to go on. Raises Halted otherwise."""
@@ -56,6 +79,38 @@ class Work:
     def watching(self, model: ImageModel) -> Control:
         """A control that reports each step of a drawing, and its pictures now and then."""
         return _Watching(model, self)
+
+
+class Turns:
+    """One piece of work at a time, in the order in which they came."""
+
+    def __init__(self) -> None:
+        """Nobody is there."""
+        self._line: list[Work] = []
+        self._moved = threading.Condition()
+
+    @contextmanager
+    def turn(self, work: Work) -> Iterator[None]:
+        """Wait for the turn of a piece of work, and say how many go first.
+
+        Raises Halted if it is stopped before, and UserError if too many wait.
+        """
+        with self._moved:
+            if len(self._line) > MOST_WAITING:
+                raise UserError(f"{MOST_WAITING} are waiting already; try again in a while")
+            self._line.append(work)
+        try:
+            with self._moved:
+                while before := self._line.index(work):
+                    if work.stopped.is_set():
+                        raise Halted
+                    work.report(Waiting(before))
+                    self._moved.wait(PATIENCE)
+            yield
+        finally:
+            with self._moved:
+                self._line.remove(work)
+                self._moved.notify_all()
 
 
 class _Watching(Previews):
@@ -99,32 +154,37 @@ class Failed:
     reason: str
 
 
-def at_work(action: Callable[[Work], T], one_at_a_time: threading.Lock) -> Iterator[Report | Done[T] | Failed]:
-    """Run an action in a thread and yield what it reports, then what it has come to.
+News = Report | Waiting | Stopped | Done[T] | Failed
 
-    Whoever leaves the iterator stops the action, after the evaluation that it is at; no other one begins before.
+
+def at_work(action: Callable[[Work], T], turns: Turns, works: list[Work] | None = None) -> Iterator[News[T]]:
+    """Run an action in a thread when its turn comes, and yield what it reports, then what it has come to.
+
+    It is one of `works` meanwhile, so that others can stop it, as whoever leaves the iterator does. It ends after the
+    evaluation that it is at, and no other one begins before.
     """
-    news: queue.SimpleQueue[Report | Done[T] | Failed | None] = queue.SimpleQueue()
-    work = Work(news.put)
+    news: queue.SimpleQueue[News[T]] = queue.SimpleQueue()
+    work, works = Work(news.put), [] if works is None else works
 
     def run() -> None:
-        with one_at_a_time:
-            began = time.monotonic()
-            try:
+        try:
+            with turns.turn(work):
+                began = time.monotonic()
                 news.put(Done(action(work), time.monotonic() - began))
-            except Halted:
-                pass
-            except UserError as error:
-                news.put(Failed(str(error)))
-            except Exception as error:
-                traceback.print_exc()
-                news.put(Failed(f"a defect ({type(error).__name__}); its traceback is where the studio was started"))
-            finally:
-                news.put(None)
+        except Halted:
+            news.put(Stopped())
+        except UserError as error:
+            news.put(Failed(str(error)))
+        except Exception as error:
+            traceback.print_exc()
+            news.put(Failed(f"a defect ({type(error).__name__}); its traceback is where the studio was started"))
 
+    works.append(work)
     threading.Thread(target=run, daemon=True).start()
     try:
-        while (one := news.get()) is not None:
+        while isinstance(one := news.get(), Report | Waiting):
             yield one
+        yield one
     finally:
         work.stopped.set()
+        works.remove(work)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from reglue.app.work import Turns
 from reglue.editing.painting import Prototypes, load_prototypes
 from reglue.errors import UserError
 from reglue.perception.heads import Head, load_head
@@ -73,7 +74,7 @@ class Workshop:
     """By the names of their folders or files."""
     prototypes: Prototypes | None = None
     prototypes_at: Path | None = None
-    at_work: threading.Lock = field(default_factory=threading.Lock)
+    turns: Turns = field(default_factory=Turns)
     """One piece of long work has the machine at a time."""
 
     @classmethod
