@@ -179,6 +179,13 @@ class Written:
     sha256: str
     difference: float
     """Of the outputs, ‖graph − PyTorch‖ / ‖PyTorch‖ on one batch."""
+    largest: float | None = None
+    """The largest difference of a single number among them."""
+
+    @property
+    def apart(self) -> str:
+        """How far it is from PyTorch, in words."""
+        return f"{self.difference:.1e} from PyTorch" + (f", {self.largest:.1e} at most" if self.largest else "")
 
 
 @dataclass(frozen=True)
@@ -314,9 +321,9 @@ def write_graph(
             raise UserError(f"{file.name} cannot be exported to {to} ({one_line(error)})") from error
         found, expected = form.run(file, given, outputs), network(*example)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    apart = distance([found[name] for name in outputs], expected)
+    apart = distances([found[name] for name in outputs], expected)
     place = file.relative_to(folder).as_posix()
-    return Written(place, tuple(inputs), tuple(outputs), file.stat().st_size, digest, apart)
+    return Written(place, tuple(inputs), tuple(outputs), file.stat().st_size, digest, *apart)
 
 
 @dataclass(frozen=True)
@@ -398,13 +405,11 @@ def without_origins(model: Any) -> None:
                 part.ClearField(name)
 
 
-def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """‖found − expected‖ / ‖expected‖ over all tensors."""
-    difference, norm = (
-        torch.cat([part.double().flatten() for part in parts]).norm()
-        for parts in ([a - b for a, b in zip(found, expected, strict=True)], expected)
-    )
-    return (difference / norm.clamp(min=1e-12)).item()
+def distances(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
+    """‖found − expected‖ / ‖expected‖ over all tensors, and the largest difference of two numbers."""
+    graph, torchs = (torch.cat([part.double().flatten() for part in parts]) for parts in (found, expected))
+    difference = graph - torchs
+    return (difference.norm() / torchs.norm().clamp(min=1e-12)).item(), difference.abs().max().item()
 
 
 def as_float16(file: Path) -> None:

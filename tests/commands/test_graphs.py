@@ -21,7 +21,7 @@ from reglue.cli import parse
 from reglue.commands.export_run import export_run
 from reglue.commands.sample import sample
 from reglue.errors import UserError
-from reglue.graphs import FlatDenoiser, Graph, as_float16, as_int8, distance
+from reglue.graphs import FlatDenoiser, Graph, as_float16, as_int8, distances
 from reglue.run import RunRecord
 
 pytest.importorskip("onnxscript")
@@ -72,6 +72,7 @@ def test_what_a_runtime_needs_is_described(exported: Path, tiny_run: Path) -> No
     for graph in described["graphs"]:
         assert (exported / graph["file"]).stat().st_size == graph["bytes"]
         assert graph["difference"] < 1e-4
+        assert 0 < graph["largest"] < 1e-3
         content = (exported / graph["file"]).read_bytes()
         assert not any(module.__path__[0].encode() in content for module in (reglue, torch))
 
@@ -88,7 +89,9 @@ def test_smaller_weights_are_nearly_the_same(
     denoiser = FlatDenoiser(reglue.load(tiny_run, device="cpu").denoiser)
     example = denoiser.example(3)
     found = Graph(file)(**dict(zip(denoiser.inputs, example, strict=True)))
-    assert 0 < distance([found[name] for name in denoiser.outputs], denoiser(*example)) < bound
+    relative, largest = distances([found[name] for name in denoiser.outputs], denoiser(*example))
+    assert 0 < relative < bound
+    assert largest > 0
     assert reglue.load(copy).generate([0, 1], output="tensor", **SHORT).shape == (2, 3, 16, 16)
 
 

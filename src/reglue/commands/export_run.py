@@ -109,7 +109,7 @@ def write_graphs(model: ImageModel, folder: Path, options: ExportRun) -> list[st
     described = graphs.write(folder, record, *parts, options.to, options.precision, options.batch)
     return [
         *said,
-        *(f"{options.out / g.file}: {g.bytes / 1e6:.1f} MB, {g.difference:.1e} from PyTorch" for g in described.graphs),
+        *(f"{options.out / g.file}: {g.bytes / 1e6:.1f} MB, {g.apart}" for g in described.graphs),
     ]
 
 

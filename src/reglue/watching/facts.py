@@ -64,9 +64,7 @@ def run(folder: Path) -> dict[str, str]:
     said["checkpoints"] = listed([f"{step:,}" for step in saved]) or "none yet"
     if (folder / graphs.DESCRIPTION).is_file():
         described = graphs.Description.read(folder)
-        said["graphs"] = ", ".join(
-            f"{g.file} ({words.size(g.bytes)}, {g.difference:.1e} from PyTorch)" for g in described.graphs
-        )
+        said["graphs"] = ", ".join(f"{g.file} ({words.size(g.bytes)}, {g.apart})" for g in described.graphs)
     said["previews"] = counted(len([*folder.glob(f"{PREVIEWS}/*.png")]), "picture")
     if figure := newest_figure(folder):
         said["figures"] = f"{figure}, of {counted(len([*folder.glob(f'{REPORTS}/*.json')]), 'report')}"
