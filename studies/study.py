@@ -195,12 +195,14 @@ class Options:
 def arms_of(options: Options, question: str) -> list[Arm]:
     """The arms of a question with all of their options and seeds, in their order, after the real images.
 
-    Raises UserError for an unknown question or arm.
+    Raises UserError for an unknown question or arm, and where none is trained.
     """
     names = [arm.name for arms in QUESTIONS.values() for arm in arms]
     for asked, known in (((question,), [*QUESTIONS]), (options.arms, names)):
         if unknown := set(asked) - {*known}:
             raise UserError(f"{min(unknown)} is not known to this study; choose of {', '.join(dict.fromkeys(known))}")
+    if options.seeds < 1:
+        raise UserError(f"--seeds {options.seeds} counts trainings of one arm; choose 1 or more")
     arms = []
     for arm in QUESTIONS[question]:
         if options.arms and arm.name not in options.arms:

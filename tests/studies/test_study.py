@@ -191,6 +191,7 @@ def test_figures_made_otherwise_are_refused(
         "with another network (judge)": (work, "--judge", str(other)),
         "no file of scripts/convert_classifier.py": (work, "--judge", "missing.safetensors"),
         "adm is not known to this study; choose of sit": (work, "--arms", "adm"),
+        "--seeds 0 counts trainings of one arm; choose 1 or more": (work, "--seeds", "0"),
         "damaged/results.jsonl": (tmp_path / "damaged",),
     }
     before = (work / "results.jsonl").read_bytes()
