@@ -74,7 +74,7 @@ DEMO_RECIPE = Recipe(
     class_token=ClassToken(0.03, unit_variance=True),
     alignment=Alignment(0.5, hidden=256),
     optimisation=SMALL,
-    sampling=Sampling("euler-maruyama", 20, time_shift=2.0, guidance_scale=2.0, guidance_interval=(0.0, 0.9)),
+    sampling=Sampling("euler-maruyama", 20, guidance_scale=2.0, guidance_interval=(0.0, 0.9)),
 )
 
 
