@@ -162,7 +162,7 @@ def test_work_can_be_stopped_fails_in_a_line_and_waits_for_its_turn(capsys: pyte
         def action(_: Work) -> None:
             raise error
 
-        return [*at_work(action, turns)]
+        return [one for one in at_work(action, turns) if not isinstance(one, Waiting)]
 
     assert fails(UserError("no such thing; choose another")) == [Failed("no such thing; choose another")]
     assert fails(Halted()) == [Stopped()]
@@ -186,7 +186,7 @@ def test_too_many_who_wait_are_sent_away_and_a_visitor_who_leaves_ends_all_of_th
     assert [*works[1]][-1] == Stopped()
     visitor.leave()
     assert [[*one][-1] for one in works if one is not works[1]] == [Stopped()] * MOST_WAITING
-    (done,) = at_work(lambda _: 7, turns)
+    *_, done = at_work(lambda _: 7, turns)  # Behind the one that has been stopped and is not yet at its end.
     assert isinstance(done, Done)
 
 

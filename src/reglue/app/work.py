@@ -96,16 +96,16 @@ class Turns:
         Raises Halted if it is stopped before, and UserError if too many wait.
         """
         with self._moved:
-            if len(self._line) > MOST_WAITING:
+            if sum(not other.stopped.is_set() for other in self._line) > MOST_WAITING:
                 raise UserError(f"{MOST_WAITING} are waiting already; try again in a while")
             self._line.append(work)
         try:
             with self._moved:
-                while before := self._line.index(work):
-                    if work.stopped.is_set():
-                        raise Halted
+                while (before := self._line.index(work)) and not work.stopped.is_set():
                     work.report(Waiting(before))
                     self._moved.wait(PATIENCE)
+            if work.stopped.is_set():
+                raise Halted
             yield
         finally:
             with self._moved:
@@ -170,7 +170,8 @@ def at_work(action: Callable[[Work], T], turns: Turns, works: list[Work] | None 
         try:
             with turns.turn(work):
                 began = time.monotonic()
-                news.put(Done(action(work), time.monotonic() - began))
+                value, seconds = action(work), time.monotonic() - began
+            news.put(Done(value, seconds))
         except Halted:
             news.put(Stopped())
         except UserError as error:
