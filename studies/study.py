@@ -142,9 +142,12 @@ QUESTIONS = {
     ],
     "reals": [SIT, Arm("dit", "dit --learn-sigma", sample="--sampler ddpm")],  # in the space of --prepare
     "guidance": [
-        Arm(f"guided-{s}-{n}", REGLUE, "", f"--guidance-scale {s} --guidance-interval 0 0.9 {other}", "reglue")
+        Arm(f"{name}-{s}", train, "", f"--guidance-scale {s} --guidance-interval 0 0.9 {other}", run)
         for s in ("1.5", "2", "2.8")
-        for n, other in WHICH.items()
+        for name, train, run, other in [
+            ("sit-guided", "sit", "sit", ""),
+            *((f"guided-{which}", REGLUE, "reglue", other) for which, other in WHICH.items()),
+        ]
     ],
     "samplers": [
         Arm(f"{name}-{n}-shift-{s}", REGLUE, "", f"--sampler {name} --steps {n} --time-shift {s}", "reglue", measured)

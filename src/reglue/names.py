@@ -17,7 +17,9 @@ Weights = Literal["ema", "model"]
 GraphFormat = Literal["onnx", "torch"]
 """What the networks of an exported run are written as."""
 GraphPrecision = Literal["float32", "float16", "int8"]
-"""Of the weights of an exported run."""
+"""Of the weights of an exported run, in graphs."""
+StoredPrecision = Literal["float32", "float16", "float8"]
+"""Of the weights of a run that is shared. float8 is e4m3: four bits of exponent, three of mantissa."""
 INCEPTION = "inception"
 """The name by which the network of FID is loaded from the internet, or from torch.hub's cache."""
 PAGE = "samples.html"

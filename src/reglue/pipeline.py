@@ -36,7 +36,7 @@ from reglue.encoders import tiling
 from reglue.encoders.autoencoders import Autoencoder
 from reglue.errors import UserError, option
 from reglue.generation import evaluations, from_noise, to_pixels
-from reglue.names import Weights
+from reglue.names import StoredPrecision, Weights
 from reglue.progress import Bar
 from reglue.published import sharing
 from reglue.run import FILE as RECORD
@@ -65,10 +65,11 @@ def load(
     """Load a trained model, with the averaged weights (`ema`) or those that were trained (`model`).
 
     `run` is a run folder, or `OWNER/NAME` of a model on the Hugging Face hub that `ImageModel.push_to_hub` put there,
-    of which `revision` picks a version, or `starter`, the small model that this package brings along; a folder of that
-    name comes first. `step` picks a checkpoint, the last one if not given; `autoencoder` replaces the one that the run
-    decodes with; `encoder` says where the run's vision encoder is now, for edits; `compile` compiles the denoiser when
-    it is first used: a minute's wait, and faster from then on. Raises UserError for anything missing or unfitting.
+    of which `revision` picks a version, or `starter` or `flowers`, the models that this package brings along; a folder
+    of that name comes first. `step` picks a checkpoint, the last one if not given; `autoencoder` replaces the one that
+    the run decodes with; `encoder` says where the run's vision encoder is now, for edits; `compile` compiles the
+    denoiser when it is first used: a minute's wait, and faster from then on. Raises UserError for anything missing or
+    unfitting.
     """
     folder, target = find_run(run, revision), resolve_device(device)
     record = RunRecord.read(folder)
@@ -387,17 +388,17 @@ class ImageModel(Editor):
         *,
         reports: Sequence[str | Path] = (),
         picture: str | Path | None = None,
-        half_precision: bool = False,
+        precision: StoredPrecision = "float32",
     ) -> Path:
         """Write what sampling needs into a new folder: record, averaged weights, compressor, and a model card.
 
         An autoencoder from a local folder goes with them; one from the hub or from this package is named. `reports`
         are files of `reglue evaluate --out`, beside those in the run's own `reports` folder; `picture` is one to show,
-        the run's last preview if not given. `half_precision` stores weights as float16, in half the space: images
-        differ by roundings. `reglue.load` and `reglue sample` take the folder. Returns it; raises UserError if it
-        holds other files.
+        the run's last preview if not given. `precision` is that of the stored weights: float16 takes half the space,
+        float8 a quarter, and images differ by roundings. `reglue.load` and `reglue sample` take the folder. Returns it;
+        raises UserError if it holds other files.
         """
-        return self._save(Path(folder), reports, picture, None, half_precision)
+        return self._save(Path(folder), reports, picture, None, precision)
 
     def push_to_hub(
         self,
@@ -406,16 +407,14 @@ class ImageModel(Editor):
         private: bool = False,
         reports: Sequence[str | Path] = (),
         picture: str | Path | None = None,
-        half_precision: bool = False,
+        precision: StoredPrecision = "float32",
     ) -> str:
         """Put the model on the Hugging Face hub as `OWNER/NAME`, as `save` writes it. Returns the address.
 
         `reglue.load("OWNER/NAME")` fetches it. Raises UserError if the hub cannot be reached or refuses.
         """
         with TemporaryDirectory() as folder:
-            return sharing.push(
-                self._save(Path(folder) / "model", reports, picture, name, half_precision), name, private
-            )
+            return sharing.push(self._save(Path(folder) / "model", reports, picture, name, precision), name, private)
 
     def _save(
         self,
@@ -423,7 +422,7 @@ class ImageModel(Editor):
         reports: Sequence[str | Path],
         picture: str | Path | None,
         name: str | None,
-        half_precision: bool,
+        precision: StoredPrecision,
     ) -> Path:
         if self.is_graph:
             raise UserError(f"{self.folder} was exported to ONNX: save the run that it was made of")
@@ -432,7 +431,7 @@ class ImageModel(Editor):
         files, shown = [Path(report) for report in reports], Path(picture) if picture else None
         weights = self.denoiser.state_dict()
         return sharing.save(
-            folder, self.record, weights, self.step, self.folder, files, shown, name=name, half_precision=half_precision
+            folder, self.record, weights, self.step, self.folder, files, shown, name=name, precision=precision
         )
 
     def _labels(self, classes: int | str | Sequence[int | str] | None, count: int | None) -> list[int]:

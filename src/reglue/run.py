@@ -35,8 +35,8 @@ COMPRESSORS = "compressors"
 """Folder of the compressors, one per modality that is learned as codes, in the run's and in a store's."""
 FORMAT = 2
 
-STARTER = "starter"
-"""The run that the package brings along."""
+BROUGHT = {"starter": "model", "flowers": "flowers"}
+"""The runs that the package brings along, and their folders in the starter kit."""
 AUTOENCODER = "autoencoder"
 """Folder of an autoencoder that a shared run brings along."""
 NEEDED = [
@@ -222,14 +222,14 @@ def versions() -> dict[str, str]:
 
 
 def find_run(run: str | Path, revision: str | None = None) -> Path:
-    """The folder of a run: a local one, or else the package's (`starter`) or the local copy of `OWNER/NAME` on the hub.
+    """The folder of a run: a local one, or else the package's (`BROUGHT`) or the local copy of `OWNER/NAME` on the hub.
 
     Raises UserError if the hub is asked and cannot be reached, or has no such repository. Whether the folder holds a
     run is for the caller to see.
     """
     folder = Path(run)
-    if str(run) == STARTER and not folder.exists():
-        return Path(str(resources.files("reglue.starter"))) / "model"
+    if str(run) in BROUGHT and not folder.exists():
+        return Path(str(resources.files("reglue.starter"))) / BROUGHT[str(run)]
     if folder.exists() or not NAME.fullmatch(str(run)):
         return folder
     try:
@@ -237,8 +237,8 @@ def find_run(run: str | Path, revision: str | None = None) -> Path:
     except Exception as error:  # whatever the hub's client raises: offline, refused, not found
         raise UserError(
             f"{run}: there is no such folder, and the Hugging Face hub gives no such model ({hub_error(error)}); check "
-            "the name and the connection, download the repository elsewhere and give its folder, or take starter, "
-            "which needs no network"
+            "the name and the connection, download the repository elsewhere and give its folder, or take "
+            f"{' or '.join(BROUGHT)}, which need no network"
         ) from error
 
 

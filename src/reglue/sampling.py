@@ -176,7 +176,7 @@ class Draw(SamplingOverrides, TakesPaths):
     """Which images of a run are drawn, and how: the sampling options that are not given are those of its recipe."""
 
     run: Positional[Path]
-    """Folder of the run, OWNER/NAME of one on the Hugging Face hub, or starter, the small model of this package."""
+    """Folder of the run, OWNER/NAME of one on the Hugging Face hub, or starter or flowers of this package."""
     out: Path
     """A folder for PNG files, or a file that ends in .npz."""
     count: int = 50

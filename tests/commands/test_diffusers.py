@@ -30,7 +30,7 @@ from reglue.options.import_run import ImportRun
 from reglue.papers import PAPERS
 from reglue.portable import INDEX
 from reglue.portable.diffusers import RegluePipeline
-from reglue.run import STARTER
+from reglue.encoders.known import STARTER
 
 QUICK = ("dit", "redi", "sfd")
 """A chain and no semantics, no class token, and a time of each modality."""

@@ -554,9 +554,22 @@ def test_half_of_taef2_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taef2_decoder.safetensors").unlink()
     assert "taef2_decoder.safetensors is missing" in refusal(tmp_path / "taef2_encoder.safetensors")
     save_file({"other": torch.zeros(1)}, tmp_path / "taef2_decoder.safetensors")
-    assert "taef2_decoder.safetensors does not fit" in refusal(tmp_path)
+    assert "taef2_decoder.safetensors does not hold the decoder of TAEF2" in refusal(tmp_path)
+    write_taef2(tmp_path)
     save_file({"other": torch.zeros(1)}, tmp_path / "taef2_encoder.safetensors")
-    assert "does not hold the encoder of TAEF2" in refusal(tmp_path)
+    assert "taef2_encoder.safetensors does not fit" in refusal(tmp_path)
+
+
+def test_the_decoder_of_taef2_draws_alone(tmp_path: Path) -> None:
+    write_taef2(tmp_path)
+    whole = load_autoencoder(str(tmp_path))
+    (tmp_path / "taef2_encoder.safetensors").unlink()
+    alone = load_autoencoder(str(tmp_path))
+    latents = torch.randn(2, 6, 2, 3)
+    assert torch.equal(alone.decode(latents), whole.decode(latents))
+    assert alone.spec != whole.spec
+    with pytest.raises(UserError, match=r"is a decoder alone .* put taef2_encoder.safetensors beside it"):
+        alone.encode(random_images(16, 32))
 
 
 @pytest.mark.parametrize(("write", "multiple"), [(write_kl, 2), (write_tiny, 4), (write_dc, 4), (write_taef2, 8)])

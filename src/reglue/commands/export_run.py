@@ -96,6 +96,7 @@ def export_folder(options: ExportRun) -> Path:
 def write_graphs(model: ImageModel, folder: Path, options: ExportRun) -> list[str]:
     """Write the run's networks as graphs. Returns what there is to say."""
     assert options.to in graphs.FORMATS
+    assert options.precision != "float8"
     encoder, said = None, list[str]()
     try:
         encoder = model.image_encoder()
@@ -154,6 +155,15 @@ def write_pipeline(model: ImageModel, folder: Path, options: ExportRun) -> list[
     return [f"{options.out}: DiffusionPipeline.from_pretrained({str(options.out)!r}, trust_remote_code=True) loads it"]
 
 
+def write_run(model: ImageModel, folder: Path, options: ExportRun) -> list[str]:
+    """Write the run as one to share. Returns what there is to say."""
+    assert options.precision != "int8"
+    weights, name = model.denoiser.state_dict(), options.out.resolve().name
+    sharing.fill(folder, model.record, weights, model.step, model.folder, name=name, precision=options.precision)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return [f"{options.out}: {size / 1e6:.1f} MB; {options.out / sharing.CARD} says what it is, reglue sample takes it"]
+
+
 def write_nodes(model: ImageModel, folder: Path, options: ExportRun) -> list[str]:
     """Write the run, and what makes its folder a pack of nodes for ComfyUI. Returns what there is to say."""
     record, name = model.record, options.out.resolve().name
@@ -173,6 +183,7 @@ def write_nodes(model: ImageModel, folder: Path, options: ExportRun) -> list[str
 
 
 FOLDERS: dict[Target, tuple[str, Callable[[ImageModel, Path, ExportRun], list[str]]]] = {
+    "reglue": (sharing.CARD, write_run),
     "onnx": (graphs.DESCRIPTION, write_graphs),
     "torch": (graphs.DESCRIPTION, write_graphs),
     "diffusers": (INDEX, write_pipeline),

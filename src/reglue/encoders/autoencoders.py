@@ -218,17 +218,22 @@ DIFFUSERS_KINDS = {
 
 
 class Taef2Autoencoder(Autoencoder):
-    """TAEF2: deterministic, its pixels in [0, 1]."""
+    """TAEF2: deterministic, its pixels in [0, 1]. The decoder may be there alone: drawing needs no more."""
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, spec: AutoencoderSpec):
+    def __init__(self, encoder: nn.Module | None, decoder: nn.Module, spec: AutoencoderSpec):
         super().__init__()
-        self.encoder = encoder.eval().requires_grad_(False)
+        self.encoder = encoder.eval().requires_grad_(False) if encoder else None
         self.decoder = decoder.eval().requires_grad_(False)
         self.spec = spec
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Moments:
-        """See `Autoencoder.encode`."""
+        """See `Autoencoder.encode`. Raises UserError for a decoder alone."""
+        if self.encoder is None:
+            raise UserError(
+                f"autoencoder {self.spec.name} is a decoder alone and encodes no images; put {TAEF2_FILES[0]} beside "
+                f"it, or choose the same with both, with {option('autoencoder')}"
+            )
         return Moments(self.encoder((images + 1) / 2), None)
 
     @torch.no_grad()
@@ -272,6 +277,17 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu") -> Autoencod
             raise UserError(f"autoencoder {name}: there is no file {file}")
         return _load_latent_diffusion(latents_of, Path(file).resolve()).to(device)
     return _load_diffusers(name, _fetch(name)).to(device)
+
+
+def autoencoder_files(folder: Path) -> tuple[Path, ...]:
+    """The files of a folder that its autoencoder is read from, without what else lies beside them.
+
+    Raises UserError where its weights are missing.
+    """
+    if any((folder / file).is_file() for file in TAEF2_FILES):
+        return tuple(folder / file for file in TAEF2_FILES if (folder / file).is_file())
+    others = (folder / CONFIG, folder / MEAN_STD, *sorted(folder.glob(f"{DIFFUSERS_STEM}*.index*.json")))
+    return (*weight_files(folder, [DIFFUSERS_STEM], REMEDY), *(file for file in others if file.is_file()))
 
 
 def _is_diffusers(folder: Path, name: str) -> bool:
@@ -515,15 +531,17 @@ def _read_mean_std(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[
 
 
 def _load_taef2(name: str, folder: Path) -> Taef2Autoencoder:
-    files = [folder / file for file in TAEF2_FILES]
-    encoder_state = read_tensors(files[0], REMEDY)
-    # Its two ends give the sizes: the first convolution (width, 3, 3, 3) and the last (latent channels, width, 3, 3).
-    first, last = encoder_state.get("0.weight"), encoder_state.get("14.weight")
-    if first is None or last is None or first.ndim != 4 or last.ndim != 4:
-        raise UserError(f"{files[0]} does not hold the encoder of TAEF2: it has no 0.weight and 14.weight")
-    width, latent_channels = first.shape[0], last.shape[0]
-    encoder = read_network(lambda: taef2_encoder(width, latent_channels), files[0], REMEDY)
-    decoder = read_network(lambda: taef2_decoder(width, latent_channels), files[1], REMEDY)
+    encoder_file, decoder_file = (folder / file for file in TAEF2_FILES)
+    # The first convolution gives the sizes: (width, latent channels, 3, 3).
+    first = read_tensors(decoder_file, REMEDY).get("1.weight")
+    if first is None or first.ndim != 4:
+        raise UserError(f"{decoder_file} does not hold the decoder of TAEF2: it has no 1.weight")
+    width, latent_channels = first.shape[:2]
+    decoder = read_network(lambda: taef2_decoder(width, latent_channels), decoder_file, REMEDY)
+    encoder = None
+    if encoder_file.is_file():
+        encoder = read_network(lambda: taef2_encoder(width, latent_channels), encoder_file, REMEDY)
+    files = (encoder_file, decoder_file) if encoder else (decoder_file,)
     spec = AutoencoderSpec(
         name=name,
         kind="TAEF2",

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from tyro.conf import Positional
 
 from reglue.errors import UserError, require
 from reglue.files import TakesPaths
-from reglue.names import GraphPrecision, Weights
+from reglue.names import GraphPrecision, StoredPrecision, Weights
 
-Target = Literal["published", "onnx", "torch", "diffusers", "comfyui"]
+Target = Literal["published", "reglue", "onnx", "torch", "diffusers", "comfyui"]
 BELONGS: dict[str, tuple[Target, ...]] = {
-    "precision": ("onnx",),
+    "precision": ("reglue", "onnx"),
     "batch": ("onnx", "torch"),
     "encoder": ("onnx", "torch"),
     "weights": ("published",),
 }
 """Options that some targets alone have a use for."""
+PRECISIONS: dict[Target, tuple[str, ...]] = {"reglue": get_args(StoredPrecision), "onnx": get_args(GraphPrecision)}
 
 
 @dataclass(frozen=True)
 class ExportRun(TakesPaths):
-    """Write a run for other programs: its weights for the published code of its method, its networks as graphs, a
-    pipeline of diffusers or nodes of ComfyUI."""
+    """Write a run for others: a small folder to share, its weights for the published code of its method, its networks
+    as graphs, a pipeline of diffusers or nodes of ComfyUI."""
 
     run: Positional[Path]
     """Folder of the run, or OWNER/NAME of one on the Hugging Face hub."""
@@ -36,11 +37,12 @@ class ExportRun(TakesPaths):
     autoencoder with its folder."""
     to: Target = "published"
     """published: the weights, under the names and in the time convention of SiT's, REPA's, ReDi's, REG's or REGLUE's
-    code. onnx: the denoiser, the decoder and what encodes images as graphs, for ONNX Runtime, also in a browser. torch:
-    the same as programs of torch.export. diffusers: a folder for `DiffusionPipeline.from_pretrained`. comfyui: a folder
-    for `custom_nodes`."""
-    precision: GraphPrecision = "float32"
-    """Of graphs. float16: half the size. int8: weights of matrix products in 8 bits, a quarter of the size."""
+    code. reglue: the run without what training needs, with its autoencoder and a model card. onnx: the denoiser, the
+    decoder and what encodes images as graphs, for ONNX Runtime, also in a browser. torch: the same as programs of
+    torch.export. diffusers: a folder for `DiffusionPipeline.from_pretrained`. comfyui: a folder for `custom_nodes`."""
+    precision: GraphPrecision | StoredPrecision = "float32"
+    """Of the weights. float16: half the size. A quarter of it: int8, for matrix products of graphs, or float8, for
+    --to reglue, which computes as before."""
     batch: int | None = None
     """Number of images that graphs take at a time, for runtimes that want it fixed. Default: any."""
     encoder: str | None = None
@@ -60,6 +62,10 @@ class ExportRun(TakesPaths):
             if self.to not in targets and getattr(self, name) != getattr(type(self), name):
                 where = "published .safetensors files" if name == "weights" else f"--to {' or '.join(targets)}"
                 raise UserError(f"--{name} {getattr(self, name)} is for {where}; leave it out")
+        if self.precision not in PRECISIONS.get(self.to, ("float32",)):
+            raise UserError(
+                f"--precision {self.precision} is not for --to {self.to}; choose {', '.join(PRECISIONS[self.to])}"
+            )
         if self.to != "published":
             if self.out.suffix:
                 raise UserError(

@@ -19,7 +19,7 @@ class Info(TakesPaths):
 
     path: Positional[Path]
     """A run, store, autoencoder, head, prototypes, samples, edits, an .npz archive or a published checkpoint; or
-    OWNER/NAME of a run on the Hugging Face hub, or starter, the small model of this package."""
+    OWNER/NAME of a run on the Hugging Face hub, starter or flowers of this package."""
     out: Path | None = None
     """Picture to write of what is in it: .png, .jpg or .webp."""
 

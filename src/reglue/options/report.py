@@ -19,7 +19,7 @@ class Report(TakesPaths):
     """
 
     runs: Positional[tuple[Path, ...]]
-    """Folders of runs, OWNER/NAME of some on the Hugging Face hub, or starter, the small model of this package."""
+    """Folders of runs, OWNER/NAME of some on the Hugging Face hub, starter or flowers of this package."""
     out: Path = Path("report.html")
     """The page."""
     samples_per_class: int = 8

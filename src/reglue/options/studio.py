@@ -19,7 +19,7 @@ class Studio(TakesPaths):
     """
 
     runs: Positional[tuple[str, ...]] = ("starter",)
-    """Folders of runs, OWNER/NAME of some on the Hugging Face hub, or starter, the small model of this package. One
+    """Folders of runs, OWNER/NAME of some on the Hugging Face hub, starter or flowers of this package. One
     that trains need not have a checkpoint yet."""
     heads: tuple[Path, ...] = ()
     """Heads to lay over images: folders that `reglue head` made, or files of DINOv2's."""

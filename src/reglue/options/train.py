@@ -27,9 +27,9 @@ class Train(TakesPaths):
     seed: int = 0
     """Seed of the initial weights, the order of the images and all noise."""
     start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Start from another run's weights (fine-tuning): its folder, OWNER/NAME on the Hugging Face hub, or starter, the
-    small model in this package. Resolution, classes and parts may differ; shared parts must have equal sizes. Without
-    the name of a recipe, that of the run is taken. Not needed to resume."""
+    """Start from another run's weights (fine-tuning): its folder, OWNER/NAME on the Hugging Face hub, or
+    starter or flowers of this package. Resolution, classes and parts may differ; shared parts must have equal sizes.
+    Without the name of a recipe, that of the run is taken. Not needed to resume."""
     start_step: Annotated[int | None, tyro.conf.arg(name="from-step")] = None
     """Checkpoint of that run. Default: the last."""
     start_weights: Annotated[Weights, tyro.conf.arg(name="from-weights")] = "ema"

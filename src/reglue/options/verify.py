@@ -18,6 +18,6 @@ class Verify(TakesPaths):
     """
 
     folder: Positional[Path]
-    """A store, run, autoencoder, head or samples (folder or .npz file), or starter, the small model of this package."""
+    """A store, run, autoencoder, head or samples (folder or .npz file), starter or flowers of this package."""
 
     written = ""  # The command itself says what it has found.
