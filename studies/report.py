@@ -184,11 +184,13 @@ def saved(name: str, arms: Sequence[Arm], known: Known) -> Iterator[str]:
             needed = [reached(own, curve, goal) for curve, goal in zip(drawn, distances[:, place], strict=True)]
             fewer = step / np.array(needed)
             low, high = np.quantile(fewer[1:], ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-            cell = f"> {max(own, default=0):,.0f}" if np.isinf(needed[0]) else f"{needed[0]:,.0f}"
-            cell += f": {fewer[0]:.2f}× [{low:.2f}, {high:.2f}]"
-            cells.append(cell if np.isnan(dearer) else f"{cell}, {fewer[0] / dearer:.2f}× in time")
+            least = max(own, default=np.inf) if np.isinf(needed[0]) else needed[0]
+            # What is not reached yet needs more, and saves less, than its last figure says.
+            more, less = ("> ", "< ") if np.isinf(needed[0]) else ("", "")
+            cell = f"{more}{least:,.0f}: {less}{step / least:.2f}× [{low:.2f}, {high:.2f}]"
+            cells.append(cell if np.isnan(dearer) else f"{cell}, {less}{step / least / dearer:.2f}× in time")
         yield f"| {method} | {' | '.join(cells)} |"
-    yield "\n0× has not been reached yet; a figure at an arm's first milestone is a bound.\n"
+    yield "\nA figure at an arm's first milestone is a bound; 0 in an interval: perhaps not yet reached.\n"
 
 
 def drawn_curves(seeds: Sequence[np.ndarray], noise: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
