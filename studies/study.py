@@ -140,6 +140,16 @@ QUESTIONS = {
         Arm("no-token", f"{REGLUE} --class-token.weight 0"),
         Arm("time-shift-3", f"{REGLUE} --optimisation.time-shift 3"),
     ],
+    "successors": [  # REGLUE with one thing of those that came after it
+        Arm("reglue", REGLUE),
+        Arm("irepa", f"{REGLUE} --alignment.projector convolution --alignment.spatial-norm 0.6"),
+        Arm("alignment-stops", f"{REGLUE} --alignment.schedule 2500 0"),
+        Arm("data-prediction", f"{REGLUE} --prediction data"),
+        Arm("lightning", f"{REGLUE} --backbone lightning"),
+        Arm("logit-normal", f"{REGLUE} --optimisation.time-distribution logit-normal"),
+        *(Arm(f"lead-{delta}", f"{REGLUE} --times lead --times-options delta {delta}") for delta in (0.15, 0.3, 0.5)),
+        *(Arm(times, f"{REGLUE} --times {times}") for times in ("cascade", "independent")),
+    ],
     "reals": [SIT, Arm("dit", "dit --learn-sigma", sample="--sampler ddpm")],  # in the space of --prepare
     "guidance": [
         Arm(f"{name}-{s}", train, "", f"--guidance-scale {s} --guidance-interval 0 0.9 {other}", run)
@@ -163,7 +173,7 @@ class Options:
     """What is asked, of which images, and how. Options of the commands, as in --train="--model B/2", come last."""
 
     questions: Positional[tuple[str, ...]]
-    """Of convergence, changes, reals, guidance, samplers."""
+    """Of convergence, changes, successors, reals, guidance, samplers."""
     work: Path = Path("study")
     """Folder of the study: new, or one to continue."""
     images: Path | None = None

@@ -24,13 +24,13 @@ from reglue.commands.import_run import import_run
 from reglue.commands.sample import sample
 from reglue.commands.train import train
 from reglue.encoders.autoencoders import Taef2Autoencoder
+from reglue.encoders.known import STARTER
 from reglue.errors import UserError
 from reglue.files import seal_of
 from reglue.options.import_run import ImportRun
 from reglue.papers import PAPERS
 from reglue.portable import INDEX
 from reglue.portable.diffusers import RegluePipeline
-from reglue.encoders.known import STARTER
 
 QUICK = ("dit", "redi", "sfd")
 """A chain and no semantics, no class token, and a time of each modality."""

@@ -286,9 +286,9 @@ def test_every_option_of_every_arm_exists() -> None:
     for arm in arms:
         given.setdefault(arm.title, set()).add(said(arm))
     assert {title for title, options in given.items() if len(options) > 1} == set()  # an arm is one thing everywhere
-    for recipe in {arm.train.partition(" ")[0] for arm in arms}:
-        words = merged(*(arm.train.removeprefix(recipe) for arm in arms if arm.train.startswith(f"{recipe} ")))
-        cli.parse(["train", recipe, "--store", "s", "--out", "o", *spread(words)])
+    for train in {arm.train for arm in arms}:
+        recipe, _, words = train.partition(" ")
+        cli.parse(["train", recipe, "--store", "s", "--out", "o", *spread(merged(words))])
     words = merged(*(arm.sample for arm in arms))
     cli.parse(["sample", "run", "--out", "o", *spread(words)])
     cli.parse(["prepare", "i", "o", *spread(merged(study.PREPARE))])
