@@ -18,7 +18,7 @@ import torch
 
 from helpers import TINY_RECIPE, draw_masks, run_reglue
 from reglue.cli import parse
-from reglue.commands.export_run import export_run
+from reglue.commands.export_run import FOLDERS, export_run
 from reglue.commands.prepare import Prepare, prepare
 from reglue.commands.train_head import train_head
 from reglue.files import BESIDE, LOCK
@@ -146,7 +146,7 @@ COMMANDS: dict[str, Line] = {
     "export": lambda i, out: ["export", i.run, "--out", out / "weights.safetensors"],
     **{
         f"export {to}": lambda i, out, to=to: ["export", i.run, "--to", to, "--out", out]
-        for to in ("diffusers", "comfyui", "torch", "onnx")
+        for to in FOLDERS
     },
     "report": lambda i, out: [
         *("report", i.run, "--out", out / "report.html", "--samples-per-class=1", "--steps=1", "--device=cpu"),
