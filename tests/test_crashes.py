@@ -144,10 +144,7 @@ COMMANDS: dict[str, Line] = {
     ],
     "import": lambda i, out: ["import", i.exported, "--out", out, f"--autoencoder={i.autoencoder}"],
     "export": lambda i, out: ["export", i.run, "--out", out / "weights.safetensors"],
-    **{
-        f"export {to}": lambda i, out, to=to: ["export", i.run, "--to", to, "--out", out]
-        for to in FOLDERS
-    },
+    **{f"export {to}": lambda i, out, to=to: ["export", i.run, "--to", to, "--out", out] for to in FOLDERS},
     "report": lambda i, out: [
         *("report", i.run, "--out", out / "report.html", "--samples-per-class=1", "--steps=1", "--device=cpu"),
     ],

@@ -33,7 +33,7 @@ class Share:
     precision: StoredPrecision = "float16"
     """Of the model's weights."""
     draws_only: bool = False
-    """Without compressors and the encoder of TAEF2."""
+    """Without compressors and the encoder of TAEF2: it then edits nothing."""
     sampler: str | None = None
     steps: int | None = None
     guidance_scale: float | None = None
