@@ -24,6 +24,7 @@ from PIL import Image
 from helpers import draw_masks
 from processes import Reglue
 from reglue import cli
+from reglue.app.work import Work
 from reglue.app.workshop import Workshop
 from reglue.commands.prototypes import prototypes
 from reglue.errors import UserError
@@ -239,9 +240,19 @@ def test_watch_follows_a_training(page: Any, training: Path) -> None:
     page.get_by_alt_text("preview of step 2").wait_for()
 
 
-def test_a_second_visitor_waits_and_stop_works(page: Any, browser: Any, address: str) -> None:
-    set_number(page, "#draw-knobs", "count", 16)
-    set_number(page, "#draw-knobs", "steps", 250)
+def test_a_second_visitor_waits_and_stop_works(
+    page: Any, browser: Any, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say, begun = Work.say, list[Work]()
+
+    def at_length(work: Work, *report: Any) -> None:
+        """The first drawing takes until it is stopped, however slow the browser is."""
+        say(work, *report)
+        begun.append(work)
+        while work is begun[0] and not work.stopped.wait(0.05):
+            pass
+
+    monkeypatch.setattr(Work, "say", at_length)
     page.click("#draw")
     page.wait_for_selector("#drawn img")
     second = browser.new_page()

@@ -118,6 +118,8 @@ def test_a_damaged_graph_is_named(exported: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--out=a.pt", "--precision=int8"], "precision int8 is for --to onnx; leave it out"),
+        (["--out=a", "--to=onnx", "--precision=float8"], "precision float8 is for --to reglue; leave it out"),
+        (["--out=a", "--to=torch", "--precision=float16"], "float16 is for --to reglue or onnx; leave it out"),
         (["--out=a.pt", "--batch=2"], "batch 2 is for --to onnx or torch; leave it out"),
         (["--out=a.onnx", "--to=onnx"], "--to onnx makes a folder; choose a name without .onnx"),
         (["--out=a", "--to=onnx", "--weights=model"], "--weights model is for published .safetensors files"),

@@ -14,13 +14,13 @@ from reglue.names import GraphPrecision, StoredPrecision, Weights
 
 Target = Literal["published", "reglue", "onnx", "torch", "diffusers", "comfyui"]
 BELONGS: dict[str, tuple[Target, ...]] = {
-    "precision": ("reglue", "onnx"),
     "batch": ("onnx", "torch"),
     "encoder": ("onnx", "torch"),
     "weights": ("published",),
 }
 """Options that some targets alone have a use for."""
 PRECISIONS: dict[Target, tuple[str, ...]] = {"reglue": get_args(StoredPrecision), "onnx": get_args(GraphPrecision)}
+"""The targets that know precisions, and which."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,11 @@ class ExportRun(TakesPaths):
         super().__post_init__()
         require(self, "step", at_least=0)
         require(self, "batch", at_least=1)
-        for name, targets in BELONGS.items():
+        known = {"precision": tuple(to for to, precisions in PRECISIONS.items() if self.precision in precisions)}
+        for name, targets in (BELONGS | known).items():
             if self.to not in targets and getattr(self, name) != getattr(type(self), name):
                 where = "published .safetensors files" if name == "weights" else f"--to {' or '.join(targets)}"
                 raise UserError(f"--{name} {getattr(self, name)} is for {where}; leave it out")
-        if self.precision not in PRECISIONS.get(self.to, ("float32",)):
-            raise UserError(
-                f"--precision {self.precision} is not for --to {self.to}; choose {', '.join(PRECISIONS[self.to])}"
-            )
         if self.to != "published":
             if self.out.suffix:
                 raise UserError(
